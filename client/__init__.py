@@ -1,0 +1,1 @@
+"""Hospital side: the Flower ClientApp and the local update it runs."""

@@ -1,0 +1,1 @@
+"""What both sides share: data, model, training, privacy, wire contract."""

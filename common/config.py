@@ -1,0 +1,215 @@
+"""Configuration of a run: frozen sections with their defaults, limits and meaning.
+
+The same keys exist in three forms: these dataclasses (``snake_case``), TOML files
+(``[train]`` / ``learning-rate``) and Flower's flat run-config (``train.learning-rate``).
+Reading, writing and validating live in ``common.configio``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+T = TypeVar("T", bool, int, float, str)
+
+
+def option(
+    default: T,
+    meaning: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> T:
+    """Declare one configuration key: default, meaning and what is allowed.
+
+    Args:
+        default: Value when nobody sets the key; its type is the key's type.
+        meaning: One sentence with the unit, shown by validation and documentation.
+        low: Smallest allowed value.
+        high: Largest allowed value.
+        above: The value must be strictly larger than this.
+        choices: Allowed strings.
+    """
+    limits: Mapping[str, Any] = {
+        "meaning": meaning,
+        "low": low,
+        "high": high,
+        "above": above,
+        "choices": choices,
+    }
+    value: T = field(default=default, metadata=limits)
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the tables are and how they become samples."""
+
+    path: str = option("synthetic", "folder of MIMIC-IV tables (it holds hosp/), or `synthetic`")
+    synthetic_patients: int = option(240, "patients that the synthetic source writes", low=10)
+    synthetic_seed: int = option(0, "seed of the synthetic source", low=0)
+    split_seed: int = option(0, "seed of the hash that puts a patient into a split", low=0)
+    validation_fraction: float = option(0.1, "share of patients for validation", low=0, high=0.5)
+    test_fraction: float = option(0.2, "share of patients held out", low=0, high=0.5)
+    drop_flushes: bool = option(True, "leave saline and heparin flushes out of the drug lists")
+    missing_height: str = option(
+        "unknown", "what to do without a height", choices=("unknown", "drop", "median")
+    )
+    missing_weight: str = option(
+        "unknown", "what to do without a weight", choices=("unknown", "drop", "median")
+    )
+    missing_bmi: str = option(
+        "unknown", "what to do without a BMI", choices=("unknown", "drop", "median")
+    )
+    normalisation: str = option(
+        "string", "level at which drug names are equal", choices=("string", "ingredient", "map")
+    )
+    drug_map: str = option("", "csv with columns name,code for normalisation = map")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionConfig:
+    """How patients are dealt to hospitals."""
+
+    scheme: str = option(
+        "iid",
+        "what decides a patient's hospital",
+        choices=(
+            "iid",
+            "service",
+            "admission-type",
+            "insurance",
+            "anchor-year-group",
+            "careunit",
+            "dirichlet",
+        ),
+    )
+    alpha: float = option(0.5, "concentration of the dirichlet scheme", above=0)
+    min_patients: int = option(1, "smallest hospital that is accepted, in patients", low=1)
+    seed: int = option(0, "seed of the partition", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The frozen backbone."""
+
+    backbone: str = option("embedded", "`embedded`, `tiny`, a folder, or a hub id of a Llama")
+    attention: str = option(
+        "auto",
+        "attention kernel",
+        choices=("auto", "flash-attn", "torch-flash", "sdpa", "eager"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """The low-rank adapter."""
+
+    mode: str = option(
+        "fa-lora", "what is trained: B alone, or A and B", choices=("fa-lora", "lora")
+    )
+    rank: int = option(16, "rank r", low=1, high=512)
+    alpha: float = option(16.0, "scale numerator: the update is alpha / rank * B A", above=0)
+    targets: str = option("q_proj,v_proj", "adapted projections, comma-separated")
+    initialiser: str = option(
+        "kaiming-uniform", "distribution of A", choices=("kaiming-uniform", "orthonormal")
+    )
+    seed: int = option(0, "seed of A; every party draws the same A from it", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The local training step, shared by hospitals and the single-node mode."""
+
+    seed: int = option(0, "seed of the data order", low=0)
+    optimizer: str = option("sgd", "optimizer of B", choices=("sgd", "adamw"))
+    learning_rate: float = option(1e-3, "peak learning rate", above=0)
+    momentum: float = option(0.0, "momentum of SGD", low=0, high=0.9999)
+    weight_decay: float = option(0.0, "decoupled (AdamW) or L2 (SGD) weight decay", low=0)
+    beta1: float = option(0.9, "first-moment decay of AdamW", low=0, high=0.9999)
+    beta2: float = option(0.999, "second-moment decay of AdamW", low=0, high=0.999999)
+    schedule: str = option(
+        "constant", "learning rate over steps", choices=("constant", "linear", "cosine")
+    )
+    warmup_steps: int = option(0, "steps of linear warm-up", low=0)
+    batch_size: int = option(4, "samples per micro-batch", low=1)
+    accumulation: int = option(1, "micro-batches per optimizer step", low=1)
+    max_grad_norm: float = option(0.0, "clip the gradient's L2 norm to this; 0 is off", low=0)
+    max_length: int = option(2048, "tokens per sample; whole items are dropped beyond it", low=64)
+    steps: int = option(0, "optimizer steps in all; 0: from epochs or rounds", low=0)
+    epochs: float = option(0.0, "passes over the training samples; 0: from rounds", low=0)
+    checkpoint_steps: str = option("", "steps to checkpoint at, comma-separated")
+    keep_state: bool = option(True, "carry optimizer state and step count over rounds")
+    dtype: str = option("auto", "backbone arithmetic", choices=("auto", "fp32", "bf16"))
+    device: str = option("auto", "`auto`, `cpu`, `cuda` or `cuda:N`")
+    recompute: str = option(
+        "auto",
+        "activations recomputed in the backward pass",
+        choices=("auto", "none", "mlp", "half", "all"),
+    )
+    threads: int = option(0, "CPU threads of one worker; 0: its share of the cores", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationConfig:
+    """Hospitals, rounds and aggregation."""
+
+    hospitals: int = option(3, "hospitals that the samples are dealt to", low=1, high=10000)
+    rounds: int = option(4, "federated rounds", low=1)
+    local_steps: int = option(
+        10,
+        "optimizer steps per hospital and round; 0: the train section's steps over rounds",
+        low=0,
+    )
+    strategy: str = option("fedavg", "aggregation", choices=("fedavg",))
+    weighting: str = option(
+        "samples", "weight of a hospital's update", choices=("samples", "uniform")
+    )
+    fraction: float = option(1.0, "share of the hospitals asked per round", above=0, high=1)
+    quorum: float = option(
+        0.5, "share of the asked hospitals whose updates a round needs", above=0, high=1
+    )
+    seed: int = option(0, "seed of the hospital sampling", low=0)
+    workers: int = option(
+        0, "Ray actors of a simulation; 0: from cores, hospitals and memory", low=0
+    )
+    timeout_seconds: float = option(
+        0.0, "longest wait for one round; 0: from measured steps", low=0, high=43200
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Answers on held-out patients."""
+
+    samples: int = option(0, "held-out samples to answer, seeded choice; 0: all", low=0)
+    validation_samples: int = option(
+        0, "validation samples per hospital for the loss; 0: all", low=0
+    )
+    batch_size: int = option(16, "answers generated at once", low=1)
+    max_new_tokens: int = option(256, "longest answer in tokens", low=8)
+    bootstrap: int = option(1000, "resamples of the confidence intervals", low=100)
+    seed: int = option(0, "seed of sample choice and bootstrap", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The run directory."""
+
+    directory: str = option("", "run directory; empty: runs/<time>-<name>-<hash> below the cwd")
+    name: str = option("run", "name that appears in the run directory and report")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One experiment, complete."""
+
+    data: DataConfig = DataConfig()
+    partition: PartitionConfig = PartitionConfig()
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    train: TrainConfig = TrainConfig()
+    federation: FederationConfig = FederationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    run: RunConfig = RunConfig()

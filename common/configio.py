@@ -1,0 +1,237 @@
+"""Read, validate, override, flatten and write configurations.
+
+Validation reports every problem at once: the key, its value, what is allowed, and for an unknown
+key the nearest known one.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from common.config import Config
+from common.errors import UserError
+
+Scalar = bool | int | float | str
+
+
+def known_keys() -> dict[str, dataclasses.Field[Any]]:
+    """Return every dotted key (``train.learning-rate``) with its dataclass field."""
+    return {
+        _dotted(section, entry): entry
+        for section, values in _sections(Config())
+        for entry in dataclasses.fields(values)
+    }
+
+
+def flatten(config: Config) -> dict[str, Scalar]:
+    """Return the flat run-config that Flower carries: dotted key -> scalar.
+
+    >>> flatten(Config())["adapter.rank"]
+    16
+    """
+    return {
+        _dotted(section, entry): getattr(values, entry.name)
+        for section, values in _sections(config)
+        for entry in dataclasses.fields(values)
+    }
+
+
+def from_flat(values: Mapping[str, Any], *, base: Config | None = None) -> Config:
+    """Build a configuration from dotted keys over ``base`` (default: the defaults).
+
+    Raises:
+        UserError: naming every unknown key and every value that is not allowed.
+    """
+    known = known_keys()
+    problems: list[str] = []
+    flat = flatten(base or Config())
+    for key, value in values.items():
+        if key not in known:
+            problems.append(_unknown(key, known))
+            continue
+        try:
+            flat[key] = _checked(key, value, known[key])
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        count = f"{len(problems)} problems: " if len(problems) > 1 else ""
+        raise UserError(
+            f"configuration: {count}" + " | ".join(problems), fix="mend the keys named here"
+        )
+    sections = {
+        section: dataclasses.replace(
+            values, **{e.name: flat[_dotted(section, e)] for e in dataclasses.fields(values)}
+        )
+        for section, values in _sections(Config())
+    }
+    return Config(**sections)
+
+
+def read_config(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a TOML file and apply ``key=value`` overrides.
+
+    Raises:
+        UserError: for a missing or broken file, unknown keys or values that are not allowed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"configuration file {path}: {getattr(error, 'strerror', None) or error}",
+            fix="name a readable TOML file, or the name of a shipped one such as hospitals.toml",
+        ) from None
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"configuration file {path}: {error}", fix="mend the TOML") from None
+    values = dict(_flatten_table(table))
+    values.update(parse_overrides(overrides))
+    return from_flat(values)
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Scalar]:
+    """Turn ``key=value`` strings into values; the key's type decides how the text is read.
+
+    >>> parse_overrides(["train.learning-rate=1e-2", "data.path=a b"])
+    {'train.learning-rate': 0.01, 'data.path': 'a b'}
+    """
+    known = known_keys()
+    values: dict[str, Scalar] = {}
+    for text in overrides:
+        key, equals, raw = text.partition("=")
+        key = key.strip()
+        if not equals:
+            raise UserError(
+                f"--set {text}", allowed="key=value", fix="for instance --set adapter.rank=32"
+            )
+        if key not in known:
+            raise UserError(f"--set {_unknown(key, known)}", fix="use a known key")
+        values[key] = _from_text(key, raw, known[key])
+    return values
+
+
+def to_toml(config: Config, *, heading: str = "") -> str:
+    """Render a complete, re-runnable TOML file."""
+    lines = [f"# {line}" for line in heading.splitlines()]
+    for section, values in _sections(config):
+        lines += ["", f"[{section}]"] if lines else [f"[{section}]"]
+        for entry in dataclasses.fields(values):
+            name = entry.name.replace("_", "-")
+            lines.append(f"{name} = {toml_scalar(getattr(values, entry.name))}")
+    return "\n".join(lines) + "\n"
+
+
+def toml_scalar(value: Scalar) -> str:
+    """Render one scalar as TOML.
+
+    >>> toml_scalar(0.001), toml_scalar(True), toml_scalar("a b")
+    ('0.001', 'true', '"a b"')
+    """
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
+
+
+def config_hash(config: Config) -> str:
+    """Return a short hash of everything that decides the result (not ``run.*``)."""
+    values = {k: v for k, v in flatten(config).items() if not k.startswith("run.")}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """List ``key: old -> new`` for every key that differs, ``run.*`` left out."""
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{key}: {before[key]!r} -> {after[key]!r}"
+        for key in before
+        if before[key] != after[key] and not key.startswith("run.")
+    ]
+
+
+def _sections(config: Config) -> list[tuple[str, Any]]:
+    return [(entry.name, getattr(config, entry.name)) for entry in dataclasses.fields(config)]
+
+
+def _dotted(section: str, entry: dataclasses.Field[Any]) -> str:
+    return f"{section}.{entry.name.replace('_', '-')}"
+
+
+def _flatten_table(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flatten_table(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _unknown(key: str, known: Mapping[str, object]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not near:
+        tails = {name.split(".", 1)[1]: name for name in known}
+        near = [tails[tail] for tail in difflib.get_close_matches(key.split(".")[-1], tails, n=1)]
+    return f"unknown key {key}" + (f" (did you mean {near[0]}?)" if near else "")
+
+
+def _from_text(key: str, raw: str, entry: dataclasses.Field[Any]) -> Scalar:
+    kind: type = type(entry.default)
+    text = raw.strip()
+    if kind is str:
+        if len(text) >= 2 and text[0] == text[-1] and text[0] in "\"'":
+            return text[1:-1]
+        return text
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return int(text.replace("_", "")) if kind is int else float(text)
+    except (KeyError, ValueError):
+        raise UserError(
+            f"--set {key}={raw}",
+            allowed=_allowed(entry),
+            fix=f"{key} is the {entry.metadata['meaning']}",
+        ) from None
+
+
+def _allowed(entry: dataclasses.Field[Any]) -> str:
+    limits = entry.metadata
+    if limits["choices"]:
+        return " | ".join(limits["choices"])
+    kind = {bool: "true | false", int: "an integer", float: "a number", str: "text"}[
+        type(entry.default)
+    ]
+    bounds = [
+        f"{sign} {limits[name]:g}"
+        for name, sign in (("low", ">="), ("above", ">"), ("high", "<="))
+        if limits[name] is not None
+    ]
+    return f"{kind} {' and '.join(bounds)}".strip()
+
+
+def _checked(key: str, value: object, entry: dataclasses.Field[Any]) -> Scalar:
+    """Return ``value`` in the key's type, or raise ValueError with the whole complaint."""
+    kind: type = type(entry.default)
+    complaint = f"{key}={value!r} (allowed: {_allowed(entry)})"
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(complaint)
+    limits = entry.metadata
+    if limits["choices"] and value not in limits["choices"]:
+        raise ValueError(complaint)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        low, above, high = limits["low"], limits["above"], limits["high"]
+        if (
+            (low is not None and value < low)
+            or (above is not None and value <= above)
+            or (high is not None and value > high)
+        ):
+            raise ValueError(complaint)
+    assert isinstance(value, bool | int | float | str)
+    return value

@@ -1,0 +1,1 @@
+"""What a researcher starts: the command line and everything behind its verbs."""
