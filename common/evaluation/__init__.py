@@ -1,0 +1,1 @@
+"""What an adapter is worth: answers, metrics, baselines, judge and review."""
