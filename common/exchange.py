@@ -1,0 +1,241 @@
+"""The wire contract: B and nothing else, checked on both sides.
+
+A message to a hospital holds one ArrayRecord with the B matrices and one ConfigRecord of
+allow-listed scalars. The reply holds one ArrayRecord with the same keys and one MetricRecord of
+allow-listed scalars. A never travels: both sides draw it from its seed and compare fingerprints
+in a ``query`` message before round 1.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from common.errors import FedrxError, RunFailed
+
+Tensors = dict[str, np.ndarray[Any, Any]]
+Shapes = Mapping[str, tuple[int, ...]]
+
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+WIRE_DTYPE = np.dtype("<f4")
+
+TO_HOSPITAL = frozenset({"round"})
+TRAIN_REPLY = frozenset({"round", "weight", "train-loss", "steps", "seconds"})
+EVALUATE_REPLY = frozenset({"round", "weight", "loss"})
+HELLO_REPLY = frozenset(
+    {
+        *("hospital", "a-sha256", "backbone-sha256", "source-sha256"),
+        *("patients", "samples", "train-samples", "validation-samples"),
+        *("device", "dtype", "dtype-reason", "attention", "attention-reason"),
+    }
+)
+
+
+class ContractError(FedrxError):
+    """A message that breaks the wire contract; the text says how, never any value of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fingerprints:
+    """What must be equal on all sides before anything is trained (sha256, hexadecimal)."""
+
+    a: str
+    backbone: str
+    source: str
+
+    def check(self, hospital: str, theirs: "Fingerprints") -> None:
+        """Compare with a hospital's.
+
+        Raises:
+            RunFailed: naming the hospital, what differs, and both values.
+        """
+        for name, ours in asdict(self).items():
+            value = asdict(theirs)[name]
+            if value != ours:
+                raise RunFailed(
+                    f"{hospital}: {name} fingerprint differs: server {ours}, {hospital} {value}; "
+                    "fix: give both sides the same FedRx version, backbone and adapter settings"
+                )
+
+
+def to_record(tensors: Tensors) -> ArrayRecord:
+    """Pack fp32 tensors, keys sorted."""
+    return ArrayRecord(
+        {
+            key: Array(np.ascontiguousarray(tensors[key], dtype=WIRE_DTYPE))
+            for key in sorted(tensors)
+        }
+    )
+
+
+def check_arrays(record: ArrayRecord, shapes: Shapes) -> Tensors:
+    """Unpack an ArrayRecord that must hold exactly the keys of ``shapes``.
+
+    Args:
+        record: What arrived.
+        shapes: Wire key -> shape, of every matrix that may travel and no other.
+
+    Raises:
+        ContractError: for an unknown or missing key, a key that is not a B, a wrong shape or
+            dtype, NaN or infinity.
+    """
+    for key in record:
+        if key not in shapes:
+            kind = "is not a B matrix" if not key.endswith("lora_B") else "is unknown"
+            raise ContractError(f"key {key!r} {kind}")
+    missing = sorted(set(shapes) - set(record))
+    if missing:
+        raise ContractError(f"key {missing[0]!r} is missing ({len(missing)} in all)")
+    tensors: Tensors = {}
+    for key, shape in shapes.items():
+        array = record[key]
+        if array.dtype != WIRE_DTYPE.name:
+            raise ContractError(f"{key}: dtype {array.dtype}, expected {WIRE_DTYPE.name}")
+        if tuple(array.shape) != tuple(shape):
+            raise ContractError(f"{key}: shape {tuple(array.shape)}, expected {tuple(shape)}")
+        value = array.numpy()
+        if value.dtype != WIRE_DTYPE or value.shape != tuple(shape):
+            raise ContractError(f"{key}: its data is not {WIRE_DTYPE.name} of shape {tuple(shape)}")
+        if not np.isfinite(value).all():
+            raise ContractError(f"{key}: holds NaN or infinity")
+        tensors[key] = value
+    return tensors
+
+
+def only_record(content: RecordDict, kind: str) -> Any:
+    """Return the single record of one kind (``array``, ``metric`` or ``config``).
+
+    Raises:
+        ContractError: if there is none or more than one.
+    """
+    records = list(getattr(content, f"{kind}_records").values())
+    if len(records) != 1:
+        raise ContractError(f"{len(records)} {kind} records, expected 1")
+    return records[0]
+
+
+def check_scalars(record: Mapping[str, Any], allowed: frozenset[str]) -> dict[str, Any]:
+    """Return a record's values if its keys are exactly ``allowed`` and its numbers are finite.
+
+    Raises:
+        ContractError: naming the key.
+    """
+    unknown, missing = sorted(set(record) - allowed), sorted(allowed - set(record))
+    if unknown or missing:
+        problem = (
+            f"scalar {unknown[0]!r} is not allowed" if unknown else f"no scalar {missing[0]!r}"
+        )
+        raise ContractError(problem)
+    for key, value in record.items():
+        if isinstance(value, list | bytes):
+            raise ContractError(f"scalar {key!r} is not a scalar")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ContractError(f"scalar {key!r} is not finite")
+    return dict(record)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """One hospital's checked reply to a train message."""
+
+    hospital: str
+    b: Tensors
+    weight: float
+    metrics: dict[str, float]
+
+
+def train_message(b: Tensors, *, server_round: int) -> RecordDict:
+    """Build the content of a train or evaluate message."""
+    return RecordDict({ARRAYS: to_record(b), CONFIG: ConfigRecord({"round": server_round})})
+
+
+def read_message(content: RecordDict, shapes: Shapes) -> tuple[Tensors, int]:
+    """Check what the server sent, on the hospital's side.
+
+    Returns:
+        The B matrices (fp32) and the round.
+
+    Raises:
+        ContractError: if anything but B and the allow-listed scalars is inside.
+    """
+    _check_kinds(content, arrays=True, metrics=False, configs=True)
+    scalars = check_scalars(only_record(content, "config"), TO_HOSPITAL)
+    return check_arrays(only_record(content, "array"), shapes), int(scalars["round"])
+
+
+def train_reply(b: Tensors, metrics: Mapping[str, float]) -> RecordDict:
+    """Build the content of a reply to a train message."""
+    return RecordDict(
+        {ARRAYS: to_record(b), METRICS: MetricRecord(check_scalars(metrics, TRAIN_REPLY))}
+    )
+
+
+def evaluate_reply(metrics: Mapping[str, float]) -> RecordDict:
+    """Build the content of a reply to an evaluate message: scalars only."""
+    return RecordDict({METRICS: MetricRecord(check_scalars(metrics, EVALUATE_REPLY))})
+
+
+def read_train_reply(
+    content: RecordDict, shapes: Shapes, *, hospital: str, server_round: int
+) -> Update:
+    """Check a hospital's reply, on the server's side.
+
+    Raises:
+        ContractError: for anything but this round's B, allow-listed finite scalars and a weight
+            that is a finite positive number.
+    """
+    _check_kinds(content, arrays=True, metrics=True, configs=False)
+    metrics = check_scalars(only_record(content, "metric"), TRAIN_REPLY)
+    _check_round(metrics, server_round)
+    weight = _check_weight(metrics)
+    b = check_arrays(only_record(content, "array"), shapes)
+    return Update(hospital=hospital, b=b, weight=weight, metrics=metrics)
+
+
+def read_evaluate_reply(content: RecordDict, *, server_round: int) -> dict[str, float]:
+    """Check a hospital's reply to an evaluate message.
+
+    Raises:
+        ContractError: as for ``read_train_reply``; arrays are not allowed at all.
+    """
+    _check_kinds(content, arrays=False, metrics=True, configs=False)
+    metrics = check_scalars(only_record(content, "metric"), EVALUATE_REPLY)
+    _check_round(metrics, server_round)
+    _check_weight(metrics)
+    return metrics
+
+
+def describe(message: Message) -> dict[str, Any]:
+    """Return what wire.jsonl records of a message: tensor names, scalar names and bytes."""
+    content = message.content
+    arrays = [record for record in content.array_records.values()]
+    scalars = [*content.metric_records.values(), *content.config_records.values()]
+    return {
+        "kind": message.metadata.message_type,
+        "tensors": sorted(key for record in arrays for key in record),
+        "scalars": sorted(key for record in scalars for key in record),
+        "bytes": sum(len(array.data) for record in arrays for array in record.values()),
+    }
+
+
+def _check_kinds(content: RecordDict, *, arrays: bool, metrics: bool, configs: bool) -> None:
+    expected = {"array": arrays, "metric": metrics, "config": configs}
+    for kind, wanted in expected.items():
+        count = len(getattr(content, f"{kind}_records"))
+        if count != int(wanted):
+            raise ContractError(f"{count} {kind} records, expected {int(wanted)}")
+
+
+def _check_round(metrics: Mapping[str, Any], server_round: int) -> None:
+    if int(metrics["round"]) != server_round:
+        raise ContractError(f"answers round {metrics['round']}, expected {server_round}")
+
+
+def _check_weight(metrics: Mapping[str, Any]) -> float:
+    weight = metrics["weight"]
+    if isinstance(weight, bool) or not weight > 0:
+        raise ContractError("weight is not a finite positive number")
+    return float(weight)

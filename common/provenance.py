@@ -1,0 +1,121 @@
+"""What ran: source digest, package versions and hardware."""
+
+import functools
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PACKAGES = ("client", "common", "server", "sim")
+VERSIONED = (
+    *("fedrx", "flwr", "torch", "transformers", "ray", "numpy", "pandas", "polars"),
+    *("opacus", "openai", "flash-attn"),
+)
+
+
+def source_root() -> Path:
+    """Return the folder that holds the four packages of the running code."""
+    return Path(__file__).resolve().parent.parent
+
+
+@functools.cache
+def source_digest(root: Path | None = None) -> str:
+    """Return sha256 over names and contents of every .py file of the four packages.
+
+    Hospitals and server compare it before round 1, so that nobody trains with other code than
+    the run was started with.
+    """
+    root = root or source_root()
+    digest = hashlib.sha256()
+    for package in PACKAGES:
+        for file in sorted((root / package).rglob("*.py")):
+            content = file.read_bytes()
+            digest.update(f"{file.relative_to(root).as_posix()}\0{len(content)}\0".encode())
+            digest.update(content)
+    return digest.hexdigest()
+
+
+def tensors_sha256(tensors: dict[str, np.ndarray[Any, Any]]) -> str:
+    """Return sha256 of tensors in fp32, keys sorted: key, shape, little-endian bytes.
+
+    >>> a = {"k": np.zeros((1, 2), np.float32)}
+    >>> tensors_sha256(a) == tensors_sha256({"k": np.zeros((2, 1), np.float32)})
+    False
+    """
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        value = np.ascontiguousarray(tensors[key], dtype="<f4")
+        digest.update(f"{key}\0{'x'.join(map(str, value.shape))}\0".encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()
+
+
+def environment(command_line: list[str]) -> dict[str, Any]:
+    """Return versions, processor, accelerator and source digest; no user or host names."""
+    import torch
+
+    versions = {}
+    for name in VERSIONED:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    accelerators = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cpus": available_cpus(),
+        "accelerators": accelerators,
+        "versions": versions,
+        "git_commit": _git_commit(),
+        "source_digest": source_digest(),
+        "command_line": [Path(command_line[0]).name, *command_line[1:]] if command_line else [],
+    }
+
+
+def available_cpus() -> int:
+    """Return how many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_rss_bytes() -> int:
+    """Return the peak resident memory of this process, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()
+
+
+def _git_commit() -> str | None:
+    try:
+        root = source_root()
+        if not (root / ".git").exists():
+            return None
+        output = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return output.stdout.strip()

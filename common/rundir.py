@@ -1,0 +1,213 @@
+"""The run directory: the contract that every later step reads.
+
+- ``config.toml``: resolved and complete, re-runnable as it is
+- ``environment.json``: versions, device, attention kernel and why, source digest, command line
+- ``data.json``: file hashes, counts, every dropped row's reason, sizes (no patient rows)
+- ``status.json``: state, last round
+- ``metrics.jsonl``: one JSON object per event
+- ``wire.jsonl``: one JSON object per message: direction, hospital, tensors, bytes
+- ``checkpoints/NAME/``: b.safetensors and what resuming needs; names sort in time
+- ``hospitals/NAME/``: what stays in a hospital: optimizer state, step metrics
+- ``summary.json``: the run's figures for scripts
+"""
+
+import datetime
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from common.config import Config
+from common.configio import config_hash, read_config, to_toml
+from common.errors import UserError
+from common.files import append_json_line, atomic_path, read_json_lines, write_json, write_text
+
+State = Literal["started", "running", "finished", "failed", "interrupted"]
+Tensors = dict[str, np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """One saved moment of a run."""
+
+    name: str
+    b: Tensors
+    """B matrices (fp32) by wire key."""
+    extra: Tensors
+    """Whatever else resuming needs, such as optimizer or strategy tensors."""
+    facts: dict[str, Any]
+    """Scalars: round or step, seconds so far."""
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths and atomic writes of one run."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, config: Config, *, directory: Path | None = None) -> "RunDirectory":
+        """Make a new run directory and write its resolved configuration.
+
+        Args:
+            config: The complete configuration.
+            directory: Where; default ``runs/<UTC time>-<name>-<hash>`` below the working directory.
+
+        Raises:
+            UserError: if the directory holds files already, or cannot be made.
+        """
+        if directory is None and config.run.directory:
+            directory = Path(config.run.directory)
+        if directory is None:
+            now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
+            stem = Path("runs") / f"{now}-{config.run.name}-{config_hash(config)}"
+            directory, count = stem, 1
+            while directory.exists():
+                count += 1
+                directory = stem.with_name(f"{stem.name}-{count}")
+        directory = directory.expanduser().absolute()
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            occupied = any(directory.iterdir())
+        except OSError as error:
+            raise UserError(
+                f"run directory {directory}: {error.strerror}", fix="name a writable --run-dir"
+            ) from None
+        if occupied:
+            raise UserError(
+                f"run directory {directory} is not empty",
+                allowed="a new or an empty folder",
+                fix="name another --run-dir, or go on with `fedrx resume`",
+            )
+        run = cls(directory)
+        write_text(run.path / "config.toml", to_toml(config, heading="Resolved by fedrx."))
+        run.write_status("started")
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDirectory":
+        """Open an existing run directory.
+
+        Raises:
+            UserError: if ``path`` is not a run directory.
+        """
+        path = path.expanduser().absolute()
+        if not (path / "config.toml").is_file():
+            raise UserError(
+                f"{path} is not a run directory: it has no config.toml",
+                fix="name a folder that a fedrx run has written",
+            )
+        return cls(path)
+
+    def config(self) -> Config:
+        """Read the resolved configuration back."""
+        return read_config(self.path / "config.toml")
+
+    def write_status(self, state: State, **facts: Any) -> None:
+        """Replace status.json; ``updated`` is UTC."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        write_json(self.path / "status.json", {"state": state, "updated": now, **facts})
+
+    def status(self) -> dict[str, Any]:
+        """Read status.json."""
+        value: dict[str, Any] = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+        return value
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write one JSON document atomically."""
+        write_json(self.path / name, value)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read one JSON document; an absent file is an empty object."""
+        file = self.path / name
+        if not file.exists():
+            return {}
+        value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return value
+
+    def metric(self, name: str, value: float | str | None, **labels: Any) -> None:
+        """Append one event to metrics.jsonl (labels: round, hospital, split, step, seconds)."""
+        record = {"name": name, "value": value, **labels, "time": round(time.time(), 3)}
+        append_json_line(self.path / "metrics.jsonl", record)
+
+    def metrics(self, name: str | None = None) -> list[dict[str, Any]]:
+        """Read metrics.jsonl, optionally only the events called ``name``."""
+        records = read_json_lines(self.path / "metrics.jsonl")
+        return [r for r in records if name is None or r["name"] == name]
+
+    def append(self, file: str, record: dict[str, Any]) -> None:
+        """Append one JSON object to a JSON-lines file of the run."""
+        append_json_line(self.path / file, record)
+
+    def lines(self, file: str) -> list[dict[str, Any]]:
+        """Read a JSON-lines file of the run."""
+        return read_json_lines(self.path / file)
+
+    def hospital(self, name: str) -> Path:
+        """Return (and make) the folder of what stays in a hospital."""
+        folder = self.path / "hospitals" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def save_checkpoint(
+        self, name: str, b: Tensors, *, facts: Mapping[str, Any], extra: Tensors | None = None
+    ) -> Path:
+        """Write ``checkpoints/name``; it appears complete or not at all."""
+        folder = self.path / "checkpoints" / name
+        temporary = folder.with_name(f".{name}.part")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write_tensors(temporary / "b.safetensors", b)
+        if extra:
+            write_tensors(temporary / "extra.safetensors", extra)
+        write_json(temporary / "facts.json", dict(facts))
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+        return folder
+
+    def checkpoint_names(self) -> list[str]:
+        """Return the names of the complete checkpoints, oldest first."""
+        folder = self.path / "checkpoints"
+        if not folder.is_dir():
+            return []
+        return sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+
+    def load_checkpoint(self, name: str | None = None) -> Checkpoint:
+        """Load one checkpoint; default the last.
+
+        Raises:
+            UserError: if there is none of that name.
+        """
+        names = self.checkpoint_names()
+        if not names or (name is not None and name not in names):
+            raise UserError(
+                f"{self.path} has no checkpoint {name or ''}".rstrip(),
+                allowed=", ".join(names) or "none was written",
+                fix="name one of these, or run the training first",
+            )
+        folder = self.path / "checkpoints" / (name or names[-1])
+        extra = folder / "extra.safetensors"
+        return Checkpoint(
+            name=folder.name,
+            b=load_file(folder / "b.safetensors"),
+            extra=load_file(extra) if extra.exists() else {},
+            facts=json.loads((folder / "facts.json").read_text(encoding="utf-8")),
+        )
+
+
+def write_tensors(target: Path, tensors: Tensors) -> None:
+    """Write a safetensors file atomically."""
+    with atomic_path(target) as temporary:
+        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary)
+
+
+def read_tensors(source: Path) -> Tensors:
+    """Read a safetensors file."""
+    tensors: Tensors = load_file(source)
+    return tensors
