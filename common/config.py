@@ -199,6 +199,9 @@ class RunConfig:
 
     directory: str = option("", "run directory; empty: runs/<time>-<name>-<hash> below the cwd")
     name: str = option("run", "name that appears in the run directory and report")
+    port: int = option(
+        0, "loopback port of the simulation's SuperLink; 0: a free one", low=0, high=65535
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
