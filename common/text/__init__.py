@@ -1,0 +1,1 @@
+"""Text of an admission, and packed token batches."""

@@ -1,0 +1,165 @@
+"""A backbone with its adapter, open for training and generation on one device.
+
+Every automatic choice (device, dtype, attention kernel, recomputation) is kept with its reason.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from common.model.attention import Packing, choose_attention, register
+from common.model.backbone import BackboneSpec, load_model, load_tokenizer
+from common.model.choice import Choice
+from common.model.falora import Adapter, AdapterSpec, attach
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+    from common.text.batches import PackedBatch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(kw_only=True)
+class Session:
+    """One resident backbone with its adapter.
+
+    Attributes:
+        spec: Which backbone.
+        model: transformers' Llama with the adapter in place; only the adapter is trainable.
+        tokenizer: The backbone's tokenizer.
+        adapter: The trainable state.
+        device: Where it runs.
+        dtype: Arithmetic of backbone and activations: ``fp32`` or ``bf16`` (B stays fp32).
+        attention: Kernel of the packed batches.
+        recompute: Which activations the backward pass computes again.
+    """
+
+    spec: BackboneSpec
+    model: "LlamaForCausalLM"
+    tokenizer: "PreTrainedTokenizerBase"
+    adapter: Adapter
+    device: Choice[str]
+    dtype: Choice[str]
+    attention: Choice[str]
+    recompute: Choice[str]
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device as torch names it."""
+        return torch.device(self.device.value)
+
+    def hidden_states(self, batch: "PackedBatch") -> Tensor:
+        """Run the backbone on a packed batch that lies on the device.
+
+        Returns:
+            [T, D] final hidden states, before the language-model head.
+        """
+        packing = Packing.of(batch, self.attention.value, self.torch_device)
+        out = self.model.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            # transformers hands a 4-D mask on as it is; packed kernels read `packing` instead,
+            # so no [T, T] mask is ever built.
+            attention_mask=packing.bounds_device.view(1, 1, 1, -1),
+            use_cache=False,
+            packing=packing,
+        )
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden
+
+
+def choose_device(requested: str) -> Choice[str]:
+    """Choose the device.
+
+    Args:
+        requested: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        UserError: If a CUDA device is asked for that is not there.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if requested == "auto":
+        if count:
+            return Choice("cuda", f"{torch.cuda.get_device_name(0)} is there")
+        return Choice("cpu", "no CUDA device")
+    kind, _, number = requested.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise UserError(f"train.device={requested!r}", allowed="auto, cpu, cuda, cuda:N")
+    if kind == "cuda" and int(number or 0) >= count:
+        raise UserError(
+            f"train.device={requested}: {count} CUDA device(s) here",
+            fix="set train.device to auto or cpu",
+        )
+    return Choice(requested, "asked for")
+
+
+def choose_dtype(requested: str, device: torch.device) -> Choice[str]:
+    """Choose the backbone's arithmetic: bf16 where the processor computes in it, else fp32.
+
+    Raises:
+        UserError: If it is neither ``auto``, ``fp32`` nor ``bf16``.
+    """
+    if requested in DTYPES:
+        return Choice(requested, "asked for")
+    if requested != "auto":
+        raise UserError(f"train.dtype={requested!r}", allowed="auto, fp32, bf16")
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Choice("bf16", "the GPU computes in bf16")
+        return Choice("fp32", "the GPU has no bf16 arithmetic")
+    if torch.cpu._is_amx_tile_supported():
+        return Choice("bf16", "the processor has AMX")
+    if torch.cpu._is_avx512_bf16_supported():
+        return Choice("bf16", "the processor has AVX512-BF16")
+    return Choice("fp32", "the processor has neither AMX nor AVX512-BF16")
+
+
+def open_session(
+    spec: BackboneSpec,
+    adapter: AdapterSpec,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    attention: str = "auto",
+    threads: int | None = None,
+    recompute: str = "auto",
+) -> Session:
+    """Load a backbone and attach an adapter to it.
+
+    Args:
+        spec: From ``resolve_backbone``.
+        adapter: What to attach.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: ``auto``, ``fp32`` or ``bf16``.
+        attention: ``auto``, ``flash-attn``, ``torch-flash``, ``sdpa`` or ``eager``.
+        threads: CPU threads of this process; None leaves them alone.
+        recompute: ``auto``, ``none``, ``mlp``, ``half`` or ``all``.
+
+    Raises:
+        UserError: If something asked for cannot be had here.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    device_choice = choose_device(device)
+    on = torch.device(device_choice.value)
+    dtype_choice = choose_dtype(dtype, on)
+    arithmetic = DTYPES[dtype_choice.value]
+    attention_choice = choose_attention(attention, on, arithmetic)
+    tokenizer = load_tokenizer(spec)
+    model = load_model(spec, device=on, dtype=arithmetic)
+    model.set_attn_implementation(register())
+    attached = attach(model, adapter)
+    return Session(
+        spec=spec,
+        model=model,
+        tokenizer=tokenizer,
+        adapter=attached,
+        device=device_choice,
+        dtype=dtype_choice,
+        attention=attention_choice,
+        recompute=Choice("none", "no recomputation"),
+    )

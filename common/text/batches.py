@@ -1,0 +1,213 @@
+"""Tokens of an admission, and packed, padding-free batches.
+
+Prompt and answer are tokenised apart, so training sees exactly the prompt that generation starts
+from. Labels are positions, never a mask over pad ids (pad equals end-of-answer in many
+tokenizers): the answer's tokens and its end token carry the loss, the prompt never does.
+
+Shapes: T packed tokens, S segments (samples), N labelled tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from common.text.prompts import messages, render_answer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from common.data.samples import Admission
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoded:
+    """One admission as tokens."""
+
+    input_ids: tuple[int, ...]
+    """Prompt, answer, end token."""
+    answer_start: int
+    """Index of the answer's first token."""
+    unit: int
+    """Local key of the patient, the unit of privacy; it never leaves this process."""
+    dropped_diagnoses: int = 0
+    """Whole diagnoses left out at the prompt's end to keep the length."""
+    dropped_drugs: int = 0
+    """Whole drugs left out at the answer's end to keep the length."""
+
+    @property
+    def label_tokens(self) -> int:
+        """Number of tokens that carry loss."""
+        return len(self.input_ids) - self.answer_start
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """Samples laid end to end, without padding.
+
+    Attributes:
+        input_ids: [1, T] int64.
+        position_ids: [1, T] int64, restarting at 0 in every segment.
+        cu_seqlens: S + 1 token offsets on the host, from 0 to T.
+        label_positions_N: Packed index of the token *before* each labelled one: the hidden state
+            there predicts the label.
+        labels_N: Token ids to predict.
+        label_segments_N: Segment of each label.
+        units: Unit of privacy of each segment.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: tuple[int, ...]
+    label_positions_N: Tensor
+    labels_N: Tensor
+    label_segments_N: Tensor
+    units: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Number of packed tokens T."""
+        return self.cu_seqlens[-1]
+
+    @property
+    def segments(self) -> int:
+        """Number of samples S."""
+        return len(self.cu_seqlens) - 1
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """Return the batch with its tensors on ``device``."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            label_positions_N=self.label_positions_N.to(device),
+            labels_N=self.labels_N.to(device),
+            label_segments_N=self.label_segments_N.to(device),
+        )
+
+
+def encode_prompt(
+    admission: "Admission", tokenizer: "PreTrainedTokenizerBase", *, max_length_tokens: int
+) -> tuple[list[int], int]:
+    """Tokenise one admission's prompt up to the point where the answer starts.
+
+    The prompt has half of the length at most, whatever the answer is: what is left out must not
+    depend on what is to be predicted. Whole diagnoses are dropped from the end.
+
+    Args:
+        admission: The sample; its drugs are not read.
+        tokenizer: One with a chat template.
+        max_length_tokens: Longest prompt and answer together.
+
+    Returns:
+        Token ids, and the number of diagnoses left out.
+
+    Raises:
+        UserError: If even a prompt without diagnoses is too long.
+    """
+
+    def tokens(kept: int) -> list[int]:
+        shown = replace(admission, diagnoses=admission.diagnoses[:kept])
+        encoded: Any = tokenizer.apply_chat_template(
+            messages(shown), add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        return list(encoded["input_ids"])
+
+    return _fit(tokens, len(admission.diagnoses), max_length_tokens // 2)
+
+
+def encode(
+    admission: "Admission", tokenizer: "PreTrainedTokenizerBase", *, max_length_tokens: int
+) -> Encoded:
+    """Tokenise one training sample: prompt, answer, end token.
+
+    Args:
+        admission: The sample.
+        tokenizer: One with a chat template and an end token.
+        max_length_tokens: Longest sample; whole drugs are dropped from the answer's end, and
+            counted, when the prompt and the answer do not fit.
+
+    Raises:
+        UserError: If not even the empty answer fits.
+    """
+    prompt, dropped_diagnoses = encode_prompt(
+        admission, tokenizer, max_length_tokens=max_length_tokens
+    )
+    end = tokenizer.eos_token_id
+
+    def tokens(kept: int) -> list[int]:
+        text = render_answer(admission.drugs[:kept])
+        return [*tokenizer(text, add_special_tokens=False)["input_ids"], end]
+
+    answer, dropped_drugs = _fit(tokens, len(admission.drugs), max_length_tokens - len(prompt))
+    return Encoded(
+        input_ids=(*prompt, *answer),
+        answer_start=len(prompt),
+        unit=admission.patient,
+        dropped_diagnoses=dropped_diagnoses,
+        dropped_drugs=dropped_drugs,
+    )
+
+
+def pack(samples: Sequence[Encoded]) -> PackedBatch:
+    """Lay samples end to end as one batch without padding.
+
+    >>> batch = pack([Encoded(input_ids=(5, 6, 7), answer_start=2, unit=1),
+    ...               Encoded(input_ids=(8, 9), answer_start=1, unit=2)])
+    >>> batch.cu_seqlens, batch.position_ids.tolist()
+    ((0, 3, 5), [[0, 1, 2, 0, 1]])
+    >>> batch.label_positions_N.tolist(), batch.labels_N.tolist()
+    ([1, 3], [7, 9])
+
+    Raises:
+        ValueError: If there is no sample, or one has no prompt.
+    """
+    if not samples or any(sample.answer_start < 1 for sample in samples):
+        raise ValueError("packing needs at least one sample, each with a prompt")
+    bounds = [0]
+    ids: list[int] = []
+    positions: list[int] = []
+    label_positions: list[int] = []
+    label_segments: list[int] = []
+    labels: list[int] = []
+    for segment, sample in enumerate(samples):
+        length, start = len(sample.input_ids), bounds[-1]
+        ids.extend(sample.input_ids)
+        positions.extend(range(length))
+        label_positions.extend(range(start + sample.answer_start - 1, start + length - 1))
+        labels.extend(sample.input_ids[sample.answer_start :])
+        label_segments.extend([segment] * sample.label_tokens)
+        bounds.append(start + length)
+    return PackedBatch(
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.tensor([positions]),
+        cu_seqlens=tuple(bounds),
+        label_positions_N=torch.tensor(label_positions, dtype=torch.int64),
+        labels_N=torch.tensor(labels, dtype=torch.int64),
+        label_segments_N=torch.tensor(label_segments, dtype=torch.int64),
+        units=tuple(sample.unit for sample in samples),
+    )
+
+
+def _fit(tokens: Callable[[int], list[int]], items: int, limit: int) -> tuple[list[int], int]:
+    """Return the tokens with the most leading items that fit, and the number left out."""
+    ids = tokens(items)
+    if len(ids) <= limit:
+        return ids, 0
+    fitting, low, high = None, 0, items - 1
+    while low <= high:
+        middle = (low + high) // 2
+        ids = tokens(middle)
+        if len(ids) <= limit:
+            fitting, low = ids, middle + 1
+        else:
+            high = middle - 1
+    if fitting is None:
+        raise UserError(
+            f"train.max-length: {limit} tokens do not hold a prompt's or answer's frame",
+            fix="raise train.max-length",
+        )
+    return fitting, items - low

@@ -1,0 +1,103 @@
+"""Where a step's gradient comes from: the one seam that privacy replaces.
+
+The training loop asks a ``GradientSource`` to fill the adapter's flat gradient for a global step;
+which samples, which loss and which noise is the source's business. ``BatchGradient`` is the plain
+one. ``add_unit_gradients`` is what a private source builds on.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from common.config import TrainConfig
+from common.model.session import Session
+from common.text.batches import Encoded, PackedBatch, pack
+from common.training.loss import weighted_cross_entropy
+from common.training.schedule import batch_order
+
+
+class StepLoss(NamedTuple):
+    """What one gradient tells the loop."""
+
+    loss_sum: float | None
+    """Sum of token losses; None where it may not be told (privacy)."""
+    label_tokens: int
+    packed_tokens: int
+
+
+class GradientSource(Protocol):
+    """Fills ``session.adapter.flat_grad`` for one global step."""
+
+    def __call__(self, session: Session, step: int) -> StepLoss:
+        """Overwrite the flat gradient and report the loss."""
+        ...
+
+
+class BatchGradient:
+    """The gradient of the mean loss per label token over a step's batch.
+
+    A step has ``accumulation`` micro-batches of ``batch_size`` samples; all its label tokens
+    weigh the same, however they are divided.
+    """
+
+    def __init__(self, dataset: Sequence[Encoded], config: TrainConfig, stream: str) -> None:
+        self._dataset, self._config, self._stream = dataset, config, stream
+
+    def __call__(self, session: Session, step: int) -> StepLoss:
+        """Compute the gradient of global step ``step``."""
+        config = self._config
+        count = config.batch_size * config.accumulation
+        places = batch_order(config.seed, self._stream, len(self._dataset), step * count, count)
+        samples = [self._dataset[place] for place in places]
+        label_tokens = sum(sample.label_tokens for sample in samples)
+        session.adapter.flat_grad.zero_()
+        loss_sum, packed_tokens = 0.0, 0
+        for start in range(0, count, config.batch_size):
+            batch = pack(samples[start : start + config.batch_size]).to(session.torch_device)
+            losses_N = _backward(
+                session,
+                batch,
+                torch.full_like(batch.labels_N, 1.0 / label_tokens, dtype=torch.float32),
+            )
+            loss_sum += float(losses_N.sum(dtype=torch.float64))
+            packed_tokens += batch.tokens
+        return StepLoss(loss_sum, label_tokens, packed_tokens)
+
+
+def add_unit_gradients(
+    session: Session, batch: PackedBatch, rows: Sequence[int], out_UP: Tensor
+) -> Tensor:
+    """Add the gradient of every segment's own mean loss to its unit's row, in one backward pass.
+
+    The loss of a segment is its token mean, so it does not depend on its neighbours.
+
+    Args:
+        session: The open session; ``flat_grad`` is left alone.
+        batch: A packed batch, on any device.
+        rows: Row of each segment in ``out_UP``; segments of one patient share a row.
+        out_UP: [U, P] fp32 on the session's device, in the order of ``adapter.flat``.
+
+    Returns:
+        [S] fp32 token-mean loss of each segment. A private run must not release it.
+    """
+    batch = batch.to(session.torch_device)
+    tokens_S = torch.bincount(batch.label_segments_N, minlength=batch.segments).float()
+    weights_N = (1.0 / tokens_S)[batch.label_segments_N]
+    with session.adapter.unit_gradients(batch.cu_seqlens, rows, out_UP):
+        losses_N = _backward(session, batch, weights_N)
+    return torch.zeros_like(tokens_S).index_add_(0, batch.label_segments_N, losses_N * weights_N)
+
+
+def _backward(session: Session, batch: PackedBatch, weights_N: Tensor) -> Tensor:
+    """Run one forward and backward pass; returns the token losses [N]."""
+    hidden_TD = session.hidden_states(batch)
+    total, losses_N = weighted_cross_entropy(
+        hidden_TD[batch.label_positions_N],
+        session.model.lm_head.weight,
+        batch.labels_N,
+        weights_N,
+    )
+    torch.autograd.backward(total)
+    return losses_N

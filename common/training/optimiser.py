@@ -1,0 +1,85 @@
+"""Optimizers on the flat adapter buffer, and the state that carries over rounds and resumes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from common.config import TrainConfig
+from common.model.falora import Adapter
+
+_STEP = "step"
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """All that the next step depends on besides the adapter: the data order needs no more."""
+
+    step: int = 0
+    """Optimizer steps done so far, over all rounds."""
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    """torch's optimizer state of the flat buffer, by torch's names; on the CPU."""
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return everything as named tensors, for a safetensors file.
+
+        >>> TrainState(step=3).to_tensors()
+        {'step': tensor(3)}
+        """
+        named = {f"optimizer.{name}": tensor.clone() for name, tensor in self.optimizer.items()}
+        return {_STEP: torch.tensor(self.step), **named}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "TrainState":
+        """Rebuild the state that ``to_tensors`` wrote."""
+        return cls(
+            step=int(tensors[_STEP]),
+            optimizer={
+                name.removeprefix("optimizer."): tensor.clone()
+                for name, tensor in tensors.items()
+                if name != _STEP
+            },
+        )
+
+
+class FlatOptimizer:
+    """torch's SGD or AdamW on one parameter: the adapter's flat buffer."""
+
+    def __init__(self, adapter: Adapter, config: TrainConfig, state: TrainState) -> None:
+        self._parameter = torch.nn.Parameter(adapter.flat)
+        self._parameter.grad = adapter.flat_grad
+        if config.optimizer == "sgd":
+            self._optimizer: torch.optim.Optimizer = torch.optim.SGD(
+                [self._parameter],
+                lr=config.learning_rate,
+                momentum=config.momentum,
+                weight_decay=config.weight_decay,
+                foreach=False,
+            )
+        else:
+            self._optimizer = torch.optim.AdamW(
+                [self._parameter],
+                lr=config.learning_rate,
+                betas=(config.beta1, config.beta2),
+                weight_decay=config.weight_decay,
+                foreach=False,
+            )
+        for name, tensor in state.optimizer.items():
+            # torch keeps its step counter on the CPU.
+            where = tensor.device if tensor.ndim == 0 else adapter.flat.device
+            self._optimizer.state[self._parameter][name] = tensor.to(where, copy=True)
+
+    def step(self, learning_rate: float) -> None:
+        """Apply the flat gradient at this learning rate."""
+        self._optimizer.param_groups[0]["lr"] = learning_rate
+        self._optimizer.step()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return torch's state tensors by name, copied to the CPU."""
+        state = self._optimizer.state[self._parameter]
+        return {
+            name: tensor.detach().to("cpu", copy=True)
+            for name, tensor in state.items()
+            if isinstance(tensor, Tensor)
+        }
