@@ -1,0 +1,271 @@
+"""MIMIC-IV tables on disk: found by name, read by header, refused with one clear line.
+
+Everything is read as text first (codes keep their leading zeros); numbers and times are parsed
+here, by column, so that a bad file is named and no cell value ever reaches a message.
+"""
+
+import gzip
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from common.errors import UserError
+
+COLUMNS = {
+    "patients": ("subject_id", "gender", "anchor_age", "anchor_year", "anchor_year_group"),
+    "admissions": ("subject_id", "hadm_id", "admittime", "admission_type", "insurance"),
+    "diagnoses_icd": ("hadm_id", "seq_num", "icd_code", "icd_version"),
+    "d_icd_diagnoses": ("icd_code", "icd_version", "long_title"),
+    "prescriptions": ("hadm_id", "starttime", "drug_type", "drug"),
+    "omr": ("subject_id", "chartdate", "seq_num", "result_name", "result_value"),
+    "services": ("hadm_id", "transfertime", "curr_service"),
+    "transfers": ("hadm_id", "eventtype", "careunit", "intime"),
+}
+"""Tables under hosp/ and the columns in use."""
+OPTIONAL = ("services", "transfers")
+"""Only partition attributes come from these; without them the attribute is ``unknown``."""
+SUFFIXES = (".csv.gz", ".csv")
+TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
+DATE_FORMAT = "%Y-%m-%d"
+_SEARCH_DEPTH = 4
+_DAMAGED_FIX = "fetch the file again and compare it with SHA256SUMS.txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """One table's file, already known to have the columns in use."""
+
+    name: str
+    path: Path
+    label: str
+    """Path below the data folder, for messages: ``hosp/omr.csv.gz``."""
+    columns: tuple[str, ...]
+
+
+def find_tables(folder: Path) -> dict[str, Table]:
+    """Locate and check the header of every table of a MIMIC-IV folder.
+
+    Args:
+        folder: The version's folder, which holds ``hosp/``.
+
+    Returns:
+        Table by name; optional tables that are absent are left out.
+
+    Raises:
+        UserError: No such folder, a missing or misplaced table, an empty file, a foreign
+            delimiter, a missing column, a damaged gz.
+    """
+    _check_root(folder)
+    tables = {}
+    for name, columns in COLUMNS.items():
+        path = _locate(folder, name)
+        if path is not None:
+            label = path.relative_to(folder).as_posix()
+            tables[name] = Table(name=name, path=path, label=label, columns=columns)
+            _check_header(tables[name])
+    return tables
+
+
+def scan(table: Table) -> pl.LazyFrame:
+    """Return the table's columns in use as lazy text columns; an empty cell is null."""
+    return pl.scan_csv(table.path, infer_schema=False, glob=False).select(table.columns)
+
+
+def read(table: Table) -> pl.DataFrame:
+    """Read the table's columns in use as text.
+
+    Raises:
+        UserError: A damaged file, or one without rows.
+    """
+    with reading(table):
+        frame = scan(table).collect(engine="streaming")
+    require_rows(table, frame.height)
+    return frame
+
+
+def require_rows(table: Table, rows: int) -> None:
+    """Refuse a table that has a header and nothing below it."""
+    if rows == 0:
+        raise UserError(f"{table.label} has no rows", fix=_DAMAGED_FIX)
+
+
+@contextmanager
+def reading(table: Table) -> Iterator[None]:
+    """Turn what a reader raises on a bad file into one line without cell values."""
+    try:
+        yield
+    except pl.exceptions.PolarsError as error:
+        kind = "is not UTF-8 text" if "utf" in str(error).lower() else "is not a well-formed csv"
+        raise UserError(f"{table.label} {kind}", fix=_DAMAGED_FIX) from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{table.label} {_io_problem(error)}", fix=_DAMAGED_FIX) from None
+
+
+def whole_numbers(frame: pl.DataFrame, table: Table, columns: Sequence[str]) -> pl.DataFrame:
+    """Parse text columns to int64.
+
+    Raises:
+        UserError: A cell is empty or not a whole number (the column is named, never the cell).
+    """
+    parsed = frame.with_columns(
+        pl.col(name).str.strip_chars().cast(pl.Int64, strict=False) for name in columns
+    )
+    for name in columns:
+        bad = parsed[name].null_count()
+        if bad:
+            raise UserError(
+                f"{table.label}: {bad} cells of column {name} are no whole number",
+                allowed="digits in every row",
+                fix=_DAMAGED_FIX,
+            )
+    return parsed
+
+
+def times(frame: pl.DataFrame, table: Table, column: str, *, required: bool) -> pl.DataFrame:
+    """Parse a text column of times (``2180-05-06 22:23:00``) or dates to datetime.
+
+    Raises:
+        UserError: A cell is in another format, or empty where ``required``.
+    """
+    parsed = frame.with_columns(moment(column))
+    lost = parsed[column].null_count()
+    if not required:
+        lost -= frame[column].null_count()
+    if lost:
+        raise bad_times(table, column, lost)
+    return parsed
+
+
+def moment(column: str) -> pl.Expr:
+    """Parse a time, or a date as its midnight; null where it is neither."""
+    text = pl.col(column)
+    return pl.coalesce(
+        text.str.to_datetime(TIME_FORMAT, strict=False),
+        text.str.to_datetime(DATE_FORMAT, strict=False),
+    ).alias(column)
+
+
+def bad_times(table: Table, column: str, cells: int) -> UserError:
+    """Return the error for cells of a time column that cannot be read."""
+    return UserError(
+        f"{table.label}: {cells} cells of column {column} are no time",
+        allowed="YYYY-MM-DD HH:MM:SS",
+        fix="keep the file as PhysioNet ships it (a spreadsheet may have rewritten it)",
+    )
+
+
+def _check_root(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(
+            f"data.path={folder} is not a folder",
+            allowed="a MIMIC-IV folder that holds hosp/, or synthetic",
+            fix="set data.path",
+        )
+    if (folder / "hosp").is_dir():
+        return
+    if any(_file(folder, name) for name in ("prescriptions", "admissions")):
+        raise UserError(
+            f"data.path={folder} holds tables but no hosp/",
+            fix="name the folder above, or move the tables into hosp/",
+        )
+    below = sorted(_folders_with_hosp(folder))
+    raise UserError(
+        f"data.path={folder} holds no hosp/",
+        allowed="the folder of one MIMIC-IV version",
+        fix=f"use data.path={' or '.join(map(str, below[:3]))}"
+        if below
+        else "fetch MIMIC-IV or its demo from PhysioNet, or set data.path=synthetic",
+    )
+
+
+def _folders_with_hosp(folder: Path) -> Iterator[Path]:
+    for root, folders, _ in os.walk(folder):
+        here = Path(root)
+        if "hosp" in folders:
+            yield here
+            folders.clear()
+        if len(here.relative_to(folder).parts) >= _SEARCH_DEPTH:
+            folders.clear()
+
+
+def _file(folder: Path, name: str) -> Path | None:
+    candidates = (folder / f"{name}{suffix}" for suffix in SUFFIXES)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _locate(folder: Path, name: str) -> Path | None:
+    path = _file(folder / "hosp", name)
+    if path is not None:
+        return path
+    elsewhere = next((p for p in (_file(d, name) for d in _other_folders(folder)) if p), None)
+    if elsewhere is not None:
+        raise UserError(
+            f"{elsewhere.relative_to(folder).as_posix()} is in the wrong folder",
+            allowed=f"hosp/{name}.csv.gz or hosp/{name}.csv",
+            fix="move it into hosp/",
+        )
+    if name in OPTIONAL:
+        return None
+    raise UserError(
+        f"table hosp/{name} is missing in {folder}",
+        allowed=f"hosp/{name}.csv.gz or hosp/{name}.csv",
+        fix="fetch it from PhysioNet (same version as the other tables)",
+    )
+
+
+def _other_folders(folder: Path) -> list[Path]:
+    below = sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "hosp")
+    inside = sorted(path for path in (folder / "hosp").iterdir() if path.is_dir())
+    return [folder, *below, *inside]
+
+
+def _check_header(table: Table) -> None:
+    with reading(table):
+        header = _first_line(table.path)
+    if not header.strip():
+        raise UserError(f"{table.label} is empty", fix=_DAMAGED_FIX)
+    names = _fields(header, ",")
+    missing = [name for name in table.columns if name not in names]
+    if not missing:
+        return
+    for delimiter, word in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+        if set(table.columns) & set(_fields(header, delimiter)):
+            raise UserError(
+                f"{table.label} is delimited by {word}",
+                allowed="commas",
+                fix="export it again with commas, or fetch the original",
+            )
+    raise UserError(
+        f"{table.label} lacks column {', '.join(missing)}",
+        allowed=f"a header with {', '.join(table.columns)}, in any order",
+        fix="use the table as PhysioNet ships it",
+    )
+
+
+def _fields(header: str, delimiter: str) -> list[str]:
+    return [name.strip().strip('"') for name in header.split(delimiter)]
+
+
+def _first_line(path: Path) -> str:
+    with path.open("rb") as raw:
+        zipped = raw.read(2) == b"\x1f\x8b"
+    if path.suffix == ".gz" and not zipped:
+        if path.stat().st_size == 0:
+            return ""
+        raise gzip.BadGzipFile
+    with gzip.open(path, "rb") if zipped else path.open("rb") as stream:
+        line: bytes = stream.readline(1 << 16)
+    return line.decode("utf-8-sig", errors="replace").rstrip("\r\n")
+
+
+def _io_problem(error: Exception) -> str:
+    if isinstance(error, PermissionError):
+        return "cannot be read (permission denied)"
+    if isinstance(error, gzip.BadGzipFile) or "gzip header" in str(error):
+        return "is not a gzip file"
+    return "is truncated or damaged"

@@ -1,0 +1,249 @@
+"""Splits and hospitals, always by patient.
+
+A patient's split depends on the patient and the seed alone, so that adding a patient moves no
+other; the same holds for the ``iid`` scheme. Attribute schemes go by the patient's first sampled
+admission.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from common.config import DataConfig, PartitionConfig
+from common.data.missing import apply_policies, fit_medians, policies_of
+from common.data.samples import Admission
+from common.errors import UserError
+from common.seeds import stream
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+ATTRIBUTES = {
+    "service": "service",
+    "admission-type": "admission_type",
+    "insurance": "insurance",
+    "anchor-year-group": "anchor_year_group",
+    "careunit": "careunit",
+}
+_DIRICHLET_CLASS = "service"
+_DIRICHLET_ATTEMPTS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hospital:
+    """The samples of one hospital, split by patient."""
+
+    name: str
+    train: tuple[Admission, ...]
+    validation: tuple[Admission, ...]
+    test: tuple[Admission, ...]
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """Samples left out by a missing-value policy, by reason."""
+
+    @property
+    def admissions(self) -> tuple[Admission, ...]:
+        """All samples, train first."""
+        return self.train + self.validation + self.test
+
+    @property
+    def patients(self) -> int:
+        """Number of patients."""
+        return len({one.patient for one in self.admissions})
+
+    @property
+    def samples(self) -> int:
+        """Number of samples in all splits."""
+        return len(self.admissions)
+
+
+def split_of(patient: int, *, seed: int, validation_fraction: float, test_fraction: float) -> Split:
+    """Return the split of a patient, from a hash of the patient and the seed alone.
+
+    >>> split_of(7, seed=0, validation_fraction=0.0, test_fraction=1.0)
+    'test'
+    """
+    place = _uniform("split", seed, patient)
+    if place < test_fraction:
+        return "test"
+    return "validation" if place < test_fraction + validation_fraction else "train"
+
+
+def assign_hospitals(
+    admissions: Sequence[Admission],
+    config: PartitionConfig,
+    *,
+    hospitals: int,
+    data: DataConfig,
+) -> tuple[Hospital, ...]:
+    """Deal patients to hospitals, split them, and apply the missing-value policies.
+
+    Args:
+        admissions: All samples; those of a patient in the order of time.
+        config: Scheme, seed, concentration and smallest size.
+        hospitals: Number of hospitals; 1 puts everything into ``hospital-1``.
+        data: Split seed, split shares and missing-value policies.
+
+    Returns:
+        Hospitals in the order of their names. No patient is in two hospitals or two splits.
+
+    Raises:
+        UserError: A hospital would be smaller than ``min_patients`` or have no training samples.
+    """
+    first: dict[int, Admission] = {}
+    for one in admissions:
+        first.setdefault(one.patient, one)
+    home = _homes(first, config, hospitals)
+    digits = len(str(hospitals))
+    rooms: list[dict[Split, list[Admission]]] = [
+        {split: [] for split in SPLITS} for _ in range(hospitals)
+    ]
+    split = {
+        patient: split_of(
+            patient,
+            seed=data.split_seed,
+            validation_fraction=data.validation_fraction,
+            test_fraction=data.test_fraction,
+        )
+        for patient in first
+    }
+    for one in admissions:
+        rooms[home[one.patient]][split[one.patient]].append(one)
+    policies = policies_of(data)
+    named = tuple(
+        _hospital(f"hospital-{number:0{digits}d}", room, policies)
+        for number, room in enumerate(rooms, start=1)
+    )
+    for hospital in named:
+        _check_size(hospital, config, hospitals, len(first))
+    return named
+
+
+def _hospital(
+    name: str, room: Mapping[Split, Sequence[Admission]], policies: Mapping[str, str]
+) -> Hospital:
+    medians = fit_medians(room["train"], policies)
+    kept = {split: apply_policies(room[split], policies, medians) for split in SPLITS}
+    dropped: dict[str, int] = {}
+    for _, reasons in kept.values():
+        for reason, number in reasons.items():
+            dropped[reason] = dropped.get(reason, 0) + number
+    return Hospital(
+        name=name,
+        train=kept["train"][0],
+        validation=kept["validation"][0],
+        test=kept["test"][0],
+        dropped=dropped,
+    )
+
+
+def _check_size(hospital: Hospital, config: PartitionConfig, hospitals: int, patients: int) -> None:
+    fix = "use fewer hospitals, another partition.scheme or partition.seed, or more patients"
+    setting = f"federation.hospitals={hospitals} with partition.scheme={config.scheme}"
+    if hospital.patients < config.min_patients:
+        raise UserError(
+            f"{setting} leaves {hospital.name} with {hospital.patients} of {patients} patients",
+            allowed=f"at least partition.min-patients={config.min_patients} each",
+            fix=fix,
+        )
+    if not hospital.train:
+        raise UserError(
+            f"{setting} leaves {hospital.name} without training samples",
+            allowed="at least one training sample in each hospital",
+            fix=fix,
+        )
+
+
+def _homes(
+    first: Mapping[int, Admission], config: PartitionConfig, hospitals: int
+) -> dict[int, int]:
+    if hospitals == 1:
+        return dict.fromkeys(first, 0)
+    if config.scheme == "iid":
+        return {
+            patient: int(_uniform("hospital", config.seed, patient) * hospitals)
+            for patient in first
+        }
+    if config.scheme == "dirichlet":
+        return _dirichlet(first, config, hospitals)
+    return _by_attribute(first, ATTRIBUTES[config.scheme], config, hospitals)
+
+
+def _by_attribute(
+    first: Mapping[int, Admission], attribute: str, config: PartitionConfig, hospitals: int
+) -> dict[int, int]:
+    """Give whole groups to hospitals, the largest first to the smallest hospital so far.
+
+    With fewer groups than hospitals, the largest group is halved by hash until they suffice.
+    """
+    groups: dict[tuple[str, int], list[int]] = {
+        (value, 0): members for value, members in _classes(first, attribute, config).items()
+    }
+    serial = 0
+    while len(groups) < hospitals:
+        key = max(groups, key=lambda k: (len(groups[k]), k))
+        members = groups.pop(key)
+        if len(members) < 2:
+            raise UserError(
+                f"federation.hospitals={hospitals} for {len(first)} patients",
+                allowed=f"1 to {len(first)}",
+                fix="use fewer hospitals or more patients",
+            )
+        half = len(members) // 2
+        groups[key[0], serial + 1], groups[key[0], serial + 2] = members[:half], members[half:]
+        serial += 2
+    sizes = [0] * hospitals
+    home: dict[int, int] = {}
+    for _, members in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
+        place = sizes.index(min(sizes))
+        sizes[place] += len(members)
+        home.update(dict.fromkeys(members, place))
+    return home
+
+
+def _dirichlet(
+    first: Mapping[int, Admission], config: PartitionConfig, hospitals: int
+) -> dict[int, int]:
+    """Deal each service's patients by shares from Dirichlet(alpha), redrawn until all are served.
+
+    Source: Hsu et al. 2019, arXiv 1909.06335 (label-skewed clients), with the first admission's
+    service as the label.
+    """
+    classes = _classes(first, _DIRICHLET_CLASS, config)
+    for attempt in range(_DIRICHLET_ATTEMPTS):
+        draw = stream(config.seed, "partition", "dirichlet", attempt)
+        home: dict[int, int] = {}
+        for _, members in sorted(classes.items()):
+            shares = draw.dirichlet(np.full(hospitals, config.alpha))
+            edges = np.cumsum(shares) * len(members)
+            places = np.searchsorted(edges[:-1], np.arange(len(members)), side="right")
+            home.update(zip(members, places.tolist(), strict=True))
+        sizes = np.bincount(list(home.values()), minlength=hospitals)
+        if sizes.min() >= config.min_patients:
+            return home
+    raise UserError(
+        f"partition.alpha={config.alpha:g} gives no {hospitals} hospitals of at least "
+        f"{config.min_patients} patients in {_DIRICHLET_ATTEMPTS} draws",
+        allowed="a larger alpha deals more evenly",
+        fix="raise partition.alpha, or lower federation.hospitals or partition.min-patients",
+    )
+
+
+def _classes(
+    first: Mapping[int, Admission], attribute: str, config: PartitionConfig
+) -> dict[str, list[int]]:
+    """Patients by attribute value, in hash order."""
+    classes: dict[str, list[int]] = {}
+    for patient in _shuffled(first, config.seed):
+        classes.setdefault(getattr(first[patient], attribute), []).append(patient)
+    return classes
+
+
+def _shuffled(patients: Iterable[int], seed: int) -> list[int]:
+    return sorted(patients, key=lambda patient: (_uniform("order", seed, patient), patient))
+
+
+def _uniform(purpose: str, seed: int, patient: int) -> float:
+    digest = hashlib.sha256(f"{purpose}:{seed}:{patient}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64

@@ -1,0 +1,107 @@
+"""The one way to samples: tables in, cached sample table out."""
+
+import contextlib
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from operator import itemgetter
+from pathlib import Path
+
+from common.config import DataConfig
+from common.data.admissions import Prepared, Progress, prepare_tables
+from common.data.cache import cache_key, load, store, user_cache
+from common.data.mimic import find_tables
+from common.data.orders import CHUNK_ROWS
+from common.data.samples import Admission, SampleTable
+from common.data.source import hash_tables, source_of
+from common.data.synthesize import write_tables
+
+SYNTHETIC_PATH = "synthetic"
+
+
+def load_samples(
+    config: DataConfig, *, cache_dir: Path | None = None, progress: Progress | None = None
+) -> SampleTable:
+    """Prepare the samples of ``config.path``, or read them from the cache.
+
+    The cache is keyed by the tables' sha256, the settings that shape samples, and this package's
+    source. ``config.path == "synthetic"`` first writes the synthetic tables into the cache, and
+    then goes the same way as any folder.
+
+    Args:
+        config: Where the tables are and how they become samples.
+        cache_dir: Cache folder (default: the user's, see ``user_cache``).
+        progress: Called with one line for each step.
+
+    Raises:
+        UserError: Tables that cannot be used as they are.
+    """
+    cache = cache_dir or user_cache()
+    folder = data_folder(config, cache)
+    tables = find_tables(folder)
+    hashes = hash_tables(tables)
+    source = source_of(folder, tables, hashes)
+    key = cache_key({"files": hashes, "drop_flushes": config.drop_flushes})
+    path = cache / "samples" / f"{key}.parquet"
+    prepared = load(path)
+    if prepared is None:
+        prepared = prepare_tables(
+            folder, drop_flushes=config.drop_flushes, chunk_rows=CHUNK_ROWS, progress=progress
+        )
+        store(path, prepared)
+    elif progress is not None:
+        progress("samples are in the cache")
+    return sample_table(prepared, source=source, file_hashes=hashes)
+
+
+def data_folder(config: DataConfig, cache: Path) -> Path:
+    """Return the folder of the tables, writing the synthetic ones when they are asked for."""
+    if config.path != SYNTHETIC_PATH:
+        return Path(config.path).expanduser().absolute()
+    key = cache_key({"patients": config.synthetic_patients, "seed": config.synthetic_seed})
+    folder = cache / "synthetic" / key
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as scratch:
+        written = Path(scratch) / key
+        write_tables(written, patients=config.synthetic_patients, seed=config.synthetic_seed)
+        # Another process may have been faster; its tables are the same.
+        with contextlib.suppress(FileExistsError, OSError):
+            written.rename(folder)
+    return folder
+
+
+def sample_table(prepared: Prepared, *, source: str, file_hashes: Mapping[str, str]) -> SampleTable:
+    """Turn columns into samples; equal strings are one object, so that millions fit."""
+    admissions = tuple(
+        Admission(
+            diagnoses=_pick(prepared.titles, row.pop("diagnoses")),
+            diagnosis_codes=_pick(prepared.codes, codes),
+            drugs=_pick(prepared.drugs, row.pop("drugs")),
+            **row,
+        )
+        for row in prepared.frame.iter_rows(named=True)
+        for codes in (row["diagnoses"],)
+    )
+    return SampleTable(
+        admissions=admissions,
+        counts=prepared.counts,
+        source=source,
+        file_hashes=dict(file_hashes),
+        digest=_digest(admissions),
+    )
+
+
+def _pick(vocabulary: tuple[str, ...], indices: list[int]) -> tuple[str, ...]:
+    if len(indices) == 1:
+        return (vocabulary[indices[0]],)
+    picked: tuple[str, ...] = itemgetter(*indices)(vocabulary)
+    return picked
+
+
+def _digest(admissions: tuple[Admission, ...]) -> str:
+    digest = hashlib.sha256()
+    for one in admissions:
+        digest.update(repr(one).encode())
+    return digest.hexdigest()
