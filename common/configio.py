@@ -9,8 +9,10 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,25 @@ def config_hash(config: Config) -> str:
     """Return a short hash of everything that decides the result (not ``run.*``)."""
     values = {k: v for k, v in flatten(config).items() if not k.startswith("run.")}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def settled(config: Config, *, run_id: int, nodes: int | None = None) -> Config:
+    """Complete a configuration that plain ``flwr run`` started, without the launcher.
+
+    Such a run has no run directory yet, and Flower's number of simulated SuperNodes decides how
+    many hospitals there are. Server and hospitals derive the same folder from Flower's run id.
+
+    Args:
+        config: As Flower hands it over.
+        run_id: Flower's run id.
+        nodes: Simulated SuperNodes, where known.
+    """
+    if config.run.directory:
+        return config
+    base = Path(os.environ.get("FEDRX_RUNS", "~/fedrx-runs")).expanduser()
+    directory = str(base / f"flwr-{run_id % 2**64:016x}")
+    federation = replace(config.federation, hospitals=nodes or config.federation.hospitals)
+    return replace(config, federation=federation, run=replace(config.run, directory=directory))
 
 
 def differences(old: Config, new: Config) -> list[str]:

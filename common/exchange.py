@@ -28,7 +28,7 @@ EVALUATE_REPLY = frozenset({"round", "weight", "loss"})
 HELLO_REPLY = frozenset(
     {
         *("hospital", "a-sha256", "backbone-sha256", "source-sha256"),
-        *("patients", "samples", "train-samples", "validation-samples"),
+        *("of", "patients", "samples", "train-samples", "validation-samples"),
         *("device", "dtype", "dtype-reason", "attention", "attention-reason"),
     }
 )
@@ -96,7 +96,10 @@ def check_arrays(record: ArrayRecord, shapes: Shapes) -> Tensors:
             raise ContractError(f"{key}: dtype {array.dtype}, expected {WIRE_DTYPE.name}")
         if tuple(array.shape) != tuple(shape):
             raise ContractError(f"{key}: shape {tuple(array.shape)}, expected {tuple(shape)}")
-        value = array.numpy()
+        try:
+            value = array.numpy()
+        except (ValueError, TypeError, EOFError, OSError):
+            raise ContractError(f"{key}: its data cannot be read") from None
         if value.dtype != WIRE_DTYPE or value.shape != tuple(shape):
             raise ContractError(f"{key}: its data is not {WIRE_DTYPE.name} of shape {tuple(shape)}")
         if not np.isfinite(value).all():
@@ -211,7 +214,7 @@ def read_evaluate_reply(content: RecordDict, *, server_round: int) -> dict[str, 
 def describe(message: Message) -> dict[str, Any]:
     """Return what wire.jsonl records of a message: tensor names, scalar names and bytes."""
     content = message.content
-    arrays = [record for record in content.array_records.values()]
+    arrays = list(content.array_records.values())
     scalars = [*content.metric_records.values(), *content.config_records.values()]
     return {
         "kind": message.metadata.message_type,

@@ -86,7 +86,7 @@ class RunDirectory:
                 fix="name another --run-dir, or go on with `fedrx resume`",
             )
         run = cls(directory)
-        write_text(run.path / "config.toml", to_toml(config, heading="Resolved by fedrx."))
+        run.write_config(config)
         run.write_status("started")
         return run
 
@@ -104,6 +104,10 @@ class RunDirectory:
                 fix="name a folder that a fedrx run has written",
             )
         return cls(path)
+
+    def write_config(self, config: Config) -> None:
+        """Write the resolved configuration."""
+        write_text(self.path / "config.toml", to_toml(config, heading="Resolved by fedrx."))
 
     def config(self) -> Config:
         """Read the resolved configuration back."""

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flwr.app import Message
@@ -77,16 +77,29 @@ class Rounds:
         return b
 
     def gather(self) -> None:
-        """Wait for the hospitals and shake hands with each."""
-        expected = self.config.federation.hospitals
+        """Wait for the hospitals and shake hands with each.
+
+        The hospitals say how many they are; with plain ``flwr run`` only Flower knows.
+        """
         deadline = time.monotonic() + self.timeout_seconds()
-        while len(nodes := sorted(self.grid.get_node_ids())) < expected:
-            if time.monotonic() > deadline:
-                raise RunFailed(f"{len(nodes)} of {expected} hospitals are connected; gave up")
-            time.sleep(0.5)
-        self.roster.admit(
-            self.grid, nodes, timeout_seconds=self.timeout_seconds(), on_message=self.record(0)
-        )
+        expected = 1
+        while len(self.roster.names) < expected:
+            nodes = sorted(self.grid.get_node_ids())
+            self.roster.admit(
+                self.grid, nodes, timeout_seconds=self.timeout_seconds(), on_message=self.record(0)
+            )
+            sizes = {int(hello["of"]) for hello in self.roster.hellos.values()}
+            if len(sizes) > 1:
+                raise RunFailed(f"the hospitals disagree on how many they are: {sorted(sizes)}")
+            expected = max(sizes, default=1)
+            if len(self.roster.names) < expected:
+                if time.monotonic() > deadline:
+                    raise RunFailed(
+                        f"{len(self.roster.names)} of {expected} hospitals are connected; gave up"
+                    )
+                time.sleep(0.5)
+        federation = replace(self.config.federation, hospitals=expected)
+        self.config = replace(self.config, federation=federation)
 
     def train(self, b: Tensors, server_round: int) -> list[Update]:
         """Ask the sampled hospitals for their updates; refuse what breaks the contract.
@@ -116,7 +129,14 @@ class Rounds:
 
     def evaluate(self, b: Tensors, server_round: int) -> None:
         """Ask every hospital for the loss on its validation split; log the weighted mean."""
-        nodes = sorted(self.roster.names, key=lambda node: self.roster.names[node])
+        hellos = self.roster.hellos
+        nodes = [
+            node
+            for node in sorted(self.roster.names, key=lambda node: self.roster.names[node])
+            if hellos[self.roster.names[node]]["validation-samples"]
+        ]
+        if not nodes:
+            return
         replies = self._ask(nodes, b, server_round, "evaluate")
         total, weight = 0.0, 0.0
         failures = {}

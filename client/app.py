@@ -1,0 +1,112 @@
+"""Flower's ClientApp of a hospital: unpack, call ``client.local``, pack."""
+
+import functools
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from client.hospital import hospital_of, private_folder
+from client.local import evaluate, update
+from client.store import load_state, save_state
+from client.worker import backbone_spec, report_loads, session_of, tokens_of
+from common.config import Config
+from common.configio import from_flat, settled
+from common.errors import FedrxError, RunFailed
+from common.exchange import CONFIG, evaluate_reply, read_message, train_reply
+from common.files import append_json_line
+from common.provenance import source_digest
+from common.training.loop import StepReport
+from common.training.optimiser import TrainState
+
+app = ClientApp()
+Handler = Callable[[Config, Message, Context], RecordDict]
+
+
+def handled(handler: Handler) -> Callable[[Message, Context], Message]:
+    """Wrap a handler: read the configuration, and let only clean error texts leave."""
+
+    @functools.wraps(handler)
+    def call(message: Message, context: Context) -> Message:
+        nodes = int(context.node_config["num-partitions"])
+        config = settled(from_flat(context.run_config), run_id=context.run_id, nodes=nodes)
+        try:
+            return Message(content=handler(config, message, context), reply_to=message)
+        except FedrxError:
+            raise
+        except Exception as error:
+            # An unexpected exception's text may quote data: it stays on the hospital's disk.
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            folder = Path(config.run.directory) / "hospitals"
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "errors.txt").open("a", encoding="utf-8") as file:
+                file.write(traceback.format_exc() + "\n")
+            raise RunFailed(
+                f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}"
+            ) from None
+
+    return call
+
+
+@app.query()
+@handled
+def hello(config: Config, message: Message, context: Context) -> RecordDict:
+    """Answer the handshake: name, fingerprints, sizes, and what was chosen with the reasons."""
+    hospital = hospital_of(config, context.node_config)
+    session = session_of(config)
+    report_loads(config)
+    facts: dict[str, str | int] = {
+        "hospital": hospital.name,
+        "a-sha256": session.adapter.a_fingerprint,
+        "backbone-sha256": backbone_spec(config.model.backbone).fingerprint,
+        "source-sha256": source_digest(),
+        "of": config.federation.hospitals,
+        "patients": hospital.patients,
+        "samples": hospital.samples,
+        "train-samples": len(hospital.train),
+        "validation-samples": len(hospital.validation),
+        "device": session.device.value,
+        "dtype": session.dtype.value,
+        "dtype-reason": session.dtype.reason,
+        "attention": session.attention.value,
+        "attention-reason": session.attention.reason,
+    }
+    return RecordDict({CONFIG: ConfigRecord(dict(facts))})
+
+
+@app.train()
+@handled
+def train_round(config: Config, message: Message, context: Context) -> RecordDict:
+    """Train one round from the global B."""
+    hospital = hospital_of(config, context.node_config)
+    session = session_of(config)
+    b, server_round = read_message(message.content, session.adapter.shapes)
+    folder = private_folder(config, hospital.name)
+    state = (
+        load_state(folder, before_round=server_round) if config.train.keep_state else TrainState()
+    )
+
+    def log(step: StepReport) -> None:
+        record = {"round": server_round, "step": step.step, "loss": step.loss}
+        append_json_line(folder / "steps.jsonl", {**record, "seconds": round(step.seconds, 3)})
+
+    tokens = tokens_of(config, hospital, session)
+    result = update(session, tokens, b, state, config, server_round=server_round, on_step=log)
+    if config.train.keep_state:
+        save_state(folder, state, server_round=server_round)
+    report_loads(config)
+    return train_reply(result.b, {"round": float(server_round), **result.metrics})
+
+
+@app.evaluate()
+@handled
+def evaluate_round(config: Config, message: Message, context: Context) -> RecordDict:
+    """Return the validation loss of the global B."""
+    hospital = hospital_of(config, context.node_config)
+    session = session_of(config)
+    b, server_round = read_message(message.content, session.adapter.shapes)
+    metrics = evaluate(session, tokens_of(config, hospital, session), b)
+    report_loads(config)
+    return evaluate_reply({"round": float(server_round), **metrics})

@@ -1,0 +1,75 @@
+"""A hospital's local work, free of Flower: B in, B out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from client.hospital import HospitalData
+from common.config import Config
+from common.exchange import Tensors
+from common.model.session import Session
+from common.training.budget import schedule_steps, steps_of_round
+from common.training.loop import StepReport, train, validation_loss
+from common.training.optimiser import TrainState
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalResult:
+    """What one local update gives."""
+
+    b: Tensors
+    """Updated matrices (fp32) by wire key."""
+    metrics: dict[str, float]
+    """``weight`` (training samples), ``train-loss`` (mean per label token), ``steps``,
+    ``seconds``."""
+
+
+def update(
+    session: Session,
+    hospital: HospitalData,
+    b: Tensors,
+    state: TrainState,
+    config: Config,
+    *,
+    server_round: int,
+    on_step: Callable[[StepReport], None] | None = None,
+) -> LocalResult:
+    """Train one hospital for one round, starting from the global B.
+
+    Args:
+        session: Resident backbone; its adapter is overwritten.
+        hospital: The hospital's tokens.
+        b: Global B by wire key.
+        state: Optimizer state and step count; updated in place.
+        config: The run's configuration.
+        server_round: Round, from 1.
+        on_step: Called after each optimizer step.
+    """
+    session.adapter.load(b)
+    samples = len(hospital.train)
+    metrics = train(
+        session,
+        hospital.train,
+        config.train,
+        state,
+        steps=steps_of_round(config, samples, server_round).value,
+        schedule_steps=schedule_steps(config, samples),
+        stream=hospital.name,
+        on_step=on_step,
+    )
+    assert metrics.loss is not None
+    return LocalResult(
+        b=session.adapter.state(),
+        metrics={
+            "weight": float(samples),
+            "train-loss": metrics.loss.mean,
+            "steps": float(metrics.steps),
+            "seconds": metrics.seconds,
+        },
+    )
+
+
+def evaluate(session: Session, hospital: HospitalData, b: Tensors) -> dict[str, float]:
+    """Return the mean validation loss per label token and its weight (label tokens)."""
+    session.adapter.load(b)
+    loss = validation_loss(session, hospital.validation)
+    return {"loss": loss.mean, "weight": float(loss.tokens)}

@@ -1,0 +1,52 @@
+"""What the adapter of a backbone looks like, from shapes alone: no weights are read."""
+
+from dataclasses import dataclass
+
+import torch
+
+from common.config import AdapterConfig
+from common.model.backbone import BackboneSpec, read_llama_config
+from common.model.falora import AdapterSpec, attach
+from common.model.tiny import tiny_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterLayout:
+    """Wire keys with shapes, and the fingerprint of A."""
+
+    shapes: dict[str, tuple[int, ...]]
+    a_fingerprint: str
+    trainable_parameters: int
+
+
+def adapter_spec(config: AdapterConfig) -> AdapterSpec:
+    """Translate the configuration section."""
+    return AdapterSpec(
+        targets=tuple(name.strip() for name in config.targets.split(",") if name.strip()),
+        rank=config.rank,
+        alpha=config.alpha,
+        seed=config.seed,
+        initialiser=config.initialiser,
+        mode=config.mode,
+    )
+
+
+def adapter_layout(backbone: BackboneSpec, spec: AdapterSpec) -> AdapterLayout:
+    """Attach the adapter to the backbone's shape on the meta device and read it off.
+
+    A is drawn on the CPU from its seed all the same, so its fingerprint is the real one.
+    """
+    from transformers import LlamaForCausalLM
+
+    if backbone.folder is None:
+        config = tiny_config()
+    else:
+        config = read_llama_config(backbone.folder, backbone.name)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    adapter = attach(model, spec)
+    return AdapterLayout(
+        shapes=dict(adapter.shapes),
+        a_fingerprint=adapter.a_fingerprint,
+        trainable_parameters=adapter.trainable_parameters,
+    )

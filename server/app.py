@@ -1,0 +1,143 @@
+"""Flower's ServerApp: read the configuration, run the rounds, write what came out."""
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from common.config import Config
+from common.configio import from_flat, settled
+from common.errors import FedrxError
+from common.exchange import Fingerprints, Tensors
+from common.model.backbone import BackboneSpec, resolve_backbone
+from common.model.layout import AdapterLayout, adapter_layout, adapter_spec
+from common.provenance import peak_rss_bytes, source_digest, tensors_sha256
+from common.rundir import RunDirectory
+from server.roster import Roster
+from server.rounds import Rounds
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run one federation; the run directory tells how it ended."""
+    config = settled(from_flat(context.run_config), run_id=context.run_id)
+    run = run_directory(config)
+    try:
+        federate(grid, config, run)
+    except FedrxError as error:
+        run.write_status("failed", error=str(error))
+        raise
+    except BaseException as error:
+        run.write_status("failed", error=f"{type(error).__name__}: {error}")
+        raise
+
+
+def federate(grid: Grid, config: Config, run: RunDirectory) -> None:
+    """Shake hands, run the rounds, and write summary.json.
+
+    Args:
+        grid: Flower's grid.
+        config: Complete configuration.
+        run: A run directory that has been created.
+    """
+    started = time.monotonic()
+    backbone = resolve_backbone(config.model.backbone)
+    layout = adapter_layout(backbone, adapter_spec(config.adapter))
+    rounds = Rounds(
+        grid=grid,
+        config=config,
+        run=run,
+        shapes=layout.shapes,
+        roster=Roster(
+            ours=Fingerprints(
+                a=layout.a_fingerprint, backbone=backbone.fingerprint, source=source_digest()
+            )
+        ),
+    )
+    run.write_status("running", round=0)
+    b = rounds.start(
+        {key: np.zeros(shape, dtype=np.float32) for key, shape in layout.shapes.items()}
+    )
+    run.write_config(rounds.config)
+    summary = summarise(rounds.config, run, backbone, layout, rounds.roster, b)
+    summary["seconds"] = round(time.monotonic() - started, 3)
+    run.write_json("summary.json", summary)
+    run.write_status("finished", round=config.federation.rounds)
+
+
+def run_directory(config: Config) -> RunDirectory:
+    """Open the run directory that the launcher made, or make one for plain ``flwr run``."""
+    directory = Path(config.run.directory)
+    if (directory / "config.toml").exists():
+        return RunDirectory.open(directory)
+    return RunDirectory.create(config, directory=directory)
+
+
+def summarise(
+    config: Config,
+    run: RunDirectory,
+    backbone: BackboneSpec,
+    layout: AdapterLayout,
+    roster: Roster,
+    b: Tensors,
+) -> dict[str, Any]:
+    """Return the server's part of summary.json."""
+    hellos = [roster.hellos[name] for name in sorted(roster.hellos)]
+    first = hellos[0]
+    losses = {
+        event["round"]: event["value"]
+        for event in run.metrics("validation-loss")
+        if "hospital" not in event
+    }
+    loads = [
+        run.read_json(f"workers/{file.name}")["backbone_loads"]
+        for file in sorted((run.path / "workers").glob("*.json"))
+    ]
+    return {
+        "trainable_parameters": layout.trainable_parameters,
+        "adapter": {
+            "mode": config.adapter.mode,
+            "rank": config.adapter.rank,
+            "alpha": config.adapter.alpha,
+            "targets": list(adapter_spec(config.adapter).targets),
+        },
+        "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint},
+        "hospitals": [
+            {
+                "name": hello["hospital"],
+                "patients": hello["patients"],
+                "samples": hello["samples"],
+            }
+            for hello in hellos
+        ],
+        "rounds": config.federation.rounds,
+        "b_sha256": tensors_sha256(b),
+        "wire": wire_totals(run),
+        "backbone_loads": sum(loads),
+        "workers": len(loads),
+        "validation_loss": [losses[index] for index in sorted(losses)],
+        "peak_rss_bytes": peak_rss_bytes(),
+        "device": first["device"],
+        "attention": {"kernel": first["attention"], "reason": first["attention-reason"]},
+        "dtype": {"value": first["dtype"], "reason": first["dtype-reason"]},
+    }
+
+
+def wire_totals(run: RunDirectory) -> dict[str, Any]:
+    """Add up wire.jsonl: tensor names, bytes in both directions."""
+    tensors: set[str] = set()
+    total: Counter[str] = Counter()
+    for line in run.lines("wire.jsonl"):
+        tensors.update(line["tensors"])
+        total[line["direction"]] += line["bytes"]
+    return {
+        "tensors": sorted(tensors),
+        "bytes_up": total["up"],
+        "bytes_down": total["down"],
+    }
