@@ -1,0 +1,1 @@
+"""Differential privacy of B: plan, noise, sampling, clipping, ledger, accounting, receipts."""

@@ -1,0 +1,194 @@
+"""One hospital's privacy ledger: what has been spent, on that hospital's disk.
+
+Append-only JSON lines, each written with one write and fsynced before the call returns. A charge
+is recorded before anything that it pays for is released, so that a process killed at any point
+has recorded at least what it has released. A charge whose release was never recorded may be used
+by a second attempt at the same round: what the first attempt computed never left the hospital.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import RunFailed, UserError
+from common.privacy.plan import PrivacyPlan
+
+
+class BudgetExhausted(RunFailed):
+    """The plan pays for no further step: the hospital sends nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One line of the ledger."""
+
+    number: int
+    """Position, from 0: a gap means that a line was lost."""
+    event: str
+    """``open``, ``charge`` or ``release``."""
+    plan: str
+    """Fingerprint of the plan."""
+    round: int = -1
+    steps: int = 0
+    """Steps charged by this entry."""
+    total_steps: int = 0
+    """Steps charged so far."""
+    deterministic: bool = False
+    """Whether the noise was reproducible, hence no protection."""
+
+
+_FIELDS = {entry.name for entry in dataclasses.fields(Entry)}
+
+
+class Ledger:
+    """The ledger of one hospital for one run.
+
+    Args:
+        path: File in a folder that belongs to the hospital; made if absent (mode 0600).
+        plan: A calibrated plan; a ledger opened with another plan is refused.
+
+    Raises:
+        UserError: if the plan is not calibrated, or the file belongs to another plan.
+        RunFailed: if the file is damaged.
+    """
+
+    def __init__(self, path: Path, plan: PrivacyPlan) -> None:
+        _ = plan.sigma
+        self.path, self.plan = path, plan
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._locked() as handle:
+            entries = self._read(handle)
+            if not entries:
+                self._append(handle, entries, event="open")
+                _sync_folder(path.parent)
+
+    def entries(self) -> list[Entry]:
+        """Return every entry."""
+        with self._locked() as handle:
+            return self._read(handle)
+
+    @property
+    def steps(self) -> int:
+        """Steps charged so far."""
+        return self.entries()[-1].total_steps
+
+    def charge(self, round_number: int, steps: int) -> int:
+        """Pay for ``steps`` releases of one round before they are made.
+
+        A charge of the same round and steps that no release followed is used again.
+
+        Returns:
+            Steps charged so far, these included.
+
+        Raises:
+            BudgetExhausted: if the plan does not pay for them; nothing is recorded then.
+        """
+        with self._locked() as handle:
+            entries = self._read(handle)
+            last = entries[-1]
+            if last.event == "charge" and (last.round, last.steps) == (round_number, steps):
+                return last.total_steps
+            if steps < 0 or last.total_steps + steps > self.plan.steps:
+                raise BudgetExhausted(
+                    f"privacy budget: round {round_number} asks for {steps} steps, "
+                    f"{self.plan.steps - last.total_steps} of {self.plan.steps} are left; "
+                    "nothing is released"
+                )
+            return self._append(
+                handle, entries, event="charge", round_number=round_number, steps=steps
+            ).total_steps
+
+    def release(self, round_number: int) -> None:
+        """Record that a round's result is about to leave, before it does.
+
+        Raises:
+            RunFailed: if the round was not charged.
+        """
+        with self._locked() as handle:
+            entries = self._read(handle)
+            last = entries[-1]
+            if last.event != "charge" or last.round != round_number:
+                raise RunFailed(f"privacy ledger: round {round_number} was not charged")
+            self._append(handle, entries, event="release", round_number=round_number)
+
+    @contextmanager
+    def _locked(self) -> Iterator[int]:
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield handle
+        finally:
+            os.close(handle)
+
+    def _append(
+        self,
+        handle: int,
+        entries: list[Entry],
+        *,
+        event: str,
+        round_number: int = -1,
+        steps: int = 0,
+    ) -> Entry:
+        entry = Entry(
+            number=len(entries),
+            event=event,
+            plan=self.plan.fingerprint,
+            round=round_number,
+            steps=steps,
+            total_steps=(entries[-1].total_steps if entries else 0) + steps,
+            deterministic=self.plan.deterministic_noise,
+        )
+        size = os.fstat(handle).st_size
+        torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
+        line = ("\n" if torn else "") + json.dumps(dataclasses.asdict(entry)) + "\n"
+        if os.write(handle, line.encode()) != len(line):
+            raise RunFailed(f"privacy ledger {self.path.name}: short write; nothing is released")
+        os.fsync(handle)
+        return entry
+
+    def _read(self, handle: int) -> list[Entry]:
+        text = os.pread(handle, os.fstat(handle).st_size, 0).decode("utf-8", errors="replace")
+        records = [_parse(line) for line in text.splitlines()]
+        if records and records[-1] is None and not text.endswith("\n"):
+            # a process was killed within its write: that charge never returned to its caller
+            records.pop()
+        entries = [Entry(**record) for record in records if record is not None]
+        charged = 0
+        for number, entry in enumerate(entries):
+            charged += entry.steps
+            if (entry.number, entry.total_steps) != (number, charged):
+                raise self._damaged()
+            if entry.plan != self.plan.fingerprint:
+                raise UserError(
+                    f"privacy ledger {self.path.name} was opened with another privacy plan",
+                    fix="resume with the run's own configuration, or start a new run",
+                )
+        if records and records[-1] is None:
+            raise self._damaged()
+        return entries
+
+    def _damaged(self) -> RunFailed:
+        return RunFailed(f"privacy ledger {self.path.name} is damaged: nothing is released")
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """Return a line's record, or None for what is no whole entry."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and set(record) == _FIELDS else None
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
