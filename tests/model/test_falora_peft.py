@@ -76,7 +76,7 @@ def test_logits_and_gradients_equal_pefts(targets, mode, bias):
     assert (adapter.flat_grad - whole).norm() / whole.norm() < 1e-5
     for key in adapter.keys:
         ours = adapter.flat_grad[adapter.slices[key]].view(adapter.shapes[key])
-        assert expected[key].norm() > 1e-5
+        assert expected[key].norm() > 1e-7
         assert (ours - expected[key]).norm() / expected[key].norm() < 1e-4, key
 
 
