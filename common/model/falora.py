@@ -267,12 +267,10 @@ class Adapter:
     def _bind(self, module: AdaptedLinear) -> None:
         module.lora_B = self._parameter(module.key + ".lora_B")
         device, dtype = module.weight.device, module.weight.dtype
-        if device.type == "meta":
-            a_RD = torch.empty(self.spec.rank, module.in_features, device="meta")
-        else:
-            drawn = draw_a(self.spec, module.key, module.in_features)
-            self._initial_a.add(module.key, drawn)
-            a_RD = torch.from_numpy(drawn).to(device)
+        # Drawn on the meta device too: a server without weights knows A's fingerprint by it.
+        drawn = draw_a(self.spec, module.key, module.in_features)
+        self._initial_a.add(module.key, drawn)
+        a_RD = torch.from_numpy(drawn).to(device)
         if self.spec.mode == "lora":
             module.lora_A = self._parameter(module.key + ".lora_A")
             module.lora_A.data.copy_(a_RD)
