@@ -296,7 +296,7 @@ def _counts(
         "samples": frame.height,
         "patients": frame["patient"].n_unique(),
         "drugs_per_sample": {
-            "mean": round(float(lengths.sum()) / frame.height, 4),
+            "mean": float(lengths.sum()) / frame.height,
             "min": _whole(lengths.min()),
             "max": _whole(lengths.max()),
         },

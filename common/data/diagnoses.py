@@ -55,13 +55,15 @@ def diagnosis_lists(
     coded = whole_numbers(rows, table, ("hadm_id", "seq_num", "icd_version")).with_columns(
         pl.col("icd_code").fill_null("").str.strip_chars()
     )
-    joined = coded.join(titles, on=_KEY, how="left", maintain_order="left")
+    joined = coded.join(titles.drop("title"), on=_KEY, how="left", maintain_order="left")
     unmatched = joined.filter(pl.col("diagnosis").is_null())
     _refuse_lost_zeros(unmatched, joined, titles, table)
     matched = joined.filter(pl.col("diagnosis").is_not_null())
     placed = matched.join(known.rename("hadm_id").to_frame().unique(), on="hadm_id", how="semi")
-    ordered = placed.sort("hadm_id", "seq_num", "diagnosis").unique(
-        ["hadm_id", "diagnosis"], keep="first", maintain_order=True
+    ordered = (
+        placed.select("hadm_id", "seq_num", "diagnosis")
+        .sort("hadm_id", "seq_num", "diagnosis")
+        .unique(["hadm_id", "diagnosis"], keep="first", maintain_order=True)
     )
     used = titles.join(ordered, on="diagnosis", how="semi", maintain_order="left")
     lists = (

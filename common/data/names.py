@@ -70,7 +70,7 @@ _STRENGTH = re.compile(
     rf"|(?<=[a-z])\d[\d.,]*\s*{_UNIT}(?![a-z])"
 )
 _WITH = re.compile(r"\s*\bw/\s*|\s+(?:and|with)\s+|\s*[/+&;]\s*")
-_HYPHEN = re.compile(r"\s*--\s*|(?<=[a-z.]{3})-(?=[a-z]{4})")
+_HYPHEN = re.compile(r"\s*--\s*|(?<=[a-z.]{3})-(?!phos\b)(?=[a-z]{4})")
 _SUFFIX = re.compile(r"((?:ase|cept|fa|gine|lin|mab|stim))-[a-z]{4}$|-[a-z]{2}$")
 """The four letters of a biosimilar, and forms such as -hp."""
 

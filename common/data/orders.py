@@ -10,13 +10,21 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from common.data.mimic import Table, bad_times, moment, reading, require_rows, scan
+from common.data.mimic import (
+    TIME_FORMAT,
+    Table,
+    bad_times,
+    moment,
+    reading,
+    require_rows,
+    scan,
+)
 from common.data.names import normalise_string
 
 CHUNK_ROWS = 500_000
 _COMPACT_ROWS = 2_000_000
 _FLUSHED = ("saline", "sodium chloride", "heparin")
-_KEYS = ("hadm_id", "drug_id")
+_KEYS = ("hadm_id", "drug")
 _TOTALS = (pl.col("rows").sum(), pl.col("start").min())
 
 
@@ -75,12 +83,12 @@ def read_orders(
     """
     lines = scan(table).select(
         pl.col("hadm_id").str.strip_chars().cast(pl.Int64, strict=False),
-        pl.col("drug_type").fill_null(""),
-        pl.col("drug").fill_null(""),
-        moment("starttime").alias("start"),
-        pl.col("starttime").is_not_null().alias("dated"),
+        # One process-wide code for each text: rows are then counted and grouped by integers.
+        pl.col("drug_type").fill_null("").cast(pl.Categorical),
+        pl.col("drug").fill_null("").cast(pl.Categorical),
+        pl.col("starttime").str.to_datetime(TIME_FORMAT, strict=False).alias("start"),
+        "starttime",
     )
-    ids: dict[str, int] = {}
     kinds: dict[str, int] = {}
     parts: list[pl.DataFrame] = []
     rows = lost = loose = 0
@@ -89,12 +97,12 @@ def read_orders(
             chunk_size=chunk_rows, maintain_order=False, engine="streaming"
         ):
             rows += batch.height
-            lost += batch.filter(pl.col("dated") & pl.col("start").is_null()).height
             for kind, number in batch["drug_type"].value_counts().iter_rows():
                 kinds[kind] = kinds.get(kind, 0) + number
-            part = _one_row_per_pair(batch, ids)
-            parts.append(part)
-            loose += part.height
+            timed = _timed(batch)
+            lost += timed["start"].null_count() - timed["starttime"].null_count()
+            parts.append(_one_row_per_pair(timed))
+            loose += parts[-1].height
             if loose > max(_COMPACT_ROWS, parts[0].height):
                 parts, loose = [_compacted(parts)], 0
             if on_rows is not None:
@@ -102,7 +110,8 @@ def read_orders(
     require_rows(table, rows)
     if lost:
         raise bad_times(table, "starttime", lost)
-    return _sorted_spellings(_compacted(parts), ids, kinds)
+    pairs, spellings = _by_sorted_spelling(_compacted(parts))
+    return Orders(pairs=pairs, spellings=spellings, drug_type=kinds)
 
 
 def drug_lists(orders: Orders, known: pl.Series, *, drop_flushes: bool = True) -> DrugLists:
@@ -124,13 +133,9 @@ def drug_lists(orders: Orders, known: pl.Series, *, drop_flushes: bool = True) -
     placed_rows = _rows(placed)
     clean = placed.filter(~pl.col("flush"))
     kept = clean if drop_flushes else placed
-    drugs = kept.sort("hadm_id", "name_id", "start", "drug_id", nulls_last=True).unique(
-        ["hadm_id", "name_id"], keep="first", maintain_order=True
-    )
-    lists = (
-        drugs.sort("hadm_id", "start", "name_id", nulls_last=True)
-        .group_by("hadm_id", maintain_order=True)
-        .agg(pl.col("drug_id").alias("drugs"))
+    drugs = _one_spelling(kept, names)
+    lists = drugs.group_by("hadm_id").agg(
+        pl.col("drug_id").sort_by("start", "name_id", nulls_last=True).alias("drugs")
     )
     return DrugLists(
         lists=lists,
@@ -160,19 +165,20 @@ def _rows(pairs: pl.DataFrame) -> int:
     return int(pairs["rows"].sum())
 
 
-def _one_row_per_pair(batch: pl.DataFrame, ids: dict[str, int]) -> pl.DataFrame:
-    main = batch.filter(pl.col("drug_type") == "MAIN")
-    spelled = main["drug"].unique().to_list()
-    for spelling in spelled:
-        ids.setdefault(spelling, len(ids))
-    lookup = pl.DataFrame(
-        {"drug": spelled, "drug_id": [ids[spelling] for spelling in spelled]},
-        schema={"drug": pl.String, "drug_id": pl.UInt32},
-    )
+def _timed(batch: pl.DataFrame) -> pl.DataFrame:
+    """Read the rare starts that are a date without a time; most batches have none."""
+    if batch["start"].null_count() == batch["starttime"].null_count():
+        return batch
+    return batch.with_columns(pl.col("start").fill_null(moment("starttime")))
+
+
+def _one_row_per_pair(batch: pl.DataFrame) -> pl.DataFrame:
     return (
-        main.join(lookup, on="drug")
+        batch.lazy()
+        .filter(pl.col("drug_type") == "MAIN")
         .group_by(_KEYS)
         .agg(pl.len().cast(pl.UInt32).alias("rows"), pl.col("start").min())
+        .collect()
     )
 
 
@@ -182,19 +188,27 @@ def _compacted(parts: Sequence[pl.DataFrame]) -> pl.DataFrame:
     return pl.concat(parts).group_by(_KEYS).agg(_TOTALS)
 
 
-def _sorted_spellings(
-    pairs: pl.DataFrame, ids: Mapping[str, int], kinds: Mapping[str, int]
-) -> Orders:
-    """Renumber by sorted spelling, so that ids do not tell in which order batches came."""
-    spellings = tuple(sorted(ids))
-    renumbering = pl.DataFrame(
-        {"drug_id": [ids[spelling] for spelling in spellings], "sorted": range(len(spellings))},
-        schema={"drug_id": pl.UInt32, "sorted": pl.UInt32},
+def _by_sorted_spelling(pairs: pl.DataFrame) -> tuple[pl.DataFrame, tuple[str, ...]]:
+    """Number spellings by their sorted order, so that ids do not tell how batches came."""
+    spellings = sorted(pairs["drug"].unique().cast(pl.String))
+    numbers = pl.DataFrame(
+        {"drug": spellings, "drug_id": range(len(spellings))},
+        schema={"drug": pl.Categorical, "drug_id": pl.UInt32},
     )
-    renumbered = pairs.join(renumbering, on="drug_id").select(
-        "hadm_id", pl.col("sorted").alias("drug_id"), "rows", "start"
+    numbered = pairs.join(numbers, on="drug").select("hadm_id", "drug_id", "rows", "start")
+    return numbered, tuple(spellings)
+
+
+def _one_spelling(pairs: pl.DataFrame, names: pl.DataFrame) -> pl.DataFrame:
+    """Keep the spelling that started first; only names with several spellings need the sort."""
+    several = names.group_by("name_id").len().filter(pl.col("len") > 1)["name_id"]
+    varied = pl.col("name_id").is_in(several.implode())
+    first = (
+        pairs.filter(varied)
+        .sort("hadm_id", "name_id", "start", "drug_id", nulls_last=True)
+        .unique(["hadm_id", "name_id"], keep="first", maintain_order=True)
     )
-    return Orders(pairs=renumbered, spellings=spellings, drug_type=dict(kinds))
+    return pl.concat([pairs.filter(~varied), first])
 
 
 def _name_table(spellings: Sequence[str]) -> pl.DataFrame:

@@ -2,10 +2,13 @@
 
 import contextlib
 import hashlib
+import json
 import tempfile
 from collections.abc import Mapping
 from operator import itemgetter
 from pathlib import Path
+
+import polars as pl
 
 from common.config import DataConfig
 from common.data.admissions import Prepared, Progress, prepare_tables
@@ -89,7 +92,7 @@ def sample_table(prepared: Prepared, *, source: str, file_hashes: Mapping[str, s
         counts=prepared.counts,
         source=source,
         file_hashes=dict(file_hashes),
-        digest=_digest(admissions),
+        digest=_digest(prepared),
     )
 
 
@@ -100,8 +103,15 @@ def _pick(vocabulary: tuple[str, ...], indices: list[int]) -> tuple[str, ...]:
     return picked
 
 
-def _digest(admissions: tuple[Admission, ...]) -> str:
+def _digest(prepared: Prepared) -> str:
     digest = hashlib.sha256()
-    for one in admissions:
-        digest.update(repr(one).encode())
+    for vocabulary in (prepared.drugs, prepared.titles, prepared.codes):
+        digest.update(json.dumps(vocabulary).encode())
+    for column in prepared.frame.iter_columns():
+        flat = column
+        if column.dtype == pl.List:
+            flat = column.explode()
+            digest.update(column.list.len().to_numpy().tobytes())
+        text = flat.dtype == pl.String
+        digest.update("\0".join(flat).encode() if text else flat.to_numpy().tobytes())
     return digest.hexdigest()

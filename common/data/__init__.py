@@ -1,0 +1,1 @@
+"""MIMIC-IV tables to samples, splits and hospitals."""
