@@ -1,0 +1,198 @@
+"""``fedrx federate``: check everything, run the federation, answer held-out patients, report."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from common.config import Config
+from common.data.partition import Hospital, assign_hospitals
+from common.data.prepare import load_samples
+from common.data.samples import SampleTable
+from common.errors import FedrxError, UserError
+from common.model.backbone import BackboneSpec, resolve_backbone
+from common.model.choice import Choice
+from common.model.layout import AdapterLayout, adapter_layout, adapter_spec
+from common.provenance import available_cpus, environment
+from common.rundir import RunDirectory
+from common.training.budget import steps_of_round
+from sim.evaluate import evaluate_run
+from sim.launch import free_port, run_flower
+from sim.progress import RunProgress
+from sim.report import write_report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What is known before anything is started."""
+
+    table: SampleTable
+    hospitals: tuple[Hospital, ...]
+    backbone: BackboneSpec
+    layout: AdapterLayout
+
+
+def prepare(config: Config, console: Console) -> Preparation:
+    """Read the data, deal the hospitals and find the backbone.
+
+    Raises:
+        UserError: for everything that can be known to fail before the run starts.
+    """
+
+    def say(line: str) -> None:
+        console.print(line, style="dim", markup=False, highlight=False)
+
+    free_port(config.run.port)
+    table = load_samples(config.data, progress=say)
+    if not table.admissions:
+        raise UserError(
+            f"data.path={config.data.path} gives no samples after cleaning",
+            allowed="admissions with diagnoses and drugs",
+            fix="see `fedrx data describe` for the reasons",
+        )
+    hospitals = assign_hospitals(
+        table.admissions,
+        config.partition,
+        hospitals=config.federation.hospitals,
+        data=config.data,
+    )
+    backbone = resolve_backbone(config.model.backbone, progress=say)
+    layout = adapter_layout(backbone, adapter_spec(config.adapter))
+    return Preparation(table=table, hospitals=hospitals, backbone=backbone, layout=layout)
+
+
+def choose_workers(config: Config) -> Choice[int]:
+    """Return how many Ray actors serve the hospitals."""
+    if config.federation.workers:
+        return Choice(config.federation.workers, "federation.workers")
+    gpus = torch.cuda.device_count()
+    hospitals = config.federation.hospitals
+    if gpus and config.train.device != "cpu":
+        return Choice(min(gpus, hospitals), f"one per GPU ({gpus})")
+    cpus = available_cpus()
+    return Choice(max(1, min(cpus, hospitals)), f"{cpus} CPUs, {hospitals} hospitals")
+
+
+def federate(
+    config: Config,
+    *,
+    console: Console,
+    command_line: Sequence[str],
+    run_dir: Path | None = None,
+) -> dict[str, Any]:
+    """Run one federation in simulation, to its report.
+
+    Args:
+        config: Complete configuration.
+        console: Where progress and results are shown.
+        command_line: Stored in environment.json.
+        run_dir: Run directory; default below ``runs``.
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        UserError: before anything is started.
+        RunFailed: if the federation fails; status.json says so too.
+    """
+    started = time.monotonic()
+    preparation = prepare(config, console)
+    run = RunDirectory.create(config, directory=run_dir)
+    workers = choose_workers(config)
+    threads = config.train.threads or max(1, available_cpus() // workers.value)
+    config = replace(
+        config,
+        run=replace(config.run, directory=str(run.path)),
+        data=replace(config.data, path=_absolute(config.data.path)),
+        model=replace(config.model, backbone=_absolute(config.model.backbone)),
+        federation=replace(config.federation, workers=workers.value),
+        train=replace(config.train, threads=threads),
+    )
+    run.write_config(config)
+    run.write_json(
+        "environment.json", {**environment(list(command_line)), "workers": workers.as_dict()}
+    )
+    run.write_json("data.json", data_facts(preparation))
+    console.print(f"run directory: {run.path}", markup=False, highlight=False)
+    try:
+        with RunProgress(
+            console,
+            run,
+            steps=total_steps(config, preparation.hospitals),
+            rounds=config.federation.rounds,
+        ) as progress:
+            run_flower(
+                config,
+                run,
+                workers=workers.value,
+                gpus_per_worker=gpus_per_worker(config, workers.value),
+                on_tick=progress.tick,
+            )
+        training_seconds = time.monotonic() - started
+        run.write_status("running", stage="evaluation")
+        summary = {
+            **run.read_json("summary.json"),
+            "source": preparation.table.source,
+            "training_seconds": round(training_seconds, 3),
+        }
+        run.write_json("summary.json", summary)
+        summary = evaluate_run(run, console=console)
+        summary["seconds"] = round(time.monotonic() - started, 3)
+        run.write_json("summary.json", summary)
+        write_report(run)
+        run.write_status("finished", round=config.federation.rounds)
+    except KeyboardInterrupt:
+        run.write_status("interrupted", rounds=len(run.checkpoint_names()))
+        raise
+    except FedrxError as error:
+        run.write_status("failed", error=str(error))
+        raise
+    return summary
+
+
+def total_steps(config: Config, hospitals: Sequence[Hospital]) -> int:
+    """Return the local optimizer steps of all hospitals and rounds (at full participation)."""
+    rounds = range(1, config.federation.rounds + 1)
+    return sum(
+        steps_of_round(config, len(hospital.train), number).value
+        for hospital in hospitals
+        for number in rounds
+    )
+
+
+def gpus_per_worker(config: Config, workers: int) -> float:
+    """Return the share of a GPU that each Ray actor holds."""
+    if config.train.device == "cpu" or not torch.cuda.is_available():
+        return 0.0
+    return min(1.0, torch.cuda.device_count() / workers)
+
+
+def data_facts(preparation: Preparation) -> dict[str, Any]:
+    """Return what data.json holds: hashes, counts and sizes, never rows."""
+    table = preparation.table
+    return {
+        "source": table.source,
+        "file_hashes": table.file_hashes,
+        "counts": table.counts,
+        "hospitals": [
+            {
+                "name": hospital.name,
+                "patients": hospital.patients,
+                "samples": hospital.samples,
+                "train": len(hospital.train),
+                "validation": len(hospital.validation),
+                "test": len(hospital.test),
+            }
+            for hospital in preparation.hospitals
+        ],
+    }
+
+
+def _absolute(path: str) -> str:
+    """Make an existing folder's path absolute; names such as ``synthetic`` stay."""
+    folder = Path(path).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else path
