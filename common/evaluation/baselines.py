@@ -1,0 +1,186 @@
+"""The simple baselines that always stand beside a model: popularity, neighbours, regression.
+
+All are fitted on the training admissions alone and know nothing of a test admission but its coded
+diagnoses. Names are counted at the string level and shown in their most common spelling. A list's
+length is never looked up in the truth: popularity chooses it on the training split, neighbours use
+the mean length of the neighbours' lists, regression the mean length in training.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+from sklearn.linear_model import LogisticRegression
+
+from common.data.names import normalise_string
+from common.data.samples import Admission
+
+DrugList = tuple[str, ...]
+
+_LONGEST_POPULAR_LIST = 100
+_ROWS_AT_ONCE = 256
+_RAREST_REGRESSED = 5
+_MOST_FITTED_SAMPLES = 20_000
+
+
+def popularity(
+    train: Sequence[Admission], test: Sequence[Admission], *, drugs_listed: int | None = None
+) -> list[DrugList]:
+    """Give everyone the most common drugs of the training split.
+
+    Args:
+        train: What is fitted.
+        test: Who gets a list.
+        drugs_listed: Length of the list; None takes the length with the best mean Jaccard on
+            ``train``.
+    """
+    fit = _Fit.of(train)
+    ranked_d = _ranked(fit.frequency_d)
+    if drugs_listed is None:
+        drugs_listed = _best_length(fit.drugs_nd, ranked_d)
+    return [fit.named(ranked_d[:drugs_listed])] * len(test)
+
+
+def nearest_neighbours(
+    train: Sequence[Admission], test: Sequence[Admission], *, neighbours: int = 10
+) -> list[DrugList]:
+    """Let the training admissions with the most similar diagnoses vote.
+
+    Similarity is the cosine of the sets of (version, code); the drugs with the most votes fill a
+    list as long as the neighbours' lists are on average. Ties go to earlier training admissions,
+    and to the alphabet among drugs. Who shares no code with the training split gets the votes of
+    all of it.
+    """
+    fit = _Fit.of(train)
+    neighbours = min(neighbours, len(train))
+    norms_n = np.sqrt(np.maximum(fit.codes_nc.sum(axis=1), 1))
+    lists = []
+    for start in range(0, len(test), _ROWS_AT_ONCE):
+        asked_bc = fit.codes_of(test[start : start + _ROWS_AT_ONCE])
+        # The test admission's own norm is the same for all its neighbours: it ranks nothing.
+        for shared_n in (asked_bc @ fit.codes_nc.T).toarray():
+            nearest = _largest(shared_n / norms_n, neighbours) if shared_n.any() else slice(None)
+            votes_kd = fit.drugs_nd[nearest]
+            length = round(votes_kd.sum() / votes_kd.shape[0])
+            lists.append(fit.named(_ranked(votes_kd.sum(axis=0))[:length]))
+    return lists
+
+
+def logistic_regression(
+    train: Sequence[Admission], test: Sequence[Admission], *, inverse_penalty: float = 0.1
+) -> list[DrugList]:
+    """Regress every drug on the diagnoses, and list the most probable ones.
+
+    One L2-penalised regression a drug on the presence of each (version, code). The list is as
+    long as the training lists are on average. Drugs with fewer than 5 training admissions keep
+    their frequency; of more than 20,000 training admissions, 20,000 evenly spaced ones are used.
+
+    Args:
+        train: What is fitted.
+        test: Who gets a list.
+        inverse_penalty: scikit-learn's C.
+    """
+    if not test:
+        return []
+    spaced = np.linspace(0, len(train) - 1, min(len(train), _MOST_FITTED_SAMPLES)).astype(int)
+    fit = _Fit.of([train[row] for row in spaced])
+    asked_bc = fit.codes_of(test)
+    probable_bd = np.tile(fit.frequency_d, (len(test), 1))
+    counts_d = fit.drugs_nd.sum(axis=0)
+    for drug in np.flatnonzero((counts_d >= _RAREST_REGRESSED) & (counts_d < len(spaced))):
+        model = LogisticRegression(C=inverse_penalty, max_iter=300)
+        model.fit(fit.codes_nc, fit.drugs_nd[:, [drug]].toarray().ravel())
+        probable_bd[:, drug] = model.predict_proba(asked_bc)[:, 1]
+    length = round(fit.drugs_nd.sum() / len(spaced))
+    return [fit.named(_ranked(probable_d)[:length]) for probable_d in probable_bd]
+
+
+BASELINES: Mapping[str, Callable[[Sequence[Admission], Sequence[Admission]], list[DrugList]]] = {
+    "popularity": popularity,
+    "nearest_neighbours": nearest_neighbours,
+    "logistic_regression": logistic_regression,
+}
+"""Every baseline with its defaults, by the name it has in summary.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fit:
+    """Training admissions as 0/1 matrices (N admissions, C codes, D drugs)."""
+
+    codes_nc: csr_array
+    drugs_nd: csr_array
+    code_column: Mapping[str, int]
+    spellings: tuple[str, ...]
+    """The most common spelling of each drug; drugs are sorted by string-level name."""
+
+    @classmethod
+    def of(cls, train: Sequence[Admission]) -> "_Fit":
+        if not train:
+            raise ValueError("no admissions to fit a baseline on")
+        spelled: dict[str, Counter[str]] = {}
+        for one in train:
+            for drug in one.drugs:
+                spelled.setdefault(normalise_string(drug), Counter())[drug] += 1
+        names = {name: column for column, name in enumerate(sorted(spelled))}
+        codes = sorted({code for one in train for code in one.diagnosis_codes})
+        code_column = {code: column for column, code in enumerate(codes)}
+        return cls(
+            codes_nc=_presence((one.diagnosis_codes for one in train), code_column),
+            drugs_nd=_presence((map(normalise_string, one.drugs) for one in train), names),
+            code_column=code_column,
+            spellings=tuple(
+                min(spelled[name], key=lambda spelling: (-spelled[name][spelling], spelling))
+                for name in names
+            ),
+        )
+
+    @property
+    def frequency_d(self) -> NDArray[np.float64]:
+        frequency: NDArray[np.float64] = self.drugs_nd.sum(axis=0) / self.drugs_nd.shape[0]
+        return frequency
+
+    def codes_of(self, admissions: Sequence[Admission]) -> csr_array:
+        return _presence((one.diagnosis_codes for one in admissions), self.code_column)
+
+    def named(self, drugs: NDArray[np.intp]) -> DrugList:
+        return tuple(self.spellings[drug] for drug in drugs)
+
+
+def _presence(rows: Iterable[Iterable[str]], column: Mapping[str, int]) -> csr_array:
+    """Return a 0/1 matrix; items without a column are unknown and left out."""
+    found = [sorted({column[item] for item in row if item in column}) for row in rows]
+    return csr_array(
+        (
+            np.ones(sum(map(len, found))),
+            np.concatenate([np.array(row, dtype=np.int32) for row in found]),
+            np.cumsum([0, *map(len, found)], dtype=np.int32),
+        ),
+        shape=(len(found), len(column)),
+    )
+
+
+def _ranked(score_d: NDArray[np.float64]) -> NDArray[np.intp]:
+    return np.argsort(-score_d, kind="stable")
+
+
+def _largest(score_n: NDArray[np.float64], number: int) -> NDArray[np.intp]:
+    """Return the places of the largest scores without sorting all; ties go to the earlier."""
+    bound = np.partition(score_n, -number)[-number]
+    above = np.flatnonzero(score_n > bound)
+    return np.concatenate([above, np.flatnonzero(score_n == bound)[: number - len(above)]])
+
+
+def _best_length(drugs_nd: csr_array, ranked_d: NDArray[np.intp]) -> int:
+    """Return the length of the popular list with the best mean Jaccard on the training split."""
+    offered = ranked_d[:_LONGEST_POPULAR_LIST]
+    lengths_k = np.arange(1, len(offered) + 1)
+    total_k = np.zeros(len(offered))
+    true_n = drugs_nd.sum(axis=1)
+    for start in range(0, drugs_nd.shape[0], _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        hits_bk = drugs_nd[rows][:, offered].toarray().cumsum(axis=1)
+        total_k += (hits_bk / (true_n[rows, None] + lengths_k - hits_bk)).sum(axis=0)
+    return int(lengths_k[total_k.argmax()])

@@ -1,0 +1,248 @@
+"""What a set of predicted drug lists is worth: set metrics per admission, intervals by patient.
+
+Conventions, pinned down:
+
+- Lists are compared as *sets* at a named normalisation level, the same normaliser on both sides,
+  so order, duplicates and (at the string level) case and blanks never count.
+- Precision, recall, Jaccard and F1 are computed per admission and averaged (macro). F1 is the mean
+  of the admissions' F1, not the F1 of the means.
+- An answer that is not in the format counts 0 in all four; ``parsed_only`` leaves it out instead.
+- An empty list that was predicted has precision 0, and an empty truth has recall 0, but empty
+  against empty is right: 1 in all four.
+- The paper's accuracy, "the share of drugs that match", is ambiguous; both readings are given: over
+  the predicted drugs (it equals precision) and over the true drugs (it equals recall).
+- ``length_ratio`` is all predicted drugs over all true drugs; ``oov_rate`` is the share of all
+  predicted drugs that are not in the training vocabulary. Unparseable answers predict nothing.
+  Where the denominator is zero the value is None, never a made-up number.
+- Intervals: percentile bootstrap over *patients*, because a patient's admissions are alike. With
+  one patient there is no interval (None).
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.data.names import normalise
+from common.seeds import stream
+
+METRICS = (
+    "output_rate",
+    "precision",
+    "recall",
+    "jaccard",
+    "f1",
+    "accuracy_over_predicted",
+    "accuracy_over_true",
+    "length_ratio",
+    "oov_rate",
+)
+"""Names of the metrics, in the order of reports."""
+
+_RESAMPLES_AT_ONCE = 64
+_SOURCES = {"accuracy_over_predicted": "precision", "accuracy_over_true": "recall"}
+_COLUMNS = ("one", "parsed", "precision", "recall", "jaccard", "f1", "predicted", "true", "oov")
+_RATIOS = {
+    "output_rate": ("parsed", "one"),
+    "precision": ("precision", "one"),
+    "recall": ("recall", "one"),
+    "jaccard": ("jaccard", "one"),
+    "f1": ("f1", "one"),
+    "length_ratio": ("predicted", "true"),
+    "oov_rate": ("oov", "predicted"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """One admission's true and predicted drugs."""
+
+    case: str
+    """Name of the case in predictions.jsonl; no patient or admission id."""
+    cluster: int
+    """Which admissions share a patient; only equality counts."""
+    truth: tuple[str, ...]
+    answer: tuple[str, ...] | None
+    """None: the answer was not in the format."""
+
+
+class Estimate(NamedTuple):
+    """A value and its interval; None where it does not exist."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """The metrics of one set of predictions."""
+
+    level: str
+    samples: int
+    patients: int
+    parsed: int
+    confidence: float
+    resamples: int
+    estimates: Mapping[str, Estimate]
+    """By name, over all samples."""
+    parsed_only: Mapping[str, Estimate]
+    """By name, over the samples with an answer in the format."""
+
+    def value(self, name: str) -> float | None:
+        """Return one metric over all samples."""
+        return self.estimates[name].value
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON: metrics by name, ``intervals`` and ``parsed_only`` beside."""
+        return {
+            "level": self.level,
+            "samples": self.samples,
+            "patients": self.patients,
+            "parsed": self.parsed,
+            **_values(self.estimates),
+            "parsed_only": _values(self.parsed_only),
+            "confidence": self.confidence,
+            "resamples": self.resamples,
+            "intervals": {name: [e.low, e.high] for name, e in self.estimates.items()},
+        }
+
+
+def score(
+    predictions: Sequence[Prediction],
+    *,
+    level: str,
+    vocabulary: Collection[str],
+    drug_map: Mapping[str, tuple[str, ...]] | None = None,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Metrics:
+    """Score predictions under the conventions at the top of this module.
+
+    Args:
+        predictions: One for each admission.
+        level: ``string``, ``ingredient`` or ``map`` (see ``common.data.names``).
+        vocabulary: Drug names of the training split; normalised here.
+        drug_map: For level ``map``.
+        resamples: Bootstrap resamples; 0 for no intervals.
+        confidence: Mass of the intervals.
+        seed: Of the bootstrap.
+
+    Raises:
+        ValueError: No predictions.
+    """
+    if not predictions:
+        raise ValueError("no predictions to score")
+    known = normalised_set(vocabulary, level=level, drug_map=drug_map)
+    table = np.array(
+        [
+            _measure(
+                normalised_set(one.truth, level=level, drug_map=drug_map),
+                None
+                if one.answer is None
+                else normalised_set(one.answer, level=level, drug_map=drug_map),
+                known,
+            )
+            for one in predictions
+        ]
+    )
+    _, cluster = np.unique([one.cluster for one in predictions], return_inverse=True)
+    parsed = table[:, _COLUMNS.index("parsed")] == 1
+    patients = int(cluster.max()) + 1
+    sums_km = _by_cluster(np.hstack([table, table * parsed[:, None]]), cluster, patients)
+    # Both sets of metrics see the same resamples, and one patient has none.
+    drawn_rm = _resampled_sums(sums_km, resamples, seed) if resamples and patients > 1 else None
+    overall, among_parsed = (
+        _estimates(sums_km[:, half], None if drawn_rm is None else drawn_rm[:, half], confidence)
+        for half in (slice(len(_COLUMNS)), slice(len(_COLUMNS), None))
+    )
+    return Metrics(
+        level=level,
+        samples=len(predictions),
+        patients=patients,
+        parsed=int(parsed.sum()),
+        confidence=confidence,
+        resamples=resamples,
+        estimates=overall,
+        parsed_only=among_parsed,
+    )
+
+
+def normalised_set(
+    names: Collection[str], *, level: str, drug_map: Mapping[str, tuple[str, ...]] | None = None
+) -> frozenset[str]:
+    """Return the distinct items that ``names`` count as; a combination may be several.
+
+    >>> sorted(normalised_set(["Insulin", " INSULIN ", "Aspirin"], level="string"))
+    ['aspirin', 'insulin']
+    """
+    return frozenset(item for name in names for item in normalise(name, level, drug_map))
+
+
+def _values(estimates: Mapping[str, Estimate]) -> dict[str, float | None]:
+    return {name: estimate.value for name, estimate in estimates.items()}
+
+
+def _measure(
+    truth: frozenset[str], answer: frozenset[str] | None, known: frozenset[str]
+) -> tuple[float, ...]:
+    """Return one admission's row in the order of ``_COLUMNS``."""
+    if answer is None:
+        return (1, 0, 0, 0, 0, 0, 0, len(truth), 0)
+    shared, union = len(truth & answer), len(truth | answer)
+    if union == 0:
+        return (1, 1, 1, 1, 1, 1, 0, 0, 0)
+    return (
+        *(1, 1),
+        shared / len(answer) if answer else 0,
+        shared / len(truth) if truth else 0,
+        shared / union,
+        2 * shared / (len(truth) + len(answer)),
+        *(len(answer), len(truth), len(answer - known)),
+    )
+
+
+def _by_cluster(
+    table_nm: NDArray[np.float64], cluster_n: NDArray[np.intp], clusters: int
+) -> NDArray[np.float64]:
+    sums_km = np.zeros((clusters, table_nm.shape[1]))
+    np.add.at(sums_km, cluster_n, table_nm)
+    return sums_km
+
+
+def _resampled_sums(sums_km: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
+    """Return the column sums of every resample of patients (resamples, M), some at a time."""
+    random = stream(seed, "bootstrap")
+    clusters = len(sums_km)
+    shares = np.full(clusters, 1 / clusters)
+    sizes = [
+        min(_RESAMPLES_AT_ONCE, resamples - s) for s in range(0, resamples, _RESAMPLES_AT_ONCE)
+    ]
+    return np.concatenate([random.multinomial(clusters, shares, size) @ sums_km for size in sizes])
+
+
+def _estimates(
+    sums_km: NDArray[np.float64], drawn_rm: NDArray[np.float64] | None, confidence: float
+) -> dict[str, Estimate]:
+    point_m = sums_km.sum(axis=0)
+    found: dict[str, Estimate] = {}
+    for name in METRICS:
+        above, below = (_COLUMNS.index(column) for column in _RATIOS[_SOURCES.get(name, name)])
+        if point_m[below] == 0:
+            found[name] = Estimate(None, None, None)
+            continue
+        value = float(point_m[above] / point_m[below])
+        low = high = None
+        if drawn_rm is not None:
+            # A resample without any denominator has no value of its own.
+            usable_rm = drawn_rm[drawn_rm[:, below] > 0]
+            tail = (1 - confidence) / 2
+            if len(usable_rm):
+                low, high = np.quantile(
+                    usable_rm[:, above] / usable_rm[:, below], [tail, 1 - tail]
+                ).tolist()
+        found[name] = Estimate(value, low, high)
+    return found
