@@ -194,6 +194,29 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """The LLM judge of ``fedrx judge``; see ``common.evaluation.judge``."""
+
+    base_url: str = option(
+        "http://127.0.0.1:8000/v1", "OpenAI-compatible server; loopback keeps data on the machine"
+    )
+    model: str = option("", "judge model as the server names it; several judges comma-separated")
+    repeats: int = option(1, "times that each judge is asked for each list", low=1, high=100)
+    temperature: float = option(0.0, "sampling temperature of the judge", low=0, high=2)
+    concurrency: int = option(8, "calls in flight", low=1, high=1024)
+    timeout_seconds: float = option(120.0, "longest wait for one reply", above=0, high=86400)
+    attempts: int = option(4, "tries per call when the server fails", low=1, high=20)
+    max_output_tokens: int = option(4096, "longest reply in tokens", low=64)
+    response_format: str = option(
+        "auto", "ask the server for the JSON schema", choices=("auto", "json-schema", "none")
+    )
+    input_usd_per_million: float = option(0.0, "price in USD of 1e6 prompt tokens", low=0)
+    output_usd_per_million: float = option(0.0, "price in USD of 1e6 reply tokens", low=0)
+    max_cost_usd: float = option(0.0, "stop before the run's judging costs more; 0: no limit", low=0)
+    api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the API key")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """The run directory."""
 
@@ -215,4 +238,5 @@ class Config:
     train: TrainConfig = TrainConfig()
     federation: FederationConfig = FederationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    judge: JudgeConfig = JudgeConfig()
     run: RunConfig = RunConfig()
