@@ -1,0 +1,202 @@
+"""The baselines against hand counts, scikit-learn, and the demo's known figures."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics.pairwise import cosine_similarity
+from sklearn.model_selection import GroupKFold
+from sklearn.preprocessing import MultiLabelBinarizer
+
+from common.config import DataConfig
+from common.data.prepare import load_samples
+from common.data.samples import Admission
+from common.evaluation.baselines import (
+    BASELINES,
+    logistic_regression,
+    nearest_neighbours,
+    popularity,
+)
+from common.evaluation.metrics import Metrics, Prediction, score
+
+
+def admission(codes: str, drugs: Sequence[str], patient: int = 0) -> Admission:
+    return Admission(
+        patient=patient,
+        admission=0,
+        sex="F",
+        age=60,
+        diagnoses=tuple(codes),
+        diagnosis_codes=tuple(f"10:{code}" for code in codes),
+        drugs=tuple(drugs),
+    )
+
+
+def random_admissions(seed: int, number: int) -> list[Admission]:
+    """Codes A..L imply the drugs of the same letter, with noise."""
+    draw = np.random.default_rng(seed)
+    found = []
+    for _ in range(number):
+        codes = draw.choice(list("ABCDEFGHIJKL"), draw.integers(1, 7), replace=False)
+        drugs = [c.lower() for c in codes if draw.random() < 0.85]
+        drugs += [c for c in "xyz" if draw.random() < 0.5] or ["x"]
+        found.append(admission("".join(codes), drugs))
+    return found
+
+
+def test_popularity_by_hand() -> None:
+    train = [admission("A", ["x", "y"]), admission("A", ["x", "z"]), admission("B", ["X", "y"])]
+    test = [admission("Q", ["q"])] * 2
+    assert popularity(train, test, drugs_listed=2) == [("x", "y"), ("x", "y")]
+    # Mean Jaccard on train: k=1 (1/2 + 1/2 + 1/2)/3; k=2 (1 + 1/3 + 1)/3; k=3 (2/3 * 3)/3.
+    assert popularity(train, test) == [("x", "y"), ("x", "y")]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_popularitys_length_is_the_best_on_train(seed: int) -> None:
+    train = random_admissions(seed, 60)
+    counts = {d: sum(d in a.drugs for a in train) for a in train for d in a.drugs}
+    ranked = sorted(counts, key=lambda drug: (-counts[drug], drug))
+    jaccard = [
+        np.mean([len(set(top) & set(a.drugs)) / len(set(top) | set(a.drugs)) for a in train])
+        for top in (ranked[:k] for k in range(1, len(ranked) + 1))
+    ]
+    assert popularity(train, train[:1]) == [tuple(ranked[: 1 + int(np.argmax(jaccard))])]
+
+
+def test_spellings_are_one_drug_shown_in_the_commonest() -> None:
+    train = [
+        admission("A", ["HEPARIN "]),
+        admission("A", ["Heparin"]),
+        admission("B", ["Heparin", "b"]),
+        admission("B", ["b"]),
+    ]
+    assert popularity(train, train[:1], drugs_listed=1) == [("Heparin",)]
+
+
+def test_neighbours_by_hand() -> None:
+    train = [
+        admission("AB", ["a", "b"]),
+        admission("ABCDEFGH", ["far"]),
+        admission("C", ["c", "d", "e"]),
+        admission("A", ["a"]),
+    ]
+    # To AB: 1, 2/4, 0, 1/sqrt 2. Of two neighbours: a twice, b once; mean length 3/2, rounded 2.
+    assert nearest_neighbours(train, [admission("AB", [])], neighbours=2) == [("a", "b")]
+    # No shared code: everybody votes; mean length 7/4 -> 2.
+    assert nearest_neighbours(train, [admission("Z", [])], neighbours=2) == [("a", "b")]
+
+
+def test_neighbours_are_scikit_learns() -> None:
+    train, test = random_admissions(1, 80), random_admissions(2, 30)
+    codes = MultiLabelBinarizer().fit([a.diagnosis_codes for a in train])
+    x, asked = (codes.transform([a.diagnosis_codes for a in split]) for split in (train, test))
+    # Rounded, so that equal similarities tie in both; then the earlier admission comes first.
+    similarity = np.round(cosine_similarity(asked, x), 9)
+    found = nearest_neighbours(train, test, neighbours=7)
+    for row, drugs in zip(similarity, found, strict=True):
+        lists = [train[n].drugs for n in np.argsort(-row, kind="stable")[:7]]
+        votes = {d: sum(d in drugs for drugs in lists) for drugs in lists for d in drugs}
+        ranked = sorted(votes, key=lambda drug: (-votes[drug], drug))
+        assert drugs == tuple(ranked[: round(sum(map(len, lists)) / 7)])
+
+
+def test_regression_is_one_scikit_learn_model_a_drug() -> None:
+    train, test = random_admissions(3, 120), random_admissions(4, 20)
+    codes = MultiLabelBinarizer().fit([a.diagnosis_codes for a in train])
+    names = sorted({drug for a in train for drug in a.drugs})
+    x, asked = (codes.transform([a.diagnosis_codes for a in split]) for split in (train, test))
+    probable = np.stack(
+        [
+            LogisticRegression(C=0.1, max_iter=500)
+            .fit(x, [name in a.drugs for a in train])
+            .predict_proba(asked)[:, 1]
+            for name in names
+        ]
+    )
+    length = round(np.mean([len(a.drugs) for a in train]))
+    for column, drugs in enumerate(logistic_regression(train, test)):
+        best = sorted(range(len(names)), key=lambda n: -probable[n, column])[:length]
+        assert set(drugs) == {names[n] for n in best}
+
+
+@pytest.mark.parametrize("baseline", BASELINES.values(), ids=list(BASELINES))
+def test_no_baseline_sees_the_tests_drugs_or_anything_but_its_codes(baseline) -> None:
+    train, test = random_admissions(5, 60), random_admissions(6, 9)
+    blind = [
+        replace(a, drugs=("never seen",), age=99, sex="M", diagnoses=(), patient=n, service="X")
+        for n, a in enumerate(test)
+    ]
+    found = baseline(train, test)
+    assert len(found) == len(test)
+    assert baseline(train, blind) == found
+    # Each answer depends on its own codes only, not on who else is asked.
+    assert [baseline(train, [one])[0] for one in test] == found
+
+
+@pytest.mark.parametrize("baseline", BASELINES.values(), ids=list(BASELINES))
+def test_empty_splits(baseline) -> None:
+    train = random_admissions(7, 6)
+    assert baseline(train, []) == []
+    with pytest.raises(ValueError, match="no admissions"):
+        baseline([], train)
+    # Codes, and whole admissions, that training never saw.
+    assert all(baseline(train, [admission("Z", ["q"]), admission("", ["q"])]))
+
+
+def cross_validated(
+    admissions: Sequence[Admission],
+    baseline: Callable[[Sequence[Admission], Sequence[Admission]], list[tuple[str, ...]]],
+) -> Metrics:
+    """Five folds by patient (scikit-learn's GroupKFold, not shuffled), string level."""
+    patients = [a.patient for a in admissions]
+    rows = []
+    for train, test in GroupKFold(5).split(patients, groups=patients):
+        answers = baseline([admissions[n] for n in train], [admissions[n] for n in test])
+        rows += [
+            Prediction(case=str(n), cluster=patients[n], truth=admissions[n].drugs, answer=answer)
+            for n, answer in zip(test, answers, strict=True)
+        ]
+    return score(rows, level="string", vocabulary=(), resamples=0)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "expected"),
+    [
+        (lambda a, b: popularity(a, b, drugs_listed=10), (0.625, 0.235, 0.200)),
+        (lambda a, b: popularity(a, b, drugs_listed=30), (0.418, 0.452, 0.266)),
+        (nearest_neighbours, (None, None, 0.247)),
+        (logistic_regression, (0.437, 0.453, 0.275)),
+    ],
+    ids=["top-10", "top-30", "10 neighbours", "regression"],
+)
+def test_figures_of_the_demo(mimic_demo: Path, tmp_path: Path, baseline, expected) -> None:
+    config = DataConfig(path=str(mimic_demo), drop_flushes=False)
+    metrics = cross_validated(load_samples(config, cache_dir=tmp_path).admissions, baseline)
+    for name, figure in zip(("precision", "recall", "jaccard"), expected, strict=True):
+        assert figure is None or metrics.value(name) == pytest.approx(figure, abs=0.01), name
+
+
+def test_splitting_by_admission_would_leak(mimic_demo: Path, tmp_path: Path) -> None:
+    """The known trap: neighbours find the patient's own other admissions."""
+    config = DataConfig(path=str(mimic_demo), drop_flushes=False)
+    admissions = load_samples(config, cache_dir=tmp_path).admissions
+    alone = [replace(a, patient=n) for n, a in enumerate(admissions)]
+    leaked = cross_validated(alone, nearest_neighbours).value("jaccard")
+    assert leaked == pytest.approx(0.329, abs=0.02)
+
+
+def test_diagnoses_tell_much_about_drugs_in_the_synthetic_source(tmp_path: Path) -> None:
+    config = DataConfig(path="synthetic", synthetic_patients=240)
+    admissions = load_samples(config, cache_dir=tmp_path).admissions
+    popular, regressed = (
+        cross_validated(admissions, baseline).value("jaccard")
+        for baseline in (popularity, logistic_regression)
+    )
+    assert regressed >= popular + 0.10
+    # Neither trivial nor pure noise.
+    assert popular > 0.15
+    assert regressed < 0.9
