@@ -94,3 +94,16 @@ def _micro_batches(drawn: Sequence[tuple[int, ...]], size: int) -> Iterator[list
     entries = [(place, index) for place, members in enumerate(drawn) for index in members]
     for start in range(0, len(entries), size):
         yield entries[start : start + size]
+
+
+def private_bytes(units: int, parameters: int) -> int:
+    """Return what a private step holds beyond a plain one: unit gradients and their sum, in fp32.
+
+    Args:
+        units: Units in one micro-batch.
+        parameters: P.
+
+    >>> private_bytes(4, 2_621_440) / 2**20
+    50.0
+    """
+    return 4 * parameters * (units + 1)

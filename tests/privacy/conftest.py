@@ -1,11 +1,16 @@
 """What the privacy tests share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import torch
 
+from common.model.backbone import resolve_backbone
+from common.model.falora import AdapterSpec
+from common.model.session import Session, open_session
 from common.privacy.plan import PrivacyPlan
+from common.text.batches import Encoded
 
 DEFAULTS: dict[str, Any] = {
     "clip_norm": 1.0,
@@ -22,3 +27,38 @@ DEFAULTS: dict[str, Any] = {
 def make_plan() -> Callable[..., PrivacyPlan]:
     """Build a plan; keyword arguments replace the defaults."""
     return lambda **changes: PrivacyPlan(**(DEFAULTS | changes))
+
+
+def random_samples(lengths: Sequence[int], units: Sequence[int], seed: int = 0) -> list[Encoded]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        Encoded(
+            input_ids=tuple(torch.randint(2, 1000, (n,), generator=generator).tolist()),
+            answer_start=n // 2,
+            unit=unit,
+        )
+        for n, unit in zip(lengths, units, strict=True)
+    ]
+
+
+@pytest.fixture(scope="session")
+def samples_of() -> Callable[..., list[Encoded]]:
+    """Build random samples of given lengths and units."""
+    return random_samples
+
+
+@pytest.fixture
+def open_tiny() -> Callable[..., Session]:
+    """Open the tiny backbone in fp32 with a random, non-zero B."""
+
+    def opened(mode: str = "fa-lora", rank: int = 4, attention: str = "auto") -> Session:
+        spec = AdapterSpec(rank=rank, alpha=4.0, mode=mode)
+        session = open_session(
+            resolve_backbone("tiny"), spec, device="cpu", dtype="fp32", attention=attention
+        )
+        generator = torch.Generator().manual_seed(7)
+        noise = torch.randn(session.adapter.flat.shape, generator=generator)
+        session.adapter.flat.add_(noise, alpha=0.2)
+        return session
+
+    return opened
