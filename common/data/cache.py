@@ -15,19 +15,6 @@ from common.data.admissions import Prepared
 _ENTRY = "fedrx"
 
 
-def user_cache() -> Path:
-    """Return the user's cache folder: FEDRX_CACHE, else XDG_CACHE_HOME/fedrx, else ~/.cache/fedrx.
-
-    >>> user_cache().name != ""
-    True
-    """
-    own = os.environ.get("FEDRX_CACHE")
-    if own:
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "fedrx"
-
-
 def cache_key(parts: Mapping[str, Any]) -> str:
     """Return a key over ``parts`` and the source of this package, so that new code reads anew."""
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())

@@ -12,12 +12,13 @@ import polars as pl
 
 from common.config import DataConfig
 from common.data.admissions import Prepared, Progress, prepare_tables
-from common.data.cache import cache_key, load, store, user_cache
+from common.data.cache import cache_key, load, store
 from common.data.mimic import find_tables
 from common.data.orders import CHUNK_ROWS
 from common.data.samples import Admission, SampleTable
 from common.data.source import hash_tables, source_of
 from common.data.synthesize import write_tables
+from common.model.cache import fedrx_cache
 
 SYNTHETIC_PATH = "synthetic"
 
@@ -33,13 +34,13 @@ def load_samples(
 
     Args:
         config: Where the tables are and how they become samples.
-        cache_dir: Cache folder (default: the user's, see ``user_cache``).
+        cache_dir: Cache folder (default: the user's, see ``fedrx_cache``).
         progress: Called with one line for each step.
 
     Raises:
         UserError: Tables that cannot be used as they are.
     """
-    cache = cache_dir or user_cache()
+    cache = cache_dir or fedrx_cache()
     folder = data_folder(config, cache)
     tables = find_tables(folder)
     hashes = hash_tables(tables)
