@@ -7,7 +7,7 @@ from client.hospital import HospitalData
 from common.config import Config
 from common.exchange import Tensors
 from common.model.session import Session
-from common.training.budget import schedule_steps, steps_of_round
+from common.training.budget import steps_in_all, steps_of_round
 from common.training.loop import StepReport, train, validation_loss
 from common.training.optimiser import TrainState
 
@@ -52,7 +52,7 @@ def update(
         config.train,
         state,
         steps=steps_of_round(config, samples, server_round).value,
-        schedule_steps=schedule_steps(config, samples),
+        schedule_steps=steps_in_all(config, samples).value,
         stream=hospital.name,
         on_step=on_step,
     )

@@ -52,6 +52,9 @@ class DataConfig:
     split_seed: int = option(0, "seed of the hash that puts a patient into a split", low=0)
     validation_fraction: float = option(0.1, "share of patients for validation", low=0, high=0.5)
     test_fraction: float = option(0.2, "share of patients held out", low=0, high=0.5)
+    train_samples: int = option(
+        0, "training samples that a hospital uses, seeded choice; 0: all", low=0
+    )
     drop_flushes: bool = option(True, "leave saline and heparin flushes out of the drug lists")
     missing_height: str = option(
         "unknown", "what to do without a height", choices=("unknown", "drop", "median")
@@ -139,7 +142,12 @@ class TrainConfig:
     max_length: int = option(2048, "tokens per sample; whole items are dropped beyond it", low=64)
     steps: int = option(0, "optimizer steps in all; 0: from epochs or rounds", low=0)
     epochs: float = option(0.0, "passes over the training samples; 0: from rounds", low=0)
-    checkpoint_steps: str = option("", "steps to checkpoint at, comma-separated")
+    checkpoint_steps: str = option(
+        "", "steps to checkpoint at, comma-separated; scaled if the run is shorter"
+    )
+    checkpoint_every: int = option(
+        50, "steps between the checkpoints that a killed single run goes on from; 0: none", low=0
+    )
     keep_state: bool = option(True, "carry optimizer state and step count over rounds")
     dtype: str = option("auto", "backbone arithmetic", choices=("auto", "fp32", "bf16"))
     device: str = option("auto", "`auto`, `cpu`, `cuda` or `cuda:N`")
@@ -159,7 +167,8 @@ class FederationConfig:
     rounds: int = option(4, "federated rounds", low=1)
     local_steps: int = option(
         10,
-        "optimizer steps per hospital and round; 0: the train section's steps over rounds",
+        "optimizer steps per hospital and round, unless train.steps or train.epochs is set: "
+        "those are dealt to the rounds",
         low=0,
     )
     strategy: str = option("fedavg", "aggregation", choices=("fedavg",))
@@ -212,7 +221,9 @@ class JudgeConfig:
     )
     input_usd_per_million: float = option(0.0, "price in USD of 1e6 prompt tokens", low=0)
     output_usd_per_million: float = option(0.0, "price in USD of 1e6 reply tokens", low=0)
-    max_cost_usd: float = option(0.0, "stop before the run's judging costs more; 0: no limit", low=0)
+    max_cost_usd: float = option(
+        0.0, "stop before the run's judging costs more; 0: no limit", low=0
+    )
     api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the API key")
 
 

@@ -7,7 +7,7 @@ admission.
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -40,7 +40,7 @@ class Hospital:
     validation: tuple[Admission, ...]
     test: tuple[Admission, ...]
     dropped: Mapping[str, int] = field(default_factory=dict)
-    """Samples left out by a missing-value policy, by reason."""
+    """Samples left out by a missing-value policy or a limit, by reason."""
 
     @property
     def admissions(self) -> tuple[Admission, ...]:
@@ -83,7 +83,7 @@ def assign_hospitals(
         admissions: All samples; those of a patient in the order of time.
         config: Scheme, seed, concentration and smallest size.
         hospitals: Number of hospitals; 1 puts everything into ``hospital-1``.
-        data: Split seed, split shares and missing-value policies.
+        data: Split seed, split shares, missing-value policies and the limit on training samples.
 
     Returns:
         Hospitals in the order of their names. No patient is in two hospitals or two splits.
@@ -112,7 +112,7 @@ def assign_hospitals(
         rooms[home[one.patient]][split[one.patient]].append(one)
     policies = policies_of(data)
     named = tuple(
-        _hospital(f"hospital-{number:0{digits}d}", room, policies)
+        _limited(_hospital(f"hospital-{number:0{digits}d}", room, policies), data)
         for number, room in enumerate(rooms, start=1)
     )
     for hospital in named:
@@ -135,6 +135,20 @@ def _hospital(
         validation=kept["validation"][0],
         test=kept["test"][0],
         dropped=dropped,
+    )
+
+
+def _limited(hospital: Hospital, data: DataConfig) -> Hospital:
+    """Keep ``data.train_samples`` training samples, if there are more."""
+    surplus = len(hospital.train) - data.train_samples
+    if data.train_samples == 0 or surplus <= 0:
+        return hospital
+    draw = stream(data.split_seed, "train-samples", hospital.name)
+    places = sorted(draw.permutation(len(hospital.train))[: data.train_samples].tolist())
+    return replace(
+        hospital,
+        train=tuple(hospital.train[place] for place in places),
+        dropped={**hospital.dropped, "beyond_train_samples": surplus},
     )
 
 

@@ -3,13 +3,18 @@
 import math
 
 from common.config import Config
+from common.errors import UserError
 from common.model.choice import Choice
 
 
 def steps_in_all(config: Config, train_samples: int) -> Choice[int]:
-    """Return the optimizer steps of a whole run on ``train_samples`` samples.
+    """Return the optimizer steps that one hospital (or the single node) takes in the whole run.
 
-    ``train.steps`` decides, else ``train.epochs``, else rounds times local steps.
+    ``train.steps`` decides, else ``train.epochs``, else rounds times local steps. A learning rate
+    that decays is spread over these steps.
+
+    Raises:
+        UserError: if none of them is set.
 
     >>> steps_in_all(Config(), 100).value
     40
@@ -18,32 +23,79 @@ def steps_in_all(config: Config, train_samples: int) -> Choice[int]:
     if train.steps:
         return Choice(train.steps, "train.steps")
     if train.epochs:
-        per_epoch = math.ceil(train_samples / (train.batch_size * train.accumulation))
+        per_epoch = steps_per_epoch(config, train_samples)
         steps = max(1, round(train.epochs * per_epoch))
         return Choice(steps, f"train.epochs = {train.epochs:g} of {per_epoch} steps")
-    local = federation.local_steps or 1
-    return Choice(federation.rounds * local, "federation.rounds x federation.local-steps")
+    if not federation.local_steps:
+        raise UserError(
+            "federation.local-steps=0 with neither train.steps nor train.epochs",
+            fix="set one of the three",
+        )
+    return Choice(
+        federation.rounds * federation.local_steps, "federation.rounds x federation.local-steps"
+    )
 
 
 def steps_of_round(config: Config, train_samples: int, server_round: int) -> Choice[int]:
     """Return a hospital's optimizer steps in one round (rounds count from 1).
 
-    With ``federation.local-steps = 0`` the whole run's steps are dealt evenly to the rounds.
+    The steps of the whole run are dealt evenly to the rounds, so that the rounds of a run with
+    one hospital take the steps of the single-node run, whichever key decides.
+
+    Raises:
+        UserError: if there are fewer steps than rounds.
 
     >>> steps_of_round(Config(), 100, 1).value
     10
     """
-    federation = config.federation
-    if federation.local_steps:
-        return Choice(federation.local_steps, "federation.local-steps")
+    rounds = config.federation.rounds
     total = steps_in_all(config, train_samples)
-    before = total.value * (server_round - 1) // federation.rounds
-    after = total.value * server_round // federation.rounds
-    return Choice(after - before, f"{total.reason}, dealt to {federation.rounds} rounds")
+    if total.value < rounds:
+        raise UserError(
+            f"{total.value} steps ({total.reason}) for federation.rounds={rounds}",
+            allowed="at least one step a round",
+            fix="lower federation.rounds, or take more steps",
+        )
+    before = total.value * (server_round - 1) // rounds
+    after = total.value * server_round // rounds
+    return Choice(after - before, f"{total.reason}, dealt to {rounds} rounds")
 
 
-def schedule_steps(config: Config, train_samples: int) -> int:
-    """Return the steps that a decaying learning rate is spread over in federated training."""
-    if config.federation.local_steps:
-        return config.federation.rounds * config.federation.local_steps
-    return steps_in_all(config, train_samples).value
+def steps_per_epoch(config: Config, train_samples: int) -> int:
+    """Return the optimizer steps that see every training sample once."""
+    return math.ceil(train_samples / (config.train.batch_size * config.train.accumulation))
+
+
+def checkpoint_steps(config: Config, total: int) -> Choice[tuple[int, ...]]:
+    """Return the steps after which a checkpoint is kept: those asked for, and the last.
+
+    Steps beyond the end of the run are not lost: all are scaled so that the last one falls on the
+    run's last step. So the paper's checkpoints keep their places in a shorter run.
+
+    Raises:
+        UserError: if ``train.checkpoint-steps`` is not a list of steps.
+
+    >>> from dataclasses import replace
+    >>> config = replace(Config(), train=replace(Config().train, checkpoint_steps="2,3,5"))
+    >>> checkpoint_steps(config, 8).value, checkpoint_steps(config, 50).value
+    ((2, 3, 5, 8), (2, 3, 5, 50))
+    >>> checkpoint_steps(config, 4)
+    Choice(value=(2, 4), reason='train.checkpoint-steps 2, 3, 5 scaled by 4/5')
+    """
+    text = config.train.checkpoint_steps
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+        raise UserError(
+            f"train.checkpoint-steps={text!r}",
+            allowed="steps from 1, comma-separated",
+            fix='for instance train.checkpoint-steps="1950,2925,3900,4875"',
+        )
+    asked = sorted({int(part) for part in parts})
+    if not asked:
+        return Choice((total,), "the last step")
+    longest = asked[-1]
+    if longest <= total:
+        return Choice(tuple(sorted({*asked, total})), "train.checkpoint-steps, and the last step")
+    scaled = sorted({max(1, round(step * total / longest)) for step in asked})
+    listed = ", ".join(map(str, asked))
+    return Choice(tuple(scaled), f"train.checkpoint-steps {listed} scaled by {total}/{longest}")
