@@ -87,9 +87,9 @@ def write_tables(
         raise UserError("the number of synthetic patients is too small", allowed="1 or more")
     paths = {table: directory / f"{table}.csv.gz" for table in HEADERS}
     manifest_path = directory / MANIFEST_NAME
-    if not manifest_path.exists() and any(path.exists() for path in paths.values()):
+    if not manifest_path.exists() and any(directory.glob("*/*.csv*")):
         raise UserError(
-            "the folder for the synthetic source holds other MIMIC-IV tables",
+            "the folder for the synthetic source holds other tables",
             allowed="a new folder, or an earlier synthetic source",
             fix="name another folder",
         )
