@@ -189,6 +189,37 @@ class FederationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrivacyConfig:
+    """Differential privacy of B; off while both target-epsilon and noise-multiplier are 0.
+
+    Every value is a public constant: none may be chosen by looking at the data or its size.
+    """
+
+    target_epsilon: float = option(
+        0.0, "epsilon of the whole run, which calibrates the noise; 0: no target", low=0
+    )
+    delta: float = option(1e-5, "probability with which epsilon may fail", above=0, high=0.1)
+    noise_multiplier: float = option(
+        0.0, "noise standard deviation over the clip norm; 0: from target-epsilon", low=0
+    )
+    clip_norm: float = option(1.0, "largest L2 norm of one unit's gradient", above=0)
+    sampling_rate: float = option(
+        0.1, "probability with which each unit enters a step", above=0, high=1
+    )
+    expected_batch: float = option(8.0, "public divisor of the noised gradient sum", above=0)
+    unit: str = option("patient", "what is protected", choices=("patient", "admission", "hospital"))
+    max_admissions_per_patient: int = option(
+        4, "most admissions of a patient that are used; 0: all", low=0
+    )
+    accountant: str = option(
+        "prv", "Opacus' accountant that is compared with the PLD", choices=("prv", "rdp")
+    )
+    deterministic_noise: bool = option(
+        False, "reproducible noise, for tests only: epsilon is infinite"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """Answers on held-out patients."""
 
@@ -248,6 +279,7 @@ class Config:
     adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig()
     federation: FederationConfig = FederationConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     judge: JudgeConfig = JudgeConfig()
     run: RunConfig = RunConfig()
