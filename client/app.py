@@ -10,6 +10,7 @@ from flwr.clientapp import ClientApp
 
 from client.hospital import hospital_of, private_folder
 from client.local import evaluate, update
+from client.private import private_update
 from client.store import load_state, save_state
 from client.worker import backbone_spec, report_loads, session_of, tokens_of
 from common.config import Config
@@ -17,6 +18,7 @@ from common.configio import from_flat, settled
 from common.errors import FedrxError, RunFailed
 from common.exchange import CONFIG, evaluate_reply, read_message, train_reply
 from common.files import append_json_line
+from common.privacy.settings import is_private, plan_of
 from common.provenance import source_digest
 from common.training.loop import StepReport
 from common.training.optimiser import TrainState
@@ -63,16 +65,21 @@ def hello(config: Config, message: Message, context: Context) -> RecordDict:
         "backbone-sha256": backbone_spec(config.model.backbone).fingerprint,
         "source-sha256": source_digest(),
         "of": config.federation.hospitals,
-        "patients": hospital.patients,
-        "samples": hospital.samples,
-        "train-samples": len(hospital.train),
-        "validation-samples": len(hospital.validation),
         "device": session.device.value,
         "dtype": session.dtype.value,
         "dtype-reason": session.dtype.reason,
         "attention": session.attention.value,
         "attention-reason": session.attention.reason,
     }
+    if is_private(config):
+        facts["privacy-plan-sha256"] = plan_of(config).fingerprint
+    else:
+        facts |= {
+            "patients": hospital.patients,
+            "samples": hospital.samples,
+            "train-samples": len(hospital.train),
+            "validation-samples": len(hospital.validation),
+        }
     return RecordDict({CONFIG: ConfigRecord(dict(facts))})
 
 
@@ -93,11 +100,25 @@ def train_round(config: Config, message: Message, context: Context) -> RecordDic
         append_json_line(folder / "steps.jsonl", {**record, "seconds": round(step.seconds, 3)})
 
     tokens = tokens_of(config, hospital, session)
-    result = update(session, tokens, b, state, config, server_round=server_round, on_step=log)
-    if config.train.keep_state:
-        save_state(folder, state, server_round=server_round)
+    private = is_private(config)
+    if private:
+        result = private_update(
+            session,
+            tokens,
+            b,
+            state,
+            config,
+            server_round=server_round,
+            folder=folder,
+            on_step=log,
+        )
+    else:
+        result = update(session, tokens, b, state, config, server_round=server_round, on_step=log)
+        if config.train.keep_state:
+            save_state(folder, state, server_round=server_round)
     report_loads(config)
-    return train_reply(result.b, {"round": float(server_round), **result.metrics})
+    metrics = {"round": float(server_round), **result.metrics}
+    return train_reply(result.b, metrics, private=private)
 
 
 @app.evaluate()
@@ -105,6 +126,8 @@ def train_round(config: Config, message: Message, context: Context) -> RecordDic
 def evaluate_round(config: Config, message: Message, context: Context) -> RecordDict:
     """Return the validation loss of the global B."""
     hospital = hospital_of(config, context.node_config)
+    if is_private(config):
+        raise RunFailed("with privacy on, no loss leaves a hospital")
     session = session_of(config)
     b, server_round = read_message(message.content, session.adapter.shapes)
     metrics = evaluate(session, tokens_of(config, hospital, session), b)

@@ -8,6 +8,7 @@ from common.config import Config
 from common.exchange import Tensors
 from common.model.session import Session
 from common.training.budget import steps_in_all, steps_of_round
+from common.training.gradients import GradientSource
 from common.training.loop import StepReport, train, validation_loss
 from common.training.optimiser import TrainState
 
@@ -20,7 +21,7 @@ class LocalResult:
     """Updated matrices (fp32) by wire key."""
     metrics: dict[str, float]
     """``weight`` (training samples), ``train-loss`` (mean per label token), ``steps``,
-    ``seconds``."""
+    ``seconds``; none of these where the gradient source tells no loss."""
 
 
 def update(
@@ -32,6 +33,7 @@ def update(
     *,
     server_round: int,
     on_step: Callable[[StepReport], None] | None = None,
+    source: GradientSource | None = None,
 ) -> LocalResult:
     """Train one hospital for one round, starting from the global B.
 
@@ -43,9 +45,11 @@ def update(
         config: The run's configuration.
         server_round: Round, from 1.
         on_step: Called after each optimizer step.
+        source: Where gradients come from; the plain batch gradient when None. A private source
+            tells no loss, and then the result has no metrics either.
     """
     session.adapter.load(b)
-    samples = len(hospital.train)
+    samples = 0 if source is not None else len(hospital.train)
     metrics = train(
         session,
         hospital.train,
@@ -55,8 +59,10 @@ def update(
         schedule_steps=steps_in_all(config, samples).value,
         stream=hospital.name,
         on_step=on_step,
+        source=source,
     )
-    assert metrics.loss is not None
+    if metrics.loss is None:
+        return LocalResult(b=session.adapter.state(), metrics={})
     return LocalResult(
         b=session.adapter.state(),
         metrics={

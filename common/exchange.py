@@ -25,13 +25,17 @@ WIRE_DTYPE = np.dtype("<f4")
 TO_HOSPITAL = frozenset({"round"})
 TRAIN_REPLY = frozenset({"round", "weight", "train-loss", "steps", "seconds"})
 EVALUATE_REPLY = frozenset({"round", "weight", "loss"})
-HELLO_REPLY = frozenset(
+PRIVATE_TRAIN_REPLY = frozenset({"round", "weight", "steps"})
+"""With privacy on: the weight is a constant, and steps are those that the ledger has charged."""
+_HELLO = frozenset(
     {
-        *("hospital", "a-sha256", "backbone-sha256", "source-sha256"),
-        *("of", "patients", "samples", "train-samples", "validation-samples"),
+        *("hospital", "of", "a-sha256", "backbone-sha256", "source-sha256"),
         *("device", "dtype", "dtype-reason", "attention", "attention-reason"),
     }
 )
+HELLO_REPLY = _HELLO | {"patients", "samples", "train-samples", "validation-samples"}
+PRIVATE_HELLO_REPLY = _HELLO | {"privacy-plan-sha256"}
+"""With privacy on no count leaves a hospital; what is compared is the plan."""
 
 
 class ContractError(FedrxError):
@@ -169,10 +173,11 @@ def read_message(content: RecordDict, shapes: Shapes) -> tuple[Tensors, int]:
     return check_arrays(only_record(content, "array"), shapes), int(scalars["round"])
 
 
-def train_reply(b: Tensors, metrics: Mapping[str, float]) -> RecordDict:
+def train_reply(b: Tensors, metrics: Mapping[str, float], *, private: bool = False) -> RecordDict:
     """Build the content of a reply to a train message."""
+    allowed = PRIVATE_TRAIN_REPLY if private else TRAIN_REPLY
     return RecordDict(
-        {ARRAYS: to_record(b), METRICS: MetricRecord(check_scalars(metrics, TRAIN_REPLY))}
+        {ARRAYS: to_record(b), METRICS: MetricRecord(check_scalars(metrics, allowed))}
     )
 
 
@@ -182,7 +187,7 @@ def evaluate_reply(metrics: Mapping[str, float]) -> RecordDict:
 
 
 def read_train_reply(
-    content: RecordDict, shapes: Shapes, *, hospital: str, server_round: int
+    content: RecordDict, shapes: Shapes, *, hospital: str, server_round: int, private: bool = False
 ) -> Update:
     """Check a hospital's reply, on the server's side.
 
@@ -191,7 +196,8 @@ def read_train_reply(
             that is a finite positive number.
     """
     _check_kinds(content, arrays=True, metrics=True, configs=False)
-    metrics = check_scalars(only_record(content, "metric"), TRAIN_REPLY)
+    allowed = PRIVATE_TRAIN_REPLY if private else TRAIN_REPLY
+    metrics = check_scalars(only_record(content, "metric"), allowed)
     _check_round(metrics, server_round)
     weight = _check_weight(metrics)
     b = check_arrays(only_record(content, "array"), shapes)

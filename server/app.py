@@ -15,6 +15,8 @@ from common.errors import FedrxError
 from common.exchange import Fingerprints, Tensors
 from common.model.backbone import BackboneSpec, resolve_backbone
 from common.model.layout import AdapterLayout, adapter_layout, adapter_spec
+from common.privacy.receipts import PRIVACY, privacy_summary
+from common.privacy.settings import is_private, plan_of
 from common.provenance import peak_rss_bytes, source_digest, tensors_sha256
 from common.rundir import RunDirectory
 from server.roster import Roster
@@ -57,7 +59,8 @@ def federate(grid: Grid, config: Config, run: RunDirectory) -> None:
         roster=Roster(
             ours=Fingerprints(
                 a=layout.a_fingerprint, backbone=backbone.fingerprint, source=source_digest()
-            )
+            ),
+            plan=plan_of(config) if is_private(config) else None,
         ),
     )
     run.write_status("running", round=0)
@@ -111,12 +114,13 @@ def summarise(
         "hospitals": [
             {
                 "name": hello["hospital"],
-                "patients": hello["patients"],
-                "samples": hello["samples"],
+                "patients": hello.get("patients"),
+                "samples": hello.get("samples"),
             }
             for hello in hellos
         ],
         "rounds": config.federation.rounds,
+        **({"privacy": privacy_summary(roster.plan, run.lines(PRIVACY))} if roster.plan else {}),
         "b_sha256": tensors_sha256(b),
         "wire": wire_totals(run),
         "backbone_loads": sum(loads),

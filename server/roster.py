@@ -14,11 +14,13 @@ from common.errors import RunFailed
 from common.exchange import (
     CONFIG,
     HELLO_REPLY,
+    PRIVATE_HELLO_REPLY,
     ContractError,
     Fingerprints,
     check_scalars,
     only_record,
 )
+from common.privacy.plan import PrivacyPlan
 from common.seeds import stream
 
 POLL_SECONDS = 0.1
@@ -76,6 +78,8 @@ class Roster:
     """Hospitals that passed the handshake, by Flower node id."""
 
     ours: Fingerprints
+    plan: PrivacyPlan | None = None
+    """With privacy on: what every hospital must have too, and no count may come with it."""
     names: dict[int, str] = field(default_factory=dict)
     hellos: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -108,6 +112,11 @@ class Roster:
                 source=str(hello["source-sha256"]),
             )
             self.ours.check(hospital, theirs)
+            if self.plan and hello["privacy-plan-sha256"] != self.plan.fingerprint:
+                raise RunFailed(
+                    f"{hospital}: its privacy plan differs from the server's; "
+                    "fix: give both sides the same [privacy] section"
+                )
             self.names[node] = hospital
             self.hellos[hospital] = hello
 
@@ -117,7 +126,8 @@ class Roster:
         if reply.has_error():
             raise RunFailed(f"a hospital failed in the handshake: {reply.error.reason}")
         try:
-            return check_scalars(only_record(reply.content, "config"), HELLO_REPLY)
+            allowed = PRIVATE_HELLO_REPLY if self.plan else HELLO_REPLY
+            return check_scalars(only_record(reply.content, "config"), allowed)
         except ContractError as error:
             raise RunFailed(f"a hospital's handshake breaks the contract: {error}") from None
 

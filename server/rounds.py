@@ -21,6 +21,7 @@ from common.exchange import (
     read_train_reply,
     train_message,
 )
+from common.privacy.receipts import PRIVACY, ledger_line
 from common.provenance import tensors_sha256
 from common.rundir import RunDirectory
 from server.roster import Roster, exchange
@@ -115,20 +116,34 @@ class Rounds:
             try:
                 reply = answered(replies.get(node))
                 update = read_train_reply(
-                    reply.content, self.shapes, hospital=hospital, server_round=server_round
+                    reply.content,
+                    self.shapes,
+                    hospital=hospital,
+                    server_round=server_round,
+                    private=self.roster.plan is not None,
                 )
             except ContractError as error:
                 failures[hospital] = str(error)
                 self.run.metric("refused", str(error), round=server_round, hospital=hospital)
                 continue
             updates.append(update)
+            if self.roster.plan is not None:
+                steps = int(update.metrics["steps"])
+                line = ledger_line(self.roster.plan, hospital, server_round, steps)
+                self.run.append(PRIVACY, line)
+                continue
             for name in ("train-loss", "weight", "steps", "seconds"):
                 self.run.metric(name, update.metrics[name], round=server_round, hospital=hospital)
         self._require_quorum(len(updates), len(nodes), server_round, failures)
         return updates
 
     def evaluate(self, b: Tensors, server_round: int) -> None:
-        """Ask every hospital for the loss on its validation split; log the weighted mean."""
+        """Ask every hospital for the loss on its validation split; log the weighted mean.
+
+        With privacy on nobody is asked: no loss leaves a hospital.
+        """
+        if self.roster.plan is not None:
+            return
         hellos = self.roster.hellos
         nodes = [
             node

@@ -17,6 +17,7 @@ from common.errors import FedrxError, UserError
 from common.model.backbone import BackboneSpec, resolve_backbone
 from common.model.choice import Choice
 from common.model.layout import AdapterLayout, adapter_layout, adapter_spec
+from common.privacy.settings import with_calibrated_noise
 from common.provenance import available_cpus, environment
 from common.rundir import RunDirectory
 from common.training.budget import steps_of_round
@@ -100,6 +101,7 @@ def federate(
         RunFailed: if the federation fails; status.json says so too.
     """
     started = time.monotonic()
+    config = with_calibrated_noise(config)
     preparation = prepare(config, console)
     run = RunDirectory.create(config, directory=run_dir)
     workers = choose_workers(config)

@@ -117,6 +117,10 @@ class Ledger:
                 raise RunFailed(f"privacy ledger: round {round_number} was not charged")
             self._append(handle, entries, event="release", round_number=round_number)
 
+    def released(self, round_number: int) -> bool:
+        """Return whether a round's result may have left already."""
+        return any(e.event == "release" and e.round == round_number for e in self.entries())
+
     @contextmanager
     def _locked(self) -> Iterator[int]:
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)

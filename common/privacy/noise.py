@@ -166,8 +166,7 @@ class NoiseSource:
     @property
     def name(self) -> str:
         """What receipts say about the source."""
-        key = "keyed by the operating system" if self.secret else "deterministic: NOT PRIVATE"
-        return f"discrete Gaussian, 128-bit table, AES-256-CTR, {key}"
+        return noise_name(secret=self.secret)
 
     def gaussian(self, count: int, std: float) -> Integers:
         """Draw integers X = 512 Z1 + Z2 of standard deviation ``std`` from discrete Gaussians.
@@ -197,6 +196,16 @@ class NoiseSource:
         if threshold >= 1 << 64:
             return np.ones(count, dtype=np.bool_)
         return words < np.uint64(threshold)
+
+
+def noise_name(*, secret: bool) -> str:
+    """Return what receipts say about a source.
+
+    >>> noise_name(secret=False)
+    'discrete Gaussian, 128-bit table, AES-256-CTR, deterministic: NOT PRIVATE'
+    """
+    key = "keyed by the operating system" if secret else "deterministic: NOT PRIVATE"
+    return f"discrete Gaussian, 128-bit table, AES-256-CTR, {key}"
 
 
 def split_std(std: float) -> float:

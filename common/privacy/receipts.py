@@ -1,15 +1,24 @@
 """What a hospital can show: which mechanism ran, on what terms, and what it cost."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.privacy.accounting import Epsilon, epsilon
 from common.privacy.ledger import Ledger
 from common.privacy.mechanism import GaussianMechanism
+from common.privacy.noise import noise_name
 from common.privacy.plan import PrivacyPlan
 
+PRIVACY = "privacy.jsonl"
+"""A run's public account: one line per hospital and round, see ``ledger_line``."""
 INFINITY = "infinity"
 """JSON has no infinity; ``float(INFINITY)`` is one."""
+
+
+NOT_COVERED = (
+    "metrics of this summary are the simulation's own, on held-out patients, outside the guarantee"
+)
 
 
 def json_number(value: float) -> float | str:
@@ -92,4 +101,36 @@ def receipt(
         "plan_sha256": plan.fingerprint,
         "source_digest": source_digest,
         "private": not reproducible,
+    }
+
+
+def privacy_summary(plan: PrivacyPlan, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return summary.json's ``privacy``: what the run's privacy.jsonl adds up to.
+
+    Patients are in one hospital only, so hospitals compose in parallel: epsilon is the largest.
+
+    Args:
+        plan: The run's plan.
+        lines: Lines of privacy.jsonl in the order of writing.
+    """
+    last = {line["hospital"]: line for line in lines}
+    per_hospital = [
+        {"hospital": name, "steps": last[name]["steps"], "epsilon": last[name]["epsilon"]}
+        for name in sorted(last)
+    ]
+    largest = max((float(entry["epsilon"]) for entry in per_hospital), default=0.0)
+    return {
+        "unit": plan.unit,
+        "relation": plan.relation,
+        "epsilon": json_number(largest),
+        "delta": plan.delta,
+        "accountant": accountant_name(plan),
+        "noise": noise_name(secret=not plan.deterministic_noise),
+        "noise_multiplier": plan.sigma,
+        "clip_norm": plan.clip_norm,
+        "sampling_rate": plan.sampling_rate,
+        "expected_batch": plan.expected_batch,
+        "planned_steps": plan.steps,
+        "per_hospital": per_hospital,
+        "not_covered": NOT_COVERED,
     }

@@ -1,0 +1,91 @@
+"""A hospital's round under differential privacy: charged, trained, recorded, then sent."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+from client.hospital import HospitalData
+from client.local import LocalResult, update
+from client.store import save_state
+from common.config import Config
+from common.exchange import Tensors
+from common.model.session import Session
+from common.privacy.guard import Guard
+from common.privacy.settings import plan_of
+from common.provenance import source_digest, tensors_sha256
+from common.rundir import read_tensors, write_tensors
+from common.training.budget import steps_of_round
+from common.training.loop import StepReport
+from common.training.optimiser import TrainState
+
+PUBLIC_WEIGHT = 1.0
+"""A hospital's number of samples is private, so all hospitals weigh the same."""
+
+
+def private_update(
+    session: Session,
+    hospital: HospitalData,
+    b: Tensors,
+    state: TrainState,
+    config: Config,
+    *,
+    server_round: int,
+    folder: Path,
+    on_step: Callable[[StepReport], None] | None = None,
+) -> LocalResult:
+    """Train one round under the plan; B and public constants are all that comes out.
+
+    The result is kept on the hospital's disk before the ledger records its release: a server that
+    asks for the same round from the same B again gets the same answer, at no further cost.
+
+    Args:
+        session: Resident backbone; its adapter is overwritten.
+        hospital: The hospital's tokens.
+        b: Global B by wire key.
+        state: Optimizer state and step count; updated in place and saved.
+        config: The run's configuration.
+        server_round: Round, from 1.
+        folder: The hospital's own folder.
+        on_step: Called after each step; it is told no loss.
+
+    Raises:
+        BudgetExhausted: if the ledger does not pay for the round; nothing is trained then.
+    """
+    guard = Guard(
+        plan_of(config),
+        hospital=hospital.name,
+        dataset=hospital.train,
+        folder=folder,
+        seed=config.train.seed,
+        micro_batch=config.train.batch_size,
+    )
+    answer = folder / f"answer-{server_round:05d}-{_digest(b)}.safetensors"
+    if answer.exists() and guard.ledger.released(server_round):
+        return _result(read_tensors(answer), guard.ledger.steps)
+    steps = steps_of_round(config, 0, server_round).value
+    charged = guard.charge(server_round, steps)
+    result = update(
+        session,
+        hospital,
+        b,
+        state,
+        config,
+        server_round=server_round,
+        on_step=on_step,
+        source=guard.source,
+    )
+    if config.train.keep_state:
+        save_state(folder, state, server_round=server_round)
+    for old in folder.glob("answer-*.safetensors"):
+        old.unlink()
+    write_tensors(answer, result.b)
+    guard.release(server_round, session, source_digest())
+    return _result(result.b, charged)
+
+
+def _result(b: Tensors, charged: int) -> LocalResult:
+    return LocalResult(b=b, metrics={"weight": PUBLIC_WEIGHT, "steps": float(charged)})
+
+
+def _digest(b: Tensors) -> str:
+    return hashlib.sha256(tensors_sha256(b).encode()).hexdigest()[:16]

@@ -1,0 +1,67 @@
+"""What stands between a hospital's training and everything that leaves it."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.files import write_json
+from common.model.session import Session
+from common.privacy.gradients import PrivateGradient
+from common.privacy.ledger import Ledger
+from common.privacy.noise import NoiseSource
+from common.privacy.plan import PrivacyPlan
+from common.privacy.receipts import receipt
+from common.text.batches import Encoded
+
+LEDGER, RECEIPT = "privacy-ledger.jsonl", "privacy-receipt.json"
+
+
+class Guard:
+    """One hospital's ledger and private gradient source, for one stretch of training.
+
+    A federated round and the single-node mode between two checkpoints use it the same way:
+    ``charge``, train with ``source``, ``release``, and only then let anything out.
+
+    Args:
+        plan: A calibrated plan.
+        hospital: Public name.
+        dataset: The hospital's encoded training samples.
+        folder: The hospital's own folder.
+        seed: Of the choice among a patient's admissions.
+        micro_batch: Samples per backward pass.
+    """
+
+    def __init__(
+        self,
+        plan: PrivacyPlan,
+        *,
+        hospital: str,
+        dataset: Sequence[Encoded],
+        folder: Path,
+        seed: int,
+        micro_batch: int,
+    ) -> None:
+        self.hospital, self.folder, self.seed = hospital, folder, seed
+        self.ledger = Ledger(folder / LEDGER, plan)
+        self.source = PrivateGradient(
+            dataset, plan, NoiseSource(), seed=seed, micro_batch=micro_batch
+        )
+
+    def charge(self, round_number: int, steps: int) -> int:
+        """Pay for a stretch before it is trained; returns the steps charged so far.
+
+        Raises:
+            BudgetExhausted: if the plan does not pay for it.
+        """
+        if self.ledger.plan.deterministic_noise:
+            text = f"{self.seed}|{self.hospital}|{round_number}"
+            fixed = NoiseSource(hashlib.sha256(text.encode()).digest())
+            self.source.noise, self.source.mechanism = fixed, None
+        return self.ledger.charge(round_number, steps)
+
+    def release(self, round_number: int, session: Session, source_digest: str) -> None:
+        """Record that the stretch's result leaves now, and renew the receipt."""
+        self.ledger.release(round_number)
+        mechanism = self.source.mechanism_for(session)
+        paper = receipt(self.hospital, self.ledger, mechanism, source_digest)
+        write_json(self.folder / RECEIPT, paper)

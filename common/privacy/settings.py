@@ -1,0 +1,87 @@
+"""From the configuration to the plan: one calibration, the same for everyone."""
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Literal, cast
+
+from common.config import Config, PrivacyConfig
+from common.errors import UserError
+from common.privacy.accounting import calibrate, epsilon
+from common.privacy.plan import PrivacyPlan, Unit
+from common.training.budget import steps_in_all
+
+HOSPITAL = "hospital"
+CLAIM_SLACK = 1e-9
+
+
+def is_private(config: Config) -> bool:
+    """Return whether units inside a hospital are protected (DP-SGD).
+
+    >>> is_private(Config()), is_private(Config(privacy=PrivacyConfig(target_epsilon=3.0)))
+    (False, True)
+    """
+    return protects(config.privacy) and config.privacy.unit != HOSPITAL
+
+
+def protects(privacy: PrivacyConfig) -> bool:
+    """Return whether any differential privacy is asked for."""
+    return privacy.target_epsilon > 0 or privacy.noise_multiplier > 0
+
+
+def plan_of(config: Config) -> PrivacyPlan:
+    """Return the calibrated plan of a run, federated or single.
+
+    It pays for every step that one hospital takes if it is asked in every round: the server's own
+    sampling of hospitals amplifies nothing, because the server knows whom it asked.
+
+    Raises:
+        UserError: if the number of steps would depend on the data, if a given noise multiplier
+            misses the target, or if no noise reaches it.
+    """
+    if config.train.epochs and not config.train.steps:
+        raise UserError(
+            f"train.epochs={config.train.epochs:g} with privacy makes the number of steps depend "
+            "on the number of samples",
+            allowed="public numbers",
+            fix="set train.steps, or federation.local-steps, and train.epochs = 0",
+        )
+    return _plan(config.privacy, steps_in_all(config, train_samples=0).value)
+
+
+@lru_cache(maxsize=8)
+def _plan(privacy: PrivacyConfig, steps: int) -> PrivacyPlan:
+    plan = PrivacyPlan(
+        unit=cast(Unit, privacy.unit),
+        clip_norm=privacy.clip_norm,
+        noise_multiplier=privacy.noise_multiplier or None,
+        sampling_rate=privacy.sampling_rate,
+        steps=steps,
+        expected_batch=privacy.expected_batch,
+        max_admissions_per_patient=privacy.max_admissions_per_patient,
+        delta=privacy.delta,
+        accountant=cast(Literal["prv", "rdp"], privacy.accountant),
+        deterministic_noise=privacy.deterministic_noise,
+    )
+    if plan.noise_multiplier is None:
+        return calibrate(plan, privacy.target_epsilon)
+    if privacy.target_epsilon and not plan.deterministic_noise:
+        cost = epsilon(plan).value
+        if cost > privacy.target_epsilon + CLAIM_SLACK:
+            raise UserError(
+                f"privacy.noise-multiplier={privacy.noise_multiplier} gives epsilon {cost:.4g}",
+                allowed=f"at most privacy.target-epsilon={privacy.target_epsilon}",
+                fix="leave privacy.noise-multiplier at 0 to have it calibrated",
+            )
+    return plan
+
+
+def with_calibrated_noise(config: Config) -> Config:
+    """Return the configuration with the calibrated noise multiplier written into it.
+
+    Everyone who reads the resolved configuration then has the same plan, and hospitals check it
+    against the target themselves.
+    """
+    if not is_private(config):
+        return config
+    sigma = plan_of(config).sigma
+    return replace(config, privacy=replace(config.privacy, noise_multiplier=sigma))
