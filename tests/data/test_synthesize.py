@@ -142,6 +142,24 @@ def test_stays_of_a_patient_follow_each_other_and_orders_fall_near_them(folder: 
     assert all(row["starttime"] >= admitted[row["hadm_id"]] for row in lines)
 
 
+def test_patients_differ_in_what_chance_decides(folder: Path) -> None:
+    patients = table(folder, "hosp/patients")
+    assert 0 < sum(row["dod"] != "" for row in patients) < 0.1 * PATIENTS
+    assert {row["gender"] for row in patients} == {"F", "M"}
+    stays = table(folder, "hosp/admissions")
+    for column in ("admission_type", "insurance", "race", "language"):
+        assert len({row[column] for row in stays}) >= 2, column
+    assert len({row["curr_service"] for row in table(folder, "hosp/services")}) >= 4
+
+
+def test_a_vehicle_belongs_to_an_order(folder: Path) -> None:
+    rows = table(folder, "hosp/prescriptions")
+    main = {(row["hadm_id"], row["pharmacy_id"]) for row in rows if row["drug_type"] == "MAIN"}
+    vehicles = [row for row in rows if row["drug_type"] == "BASE"]
+    assert vehicles
+    assert all((row["hadm_id"], row["pharmacy_id"]) in main for row in vehicles)
+
+
 def test_versions_of_codes_follow_the_calendar(folder: Path) -> None:
     """One stay is coded in one version, and both versions are in use."""
     versions = defaultdict(set)
