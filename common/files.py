@@ -37,11 +37,19 @@ def write_json(target: Path, value: Any) -> None:
     write_text(target, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def json_line(record: dict[str, Any]) -> str:
+    """Render one line of a JSON-lines file; NaN and infinity are refused.
+
+    >>> json_line({"a": 1}).splitlines()
+    ['{"a": 1}']
+    """
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def append_json_line(target: Path, record: dict[str, Any]) -> None:
     """Append one JSON object as one line, in a single write."""
-    line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
     with target.open("a", encoding="utf-8") as file:
-        file.write(line)
+        file.write(json_line(record))
 
 
 def read_json_lines(source: Path) -> list[dict[str, Any]]:

@@ -26,7 +26,14 @@ from safetensors.numpy import load_file, save_file
 from common.config import Config
 from common.configio import config_hash, read_config, to_toml
 from common.errors import UserError
-from common.files import append_json_line, atomic_path, read_json_lines, write_json, write_text
+from common.files import (
+    append_json_line,
+    atomic_path,
+    json_line,
+    read_json_lines,
+    write_json,
+    write_text,
+)
 
 State = Literal["started", "running", "finished", "failed", "interrupted"]
 Tensors = dict[str, np.ndarray[Any, Any]]
@@ -145,6 +152,13 @@ class RunDirectory:
         records = read_json_lines(self.path / "metrics.jsonl")
         return [r for r in records if name is None or r["name"] == name]
 
+    def forget_metrics(self, step: int) -> None:
+        """Drop the events after a step, which a resumed run will write again, and a torn line."""
+        file = self.path / "metrics.jsonl"
+        if file.exists():
+            kept = [event for event in self.metrics() if event.get("step", 0) <= step]
+            write_text(file, "".join(json_line(event) for event in kept))
+
     def append(self, file: str, record: dict[str, Any]) -> None:
         """Append one JSON object to a JSON-lines file of the run."""
         append_json_line(self.path / file, record)
@@ -181,6 +195,16 @@ class RunDirectory:
         if not folder.is_dir():
             return []
         return sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+
+    def checkpoint_facts(self, name: str) -> dict[str, Any]:
+        """Read what a checkpoint says about itself."""
+        return self.read_json(f"checkpoints/{name}/facts.json")
+
+    def remove_checkpoint(self, name: str) -> None:
+        """Remove one checkpoint; it disappears at once."""
+        hidden = self.path / "checkpoints" / f".{name}.gone"
+        (self.path / "checkpoints" / name).rename(hidden)
+        shutil.rmtree(hidden)
 
     def load_checkpoint(self, name: str | None = None) -> Checkpoint:
         """Load one checkpoint; default the last.

@@ -109,8 +109,8 @@ def federate(
     config = replace(
         config,
         run=replace(config.run, directory=str(run.path)),
-        data=replace(config.data, path=_absolute(config.data.path)),
-        model=replace(config.model, backbone=_absolute(config.model.backbone)),
+        data=replace(config.data, path=absolute_path(config.data.path)),
+        model=replace(config.model, backbone=absolute_path(config.model.backbone)),
         federation=replace(config.federation, workers=workers.value),
         train=replace(config.train, threads=threads),
     )
@@ -194,7 +194,7 @@ def data_facts(preparation: Preparation) -> dict[str, Any]:
     }
 
 
-def _absolute(path: str) -> str:
+def absolute_path(path: str) -> str:
     """Make an existing folder's path absolute; names such as ``synthetic`` stay."""
     folder = Path(path).expanduser()
     return str(folder.absolute()) if folder.is_dir() else path

@@ -1,4 +1,4 @@
-"""Progress of a federation, read from its run directory: a bar on a terminal, else plain lines."""
+"""Progress of long work: a bar on a terminal, else plain lines."""
 
 import time
 from pathlib import Path
@@ -20,37 +20,36 @@ from common.rundir import RunDirectory
 PLAIN_SECONDS = 15.0
 
 
-class RunProgress:
-    """Shows local steps done of all, time left, and each round's validation loss.
+class Meter:
+    """Shows how much of a known amount is done, and the time left.
 
     Args:
         console: Where to show it.
-        run: The run directory that server and hospitals write to.
-        steps: Local optimizer steps of the whole run, over all hospitals.
-        rounds: Rounds of the whole run.
+        label: What is counted.
+        total: All of it.
+        done: How much was done before (a resumed run).
     """
 
-    def __init__(self, console: Console, run: RunDirectory, *, steps: int, rounds: int) -> None:
-        self.console, self.run, self.steps, self.rounds = console, run, steps, rounds
-        self._offsets: dict[Path, int] = {}
-        self._done = 0
-        self._seen_events = 0
+    def __init__(self, console: Console, label: str, total: int, *, done: int = 0) -> None:
+        self.console, self.label, self.total = console, label, total
+        self._first = done
         self._started = self._last_line = time.monotonic()
         self._bar: Progress | None = None
         self._task: Any = None
         if console.is_terminal:
             self._bar = Progress(
-                TextColumn("local steps"),
+                TextColumn(label),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
                 console=console,
             )
-            self._task = self._bar.add_task("steps", total=steps)
+            self._task = self._bar.add_task(label, total=total, completed=done, note="")
 
-    def __enter__(self) -> "RunProgress":
+    def __enter__(self) -> "Meter":
         """Start showing."""
         if self._bar:
             self._bar.start()
@@ -63,20 +62,63 @@ class RunProgress:
         trace: TracebackType | None,
     ) -> None:
         """Stop showing; everything seen so far stays on the screen."""
-        self.tick()
         if self._bar:
             self._bar.stop()
+
+    def update(self, done: int, note: str = "") -> None:
+        """Show that ``done`` of the total are finished, with a word about it."""
+        if self._bar:
+            self._bar.update(self._task, completed=done, note=note)
+        elif time.monotonic() - self._last_line > PLAIN_SECONDS:
+            self._last_line = time.monotonic()
+            parts = [f"{self.label} {done}/{self.total}", note, self._left(done)]
+            self.console.print(", ".join(part for part in parts if part), markup=False)
+
+    def _left(self, done: int) -> str:
+        if done == self._first:
+            return ""
+        elapsed = time.monotonic() - self._started
+        return f"about {elapsed / (done - self._first) * (self.total - done):.0f} s left"
+
+
+class RunProgress:
+    """Shows a federation's local steps, and each round's validation loss, from its run directory.
+
+    Args:
+        console: Where to show it.
+        run: The run directory that server and hospitals write to.
+        steps: Local optimizer steps of the whole run, over all hospitals.
+        rounds: Rounds of the whole run.
+    """
+
+    def __init__(self, console: Console, run: RunDirectory, *, steps: int, rounds: int) -> None:
+        self.console, self.run, self.rounds = console, run, rounds
+        self._offsets: dict[Path, int] = {}
+        self._done = 0
+        self._seen_events = 0
+        self._meter = Meter(console, "local steps", steps)
+
+    def __enter__(self) -> "RunProgress":
+        """Start showing."""
+        self._meter.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop showing; everything seen so far stays on the screen."""
+        self.tick()
+        self._meter.__exit__(kind, error, trace)
 
     def tick(self) -> None:
         """Read what is new and show it."""
         for file in (self.run.path / "hospitals").glob("*/steps.jsonl"):
             self._done += self._new_lines(file)
         self._show_events()
-        if self._bar:
-            self._bar.update(self._task, completed=self._done)
-        elif time.monotonic() - self._last_line > PLAIN_SECONDS:
-            self._last_line = time.monotonic()
-            self.console.print(f"local steps {self._done}/{self.steps}{self._left()}")
+        self._meter.update(self._done)
 
     def _new_lines(self, file: Path) -> int:
         with file.open("rb") as lines:
@@ -84,12 +126,6 @@ class RunProgress:
             content = lines.read()
         self._offsets[file] = self._offsets.get(file, 0) + len(content)
         return content.count(b"\n")
-
-    def _left(self) -> str:
-        if not self._done:
-            return ""
-        seconds = (time.monotonic() - self._started) / self._done * (self.steps - self._done)
-        return f", about {seconds:.0f} s left"
 
     def _show_events(self) -> None:
         events = self.run.metrics()
