@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.errors import UserError
+from common.model.attention_cpu import packed_attention
 from common.model.choice import Choice
 
 if TYPE_CHECKING:
@@ -107,6 +108,11 @@ def _obstacle(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
+def attend(q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scaling: float, packing: Packing) -> Tensor:
+    """Attend causally within each segment, on the chosen kernel; returns [T, H, E]."""
+    return _KERNEL_FUNCTIONS[packing.kernel](q_THE, k_TGE, v_TGE, scaling, packing)
+
+
 def _attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -124,41 +130,46 @@ def _attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **rest
         )
-    kernel = _KERNEL_FUNCTIONS[packing.kernel]
-    return kernel(query, key, value, scaling, packing), None
+    q_THE, k_TGE, v_TGE = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
+    return attend(q_THE, k_TGE, v_TGE, scaling, packing)[None], None
 
 
-def _per_segment(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:
-    outputs = [
-        functional.scaled_dot_product_attention(
-            q[:, :, start:stop],
-            k[:, :, start:stop],
-            v[:, :, start:stop],
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:
+    if q.device.type == "cpu":
+        return packed_attention(q, k, v, scaling, packing.bounds)
+    outputs = []
+    for start, stop in itertools.pairwise(packing.bounds):
+        q_part, k_part, v_part = (t[start:stop].transpose(0, 1)[None] for t in (q, k, v))
+        out = functional.scaled_dot_product_attention(
+            q_part,
+            k_part,
+            v_part,
             is_causal=True,
             scale=scaling,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-        for start, stop in itertools.pairwise(packing.bounds)
-    ]
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:
-    groups = q.shape[1] // k.shape[1]
-    tokens = torch.arange(q.shape[2], device=q.device)
+    shared = q.shape[1] // k.shape[1]
+    tokens = torch.arange(len(q), device=q.device)
     segments = torch.bucketize(tokens, packing.bounds_device[1:], right=True)
     seen_TT = (segments[:, None] == segments[None, :]) & (tokens[:, None] >= tokens[None, :])
-    scores = q @ k.repeat_interleave(groups, 1).transpose(2, 3) * scaling
-    scores = scores.masked_fill(~seen_TT, -torch.inf)
-    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
-    return (weights @ v.repeat_interleave(groups, 1)).transpose(1, 2)
+    k, v = (t.repeat_interleave(shared, 1) for t in (k, v))
+    scores_HTT = q.transpose(0, 1) @ k.permute(1, 2, 0) * scaling
+    weights_HTT = scores_HTT.masked_fill(~seen_TT, -torch.inf).softmax(-1, dtype=torch.float32)
+    return (weights_HTT.to(q.dtype) @ v.transpose(0, 1)).transpose(0, 1)
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
     out: Tensor = flash_attn_varlen_func(
-        *(t[0].transpose(0, 1).contiguous() for t in (q, k, v)),
+        q,
+        k,
+        v,
         packing.bounds_device,
         packing.bounds_device,
         packing.longest,
@@ -166,7 +177,7 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packin
         softmax_scale=scaling,
         causal=True,
     )
-    return out[None]
+    return out
 
 
 def _torch_flash(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:
@@ -175,12 +186,11 @@ def _torch_flash(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packi
     arguments = _varlen_arguments()
     if "enable_gqa" not in arguments:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    query, key, value = (t[0].transpose(0, 1).contiguous() for t in (q, k, v))
-    attend: Any = varlen_attn
-    out: Tensor = attend(
-        query,
-        key,
-        value,
+    varlen: Any = varlen_attn
+    out: Tensor = varlen(
+        q,
+        k,
+        v,
         packing.bounds_device,
         packing.bounds_device,
         packing.longest,
@@ -188,7 +198,7 @@ def _torch_flash(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packi
         scale=scaling,
         **arguments,
     )
-    return out[None]
+    return out
 
 
 @cache
@@ -204,6 +214,6 @@ def _varlen_arguments() -> dict[str, Any]:
 _KERNEL_FUNCTIONS: dict[str, Callable[[Tensor, Tensor, Tensor, float, Packing], Tensor]] = {
     "flash-attn": _flash_attn,
     "torch-flash": _torch_flash,
-    "sdpa": _per_segment,
+    "sdpa": _sdpa,
     "eager": _eager,
 }

@@ -6,7 +6,8 @@ Llama built in code; anything else is a folder or a hub id of a Llama.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,10 +130,25 @@ def load_model(
         return tiny.tiny_model().to(device=device, dtype=dtype).requires_grad_(False)
     from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(
-        spec.folder, dtype=dtype, device_map=str(device), local_files_only=True
-    )
+    with _without_progress_bars():
+        model = LlamaForCausalLM.from_pretrained(
+            spec.folder, dtype=dtype, device_map=str(device), local_files_only=True
+        )
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Keep transformers' own bars out of our output, and leave its switch as it was."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_tokenizer(spec: BackboneSpec) -> "PreTrainedTokenizerBase":

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from common.text.batches import PackedBatch
 
+RECOMPUTE = ("auto", "none", "mlp", "half", "all")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -118,6 +119,19 @@ def choose_dtype(requested: str, device: torch.device) -> Choice[str]:
     return Choice("fp32", "the processor has neither AMX nor AVX512-BF16")
 
 
+def choose_recompute(requested: str) -> Choice[str]:
+    """Choose which activations the backward pass computes again.
+
+    Raises:
+        UserError: If it is none of the names.
+    """
+    if requested not in RECOMPUTE:
+        raise UserError(f"train.recompute={requested!r}", allowed=", ".join(RECOMPUTE))
+    if requested == "auto":
+        return Choice("none", "nothing asks for less memory")
+    return Choice(requested, "asked for")
+
+
 def open_session(
     spec: BackboneSpec,
     adapter: AdapterSpec,
@@ -153,6 +167,11 @@ def open_session(
     model = load_model(spec, device=on, dtype=arithmetic)
     model.set_attn_implementation(register())
     attached = attach(model, adapter)
+    from common.model import lean
+
+    recompute_choice = choose_recompute(recompute)
+    if lean.supported(model):
+        lean.install(model, recompute_choice.value)
     return Session(
         spec=spec,
         model=model,
@@ -161,5 +180,5 @@ def open_session(
         device=device_choice,
         dtype=dtype_choice,
         attention=attention_choice,
-        recompute=Choice("none", "no recomputation"),
+        recompute=recompute_choice,
     )

@@ -23,6 +23,7 @@ def pair(targets: tuple[str, ...] = TARGETS, mode: str = "fa-lora", rank: int = 
         num_attention_heads=4,
         num_key_value_heads=2,
         attention_bias=bias,
+        initializer_range=0.2,
     )
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
@@ -76,7 +77,7 @@ def test_logits_and_gradients_equal_pefts(targets, mode, bias):
     assert (adapter.flat_grad - whole).norm() / whole.norm() < 1e-5
     for key in adapter.keys:
         ours = adapter.flat_grad[adapter.slices[key]].view(adapter.shapes[key])
-        assert expected[key].norm() > 1e-7
+        assert expected[key].norm() > 1e-3
         assert (ours - expected[key]).norm() / expected[key].norm() < 1e-4, key
 
 

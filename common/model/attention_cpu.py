@@ -1,0 +1,172 @@
+"""Causal attention over packed segments on the CPU: torch's flash forward, our bf16 backward.
+
+torch's CPU flash kernel is fast forward, but its backward is a third of a training step. In bf16
+it is replaced by blocked matrix products (FlashAttention-2, Dao 2023, algorithm 2): the
+probabilities are computed again from the log-sum-exp, one block of queries at a time, and
+grouped-query heads share one product. In fp32 torch's own backward is kept.
+
+Shapes: T packed tokens, H query heads, G key/value heads, E head width, Q rows of a query block
+(times the heads of a group), K keys up to the block's end, W = E + 2.
+"""
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_BLOCK_TOKENS = 128
+_flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def packed_attention(
+    q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scaling: float, bounds: tuple[int, ...]
+) -> Tensor:
+    """Attend causally within each segment.
+
+    Args:
+        q_THE: Queries.
+        k_TGE: Keys; H is a multiple of G.
+        v_TGE: Values.
+        scaling: Factor of the scores.
+        bounds: S + 1 token offsets of the segments.
+
+    Returns:
+        [T, H, E] outputs.
+    """
+    out: Tensor = _packed_attention(q_THE, k_TGE, v_TGE, scaling, bounds)
+    return out
+
+
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scaling: float, bounds: tuple[int, ...]
+    ) -> Tensor:
+        out = torch.empty_like(q)
+        lse_HT = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
+        for start, stop in itertools.pairwise(bounds):
+            q_part, k_part, v_part = (_heads_first(t[start:stop]) for t in (q, k, v))
+            part, lse = _flash_forward(q_part, k_part, v_part, 0.0, True, scale=scaling)
+            out[start:stop] = part[0].transpose(0, 1)
+            lse_HT[:, start:stop] = lse[0]
+        ctx.scaling, ctx.bounds = scaling, bounds
+        ctx.save_for_backward(q, k, v, out, lse_HT)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse_HT = ctx.saved_tensors
+        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        segment_backward: Any = _bf16_backward if q.dtype == torch.bfloat16 else _torch_backward
+        for start, stop in itertools.pairwise(ctx.bounds):
+            tensors = [t[start:stop] for t in (q, k, v, out, d_out, d_q, d_k, d_v)]
+            segment_backward(*tensors, lse_HT[:, start:stop], ctx.scaling)
+        return d_q, d_k, d_v, None, None
+
+
+# torch's stubs leave Function.apply untyped.
+_packed_attention: Any = _PackedAttention.apply
+
+
+def _heads_first(t_THE: Tensor) -> Tensor:
+    return t_THE.transpose(0, 1)[None]
+
+
+def _torch_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    d_out: Tensor,
+    d_q: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
+    lse_HT: Tensor,
+    scaling: float,
+) -> None:
+    """Write one segment's gradients with torch's kernel, which wants as many keys as queries."""
+    tokens, groups, width = k.shape
+    shared = q.shape[1] // groups
+    k_all, v_all = (t.repeat_interleave(shared, 1) for t in (k, v))
+    q_part, k_part, v_part, out_part, d_part = map(_heads_first, (q, k_all, v_all, out, d_out))
+    grads = _flash_backward(
+        d_part, q_part, k_part, v_part, out_part, lse_HT[None], 0.0, True, scale=scaling
+    )
+    d_q.copy_(grads[0][0].transpose(0, 1))
+    for target, grad in ((d_k, grads[1]), (d_v, grads[2])):
+        summed = grad[0].transpose(0, 1).reshape(tokens, groups, shared, width).sum(2)
+        target.copy_(summed)
+
+
+def _bf16_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    d_out: Tensor,
+    d_q: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
+    lse_HT: Tensor,
+    scaling: float,
+) -> None:
+    """Write one segment's gradients by blocked bf16 products.
+
+    Row terms ride along in the products as two extra columns each, high and low part, so that
+    ``q k - lse`` and ``dout v - delta`` leave the fp32 accumulators already subtracted: one pass
+    less over the scores, and the rounding to bf16 falls on small numbers where it matters.
+    """
+    tokens, heads, width = q.shape
+    groups = k.shape[1]
+    shared = heads // groups
+    q_rows_GNE = _group_rows(q, groups)
+    d_rows_GNE = _group_rows(d_out, groups)
+    delta_TH = (out.float() * d_out).sum(2)
+    minus_lse_GN = -lse_HT.view(groups, shared, tokens).transpose(1, 2).reshape(groups, -1)
+    minus_delta_GN = -delta_TH.view(tokens, groups, shared).transpose(0, 1).reshape(groups, -1)
+    q_scaled_GNW = _with_row_terms(q_rows_GNE * scaling, minus_lse_GN)
+    d_terms_GNW = _with_row_terms(d_rows_GNE, minus_delta_GN)
+    k_ones_GTW, v_ones_GTW = (_with_ones(t) for t in (k, v))
+    d_k_GTE = torch.zeros(groups, tokens, width)
+    d_v_GTE = torch.zeros(groups, tokens, width)
+    block = min(_BLOCK_TOKENS, tokens)
+    future = torch.ones(block, block, dtype=torch.bool).triu(1)[:, None]
+    scratch = torch.empty(2, groups * block * shared * tokens, dtype=q.dtype)
+    for start in range(0, tokens, block):
+        stop = min(start + block, tokens)
+        rows = slice(start * shared, stop * shared)
+        size = (groups, (stop - start) * shared, stop)
+        p_GQK, ds_GQK = (s[: size[0] * size[1] * size[2]].view(size) for s in scratch)
+        torch.bmm(q_scaled_GNW[:, rows], k_ones_GTW[:, :stop].transpose(1, 2), out=p_GQK)
+        diagonal = p_GQK.view(groups, stop - start, shared, stop)[..., start:]
+        diagonal.masked_fill_(future[: stop - start, :, : stop - start], -torch.inf)
+        torch.exp(p_GQK, out=p_GQK)
+        torch.bmm(d_terms_GNW[:, rows], v_ones_GTW[:, :stop].transpose(1, 2), out=ds_GQK)
+        ds_GQK.mul_(p_GQK)
+        d_v_GTE[:, :stop] += torch.bmm(p_GQK.transpose(1, 2), d_rows_GNE[:, rows])
+        d_k_GTE[:, :stop] += torch.bmm(ds_GQK.transpose(1, 2), q_rows_GNE[:, rows])
+        d_q_GQE = torch.bmm(ds_GQK, k_ones_GTW[:, :stop, :width])
+        d_q_part = d_q_GQE.view(groups, stop - start, shared, width).transpose(0, 1)
+        torch.mul(d_q_part, scaling, out=d_q[start:stop].view(d_q_part.shape))
+    d_k.copy_(d_k_GTE.mul_(scaling).transpose(0, 1))
+    d_v.copy_(d_v_GTE.transpose(0, 1))
+
+
+def _group_rows(t_THE: Tensor, groups: int) -> Tensor:
+    """Return [G, T * H / G, E]: the rows that meet the same keys, tokens outermost."""
+    tokens, heads, width = t_THE.shape
+    rows = t_THE.view(tokens, groups, heads // groups, width).transpose(0, 1)
+    return rows.reshape(groups, -1, width)
+
+
+def _with_row_terms(t_GNE: Tensor, terms_GN: Tensor) -> Tensor:
+    high = terms_GN.to(t_GNE.dtype)
+    low = (terms_GN - high).to(t_GNE.dtype)
+    return torch.cat([t_GNE, high[..., None], low[..., None]], 2)
+
+
+def _with_ones(t_TGE: Tensor) -> Tensor:
+    ones = torch.ones(t_TGE.shape[1], t_TGE.shape[0], 2, dtype=t_TGE.dtype)
+    return torch.cat([t_TGE.transpose(0, 1), ones], 2)
