@@ -97,6 +97,35 @@ def federate(
     finish(summary, json_output)
 
 
+@app.command()
+def single(
+    config_file: Annotated[Path, typer.Argument(metavar="CONFIG")],
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Train on one node that holds everything: the paper's mode."""
+    from sim.single import single as run_single
+
+    config = read_config(find_config(config_file), set_ or ())
+    console = console_for(json_output)
+    summary = run_single(config, console=console, command_line=sys.argv, run_dir=run_dir)
+    finish(summary, json_output)
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Its run directory.")],
+    set_: SetOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Go on with an interrupted or killed run, to the same end."""
+    from sim.resume import resume as resume_run
+
+    console = console_for(json_output)
+    finish(resume_run(run, set_ or (), console=console, command_line=sys.argv), json_output)
+
+
 def main() -> None:
     """Run the command line; user errors are one line and exit status 2, failed runs 1."""
     try:

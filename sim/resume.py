@@ -1,0 +1,101 @@
+"""``fedrx resume``: go on with a run that was interrupted or killed, to the same end."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from common.config import Config
+from common.configio import differences, from_flat, read_config
+from common.errors import UserError
+from common.provenance import source_digest
+from common.rundir import RunDirectory
+from sim import single
+from sim.federate import prepare
+
+
+def resume(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    console: Console,
+    command_line: Sequence[str],
+) -> dict[str, Any]:
+    """Go on with a run of any kind from its last checkpoint.
+
+    Args:
+        path: Its run directory.
+        overrides: ``key=value``; a value other than the run's own is refused.
+        console: Where progress and results are shown.
+        command_line: Added to environment.json.
+
+    Returns:
+        The content of summary.json; a finished run's is returned as it is.
+
+    Raises:
+        UserError: if this is no run, or its configuration, data or backbone have changed.
+    """
+    run = RunDirectory.open(path)
+    facts = run.read_json("environment.json")
+    if facts.get("mode") != single.MODE:
+        raise UserError(f"{run.path} has no run that can be resumed", fix="start it again")
+    config = unchanged_config(run, facts, overrides)
+    if run.status()["state"] == "finished":
+        console.print("the run is finished: nothing to do")
+        return run.read_json("summary.json")
+    note_resumption(run, facts, command_line, console)
+    return resume_single(run, config, facts, console)
+
+
+def unchanged_config(run: RunDirectory, facts: dict[str, Any], overrides: Sequence[str]) -> Config:
+    """Return the run's configuration, if config.toml with the overrides is still the same.
+
+    Raises:
+        UserError: naming every key that differs, with both values.
+    """
+    begun = from_flat(facts["config"])
+    changes = differences(begun, read_config(run.path / "config.toml", overrides))
+    if changes:
+        raise UserError(
+            "a run goes on as it began; changed: " + "; ".join(changes),
+            fix="undo the change, or start a new run with it",
+        )
+    return replace(begun, run=replace(begun.run, directory=str(run.path)))
+
+
+def note_resumption(
+    run: RunDirectory, facts: dict[str, Any], command_line: Sequence[str], console: Console
+) -> None:
+    """Add the resumption to environment.json, and warn if the source has changed."""
+    digest = source_digest()
+    if digest != facts["source_digest"]:
+        console.print("FedRx's source has changed since the run began", style="yellow")
+    entry = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command_line": [Path(command_line[0]).name, *command_line[1:]] if command_line else [],
+        "source_digest": digest,
+    }
+    run.write_json("environment.json", {**facts, "resumed": [*facts.get("resumed", []), entry]})
+
+
+def resume_single(
+    run: RunDirectory, config: Config, facts: dict[str, Any], console: Console
+) -> dict[str, Any]:
+    """Go on with a single-node run.
+
+    Raises:
+        UserError: if what it reads has changed.
+    """
+    started = time.monotonic()
+    preparation = prepare(config, console)
+    for name, now in single.fingerprints(preparation).items():
+        if now != facts["inputs"][name]:
+            raise UserError(
+                f"the run's {name} changed since it began: {facts['inputs'][name]} -> {now}",
+                fix="bring the same data and backbone back, or start a new run",
+            )
+    return single.go_on(run, config, preparation, console, started=started)

@@ -1,0 +1,203 @@
+"""``fedrx single``: what a hospital does, on one node that holds everything, without Flower."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from client.worker import session_of, tokens_of
+from common.config import Config
+from common.configio import flatten
+from common.errors import FedrxError, UserError
+from common.model.backbone import loads
+from common.model.layout import adapter_spec
+from common.privacy.settings import protects
+from common.provenance import available_cpus, environment, peak_rss_bytes, tensors_sha256
+from common.rundir import RunDirectory
+from sim.evaluate import evaluate_run
+from sim.exclusive import exclusive
+from sim.federate import Preparation, absolute_path, data_facts, prepare
+from sim.report import write_report
+from sim.stepwise import SingleTraining, scaling
+
+MODE = "single"
+
+
+def single(
+    config: Config,
+    *,
+    console: Console,
+    command_line: Sequence[str],
+    run_dir: Path | None = None,
+) -> dict[str, Any]:
+    """Train on one node, to the report: the paper's mode.
+
+    A federated run of the same configuration with one hospital ends in the same B.
+
+    Args:
+        config: Complete configuration; ``federation.hospitals`` becomes 1.
+        console: Where progress and results are shown.
+        command_line: Stored in environment.json.
+        run_dir: Run directory; default below ``runs``.
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        UserError: before anything is started.
+        RunFailed: if a loss or gradient is not finite; status.json says so too.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, with a checkpoint written.
+    """
+    started = time.monotonic()
+    config = one_node(config)
+    preparation = prepare(config, console)
+    facts = {"mode": MODE, "config": flatten(config), "inputs": fingerprints(preparation)}
+    facts = {**environment(list(command_line)), **facts}
+    run = RunDirectory.create(config, directory=run_dir)
+    config = replace(config, run=replace(config.run, directory=str(run.path)))
+    run.write_json("environment.json", facts)
+    run.write_config(config)
+    run.write_json("data.json", data_facts(preparation))
+    console.print(f"run directory: {run.path}", markup=False, highlight=False)
+    return go_on(run, config, preparation, console, started=started)
+
+
+def one_node(config: Config) -> Config:
+    """Return the configuration with one hospital, absolute paths and a fixed thread count.
+
+    Raises:
+        UserError: if the configuration asks for privacy, whose ledger belongs to a federation.
+    """
+    if protects(config.privacy):
+        raise UserError(
+            "the privacy section is on, and `fedrx single` has no ledger",
+            fix="use `fedrx federate CONFIG --set federation.hospitals=1`, or set "
+            "privacy.target-epsilon=0 and privacy.noise-multiplier=0",
+        )
+    return replace(
+        config,
+        data=replace(config.data, path=absolute_path(config.data.path)),
+        model=replace(config.model, backbone=absolute_path(config.model.backbone)),
+        federation=replace(config.federation, hospitals=1),
+        train=replace(config.train, threads=config.train.threads or available_cpus()),
+    )
+
+
+def fingerprints(preparation: Preparation) -> dict[str, str]:
+    """Return what identifies a run's inputs: a resumed run must read the same."""
+    return {
+        "samples": preparation.table.digest,
+        "backbone": preparation.backbone.fingerprint,
+        "a": preparation.layout.a_fingerprint,
+    }
+
+
+def go_on(
+    run: RunDirectory,
+    config: Config,
+    preparation: Preparation,
+    console: Console,
+    *,
+    started: float,
+) -> dict[str, Any]:
+    """Train from the last checkpoint (or from nothing) to the end, answer and report.
+
+    Args:
+        run: The run's directory.
+        config: As it was when the run began.
+        preparation: What the run reads.
+        console: Where progress and results are shown.
+        started: When this process began to work on it, by ``time.monotonic``.
+    """
+    with exclusive(run):
+        try:
+            summary = train_and_answer(run, config, preparation, console, started=started)
+        except KeyboardInterrupt:
+            run.write_status("interrupted", step=last_step(run))
+            console.print(f"go on with: fedrx resume {run.path}", markup=False, highlight=False)
+            raise
+        except FedrxError as error:
+            run.write_status("failed", step=last_step(run), error=str(error))
+            raise
+    return summary
+
+
+def train_and_answer(
+    run: RunDirectory,
+    config: Config,
+    preparation: Preparation,
+    console: Console,
+    *,
+    started: float,
+) -> dict[str, Any]:
+    """Do what is left of a run; each part leaves its result in the run directory."""
+    session = session_of(config)
+    hospital = tokens_of(config, preparation.hospitals[0], session)
+    training = SingleTraining(
+        run=run, config=config, session=session, hospital=hospital, console=console
+    )
+    training.restore()
+    for note in scaling(training)["notes"]:
+        console.print(note, markup=False, highlight=False)
+    training.finish()
+    run.write_json("summary.json", summarise(training, preparation))
+    run.write_status("running", stage="evaluation", step=training.total.value)
+    summary = evaluate_run(run, console=console)
+    summary |= {
+        "seconds": round(training.seconds_before + time.monotonic() - started, 3),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+    run.write_json("summary.json", summary)
+    write_report(run)
+    run.write_status("finished", step=training.total.value)
+    return summary
+
+
+def summarise(training: SingleTraining, preparation: Preparation) -> dict[str, Any]:
+    """Return summary.json before the answers: the keys of a federation's, and the steps."""
+    run, config, session = training.run, training.config, training.session
+    adapter, hospital = config.adapter, preparation.hospitals[0]
+    losses = {event["step"]: event["value"] for event in run.metrics("validation-loss")}
+    checkpoints = [{"name": name, **run.checkpoint_facts(name)} for name in run.checkpoint_names()]
+    return {
+        "mode": MODE,
+        "trainable_parameters": session.adapter.trainable_parameters,
+        "adapter": {
+            "mode": adapter.mode,
+            "rank": adapter.rank,
+            "alpha": adapter.alpha,
+            "targets": list(adapter_spec(adapter).targets),
+        },
+        "backbone": {
+            "name": preparation.backbone.name,
+            "fingerprint": preparation.backbone.fingerprint,
+        },
+        "hospitals": [
+            {"name": hospital.name, "patients": hospital.patients, "samples": hospital.samples}
+        ],
+        "rounds": 0,
+        "training": scaling(training),
+        "checkpoints": [
+            {**facts, "validation_loss": losses.get(facts["step"])} for facts in checkpoints
+        ],
+        "b_sha256": tensors_sha256(session.adapter.state()),
+        "wire": {"tensors": [], "bytes_up": 0, "bytes_down": 0},
+        "backbone_loads": loads(),
+        "workers": 1,
+        "validation_loss": [losses[step] for step in sorted(losses)],
+        "training_seconds": round(training.seconds, 3),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "device": session.device.value,
+        "attention": {"kernel": session.attention.value, "reason": session.attention.reason},
+        "dtype": session.dtype.as_dict(),
+        "source": preparation.table.source,
+    }
+
+
+def last_step(run: RunDirectory) -> int:
+    """Return the step that a run would go on from."""
+    names = run.checkpoint_names()
+    return int(run.checkpoint_facts(names[-1])["step"]) if names else 0

@@ -1,0 +1,201 @@
+"""The training of a single-node run: steps, checkpoints, and going on from one.
+
+A checkpoint holds B and the optimizer's state. The data order and the learning rate are pure
+functions of the global step, so nothing else is needed to go on to the same B.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from client.hospital import HospitalData
+from client.local import evaluate
+from common.config import Config
+from common.errors import RunFailed
+from common.model.session import Session
+from common.provenance import tensors_sha256
+from common.rundir import RunDirectory, Tensors
+from common.training.budget import checkpoint_steps, steps_in_all, steps_per_epoch
+from common.training.loop import StepReport, train
+from common.training.optimiser import TrainState
+from sim.interrupt import Stop, Stopped, deferred_stop
+from sim.progress import Meter
+
+
+@dataclass(kw_only=True)
+class SingleTraining:
+    """One run's training: what its steps need, and what is written as they pass."""
+
+    run: RunDirectory
+    config: Config
+    session: Session
+    hospital: HospitalData
+    console: Console
+
+    def __post_init__(self) -> None:
+        self.total = steps_in_all(self.config, len(self.hospital.train))
+        self.kept = checkpoint_steps(self.config, self.total.value)
+        self.state = TrainState()
+        self.seconds_before = 0.0
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, those before a resume included."""
+        return self.seconds_before + time.monotonic() - self._started
+
+    def restore(self) -> None:
+        """Go back to the last checkpoint, or to B = 0; forget the events that came after it.
+
+        Raises:
+            RunFailed: if the checkpoint is damaged.
+        """
+        adapter = self.session.adapter
+        if not self.run.checkpoint_names():
+            adapter.load({key: np.zeros(size, np.float32) for key, size in adapter.shapes.items()})
+            self.run.forget_metrics(-1)
+            return
+        checkpoint = self.run.load_checkpoint()
+        if tensors_sha256(checkpoint.b) != checkpoint.facts["b_sha256"]:
+            raise RunFailed(f"checkpoint {checkpoint.name} is damaged: remove it, and resume again")
+        adapter.load(checkpoint.b)
+        self.state = TrainState.from_tensors(
+            {name: torch.from_numpy(value) for name, value in checkpoint.extra.items()}
+        )
+        self.seconds_before = float(checkpoint.facts["seconds"])
+        self.run.forget_metrics(self.state.step)
+
+    def finish(self) -> None:
+        """Take the steps that are left.
+
+        Raises:
+            Stopped: if an end was asked for; a checkpoint is written.
+            RunFailed: if a loss or gradient is not finite; the last good B is kept.
+        """
+        self.run.write_status("running", step=self.state.step)
+        meter = Meter(self.console, "steps", self.total.value, done=self.state.step)
+        with deferred_stop() as stop, meter:
+            if not self.state.step:
+                self._validate()
+                stop.check()
+            for place in self._places():
+                self._train_to(place, stop, meter)
+                if place in self.kept.value:
+                    self._validate()
+                self._save()
+                stop.check()
+
+    def _places(self) -> list[int]:
+        """Return the steps still ahead at which something is written."""
+        every, total = self.config.train.checkpoint_every, self.total.value
+        places = {*self.kept.value, *(range(every, total, every) if every else ())}
+        return sorted(place for place in places if place > self.state.step)
+
+    def _train_to(self, place: int, stop: Stop, meter: Meter) -> None:
+        def on_step(report: StepReport) -> None:
+            self._log(report)
+            meter.update(report.step, "" if report.loss is None else f"loss {report.loss:.4f}")
+            stop.check()
+
+        try:
+            train(
+                self.session,
+                self.hospital.train,
+                self.config.train,
+                self.state,
+                steps=place - self.state.step,
+                schedule_steps=self.total.value,
+                stream=self.hospital.name,
+                on_step=on_step,
+            )
+        except (Stopped, RunFailed):
+            # Both come between two updates, so B and the optimizer's state belong together.
+            if self.state.step:
+                self._save()
+            raise
+
+    def _log(self, report: StepReport) -> None:
+        self.run.metric(
+            "train-loss",
+            report.loss,
+            step=report.step,
+            gradient_norm=report.gradient_norm,
+            learning_rate=report.learning_rate,
+            tokens=report.tokens,
+            seconds=round(report.seconds, 4),
+        )
+
+    def _validate(self) -> None:
+        """Log the validation loss of B as it is, before its checkpoint makes it final."""
+        if not self.hospital.validation:
+            return
+        loss = evaluate(self.session, self.hospital, self.session.adapter.state())["loss"]
+        step = self.state.step
+        self.run.metric("validation-loss", loss, step=step)
+        moment = f"step {step}/{self.total.value}" if step else "untrained"
+        self.console.print(f"{moment}: validation loss {loss:.4f}", highlight=False)
+
+    def _save(self) -> None:
+        """Write a checkpoint; earlier ones that were only there to resume from go."""
+        step = self.state.step
+        b = self.session.adapter.state()
+        self.run.save_checkpoint(
+            checkpoint_name(step),
+            b,
+            facts={
+                "step": step,
+                "b_sha256": tensors_sha256(b),
+                "b_norm": b_norm(b),
+                "seconds": round(self.seconds, 3),
+            },
+            extra={name: value.numpy() for name, value in self.state.to_tensors().items()},
+        )
+        keep = {checkpoint_name(one) for one in (*self.kept.value, step)}
+        for name in self.run.checkpoint_names():
+            if name not in keep:
+                self.run.remove_checkpoint(name)
+        self.run.write_status("running", step=step)
+
+
+def scaling(training: SingleTraining) -> dict[str, Any]:
+    """Return how the asked-for steps fit the samples that are there, in figures and in words."""
+    config, samples = training.config, len(training.hospital.train)
+    steps, per_epoch = training.total.value, steps_per_epoch(training.config, samples)
+    passes = f"{steps / per_epoch:.3g} passes over {samples} training samples"
+    notes = [f"{steps} steps from {training.total.reason}: {passes}, {per_epoch} steps each"]
+    if samples < config.data.train_samples:
+        notes.append(f"data.train-samples={config.data.train_samples}: there are {samples}")
+    if "scaled" in training.kept.reason:
+        kept = ", ".join(map(str, training.kept.value))
+        notes.append(f"{training.kept.reason}: {kept}")
+    return {
+        "train_samples": samples,
+        "steps": steps,
+        "steps_per_epoch": per_epoch,
+        "epochs": round(steps / per_epoch, 3),
+        "checkpoint_steps": list(training.kept.value),
+        "notes": notes,
+    }
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the name of a step's checkpoint; names sort in time.
+
+    >>> checkpoint_name(1950)
+    'step-00001950'
+    """
+    return f"step-{step:08d}"
+
+
+def b_norm(b: Tensors) -> float:
+    """Return the L2 norm of all matrices together.
+
+    >>> b_norm({"a": np.array([[3.0]]), "b": np.array([[4.0]])})
+    5.0
+    """
+    squares = (np.square(value, dtype=np.float64).sum() for value in b.values())
+    return float(np.sqrt(sum(squares)))
