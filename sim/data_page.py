@@ -102,6 +102,7 @@ def drugs_figure(hospitals: Sequence[Hospital]) -> Figure:
             colour = "white" if share > 55 else "#1a202c"
             axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=colour)
     else:
+        axes.set_xticks([])
         axes.set_xlabel(f"{len(hospitals)} hospitals, in the order of their names")
     figure.colorbar(image, ax=axes, label="% of the hospital's samples")
     return figure

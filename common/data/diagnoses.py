@@ -120,7 +120,7 @@ def _refuse_lost_zeros(
     """
     short = unmatched.filter(pl.col("icd_version") == 9).select("hadm_id", "seq_num", *_KEY)
     padded = [
-        short.with_columns(pl.lit("0" * zeros) + pl.col("icd_code")).join(
+        short.with_columns(("0" * zeros + pl.col("icd_code")).alias("icd_code")).join(
             titles, on=_KEY, how="semi"
         )
         for zeros in range(1, _LONGEST_ICD9)
