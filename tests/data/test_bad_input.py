@@ -77,6 +77,16 @@ def test_shuffled_columns_work(write_tables, tmp_path, cache):
     assert len(found.admissions) == 2
 
 
+def test_byte_order_mark_and_windows_lines_work(write_tables, cache):
+    folder = write_tables(suffix=".csv")
+    expected = load_samples(DataConfig(path=str(folder)), cache_dir=cache)
+    for path in (folder / "hosp").iterdir():
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    found = load_samples(DataConfig(path=str(folder)), cache_dir=cache)
+    assert found.file_hashes != expected.file_hashes
+    assert found.admissions == expected.admissions
+
+
 @pytest.mark.parametrize("wrong", ["icu", ".", "hosp/more"])
 def test_table_in_the_wrong_folder_is_found(write_tables, cache, wrong):
     folder = write_tables()

@@ -1,0 +1,109 @@
+"""The cached sample table: same samples, private, atomic, keyed by content and settings."""
+
+import multiprocessing
+import stat
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from common.config import DataConfig
+from common.data.cache import cache_key
+from common.data.prepare import load_samples
+from common.data.samples import Admission
+
+
+def entries(cache: Path) -> list[Path]:
+    return sorted(path for path in (cache / "samples").iterdir())
+
+
+def test_the_cache_gives_the_same_samples(write_tables, tmp_path, monkeypatch):
+    config = DataConfig(path=str(write_tables()))
+    first = load_samples(config, cache_dir=tmp_path)
+    monkeypatch.setattr("common.data.prepare.prepare_tables", None)
+    assert load_samples(config, cache_dir=tmp_path) == first
+    assert isinstance(first.admissions[0], Admission)
+
+
+def test_the_cache_is_for_its_owner_alone(write_tables, tmp_path):
+    load_samples(DataConfig(path=str(write_tables())), cache_dir=tmp_path / "new")
+    (entry,) = entries(tmp_path / "new")
+    assert stat.S_IMODE(entry.stat().st_mode) == 0o600
+    assert stat.S_IMODE(entry.parent.stat().st_mode) == 0o700
+
+
+def test_content_and_settings_key_the_cache(write_tables, small, tmp_path):
+    folder = write_tables(**small)
+    load_samples(DataConfig(path=str(folder)), cache_dir=tmp_path)
+    load_samples(DataConfig(path=str(folder), split_seed=5), cache_dir=tmp_path)
+    assert len(entries(tmp_path)) == 1
+    load_samples(DataConfig(path=str(folder), drop_flushes=False), cache_dir=tmp_path)
+    assert len(entries(tmp_path)) == 2
+    small["prescriptions"][0]["drug"] = "Torsemide"
+    changed = load_samples(
+        DataConfig(path=str(write_tables(folder=folder, **small))), cache_dir=tmp_path
+    )
+    assert "Torsemide" in changed.admissions[0].drugs
+    assert len(entries(tmp_path)) == 3
+
+
+def test_new_code_reads_anew(tmp_path, monkeypatch):
+    before = cache_key({"a": 1})
+    (tmp_path / "cache.py").write_text("changed")
+    monkeypatch.setattr("common.data.cache.__file__", str(tmp_path / "cache.py"))
+    assert cache_key({"a": 1}) != before
+
+
+@pytest.mark.parametrize("damage", [b"", b"PAR1 nothing", None])
+def test_a_damaged_entry_is_written_again(write_tables, tmp_path, damage):
+    config = DataConfig(path=str(write_tables()))
+    first = load_samples(config, cache_dir=tmp_path)
+    (entry,) = entries(tmp_path)
+    whole = entry.read_bytes()
+    entry.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+    assert load_samples(config, cache_dir=tmp_path) == first
+    assert pl.read_parquet(entry).height == len(first.admissions)
+
+
+def test_a_failed_write_leaves_nothing(write_tables, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(pl.DataFrame, "write_parquet", fail)
+    with pytest.raises(OSError, match="no space"):
+        load_samples(DataConfig(path=str(write_tables())), cache_dir=tmp_path)
+    assert entries(tmp_path) == []
+
+
+def _load(arguments):
+    path, cache = arguments
+    return load_samples(DataConfig(path=path, synthetic_patients=12), cache_dir=Path(cache)).digest
+
+
+@pytest.mark.parametrize("path", ["synthetic", None])
+def test_processes_may_prepare_at_once(write_tables, tmp_path, path):
+    folder = path or str(write_tables())
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        digests = pool.map(_load, [(folder, str(tmp_path))] * 3)
+    assert len(set(digests)) == 1
+    assert len(entries(tmp_path)) == 1
+    assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".writing")]
+
+
+def test_synthetic_seed_and_size_decide_the_tables(tmp_path):
+    def digest(**changed):
+        config = DataConfig(**{"synthetic_patients": 12, **changed})
+        return load_samples(config, cache_dir=tmp_path).digest
+
+    digests = [digest(), digest(synthetic_seed=1), digest(synthetic_patients=13)]
+    assert len(set(digests)) == 3
+    assert digest() == digests[0]
+
+
+def test_progress_is_told(write_tables, tmp_path):
+    lines = []
+    config = DataConfig(path=str(write_tables()))
+    load_samples(config, cache_dir=tmp_path, progress=lines.append)
+    assert "streaming prescriptions: 4 rows" in lines
+    load_samples(config, cache_dir=tmp_path, progress=lines.append)
+    assert lines[-1] == "samples are in the cache"
