@@ -152,11 +152,17 @@ class RunDirectory:
         records = read_json_lines(self.path / "metrics.jsonl")
         return [r for r in records if name is None or r["name"] == name]
 
-    def forget_metrics(self, step: int) -> None:
-        """Drop the events after a step, which a resumed run will write again, and a torn line."""
+    def forget_metrics(
+        self, *, after_round: int | None = None, after_step: int | None = None
+    ) -> None:
+        """Drop the events of later rounds or steps, which a resumed run will write again.
+
+        A line that was torn by a crash goes with them.
+        """
         file = self.path / "metrics.jsonl"
-        if file.exists():
-            kept = [event for event in self.metrics() if event.get("step", 0) <= step]
+        label, last = ("round", after_round) if after_step is None else ("step", after_step)
+        if file.exists() and last is not None:
+            kept = [event for event in self.metrics() if event.get(label, 0) <= last]
             write_text(file, "".join(json_line(event) for event in kept))
 
     def append(self, file: str, record: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ class SingleTraining:
         adapter = self.session.adapter
         if not self.run.checkpoint_names():
             adapter.load({key: np.zeros(size, np.float32) for key, size in adapter.shapes.items()})
-            self.run.forget_metrics(-1)
+            self.run.forget_metrics(after_step=-1)
             return
         checkpoint = self.run.load_checkpoint()
         if tensors_sha256(checkpoint.b) != checkpoint.facts["b_sha256"]:
@@ -67,7 +67,7 @@ class SingleTraining:
             {name: torch.from_numpy(value) for name, value in checkpoint.extra.items()}
         )
         self.seconds_before = float(checkpoint.facts["seconds"])
-        self.run.forget_metrics(self.state.step)
+        self.run.forget_metrics(after_step=self.state.step)
 
     def finish(self) -> None:
         """Take the steps that are left.
