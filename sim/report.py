@@ -1,0 +1,326 @@
+"""The report of one or several runs: one offline HTML page and its markdown twin.
+
+Both are rendered from the same blocks. The page carries its own plots (inline SVG) and refers to
+nothing outside itself. Sample answers appear only where the data's source allows it.
+"""
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.files import write_text
+from common.rundir import RunDirectory
+from sim.report_plots import bytes_svg, epsilon_svg, loss_svg
+
+NOTICE = "Research only, not for clinical use."
+SOURCES = {
+    "synthetic": "Synthetic data: these figures prove that the system works, nothing about care.",
+    "demo": "MIMIC-IV demo (100 patients, open): figures prove correctness, not quality.",
+    "credentialed": "Credentialed data: this report shows aggregates only. Handle it as agreed.",
+}
+MODEL_NAMES = {"fedrx": "FedRx (trained B)", "untrained": "untrained backbone"}
+COLUMNS = (
+    ("output_rate", "output rate"),
+    ("precision", "precision"),
+    ("recall", "recall"),
+    ("jaccard", "Jaccard"),
+    ("f1", "F1"),
+    ("length_ratio", "length ratio"),
+    ("oov_rate", "out of vocabulary"),
+)
+SAMPLE_CASES = 3
+STYLE = (
+    "body{font:15px/1.55 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1.2rem;"
+    "color:#1a202c}h1{margin-bottom:.2rem}h2{margin-top:2.2rem;border-bottom:1px solid #e2e8f0}"
+    "svg{max-width:100%;height:auto}.note{background:#fffaf0;border-left:4px solid #dd6b20;"
+    "padding:.5rem 1rem;margin:.6rem 0}table{border-collapse:collapse;margin:.6rem 0}"
+    "td,th{padding:.25rem .8rem;border-bottom:1px solid #e2e8f0;text-align:right;"
+    "vertical-align:top}td:first-child,th:first-child{text-align:left}tr:hover{background:#f7fafc}"
+    ".wide{overflow-x:auto}.cases td{text-align:left}"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One piece of the report: a heading with a note, a table, or a plot, or several of them."""
+
+    title: str = ""
+    note: str = ""
+    headers: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+    svg: str = ""
+    warning: bool = False
+    text_cells: bool = False
+
+
+def write_report(run: RunDirectory) -> Path:
+    """Write report.html and report.md of one run; return the page's path."""
+    blocks = run_blocks(run)
+    title = f"FedRx: {run.config().run.name}"
+    write_text(run.path / "report.md", to_markdown(title, blocks))
+    page = run.path / "report.html"
+    write_text(page, to_html(title, blocks))
+    return page
+
+
+def write_comparison(runs: Sequence[RunDirectory], target: Path) -> Path:
+    """Write one page that compares several runs: figures side by side, then each run."""
+    rows = []
+    for run in runs:
+        summary, config = run.read_json("summary.json"), run.config()
+        metrics = summary.get("metrics", {}).get("fedrx", {})
+        losses = summary.get("validation_loss") or [None]
+        rows.append(
+            (
+                run.path.name,
+                f"{config.adapter.mode} r{config.adapter.rank}",
+                str(len(summary.get("hospitals", []))),
+                str(summary.get("rounds", "–")),
+                number(losses[-1]),
+                *(number(metrics.get(key)) for key, _ in COLUMNS),
+                megabytes(summary.get("wire", {}).get("bytes_up", 0)),
+                number(summary.get("privacy", {}).get("epsilon")),
+            )
+        )
+    headers = (
+        *("run", "adapter", "hospitals", "rounds", "validation loss"),
+        *(name for _, name in COLUMNS),
+        *("sent up", "epsilon"),
+    )
+    blocks = [Block(note=NOTICE, warning=True)]
+    blocks.append(Block(title="Runs compared", headers=headers, rows=tuple(rows)))
+    for run in runs:
+        blocks.append(Block(title=f"Run {run.path.name}"))
+        blocks.extend(run_blocks(run))
+    target.mkdir(parents=True, exist_ok=True)
+    write_text(target / "report.md", to_markdown("FedRx: runs compared", blocks))
+    page = target / "report.html"
+    write_text(page, to_html("FedRx: runs compared", blocks))
+    return page
+
+
+def run_blocks(run: RunDirectory) -> list[Block]:
+    """Return the blocks of one run.
+
+    Raises:
+        UserError: if the run has not been finished.
+    """
+    summary = run.read_json("summary.json")
+    if not summary:
+        raise UserError(
+            f"{run.path} has no summary.json: the run has not finished",
+            fix="finish it with `fedrx resume`, then ask for the report again",
+        )
+    source = summary.get("source", "credentialed")
+    blocks = [
+        Block(note=NOTICE, warning=True),
+        Block(note=SOURCES[source], warning=True),
+        _what_ran(run, summary),
+        *_losses(run),
+        *_metrics(summary),
+        *_hospitals(run, summary),
+        *_wire(run, summary),
+        *_privacy(run, summary),
+        *_judgement(summary),
+    ]
+    if source in ("synthetic", "demo"):
+        blocks += _samples(run)
+    return blocks
+
+
+def _what_ran(run: RunDirectory, summary: dict[str, Any]) -> Block:
+    config = run.config()
+    adapter, train = summary["adapter"], config.train
+    rows = [
+        ("backbone", str(summary["backbone"]["name"])),
+        ("adapter", f"{adapter['mode']}, rank {adapter['rank']}, alpha {adapter['alpha']:g}"),
+        ("adapted projections", ", ".join(adapter["targets"])),
+        ("trainable parameters", f"{summary['trainable_parameters']:,}"),
+        ("optimizer", f"{train.optimizer}, learning rate {train.learning_rate:g}"),
+        ("hospitals, rounds", f"{len(summary['hospitals'])}, {summary.get('rounds', '–')}"),
+        ("device", str(summary["device"])),
+        ("arithmetic", f"{summary['dtype']['value']} ({summary['dtype']['reason']})"),
+        ("attention", f"{summary['attention']['kernel']} ({summary['attention']['reason']})"),
+        ("backbone loads, workers", f"{summary['backbone_loads']}, {summary['workers']}"),
+        ("time", f"{summary['seconds']:.0f} s"),
+        ("peak memory", f"{summary['peak_rss_bytes'] / 2**30:.2f} GiB"),
+        ("sha256 of B", str(summary["b_sha256"])),
+    ]
+    rows += [("scaled", note) for note in summary.get("scaling", {}).get("notes", [])]
+    return Block(title="What ran", headers=("", ""), rows=tuple(rows), text_cells=True)
+
+
+def _losses(run: RunDirectory) -> list[Block]:
+    events = run.metrics("validation-loss")
+    if not events:
+        return []
+    note = "Mean cross-entropy per answer token on each hospital's validation patients."
+    return [Block(title="Validation loss", note=note, svg=loss_svg(events))]
+
+
+def _metrics(summary: dict[str, Any]) -> list[Block]:
+    metrics = summary.get("metrics")
+    if not metrics:
+        return []
+    rows = []
+    for model, values in metrics.items():
+        intervals = values.get("intervals", {})
+        cells = [with_interval(values.get(key), intervals.get(key)) for key, _ in COLUMNS]
+        rows.append((MODEL_NAMES.get(model, model), *cells))
+    first = next(iter(metrics.values()))
+    note = (
+        f"{first['samples']} held-out admissions of {first['patients']} patients; sets of drugs at "
+        f"the {first['level']} level; macro means; an unparseable answer counts 0; 95% bootstrap "
+        "intervals over patients. Precision and recall are the two readings of the paper's "
+        "accuracy (over predicted, over true)."
+    )
+    headers = ("", *(name for _, name in COLUMNS))
+    return [
+        Block(title="Answers on held-out patients", note=note, headers=headers, rows=tuple(rows))
+    ]
+
+
+def _hospitals(run: RunDirectory, summary: dict[str, Any]) -> list[Block]:
+    sizes = {one["name"]: one for one in run.read_json("data.json").get("hospitals", [])}
+    rows = []
+    for one in summary["hospitals"]:
+        size = sizes.get(one["name"], {})
+        splits = (str(size.get(split, "–")) for split in ("train", "validation", "test"))
+        patients, samples = one.get("patients", "–"), one.get("samples", "–")
+        rows.append((one["name"], str(patients), str(samples), *splits))
+    headers = ("hospital", "patients", "samples", "train", "validation", "test")
+    return [Block(title="Hospitals", headers=headers, rows=tuple(rows))]
+
+
+def _wire(run: RunDirectory, summary: dict[str, Any]) -> list[Block]:
+    lines = run.lines("wire.jsonl")
+    if not lines:
+        return []
+    wire = summary["wire"]
+    note = (
+        f"{len(wire['tensors'])} tensors, all of them B matrices; {megabytes(wire['bytes_up'])} "
+        f"from the hospitals, {megabytes(wire['bytes_down'])} to them."
+    )
+    return [Block(title="Bytes on the wire", note=note, svg=bytes_svg(lines))]
+
+
+def _privacy(run: RunDirectory, summary: dict[str, Any]) -> list[Block]:
+    lines, privacy = run.lines("privacy.jsonl"), summary.get("privacy")
+    if not lines or not privacy:
+        return []
+    epsilon = "infinite" if privacy["epsilon"] is None else f"{privacy['epsilon']:.3f}"
+    note = (
+        f"({epsilon}, {privacy['delta']:g})-differential privacy for each {privacy['unit']}, "
+        f"{privacy['relation']}; accountant {privacy['accountant']}; noise: {privacy['noise']}."
+    )
+    return [Block(title="Privacy", note=note, svg=epsilon_svg(lines))]
+
+
+def _judgement(summary: dict[str, Any]) -> list[Block]:
+    blocks = []
+    judge = summary.get("judge")
+    if judge:
+        rows = tuple(
+            (
+                MODEL_NAMES.get(model, model),
+                number(values.get("mean")),
+                str(values.get("scored", "–")),
+                str(values.get("unscored", "–")),
+            )
+            for model, values in judge["appropriateness"].items()
+        )
+        headers = ("", "appropriateness", "scored", "unscored")
+        note = f"Suitable drugs / all drugs, averaged over samples, judged by {judge['model']}."
+        blocks.append(Block(title="Judge", note=note, headers=headers, rows=rows))
+    return blocks
+
+
+def _samples(run: RunDirectory) -> list[Block]:
+    answers = [r for r in run.lines("predictions.jsonl") if r["model"] == "fedrx"]
+    rows = []
+    for row in answers[:SAMPLE_CASES]:
+        answer = "not in the format" if row["answer"] is None else "; ".join(row["answer"])
+        rows.append((row["case"], "; ".join(row["diagnoses"]), "; ".join(row["truth"]), answer))
+    if not rows:
+        return []
+    headers = ("case", "diagnoses", "ordered drugs", "suggested")
+    return [Block(title="Sample answers", headers=headers, rows=tuple(rows), text_cells=True)]
+
+
+def number(value: float | None) -> str:
+    """Format a metric; an absent one is a dash.
+
+    >>> number(0.12345), number(None)
+    ('0.123', '–')
+    """
+    return "–" if value is None else f"{value:.3f}"
+
+
+def with_interval(value: float | None, interval: Sequence[float | None] | None) -> str:
+    """Format a metric with its interval.
+
+    >>> with_interval(0.5, [0.4, 0.6])
+    '0.500 (0.40–0.60)'
+    """
+    if value is None or not interval or None in interval:
+        return number(value)
+    return f"{value:.3f} ({interval[0]:.2f}–{interval[1]:.2f})"
+
+
+def megabytes(count: float) -> str:
+    """Format bytes.
+
+    >>> megabytes(2_500_000)
+    '2.50 MB'
+    """
+    return f"{count / 1e6:.2f} MB"
+
+
+def to_html(title: str, blocks: Sequence[Block]) -> str:
+    """Render blocks as one self-contained page."""
+    parts = []
+    for block in blocks:
+        if block.title:
+            parts.append(f"<h2>{html.escape(block.title)}</h2>")
+        if block.note:
+            kind = ' class="note"' if block.warning else ""
+            parts.append(f"<p{kind}>{html.escape(block.note)}</p>")
+        if block.rows:
+            head = "".join(f"<th>{html.escape(cell)}</th>" for cell in block.headers)
+            body = "".join(
+                "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+                for row in block.rows
+            )
+            head = f"<thead><tr>{head}</tr></thead>" if any(block.headers) else ""
+            kind = "wide cases" if block.text_cells else "wide"
+            parts.append(f'<div class="{kind}"><table>{head}<tbody>{body}</tbody></table></div>')
+        parts.append(block.svg)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+        "style-src 'unsafe-inline'\">"
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n"
+        f"<body><h1>{html.escape(title)}</h1>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+
+
+def to_markdown(title: str, blocks: Sequence[Block]) -> str:
+    """Render blocks as markdown; plots stay on the page."""
+    parts = [f"# {title}"]
+    for block in blocks:
+        if block.title:
+            parts.append(f"## {block.title}")
+        if block.note:
+            parts.append(f"**{block.note}**" if block.warning else block.note)
+        if block.rows:
+            lines = [block.headers, ("---",) * len(block.headers), *block.rows]
+            parts.append("\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,91 @@
+"""The report's plots, as inline SVG that refers to nothing outside itself."""
+
+import io
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#a0aec0"
+MOST_LABELS = 8
+
+
+def loss_svg(events: Sequence[dict[str, Any]]) -> str:
+    """Plot validation loss over rounds (or steps): the mean, and each hospital."""
+    unit = "round" if any("round" in event for event in events) else "step"
+    lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for event in events:
+        lines[event.get("hospital", "")].append((event[unit], event["value"]))
+    figure, axes = _axes(f"{unit}s" if unit == "step" else unit, "validation loss")
+    hospitals = sorted(name for name in lines if name)
+    for index, name in enumerate(hospitals):
+        label = name if len(hospitals) <= MOST_LABELS else ("hospitals" if index == 0 else None)
+        axes.plot(*zip(*sorted(lines[name]), strict=True), color=GREY, linewidth=1, label=label)
+    if "" in lines:
+        axes.plot(
+            *zip(*sorted(lines[""]), strict=True),
+            color=BLUE,
+            linewidth=2.2,
+            marker="o",
+            label="mean",
+        )
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def bytes_svg(lines: Sequence[dict[str, Any]]) -> str:
+    """Plot megabytes per round in both directions."""
+    totals: dict[str, dict[int, int]] = {"up": defaultdict(int), "down": defaultdict(int)}
+    for line in lines:
+        totals[line["direction"]][line["round"]] += line["bytes"]
+    rounds = sorted({line["round"] for line in lines})
+    figure, axes = _axes("round (0: handshake and first evaluation)", "MB")
+    for offset, (direction, label, colour) in enumerate(
+        (("up", "from hospitals", ORANGE), ("down", "to hospitals", BLUE))
+    ):
+        axes.bar(
+            [number + 0.38 * (offset - 0.5) for number in rounds],
+            [totals[direction][number] / 1e6 for number in rounds],
+            width=0.38,
+            color=colour,
+            label=label,
+        )
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def epsilon_svg(lines: Sequence[dict[str, Any]]) -> str:
+    """Plot spent epsilon over rounds for each hospital."""
+    spent: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for line in lines:
+        if line["epsilon"] is not None:
+            spent[line["hospital"]].append((line["round"], line["epsilon"]))
+    figure, axes = _axes("round", "epsilon spent")
+    for name in sorted(spent):
+        axes.plot(*zip(*sorted(spent[name]), strict=True), marker="o", label=name)
+    axes.set_ylim(bottom=0)
+    if 0 < len(spent) <= MOST_LABELS:
+        axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e2e8f0")
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
