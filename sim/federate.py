@@ -18,13 +18,15 @@ from common.model.backbone import BackboneSpec, resolve_backbone
 from common.model.choice import Choice
 from common.model.layout import AdapterLayout, adapter_layout, adapter_spec
 from common.privacy.settings import with_calibrated_noise
-from common.provenance import available_cpus, environment
+from common.provenance import available_cpus, environment, peak_rss_bytes
 from common.rundir import RunDirectory
 from common.training.budget import steps_of_round
 from sim.evaluate import evaluate_run
 from sim.launch import free_port, run_flower
+from sim.peak import PeakMemory
 from sim.progress import RunProgress
 from sim.report import write_report
+from sim.show import show_summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +122,12 @@ def federate(
     )
     run.write_json("data.json", data_facts(preparation))
     console.print(f"run directory: {run.path}", markup=False, highlight=False)
+    peak = PeakMemory()
+
+    def on_tick() -> None:
+        progress.tick()
+        peak.tick()
+
     try:
         with RunProgress(
             console,
@@ -132,7 +140,7 @@ def federate(
                 run,
                 workers=workers.value,
                 gpus_per_worker=gpus_per_worker(config, workers.value),
-                on_tick=progress.tick,
+                on_tick=on_tick,
             )
         training_seconds = time.monotonic() - started
         run.write_status("running", stage="evaluation")
@@ -144,9 +152,11 @@ def federate(
         run.write_json("summary.json", summary)
         summary = evaluate_run(run, console=console)
         summary["seconds"] = round(time.monotonic() - started, 3)
+        summary["peak_rss_bytes"] = max(peak.bytes, peak_rss_bytes())
         run.write_json("summary.json", summary)
         write_report(run)
         run.write_status("finished", round=config.federation.rounds)
+        show_summary(console, run, summary)
     except KeyboardInterrupt:
         run.write_status("interrupted", rounds=len(run.checkpoint_names()))
         raise

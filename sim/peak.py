@@ -1,0 +1,44 @@
+"""Peak memory of a run: this process and everything it started, sampled."""
+
+import contextlib
+import time
+from pathlib import Path
+
+import psutil
+
+SAMPLE_SECONDS = 1.0
+
+
+class PeakMemory:
+    """Largest sum of proportional set sizes seen, in bytes.
+
+    Shared pages are counted once (PSS) where the system tells, else resident sizes are added up.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._last = 0.0
+
+    def tick(self) -> None:
+        """Take a sample, at most one a second."""
+        if time.monotonic() - self._last < SAMPLE_SECONDS:
+            return
+        self._last = time.monotonic()
+        own = psutil.Process()
+        total = 0
+        for process in [own, *own.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                total += _size(process)
+        self.bytes = max(self.bytes, total)
+
+
+def _size(process: psutil.Process) -> int:
+    """Return a process's proportional set size, or its resident size."""
+    try:
+        text = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii")
+        for line in text.splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return int(process.memory_info().rss)

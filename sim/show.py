@@ -1,0 +1,44 @@
+"""A run's result as a person reads it on the terminal."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from common.rundir import RunDirectory
+from sim.report import COLUMNS, MODEL_NAMES, NOTICE, megabytes, with_interval
+
+
+def show_summary(console: Console, run: RunDirectory, summary: dict[str, Any]) -> None:
+    """Print the metrics beside the baselines, the losses, the wire and where the report is."""
+    metrics = summary.get("metrics", {})
+    if metrics:
+        first = next(iter(metrics.values()))
+        table = Table(
+            title=f"{first['samples']} held-out admissions ({summary['source']} data)",
+            caption=NOTICE,
+        )
+        table.add_column("")
+        for _, name in COLUMNS[:5]:
+            table.add_column(name, justify="right")
+        for model, values in metrics.items():
+            intervals = values.get("intervals", {})
+            cells = [with_interval(values.get(key), intervals.get(key)) for key, _ in COLUMNS[:5]]
+            table.add_row(MODEL_NAMES.get(model, model), *cells)
+        console.print(table)
+    losses = summary.get("validation_loss") or []
+    if losses:
+        console.print(f"validation loss {losses[0]:.4f} -> {losses[-1]:.4f}", highlight=False)
+    wire = summary["wire"]
+    if wire["bytes_up"]:
+        console.print(
+            f"on the wire: B only, {megabytes(wire['bytes_up'])} up, "
+            f"{megabytes(wire['bytes_down'])} down; backbone loads {summary['backbone_loads']}, "
+            f"workers {summary['workers']}",
+            highlight=False,
+        )
+    console.print(
+        f"{summary['seconds']:.0f} s, peak memory {summary['peak_rss_bytes'] / 2**30:.2f} GiB",
+        highlight=False,
+    )
+    console.print(f"report: {run.path / 'report.html'}", markup=False, highlight=False)
