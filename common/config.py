@@ -171,13 +171,41 @@ class FederationConfig:
         "those are dealt to the rounds",
         low=0,
     )
-    strategy: str = option("fedavg", "aggregation", choices=("fedavg",))
+    strategy: str = option(
+        "fedavg",
+        "aggregation",
+        choices=(
+            "fedavg",
+            "fedprox",
+            "fedavgm",
+            "fedadam",
+            "fedmedian",
+            "trimmed-mean",
+            "krum",
+        ),
+    )
+    proximal_mu: float = option(0.01, "weight of fedprox's pull to the global B", low=0)
+    server_learning_rate: float = option(
+        0.0, "step of fedavgm and fedadam; 0: 1 for fedavgm, 0.01 for fedadam", low=0
+    )
+    server_momentum: float = option(0.9, "momentum of fedavgm", low=0, high=0.9999)
+    trim: float = option(0.2, "share that trimmed-mean cuts at each end", low=0, high=0.4999)
+    malicious: int = option(1, "hospitals that krum takes for malicious", low=0)
     weighting: str = option(
         "samples", "weight of a hospital's update", choices=("samples", "uniform")
     )
     fraction: float = option(1.0, "share of the hospitals asked per round", above=0, high=1)
     quorum: float = option(
         0.5, "share of the asked hospitals whose updates a round needs", above=0, high=1
+    )
+    min_hospitals: int = option(
+        0, "hospitals that must be connected before round 1; 0: all", low=0
+    )
+    mismatch: str = option(
+        "stop",
+        "what a hospital with other code, backbone or A does before round 1: it stops the run, "
+        "or is refused; one that joins later is refused",
+        choices=("stop", "refuse"),
     )
     seed: int = option(0, "seed of the hospital sampling", low=0)
     workers: int = option(
@@ -229,6 +257,7 @@ class EvaluationConfig:
     )
     batch_size: int = option(16, "answers generated at once", low=1)
     max_new_tokens: int = option(256, "longest answer in tokens", low=8)
+    constrained: bool = option(False, "decode under the answer's grammar (needs llguidance)")
     bootstrap: int = option(1000, "resamples of the confidence intervals", low=100)
     seed: int = option(0, "seed of sample choice and bootstrap", low=0)
 

@@ -14,6 +14,7 @@ from common.configio import from_flat, settled
 from common.errors import FedrxError
 from common.exchange import Fingerprints, Tensors
 from common.model.backbone import BackboneSpec, resolve_backbone
+from common.model.falora import AdapterSpec, draw_a
 from common.model.layout import AdapterLayout, adapter_layout, adapter_spec
 from common.privacy.receipts import PRIVACY, privacy_summary
 from common.privacy.settings import is_private, plan_of
@@ -21,6 +22,8 @@ from common.provenance import peak_rss_bytes, source_digest, tensors_sha256
 from common.rundir import RunDirectory
 from server.roster import Roster
 from server.rounds import Rounds
+
+A_SUFFIX = ".lora_A"
 
 app = ServerApp()
 
@@ -64,9 +67,7 @@ def federate(grid: Grid, config: Config, run: RunDirectory) -> None:
         ),
     )
     run.write_status("running", round=0)
-    b = rounds.start(
-        {key: np.zeros(shape, dtype=np.float32) for key, shape in layout.shapes.items()}
-    )
+    b = rounds.start(initial_tensors(layout, adapter_spec(config.adapter)))
     run.write_config(rounds.config)
     summary = summarise(rounds.config, run, backbone, layout, rounds.roster, b)
     summary["seconds"] = round(time.monotonic() - started, 3)
@@ -80,6 +81,16 @@ def run_directory(config: Config) -> RunDirectory:
     if (directory / "config.toml").exists():
         return RunDirectory.open(directory)
     return RunDirectory.create(config, directory=directory)
+
+
+def initial_tensors(layout: AdapterLayout, spec: AdapterSpec) -> Tensors:
+    """Return what hospitals start from: B zero, and A as drawn where A is trained too."""
+    return {
+        key: draw_a(spec, key.removesuffix(A_SUFFIX), shape[1])
+        if key.endswith(A_SUFFIX)
+        else np.zeros(shape, dtype=np.float32)
+        for key, shape in layout.shapes.items()
+    }
 
 
 def summarise(

@@ -1,8 +1,9 @@
 """Who takes part: nodes become hospitals by a handshake that compares fingerprints."""
 
+import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +25,11 @@ from common.privacy.plan import PrivacyPlan
 from common.seeds import stream
 
 POLL_SECONDS = 0.1
+PRESENCE_SECONDS = 2.0
+"""How often a waiting server looks whether the asked nodes are still connected."""
 OnMessage = Callable[[str, str, Message], None]
 """Called with direction (``down`` or ``up``), hospital and message."""
+_log = logging.getLogger(__name__)
 
 
 def exchange(
@@ -38,6 +42,8 @@ def exchange(
     on_message: OnMessage,
 ) -> dict[int, Message]:
     """Send one message per node and collect the replies that arrive in time.
+
+    A node that disconnects is not waited for.
 
     Args:
         grid: Flower's grid.
@@ -59,15 +65,23 @@ def exchange(
         for message_id in grid.push_messages([message]):
             node_of[message_id] = node
     waiting, replies = set(node_of), {}
-    deadline = time.monotonic() + timeout_seconds
-    while waiting and time.monotonic() < deadline:
+    started = last_look = time.monotonic()
+    while waiting:
         for reply in grid.pull_messages(sorted(waiting)):
             message_id = reply.metadata.reply_to_message_id
+            if message_id not in waiting:
+                continue
             waiting.discard(message_id)
             node = node_of[message_id]
             replies[node] = reply
             if not reply.has_error():
                 on_message("up", names.get(node, "new"), reply)
+        now = time.monotonic()
+        if now - started > timeout_seconds:
+            break
+        if now - last_look > PRESENCE_SECONDS:
+            connected, last_look = set(grid.get_node_ids()), now
+            waiting = {one for one in waiting if node_of[one] in connected}
         if waiting:
             time.sleep(POLL_SECONDS)
     return replies
@@ -75,24 +89,49 @@ def exchange(
 
 @dataclass
 class Roster:
-    """Hospitals that passed the handshake, by Flower node id."""
+    """Hospitals that passed the handshake, by Flower node id, and those that were refused."""
 
     ours: Fingerprints
     plan: PrivacyPlan | None = None
     """With privacy on: what every hospital must have too, and no count may come with it."""
     names: dict[int, str] = field(default_factory=dict)
     hellos: dict[str, dict[str, Any]] = field(default_factory=dict)
+    refused: dict[int, tuple[str, str]] = field(default_factory=dict)
+    """Node id -> hospital (or ``node N``) and reason; a refused node is never asked again."""
+
+    @property
+    def known(self) -> int:
+        """Number of hospitals that have shown up, refused ones included."""
+        return len(self.hellos) + len(self.refused)
 
     def admit(
-        self, grid: Grid, nodes: Iterable[int], *, timeout_seconds: float, on_message: OnMessage
-    ) -> None:
-        """Query the nodes that are not known yet.
+        self,
+        grid: Grid,
+        nodes: Collection[int],
+        *,
+        strict: bool,
+        timeout_seconds: float,
+        on_message: OnMessage,
+    ) -> dict[str, str]:
+        """Query the connected nodes that are not known yet.
+
+        Args:
+            grid: Flower's grid.
+            nodes: Connected nodes.
+            strict: Any problem ends the run; otherwise the node is left out.
+            timeout_seconds: Longest wait for an answer.
+            on_message: Told of every message in both directions.
+
+        Returns:
+            Hospital (or ``node N``) -> reason, of those left out.
 
         Raises:
-            RunFailed: if a node does not answer, fails, breaks the contract, carries another
-                fingerprint, or claims the name of a hospital that is there already.
+            RunFailed: if ``strict`` and a node does not answer, fails, breaks the contract,
+                carries another fingerprint, or claims the name of a connected hospital.
         """
-        new = [node for node in nodes if node not in self.names]
+        new = [node for node in nodes if node not in self.names and node not in self.refused]
+        if not new:
+            return {}
         replies = exchange(
             grid,
             {node: RecordDict({CONFIG: ConfigRecord({"round": 0})}) for node in new},
@@ -101,24 +140,44 @@ class Roster:
             names=self.names,
             on_message=on_message,
         )
+        left_out: dict[str, str] = {}
         for node in new:
-            hello = self._checked_hello(replies.get(node), timeout_seconds)
-            hospital = str(hello["hospital"])
-            if hospital in self.hellos:
-                raise RunFailed(f"two nodes call themselves {hospital}; fix: one node per hospital")
-            theirs = Fingerprints(
-                a=str(hello["a-sha256"]),
-                backbone=str(hello["backbone-sha256"]),
-                source=str(hello["source-sha256"]),
+            name = f"node {node}"
+            try:
+                hello = self._checked_hello(replies.get(node), timeout_seconds)
+                name = str(hello["hospital"])
+                self._enter(node, name, hello, nodes)
+            except RunFailed as error:
+                if strict:
+                    raise
+                left_out[name] = str(error)
+                reply = replies.get(node)
+                if reply is not None and not reply.has_error():
+                    self.refused[node] = (name, str(error))
+                _log.warning("%s is left out: %s", name, error)
+        return left_out
+
+    def _enter(
+        self, node: int, hospital: str, hello: dict[str, Any], connected: Collection[int]
+    ) -> None:
+        theirs = Fingerprints(
+            a=str(hello["a-sha256"]),
+            backbone=str(hello["backbone-sha256"]),
+            source=str(hello["source-sha256"]),
+        )
+        self.ours.check(hospital, theirs)
+        if self.plan and hello["privacy-plan-sha256"] != self.plan.fingerprint:
+            raise RunFailed(
+                f"{hospital}: its privacy plan differs from the server's; "
+                "fix: give both sides the same [privacy] section"
             )
-            self.ours.check(hospital, theirs)
-            if self.plan and hello["privacy-plan-sha256"] != self.plan.fingerprint:
-                raise RunFailed(
-                    f"{hospital}: its privacy plan differs from the server's; "
-                    "fix: give both sides the same [privacy] section"
-                )
-            self.names[node] = hospital
-            self.hellos[hospital] = hello
+        before = next((old for old, name in self.names.items() if name == hospital), None)
+        if before is not None and before in connected:
+            raise RunFailed(f"two nodes call themselves {hospital}; fix: one node per hospital")
+        if before is not None:
+            del self.names[before]
+        self.names[node] = hospital
+        self.hellos[hospital] = hello
 
     def _checked_hello(self, reply: Message | None, timeout_seconds: float) -> dict[str, Any]:
         if reply is None:
@@ -131,11 +190,23 @@ class Roster:
         except ContractError as error:
             raise RunFailed(f"a hospital's handshake breaks the contract: {error}") from None
 
-    def choose(self, config: FederationConfig, server_round: int) -> list[int]:
-        """Return the nodes asked in a round, sampled by hospital name with a named seed."""
-        by_name = {name: node for node, name in self.names.items()}
-        hospitals = sorted(by_name)
-        count = max(1, math.ceil(config.fraction * len(hospitals) - 1e-9))
+    def connected(self, nodes: Iterable[int]) -> dict[str, int]:
+        """Return hospital -> node of the admitted hospitals among the connected nodes."""
+        return {self.names[node]: node for node in nodes if node in self.names}
+
+    def choose(
+        self, config: FederationConfig, server_round: int, connected: dict[str, int]
+    ) -> tuple[list[int], int]:
+        """Choose the hospitals of a round by name, from a stream of the federation's seed.
+
+        All known hospitals are put in a seeded order; the first connected ones are asked, so a
+        hospital that is away is replaced by the next.
+
+        Returns:
+            The nodes to ask, in the order of their hospitals' names, and how many should be asked.
+        """
+        wanted = max(1, math.ceil(config.fraction * self.known - 1e-9))
         generator = stream(config.seed, "hospital-sampling", server_round)
-        chosen = sorted(generator.choice(hospitals, size=count, replace=False).tolist())
-        return [by_name[name] for name in chosen]
+        order = generator.permutation(sorted(self.hellos)).tolist()
+        chosen = sorted([name for name in order if name in connected][:wanted])
+        return [connected[name] for name in chosen], wanted

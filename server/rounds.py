@@ -1,15 +1,17 @@
 """The federated rounds: ask, check, aggregate, evaluate, checkpoint."""
 
+import logging
 import math
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, TypeVar
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from common.config import Config
+from common.configio import flatten
 from common.errors import RunFailed
 from common.exchange import (
     ContractError,
@@ -24,21 +26,21 @@ from common.exchange import (
 from common.privacy.receipts import PRIVACY, ledger_line
 from common.provenance import tensors_sha256
 from common.rundir import RunDirectory
+from common.training.budget import steps_of_round
+from server.pace import HANDSHAKE_SECONDS, Pace
 from server.roster import Roster, exchange
-from server.strategy import aggregate, build_strategy
+from server.strategy import Aggregator
 
-LONGEST_SECONDS = 43_200.0 - 60.0
-"""Flower ends a message after 12 hours."""
-SHORTEST_SECONDS = 60.0
-SLACK = 5.0
-"""An automatic timeout is this many times the slowest round so far."""
+Answer = TypeVar("Answer")
+_log = logging.getLogger(__name__)
 
 
 @dataclass
 class Rounds:
     """One federated training over a grid.
 
-    ``start`` runs it; everything it learns is written to the run directory as it happens.
+    ``start`` runs it, from the run directory's last checkpoint if there is one; everything it
+    learns is written to the run directory as it happens.
     """
 
     grid: Grid
@@ -46,34 +48,34 @@ class Rounds:
     run: RunDirectory
     shapes: Shapes
     roster: Roster
-    slowest_seconds: float = 0.0
+    paces: dict[str, Pace] = field(default_factory=dict)
+    """The slowest exchange so far of each kind of message."""
 
     def start(self, b: Tensors) -> Tensors:
-        """Run all rounds from the given B and return the last.
+        """Run all rounds, or those after the last checkpoint, and return the last B.
+
+        Args:
+            b: The global B before round 1.
 
         Raises:
             RunFailed: if the handshake fails or a round stays below its quorum.
         """
         self.gather()
-        self.evaluate(b, 0)
-        strategy = build_strategy(self.config.federation)
-        for server_round in range(1, self.config.federation.rounds + 1):
+        aggregator = Aggregator(self.config.federation)
+        if self.run.checkpoint_names():
+            b, first = self._restore(aggregator)
+        else:
+            self.evaluate(b, 0)
+            self._checkpoint(b, 0, aggregator)
+            first = 1
+        for server_round in range(first, self.config.federation.rounds + 1):
             started = time.monotonic()
             updates = self.train(b, server_round)
-            b = aggregate(
-                strategy,
-                updates,
-                server_round=server_round,
-                weighting=self.config.federation.weighting,
-            )
+            b = aggregator.aggregate(b, updates, server_round=server_round)
             self.evaluate(b, server_round)
             seconds = time.monotonic() - started
             self.run.metric("round-seconds", round(seconds, 3), round=server_round)
-            self.run.save_checkpoint(
-                f"round-{server_round:05d}",
-                b,
-                facts={"round": server_round, "b_sha256": tensors_sha256(b)},
-            )
+            self._checkpoint(b, server_round, aggregator)
             self.run.write_status("running", round=server_round)
         return b
 
@@ -82,25 +84,27 @@ class Rounds:
 
         The hospitals say how many they are; with plain ``flwr run`` only Flower knows.
         """
-        deadline = time.monotonic() + self.timeout_seconds()
-        expected = 1
-        while len(self.roster.names) < expected:
-            nodes = sorted(self.grid.get_node_ids())
-            self.roster.admit(
-                self.grid, nodes, timeout_seconds=self.timeout_seconds(), on_message=self.record(0)
-            )
+        federation = self.config.federation
+        strict = federation.mismatch == "stop"
+        limit = federation.timeout_seconds or HANDSHAKE_SECONDS
+        deadline = time.monotonic() + limit
+        while True:
+            self._admit(0, strict=strict)
             sizes = {int(hello["of"]) for hello in self.roster.hellos.values()}
             if len(sizes) > 1:
                 raise RunFailed(f"the hospitals disagree on how many they are: {sorted(sizes)}")
-            expected = max(sizes, default=1)
-            if len(self.roster.names) < expected:
-                if time.monotonic() > deadline:
-                    raise RunFailed(
-                        f"{len(self.roster.names)} of {expected} hospitals are connected; gave up"
-                    )
-                time.sleep(0.5)
-        federation = replace(self.config.federation, hospitals=expected)
-        self.config = replace(self.config, federation=federation)
+            of = max(sizes, default=1)
+            if self.roster.known >= min(federation.min_hospitals or of, of):
+                break
+            if time.monotonic() > deadline:
+                raise RunFailed(
+                    f"{self.roster.known} of {federation.min_hospitals or of} hospitals are "
+                    f"connected after {limit:.0f} s"
+                )
+            time.sleep(0.5)
+        if not self.roster.hellos:
+            raise RunFailed("every hospital was refused; metrics.jsonl has the reasons")
+        self.config = replace(self.config, federation=replace(federation, hospitals=of))
 
     def train(self, b: Tensors, server_round: int) -> list[Update]:
         """Ask the sampled hospitals for their updates; refuse what breaks the contract.
@@ -108,25 +112,21 @@ class Rounds:
         Raises:
             RunFailed: below quorum, with every failed hospital's reason.
         """
-        nodes = self.roster.choose(self.config.federation, server_round)
-        replies = self._ask(nodes, b, server_round, "train")
-        updates, failures = [], {}
-        for node in nodes:
-            hospital = self.roster.names[node]
-            try:
-                reply = answered(replies.get(node))
-                update = read_train_reply(
-                    reply.content,
-                    self.shapes,
-                    hospital=hospital,
-                    server_round=server_round,
-                    private=self.roster.plan is not None,
-                )
-            except ContractError as error:
-                failures[hospital] = str(error)
-                self.run.metric("refused", str(error), round=server_round, hospital=hospital)
-                continue
-            updates.append(update)
+        nodes, needed, wanted = self._ready(server_round)
+        private = self.roster.plan is not None
+
+        def check(reply: Message, hospital: str) -> Update:
+            return read_train_reply(
+                reply.content,
+                self.shapes,
+                hospital=hospital,
+                server_round=server_round,
+                private=private,
+            )
+
+        content = train_message(b, server_round=server_round)
+        updates, failures = self._ask("train", nodes, content, server_round, check)
+        for hospital, update in updates.items():
             if self.roster.plan is not None:
                 steps = int(update.metrics["steps"])
                 line = ledger_line(self.roster.plan, hospital, server_round, steps)
@@ -134,84 +134,150 @@ class Rounds:
                 continue
             for name in ("train-loss", "weight", "steps", "seconds"):
                 self.run.metric(name, update.metrics[name], round=server_round, hospital=hospital)
-        self._require_quorum(len(updates), len(nodes), server_round, failures)
-        return updates
+        _require(len(updates), needed, wanted, server_round, failures)
+        return list(updates.values())
 
     def evaluate(self, b: Tensors, server_round: int) -> None:
         """Ask every hospital for the loss on its validation split; log the weighted mean.
 
         With privacy on nobody is asked: no loss leaves a hospital.
+
+        Raises:
+            RunFailed: below quorum, with every failed hospital's reason.
         """
         if self.roster.plan is not None:
             return
-        hellos = self.roster.hellos
+        connected = self.roster.connected(self.grid.get_node_ids())
         nodes = [
-            node
-            for node in sorted(self.roster.names, key=lambda node: self.roster.names[node])
-            if hellos[self.roster.names[node]]["validation-samples"]
+            connected[name]
+            for name in sorted(connected)
+            if self.roster.hellos[name]["validation-samples"]
         ]
         if not nodes:
             return
-        replies = self._ask(nodes, b, server_round, "evaluate")
-        total, weight = 0.0, 0.0
-        failures = {}
-        for node in nodes:
-            hospital = self.roster.names[node]
-            try:
-                metrics = read_evaluate_reply(
-                    answered(replies.get(node)).content, server_round=server_round
-                )
-            except ContractError as error:
-                failures[hospital] = str(error)
-                self.run.metric("refused", str(error), round=server_round, hospital=hospital)
-                continue
+
+        def check(reply: Message, hospital: str) -> dict[str, float]:
+            return read_evaluate_reply(reply.content, server_round=server_round)
+
+        content = train_message(b, server_round=server_round)
+        losses, failures = self._ask("evaluate", nodes, content, server_round, check)
+        needed = self._quorum(len(nodes))
+        _require(len(losses), needed, len(nodes), server_round, failures)
+        weight = math.fsum(metrics["weight"] for metrics in losses.values())
+        total = math.fsum(metrics["loss"] * metrics["weight"] for metrics in losses.values())
+        for hospital, metrics in losses.items():
             self.run.metric(
                 "validation-loss", metrics["loss"], round=server_round, hospital=hospital
             )
-            total += metrics["loss"] * metrics["weight"]
-            weight += metrics["weight"]
-        self._require_quorum(len(nodes) - len(failures), len(nodes), server_round, failures)
         self.run.metric("validation-loss", total / weight, round=server_round)
-
-    def timeout_seconds(self) -> float:
-        """Return the longest wait for one exchange: configured, or from the slowest so far."""
-        if self.config.federation.timeout_seconds:
-            return self.config.federation.timeout_seconds
-        if not self.slowest_seconds:
-            return LONGEST_SECONDS
-        return min(LONGEST_SECONDS, max(SHORTEST_SECONDS, SLACK * self.slowest_seconds))
 
     def record(self, server_round: int) -> "Recorder":
         """Return a callback that writes every message's names and bytes to wire.jsonl."""
         return Recorder(self.run, server_round)
 
+    def _admit(self, server_round: int, *, strict: bool) -> None:
+        left_out = self.roster.admit(
+            self.grid,
+            sorted(self.grid.get_node_ids()),
+            strict=strict,
+            timeout_seconds=self.config.federation.timeout_seconds or HANDSHAKE_SECONDS,
+            on_message=self.record(server_round),
+        )
+        for hospital, reason in sorted(left_out.items()):
+            self.run.metric("refused", reason, round=server_round, hospital=hospital)
+
+    def _ready(self, server_round: int) -> tuple[list[int], int, int]:
+        """Choose the nodes of a round; wait for enough of them to be connected.
+
+        Returns:
+            Nodes to ask, how many must answer, and how many were wanted.
+        """
+        federation = self.config.federation
+        limit = federation.timeout_seconds or HANDSHAKE_SECONDS
+        deadline = time.monotonic() + limit
+        while True:
+            self._admit(server_round, strict=False)
+            connected = self.roster.connected(self.grid.get_node_ids())
+            nodes, wanted = self.roster.choose(federation, server_round, connected)
+            needed = self._quorum(wanted)
+            if len(nodes) >= needed:
+                return nodes, needed, wanted
+            if time.monotonic() > deadline:
+                raise RunFailed(
+                    f"round {server_round}: {len(nodes)} hospitals are connected after "
+                    f"{limit:.0f} s, the quorum is {needed} of {wanted}"
+                )
+            time.sleep(0.5)
+
+    def _quorum(self, asked: int) -> int:
+        return max(1, math.ceil(self.config.federation.quorum * asked - 1e-9))
+
     def _ask(
-        self, nodes: Iterable[int], b: Tensors, server_round: int, kind: str
-    ) -> dict[int, Message]:
-        content = train_message(b, server_round=server_round)
+        self,
+        kind: str,
+        nodes: Sequence[int],
+        content: RecordDict,
+        server_round: int,
+        check: Callable[[Message, str], Answer],
+    ) -> tuple[dict[str, Answer], dict[str, str]]:
+        """Send one message to each node; return checked answers, and reasons of the refused."""
+        names = self.roster.names
+        steps = max(self._steps(names[node], kind, server_round) for node in nodes)
+        pace = self.paces.get(kind)
         started = time.monotonic()
         replies = exchange(
             self.grid,
             dict.fromkeys(nodes, content),
             kind=kind,
-            timeout_seconds=self.timeout_seconds(),
-            names=self.roster.names,
+            timeout_seconds=self.config.federation.timeout_seconds
+            or Pace.limit(pace, steps=steps, hospitals=len(nodes)),
+            names=names,
             on_message=self.record(server_round),
         )
-        if kind == "train":
-            self.slowest_seconds = max(self.slowest_seconds, time.monotonic() - started)
-        return replies
+        now = Pace(seconds=time.monotonic() - started, steps=steps, hospitals=len(nodes))
+        if pace is None or now.seconds > pace.seconds:
+            self.paces[kind] = now
+        answers: dict[str, Answer] = {}
+        failures: dict[str, str] = {}
+        for node in nodes:
+            hospital = names[node]
+            try:
+                answers[hospital] = check(answered(replies.get(node)), hospital)
+            except ContractError as error:
+                failures[hospital] = str(error)
+                _log.warning("round %d: %s is refused: %s", server_round, hospital, error)
+                self.run.metric("refused", str(error), round=server_round, hospital=hospital)
+        return answers, failures
 
-    def _require_quorum(
-        self, good: int, asked: int, server_round: int, failures: dict[str, str]
-    ) -> None:
-        needed = max(1, math.ceil(self.config.federation.quorum * asked - 1e-9))
-        if good < needed:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(failures.items()))
-            raise RunFailed(
-                f"round {server_round}: {good} of {asked} hospitals answered, "
-                f"the quorum is {needed}; {reasons}"
-            )
+    def _steps(self, hospital: str, kind: str, server_round: int) -> int:
+        if kind != "train":
+            return 1
+        samples = int(self.roster.hellos[hospital].get("train-samples", 0))
+        return max(1, steps_of_round(self.config, samples, server_round).value)
+
+    def _checkpoint(self, b: Tensors, server_round: int, aggregator: Aggregator) -> None:
+        self.run.save_checkpoint(
+            f"round-{server_round:05d}",
+            b,
+            facts={
+                "round": server_round,
+                "b_sha256": tensors_sha256(b),
+                "hospitals": sorted(self.roster.hellos),
+                "paces": {kind: asdict(pace) for kind, pace in self.paces.items()},
+                "config": flatten(self.config),
+            },
+            extra=aggregator.state(),
+        )
+
+    def _restore(self, aggregator: Aggregator) -> tuple[Tensors, int]:
+        """Go back to the last checkpoint: B, the strategy's state, what was measured."""
+        checkpoint = self.run.load_checkpoint()
+        last = int(checkpoint.facts["round"])
+        aggregator.restore(checkpoint.extra)
+        self.paces = {kind: Pace(**pace) for kind, pace in checkpoint.facts["paces"].items()}
+        self.run.forget_metrics(after_round=last)
+        self.run.write_status("running", round=last)
+        return checkpoint.b, last + 1
 
 
 @dataclass(frozen=True)
@@ -241,3 +307,14 @@ def answered(reply: Message | None) -> Message:
     if reply.has_error():
         raise ContractError(f"failed: {reply.error.reason}")
     return reply
+
+
+def _require(
+    good: int, needed: int, wanted: int, server_round: int, failures: dict[str, str]
+) -> None:
+    if good < needed:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(failures.items()))
+        raise RunFailed(
+            f"round {server_round}: {good} of {wanted} hospitals answered, "
+            f"the quorum is {needed}; {reasons or 'the others are not connected'}"
+        )

@@ -1,0 +1,44 @@
+"""How long to wait for hospitals: sized from what was measured."""
+
+from dataclasses import dataclass
+from typing import Optional
+
+LONGEST_SECONDS = 43_200.0 - 60.0
+"""Flower ends a message after 12 hours."""
+SHORTEST_SECONDS = 60.0
+HANDSHAKE_SECONDS = 1_800.0
+"""A handshake loads the backbone, nothing more."""
+SLACK = 5.0
+"""A wait is this many times what was measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """One measured exchange with the hospitals."""
+
+    seconds: float
+    steps: int
+    """Most optimizer steps that one hospital took."""
+    hospitals: int
+
+    @staticmethod
+    def limit(pace: Optional["Pace"], *, steps: int, hospitals: int) -> float:
+        """Return the longest wait for an exchange, in seconds.
+
+        The measured time grows with a hospital's steps, and with the number of hospitals, which
+        may share workers. Before anything was measured Flower's own limit holds.
+
+        Args:
+            pace: The slowest exchange of this kind so far.
+            steps: Most optimizer steps of one hospital now.
+            hospitals: How many are asked now.
+
+        >>> Pace.limit(None, steps=10, hospitals=3)
+        43140.0
+        >>> Pace.limit(Pace(seconds=30.0, steps=10, hospitals=2), steps=20, hospitals=4)
+        600.0
+        """
+        if pace is None:
+            return LONGEST_SECONDS
+        more = max(1.0, steps / pace.steps) * max(1.0, hospitals / pace.hospitals)
+        return min(LONGEST_SECONDS, max(SHORTEST_SECONDS, SLACK * pace.seconds * more))

@@ -1,0 +1,194 @@
+"""A grid in this process: the real server app and the real client app, every byte serialised."""
+
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pytest
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+import client.app
+from common.config import Config
+from common.configio import flatten, from_flat
+from common.rundir import RunDirectory
+from server.app import federate
+
+Tamper = Callable[[Message, Message], Message | None]
+"""Gets the message to a hospital and its honest reply, and returns what is sent instead."""
+
+
+def through_the_wire(message: Message) -> tuple[Message, bytes]:
+    data = message_to_proto(message).SerializeToString()
+    return message_from_proto(ProtoMessage.FromString(data)), data
+
+
+@dataclass
+class FakeGrid(Grid):
+    """Answers each message at once by the client app's own handlers.
+
+    Node ids are ``100 + 7 * index``; index is the hospital's (from 0).
+    """
+
+    config: Config
+    tamper: dict[int, Tamper] = field(default_factory=dict)
+    order: np.random.Generator | None = None
+    """Shuffles the replies, and hands them over one at a time."""
+    online: Callable[[int, int], bool] = lambda index, server_round: True
+    """Whether a hospital is connected, given the last round that was asked for."""
+    messages: list[tuple[str, int, bytes]] = field(default_factory=list)
+    """Direction, hospital index and serialised message of everything on the wire."""
+    seen_round: int = 0
+    on_message: Callable[["FakeGrid", Message], None] = lambda grid, message: None
+    replies: dict[str, Message] = field(default_factory=dict)
+
+    def set_run(self, run: Any) -> None: ...
+
+    @property
+    def run(self) -> Any: ...
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        raise NotImplementedError
+
+    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+        raise NotImplementedError
+
+    def get_node_ids(self) -> Iterable[int]:
+        return [
+            self.node(index)
+            for index in range(self.config.federation.hospitals)
+            if self.online(index, self.seen_round)
+        ]
+
+    @staticmethod
+    def node(index: int) -> int:
+        return 100 + 7 * index
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        names = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(uuid4())
+            arrived, data = through_the_wire(message)
+            index = (message.metadata.dst_node_id - 100) // 7
+            self.seen_round = max(
+                self.seen_round, next(iter(arrived.content.config_records.values()))["round"]
+            )
+            self.on_message(self, arrived)
+            self.messages.append(("down", index, data))
+            names.append(message.metadata.message_id)
+            reply = self._answer(index, arrived)
+            if reply is not None:
+                back, data = through_the_wire(reply)
+                self.messages.append(("up", index, data))
+                self.replies[back.metadata.reply_to_message_id] = back
+        return names
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        ready = [name for name in message_ids if name in self.replies]
+        if self.order is not None and ready:
+            ready = [str(self.order.choice(ready))]
+        return [self.replies.pop(name) for name in ready]
+
+    def _answer(self, index: int, message: Message) -> Message | None:
+        context = Context(
+            run_id=7,
+            node_id=self.node(index),
+            node_config={
+                "partition-id": index,
+                "num-partitions": self.config.federation.hospitals,
+            },
+            state=RecordDict(),
+            run_config=flatten(self.config),
+        )
+        try:
+            reply = client.app.app(message, context)
+        except Exception as error:  # as Flower's simulation reports a failing client
+            return Message(Error(code=2, reason=str(error)), reply_to=message)
+        tamper = self.tamper.get(index)
+        return tamper(message, reply) if tamper else reply
+
+
+@dataclass(frozen=True)
+class Federation:
+    """A finished in-process federation."""
+
+    run: RunDirectory
+    grid: FakeGrid
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return self.run.read_json("summary.json")
+
+    @property
+    def sha(self) -> str:
+        return str(self.summary["b_sha256"])
+
+    def refused(self) -> list[tuple[int, str, str]]:
+        return [(e["round"], e["hospital"], e["value"]) for e in self.run.metrics("refused")]
+
+
+TINY = {
+    "data.synthetic-patients": 40,
+    "model.backbone": "tiny",
+    "adapter.rank": 4,
+    "train.optimizer": "adamw",
+    "train.learning-rate": 0.02,
+    "train.batch-size": 2,
+    "train.max-length": 192,
+    "train.dtype": "fp32",
+    "train.device": "cpu",
+    "train.threads": 1,
+    "federation.hospitals": 3,
+    "federation.rounds": 2,
+    "federation.local-steps": 2,
+    "evaluation.validation-samples": 2,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., Config]:
+    """Build a configuration of the smallest federation; keywords override dotted keys."""
+
+    def build(**overrides: Any) -> Config:
+        dotted = {k.replace("__", ".").replace("_", "-"): v for k, v in overrides.items()}
+        return from_flat({**TINY, **dotted})
+
+    return build
+
+
+@pytest.fixture
+def in_process(tmp_path: Path) -> Callable[..., Federation]:
+    """Run a federation in this process: ``in_process(config, tamper=..., resume=...)``."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 7, 1
+    count = 0
+
+    def start(config: Config, *, resume: RunDirectory | None = None, **grid: Any) -> Federation:
+        nonlocal count
+        count += 1
+        folder = resume.path if resume else tmp_path / f"run-{count}"
+        config = replace(config, run=replace(config.run, directory=str(folder)))
+        run = resume or RunDirectory.create(config, directory=folder)
+        fake = FakeGrid(config, **grid)
+        federate(fake, config, run)
+        return Federation(run, fake)
+
+    return start
+
+
+@pytest.fixture
+def copy_run(tmp_path: Path) -> Callable[[RunDirectory], RunDirectory]:
+    """Copy a run directory, as it lies on the disk."""
+
+    def copy(run: RunDirectory) -> RunDirectory:
+        target = tmp_path / f"copy-{uuid4().hex[:6]}"
+        shutil.copytree(run.path, target)
+        return RunDirectory(target)
+
+    return copy
