@@ -1,16 +1,16 @@
 """The command ``fedrx``: the only place that prints."""
 
-import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from common.configio import read_config
-from common.errors import FedrxError, UserError
+from common.errors import FedrxError
 from common.provenance import source_root
+from sim import cli_data
+from sim.options import JsonOption, RunDirOption, SetOption, console_for, find_config, print_json
 
 app = typer.Typer(
     name="fedrx",
@@ -21,46 +21,7 @@ app = typer.Typer(
     "Research only, not for clinical use.",
 )
 
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="key=value, for instance adapter.rank=32.")
-]
-RunDirOption = Annotated[
-    Path | None, typer.Option("--run-dir", help="New folder for everything the run writes.")
-]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print summary.json's content last, on standard output.")
-]
-
-
-def find_config(name: Path) -> Path:
-    """Return a configuration file: as named, or the shipped one of that name.
-
-    Raises:
-        UserError: if there is neither.
-    """
-    if name.is_file():
-        return name
-    shipped = source_root() / "configs"
-    candidate = shipped / name.name
-    if candidate.suffix == ".toml" and candidate.is_file():
-        return candidate
-    names = ", ".join(sorted(file.name for file in shipped.glob("*.toml")))
-    raise UserError(
-        f"there is no configuration file {name}",
-        allowed=f"a TOML file, or a shipped one: {names}",
-        fix="check the path",
-    )
-
-
-def console_for(json_output: bool) -> Console:
-    """Return the console for people; standard output stays free for JSON when asked for."""
-    return Console(stderr=json_output, soft_wrap=True)
-
-
-def finish(summary: dict[str, Any], json_output: bool) -> None:
-    """Print the summary for scripts."""
-    if json_output:
-        print(json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False))
+app.add_typer(cli_data.app, name="data")
 
 
 @app.command()
@@ -73,12 +34,14 @@ def demo(
     json_output: JsonOption = False,
 ) -> None:
     """Run the main job on synthetic data: three hospitals, a small Llama, a report."""
-    from sim.federate import federate
-
     name = Path("demo-tiny.toml" if tiny else "demo.toml")
     config = read_config(source_root() / "configs" / name, set_ or ())
+    from sim.federate import federate
+
     console = console_for(json_output)
-    finish(federate(config, console=console, command_line=sys.argv, run_dir=run_dir), json_output)
+    print_json(
+        federate(config, console=console, command_line=sys.argv, run_dir=run_dir), json_output
+    )
 
 
 @app.command()
@@ -89,12 +52,12 @@ def federate(
     json_output: JsonOption = False,
 ) -> None:
     """Train hospitals together in a simulation (Flower on Ray)."""
+    config = read_config(find_config(config_file), set_ or ())
     from sim.federate import federate as run_federation
 
-    config = read_config(find_config(config_file), set_ or ())
     console = console_for(json_output)
     summary = run_federation(config, console=console, command_line=sys.argv, run_dir=run_dir)
-    finish(summary, json_output)
+    print_json(summary, json_output)
 
 
 @app.command()
@@ -105,12 +68,12 @@ def single(
     json_output: JsonOption = False,
 ) -> None:
     """Train on one node that holds everything: the paper's mode."""
+    config = read_config(find_config(config_file), set_ or ())
     from sim.single import single as run_single
 
-    config = read_config(find_config(config_file), set_ or ())
     console = console_for(json_output)
     summary = run_single(config, console=console, command_line=sys.argv, run_dir=run_dir)
-    finish(summary, json_output)
+    print_json(summary, json_output)
 
 
 @app.command()
@@ -123,7 +86,23 @@ def resume(
     from sim.resume import resume as resume_run
 
     console = console_for(json_output)
-    finish(resume_run(run, set_ or (), console=console, command_line=sys.argv), json_output)
+    print_json(resume_run(run, set_ or (), console=console, command_line=sys.argv), json_output)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder of the comparison of several runs.")
+    ] = Path("fedrx-comparison"),
+) -> None:
+    """Write the report page of a run, or one page that compares several."""
+    from common.rundir import RunDirectory
+    from sim.report import write_comparison, write_report
+
+    opened = [RunDirectory.open(path) for path in runs]
+    page = write_report(opened[0]) if len(opened) == 1 else write_comparison(opened, out)
+    console_for(False).print(f"report: {page.absolute()}", markup=False, highlight=False)
 
 
 def main() -> None:
