@@ -1,31 +1,27 @@
 """Batched greedy generation: no padding, and no step spent on a finished answer.
 
-Every sequence has a slot of one preallocated key/value cache. Prompts enter packed, as in
-training; each step then adds one token to every slot, and a slot that finishes is given to the
+Every sequence has a slot of one preallocated key/value cache. A prompt enters by a forward pass of
+its own; each step then adds one token to every slot, and a slot that finishes is given to the
 next prompt. A slot starts at column 0 and only its own length is attended to, so nothing depends
 on a padding token (which equals the end token in many tokenizers).
 
 Shapes: B occupied slots, H query heads, G key/value heads, L cache columns, E head width,
-T packed prompt tokens, V vocabulary.
+T prompt tokens, V vocabulary.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from common.model.attention import Packing
 from common.model.session import Session
-from common.text.batches import Encoded, pack
 
 if TYPE_CHECKING:
-    from common.model.backbone import BackboneShape
+    from transformers import DynamicCache
 
-# Prompts that enter together, in tokens: bounds the memory of their forward pass.
-_PREFILL_TOKENS = 8192
+    from common.model.backbone import BackboneShape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,40 +60,32 @@ class _Row:
 
 
 class _SlotCache:
-    """Keys and values of all slots; stands in for transformers' cache inside one call.
-
-    ``segments`` or ``lengths_B`` say what the next forward pass brings: whole prompts for new
-    slots, or one token for each occupied slot.
-    """
+    """Keys and values of all slots; stands in for transformers' cache while tokens are added."""
 
     def __init__(self, shape: "BackboneShape", *, slots: int, columns: int, like: Tensor) -> None:
         size = (shape.layers, 2, slots, shape.kv_heads, columns, shape.head_dim)
         # Zeros, not empty: a weight of 0 times a stray NaN would be NaN.
         self._kv = torch.zeros(size, dtype=like.dtype, device=like.device)
-        self._segments: list[tuple[int, int, int]] = []
         self._lengths_B = torch.empty(0)
         self._longest = 0
 
-    def expect_prompts(self, segments: list[tuple[int, int, int]]) -> None:
-        """Next come prompts: (slot, first token, end) of each in the packed batch."""
-        self._segments = segments
+    def fill(self, slot: int, prompt: "DynamicCache") -> None:
+        """Copy what one prompt's forward pass left into a slot."""
+        for here, layer in zip(self._kv, prompt.layers, strict=True):
+            here[0, slot, :, : layer.keys.shape[2]] = layer.keys[0]
+            here[1, slot, :, : layer.values.shape[2]] = layer.values[0]
 
     def expect_tokens(self, lengths_B: Tensor, longest: int) -> None:
         """Next comes one token per slot, to be written behind ``lengths_B`` columns."""
-        self._segments, self._lengths_B, self._longest = [], lengths_B, longest + 1
+        self._lengths_B, self._longest = lengths_B, longest + 1
 
     def move(self, source: int, target: int) -> None:
         """Copy one slot over another."""
         self._kv[:, :, target] = self._kv[:, :, source]
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Store what a layer computed and return what it attends to (called by transformers)."""
+        """Store a layer's new column and return what it attends to (called by transformers)."""
         keys, values = self._kv[layer]
-        if self._segments:
-            for slot, start, stop in self._segments:
-                keys[slot, :, : stop - start] = key[0, :, start:stop]
-                values[slot, :, : stop - start] = value[0, :, start:stop]
-            return key, value
         slots_B = torch.arange(len(key), device=key.device)
         keys[slots_B, :, self._lengths_B] = key[:, :, 0]
         values[slots_B, :, self._lengths_B] = value[:, :, 0]
@@ -162,40 +150,21 @@ class _Generation:
 
     def run(self) -> list[Generated]:
         while self._waiting or self._rows:
-            if self._waiting and len(self._rows) < self._slots:
-                self._enter()
+            while self._waiting and len(self._rows) < self._slots:
+                self._enter(self._waiting.pop())
             if self._rows:
                 self._step()
         return [self._results[place] for place in range(len(self._prompts))]
 
-    def _enter(self) -> None:
-        """Run the prompts that the free slots take; each yields its first token."""
-        entering: list[_Row] = []
-        tokens = 0
-        while self._waiting and len(self._rows) + len(entering) < self._slots:
-            length = len(self._prompts[self._waiting[-1]])
-            if entering and tokens + length > _PREFILL_TOKENS:
-                break
-            tokens += length
-            matcher = self._matcher() if self._matcher else None
-            entering.append(_Row(prompt=self._waiting.pop(), length=length, matcher=matcher))
-        samples = [
-            Encoded(input_ids=tuple(self._prompts[row.prompt]), answer_start=row.length, unit=0)
-            for row in entering
-        ]
-        batch = pack(samples).to(self._session.torch_device)
-        packing = Packing.of(batch, self._session.attention.value, self._session.torch_device)
-        slots = range(len(self._rows), self._slots)
-        bounds = itertools.pairwise(batch.cu_seqlens)
-        self._cache.expect_prompts([(s, *ab) for s, ab in zip(slots, bounds, strict=False)])
-        hidden_TD = self._forward(
-            batch.input_ids,
-            batch.position_ids,
-            packing.bounds_device.view(1, 1, 1, -1),
-            packing=packing,
-        )[0]
-        self._rows += entering
-        self._take(entering, hidden_TD[packing.bounds_device[1:].long() - 1])
+    def _enter(self, place: int) -> None:
+        """Run one prompt into the first free slot; it yields its first token."""
+        ids_1T = torch.tensor([list(self._prompts[place])], device=self._session.torch_device)
+        out = self._session.model.model(input_ids=ids_1T, use_cache=True)
+        matcher = self._matcher() if self._matcher else None
+        row = _Row(prompt=place, length=ids_1T.shape[1], matcher=matcher)
+        self._cache.fill(len(self._rows), out.past_key_values)
+        self._rows.append(row)
+        self._take([row], out.last_hidden_state[:, -1])
 
     def _step(self) -> None:
         """Add one token to every occupied slot."""
@@ -204,25 +173,18 @@ class _Generation:
         lengths_B = torch.tensor([row.length for row in rows], device=device)
         last_B1 = torch.tensor([[row.tokens[-1]] for row in rows], device=device)
         columns_L = torch.arange(longest + 1, device=device)
-        seen_B11L = (columns_L <= lengths_B[:, None])[:, None, None]
         self._cache.expect_tokens(lengths_B, longest)
-        hidden_B1D = self._forward(last_B1, lengths_B[:, None], seen_B11L)
-        for row in rows:
-            row.length += 1
-        self._take(list(rows), hidden_B1D[:, 0])
-
-    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor, **packed: Any) -> Tensor:
         out = self._session.model.model(
-            input_ids=ids,
-            position_ids=positions,
+            input_ids=last_B1,
+            position_ids=lengths_B[:, None],
             # transformers hands a 4-D mask on as it is.
-            attention_mask=mask,
+            attention_mask=(columns_L <= lengths_B[:, None])[:, None, None],
             past_key_values=self._cache,
             use_cache=True,
-            **packed,
         )
-        hidden: Tensor = out.last_hidden_state
-        return hidden
+        for row in rows:
+            row.length += 1
+        self._take(list(rows), out.last_hidden_state[:, 0])
 
     def _take(self, rows: list[_Row], hidden_BD: Tensor) -> None:
         """Choose each row's next token, and free the slots of those that end."""

@@ -1,0 +1,74 @@
+"""Decoding under the answer's grammar with llguidance: every finished answer parses.
+
+The model's own choice is kept wherever the grammar allows it; only a refused one costs a mask over
+the vocabulary. That gives the same tokens as masking always, since the argmax over the allowed
+tokens is the argmax over all when that one is allowed.
+
+Shapes: V vocabulary.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from common.evaluation.generate import Matcher
+from common.model.session import Session
+from common.text.prompts import ANSWER_GRAMMAR
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+
+class _AnswerMatcher:
+    """One sequence's place in the grammar."""
+
+    def __init__(self, matcher: "LLMatcher") -> None:
+        self._matcher = matcher
+
+    def choose(self, logits_V: Tensor, preferred: int) -> int:
+        """Return the likeliest token that the grammar allows, and move on by it."""
+        if self._matcher.try_consume_tokens([preferred]) == 1:
+            return preferred
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        allowed = np.unpackbits(bits, bitorder="little")[: len(logits_V)].astype(bool)
+        refused_V = torch.ones(len(logits_V), dtype=torch.bool)
+        refused_V[: len(allowed)] = torch.from_numpy(~allowed)
+        token = int(logits_V.masked_fill(refused_V.to(logits_V.device), -torch.inf).argmax())
+        self._matcher.consume_token(token)
+        return token
+
+
+def answer_grammar(session: Session) -> Callable[[], Matcher]:
+    """Return what makes a matcher for each answer.
+
+    Raises:
+        UserError: If llguidance is not installed, or cannot read the backbone's tokenizer.
+    """
+    if importlib.util.find_spec("llguidance") is None:
+        raise UserError(
+            "evaluation.constrained=true needs the package llguidance",
+            fix="pip install 'fedrx[constrained]', or set evaluation.constrained to false",
+        )
+    from llguidance import LLMatcher
+    from llguidance.hf import from_tokenizer
+
+    try:
+        tokenizer = from_tokenizer(
+            session.tokenizer,
+            # A head may be wider than the tokenizer: the tokens beyond are known, and refused.
+            n_vocab=session.spec.shape.vocabulary,
+            eos_token=session.tokenizer.eos_token_id,
+        )
+    except (ValueError, AttributeError, AssertionError) as error:
+        raise UserError(
+            f"evaluation.constrained=true: llguidance cannot read this tokenizer ({error})",
+            fix="set evaluation.constrained to false",
+        ) from None
+    grammar = LLMatcher.grammar_from_lark(ANSWER_GRAMMAR)
+    first = LLMatcher(tokenizer, grammar)
+    return lambda: _AnswerMatcher(first.deep_copy())
