@@ -59,9 +59,18 @@ class Guard:
             self.source.noise, self.source.mechanism = fixed, None
         return self.ledger.charge(round_number, steps)
 
-    def release(self, round_number: int, session: Session, source_digest: str) -> None:
-        """Record that the stretch's result leaves now, and renew the receipt."""
-        self.ledger.release(round_number)
+    def release(
+        self, round_number: int, session: Session, source_digest: str, *, unused: int = 0
+    ) -> None:
+        """Record that the stretch's result leaves now, and renew the receipt.
+
+        Args:
+            round_number: As charged.
+            session: The open session.
+            source_digest: Digest of the code that ran.
+            unused: Charged steps that were not taken, because training was interrupted.
+        """
+        self.ledger.release(round_number, unused)
         mechanism = self.source.mechanism_for(session)
         paper = receipt(self.hospital, self.ledger, mechanism, source_digest)
         write_json(self.folder / RECEIPT, paper)

@@ -2,8 +2,8 @@
 
 Append-only JSON lines, each written with one write and fsynced before the call returns. A charge
 is recorded before anything that it pays for is released, so that a process killed at any point
-has recorded at least what it has released. A charge whose release was never recorded may be used
-by a second attempt at the same round: what the first attempt computed never left the hospital.
+has recorded at least what it has released. What was charged and never released pays for a second
+attempt: the first one's result never left the hospital.
 """
 
 import dataclasses
@@ -38,7 +38,9 @@ class Entry:
     steps: int = 0
     """Steps charged by this entry."""
     total_steps: int = 0
-    """Steps charged so far."""
+    """Steps charged so far: what epsilon is computed from."""
+    released_steps: int = 0
+    """Steps that results which may have left contain."""
     deterministic: bool = False
     """Whether the noise was reproducible, hence no protection."""
 
@@ -65,8 +67,9 @@ class Ledger:
         with self._locked() as handle:
             entries = self._read(handle)
             if not entries:
-                self._append(handle, entries, event="open")
+                entries = [self._append(handle, entries, event="open")]
                 _sync_folder(path.parent)
+        self._released = self._used = entries[-1].released_steps
 
     def entries(self) -> list[Entry]:
         """Return every entry."""
@@ -79,9 +82,9 @@ class Ledger:
         return self.entries()[-1].total_steps
 
     def charge(self, round_number: int, steps: int) -> int:
-        """Pay for ``steps`` releases of one round before they are made.
+        """Pay for ``steps`` releases before they are made.
 
-        A charge of the same round and steps that no release followed is used again.
+        Steps that were charged and not released when this object was made are used up first.
 
         Returns:
             Steps charged so far, these included.
@@ -90,36 +93,55 @@ class Ledger:
             BudgetExhausted: if the plan does not pay for them; nothing is recorded then.
         """
         with self._locked() as handle:
-            entries = self._read(handle)
-            last = entries[-1]
-            if last.event == "charge" and (last.round, last.steps) == (round_number, steps):
-                return last.total_steps
-            if steps < 0 or last.total_steps + steps > self.plan.steps:
+            entries = self._untouched(handle)
+            needed = self._used + steps
+            if steps < 0 or needed > self.plan.steps:
                 raise BudgetExhausted(
                     f"privacy budget: round {round_number} asks for {steps} steps, "
-                    f"{self.plan.steps - last.total_steps} of {self.plan.steps} are left; "
+                    f"{self.plan.steps - self._used} of {self.plan.steps} are left; "
                     "nothing is released"
                 )
-            return self._append(
-                handle, entries, event="charge", round_number=round_number, steps=steps
-            ).total_steps
+            last = entries[-1]
+            if needed > last.total_steps:
+                missing = needed - last.total_steps
+                last = self._append(
+                    handle, entries, event="charge", round_number=round_number, steps=missing
+                )
+            self._used = needed
+            return last.total_steps
 
-    def release(self, round_number: int) -> None:
-        """Record that a round's result is about to leave, before it does.
+    def release(self, round_number: int, unused: int = 0) -> None:
+        """Record that a result is about to leave, before it does.
+
+        Args:
+            round_number: Round, or whatever the charge was called.
+            unused: Charged steps that the result does not contain (training was interrupted).
 
         Raises:
-            RunFailed: if the round was not charged.
+            RunFailed: if no step was charged since the last release.
         """
         with self._locked() as handle:
-            entries = self._read(handle)
-            last = entries[-1]
-            if last.event != "charge" or last.round != round_number:
+            entries = self._untouched(handle)
+            released = self._used - unused
+            if released <= self._released or unused < 0:
                 raise RunFailed(f"privacy ledger: round {round_number} was not charged")
-            self._append(handle, entries, event="release", round_number=round_number)
+            self._append(
+                handle, entries, event="release", round_number=round_number, released=released
+            )
+            self._released = self._used = released
 
     def released(self, round_number: int) -> bool:
         """Return whether a round's result may have left already."""
         return any(e.event == "release" and e.round == round_number for e in self.entries())
+
+    def _untouched(self, handle: int) -> list[Entry]:
+        """Return the entries, unless another process has released from this ledger meanwhile."""
+        entries = self._read(handle)
+        if entries[-1].released_steps != self._released:
+            raise RunFailed(
+                f"privacy ledger {self.path.name}: another process uses it; nothing is released"
+            )
+        return entries
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
@@ -138,14 +160,19 @@ class Ledger:
         event: str,
         round_number: int = -1,
         steps: int = 0,
+        released: int | None = None,
     ) -> Entry:
+        before = entries[-1] if entries else None
         entry = Entry(
             number=len(entries),
             event=event,
             plan=self.plan.fingerprint,
             round=round_number,
             steps=steps,
-            total_steps=(entries[-1].total_steps if entries else 0) + steps,
+            total_steps=(before.total_steps if before else 0) + steps,
+            released_steps=(before.released_steps if before else 0)
+            if released is None
+            else released,
             deterministic=self.plan.deterministic_noise,
         )
         size = os.fstat(handle).st_size
@@ -163,11 +190,13 @@ class Ledger:
             # a process was killed within its write: that charge never returned to its caller
             records.pop()
         entries = [Entry(**record) for record in records if record is not None]
-        charged = 0
+        charged = released = 0
         for number, entry in enumerate(entries):
             charged += entry.steps
-            if (entry.number, entry.total_steps) != (number, charged):
+            whole = (entry.number, entry.total_steps) == (number, charged)
+            if not whole or not released <= entry.released_steps <= charged:
                 raise self._damaged()
+            released = entry.released_steps
             if entry.plan != self.plan.fingerprint:
                 raise UserError(
                     f"privacy ledger {self.path.name} was opened with another privacy plan",

@@ -140,14 +140,48 @@ def test_over_budget_nothing_is_charged_or_released(tmp_path, make_plan) -> None
     assert ledger.charge(3, 5) == 25
 
 
-def test_a_charge_without_release_pays_for_the_second_attempt(tmp_path, make_plan) -> None:
-    ledger = Ledger(tmp_path / "ledger.jsonl", make_plan())
-    assert ledger.charge(1, 10) == 10
-    assert ledger.charge(1, 10) == 10
-    ledger.release(1)
-    assert ledger.charge(1, 10) == 20  # what was released is paid again
+def test_what_was_not_released_pays_for_the_second_attempt(tmp_path, make_plan) -> None:
+    path, plan = tmp_path / "ledger.jsonl", make_plan()
+    assert Ledger(path, plan).charge(1, 10) == 10
+    second = Ledger(path, plan)  # the first process died before it released
+    assert second.charge(1, 10) == 10
+    second.release(1)
+    assert second.charge(1, 10) == 20  # what was released is paid again
+    second.release(1)
     with pytest.raises(RunFailed, match="was not charged"):
-        ledger.release(2)
+        second.release(1)
+
+
+def test_one_process_cannot_use_a_charge_twice(tmp_path, make_plan) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl", make_plan())
+    assert [ledger.charge(1, 10), ledger.charge(1, 10)] == [10, 20]
+
+
+def test_an_interrupted_stretch_leaves_its_unused_steps(tmp_path, make_plan) -> None:
+    path, plan = tmp_path / "ledger.jsonl", make_plan(steps=20)
+    ledger = Ledger(path, plan)
+    ledger.charge(20, 20)
+    ledger.release(20, unused=7)
+    resumed = Ledger(path, plan)
+    with pytest.raises(BudgetExhausted):
+        resumed.charge(20, 8)
+    assert resumed.charge(20, 7) == 20
+    resumed.release(20)
+    with pytest.raises(BudgetExhausted):
+        Ledger(path, plan).charge(21, 1)
+
+
+def test_two_processes_cannot_release_on_one_charge(tmp_path, make_plan) -> None:
+    path, plan = tmp_path / "ledger.jsonl", make_plan()
+    Ledger(path, plan).charge(1, 10)
+    first, second = Ledger(path, plan), Ledger(path, plan)
+    first.charge(1, 10)
+    second.charge(1, 10)
+    first.release(1)
+    with pytest.raises(RunFailed, match="another process"):
+        second.release(1)
+    with pytest.raises(RunFailed, match="another process"):
+        second.charge(2, 10)
 
 
 def test_a_torn_line_is_no_charge_and_does_not_hide_the_next(tmp_path, make_plan) -> None:
@@ -163,7 +197,7 @@ def test_a_torn_line_is_no_charge_and_does_not_hide_the_next(tmp_path, make_plan
         reopened = Ledger(path, plan)
         assert reopened.steps == (20 if cut == len(added) - 1 else 10)
         reopened.charge(3, 5)
-        assert reopened.steps == (25 if cut == len(added) - 1 else 15)
+        assert reopened.steps == (20 if cut == len(added) - 1 else 15)
 
 
 def damage_line(lines: list[str], place: int) -> list[str]:
