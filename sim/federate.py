@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from common.config import Config
+from common.configio import flatten
 from common.data.partition import Hospital, assign_hospitals
 from common.data.prepare import load_samples
 from common.data.samples import SampleTable
@@ -22,11 +23,14 @@ from common.provenance import available_cpus, environment, peak_rss_bytes
 from common.rundir import RunDirectory
 from common.training.budget import steps_of_round
 from sim.evaluate import evaluate_run
-from sim.launch import free_port, run_flower
+from sim.exclusive import exclusive
+from sim.launch import end_leftovers, free_port, run_flower
 from sim.peak import PeakMemory
 from sim.progress import RunProgress
 from sim.report import write_report
 from sim.show import show_summary
+
+MODE = "federation"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,63 +111,144 @@ def federate(
     preparation = prepare(config, console)
     run = RunDirectory.create(config, directory=run_dir)
     workers = choose_workers(config)
-    threads = config.train.threads or max(1, available_cpus() // workers.value)
     config = replace(
         config,
         run=replace(config.run, directory=str(run.path)),
         data=replace(config.data, path=absolute_path(config.data.path)),
         model=replace(config.model, backbone=absolute_path(config.model.backbone)),
         federation=replace(config.federation, workers=workers.value),
-        train=replace(config.train, threads=threads),
+        train=replace(config.train, threads=threads_per_worker(config)),
     )
+    facts = {
+        **environment(list(command_line)),
+        "mode": MODE,
+        "workers": workers.as_dict(),
+        "config": flatten(config),
+        "inputs": fingerprints(preparation),
+    }
+    run.write_json("environment.json", facts)
     run.write_config(config)
-    run.write_json(
-        "environment.json", {**environment(list(command_line)), "workers": workers.as_dict()}
-    )
     run.write_json("data.json", data_facts(preparation))
     console.print(f"run directory: {run.path}", markup=False, highlight=False)
+    return go_on(run, config, preparation, console, started=started)
+
+
+def go_on(
+    run: RunDirectory,
+    config: Config,
+    preparation: Preparation,
+    console: Console,
+    *,
+    started: float,
+) -> dict[str, Any]:
+    """Run the rounds after the last checkpoint (or all), answer held-out patients, report.
+
+    Args:
+        run: The run's directory.
+        config: Resolved: with run directory, workers and threads.
+        preparation: What the run reads.
+        console: Where progress and results are shown.
+        started: When this process began to work on it, by ``time.monotonic``.
+    """
+    with exclusive(run):
+        end_leftovers(run.path)
+        try:
+            summary = train_and_answer(run, config, preparation, console, started=started)
+        except KeyboardInterrupt:
+            run.write_status("interrupted", round=last_round(run))
+            console.print(f"go on with: fedrx resume {run.path}", markup=False, highlight=False)
+            raise
+        except FedrxError as error:
+            run.write_status("failed", round=last_round(run), error=str(error))
+            show_tracebacks(run)
+            raise
+    return summary
+
+
+def train_and_answer(
+    run: RunDirectory,
+    config: Config,
+    preparation: Preparation,
+    console: Console,
+    *,
+    started: float,
+) -> dict[str, Any]:
+    """Do what is left of a run; each part leaves its result in the run directory."""
     peak = PeakMemory()
-
-    def on_tick() -> None:
-        progress.tick()
-        peak.tick()
-
-    try:
+    if not trained(run, config):
+        run.write_status("started", round=last_round(run))
         with RunProgress(
             console,
             run,
             steps=total_steps(config, preparation.hospitals),
             rounds=config.federation.rounds,
         ) as progress:
+
+            def on_tick() -> None:
+                progress.tick()
+                peak.tick()
+
             run_flower(
                 config,
                 run,
-                workers=workers.value,
-                gpus_per_worker=gpus_per_worker(config, workers.value),
+                workers=config.federation.workers,
+                gpus_per_worker=gpus_per_worker(config, config.federation.workers),
                 on_tick=on_tick,
             )
-        training_seconds = time.monotonic() - started
-        run.write_status("running", stage="evaluation")
         summary = {
             **run.read_json("summary.json"),
             "source": preparation.table.source,
-            "training_seconds": round(training_seconds, 3),
+            "training_seconds": round(time.monotonic() - started, 3),
         }
         run.write_json("summary.json", summary)
-        summary = evaluate_run(run, console=console)
-        summary["seconds"] = round(time.monotonic() - started, 3)
-        summary["peak_rss_bytes"] = max(peak.bytes, peak_rss_bytes())
-        run.write_json("summary.json", summary)
-        write_report(run)
-        run.write_status("finished", round=config.federation.rounds)
-        show_summary(console, run, summary)
-    except KeyboardInterrupt:
-        run.write_status("interrupted", rounds=len(run.checkpoint_names()))
-        raise
-    except FedrxError as error:
-        run.write_status("failed", error=str(error))
-        raise
+    run.write_status("running", stage="evaluation", round=config.federation.rounds)
+    summary = evaluate_run(run, console=console)
+    summary["seconds"] = round(time.monotonic() - started, 3)
+    summary["peak_rss_bytes"] = max(peak.bytes, peak_rss_bytes())
+    run.write_json("summary.json", summary)
+    write_report(run)
+    run.write_status("finished", round=config.federation.rounds)
+    show_summary(console, run, summary)
     return summary
+
+
+def trained(run: RunDirectory, config: Config) -> bool:
+    """Return whether all rounds of a run are done and summed up."""
+    done = "training_seconds" in run.read_json("summary.json")
+    return done and last_round(run) == config.federation.rounds
+
+
+def last_round(run: RunDirectory) -> int:
+    """Return the last round that has a checkpoint; -1 before the first."""
+    names = run.checkpoint_names()
+    return int(run.checkpoint_facts(names[-1])["round"]) if names else -1
+
+
+def fingerprints(preparation: Preparation) -> dict[str, str]:
+    """Return what identifies a run's inputs: a resumed run must read the same."""
+    return {
+        "samples": preparation.table.digest,
+        "backbone": preparation.backbone.fingerprint,
+        "a": preparation.layout.a_fingerprint,
+    }
+
+
+def threads_per_worker(config: Config) -> int:
+    """Return the CPU threads of each worker: the cores over the hospitals that fit on them.
+
+    It does not depend on ``federation.workers``, because a sum that is split over another number
+    of threads differs in its last bit: one, two and three workers give the same B.
+    """
+    cpus = available_cpus()
+    return config.train.threads or max(1, cpus // min(cpus, config.federation.hospitals))
+
+
+def show_tracebacks(run: RunDirectory) -> None:
+    """Print the tracebacks that failing hospitals have left on this machine."""
+    file = run.path / "hospitals" / "errors.txt"
+    if file.exists():
+        text = file.read_text(encoding="utf-8").rstrip()
+        Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
 
 
 def total_steps(config: Config, hospitals: Sequence[Hospital]) -> int:

@@ -18,12 +18,14 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import psutil
 
@@ -33,10 +35,14 @@ from common.errors import RunFailed, UserError
 from common.rundir import RunDirectory
 from sim.staging import stage_app
 
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 STOP_SECONDS = 15.0
 CHECK_SECONDS = 10.0
 CONNECTION = "fedrx"
+RUN_VARIABLE = "FEDRX_RUN"
+"""Marks every process of a run with its run directory, so that none is ever left behind."""
+RAY_SOCKET = "/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
+LONGEST_SOCKET = 107
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +100,12 @@ def free_port(wanted: int = 0) -> int:
 
 
 @contextlib.contextmanager
-def superlink(port: int = 0) -> Iterator[SuperLink]:
+def superlink(run: Path, port: int = 0) -> Iterator[SuperLink]:
     """Start a private SuperLink in simulation mode; stop it and all it started at the end.
+
+    Args:
+        run: The run directory; marks the processes.
+        port: Loopback port; 0: a free one.
 
     Raises:
         UserError: if the wanted port is in use.
@@ -104,14 +114,14 @@ def superlink(port: int = 0) -> Iterator[SuperLink]:
     port = free_port(port)
     with tempfile.TemporaryDirectory(prefix="fedrx-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        (folder / "empty").mkdir()
-        (folder / "home").mkdir()
+        for sub in ("empty", "home", "ray"):
+            (folder / sub).mkdir()
         (folder / "home" / "config.toml").write_text(
             f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
             f'address = "127.0.0.1:{port}"\ninsecure = true\n',
             encoding="utf-8",
         )
-        environment = flower_environment(folder / "home", port)
+        environment = flower_environment(folder, port, run)
         command = [
             *(script("flower-superlink"), "--insecure", "--simulation"),
             *("--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(port)),
@@ -128,28 +138,45 @@ def superlink(port: int = 0) -> Iterator[SuperLink]:
             )
         link = SuperLink(port=port, folder=folder, process=process, environment=environment)
         try:
-            _wait_until_up(link)
-            yield link
+            with _terminated_like_interrupted():
+                _wait_until_up(link)
+                yield link
         finally:
-            stop(process)
+            stop(process, run)
 
 
-def flower_environment(home: Path, port: int) -> dict[str, str]:
-    """Return the environment of every Flower and Ray process of a run."""
-    return {
+def flower_environment(folder: Path, port: int, run: Path) -> dict[str, str]:
+    """Return the environment of every Flower and Ray process of a run.
+
+    ``RAY_ADDRESS`` is the person's own if it is set; otherwise Ray starts a cluster of its own
+    even where ``ray start`` has left one on the machine.
+    """
+    environment = {
         **os.environ,
+        RUN_VARIABLE: str(run),
         "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),
-        "FLWR_HOME": str(home),
+        "FLWR_HOME": str(folder / "home"),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port),
         "FLWR_LOCAL_CONTROL_API_PORT": str(port),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_ADDRESS": os.environ.get("RAY_ADDRESS") or "local",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # The launcher has fetched the backbone; nobody needs the hub from here on.
+        "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if len(f"{folder}/ray{RAY_SOCKET}") <= LONGEST_SOCKET:
+        environment["RAY_TMPDIR"] = str(folder / "ray")
+    return environment
+
+
+def joins_cluster() -> bool:
+    """Return whether the simulation joins an existing Ray cluster (RAY_ADDRESS)."""
+    return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
 
 
 def run_flower(
@@ -172,7 +199,7 @@ def run_flower(
     Raises:
         RunFailed: if Flower does not end the run as completed, with the reason.
     """
-    with superlink(config.run.port) as link:
+    with superlink(run.path, config.run.port) as link:
         app = stage_app(link.folder, version=importlib.metadata.version("fedrx"))
         overrides = link.folder / "run-config.toml"
         overrides.write_text(
@@ -181,8 +208,10 @@ def run_flower(
         )
         federation = (
             f"num-supernodes={config.federation.hospitals} client-resources-num-cpus=1 "
-            f"client-resources-num-gpus={gpus_per_worker} init-args-num-cpus={workers}"
+            f"client-resources-num-gpus={gpus_per_worker}"
         )
+        if not joins_cluster():
+            federation += f" init-args-num-cpus={workers}"
         started = link.flwr(
             *("run", str(app), CONNECTION, "--format", "json"),
             *("--run-config", str(overrides), "--federation-config", federation),
@@ -198,23 +227,42 @@ def run_flower(
             raise RunFailed(run.status().get("error") or f"Flower ended the run {state}: {details}")
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all its descendants: politely, then by force."""
-    try:
-        family = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        family = []
+def stop(process: subprocess.Popen[bytes], run: Path) -> None:
+    """End a SuperLink and every process of its run: politely, then by force."""
     if process.poll() is None:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)
-    _, alive = psutil.wait_procs(family, timeout=STOP_SECONDS)
-    for member in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
     if process.poll() is None:
         process.kill()
         process.wait()
+    _, alive = psutil.wait_procs(processes_of(run), timeout=STOP_SECONDS / 3)
+    for member in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    end_leftovers(run)
+
+
+def processes_of(run: Path) -> list[psutil.Process]:
+    """Return the Flower and Ray processes that were started for a run directory."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(RUN_VARIABLE) == str(run):
+                found.append(process)
+    return found
+
+
+def end_leftovers(run: Path) -> None:
+    """Kill what a killed launcher left behind, so that nobody else writes to the run."""
+    for _ in range(5):
+        leftovers = processes_of(run)
+        if not leftovers:
+            return
+        for process in leftovers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(leftovers, timeout=STOP_SECONDS / 5)
 
 
 def _watch(link: SuperLink, run: RunDirectory, on_tick: Callable[[], None]) -> tuple[str, str]:
@@ -230,7 +278,7 @@ def _watch(link: SuperLink, run: RunDirectory, on_tick: Callable[[], None]) -> t
             last_check = time.monotonic()
             if state.startswith("finished"):
                 return state, details
-        time.sleep(0.25)
+        time.sleep(1.0 if ended else 0.25)
 
 
 def _wait_until_up(link: SuperLink) -> None:
@@ -238,9 +286,10 @@ def _wait_until_up(link: SuperLink) -> None:
     while time.monotonic() < deadline:
         if link.process.poll() is not None:
             break
-        with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(
-            f"http://127.0.0.1:{link.port}/health", timeout=1
-        ) as answer:
+        with (
+            contextlib.suppress(urllib.error.URLError, OSError),
+            urllib.request.urlopen(f"http://127.0.0.1:{link.port}/health", timeout=1) as answer,
+        ):
             if answer.status == 200:
                 return
         time.sleep(0.1)
@@ -251,3 +300,20 @@ def _wait_until_up(link: SuperLink) -> None:
 def _end_with_parent() -> None:
     """Ask Linux to end this child when its parent dies (PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Treat SIGTERM (a batch system's end) like Ctrl-C while Flower runs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -14,8 +14,8 @@ from common.configio import differences, from_flat, read_config
 from common.errors import UserError
 from common.provenance import source_digest
 from common.rundir import RunDirectory
-from sim import single
-from sim.federate import prepare
+from sim import federate, single
+from sim.federate import Preparation, fingerprints, prepare
 
 
 def resume(
@@ -41,14 +41,17 @@ def resume(
     """
     run = RunDirectory.open(path)
     facts = run.read_json("environment.json")
-    if facts.get("mode") != single.MODE:
+    kinds = {single.MODE: single.go_on, federate.MODE: federate.go_on}
+    if facts.get("mode") not in kinds:
         raise UserError(f"{run.path} has no run that can be resumed", fix="start it again")
     config = unchanged_config(run, facts, overrides)
     if run.status()["state"] == "finished":
         console.print("the run is finished: nothing to do")
         return run.read_json("summary.json")
     note_resumption(run, facts, command_line, console)
-    return resume_single(run, config, facts, console)
+    started = time.monotonic()
+    preparation = prepared_again(config, facts, console)
+    return kinds[facts["mode"]](run, config, preparation, console, started=started)
 
 
 def unchanged_config(run: RunDirectory, facts: dict[str, Any], overrides: Sequence[str]) -> Config:
@@ -82,20 +85,17 @@ def note_resumption(
     run.write_json("environment.json", {**facts, "resumed": [*facts.get("resumed", []), entry]})
 
 
-def resume_single(
-    run: RunDirectory, config: Config, facts: dict[str, Any], console: Console
-) -> dict[str, Any]:
-    """Go on with a single-node run.
+def prepared_again(config: Config, facts: dict[str, Any], console: Console) -> Preparation:
+    """Read data and backbone again.
 
     Raises:
-        UserError: if what it reads has changed.
+        UserError: if they are not what the run began with.
     """
-    started = time.monotonic()
     preparation = prepare(config, console)
-    for name, now in single.fingerprints(preparation).items():
+    for name, now in fingerprints(preparation).items():
         if now != facts["inputs"][name]:
             raise UserError(
                 f"the run's {name} changed since it began: {facts['inputs'][name]} -> {now}",
                 fix="bring the same data and backbone back, or start a new run",
             )
-    return single.go_on(run, config, preparation, console, started=started)
+    return preparation

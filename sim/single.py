@@ -19,7 +19,7 @@ from common.provenance import available_cpus, environment, peak_rss_bytes, tenso
 from common.rundir import RunDirectory
 from sim.evaluate import evaluate_run
 from sim.exclusive import exclusive
-from sim.federate import Preparation, absolute_path, data_facts, prepare
+from sim.federate import Preparation, absolute_path, data_facts, fingerprints, prepare
 from sim.report import write_report
 from sim.stepwise import SingleTraining, scaling
 
@@ -84,15 +84,6 @@ def one_node(config: Config) -> Config:
         federation=replace(config.federation, hospitals=1),
         train=replace(config.train, threads=config.train.threads or available_cpus()),
     )
-
-
-def fingerprints(preparation: Preparation) -> dict[str, str]:
-    """Return what identifies a run's inputs: a resumed run must read the same."""
-    return {
-        "samples": preparation.table.digest,
-        "backbone": preparation.backbone.fingerprint,
-        "a": preparation.layout.a_fingerprint,
-    }
 
 
 def go_on(
