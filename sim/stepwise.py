@@ -68,6 +68,7 @@ class SingleTraining:
         )
         self.seconds_before = float(checkpoint.facts["seconds"])
         self.run.forget_metrics(after_step=self.state.step)
+        self._tidy()
 
     def finish(self) -> None:
         """Take the steps that are left.
@@ -140,7 +141,7 @@ class SingleTraining:
         self.console.print(f"{moment}: validation loss {loss:.4f}", highlight=False)
 
     def _save(self) -> None:
-        """Write a checkpoint; earlier ones that were only there to resume from go."""
+        """Write a checkpoint."""
         step = self.state.step
         b = self.session.adapter.state()
         self.run.save_checkpoint(
@@ -154,11 +155,15 @@ class SingleTraining:
             },
             extra={name: value.numpy() for name, value in self.state.to_tensors().items()},
         )
-        keep = {checkpoint_name(one) for one in (*self.kept.value, step)}
-        for name in self.run.checkpoint_names():
+        self._tidy()
+        self.run.write_status("running", step=step)
+
+    def _tidy(self) -> None:
+        """Remove checkpoints that were only there to resume from, but for the last."""
+        keep = {checkpoint_name(step) for step in self.kept.value}
+        for name in self.run.checkpoint_names()[:-1]:
             if name not in keep:
                 self.run.remove_checkpoint(name)
-        self.run.write_status("running", step=step)
 
 
 def scaling(training: SingleTraining) -> dict[str, Any]:
