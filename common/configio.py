@@ -194,10 +194,12 @@ def _flatten_table(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple
 
 
 def _unknown(key: str, known: Mapping[str, object]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if not near:
-        tails = {name.split(".", 1)[1]: name for name in known}
-        near = [tails[tail] for tail in difflib.get_close_matches(key.split(".")[-1], tails, n=1)]
+    tails = {name.split(".", 1)[1]: name for name in known}
+    initials = {"".join(word[0] for word in tail.split("-")): tail for tail in tails if "-" in tail}
+    tail = key.split(".")[-1]
+    near = [tails[initials[tail]]] if tail in initials else []
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    near = near or [tails[name] for name in difflib.get_close_matches(tail, tails, n=1)]
     return f"unknown key {key}" + (f" (did you mean {near[0]}?)" if near else "")
 
 

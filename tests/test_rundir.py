@@ -1,0 +1,95 @@
+"""The run directory: nothing half-written looks finished."""
+
+import json
+
+import numpy as np
+import pytest
+
+from common.config import Config
+from common.errors import UserError
+from common.files import append_json_line, atomic_path, read_json_lines, write_json
+from common.provenance import source_digest, tensors_sha256
+from common.rundir import RunDirectory
+
+
+def b_of(value):
+    return {"layer.lora_B": np.full((2, 3), value, np.float32)}
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
+    target = tmp_path / "x.json"
+    write_json(target, {"a": 1})
+    with pytest.raises(RuntimeError), atomic_path(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert json.loads(target.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(target, {"a": float("nan")})
+    assert json.loads(target.read_text()) == {"a": 1}
+
+
+def test_a_torn_last_line_is_left_out(tmp_path):
+    file = tmp_path / "x.jsonl"
+    append_json_line(file, {"a": 1})
+    with file.open("a") as lines:
+        lines.write('{"a": 2')
+    assert read_json_lines(file) == [{"a": 1}]
+    assert read_json_lines(tmp_path / "absent.jsonl") == []
+
+
+def test_a_run_is_rerunnable_from_its_configuration(tmp_path):
+    run = RunDirectory.create(Config(), directory=tmp_path / "run")
+    assert RunDirectory.open(run.path).config() == Config()
+    assert run.status()["state"] == "started"
+
+
+def test_files_of_the_user_are_never_written_over(tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        RunDirectory.create(Config(), directory=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
+    with pytest.raises(UserError, match="not a run directory"):
+        RunDirectory.open(tmp_path)
+
+
+def test_two_runs_in_one_second_get_two_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = {RunDirectory.create(Config()).path for _ in range(3)}
+    assert len(paths) == 3
+    assert all(path.parent == tmp_path / "runs" for path in paths)
+
+
+def test_checkpoints_sort_in_time_and_half_written_ones_do_not_count(tmp_path):
+    run = RunDirectory.create(Config(), directory=tmp_path / "run")
+    for number in (2, 10, 1):
+        facts = {"round": number}
+        run.save_checkpoint(f"round-{number:05d}", b_of(number), facts=facts, extra=b_of(-1))
+    (run.path / "checkpoints" / ".round-00011.part").mkdir()
+    last = run.load_checkpoint()
+    assert (last.name, last.facts["round"]) == ("round-00010", 10)
+    np.testing.assert_array_equal(last.b["layer.lora_B"], b_of(10)["layer.lora_B"])
+    np.testing.assert_array_equal(last.extra["layer.lora_B"], b_of(-1)["layer.lora_B"])
+    with pytest.raises(UserError, match="round-00001, round-00002, round-00010"):
+        run.load_checkpoint("round-00003")
+
+
+def test_the_hash_of_b_sees_values_keys_and_shapes_but_not_the_order():
+    a, b = np.ones((1, 2), np.float32), np.zeros((2, 1), np.float32)
+    base = tensors_sha256({"a": a, "b": b})
+    assert base == tensors_sha256({"b": b, "a": a})
+    assert base == tensors_sha256({"a": a.astype(np.float64), "b": b})
+    assert base != tensors_sha256({"a": a.T, "b": b})
+    assert base != tensors_sha256({"a": b.T, "b": a.T})
+    assert base != tensors_sha256({"a": a + 1e-6, "b": b})
+
+
+def test_the_source_digest_sees_one_changed_byte(tmp_path):
+    for package in ("client", "common", "server", "sim"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "m.py").write_text("x = 1\n")
+    before = source_digest(tmp_path)
+    source_digest.cache_clear()
+    (tmp_path / "common" / "m.py").write_text("x = 2\n")
+    assert source_digest(tmp_path) != before
+    source_digest.cache_clear()
