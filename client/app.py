@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 from client.hospital import hospital_of, private_folder
 from client.local import evaluate, update
 from client.private import private_update
-from client.store import load_state, save_state
+from client.store import STEPS, forget_steps, load_state, save_state
 from client.worker import backbone_spec, report_loads, session_of, tokens_of
 from common.config import Config
 from common.configio import from_flat, settled
@@ -20,6 +20,7 @@ from common.exchange import CONFIG, evaluate_reply, read_message, train_reply
 from common.files import append_json_line
 from common.privacy.settings import is_private, plan_of
 from common.provenance import source_digest
+from common.training.budget import steps_before_round
 from common.training.loop import StepReport
 from common.training.optimiser import TrainState
 
@@ -91,16 +92,20 @@ def train_round(config: Config, message: Message, context: Context) -> RecordDic
     session = session_of(config)
     b, server_round = read_message(message.content, session.adapter.shapes)
     folder = private_folder(config, hospital.name)
-    state = (
-        load_state(folder, before_round=server_round) if config.train.keep_state else TrainState()
-    )
+    private = is_private(config)
+    if config.train.keep_state:
+        state = load_state(folder, before_round=server_round)
+    else:
+        # A fresh optimizer, but not the first batches again.
+        samples = 0 if private else len(hospital.train)
+        state = TrainState(step=steps_before_round(config, samples, server_round))
+    forget_steps(folder, from_round=server_round)
 
     def log(step: StepReport) -> None:
         record = {"round": server_round, "step": step.step, "loss": step.loss}
-        append_json_line(folder / "steps.jsonl", {**record, "seconds": round(step.seconds, 3)})
+        append_json_line(folder / STEPS, {**record, "seconds": round(step.seconds, 3)})
 
     tokens = tokens_of(config, hospital, session)
-    private = is_private(config)
     if private:
         result = private_update(
             session,

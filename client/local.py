@@ -4,11 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from client.hospital import HospitalData
+from client.proximal import Proximal
 from common.config import Config
 from common.exchange import Tensors
 from common.model.session import Session
 from common.training.budget import steps_in_all, steps_of_round
-from common.training.gradients import GradientSource
+from common.training.gradients import BatchGradient, GradientSource
 from common.training.loop import StepReport, train, validation_loss
 from common.training.optimiser import TrainState
 
@@ -50,6 +51,12 @@ def update(
     """
     session.adapter.load(b)
     samples = 0 if source is not None else len(hospital.train)
+    if config.federation.strategy == "fedprox":
+        source = Proximal(
+            source=source or BatchGradient(hospital.train, config.train, hospital.name),
+            anchor_P=session.adapter.flat.clone(),
+            mu=config.federation.proximal_mu,
+        )
     metrics = train(
         session,
         hospital.train,

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import torch
 
+from common.files import json_line, read_json_lines, write_text
 from common.rundir import read_tensors, write_tensors
 from common.training.optimiser import TrainState
 
+STEPS = "steps.jsonl"
 KEPT_ROUNDS = 2
 """A resumed server may ask for the last round once more, so the state before it stays."""
 
@@ -26,6 +28,15 @@ def save_state(folder: Path, state: TrainState, *, server_round: int) -> None:
     write_tensors(target, {key: value.numpy() for key, value in state.to_tensors().items()})
     for file in [f for f in _states(folder) if _round(f) <= server_round][:-KEPT_ROUNDS]:
         file.unlink(missing_ok=True)
+
+
+def forget_steps(folder: Path, *, from_round: int) -> None:
+    """Drop the step log's lines of rounds that run again, and one that a crash has torn."""
+    lines = read_json_lines(folder / STEPS)
+    kept = [line for line in lines if line["round"] < from_round]
+    text = "".join(json_line(line) for line in kept)
+    if lines != kept or ((folder / STEPS).exists() and (folder / STEPS).stat().st_size > len(text)):
+        write_text(folder / STEPS, text)
 
 
 def _states(folder: Path) -> list[Path]:

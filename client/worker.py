@@ -4,6 +4,8 @@ import functools
 import os
 from pathlib import Path
 
+import torch
+
 from client.hospital import HospitalData, encode_hospital
 from common.config import AdapterConfig, Config, ModelConfig
 from common.data.partition import Hospital
@@ -58,6 +60,7 @@ def tokens_of(config: Config, hospital: Hospital, session: Session) -> HospitalD
 
 
 def report_loads(config: Config) -> None:
-    """Write how often this process has loaded weights; stays on the machine."""
+    """Write how often this process has loaded weights, and its threads; stays on the machine."""
     folder = Path(config.run.directory) / "workers"
-    write_json(folder / f"{os.getpid()}.json", {"backbone_loads": loads()})
+    facts = {"backbone_loads": loads(), "threads": torch.get_num_threads()}
+    write_json(folder / f"{os.getpid()}.json", facts)

@@ -29,16 +29,26 @@ def source_digest(root: Path | None = None) -> str:
     """Return sha256 over names and contents of every .py file of the four packages.
 
     Hospitals and server compare it before round 1, so that nobody trains with other code than
-    the run was started with.
+    the run was started with. A package that is imported counts as the files it came from: Ray puts
+    the working directory ahead of the app, and another ``client/`` there would run unseen.
+
+    Args:
+        root: Folder of the packages; default: wherever the running code comes from.
     """
-    root = root or source_root()
     digest = hashlib.sha256()
     for package in PACKAGES:
-        for file in sorted((root / package).rglob("*.py")):
+        folder = root / package if root else _package_folder(package)
+        for file in sorted(folder.rglob("*.py")):
             content = file.read_bytes()
-            digest.update(f"{file.relative_to(root).as_posix()}\0{len(content)}\0".encode())
+            name = f"{package}/{file.relative_to(folder).as_posix()}"
+            digest.update(f"{name}\0{len(content)}\0".encode())
             digest.update(content)
     return digest.hexdigest()
+
+
+def _package_folder(package: str) -> Path:
+    file = getattr(sys.modules.get(package), "__file__", None)
+    return Path(file).resolve().parent if file else source_root() / package
 
 
 def tensors_sha256(tensors: dict[str, np.ndarray[Any, Any]]) -> str:

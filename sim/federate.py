@@ -1,5 +1,6 @@
 """``fedrx federate``: check everything, run the federation, answer held-out patients, report."""
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -177,6 +178,7 @@ def train_and_answer(
     peak = PeakMemory()
     if not trained(run, config):
         run.write_status("started", round=last_round(run))
+        shutil.rmtree(run.path / "workers", ignore_errors=True)
         with RunProgress(
             console,
             run,

@@ -99,3 +99,14 @@ def checkpoint_steps(config: Config, total: int) -> Choice[tuple[int, ...]]:
     scaled = sorted({max(1, round(step * total / longest)) for step in asked})
     listed = ", ".join(map(str, asked))
     return Choice(tuple(scaled), f"train.checkpoint-steps {listed} scaled by {total}/{longest}")
+
+
+def steps_before_round(config: Config, train_samples: int, server_round: int) -> int:
+    """Return the optimizer steps of the rounds before ``server_round``, if asked in each.
+
+    >>> steps_before_round(Config(), 100, 3)
+    20
+    """
+    return sum(
+        steps_of_round(config, train_samples, earlier).value for earlier in range(1, server_round)
+    )
