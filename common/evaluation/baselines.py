@@ -49,23 +49,27 @@ def nearest_neighbours(
 ) -> list[DrugList]:
     """Let the training admissions with the most similar diagnoses vote.
 
-    Similarity is the cosine of the sets of (version, code); the drugs with the most votes fill a
-    list as long as the neighbours' lists are on average. Ties go to earlier training admissions,
-    and to the alphabet among drugs. Who shares no code with the training split gets the votes of
-    all of it.
+    Similarity is the cosine of the sets of (version, code), and the weight of a vote. The drugs
+    with the most votes fill a list as long as the neighbours' lists are on average (weighted).
+    Ties go to earlier training admissions, and to the alphabet among drugs. Who shares no code
+    with the training split gets the votes of all of it.
     """
     fit = _Fit.of(train)
     neighbours = min(neighbours, len(train))
     norms_n = np.sqrt(np.maximum(fit.codes_nc.sum(axis=1), 1))
+    lengths_n = fit.drugs_nd.sum(axis=1)
     lists = []
     for start in range(0, len(test), _ROWS_AT_ONCE):
         asked_bc = fit.codes_of(test[start : start + _ROWS_AT_ONCE])
-        # The test admission's own norm is the same for all its neighbours: it ranks nothing.
         for shared_n in (asked_bc @ fit.codes_nc.T).toarray():
-            nearest = _largest(shared_n / norms_n, neighbours) if shared_n.any() else slice(None)
-            votes_kd = fit.drugs_nd[nearest]
-            length = round(votes_kd.sum() / votes_kd.shape[0])
-            lists.append(fit.named(_ranked(votes_kd.sum(axis=0))[:length]))
+            # The test admission's own norm is the same for all its neighbours: it changes nothing.
+            weight_n = shared_n / norms_n
+            near = _largest(weight_n, neighbours)
+            if not shared_n.any():
+                weight_n, near = np.ones(len(train)), np.arange(len(train))
+            votes_d = fit.drugs_nd[near].T @ weight_n[near]
+            length = round(np.average(lengths_n[near], weights=weight_n[near]))
+            lists.append(fit.named(_ranked(votes_d)[:length]))
     return lists
 
 
