@@ -51,6 +51,12 @@ def _session(
     )
 
 
+def close_session() -> None:
+    """Let go of the backbone, before one with another adapter is opened."""
+    _session.cache_clear()
+    _encoded.clear()
+
+
 def tokens_of(config: Config, hospital: Hospital, session: Session) -> HospitalData:
     """Return a hospital's tokens, encoded once per process."""
     key = (config, hospital.name)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from common.configio import read_config
+from common.configio import parse_overrides, read_config
 from common.errors import FedrxError
 from common.provenance import source_root
 from sim import cli_data
@@ -74,6 +74,31 @@ def single(
     console = console_for(json_output)
     summary = run_single(config, console=console, command_line=sys.argv, run_dir=run_dir)
     print_json(summary, json_output)
+
+
+@app.command()
+def paper(
+    scale: Annotated[
+        str, typer.Option("--scale", help="full, or small: minutes on a CPU, marked as such.")
+    ] = "full",
+    ranks: Annotated[str, typer.Option("--ranks", help="Ranks, comma-separated.")] = "16,32",
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Run the paper's experiment: both ranks, four checkpoints each, its table beside ours."""
+    from sim.paper import paper as run_paper
+    from sim.paper import read_ranks, scaled_config
+
+    table = run_paper(
+        scaled_config(scale, parse_overrides(set_ or ())),
+        scale=scale,
+        ranks=read_ranks(ranks),
+        console=console_for(json_output),
+        command_line=sys.argv,
+        run_dir=run_dir,
+    )
+    print_json(table, json_output)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from common.configio import differences, from_flat, read_config
 from common.errors import UserError
 from common.provenance import source_digest
 from common.rundir import RunDirectory
-from sim import federate, single
+from sim import federate, paper, single
 from sim.federate import Preparation, fingerprints, prepare
 
 
@@ -41,11 +41,12 @@ def resume(
     """
     run = RunDirectory.open(path)
     facts = run.read_json("environment.json")
-    kinds = {single.MODE: single.go_on, federate.MODE: federate.go_on}
+    kinds = {single.MODE: single.go_on, federate.MODE: federate.go_on, paper.MODE: paper.go_on}
     if facts.get("mode") not in kinds:
         raise UserError(f"{run.path} has no run that can be resumed", fix="start it again")
     config = unchanged_config(run, facts, overrides)
-    if run.status()["state"] == "finished":
+    # A paper run's table is written anew: its runs may have been judged meanwhile.
+    if run.status()["state"] == "finished" and facts["mode"] != paper.MODE:
         console.print("the run is finished: nothing to do")
         return run.read_json("summary.json")
     note_resumption(run, facts, command_line, console)

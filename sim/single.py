@@ -21,6 +21,7 @@ from sim.evaluate import evaluate_run
 from sim.exclusive import exclusive
 from sim.federate import Preparation, absolute_path, data_facts, fingerprints, prepare
 from sim.report import write_report
+from sim.show import show_summary
 from sim.stepwise import SingleTraining, scaling
 
 MODE = "single"
@@ -144,6 +145,7 @@ def train_and_answer(
     run.write_json("summary.json", summary)
     write_report(run)
     run.write_status("finished", step=training.total.value)
+    show_summary(console, run, summary)
     return summary
 
 
@@ -170,7 +172,7 @@ def summarise(training: SingleTraining, preparation: Preparation) -> dict[str, A
             {"name": hospital.name, "patients": hospital.patients, "samples": hospital.samples}
         ],
         "rounds": 0,
-        "training": scaling(training),
+        "scaling": scaling(training),
         "checkpoints": [
             {**facts, "validation_loss": losses.get(facts["step"])} for facts in checkpoints
         ],
