@@ -131,10 +131,8 @@ def load_model(
     from transformers import LlamaForCausalLM
 
     with _without_progress_bars():
-        model = LlamaForCausalLM.from_pretrained(
-            spec.folder, dtype=dtype, device_map=str(device), local_files_only=True
-        )
-    return model.eval().requires_grad_(False)
+        model = LlamaForCausalLM.from_pretrained(spec.folder, dtype=dtype, local_files_only=True)
+    return model.to(device).eval().requires_grad_(False)
 
 
 @contextmanager
