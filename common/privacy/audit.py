@@ -1,0 +1,297 @@
+"""Audits of a plan by what its code really releases: no proof, but a way to be caught.
+
+Each audit gives a figure and a verdict. The one-run audit bounds epsilon from below (Steinke, Nasr,
+Jagielski, "Privacy auditing with one (1) training run", NeurIPS 2023), the noise test compares the
+released noise with its claim, and the inversion test tries to read a patient's tokens off a
+released gradient.
+
+Shapes: M canaries, P coordinates, V vocabulary, R rank.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.model.session import Session
+from common.privacy.accounting import epsilon
+from common.privacy.clipping import clipped_sum
+from common.privacy.gradients import PrivateGradient
+from common.privacy.mechanism import GaussianMechanism
+from common.privacy.noise import NoiseSource
+from common.privacy.plan import PrivacyPlan
+from common.text.batches import Encoded
+
+CONFIDENCE = 0.95
+FALSE_ALARM = 1e-6
+"""A correct mechanism fails one check of the noise test with this probability."""
+_CHUNK_UNITS = 256
+
+Clip = Callable[[Tensor, float], Tensor]
+Release = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One audit's result."""
+
+    audit: str
+    figure: float
+    meaning: str
+    """What the figure is, with its unit."""
+    limit: float
+    passed: bool
+    verdict: str
+
+
+class Guesses(NamedTuple):
+    """How well membership was guessed."""
+
+    canaries: int
+    guessed: int
+    correct: int
+
+
+def p_value(guesses: Guesses, claim: float, delta: float) -> float:
+    """Return how likely so many correct guesses are if ``claim`` is true.
+
+    Steinke et al. 2023, theorem 5.2 and appendix D: under (claim, delta)-DP the number of correct
+    guesses is dominated by a binomial with success probability e^claim / (1 + e^claim), up to a
+    term in delta.
+
+    >>> 0.1 < p_value(Guesses(100, 100, 55), 0.0, 0.0) < 0.2
+    True
+    >>> p_value(Guesses(100, 100, 100), 1.0, 0.0) < 1e-8
+    True
+    """
+    from scipy.stats import binom
+
+    success = 1 / (1 + math.exp(-claim))
+    tail = float(binom.sf(guesses.correct - 1, guesses.guessed, success))
+    if delta == 0:
+        return tail
+    places = np.arange(1, guesses.correct + 1)
+    sums = np.cumsum(binom.pmf(guesses.correct - places, guesses.guessed, success))
+    alpha = float((sums / places).max(initial=0.0))
+    return min(1.0, tail + 2 * guesses.canaries * delta * alpha)
+
+
+def lower_bound(guesses: Guesses, delta: float, *, confidence: float = CONFIDENCE) -> float:
+    """Return the largest epsilon (to 1e-3) that the guesses refute at this confidence.
+
+    >>> lower_bound(Guesses(1000, 1000, 500), 1e-5)
+    0.0
+    >>> 4.5 < lower_bound(Guesses(1000, 1000, 1000), 1e-5) < 6.0
+    True
+    """
+    if p_value(guesses, 0.0, delta) > 1 - confidence:
+        return 0.0
+    low, high = 0.0, 30.0
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        refuted = p_value(guesses, middle, delta) <= 1 - confidence
+        low, high = (middle, high) if refuted else (low, middle)
+    return low
+
+
+def single_release(plan: PrivacyPlan) -> PrivacyPlan:
+    """Return the plan of one release to which everyone contributes: the auditor's best case."""
+    return replace(plan, sampling_rate=1.0, steps=1)
+
+
+def one_run_audit(
+    plan: PrivacyPlan,
+    *,
+    canaries: int = 5000,
+    clip: Clip = clipped_sum,
+    release: Release | None = None,
+    amplitude: float = 10.0,
+) -> Finding:
+    """Bound epsilon of one release from below, with the plan's clip norm and noise multiplier.
+
+    Every canary is a unit whose gradient is ``amplitude`` clip norms long and lies on a coordinate
+    of its own; a fair secret coin decides whether it takes part. Scores are the released
+    coordinates. The number of guesses is fixed beforehand at three values, each held to a third of
+    the error probability.
+
+    Args:
+        plan: A calibrated plan; audited at q = 1 and one step.
+        canaries: M.
+        clip: The clipping under audit.
+        release: The release under audit; default the plan's own mechanism.
+        amplitude: Length of a canary's gradient over the clip norm.
+    """
+    audited = single_release(plan)
+    source = NoiseSource()
+    taking_part = source.bernoulli(canaries, 0.5)
+    total_P = torch.zeros(canaries)
+    for rows_UP in _canary_rows(taking_part, amplitude * plan.clip_norm):
+        total_P += clip(rows_UP, plan.clip_norm)
+    released_P = (release or GaussianMechanism(audited, canaries, source).release)(total_P)
+    scores = released_P.double().numpy()
+    order = np.argsort(scores)
+    each = 1 - (1 - CONFIDENCE) / 3
+    bound = 0.0
+    for guessed in (canaries // 20, canaries // 5, canaries):
+        half = guessed // 2
+        correct = int(taking_part[order[-half:]].sum() + (~taking_part[order[:half]]).sum())
+        guesses = Guesses(canaries, 2 * half, correct)
+        bound = max(bound, lower_bound(guesses, plan.delta, confidence=each))
+    claim = epsilon(audited).value
+    ceiling = lower_bound(Guesses(canaries, canaries, canaries), plan.delta, confidence=each)
+    passed = bound <= claim
+    verdict = "consistent with the claim" if passed else "the claim is refuted"
+    if passed and claim > ceiling:
+        verdict = f"no power: {canaries} canaries cannot refute a claim above {ceiling:.2f}"
+    return Finding(
+        audit="one-run audit",
+        figure=bound,
+        meaning=f"lower bound on epsilon of one release at q = 1, {canaries} canaries, 95%",
+        limit=claim,
+        passed=passed,
+        verdict=verdict,
+    )
+
+
+def _canary_rows(taking_part: np.ndarray[Any, Any], length: float) -> Iterator[Tensor]:
+    members = np.flatnonzero(taking_part)
+    for start in range(0, len(members), _CHUNK_UNITS):
+        chunk = members[start : start + _CHUNK_UNITS]
+        rows_UP = torch.zeros(len(chunk), len(taking_part))
+        rows_UP[torch.arange(len(chunk)), torch.from_numpy(chunk)] = length
+        yield rows_UP
+
+
+def noise_complaints(noise_SP: np.ndarray[Any, Any]) -> list[str]:
+    """Return what is wrong with noise that claims to be independent standard normal.
+
+    Args:
+        noise_SP: Releases of a zero sum over the claimed standard deviation, one row per step.
+    """
+    from scipy import stats
+
+    complaints = []
+    values = noise_SP.ravel()
+    tails = (FALSE_ALARM / 2, 1 - FALSE_ALARM / 2)
+    low, high = stats.chi2.ppf(tails, df=values.size)
+    # released noise may be up to a thousandth wider than claimed, which covers rounding
+    if not low <= np.sum(values**2) <= high * 1.004:
+        complaints.append("variance")
+    if stats.kstest(values[:1_000_000], "norm").pvalue < FALSE_ALARM:
+        complaints.append("shape")
+    steps, width = noise_SP.shape
+    lagged = [np.corrcoef(row[:-lag], row[lag:])[0, 1] for row in noise_SP for lag in (1, 2)]
+    across = np.corrcoef(noise_SP)[np.triu_indices(steps, 1)]
+    if np.abs([*lagged, *across]).max() > 6 / math.sqrt(width - 2):
+        complaints.append("correlation")
+    return complaints
+
+
+def noise_test(
+    plan: PrivacyPlan, *, coordinates: int = 250_000, steps: int = 5, release: Release | None = None
+) -> Finding:
+    """Compare the noise of ``steps`` empty draws with the plan's claim.
+
+    Args:
+        plan: A calibrated plan.
+        coordinates: P; with ``steps`` at least 10^6 samples by default.
+        steps: Releases.
+        release: The release under test; default the plan's own mechanism.
+    """
+    make = release or GaussianMechanism(plan, coordinates, NoiseSource()).release
+    empty_P = torch.zeros(coordinates)
+    rows = [make(empty_P).double().numpy() / plan.noise_std for _ in range(steps)]
+    noise_SP = np.stack(rows)
+    complaints = noise_complaints(noise_SP)
+    return Finding(
+        audit="noise test",
+        figure=float(noise_SP.std()),
+        meaning=f"standard deviation of {noise_SP.size} noise samples over the claim",
+        limit=1.0,
+        passed=not complaints,
+        verdict="as claimed" if not complaints else "wrong " + ", ".join(complaints),
+    )
+
+
+def inversion_test(
+    session: Session,
+    sample: Encoded,
+    plan: PrivacyPlan,
+    *,
+    source: PrivateGradient | None = None,
+    expect_private: bool = True,
+) -> Finding:
+    """Try to tell which tokens a patient's record holds from one released gradient.
+
+    The gradient of the first layer's v_proj B is s sum_t g_t z_t^T with z_t = A RMSNorm(e_t), so
+    its row space lies in the span of the record's z. Every token of the vocabulary is scored by
+    how far its z is from that span; the figure is the area under the ROC curve for the record's
+    tokens: 1 is full disclosure, 0.5 is chance.
+
+    Args:
+        session: With ``v_proj`` adapted, and a rank above the record's number of tokens.
+        sample: The record; alone in the draw, the patient's worst case.
+        plan: A calibrated plan.
+        source: Where the gradient comes from; default the plan's own source with this record.
+        expect_private: Whether the verdict asks for chance level, or for disclosure.
+    """
+    used = source or PrivateGradient(
+        [sample], replace(plan, sampling_rate=1.0), NoiseSource(), seed=0, micro_batch=1
+    )
+    used(session, 0)
+    disclosed = disclosure(session, session.adapter.flat_grad, sample.input_ids)
+    passed = disclosed < 0.65 if expect_private else disclosed > 0.95
+    return Finding(
+        audit="inversion test" if expect_private else "inversion without privacy",
+        figure=disclosed,
+        meaning="area under the ROC curve for a record's tokens, from one gradient",
+        limit=0.65 if expect_private else 0.95,
+        passed=passed,
+        verdict=("near chance" if passed else "tokens are disclosed")
+        if expect_private
+        else ("the attack works" if passed else "the attack has no power here"),
+    )
+
+
+def disclosure(session: Session, gradient_P: Tensor, tokens: Sequence[int]) -> float:
+    """Return the ROC area with which a gradient tells a record's tokens from the others.
+
+    Args:
+        session: The open session.
+        gradient_P: Gradient of the flat adapter buffer.
+        tokens: The record's token ids; the attacker is told how many differ.
+    """
+    adapter, layer = session.adapter, session.model.model.layers[0]
+    (module,) = [
+        m for m in adapter.modules if m.key.startswith("model.layers.0.") and "v_proj" in m.key
+    ]
+    key = module.key + ".lora_B"
+    gradient_OR = gradient_P[adapter.slices[key]].view(adapter.shapes[key]).double()
+    with torch.no_grad():
+        embedded_VD = layer.input_layernorm(session.model.model.embed_tokens.weight)
+        z_VR = (embedded_VD @ module.lora_A.to(embedded_VD.dtype).T).double()
+    # the last token predicts nothing and attends to nothing that is kept
+    present = torch.zeros(len(z_VR), dtype=torch.bool)
+    present[list(set(tokens[:-1]))] = True
+    span = min(int(present.sum()), gradient_OR.shape[1] - 1)
+    directions_RS = torch.linalg.svd(gradient_OR, full_matrices=False).Vh[:span].T
+    inside_V = (z_VR @ directions_RS).norm(dim=1) / z_VR.norm(dim=1)
+    return roc_area(inside_V[present].tolist(), inside_V[~present].tolist())
+
+
+def roc_area(positives: Sequence[float], negatives: Sequence[float]) -> float:
+    """Return the probability that a positive scores above a negative, ties counting half.
+
+    >>> roc_area([3.0, 2.0], [1.0, 2.0])
+    0.875
+    """
+    from scipy.stats import rankdata
+
+    ranks = rankdata([*positives, *negatives])
+    count = len(positives)
+    above = ranks[:count].sum() - count * (count + 1) / 2
+    return float(above / (count * len(negatives)))

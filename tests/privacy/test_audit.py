@@ -1,0 +1,127 @@
+"""The audits (specification tests 5, 12 and 13), each on the real code and on broken variants."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from common.privacy.audit import (
+    Guesses,
+    inversion_test,
+    lower_bound,
+    noise_test,
+    one_run_audit,
+    p_value,
+    roc_area,
+    single_release,
+)
+from common.privacy.gradients import PrivateGradient
+from common.privacy.mechanism import GaussianMechanism
+from common.privacy.noise import NoiseSource
+from common.text.batches import pack
+from common.training.gradients import StepLoss, add_unit_gradients
+
+M = 5000
+
+
+def test_one_run_audit_believes_the_real_mechanism(make_plan) -> None:
+    for sigma in (1.0, 1.5, 4.0):
+        finding = one_run_audit(make_plan(noise_multiplier=sigma), canaries=M)
+        assert finding.passed
+        assert finding.figure <= finding.limit
+    strong = one_run_audit(make_plan(noise_multiplier=1.0), canaries=M)
+    assert strong.figure > 0.3 * strong.limit  # the audit has power
+    assert "no power" in one_run_audit(make_plan(noise_multiplier=0.5), canaries=M).verdict
+
+
+@pytest.mark.parametrize("sigma", [1.0, 1.5])
+def test_one_run_audit_refutes_broken_mechanisms(make_plan, sigma) -> None:
+    plan = make_plan(noise_multiplier=sigma)
+    quarter = GaussianMechanism(
+        single_release(plan).with_noise(sigma / 4), M, NoiseSource()
+    ).release
+    no_noise = one_run_audit(plan, canaries=M, release=lambda sums: sums / plan.expected_batch)
+    weak = one_run_audit(plan, canaries=M, release=quarter)
+    no_clip = one_run_audit(plan, canaries=M, clip=lambda rows, _: rows.sum(0))
+    for finding in (no_noise, weak, no_clip):
+        assert not finding.passed
+        assert finding.figure > finding.limit
+
+
+def test_p_value_is_binomial_without_delta_and_grows_with_it() -> None:
+    guesses = Guesses(1000, 400, 300)
+    success = math.e / (1 + math.e)
+    assert p_value(guesses, 1.0, 0.0) == pytest.approx(stats.binom.sf(299, 400, success))
+    assert p_value(guesses, 1.0, 1e-5) > p_value(guesses, 1.0, 0.0)
+    assert p_value(guesses, 0.5, 1e-5) < p_value(guesses, 1.0, 1e-5)
+
+
+def test_lower_bound_covers_randomised_response() -> None:
+    """Oracle: for randomised response of a known epsilon the bound may exceed it in 5% of runs."""
+    rng, true = np.random.default_rng(0), 1.0
+    correct = rng.binomial(1000, math.e / (1 + math.e), size=200)
+    bounds = [lower_bound(Guesses(1000, 1000, int(c)), 0.0) for c in correct]
+    assert np.mean(np.array(bounds) > true) < 0.1
+    assert np.median(bounds) > 0.8
+
+
+def test_noise_test_passes_the_real_noise_and_no_other(make_plan) -> None:
+    plan = make_plan()
+    assert noise_test(plan).passed
+
+    def scaled(factor: float):
+        honest = GaussianMechanism(plan, 250_000, NoiseSource()).release
+        return lambda sums: honest(sums) * factor
+
+    frozen = GaussianMechanism(plan, 250_000, NoiseSource()).release(torch.zeros(250_000))
+    uniform = lambda sums: (torch.rand(len(sums)) - 0.5) * math.sqrt(12) * plan.noise_std  # noqa: E731
+    for mutant in (scaled(0.5), scaled(0.99), lambda _: frozen, uniform):
+        assert not noise_test(plan, release=mutant).passed
+
+
+class WithoutPrivacy(PrivateGradient):
+    """The mutant: the bare gradient."""
+
+    def __call__(self, session, step: int) -> StepLoss:
+        rows = torch.zeros(1, session.adapter.trainable_parameters)
+        add_unit_gradients(session, pack(self.dataset), (0,), rows)
+        session.adapter.flat_grad.copy_(rows[0])
+        return StepLoss(None, 0, 0)
+
+
+class OnlyClipped(WithoutPrivacy):
+    """The mutant: clipped, not noised."""
+
+    def __call__(self, session, step: int) -> StepLoss:
+        result = super().__call__(session, step)
+        session.adapter.flat_grad.mul_(1e-3)
+        return result
+
+
+def test_inversion_reads_tokens_without_privacy_and_nothing_with_it(
+    open_tiny, samples_of, make_plan
+) -> None:
+    session = open_tiny(rank=32)
+    figures = []
+    for seed in range(3):
+        (sample,) = samples_of((16,), (1,), seed)
+        plan = make_plan()
+        finding = inversion_test(session, sample, plan)
+        assert finding.passed
+        figures.append(finding.figure)
+        for mutant in (WithoutPrivacy, OnlyClipped):
+            broken = mutant([sample], plan, NoiseSource(), seed=0, micro_batch=1)
+            assert not inversion_test(session, sample, plan, source=broken).passed
+            power = inversion_test(session, sample, plan, source=broken, expect_private=False)
+            assert power.passed
+            assert power.figure > 0.99
+    assert 0.4 < np.mean(figures) < 0.6
+
+
+def test_roc_area_equals_counting_pairs() -> None:
+    rng = np.random.default_rng(1)
+    high, low = rng.integers(0, 9, 40), rng.integers(0, 7, 60)
+    pairs = [(h > n) + 0.5 * (h == n) for h in high for n in low]
+    assert roc_area(high.tolist(), low.tolist()) == pytest.approx(np.mean(pairs))
