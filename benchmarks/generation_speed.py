@@ -36,6 +36,7 @@ class Script:
         self._left, self._end = tokens, end
 
     def choose(self, logits_V: torch.Tensor, preferred: int) -> int:
+        """Return the argmax that is not the end token, until the script is over."""
         self._left -= 1
         if self._left < 0:
             return self._end
@@ -45,6 +46,7 @@ class Script:
 def ours(
     session: Session, prompts: Sequence[list[int]], lengths: Sequence[int], batch: int
 ) -> list[Generated]:
+    """Generate with slots."""
     # Slots are filled longest prompt first; hand the scripts out in the same order.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), -i), reverse=True)
     scripts = iter([lengths[i] for i in order])
@@ -86,6 +88,7 @@ def transformers_generate(
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
+    """Return the CPU time of this process that ``work`` takes."""
     started = time.process_time()
     work()
     return time.process_time() - started
@@ -157,6 +160,7 @@ class Timed:
         self._matcher = matcher
 
     def choose(self, logits_V: torch.Tensor, preferred: int) -> int:
+        """Ask the matcher."""
         started = time.process_time()
         token = self._matcher.choose(logits_V, preferred)
         Timed.spent += time.process_time() - started
