@@ -210,4 +210,4 @@ def _fit(tokens: Callable[[int], list[int]], items: int, limit: int) -> tuple[li
             f"train.max-length: {limit} tokens do not hold a prompt's or answer's frame",
             fix="raise train.max-length",
         )
-    return fitting, items - low
+    return fitting, items - high
