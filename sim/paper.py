@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from client.hospital import hospitals_of
 from client.worker import close_session, session_of
 from common.config import Config
 from common.configio import flatten, from_flat, read_config
@@ -29,9 +30,9 @@ RANKS = (16, 32)
 SMALL: dict[str, Any] = {
     "model.backbone": "embedded",
     "train.steps": 100,
-    "train.max-length": 768,
+    "train.max-length": 1024,
     "train.checkpoint-every": 20,
-    "evaluation.max-new-tokens": 192,
+    "evaluation.max-new-tokens": 256,
 }
 SCALES: dict[str, dict[str, Any]] = {"small": SMALL, "full": {}}
 
@@ -181,7 +182,7 @@ def _answer_with_checkpoints(run: RunDirectory, config: Config, console: Console
     ]
     if not names:
         return
-    hospitals = prepare(config, console).hospitals
+    hospitals = hospitals_of(config.data, config.partition, config.federation.hospitals)
     meter = Meter(
         console, "answers", len(names) * next(iter(summary["metrics"].values()))["samples"]
     )

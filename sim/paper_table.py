@@ -48,10 +48,11 @@ PAPER = (
     _row(32, 4875, 0.55, 0.216, 0.910),
 )
 HEADERS = (
-    *("rank", "steps, paper", "steps", "output rate, paper", "output rate"),
-    *("accuracy, paper", "accuracy over predicted", "accuracy over true", "F1"),
-    *("appropriateness, paper", "appropriateness", "validation loss", "norm of B"),
+    *("rank", "steps: paper / here", "output rate: paper / here"),
+    *("accuracy: paper / over predicted, over true", "F1", "appropriate: paper / here"),
+    *("validation loss", "norm of B"),
 )
+OTHER_HEADERS = ("", "output rate", "accuracy: over predicted, over true", "F1")
 NOTE = (
     "The paper's accuracy is the share of drugs that match; it does not say of which list, so both "
     "readings are shown. Its last step is printed as 4870 for rank 16. Appropriateness is a "
@@ -160,17 +161,6 @@ def model_of(summary: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> str:
 
 def table_blocks(table: Mapping[str, Any]) -> list[Block]:
     """Return the table, what stands beside it and what was scaled, for page and markdown."""
-    others = tuple(
-        (
-            MODEL_NAMES.get(model, model),
-            percent(values["output_rate"]),
-            percent(values["accuracy_over_predicted"]),
-            percent(values["accuracy_over_true"]),
-            number(values["f1"]),
-        )
-        for model, values in table["others"].items()
-    )
-    headers = ("", "output rate", "accuracy over predicted", "accuracy over true", "F1")
     scale = table["scale"]
     runs = tuple(
         (str(one["rank"]), f"{one['trainable_parameters']:,}", f"{one['seconds']:.0f} s")
@@ -184,7 +174,7 @@ def table_blocks(table: Mapping[str, Any]) -> list[Block]:
             headers=HEADERS,
             rows=tuple(_cells(row) for row in table["rows"]),
         ),
-        Block(title="Beside it", note=scale, headers=headers, rows=others),
+        Block(title="Beside it", note=scale, headers=OTHER_HEADERS, rows=_other_cells(table)),
         Block(
             title="Runs", note=scale, headers=("rank", "trainable parameters", "time"), rows=runs
         ),
@@ -208,20 +198,15 @@ def write_table(run: RunDirectory, table: Mapping[str, Any]) -> None:
 
 def show_table(console: Console, table: Mapping[str, Any]) -> None:
     """Print the table on the terminal."""
-    shown = Table(title=f"The paper's run; {table['scale']}", caption=NOTICE)
-    for header in HEADERS:
-        shown.add_column(header, justify="right")
-    for row in table["rows"]:
-        shown.add_row(*_cells(row))
-    for model, values in table["others"].items():
-        cells = ["–"] * len(HEADERS)
-        cells[0] = MODEL_NAMES.get(model, model)
-        cells[4] = percent(values["output_rate"])
-        cells[6] = percent(values["accuracy_over_predicted"])
-        cells[7] = percent(values["accuracy_over_true"])
-        cells[8] = number(values["f1"])
-        shown.add_row(*cells)
-    console.print(shown)
+    titles = (f"The paper's table and this run; {table['scale']}", f"Beside it; {table['scale']}")
+    rows = tuple(_cells(row) for row in table["rows"]), _other_cells(table)
+    for title, headers, cells in zip(titles, (HEADERS, OTHER_HEADERS), rows, strict=True):
+        shown = Table(title=title, caption=NOTICE)
+        for header in headers:
+            shown.add_column(header, justify="right")
+        for row in cells:
+            shown.add_row(*row)
+        console.print(shown)
 
 
 def percent(value: float | None) -> str:
@@ -255,19 +240,31 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     theirs, ours = row["paper"] or {}, row["here"] or {}
     return (
         str(row["rank"]),
-        str(theirs.get("steps", "–")),
-        str(ours.get("steps", "–")),
-        percent(theirs.get("output_rate")),
-        percent(ours.get("output_rate")),
-        percent(theirs.get("accuracy")),
-        percent(ours.get("accuracy_over_predicted")),
-        percent(ours.get("accuracy_over_true")),
+        f"{theirs.get('steps', '–')} / {ours.get('steps', '–')}",
+        f"{percent(theirs.get('output_rate'))} / {percent(ours.get('output_rate'))}",
+        f"{percent(theirs.get('accuracy'))} / {_both_readings(ours)}",
         number(ours.get("f1")),
-        percent(theirs.get("appropriateness")),
-        percent(ours.get("appropriateness")),
+        f"{percent(theirs.get('appropriateness'))} / {percent(ours.get('appropriateness'))}",
         number(ours.get("validation_loss")),
         f"{ours['b_norm']:.3g}" if ours else "–",
     )
+
+
+def _other_cells(table: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+    return tuple(
+        (
+            MODEL_NAMES.get(model, model),
+            percent(values["output_rate"]),
+            _both_readings(values),
+            number(values["f1"]),
+        )
+        for model, values in table["others"].items()
+    )
+
+
+def _both_readings(values: Mapping[str, Any]) -> str:
+    readings = ("accuracy_over_predicted", "accuracy_over_true")
+    return ", ".join(percent(values.get(name)) for name in readings)
 
 
 def _against(what: str, here: int, paper: int) -> str:
