@@ -22,6 +22,24 @@ PUBLIC_WEIGHT = 1.0
 """A hospital's number of samples is private, so all hospitals weigh the same."""
 
 
+def guard_of(config: Config, hospital: HospitalData, folder: Path) -> Guard:
+    """Open a hospital's ledger and gradient source under the run's plan.
+
+    Args:
+        config: With privacy on.
+        hospital: The hospital's tokens.
+        folder: The hospital's own folder.
+    """
+    return Guard(
+        plan_of(config),
+        hospital=hospital.name,
+        dataset=hospital.train,
+        folder=folder,
+        seed=config.train.seed,
+        micro_batch=config.train.batch_size,
+    )
+
+
 def private_update(
     session: Session,
     hospital: HospitalData,
@@ -51,14 +69,7 @@ def private_update(
     Raises:
         BudgetExhausted: if the ledger does not pay for the round; nothing is trained then.
     """
-    guard = Guard(
-        plan_of(config),
-        hospital=hospital.name,
-        dataset=hospital.train,
-        folder=folder,
-        seed=config.train.seed,
-        micro_batch=config.train.batch_size,
-    )
+    guard = guard_of(config, hospital, folder)
     answer = folder / f"answer-{server_round:05d}-{_digest(b)}.safetensors"
     if answer.exists() and guard.ledger.released(server_round):
         return _result(read_tensors(answer), guard.ledger.steps)

@@ -11,10 +11,11 @@ from rich.console import Console
 from client.worker import session_of, tokens_of
 from common.config import Config
 from common.configio import flatten
-from common.errors import FedrxError, UserError
+from common.errors import FedrxError
 from common.model.backbone import loads
 from common.model.layout import adapter_spec
-from common.privacy.settings import protects
+from common.privacy.receipts import PRIVACY, privacy_summary
+from common.privacy.settings import with_calibrated_noise
 from common.provenance import available_cpus, environment, peak_rss_bytes, tensors_sha256
 from common.rundir import RunDirectory
 from sim.evaluate import evaluate_run
@@ -69,20 +70,14 @@ def single(
 def one_node(config: Config) -> Config:
     """Return the configuration with one hospital, absolute paths and a fixed thread count.
 
-    Raises:
-        UserError: if the configuration asks for privacy, whose ledger belongs to a federation.
+    With privacy on the noise is calibrated here.
     """
-    if protects(config.privacy):
-        raise UserError(
-            "the privacy section is on, and `fedrx single` has no ledger",
-            fix="use `fedrx federate CONFIG --set federation.hospitals=1`, or set "
-            "privacy.target-epsilon=0 and privacy.noise-multiplier=0",
-        )
+    config = replace(config, federation=replace(config.federation, hospitals=1))
+    config = with_calibrated_noise(config)
     return replace(
         config,
         data=replace(config.data, path=absolute_path(config.data.path)),
         model=replace(config.model, backbone=absolute_path(config.model.backbone)),
-        federation=replace(config.federation, hospitals=1),
         train=replace(config.train, threads=config.train.threads or available_cpus()),
     )
 
@@ -154,6 +149,10 @@ def summarise(training: SingleTraining, preparation: Preparation) -> dict[str, A
     run, config, session = training.run, training.config, training.session
     adapter, hospital = config.adapter, preparation.hospitals[0]
     losses = {event["step"]: event["value"] for event in run.metrics("validation-loss")}
+    guard = training.guard
+    privacy = {}
+    if guard:
+        privacy["privacy"] = privacy_summary(guard.ledger.plan, run.lines(PRIVACY))
     checkpoints = [{"name": name, **run.checkpoint_facts(name)} for name in run.checkpoint_names()]
     return {
         "mode": MODE,
@@ -172,6 +171,7 @@ def summarise(training: SingleTraining, preparation: Preparation) -> dict[str, A
             {"name": hospital.name, "patients": hospital.patients, "samples": hospital.samples}
         ],
         "rounds": 0,
+        **privacy,
         "scaling": scaling(training),
         "checkpoints": [
             {**facts, "validation_loss": losses.get(facts["step"])} for facts in checkpoints

@@ -2,6 +2,9 @@
 
 A checkpoint holds B and the optimizer's state. The data order and the learning rate are pure
 functions of the global step, so nothing else is needed to go on to the same B.
+
+With privacy on, a checkpoint is a release: the steps up to it are charged before they are taken,
+and no loss is computed.
 """
 
 import time
@@ -14,10 +17,14 @@ from rich.console import Console
 
 from client.hospital import HospitalData
 from client.local import evaluate
+from client.private import guard_of
 from common.config import Config
 from common.errors import RunFailed
 from common.model.session import Session
-from common.provenance import tensors_sha256
+from common.privacy.guard import Guard
+from common.privacy.receipts import PRIVACY, ledger_line
+from common.privacy.settings import is_private
+from common.provenance import source_digest, tensors_sha256
 from common.rundir import RunDirectory, Tensors
 from common.training.budget import checkpoint_steps, steps_in_all, steps_per_epoch
 from common.training.loop import StepReport, train
@@ -37,7 +44,11 @@ class SingleTraining:
     console: Console
 
     def __post_init__(self) -> None:
-        self.total = steps_in_all(self.config, len(self.hospital.train))
+        self.guard: Guard | None = None
+        if is_private(self.config):
+            folder = self.run.hospital(self.hospital.name)
+            self.guard = guard_of(self.config, self.hospital, folder)
+        self.total = steps_in_all(self.config, 0 if self.guard else len(self.hospital.train))
         self.kept = checkpoint_steps(self.config, self.total.value)
         self.state = TrainState()
         self.seconds_before = 0.0
@@ -68,6 +79,7 @@ class SingleTraining:
         )
         self.seconds_before = float(checkpoint.facts["seconds"])
         self.run.forget_metrics(after_step=self.state.step)
+        self._settle()
         self._tidy()
 
     def finish(self) -> None:
@@ -102,6 +114,8 @@ class SingleTraining:
             meter.update(report.step, "" if report.loss is None else f"loss {report.loss:.4f}")
             stop.check()
 
+        if self.guard:
+            self.guard.charge(place, place - self.state.step)
         try:
             train(
                 self.session,
@@ -112,6 +126,7 @@ class SingleTraining:
                 schedule_steps=self.total.value,
                 stream=self.hospital.name,
                 on_step=on_step,
+                source=self.guard.source if self.guard else None,
             )
         except (Stopped, RunFailed):
             # Both come between two updates, so B and the optimizer's state belong together.
@@ -132,7 +147,7 @@ class SingleTraining:
 
     def _validate(self) -> None:
         """Log the validation loss of B as it is, before its checkpoint makes it final."""
-        if not self.hospital.validation:
+        if self.guard or not self.hospital.validation:
             return
         loss = evaluate(self.session, self.hospital, self.session.adapter.state())["loss"]
         step = self.state.step
@@ -155,8 +170,21 @@ class SingleTraining:
             },
             extra={name: value.numpy() for name, value in self.state.to_tensors().items()},
         )
+        self._settle()
         self._tidy()
         self.run.write_status("running", step=step)
+
+    def _settle(self) -> None:
+        """With privacy on: tell the ledger which steps are out, and add to privacy.jsonl.
+
+        The steps were charged before they were taken, so a kill between a checkpoint and this
+        costs nothing: the next process begins by settling.
+        """
+        if self.guard:
+            self.guard.settle(self.state.step, self.session, source_digest())
+            ledger = self.guard.ledger
+            line = ledger_line(ledger.plan, self.hospital.name, self.state.step, ledger.steps)
+            self.run.append(PRIVACY, line)
 
     def _tidy(self) -> None:
         """Remove checkpoints that were only there to resume from, but for the last."""

@@ -54,23 +54,22 @@ class Guard:
             BudgetExhausted: if the plan does not pay for it.
         """
         if self.ledger.plan.deterministic_noise:
-            text = f"{self.seed}|{self.hospital}|{round_number}"
+            text = f"{self.seed}|{self.hospital}|{self.ledger.taken}"
             fixed = NoiseSource(hashlib.sha256(text.encode()).digest())
             self.source.noise, self.source.mechanism = fixed, None
         return self.ledger.charge(round_number, steps)
 
-    def release(
-        self, round_number: int, session: Session, source_digest: str, *, unused: int = 0
-    ) -> None:
-        """Record that the stretch's result leaves now, and renew the receipt.
+    def release(self, round_number: int, session: Session, source_digest: str) -> None:
+        """Record that the stretch's result leaves now, and renew the receipt."""
+        self.ledger.release(round_number)
+        self._write_receipt(session, source_digest)
 
-        Args:
-            round_number: As charged.
-            session: The open session.
-            source_digest: Digest of the code that ran.
-            unused: Charged steps that were not taken, because training was interrupted.
-        """
-        self.ledger.release(round_number, unused)
+    def settle(self, steps: int, session: Session, source_digest: str) -> None:
+        """Record that a result with the run's first ``steps`` steps is out; renew the receipt."""
+        self.ledger.settle(steps, steps)
+        self._write_receipt(session, source_digest)
+
+    def _write_receipt(self, session: Session, source_digest: str) -> None:
         mechanism = self.source.mechanism_for(session)
         paper = receipt(self.hospital, self.ledger, mechanism, source_digest)
         write_json(self.folder / RECEIPT, paper)

@@ -81,6 +81,11 @@ class Ledger:
         """Steps charged so far."""
         return self.entries()[-1].total_steps
 
+    @property
+    def taken(self) -> int:
+        """Steps that released results and this object's charges contain."""
+        return self._used
+
     def charge(self, round_number: int, steps: int) -> int:
         """Pay for ``steps`` releases before they are made.
 
@@ -110,25 +115,34 @@ class Ledger:
             self._used = needed
             return last.total_steps
 
-    def release(self, round_number: int, unused: int = 0) -> None:
-        """Record that a result is about to leave, before it does.
-
-        Args:
-            round_number: Round, or whatever the charge was called.
-            unused: Charged steps that the result does not contain (training was interrupted).
+    def release(self, round_number: int) -> None:
+        """Record that a result with all steps charged so far is about to leave, before it does.
 
         Raises:
             RunFailed: if no step was charged since the last release.
         """
+        if self._used <= self._released:
+            raise RunFailed(f"privacy ledger: round {round_number} was not charged")
+        self.settle(round_number, self._used)
+
+    def settle(self, round_number: int, steps: int) -> None:
+        """Record that a result with the run's first ``steps`` steps exists outside the hospital.
+
+        An interrupted stretch contains fewer steps than were charged; the rest stays for the next
+        attempt. Nothing is recorded if such a result was released already.
+
+        Raises:
+            RunFailed: if the ledger was not charged for that many.
+        """
         with self._locked() as handle:
             entries = self._untouched(handle)
-            released = self._used - unused
-            if released <= self._released or unused < 0:
-                raise RunFailed(f"privacy ledger: round {round_number} was not charged")
-            self._append(
-                handle, entries, event="release", round_number=round_number, released=released
-            )
-            self._released = self._used = released
+            if steps > entries[-1].total_steps:
+                raise RunFailed(f"privacy ledger: {steps} steps were not charged")
+            if steps > self._released:
+                self._append(
+                    handle, entries, event="release", round_number=round_number, released=steps
+                )
+                self._released = self._used = steps
 
     def released(self, round_number: int) -> bool:
         """Return whether a round's result may have left already."""

@@ -161,7 +161,10 @@ def test_an_interrupted_stretch_leaves_its_unused_steps(tmp_path, make_plan) -> 
     path, plan = tmp_path / "ledger.jsonl", make_plan(steps=20)
     ledger = Ledger(path, plan)
     ledger.charge(20, 20)
-    ledger.release(20, unused=7)
+    ledger.settle(13, 13)
+    ledger.settle(13, 13)
+    with pytest.raises(RunFailed, match="21 steps were not charged"):
+        ledger.settle(21, 21)
     resumed = Ledger(path, plan)
     with pytest.raises(BudgetExhausted):
         resumed.charge(20, 8)
