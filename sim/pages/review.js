@@ -1,0 +1,263 @@
+"use strict";
+(() => {
+  const { sha256, shown } = JSON.parse(document.getElementById("packet").textContent);
+  const MARKS = ["keep", "remove", "unsure"];
+  const OVERALL = ["unusable", "poor", "fair", "good", "as I would order"];
+  const STORE = `fedrx-review:${sha256}`;
+  const $ = (id) => document.getElementById(id);
+
+  const make = (tag, properties = {}, ...children) => {
+    const node = document.createElement(tag);
+    for (const [name, value] of Object.entries(properties)) {
+      if (name in node) node[name] = value;
+      else node.setAttribute(name, value);
+    }
+    node.append(...children);
+    return node;
+  };
+
+  const blank = () => ({
+    packet: sha256, reviewer: "", saved: "",
+    cases: Object.fromEntries(shown.cases.map((c) => [c.id, {
+      comment: "",
+      lists: Object.fromEntries(c.lists.map((l) => [l.id, {
+        marks: l.drugs.map(() => null), missing: [], overall: null,
+      }])),
+    }])),
+  });
+
+  const restored = () => {
+    try {
+      const kept = JSON.parse(localStorage.getItem(STORE));
+      return kept && kept.packet === sha256 ? kept : blank();
+    } catch { return blank(); }
+  };
+
+  let state = restored();
+  let place = 0;
+
+  const caseShown = () => shown.cases[place];
+  const caseState = (c = caseShown()) => state.cases[c.id];
+
+  const save = () => {
+    state.saved = new Date().toISOString();
+    try {
+      localStorage.setItem(STORE, JSON.stringify(state));
+      $("saved").textContent = `Saved in this browser at ${new Date().toTimeString().slice(0, 5)}`;
+    } catch {
+      $("saved").textContent = "This browser keeps nothing: download before you close the page";
+    }
+    counts();
+  };
+
+  const countOf = (c) => {
+    const lists = Object.values(caseState(c).lists);
+    const all = lists.reduce((n, l) => n + l.marks.length, 0);
+    return [lists.reduce((n, l) => n + l.marks.filter(Boolean).length, 0), all];
+  };
+
+  const counts = () => {
+    let done = 0, all = 0;
+    document.querySelectorAll("#cases li").forEach((item, i) => {
+      const [marked, drugs] = countOf(shown.cases[i]);
+      done += marked; all += drugs;
+      item.className = marked === drugs ? "done" : "";
+      item.querySelector(".count").textContent = marked === drugs ? "✓ done" : `${marked}/${drugs}`;
+      item.firstChild.setAttribute("aria-current", i === place);
+    });
+    $("marked").textContent = `${done} of ${all} drugs marked`;
+    $("progress").max = all || 1;
+    $("progress").value = done;
+    document.querySelectorAll(".list").forEach((card) => {
+      const { marks } = caseState().lists[card.dataset.list];
+      card.querySelector(".count").textContent = `${marks.filter(Boolean).length}/${marks.length} marked`;
+    });
+  };
+
+  const say = (text) => { $("message").textContent = text; $("message").hidden = !text; };
+
+  const setMark = (row, mark) => {
+    caseState().lists[row.dataset.list].marks[Number(row.dataset.drug)] = mark;
+    showMark(row, mark);
+    save();
+  };
+
+  const showMark = (row, mark) => {
+    row.dataset.mark = mark || "";
+    row.querySelectorAll("button").forEach((b) => b.setAttribute("aria-pressed", b.dataset.value === mark));
+  };
+
+  const drugRow = (listId, drug, number) => {
+    const buttons = MARKS.map((mark) => make("button", {
+      type: "button", tabIndex: -1, textContent: mark[0].toUpperCase() + mark.slice(1), "data-value": mark,
+    }));
+    const row = make("li", {
+      className: "drug", tabIndex: 0, "aria-label": `${drug}: keep, remove or unsure`,
+      "data-list": listId, "data-drug": number,
+    }, make("span", { className: "name", textContent: drug }), make("span", { className: "marks" }, ...buttons));
+    buttons.forEach((b) => b.addEventListener("click", () => {
+      setMark(row, row.dataset.mark === b.dataset.value ? null : b.dataset.value);
+      row.focus();
+    }));
+    return row;
+  };
+
+  const listCard = (listed) => {
+    const list = caseState().lists[listed.id];
+    const rows = listed.drugs.map((drug, i) => drugRow(listed.id, drug, i));
+    rows.forEach((row, i) => showMark(row, list.marks[i]));
+    const chips = make("ul", { className: "chips" });
+    const input = make("input", {
+      className: "field missing", maxLength: 200, placeholder: "Name, then Enter", autocomplete: "off",
+      "aria-label": `Missing drug for list ${listed.id}`,
+    });
+    const showChips = () => chips.replaceChildren(...list.missing.map((drug, i) => {
+      const drop = make("button", { type: "button", textContent: "×", "aria-label": `Take ${drug} out` });
+      drop.addEventListener("click", () => { list.missing.splice(i, 1); showChips(); save(); input.focus(); });
+      return make("li", { className: "chip" }, drug, drop);
+    }));
+    const add = () => {
+      const drug = input.value.trim().replace(/\s+/g, " ");
+      const known = [...listed.drugs, ...list.missing].some((d) => d.toLowerCase() === drug.toLowerCase());
+      say(drug && known ? `${drug} is in list ${listed.id} already.` : "");
+      if (!drug || known) return;
+      list.missing.push(drug);
+      input.value = "";
+      showChips();
+      save();
+    };
+    input.addEventListener("keydown", (event) => { if (event.key === "Enter") add(); });
+    const addButton = make("button", { type: "button", className: "button", textContent: "Add" });
+    addButton.addEventListener("click", add);
+    const word = make("span", { className: "small soft" });
+    const marks = OVERALL.map((_, i) => make("button", {
+      type: "button", textContent: i + 1, "data-overall": i + 1, title: OVERALL[i],
+      "aria-label": `Overall ${i + 1}: ${OVERALL[i]}`,
+    }));
+    const showOverall = () => {
+      marks.forEach((b, i) => b.setAttribute("aria-pressed", list.overall === i + 1));
+      word.textContent = list.overall ? OVERALL[list.overall - 1] : "1 unusable, 5 as I would order";
+    };
+    marks.forEach((b, i) => b.addEventListener("click", () => {
+      list.overall = list.overall === i + 1 ? null : i + 1; showOverall(); save();
+    }));
+    showChips();
+    showOverall();
+    return make("section", { className: "card list", "data-list": listed.id, "aria-label": `List ${listed.id}` },
+      make("header", {}, make("h3", { textContent: `List ${listed.id}` }), make("span", { className: "count small soft" })),
+      rows.length ? make("ul", { className: "drugs" }, ...rows)
+        : make("p", { className: "soft", textContent: "This list is empty." }),
+      make("div", { className: "more" },
+        make("div", {}, make("span", { className: "label", textContent: "Missing drugs" }),
+          make("div", { className: "adding" }, input, addButton), chips),
+        make("div", { className: "overall" }, make("b", { textContent: "Overall" }),
+          make("span", { className: "marks" }, ...marks), word)));
+  };
+
+  const fact = (label, value, unit = "") =>
+    make("li", {}, `${label} `, make("b", { textContent: value == null ? "unknown" : `${value}${unit}` }));
+
+  const show = (number, focus = true) => {
+    place = Math.max(0, Math.min(number, shown.cases.length - 1));
+    const c = caseShown(), p = c.patient;
+    say("");
+    $("title").textContent = `Case ${place + 1} of ${shown.cases.length}`;
+    const rounded = (value) => (value == null ? null : Math.round(value * 10) / 10);
+    const sex = { F: "female", M: "male" }[p.sex] || p.sex;
+    $("facts").replaceChildren(fact("Sex", sex), fact("Age", p.age), fact("Height", rounded(p.height_cm), " cm"),
+      fact("Weight", rounded(p.weight_kg), " kg"), fact("BMI", rounded(p.bmi)));
+    $("diagnoses").replaceChildren(...c.diagnoses.map((d) => make("li", { textContent: d })));
+    $("lists").replaceChildren(...c.lists.map(listCard));
+    if (!c.lists.length) $("lists").append(make("p", { className: "card", textContent: "No list in the format for this case." }));
+    $("comment").value = caseState().comment;
+    $("previous").disabled = place === 0;
+    $("next").disabled = place === shown.cases.length - 1;
+    counts();
+    window.scrollTo(0, 0);
+    if (focus) (document.querySelector(".drug") || $("title")).focus({ preventScroll: true });
+  };
+
+  const move = (row, step) => {
+    const rows = [...document.querySelectorAll(".drug")];
+    const next = rows[rows.indexOf(row) + step];
+    if (next) { next.focus(); next.scrollIntoView({ block: "nearest" }); }
+  };
+
+  const moveList = (row, step) => {
+    const cards = [...document.querySelectorAll(".list")];
+    const card = cards[cards.findIndex((c) => c.contains(row)) + step];
+    const next = card && card.querySelector(".drug, .missing");
+    if (next) { next.focus(); card.scrollIntoView({ block: "nearest" }); }
+  };
+
+  document.addEventListener("keydown", (event) => {
+    const target = event.target;
+    if (target.matches("input, textarea")) { if (event.key === "Escape") target.blur(); return; }
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    const row = target.closest(".drug");
+    const card = target.closest(".list") || document.querySelector(".list");
+    const mark = { k: "keep", r: "remove", u: "unsure" }[event.key.toLowerCase()];
+    const act = {
+      ArrowDown: () => (row ? move(row, 1) : document.querySelector(".drug")?.focus()),
+      ArrowUp: () => row && move(row, -1),
+      ArrowRight: () => moveList(row || card, 1),
+      ArrowLeft: () => moveList(row || card, -1),
+      n: () => show(place + 1), p: () => show(place - 1),
+      m: () => card?.querySelector(".missing").focus(),
+      Backspace: () => row && setMark(row, null),
+    }[event.key];
+    // The last mark of a list stays in it, so that the overall mark that follows is that list's.
+    if (mark && row) { setMark(row, mark); if (row.nextElementSibling) move(row, 1); }
+    else if (/^[1-5]$/.test(event.key) && card) card.querySelector(`[data-overall="${event.key}"]`).click();
+    else if (act) act();
+    else return;
+    event.preventDefault();
+  });
+
+  const hex = (buffer) => [...new Uint8Array(buffer)].map((b) => b.toString(16).padStart(2, "0")).join("");
+
+  $("download").addEventListener("click", async () => {
+    if (!state.reviewer.trim()) {
+      $("reviewer").setAttribute("aria-invalid", "true");
+      $("reviewer").focus();
+      say("Fill in your name or initials first: reviews are told apart by it.");
+      return;
+    }
+    save();
+    const body = JSON.stringify(state);
+    const digest = hex(await crypto.subtle.digest("SHA-256", new TextEncoder().encode(body)));
+    const file = new Blob([JSON.stringify({ format: shown.format, sha256: digest, body }, null, 1)], { type: "application/json" });
+    const link = make("a", { href: URL.createObjectURL(file) });
+    const name = state.reviewer.trim().toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "") || "reviewer";
+    link.download = `fedrx-review-${sha256.slice(0, 8)}-${name}.json`;
+    link.click();
+    URL.revokeObjectURL(link.href);
+    const open = shown.cases.filter((c) => countOf(c)[0] < countOf(c)[1]).length;
+    $("saved").textContent = open ? `Downloaded; ${open} case${open > 1 ? "s" : ""} not finished yet` : "Downloaded";
+  });
+
+  $("reviewer").addEventListener("input", () => {
+    state.reviewer = $("reviewer").value;
+    $("reviewer").removeAttribute("aria-invalid");
+    say("");
+    save();
+  });
+  $("comment").addEventListener("input", () => { caseState().comment = $("comment").value; save(); });
+  $("previous").addEventListener("click", () => show(place - 1));
+  $("next").addEventListener("click", () => show(place + 1));
+  window.addEventListener("storage", (event) => { if (event.key === STORE) { state = restored(); show(place, false); } });
+
+  const SOURCES = {
+    synthetic: "Synthetic patients.",
+    demo: "Patients of the open MIMIC-IV demo.",
+    credentialed: "Credentialed data: keep this file on approved machines, and share it with nobody outside the agreement.",
+  };
+  $("source").textContent = SOURCES[shown.source] || SOURCES.credentialed;
+  $("reviewer").value = state.reviewer;
+  document.querySelector("#cases ol").append(...shown.cases.map((_, i) => {
+    const button = make("button", { type: "button" }, make("span", { textContent: `Case ${i + 1}` }), make("span", { className: "count" }));
+    button.addEventListener("click", () => show(i));
+    return make("li", {}, button);
+  }));
+  show(0);
+})();

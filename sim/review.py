@@ -1,0 +1,163 @@
+"""``fedrx review make`` and ``fedrx review import``."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common.data.names import read_drug_map
+from common.errors import UserError
+from common.evaluation.judge_gate import source_of_run
+from common.evaluation.review import Packet, make_packet, packet_folder, packet_sha256
+from common.evaluation.review_import import check_against_packet, read_review
+from common.evaluation.review_scores import Level, summarise_reviews
+from common.files import atomic_path, write_json
+from common.rundir import RunDirectory
+from sim.page import render
+
+
+def make_review(
+    run: RunDirectory,
+    *,
+    models: Sequence[str] = (),
+    cases: int = 0,
+    seed: int = 0,
+    include_ordered: bool = False,
+    out: Path | None = None,
+) -> Path:
+    """Write the packet's page and, into the run directory, its key.
+
+    Args:
+        run: A run with predictions.jsonl.
+        models: Whose lists are shown; empty for all.
+        cases: How many cases; 0 for all.
+        seed: Of the choice of cases and of the lists' order.
+        include_ordered: Show the true list among the others, as a control.
+        out: The page; default inside the run directory.
+
+    Returns:
+        The page.
+
+    Raises:
+        UserError: See ``make_packet``.
+    """
+    source = source_of_run(run.read_json("summary.json"), run.read_json("data.json"))
+    packet = make_packet(
+        run.lines("predictions.jsonl"),
+        source=source,
+        models=models,
+        cases=cases,
+        seed=seed,
+        include_ordered=include_ordered,
+    )
+    folder = run.path / packet_folder(packet.sha256)
+    _private_json(folder / "key.json", packet.key)
+    _private_json(folder / "packet.json", packet.shown)
+    page = out or folder / "review.html"
+    try:
+        _private(page, render_review(packet))
+    except OSError as error:
+        raise UserError(f"{page}: {error.strerror}", fix="name another --out") from None
+    return page
+
+
+def render_review(packet: Packet) -> str:
+    """Return the page: it shows the packet, and knows nothing of the key."""
+    return render(
+        "review.html",
+        styles=("base.css", "review.css"),
+        script="review.js",
+        data={"sha256": packet.sha256, "shown": packet.shown},
+    )
+
+
+def import_reviews(run: RunDirectory, files: Sequence[Path]) -> dict[str, Any]:
+    """Check downloaded reviews, keep them with the run, and score all of the packet's reviews.
+
+    A reviewer's newer file replaces the older one.
+
+    Args:
+        run: The run that the packet was made from.
+        files: All of one packet.
+
+    Returns:
+        The ``review`` part of summary.json.
+
+    Raises:
+        UserError: For a file that is damaged, of another packet, or not a review; nothing is
+            imported then.
+    """
+    read = [(file, read_review(file)) for file in files]
+    packets = {review["packet"] for _, review in read}
+    if len(packets) != 1:
+        raise UserError(
+            f"these files are of {len(packets)} packets",
+            allowed="files of one packet",
+            fix="import one packet's reviews at a time",
+        )
+    sha256 = packets.pop()
+    folder = run.path / packet_folder(sha256)
+    shown, key = _packet(run, folder, sha256)
+    checked = [check_against_packet(review, shown, name=file.name) for file, review in read]
+    names = [review["reviewer"].casefold() for review in checked]
+    if len(set(names)) < len(names):
+        raise UserError(
+            "two of these files are by the same reviewer",
+            fix="import the newer one, or give the reviewers different names",
+        )
+    for review in checked:
+        _private_json(folder / "reviews" / f"{_slug(review['reviewer'])}.json", review)
+    stored = sorted((folder / "reviews").glob("*.json"))
+    reviews = [json.loads(file.read_text(encoding="utf-8")) for file in stored]
+    data = run.config().data
+    result = summarise_reviews(
+        shown,
+        key,
+        reviews,
+        run.lines("predictions.jsonl"),
+        run.lines("judge.jsonl"),
+        level=Level(
+            name=data.normalisation,
+            drug_map=read_drug_map(Path(data.drug_map)) if data.normalisation == "map" else None,
+        ),
+    )
+    write_json(run.path / "summary.json", {**run.read_json("summary.json"), "review": result})
+    return result
+
+
+def _packet(run: RunDirectory, folder: Path, sha256: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    foreign = UserError(
+        f"this review is of another packet than those made from {run.path}",
+        allowed=", ".join(sorted(p.name for p in (run.path / "review").glob("*/"))) or "none made",
+        fix="name the run whose `fedrx review make` wrote the page",
+    )
+    if not re.fullmatch(r"[0-9a-f]{64}", sha256) or not (folder / "key.json").is_file():
+        raise foreign
+    shown = json.loads((folder / "packet.json").read_text(encoding="utf-8"))
+    key = json.loads((folder / "key.json").read_text(encoding="utf-8"))
+    if key["sha256"] != sha256:
+        raise foreign
+    if packet_sha256(shown) != sha256:
+        raise UserError(
+            f"{folder / 'packet.json'} was changed after the packet was made",
+            fix="restore it, or make a new packet",
+        )
+    return shown, key
+
+
+def _slug(reviewer: str) -> str:
+    """A file name that differs whenever the reviewers do, beyond case."""
+    name = reviewer.casefold()
+    words = re.sub(r"[^a-z0-9]+", "-", name).strip("-")[:40]
+    return f"{words}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _private(target: Path, text: str) -> None:
+    with atomic_path(target, mode=0o600) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _private_json(target: Path, value: Any) -> None:
+    _private(target, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

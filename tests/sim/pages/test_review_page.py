@@ -1,0 +1,178 @@
+"""A clinician's way through the packet in a real browser: keys, mouse, reload, download, import."""
+
+import http.server
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from sim.review import import_reviews, make_review
+
+
+@pytest.fixture
+def listener():
+    """A server that must never be asked."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        do_POST = do_GET
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/", asked
+    server.shutdown()
+    server.server_close()
+
+
+def rows(browser):
+    return browser.find_elements("css selector", ".drug")
+
+
+def marks(browser):
+    return [
+        (row.find_element("css selector", ".name").text, row.get_attribute("data-mark"))
+        for row in rows(browser)
+    ]
+
+
+def press(browser, *keys):
+    from selenium.webdriver import ActionChains
+
+    for key in keys:
+        ActionChains(browser).send_keys(key).perform()
+
+
+def downloaded(folder):
+    for _ in range(100):
+        files = [f for f in folder.iterdir() if f.suffix == ".json"]
+        if files:
+            return files[0]
+        time.sleep(0.1)
+    raise AssertionError("nothing was downloaded")
+
+
+def test_mark_reload_download_import(browser, run, tmp_path, requested_urls):
+    from selenium.webdriver.common.keys import Keys
+
+    page = make_review(run)
+    browser.get(page.as_uri())
+    assert "not for clinical use" in browser.find_element("tag name", "body").text
+    assert browser.find_element("id", "title").text == "Case 1 of 3"
+
+    # Keyboard: list A has two drugs, list B one; the page starts on the first.
+    names = [name for name, _ in marks(browser)]
+    assert names == ["Aspirin", "Furosemide", "Docusate"]
+    press(browser, "k", "r", "4", "m")
+    press(browser, *"Lisinopril", Keys.ENTER, Keys.ESCAPE)
+    assert browser.find_element("css selector", ".chip").text.startswith("Lisinopril")
+    rows(browser)[1].send_keys(Keys.ARROW_RIGHT)
+    press(browser, "k", Keys.BACKSPACE, "u", "5")
+    marked = ["keep", "remove", "unsure"]
+    assert [mark for _, mark in marks(browser)] == marked
+
+    # Mouse on case 2.
+    press(browser, "n")
+    assert browser.find_element("id", "title").text == "Case 2 of 3"
+    for row in rows(browser):
+        row.find_element("css selector", '[data-value="remove"]').click()
+    rows(browser)[0].find_element("css selector", '[data-value="keep"]').click()
+    browser.find_elements("css selector", '[data-overall="2"]')[1].click()
+    browser.find_element("id", "comment").send_keys("Dose?")
+
+    # Without a name there is no download, and the page says why.
+    browser.find_element("id", "download").click()
+    assert "name or initials" in browser.find_element("id", "message").text
+
+    browser.find_element("id", "reviewer").send_keys("Dr. Å B")
+    browser.refresh()
+    assert browser.find_element("id", "reviewer").get_attribute("value") == "Dr. Å B"
+    assert [name for name, _ in marks(browser)] == names
+    assert [mark for _, mark in marks(browser)] == marked
+    assert browser.find_element("css selector", ".chip").text.startswith("Lisinopril")
+    overall = [
+        browser.find_element("css selector", f'[data-list="{name}"] [data-overall="{mark}"]')
+        for name, mark in (("A", 4), ("B", 5))
+    ]
+    assert [button.get_attribute("aria-pressed") for button in overall] == ["true", "true"]
+    browser.find_element("css selector", "#cases li:nth-child(2) button").click()
+    assert [mark for _, mark in marks(browser)] == ["keep", "remove", "remove", "remove"]
+    assert browser.find_element("id", "comment").get_attribute("value") == "Dose?"
+
+    browser.find_element("id", "download").click()
+    file = downloaded(tmp_path / "downloads")
+    result = import_reviews(run, [file])
+    assert result["reviewers"] == ["Dr. Å B"]
+    fedrx, popularity = result["models"]["fedrx"], result["models"]["popularity"]
+    assert fedrx["drugs"] == {"keep": 1, "remove": 3, "unsure": 0, "unmarked": 0}
+    assert popularity["drugs"] == {"keep": 1, "remove": 1, "unsure": 1, "unmarked": 1}
+    assert (fedrx["overall"], popularity["overall"]) == ((4 + 2) / 2, 5)
+    assert (fedrx["added"], popularity["added"]) == (1, 0)
+    assert fedrx["format_followed"] == pytest.approx(2 / 3)
+    assert fedrx["kept_share"] == pytest.approx((1 / 2 + 0 / 2) / 2)
+    # Against {Furosemide, Lisinopril}, {Insulin} and {Warfarin}: before, and after the review.
+    assert fedrx["similarity"]["jaccard"] == pytest.approx((1 / 3 + 1 / 2 + 0) / 3)
+    assert fedrx["similarity_after_review"]["jaccard"] == pytest.approx((1 / 3 + 0) / 2)
+    assert run.read_json("summary.json")["review"] == result
+
+    # chrome: and data: are of the empty page that the browser starts with.
+    urls = requested_urls()
+    assert {url.split(":")[0] for url in urls} <= {"file", "blob", "chrome", "data"}
+    assert page.as_uri() in urls
+    assert not [e for e in browser.get_log("browser") if e["level"] == "SEVERE"]
+
+
+def test_nothing_in_the_page_runs_or_reaches_the_network(browser, run, listener, requested_urls):
+    """Markup in names stays text, and even a script inside the page gets nothing out."""
+    url, asked = listener
+    browser.get(make_review(run).as_uri())
+    assert "<img src=x onerror=alert(1)>" in browser.find_element("id", "diagnoses").text
+    browser.find_element("css selector", "#cases li:nth-child(2) button").click()
+    assert "</script><script>alert(2)</script>" in [name for name, _ in marks(browser)]
+    outcome = browser.execute_async_script(
+        """
+        const [url, done] = arguments;
+        const image = new Image();
+        image.src = url + "image";
+        const link = document.createElement("link");
+        link.rel = "stylesheet";
+        link.href = url + "style";
+        document.head.append(link);
+        const script = document.createElement("script");
+        script.textContent = "window.ran = true";
+        document.head.append(script);
+        try { navigator.sendBeacon(url + "beacon", "x"); } catch {}
+        fetch(url + "fetch").then(() => "sent", () => "refused")
+            .then((r) => setTimeout(() => done([r, Boolean(window.ran)]), 500));
+        """,
+        url,
+    )
+    assert outcome == ["refused", False]
+    assert asked == []
+    refused = [e["message"] for e in browser.get_log("browser")]
+    assert sum("Content Security Policy" in message for message in refused) >= 4
+
+
+def test_the_page_is_one_file_without_addresses(run):
+    text = make_review(run).read_text(encoding="utf-8")
+    for trace in ("http:", "https:", "//cdn", "@import", "url(", 'src="', "<link"):
+        assert trace not in text.split('id="packet"')[0] + text.split("</script>", 1)[1]
+
+
+def test_the_page_is_blind(run):
+    page = make_review(run, include_ordered=True)
+    text = page.read_text(encoding="utf-8")
+    for secret in ('fedrx"', "popularity", 'ordered"', "case-1", "patient-secret", "text-secret"):
+        assert secret not in text
+    shown = json.loads((page.parent / "packet.json").read_text())
+    assert "truth" not in json.dumps(shown)
+    assert Path(page).stat().st_mode & 0o777 == 0o600
