@@ -66,7 +66,6 @@ def configure() -> Callable[..., Config]:
 
 
 @pytest.fixture
-@pytest.fixture
 def begin(hospital: HospitalData, tmp_path: Path) -> Callable[..., SingleTraining]:
     """Begin, or go on with, a training in a run directory."""
 
