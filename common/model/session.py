@@ -14,13 +14,13 @@ from common.model.attention import Packing, choose_attention, register
 from common.model.backbone import BackboneSpec, load_model, load_tokenizer
 from common.model.choice import Choice
 from common.model.falora import Adapter, AdapterSpec, attach
+from common.model.memory import choose_recompute
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
     from common.text.batches import PackedBatch
 
-RECOMPUTE = ("auto", "none", "mlp", "half", "all")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -119,19 +119,6 @@ def choose_dtype(requested: str, device: torch.device) -> Choice[str]:
     return Choice("fp32", "the processor has neither AMX nor AVX512-BF16")
 
 
-def choose_recompute(requested: str) -> Choice[str]:
-    """Choose which activations the backward pass computes again.
-
-    Raises:
-        UserError: If it is none of the names.
-    """
-    if requested not in RECOMPUTE:
-        raise UserError(f"train.recompute={requested!r}", allowed=", ".join(RECOMPUTE))
-    if requested == "auto":
-        return Choice("none", "nothing asks for less memory")
-    return Choice(requested, "asked for")
-
-
 def open_session(
     spec: BackboneSpec,
     adapter: AdapterSpec,
@@ -141,6 +128,7 @@ def open_session(
     attention: str = "auto",
     threads: int | None = None,
     recompute: str = "auto",
+    batch_tokens: int = 0,
 ) -> Session:
     """Load a backbone and attach an adapter to it.
 
@@ -152,6 +140,7 @@ def open_session(
         attention: ``auto``, ``flash-attn``, ``torch-flash``, ``sdpa`` or ``eager``.
         threads: CPU threads of this process; None leaves them alone.
         recompute: ``auto``, ``none``, ``mlp``, ``half`` or ``all``.
+        batch_tokens: Longest packed batch, for the choice of what is recomputed; 0 when unknown.
 
     Raises:
         UserError: If something asked for cannot be had here.
@@ -169,8 +158,16 @@ def open_session(
     attached = attach(model, adapter)
     from common.model import lean
 
-    recompute_choice = choose_recompute(recompute)
+    recompute_choice = Choice("none", "this Llama's layers are transformers' own")
     if lean.supported(model):
+        recompute_choice = choose_recompute(
+            recompute,
+            shape=spec.shape,
+            adapter=adapter,
+            value_bytes=arithmetic.itemsize,
+            batch_tokens=batch_tokens,
+            device=on,
+        )
         lean.install(model, recompute_choice.value)
     return Session(
         spec=spec,

@@ -1,13 +1,18 @@
 """Bytes that a decoder layer saves per token for the backward pass, counted beside PEFT's."""
 
 import peft
+import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from common.model import lean
+from common.errors import UserError
+from common.model import lean, memory
 from common.model.attention import Packing, register
+from common.model.backbone import BackboneShape
+from common.model.choice import Choice
 from common.model.falora import AdapterSpec, attach
+from common.model.memory import choose_recompute, saved_bytes_per_token_layer
 from common.text.batches import Encoded, pack
 
 TOKENS = 64
@@ -106,5 +111,37 @@ def test_each_recompute_choice_saves_less():
     )
     gate_and_up = 2 * 2 * SHAPE["intermediate_size"]
     assert none - mlp >= gate_and_up
+    shape = BackboneShape.of(LlamaConfig(num_hidden_layers=4, **SHAPE))
+    counted = {"none": none, "mlp": mlp, "half": half, "all": everything}
+    for choice, found in counted.items():
+        predicted = saved_bytes_per_token_layer(
+            shape, AdapterSpec(rank=2), value_bytes=2, recompute=choice
+        )
+        assert predicted == found, choice
     assert everything == 2 * SHAPE["hidden_size"]  # each layer's input, in bf16
     assert abs(half - (none + everything) / 2) < 1
+
+
+def test_recompute_is_chosen_by_memory(monkeypatch):
+    shape = BackboneShape.of(LlamaConfig(num_hidden_layers=4, **SHAPE))
+    whole = 1000 * 4 * 11_808
+
+    def chosen(free, requested="auto", batch_tokens=1000):
+        monkeypatch.setattr(memory, "_free_bytes", lambda _device: free)
+        return choose_recompute(
+            requested,
+            shape=shape,
+            adapter=AdapterSpec(rank=2),
+            value_bytes=2,
+            batch_tokens=batch_tokens,
+            device=torch.device("cpu"),
+        )
+
+    assert chosen(10 * whole).value == "none"
+    assert chosen(whole).value == "mlp"
+    assert chosen(whole // 3).value == "all"
+    assert "GiB free" in chosen(whole).reason
+    assert chosen(1, batch_tokens=0).value == "none"
+    assert chosen(1, requested="half") == Choice("half", "asked for")
+    with pytest.raises(UserError, match="train.recompute"):
+        chosen(1, requested="some")
