@@ -6,7 +6,7 @@ import torch
 
 from common.config import AdapterConfig
 from common.model.backbone import BackboneSpec, read_llama_config
-from common.model.falora import AdapterSpec, attach
+from common.model.falora import Adapter, AdapterSpec, attach
 from common.model.tiny import tiny_config
 
 
@@ -32,10 +32,20 @@ def adapter_spec(config: AdapterConfig) -> AdapterSpec:
 
 
 def adapter_layout(backbone: BackboneSpec, spec: AdapterSpec) -> AdapterLayout:
-    """Attach the adapter to the backbone's shape on the meta device and read it off.
+    """Read the adapter's layout off the backbone's shape.
 
     A is drawn on the CPU from its seed all the same, so its fingerprint is the real one.
     """
+    adapter = meta_adapter(backbone, spec)
+    return AdapterLayout(
+        shapes=dict(adapter.shapes),
+        a_fingerprint=adapter.a_fingerprint,
+        trainable_parameters=adapter.trainable_parameters,
+    )
+
+
+def meta_adapter(backbone: BackboneSpec, spec: AdapterSpec) -> Adapter:
+    """Attach the adapter to the backbone's shape on the meta device; its A can be drawn."""
     from transformers import LlamaForCausalLM
 
     if backbone.folder is None:
@@ -44,9 +54,4 @@ def adapter_layout(backbone: BackboneSpec, spec: AdapterSpec) -> AdapterLayout:
         config = read_llama_config(backbone.folder, backbone.name)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    adapter = attach(model, spec)
-    return AdapterLayout(
-        shapes=dict(adapter.shapes),
-        a_fingerprint=adapter.a_fingerprint,
-        trainable_parameters=adapter.trainable_parameters,
-    )
+    return attach(model, spec)
