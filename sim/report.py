@@ -82,7 +82,7 @@ def write_comparison(runs: Sequence[RunDirectory], target: Path) -> Path:
                 number(losses[-1]),
                 *(number(metrics.get(key)) for key, _ in COLUMNS),
                 megabytes(summary.get("wire", {}).get("bytes_up", 0)),
-                number(summary.get("privacy", {}).get("epsilon")),
+                _epsilon(summary),
             )
         )
     headers = (
@@ -189,8 +189,9 @@ def _hospitals(run: RunDirectory, summary: dict[str, Any]) -> list[Block]:
     for one in summary["hospitals"]:
         size = sizes.get(one["name"], {})
         splits = (str(size.get(split, "–")) for split in ("train", "validation", "test"))
-        patients, samples = one.get("patients", "–"), one.get("samples", "–")
-        rows.append((one["name"], str(patients), str(samples), *splits))
+        # with privacy on no hospital tells its size
+        told = ("–" if one.get(key) is None else str(one[key]) for key in ("patients", "samples"))
+        rows.append((one["name"], *told, *splits))
     headers = ("hospital", "patients", "samples", "train", "validation", "test")
     return [Block(title="Hospitals", headers=headers, rows=tuple(rows))]
 
@@ -211,12 +212,25 @@ def _privacy(run: RunDirectory, summary: dict[str, Any]) -> list[Block]:
     lines, privacy = run.lines("privacy.jsonl"), summary.get("privacy")
     if not lines or not privacy:
         return []
-    epsilon = "infinite" if privacy["epsilon"] is None else f"{privacy['epsilon']:.3f}"
     note = (
-        f"({epsilon}, {privacy['delta']:g})-differential privacy for each {privacy['unit']}, "
-        f"{privacy['relation']}; accountant {privacy['accountant']}; noise: {privacy['noise']}."
+        f"({float(privacy['epsilon']):.3f}, {privacy['delta']:g})-differential privacy for each "
+        f"{privacy['unit']}, {privacy['relation']}; accountant {privacy['accountant']}; noise: "
+        f"{privacy['noise']}. Sizes, losses and metrics in this report are the simulation's own, "
+        "outside the guarantee: no hospital sent them."
     )
-    return [Block(title="Privacy", note=note, svg=epsilon_svg(lines))]
+    spent = {(line["round"], line["hospital"]): float(line["epsilon"]) for line in lines}
+    hospitals = sorted({hospital for _, hospital in spent})
+    rows = tuple(
+        (str(place), *(number(spent.get((place, hospital))) for hospital in hospitals))
+        for place in sorted({place for place, _ in spent})
+    )
+    headers = ("epsilon after", *hospitals)
+    return [Block(title="Privacy", note=note, headers=headers, rows=rows, svg=epsilon_svg(lines))]
+
+
+def _epsilon(summary: dict[str, Any]) -> str:
+    privacy = summary.get("privacy")
+    return number(float(privacy["epsilon"])) if privacy else number(None)
 
 
 def _judgement(summary: dict[str, Any]) -> list[Block]:

@@ -1,6 +1,7 @@
 """The report's plots, as inline SVG that refers to nothing outside itself."""
 
 import io
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -61,8 +62,8 @@ def epsilon_svg(lines: Sequence[dict[str, Any]]) -> str:
     """Plot spent epsilon over rounds for each hospital."""
     spent: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for line in lines:
-        if line["epsilon"] is not None:
-            spent[line["hospital"]].append((line["round"], line["epsilon"]))
+        if math.isfinite(float(line["epsilon"])):
+            spent[line["hospital"]].append((line["round"], float(line["epsilon"])))
     figure, axes = _axes("round", "epsilon spent")
     for name in sorted(spent):
         axes.plot(*zip(*sorted(spent[name]), strict=True), marker="o", label=name)
