@@ -14,7 +14,7 @@ from rich.table import Table
 
 from common.config import Config
 from common.data.partition import Hospital, assign_hospitals
-from common.data.prepare import load_samples
+from common.data.prepare import load_samples, prepare_source, table_digest
 from common.data.samples import Admission
 from common.data.skew import drug_skew
 from common.model import embedded, tiny
@@ -63,8 +63,12 @@ def prepare(
     Raises:
         UserError: Tables that cannot be used as they are; nothing is left in the cache then.
     """
-    table = load_samples(config.data, cache_dir=cache_dir, progress=progress)
-    return {**table.counts, "source": table.source, "digest": table.digest}
+    found = prepare_source(config.data, cache_dir=cache_dir, progress=progress)
+    return {
+        **found.prepared.counts,
+        "source": found.source,
+        "digest": table_digest(found.prepared),
+    }
 
 
 def describe(

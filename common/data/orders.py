@@ -5,6 +5,7 @@ come, and nothing is joined before that. The result does not depend on the batch
 order of the rows.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,20 +23,18 @@ from common.data.mimic import (
 from common.data.names import normalise_string
 
 CHUNK_ROWS = 500_000
-_COMPACT_ROWS = 2_000_000
+_BUCKET_ROWS = 1_000_000
 _FLUSHED = ("saline", "sodium chloride", "heparin")
 _KEYS = ("hadm_id", "drug")
-_TOTALS = (pl.col("rows").sum(), pl.col("start").min())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Orders:
-    """Order lines of drug_type MAIN, one row per (admission, spelling)."""
+    """Order lines of drug_type MAIN, reduced batch by batch."""
 
     pairs: pl.DataFrame
-    """hadm_id (null: no number), drug_id into ``spellings``, rows, start (first; may be null)."""
-    spellings: tuple[str, ...]
-    """Distinct cells of column drug, sorted; the empty text stands for an empty cell."""
+    """hadm_id (null: no number), drug (as spelled; empty for an empty cell), rows, start (first;
+    may be null): one row for each batch, admission and spelling."""
     drug_type: Mapping[str, int]
     """Rows by drug_type, all kinds."""
 
@@ -91,7 +90,7 @@ def read_orders(
     )
     kinds: dict[str, int] = {}
     parts: list[pl.DataFrame] = []
-    rows = lost = loose = 0
+    rows = lost = 0
     with reading(table):
         for batch in lines.collect_batches(
             chunk_size=chunk_rows, maintain_order=False, engine="streaming"
@@ -102,16 +101,12 @@ def read_orders(
             timed = _timed(batch)
             lost += timed["start"].null_count() - timed["starttime"].null_count()
             parts.append(_one_row_per_pair(timed))
-            loose += parts[-1].height
-            if loose > max(_COMPACT_ROWS, parts[0].height):
-                parts, loose = [_compacted(parts)], 0
             if on_rows is not None:
                 on_rows(rows)
     require_rows(table, rows)
     if lost:
         raise bad_times(table, "starttime", lost)
-    pairs, spellings = _by_sorted_spelling(_compacted(parts))
-    return Orders(pairs=pairs, spellings=spellings, drug_type=kinds)
+    return Orders(pairs=pl.concat(parts), drug_type=kinds)
 
 
 def drug_lists(orders: Orders, known: pl.Series, *, drop_flushes: bool = True) -> DrugLists:
@@ -125,27 +120,35 @@ def drug_lists(orders: Orders, known: pl.Series, *, drop_flushes: bool = True) -
         known: Admissions that exist (hadm_id).
         drop_flushes: Leave saline and heparin flushes out.
     """
-    names = _name_table(orders.spellings)
-    main_rows = _rows(orders.pairs)
-    named = orders.pairs.join(names, on="drug_id").filter(pl.col("name_id").is_not_null())
-    named_rows = _rows(named)
-    placed = named.join(known.rename("hadm_id").to_frame().unique(), on="hadm_id", how="semi")
-    placed_rows = _rows(placed)
-    clean = placed.filter(~pl.col("flush"))
-    kept = clean if drop_flushes else placed
-    drugs = _one_spelling(kept, names)
-    lists = drugs.group_by("hadm_id").agg(
-        pl.col("drug_id").sort_by("start", "name_id", nulls_last=True).alias("drugs")
-    )
+    spellings = sorted(orders.pairs["drug"].unique().cast(pl.String))
+    names = _name_table(spellings)
+    stays = known.rename("hadm_id").to_frame().unique()
+    tally: Counter[str] = Counter()
+    lists, found = [], []
+    # An admission is in one bucket, so buckets can be cleaned one after the other, in less memory.
+    buckets = 1 + orders.pairs.height // _BUCKET_ROWS
+    for bucket in range(buckets):
+        merged = (
+            orders.pairs.lazy()
+            .filter((pl.col("hadm_id").fill_null(0) % buckets).abs() == bucket)
+            .group_by(_KEYS)
+            .agg(pl.col("rows").sum(), pl.col("start").min())
+            .collect()
+        )
+        drugs = _clean(merged.join(names, on="drug"), stays, drop_flushes, tally)
+        found.append(drugs.filter(~pl.col("flush"))["name_id"].unique())
+        lists.append(
+            drugs.group_by("hadm_id").agg(
+                pl.col("drug_id").sort_by("start", "name_id", nulls_last=True).alias("drugs")
+            )
+        )
     return DrugLists(
-        lists=lists,
-        vocabulary=tuple(" ".join(spelling.split()) for spelling in orders.spellings),
+        lists=pl.concat(lists),
+        vocabulary=tuple(" ".join(spelling.split()) for spelling in spellings),
         counts={
-            "pairs_raw": placed.height,
-            "pairs_normalised": placed.select("hadm_id", "name_id").n_unique(),
-            "pairs_clean": clean.select("hadm_id", "name_id").n_unique(),
-            "names_clean": clean["name_id"].n_unique(),
-            "flush_rows": placed_rows - _rows(clean),
+            **{key: tally[key] for key in ("pairs_raw", "pairs_normalised", "pairs_clean")},
+            "names_clean": pl.concat(found).n_unique(),
+            "flush_rows": tally["flush_rows"],
         },
         dropped={
             **{
@@ -153,12 +156,35 @@ def drug_lists(orders: Orders, known: pl.Series, *, drop_flushes: bool = True) -
                 for kind, number in sorted(orders.drug_type.items())
                 if kind != "MAIN"
             },
-            "empty_name": main_rows - named_rows,
-            "unknown_admission": named_rows - placed_rows,
-            "flush": placed_rows - _rows(kept),
-            "duplicate": _rows(kept) - drugs.height,
+            **{
+                reason: tally[reason]
+                for reason in ("empty_name", "unknown_admission", "flush", "duplicate")
+            },
         },
     )
+
+
+def _clean(
+    pairs: pl.DataFrame, stays: pl.DataFrame, drop_flushes: bool, tally: Counter[str]
+) -> pl.DataFrame:
+    """Return one row per (admission, name) that stays, and count rows and pairs on the way."""
+    named = pairs.filter(pl.col("name_id").is_not_null())
+    placed = named.join(stays, on="hadm_id", how="semi")
+    distinct = _one_spelling(placed)
+    therapy = distinct.filter(~pl.col("flush"))
+    flush_rows = _rows(placed.filter(pl.col("flush")))
+    dropped_rows, drugs = (flush_rows, therapy) if drop_flushes else (0, distinct)
+    tally.update(
+        pairs_raw=placed.height,
+        pairs_normalised=distinct.height,
+        pairs_clean=therapy.height,
+        flush_rows=flush_rows,
+        empty_name=_rows(pairs) - _rows(named),
+        unknown_admission=_rows(named) - _rows(placed),
+        flush=dropped_rows,
+        duplicate=_rows(placed) - dropped_rows - drugs.height,
+    )
+    return drugs
 
 
 def _rows(pairs: pl.DataFrame) -> int:
@@ -182,43 +208,34 @@ def _one_row_per_pair(batch: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _compacted(parts: Sequence[pl.DataFrame]) -> pl.DataFrame:
-    if len(parts) == 1:
-        return parts[0]
-    return pl.concat(parts).group_by(_KEYS).agg(_TOTALS)
-
-
-def _by_sorted_spelling(pairs: pl.DataFrame) -> tuple[pl.DataFrame, tuple[str, ...]]:
-    """Number spellings by their sorted order, so that ids do not tell how batches came."""
-    spellings = sorted(pairs["drug"].unique().cast(pl.String))
-    numbers = pl.DataFrame(
-        {"drug": spellings, "drug_id": range(len(spellings))},
-        schema={"drug": pl.Categorical, "drug_id": pl.UInt32},
-    )
-    numbered = pairs.join(numbers, on="drug").select("hadm_id", "drug_id", "rows", "start")
-    return numbered, tuple(spellings)
-
-
-def _one_spelling(pairs: pl.DataFrame, names: pl.DataFrame) -> pl.DataFrame:
+def _one_spelling(pairs: pl.DataFrame) -> pl.DataFrame:
     """Keep the spelling that started first; only names with several spellings need the sort."""
-    several = names.group_by("name_id").len().filter(pl.col("len") > 1)["name_id"]
-    varied = pl.col("name_id").is_in(several.implode())
     first = (
-        pairs.filter(varied)
+        pairs.filter(pl.col("varied"))
         .sort("hadm_id", "name_id", "start", "drug_id", nulls_last=True)
         .unique(["hadm_id", "name_id"], keep="first", maintain_order=True)
     )
-    return pl.concat([pairs.filter(~varied), first])
+    return pl.concat([pairs.filter(~pl.col("varied")), first])
 
 
 def _name_table(spellings: Sequence[str]) -> pl.DataFrame:
+    """Number spellings and string-level names by their sorted order, not by how they came."""
     names = [normalise_string(spelling) for spelling in spellings]
     ranks = {name: rank for rank, name in enumerate(sorted(set(names)))}
+    uses = Counter(names)
     return pl.DataFrame(
         {
+            "drug": spellings,
             "drug_id": range(len(names)),
             "name_id": [ranks[name] if name else None for name in names],
+            "varied": [uses[name] > 1 for name in names],
             "flush": [is_flush(name) for name in names],
         },
-        schema={"drug_id": pl.UInt32, "name_id": pl.UInt32, "flush": pl.Boolean},
+        schema={
+            "drug": pl.Categorical,
+            "drug_id": pl.UInt32,
+            "name_id": pl.UInt32,
+            "varied": pl.Boolean,
+            "flush": pl.Boolean,
+        },
     )

@@ -1,10 +1,10 @@
 """The one way to samples: tables in, cached sample table out."""
 
-import contextlib
 import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 
@@ -23,10 +23,23 @@ from common.model.cache import fedrx_cache
 SYNTHETIC_PATH = "synthetic"
 
 
-def load_samples(
-    config: DataConfig, *, cache_dir: Path | None = None, progress: Progress | None = None
-) -> SampleTable:
-    """Prepare the samples of ``config.path``, or read them from the cache.
+@dataclass(frozen=True, kw_only=True)
+class PreparedSource:
+    """Prepared columns, and where they come from."""
+
+    prepared: Prepared
+    source: str
+    file_hashes: Mapping[str, str]
+
+
+def prepare_source(
+    config: DataConfig,
+    *,
+    cache_dir: Path | None = None,
+    chunk_rows: int = CHUNK_ROWS,
+    progress: Progress | None = None,
+) -> PreparedSource:
+    """Prepare the tables of ``config.path`` into the cache, or find them there.
 
     The cache is keyed by the tables' sha256, the settings that shape samples, and this package's
     source. ``config.path == "synthetic"`` first writes the synthetic tables into the cache, and
@@ -35,27 +48,39 @@ def load_samples(
     Args:
         config: Where the tables are and how they become samples.
         cache_dir: Cache folder (default: the user's, see ``fedrx_cache``).
+        chunk_rows: Rows of prescriptions per batch; the result does not depend on it.
         progress: Called with one line for each step.
 
     Raises:
-        UserError: Tables that cannot be used as they are.
+        UserError: Tables that cannot be used as they are; the cache is left as it was.
     """
     cache = cache_dir or fedrx_cache()
     folder = data_folder(config, cache)
     tables = find_tables(folder)
     hashes = hash_tables(tables)
-    source = source_of(folder, tables, hashes)
     key = cache_key({"files": hashes, "drop_flushes": config.drop_flushes})
     path = cache / "samples" / f"{key}.parquet"
     prepared = load(path)
     if prepared is None:
         prepared = prepare_tables(
-            folder, drop_flushes=config.drop_flushes, chunk_rows=CHUNK_ROWS, progress=progress
+            folder, drop_flushes=config.drop_flushes, chunk_rows=chunk_rows, progress=progress
         )
         store(path, prepared)
     elif progress is not None:
         progress("samples are in the cache")
-    return sample_table(prepared, source=source, file_hashes=hashes)
+    source = source_of(folder, tables, hashes)
+    return PreparedSource(prepared=prepared, source=source, file_hashes=hashes)
+
+
+def load_samples(
+    config: DataConfig, *, cache_dir: Path | None = None, progress: Progress | None = None
+) -> SampleTable:
+    """Prepare the samples of ``config.path``, or read them from the cache.
+
+    Args and errors are those of ``prepare_source``.
+    """
+    found = prepare_source(config, cache_dir=cache_dir, progress=progress)
+    return sample_table(found.prepared, source=found.source, file_hashes=found.file_hashes)
 
 
 def data_folder(config: DataConfig, cache: Path) -> Path:
@@ -71,8 +96,11 @@ def data_folder(config: DataConfig, cache: Path) -> Path:
         written = Path(scratch) / key
         write_tables(written, patients=config.synthetic_patients, seed=config.synthetic_seed)
         # Another process may have been faster; its tables are the same.
-        with contextlib.suppress(FileExistsError, OSError):
+        try:
             written.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
     return folder
 
 
@@ -93,7 +121,7 @@ def sample_table(prepared: Prepared, *, source: str, file_hashes: Mapping[str, s
         counts=prepared.counts,
         source=source,
         file_hashes=dict(file_hashes),
-        digest=_digest(prepared),
+        digest=table_digest(prepared),
     )
 
 
@@ -104,7 +132,8 @@ def _pick(vocabulary: tuple[str, ...], indices: list[int]) -> tuple[str, ...]:
     return picked
 
 
-def _digest(prepared: Prepared) -> str:
+def table_digest(prepared: Prepared) -> str:
+    """Return the sha256 of all columns and vocabularies: equal digests mean equal samples."""
     digest = hashlib.sha256()
     for vocabulary in (prepared.drugs, prepared.titles, prepared.codes):
         digest.update(json.dumps(vocabulary).encode())
