@@ -9,7 +9,7 @@ import polars as pl
 
 from common.data.diagnoses import DiagnosisLists, diagnosis_lists
 from common.data.measures import Measures, clean_measures, measures_at_admission
-from common.data.mimic import Table, find_tables, read, times, whole_numbers
+from common.data.mimic import Table, find_tables, read, times, whole_number
 from common.data.orders import CHUNK_ROWS, DrugLists, drug_lists, read_orders
 from common.data.samples import UNKNOWN
 from common.errors import UserError
@@ -123,7 +123,7 @@ class _Book:
 
 
 def _patients(table: Table, book: _Book) -> pl.DataFrame:
-    frame = whole_numbers(read(table), table, ("subject_id", "anchor_age", "anchor_year"))
+    frame = read(table, numbers=("subject_id", "anchor_age", "anchor_year"))
     book.rows["patients"] = frame.height
     doubled = frame.height - frame["subject_id"].n_unique()
     if doubled:
@@ -137,7 +137,7 @@ def _patients(table: Table, book: _Book) -> pl.DataFrame:
 
 
 def _stays(table: Table, patients: pl.DataFrame, book: _Book) -> pl.DataFrame:
-    frame = whole_numbers(read(table), table, ("subject_id", "hadm_id"))
+    frame = read(table, numbers=("subject_id", "hadm_id"))
     frame = times(frame, table, "admittime", required=True)
     book.rows["admissions"] = frame.height
     distinct = frame.unique()
@@ -162,15 +162,14 @@ def _stays(table: Table, patients: pl.DataFrame, book: _Book) -> pl.DataFrame:
 
 def _diagnoses(tables: Mapping[str, Table], known: pl.Series, book: _Book) -> DiagnosisLists:
     table, dictionary = tables["diagnoses_icd"], tables["d_icd_diagnoses"]
-    rows, titles = read(table), read(dictionary)
-    lists = diagnosis_lists(rows, table, titles, dictionary, known)
-    book.rows["diagnoses_icd"], book.rows["d_icd_diagnoses"] = rows.height, titles.height
+    lists = diagnosis_lists(table, dictionary, known)
+    rows = lists.joined + lists.unmatched
+    book.rows["diagnoses_icd"], book.rows["d_icd_diagnoses"] = rows, lists.dictionary_rows
     book.drop("diagnoses_icd", **lists.dropped)
-    _refuse_orphans(table, lists.dropped["unknown_admission"], rows.height, "an admission")
-    if lists.unmatched > _MOST_ORPHANS * rows.height:
+    _refuse_orphans(table, lists.dropped["unknown_admission"], rows, "an admission")
+    if lists.unmatched > _MOST_ORPHANS * rows:
         raise UserError(
-            f"{table.label}: {lists.unmatched} of {rows.height} rows match no title in "
-            f"{dictionary.label}",
+            f"{table.label}: {lists.unmatched} of {rows} rows match no title in {dictionary.label}",
             fix="use both tables from the same version",
         )
     book.close("diagnoses_icd")
@@ -180,9 +179,8 @@ def _diagnoses(tables: Mapping[str, Table], known: pl.Series, book: _Book) -> Di
 
 
 def _measures(table: Table, patients: pl.DataFrame, book: _Book) -> Measures:
-    frame = read(table)
-    measures = clean_measures(frame, table, patients["subject_id"])
-    book.rows["omr"] = frame.height
+    measures = clean_measures(table, patients["subject_id"])
+    book.rows["omr"] = measures.read
     book.drop("omr", **measures.dropped)
     book.close("omr")
     return measures
@@ -241,7 +239,7 @@ def _attribute(
         told = told.filter(pl.col("eventtype") == _CAREUNIT_EVENT)
     placed = (
         times(told, table, time, required=False)
-        .with_columns(pl.col("hadm_id").str.strip_chars().cast(pl.Int64, strict=False))
+        .with_columns(whole_number("hadm_id"))
         .join(known.to_frame(), on="hadm_id", how="semi")
     )
     first = placed.sort("hadm_id", time, value, nulls_last=True).unique("hadm_id", keep="first")

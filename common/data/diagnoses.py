@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from common.data.mimic import Table, whole_numbers
+from common.data.mimic import Table, read
 from common.errors import UserError
 
 _KEY = ["icd_code", "icd_version"]
@@ -28,74 +28,72 @@ class DiagnosisLists:
     """Rows whose code and version have a title."""
     unmatched: int
     dropped: Mapping[str, int]
+    dictionary_rows: int
     untitled: Mapping[str, int]
     """Rows of the dictionary that were left out, by reason."""
 
 
-def diagnosis_lists(
-    rows: pl.DataFrame,
-    table: Table,
-    dictionary: pl.DataFrame,
-    dictionary_table: Table,
-    known: pl.Series,
-) -> DiagnosisLists:
+def diagnosis_lists(table: Table, dictionary: Table, known: pl.Series) -> DiagnosisLists:
     """Join diagnoses with their titles and list them by seq_num.
 
     Args:
-        rows: diagnoses_icd as text.
-        table: Its file, for messages.
-        dictionary: d_icd_diagnoses as text.
-        dictionary_table: Its file, for messages.
+        table: diagnoses_icd as found.
+        dictionary: d_icd_diagnoses as found.
         known: Admissions that exist (hadm_id).
 
     Raises:
-        UserError: Ids that cannot be read, or codes that lost their leading zeros.
+        UserError: Damaged tables, ids that cannot be read, or codes that lost their leading zeros.
     """
-    titles, untitled = _dictionary(dictionary, dictionary_table)
-    coded = whole_numbers(rows, table, ("hadm_id", "seq_num", "icd_version")).with_columns(
-        pl.col("icd_code").fill_null("").str.strip_chars()
+    titles, untitled = _dictionary(dictionary)
+    coded = _coded(table)
+    # Everything about codes is decided on distinct ones: few thousand instead of millions.
+    codes = coded.group_by(_KEY).len("rows").join(titles, on=_KEY, how="left").sort(*_KEY)
+    unmatched = codes.filter(pl.col("title").is_null())
+    _refuse_lost_zeros(unmatched, codes, titles, table)
+    used = codes.filter(pl.col("title").is_not_null()).with_row_index("diagnosis")
+    joined, lost = int(used["rows"].sum()), int(unmatched["rows"].sum())
+    placed = (
+        coded.lazy()
+        .join(used.lazy().select(*_KEY, "diagnosis"), on=_KEY)
+        .select("hadm_id", "seq_num", "diagnosis")
+        .join(known.rename("hadm_id").to_frame().unique().lazy(), on="hadm_id", how="semi")
+        .collect()
     )
-    joined = coded.join(titles.drop("title"), on=_KEY, how="left", maintain_order="left")
-    unmatched = joined.filter(pl.col("diagnosis").is_null())
-    _refuse_lost_zeros(unmatched, joined, titles, table)
-    matched = joined.filter(pl.col("diagnosis").is_not_null())
-    placed = matched.join(known.rename("hadm_id").to_frame().unique(), on="hadm_id", how="semi")
-    ordered = (
-        placed.select("hadm_id", "seq_num", "diagnosis")
-        .sort("hadm_id", "seq_num", "diagnosis")
-        .unique(["hadm_id", "diagnosis"], keep="first", maintain_order=True)
+    ordered = placed.sort("hadm_id", "seq_num", "diagnosis").unique(
+        ["hadm_id", "diagnosis"], keep="first", maintain_order=True
     )
-    used = titles.join(ordered, on="diagnosis", how="semi", maintain_order="left")
-    lists = (
-        ordered.join(
-            used.select("diagnosis").with_row_index("number"), on="diagnosis", maintain_order="left"
-        )
-        .group_by("hadm_id", maintain_order=True)
-        .agg(pl.col("number").alias("diagnoses"))
+    lists = ordered.group_by("hadm_id", maintain_order=True).agg(
+        pl.col("diagnosis").alias("diagnoses")
     )
     return DiagnosisLists(
         lists=lists,
         titles=tuple(used["title"]),
         codes=tuple(used.select(pl.format("{}:{}", "icd_version", "icd_code")).to_series()),
-        joined=matched.height,
-        unmatched=unmatched.height,
+        joined=joined,
+        unmatched=lost,
         dropped={
-            "unmatched_code": unmatched.height,
-            "unknown_admission": matched.height - placed.height,
+            "unmatched_code": lost,
+            "unknown_admission": joined - placed.height,
             "duplicate": placed.height - ordered.height,
         },
+        dictionary_rows=titles.height + sum(untitled.values()),
         untitled=untitled,
     )
 
 
-def _dictionary(frame: pl.DataFrame, table: Table) -> tuple[pl.DataFrame, dict[str, int]]:
-    parsed = whole_numbers(frame, table, ("icd_version",)).select(
+def _coded(table: Table) -> pl.DataFrame:
+    frame = read(table, numbers=("hadm_id", "seq_num", "icd_version"))
+    return frame.with_columns(pl.col("icd_code").fill_null("").str.strip_chars())
+
+
+def _dictionary(table: Table) -> tuple[pl.DataFrame, dict[str, int]]:
+    parsed = read(table, numbers=("icd_version",)).select(
         pl.col("icd_code").fill_null("").str.strip_chars(),
         "icd_version",
-        pl.col("long_title").str.replace_all(r"\s+", " ").str.strip_chars(),
+        pl.col("long_title").str.replace_all(r"\s+", " ").str.strip_chars().alias("title"),
     )
-    titled = parsed.filter(pl.col("long_title").fill_null("") != "")
-    titles = titled.unique().sort(*_KEY, "long_title")
+    titled = parsed.filter(pl.col("title").fill_null("") != "")
+    titles = titled.unique()
     dropped = {
         "no_title": parsed.height - titled.height,
         "duplicate": titled.height - titles.height,
@@ -108,28 +106,26 @@ def _dictionary(frame: pl.DataFrame, table: Table) -> tuple[pl.DataFrame, dict[s
             allowed="one title for each icd_code and icd_version",
             fix="fetch the original file; read icd_code as text",
         )
-    return titles.rename({"long_title": "title"}).with_row_index("diagnosis"), dropped
+    return titles, dropped
 
 
 def _refuse_lost_zeros(
-    unmatched: pl.DataFrame, joined: pl.DataFrame, titles: pl.DataFrame, table: Table
+    unmatched: pl.DataFrame, codes: pl.DataFrame, titles: pl.DataFrame, table: Table
 ) -> None:
     """Raise when unmatched codes match after padding, more often than intact zeros do.
 
     A few such rows among many intact ones are a flaw of single rows, and stay merely unmatched.
     """
-    short = unmatched.filter(pl.col("icd_version") == 9).select("hadm_id", "seq_num", *_KEY)
+    short = unmatched.filter(pl.col("icd_version") == 9).select(*_KEY, "rows")
     padded = [
-        short.with_columns(("0" * zeros + pl.col("icd_code")).alias("icd_code")).join(
-            titles, on=_KEY, how="semi"
-        )
+        short.with_columns(
+            ("0" * zeros + pl.col("icd_code")).alias("icd_code"), pl.col("icd_code").alias("short")
+        ).join(titles, on=_KEY, how="semi")
         for zeros in range(1, _LONGEST_ICD9)
     ]
-    lost = pl.concat(padded).select("hadm_id", "seq_num").n_unique()
-    intact = joined.filter(
-        pl.col("icd_code").str.starts_with("0") & pl.col("diagnosis").is_not_null()
-    ).height
-    if lost > intact:
+    lost = int(pl.concat(padded).unique("short")["rows"].sum())
+    intact = codes.filter(pl.col("icd_code").str.starts_with("0") & pl.col("title").is_not_null())
+    if lost > int(intact["rows"].sum()):
         raise UserError(
             f"{table.label}: {lost} rows match no title because column icd_code lost its "
             "leading zeros",

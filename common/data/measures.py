@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from common.data.mimic import Table, times, whole_numbers
+from common.data.mimic import Table, read, times
 
 KINDS = {
     "height": ("Height (Inches)", "height_cm"),
@@ -30,6 +30,8 @@ class Measures:
 
     rows: pl.DataFrame
     """subject_id, date, seq_num, kind, value."""
+    read: int
+    """Rows of the table."""
     dropped: Mapping[str, int]
     bmi_triples: int
     """Patient-days with height, weight and BMI (the last of each day), outliers included."""
@@ -42,20 +44,18 @@ class Measures:
         return {kind: self.dropped[f"outlier_{kind}"] for kind in KINDS}
 
 
-def clean_measures(frame: pl.DataFrame, table: Table, patients: pl.Series) -> Measures:
+def clean_measures(table: Table, patients: pl.Series) -> Measures:
     """Keep plausible numbers of known patients; count the rest.
 
     Args:
-        frame: omr as text.
-        table: Its file, for messages.
+        table: omr as found.
         patients: Known subject_ids.
 
     Raises:
-        UserError: Ids or dates that cannot be read.
+        UserError: A damaged table, or ids or dates that cannot be read.
     """
-    parsed = times(
-        whole_numbers(frame, table, ("subject_id", "seq_num")), table, "chartdate", required=True
-    )
+    frame = read(table, numbers=("subject_id", "seq_num"))
+    parsed = times(frame, table, "chartdate", required=True)
     names = {name: kind for kind, (name, _) in KINDS.items()}
     sorted_out = parsed.with_columns(
         pl.col("result_name").replace_strict(names, default=None).alias("kind"),
@@ -86,6 +86,7 @@ def clean_measures(frame: pl.DataFrame, table: Table, patients: pl.Series) -> Me
     order = ("other_result", "unknown_patient", "no_number", *(f"outlier_{k}" for k in KINDS))
     return Measures(
         rows=rows,
+        read=frame.height,
         dropped={reason: reasons.get(reason, 0) for reason in order},
         bmi_triples=triples.height,
         bmi_triples_within_one=int((error.abs() <= 1).sum()),

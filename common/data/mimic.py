@@ -76,16 +76,30 @@ def scan(table: Table) -> pl.LazyFrame:
     return pl.scan_csv(table.path, infer_schema=False, glob=False).select(table.columns)
 
 
-def read(table: Table) -> pl.DataFrame:
-    """Read the table's columns in use as text.
+def read(table: Table, *, numbers: Sequence[str] = ()) -> pl.DataFrame:
+    """Read the table's columns in use as text, but ``numbers`` as int64.
 
     Raises:
-        UserError: A damaged file, or one without rows.
+        UserError: A damaged file, one without rows, or a cell of ``numbers`` that is empty or not
+            a whole number (the column is named, never the cell).
     """
     with reading(table):
-        frame = scan(table).collect(engine="streaming")
+        frame = scan(table).with_columns(map(whole_number, numbers)).collect(engine="streaming")
     require_rows(table, frame.height)
+    for name in numbers:
+        bad = frame[name].null_count()
+        if bad:
+            raise UserError(
+                f"{table.label}: {bad} cells of column {name} are no whole number",
+                allowed="digits in every row",
+                fix=_DAMAGED_FIX,
+            )
     return frame
+
+
+def whole_number(column: str) -> pl.Expr:
+    """Parse a text column to int64; null where it is no whole number."""
+    return pl.col(column).str.strip_chars().cast(pl.Int64, strict=False)
 
 
 def require_rows(table: Table, rows: int) -> None:
@@ -104,26 +118,6 @@ def reading(table: Table) -> Iterator[None]:
         raise UserError(f"{table.label} {kind}", fix=_DAMAGED_FIX) from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{table.label} {_io_problem(error)}", fix=_DAMAGED_FIX) from None
-
-
-def whole_numbers(frame: pl.DataFrame, table: Table, columns: Sequence[str]) -> pl.DataFrame:
-    """Parse text columns to int64.
-
-    Raises:
-        UserError: A cell is empty or not a whole number (the column is named, never the cell).
-    """
-    parsed = frame.with_columns(
-        pl.col(name).str.strip_chars().cast(pl.Int64, strict=False) for name in columns
-    )
-    for name in columns:
-        bad = parsed[name].null_count()
-        if bad:
-            raise UserError(
-                f"{table.label}: {bad} cells of column {name} are no whole number",
-                allowed="digits in every row",
-                fix=_DAMAGED_FIX,
-            )
-    return parsed
 
 
 def times(frame: pl.DataFrame, table: Table, column: str, *, required: bool) -> pl.DataFrame:

@@ -19,6 +19,7 @@ from common.data.mimic import (
     reading,
     require_rows,
     scan,
+    whole_number,
 )
 from common.data.names import normalise_string
 
@@ -81,7 +82,7 @@ def read_orders(
         UserError: A damaged or empty table, or start times that cannot be read.
     """
     lines = scan(table).select(
-        pl.col("hadm_id").str.strip_chars().cast(pl.Int64, strict=False),
+        whole_number("hadm_id"),
         # One process-wide code for each text: rows are then counted and grouped by integers.
         pl.col("drug_type").fill_null("").cast(pl.Categorical),
         pl.col("drug").fill_null("").cast(pl.Categorical),
