@@ -82,6 +82,12 @@ def with_calibrated_noise(config: Config) -> Config:
     against the target themselves.
     """
     if not is_private(config):
+        if protects(config.privacy):
+            raise UserError(
+                "privacy.unit=hospital is not offered by this verb",
+                allowed="patient, admission",
+                fix="set privacy.unit",
+            )
         return config
     sigma = plan_of(config).sigma
     return replace(config, privacy=replace(config.privacy, noise_multiplier=sigma))

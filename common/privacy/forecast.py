@@ -1,0 +1,119 @@
+"""What a plan will cost and how much noise it brings, before anything runs, and what to change.
+
+Everything here follows from public constants: no data is read.
+"""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from common.privacy.accounting import calibrate, epsilon
+from common.privacy.plan import PrivacyPlan
+from common.privacy.receipts import accountant_name, json_number
+
+COMFORTABLE = 1.0
+"""Noise over the largest possible signal, per step: above it, one step is mostly noise."""
+HOPELESS = 10.0
+
+
+class Change(NamedTuple):
+    """One change of the plan at equal epsilon, and the noise over signal that it leads to."""
+
+    what: str
+    noise_multiplier: float
+    noise_to_signal: float
+
+
+def forecast(plan: PrivacyPlan, parameters: int, *, target_epsilon: float = 0.0) -> dict[str, Any]:
+    """Return epsilon, noise over signal and advice for a plan.
+
+    Args:
+        plan: A calibrated plan.
+        parameters: P, trained values.
+        target_epsilon: What the noise was calibrated to; 0: the plan's own epsilon.
+    """
+    cost = epsilon(plan)
+    ratio = plan.noise_to_signal(parameters)
+    changes: list[Change] = []
+    if ratio > COMFORTABLE and not plan.deterministic_noise:
+        changes = alternatives(plan, parameters, target_epsilon or cost.value)
+    return {
+        "unit": plan.unit,
+        "relation": plan.relation,
+        "epsilon": json_number(cost.value),
+        "delta": plan.delta,
+        "accountant": accountant_name(plan),
+        "noise_multiplier": plan.sigma,
+        "sampling_rate": plan.sampling_rate,
+        "steps": plan.steps,
+        "clip_norm": plan.clip_norm,
+        "expected_batch": plan.expected_batch,
+        "noise_to_signal": ratio,
+        "verdict": verdict(ratio),
+        "advice": [change._asdict() for change in changes],
+    }
+
+
+def verdict(noise_to_signal: float) -> str:
+    """Say what a ratio of noise to the largest possible signal means for training.
+
+    >>> verdict(0.4), verdict(3.0)[:5], verdict(40.0)[:5]
+    ('the signal stands above the noise', 'noisy', 'the n')
+    """
+    if noise_to_signal <= COMFORTABLE:
+        return "the signal stands above the noise"
+    if noise_to_signal <= HOPELESS:
+        return "noisy: expect slow learning; a lower learning rate and the advice below help"
+    return "the noise drowns the signal: change the plan before spending epsilon"
+
+
+def alternatives(plan: PrivacyPlan, parameters: int, target_epsilon: float) -> list[Change]:
+    """Return what each change of the plan would bring at the same epsilon, best lever first.
+
+    A larger expected batch means a larger sampling rate, or hospitals with more patients: with
+    the same patients, D and q grow together, up to q = 1.
+    """
+    changes = []
+    factor = min(4.0, 1 / plan.sampling_rate)
+    if factor > 1:
+        larger = replace(
+            plan,
+            noise_multiplier=None,
+            sampling_rate=plan.sampling_rate * factor,
+            expected_batch=plan.expected_batch * factor,
+        )
+        changes.append(_change(f"{factor:g} times D and q", larger, parameters, target_epsilon))
+    patients = replace(plan, expected_batch=plan.expected_batch * 4)
+    changes.append(_change("4 times the patients (D)", patients, parameters, target_epsilon))
+    if plan.steps > 1:
+        fewer = replace(plan, noise_multiplier=None, steps=max(1, plan.steps // 4))
+        changes.append(_change("a quarter of the steps", fewer, parameters, target_epsilon))
+    changes.append(_change("half the rank", plan, parameters // 2, target_epsilon))
+    return changes
+
+
+def _change(what: str, plan: PrivacyPlan, parameters: int, target_epsilon: float) -> Change:
+    if plan.noise_multiplier is None:
+        plan = calibrate(plan, target_epsilon, verify=False)
+    return Change(what, plan.sigma, plan.noise_to_signal(parameters))
+
+
+def lines(outlook: dict[str, Any]) -> list[str]:
+    """Render a forecast for people."""
+    rows = [
+        (
+            f"privacy of each {outlook['unit']}: epsilon {float(outlook['epsilon']):.3f} at delta "
+            f"{outlook['delta']:g} after {outlook['steps']} steps ({outlook['accountant']})"
+        ),
+        (
+            f"noise multiplier {outlook['noise_multiplier']:g}, sampling rate "
+            f"{outlook['sampling_rate']:g}, clip norm {outlook['clip_norm']:g}, expected batch "
+            f"{outlook['expected_batch']:g}"
+        ),
+        f"noise over signal, per step: {outlook['noise_to_signal']:.3g}: {outlook['verdict']}",
+    ]
+    for change in outlook["advice"]:
+        rows.append(
+            f"  {change['what']}: noise over signal {change['noise_to_signal']:.3g} "
+            f"(noise multiplier {change['noise_multiplier']:g})"
+        )
+    return rows
