@@ -60,12 +60,12 @@ class LeanLayer(LlamaDecoderLayer):
         v_TGE = attention.v_proj(normed_TD).view(len(x_TD), -1, width)
         q_THE, k_TGE = rotate(q_THE, cos_TE, sin_TE), rotate(k_TGE, cos_TE, sin_TE)
         out_THE = attend(q_THE, k_TGE, v_TGE, attention.scaling, packing)
-        return x_TD + attention.o_proj(out_THE.reshape(len(x_TD), -1))
+        return _add(x_TD, attention.o_proj, out_THE.reshape(len(x_TD), -1))
 
     def _mlp(self, x_TD: Tensor) -> Tensor:
         normed_TD, x_TD = rms_norm(x_TD, self.post_attention_layernorm)
         gate_TI, up_TI = self.mlp.gate_proj(normed_TD), self.mlp.up_proj(normed_TD)
-        return x_TD + self.mlp.down_proj(swiglu(gate_TI, up_TI))
+        return _add(x_TD, self.mlp.down_proj, swiglu(gate_TI, up_TI))
 
 
 def install(model: LlamaForCausalLM, recompute: str) -> None:
@@ -104,6 +104,12 @@ def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
 def rotate(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     """Apply rotary position embeddings (Su et al., 2021), halves rotated against each other."""
     return cast("Tensor", _rotate(x_THE, cos_TE, sin_TE))
+
+
+def _add(residual_TD: Tensor, projection: nn.Module, x: Tensor) -> Tensor:
+    """Return ``residual + projection(x)``, in the projection's memory where autograd allows it."""
+    out_TD: Tensor = projection(x)
+    return out_TD.add_(residual_TD) if type(projection) is nn.Linear else residual_TD + out_TD
 
 
 def _row_blocks(x: Tensor) -> range:

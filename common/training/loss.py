@@ -10,6 +10,8 @@ from torch import Tensor
 
 # Logits of one chunk, in bytes of fp32: large enough for full-speed products.
 _CHUNK_BYTES = 2**26
+# Rows of a chunk that a CPU works on at a time, so that their softmax stays in its cache.
+_CPU_ROWS_BYTES = 2**21
 
 
 class LossSum(NamedTuple):
@@ -61,19 +63,22 @@ class _CrossEntropy(torch.autograd.Function):
         wants_gradient = ctx.needs_input_grad[0]
         d_hidden_ND = torch.empty_like(hidden_ND) if wants_gradient else None
         losses_N = torch.empty(len(labels_N), dtype=torch.float32, device=hidden_ND.device)
-        chunk = max(1, _CHUNK_BYTES // (4 * head_VD.shape[0]))
+        row_bytes = 4 * head_VD.shape[0]
+        chunk = max(1, _CHUNK_BYTES // row_bytes)
         for start in range(0, len(labels_N), chunk):
             part = slice(start, start + chunk)
-            logits_CV = (hidden_ND[part] @ head_VD.T).float()
-            labels_C1 = labels_N[part, None]
-            lse_C1 = logits_CV.logsumexp(1, keepdim=True)
-            losses_N[part] = (lse_C1 - logits_CV.gather(1, labels_C1)).squeeze(1)
+            logits_CV = hidden_ND[part] @ head_VD.T
+            on_cpu = logits_CV.device.type == "cpu"
+            rows = max(1, _CPU_ROWS_BYTES // row_bytes) if on_cpu else chunk
+            for place in range(0, len(logits_CV), rows):
+                some = slice(start + place, min(start + place + rows, start + len(logits_CV)))
+                losses_N[some] = _losses_and_gradient(
+                    logits_CV[place : place + rows],
+                    labels_N[some, None],
+                    weights_N[some, None] if wants_gradient else None,
+                )
             if d_hidden_ND is not None:
-                # softmax - onehot, weighted, in the logits' own memory.
-                weights_C1 = weights_N[part, None]
-                d_logits_CV = logits_CV.sub_(lse_C1).exp_().mul_(weights_C1)
-                d_logits_CV.scatter_add_(1, labels_C1, -weights_C1)
-                d_hidden_ND[part] = d_logits_CV.to(hidden_ND.dtype) @ head_VD
+                d_hidden_ND[part] = logits_CV @ head_VD
         if d_hidden_ND is not None:
             ctx.save_for_backward(d_hidden_ND)
         ctx.mark_non_differentiable(losses_N)
@@ -83,6 +88,21 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, d_total: Tensor, _d_losses: Tensor) -> tuple[Tensor | None, ...]:
         (d_hidden_ND,) = ctx.saved_tensors
         return d_hidden_ND * d_total.to(d_hidden_ND.dtype), None, None, None
+
+
+def _losses_and_gradient(logits_RV: Tensor, labels_R1: Tensor, weights_R1: Tensor | None) -> Tensor:
+    """Return the rows' losses; with weights, the gradient takes the logits' place."""
+    wide_RV = logits_RV.float()
+    softmax_RV = wide_RV.softmax(1)
+    # The log-sum-exp, read off where the softmax is largest and so cannot have underflown.
+    peak_R1, where_R1 = softmax_RV.max(1, keepdim=True)
+    lse_R1 = wide_RV.gather(1, where_R1) - peak_R1.log()
+    losses_R = (lse_R1 - wide_RV.gather(1, labels_R1)).squeeze(1)
+    if weights_R1 is not None:
+        softmax_RV.scatter_add_(1, labels_R1, -torch.ones_like(weights_R1))
+        torch.mul(softmax_RV, weights_R1, out=wide_RV)
+        logits_RV.copy_(wide_RV)
+    return losses_R
 
 
 # torch's stubs leave Function.apply untyped.
