@@ -61,10 +61,13 @@ def transformers_twin(session):
     return twin
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_equals_one_by_one(attention):
+@pytest.mark.parametrize(("attention", "lean"), [("sdpa", True), ("eager", True), ("sdpa", False)])
+def test_packed_equals_one_by_one(attention, lean, monkeypatch):
+    """Also where transformers' own layers stay, for a Llama that the lean layer does not know."""
+    if not lean:
+        monkeypatch.setattr("common.model.lean.supported", lambda model: False)
     session = opened(attention=attention)
-    assert all(isinstance(layer, LeanLayer) for layer in session.model.model.layers)
+    assert all(isinstance(layer, LeanLayer) == lean for layer in session.model.model.layers)
     twin = transformers_twin(session)
     batch = pack(samples())
     with torch.no_grad():
