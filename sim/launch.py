@@ -41,7 +41,7 @@ CHECK_SECONDS = 10.0
 CONNECTION = "fedrx"
 RUN_VARIABLE = "FEDRX_RUN"
 """Marks every process of a run with its run directory, so that none is ever left behind."""
-RAY_SOCKET = "/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
+RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
 LONGEST_SOCKET = 107
 
 
@@ -114,7 +114,7 @@ def superlink(run: Path, port: int = 0) -> Iterator[SuperLink]:
     port = free_port(port)
     with tempfile.TemporaryDirectory(prefix="fedrx-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        for sub in ("empty", "home", "ray"):
+        for sub in ("empty", "home"):
             (folder / sub).mkdir()
         (folder / "home" / "config.toml").write_text(
             f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
@@ -169,8 +169,8 @@ def flower_environment(folder: Path, port: int, run: Path) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if len(f"{folder}/ray{RAY_SOCKET}") <= LONGEST_SOCKET:
-        environment["RAY_TMPDIR"] = str(folder / "ray")
+    if len(f"{folder}{RAY_SOCKET}") <= LONGEST_SOCKET:
+        environment["RAY_TMPDIR"] = str(folder)
     return environment
 
 

@@ -1,13 +1,20 @@
 """A grid in this process: the real server app and the real client app, every byte serialised."""
 
+import contextlib
+import json
+import os
 import shutil
-from collections.abc import Callable, Iterable
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
+import psutil
 import pytest
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -192,3 +199,143 @@ def copy_run(tmp_path: Path) -> Callable[[RunDirectory], RunDirectory]:
         return RunDirectory(target)
 
     return copy
+
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SPY = Path(__file__).parent / "spy"
+RUN_SECONDS = 900
+
+
+@dataclass
+class Started:
+    """A ``fedrx`` process on real Flower and Ray."""
+
+    process: subprocess.Popen[str]
+    run: RunDirectory
+    spy: Path
+    out: str = ""
+    error: str = ""
+
+    def wait(self) -> "Started":
+        self.out, self.error = self.process.communicate(timeout=RUN_SECONDS)
+        return self
+
+    @property
+    def code(self) -> int:
+        return self.process.returncode
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return self.run.read_json("summary.json")
+
+    def processes(self) -> list[dict[str, Any]]:
+        """What every Python process of the run said about itself."""
+        return [json.loads(file.read_text()) for file in sorted(self.spy.glob("process-*.json"))]
+
+    def left(self) -> list[str]:
+        """Command lines of living processes that belong to the run."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.pid != self.process.pid and self.belongs(process):
+                    found.append(" ".join(process.cmdline()))
+        return found
+
+    def belongs(self, process: psutil.Process) -> bool:
+        return process.environ().get("FEDRX_SPY") == str(self.spy)
+
+    def wait_until(self, ready: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + RUN_SECONDS
+        while not ready() and time.monotonic() < deadline:
+            assert self.process.poll() is None, self.wait().error
+            time.sleep(0.02)
+
+
+def start_fedrx(
+    arguments: Sequence[str], run: Path, spy: Path, *, cwd: Path, **environment: str
+) -> Started:
+    """Start ``fedrx`` in its own process group, from ``cwd``."""
+    spy.mkdir(parents=True, exist_ok=True)
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", STARTER, *arguments],
+        cwd=cwd,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(SPY), str(REPOSITORY)]),
+            "FEDRX_SPY": str(spy),
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    return Started(process, RunDirectory(run), spy)
+
+
+STARTER = "from sim.cli import main; main()"
+
+
+def settings(config: Config) -> list[str]:
+    """Return the ``--set`` options that make a configuration of the defaults."""
+    return [
+        part
+        for key, value in flatten(config).items()
+        if value != flatten(Config())[key]
+        for part in ("--set", f"{key}={value}")
+    ]
+
+
+@dataclass
+class Laboratory:
+    """Starts real federations below one folder."""
+
+    folder: Path
+    config: Config
+
+    def start(
+        self, name: str, *, cwd: Path | None = None, environment: Any = None, **overrides: Any
+    ) -> Started:
+        dotted = {k.replace("__", ".").replace("_", "-"): v for k, v in overrides.items()}
+        config = from_flat({**flatten(self.config), **dotted})
+        empty = self.folder / "empty.toml"
+        empty.write_text("")
+        run = self.folder / name
+        return start_fedrx(
+            ["federate", str(empty), "--run-dir", str(run), "--json", *settings(config)],
+            run,
+            self.folder / f"spy {name}",
+            cwd=cwd or self.folder,
+            **(environment or {}),
+        )
+
+    def resume(self, run: RunDirectory) -> Started:
+        spy = self.folder / f"spy again {run.path.name}"
+        return start_fedrx(["resume", str(run.path), "--json"], run.path, spy, cwd=self.folder)
+
+
+@pytest.fixture(scope="session")
+def laboratory(tmp_path_factory, tiny_config) -> Laboratory:
+    config = tiny_config(federation__workers=2, evaluation__samples=2, evaluation__max_new_tokens=8)
+    return Laboratory(tmp_path_factory.mktemp("laboratory"), config)
+
+
+DECOY = "raise RuntimeError('the wrong package was imported')\n"
+
+
+@pytest.fixture(scope="session")
+def decoys(tmp_path_factory) -> Path:
+    """A folder in which every package of ours has a decoy that must never be imported."""
+    folder = tmp_path_factory.mktemp("decoys")
+    for package in ("client", "server", "common"):
+        (folder / package).mkdir()
+        (folder / package / "__init__.py").write_text(DECOY)
+        (folder / package / "app.py").write_text(DECOY)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base(laboratory, decoys) -> Started:
+    """One finished federation: two workers, started beside decoys, into a folder with blanks."""
+    return laboratory.start("a run, größer", cwd=decoys).wait()

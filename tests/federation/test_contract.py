@@ -206,7 +206,9 @@ def test_aggregate_is_the_mean_of_what_travelled(tiny_config, in_process):
             replies.append((index, weight, arrays))
     total = sum(weight for _, weight, _ in replies)
     mean = {
-        key: sum(w / total * a[key].astype(np.float64) for _, w, a in sorted(replies, key=lambda r: r[0]))
+        key: sum(
+            w / total * a[key].astype(np.float64) for _, w, a in sorted(replies, key=lambda r: r[0])
+        )
         for key in replies[0][2]
     }
     ours = done.run.load_checkpoint().b
@@ -240,10 +242,16 @@ def test_mismatch_stops_the_run_and_names_both_values(fact, what, tiny_config, i
 def test_hospital_refuses_what_is_not_b(tiny_config, in_process):
     """The hospital checks the server's message in the same way: keys, shapes, scalars."""
     bad = {
-        "an A": lambda c: c["arrays"].update({"model.layers.0.self_attn.q_proj.lora_A": Array(np.zeros((4, 64), np.float32))}),
+        "an A": lambda c: c["arrays"].update(
+            {"model.layers.0.self_attn.q_proj.lora_A": Array(np.zeros((4, 64), np.float32))}
+        ),
         "a scalar": lambda c: c["config"].update({"prompt": "text"}),
         "a nan": lambda c: c["arrays"].update(
-            {first(c["arrays"]): Array(np.full_like(c["arrays"][first(c["arrays"])].numpy(), np.nan))}
+            {
+                first(c["arrays"]): Array(
+                    np.full_like(c["arrays"][first(c["arrays"])].numpy(), np.nan)
+                )
+            }
         ),
     }
     for change in bad.values():
