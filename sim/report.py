@@ -21,7 +21,12 @@ SOURCES = {
     "demo": "MIMIC-IV demo (100 patients, open): figures prove correctness, not quality.",
     "credentialed": "Credentialed data: this report shows aggregates only. Handle it as agreed.",
 }
-MODEL_NAMES = {"fedrx": "FedRx (trained B)", "untrained": "untrained backbone"}
+MODEL_NAMES = {
+    "fedrx": "FedRx (trained B)",
+    "untrained": "untrained backbone",
+    "nearest_neighbours": "nearest neighbours",
+    "logistic_regression": "logistic regression",
+}
 COLUMNS = (
     ("output_rate", "output rate"),
     ("precision", "precision"),

@@ -6,7 +6,15 @@ from rich.console import Console
 from rich.table import Table
 
 from common.rundir import RunDirectory
-from sim.report import COLUMNS, MODEL_NAMES, NOTICE, megabytes, with_interval
+from sim.report import MODEL_NAMES, NOTICE, megabytes, number, with_interval
+
+SHOWN = (
+    ("output_rate", "output"),
+    ("precision", "precision"),
+    ("recall", "recall"),
+    ("jaccard", "Jaccard"),
+    ("f1", "F1 (95% interval)"),
+)
 
 
 def show_summary(console: Console, run: RunDirectory, summary: dict[str, Any]) -> None:
@@ -19,12 +27,12 @@ def show_summary(console: Console, run: RunDirectory, summary: dict[str, Any]) -
             caption=NOTICE,
         )
         table.add_column("")
-        for _, name in COLUMNS[:5]:
-            table.add_column(name, justify="right")
+        for _, name in SHOWN:
+            table.add_column(name, justify="right", no_wrap=True)
         for model, values in metrics.items():
-            intervals = values.get("intervals", {})
-            cells = [with_interval(values.get(key), intervals.get(key)) for key, _ in COLUMNS[:5]]
-            table.add_row(MODEL_NAMES.get(model, model), *cells)
+            cells = [number(values.get(key)) for key, _ in SHOWN[:-1]]
+            f1 = with_interval(values.get("f1"), values.get("intervals", {}).get("f1"))
+            table.add_row(MODEL_NAMES.get(model, model), *cells, f1)
         console.print(table)
     losses = summary.get("validation_loss") or []
     if losses:
