@@ -9,7 +9,6 @@ Shapes: T packed tokens, D input width, O output width, R rank, P trainable para
 S packed segments, U units (rows of a unit-gradient buffer).
 """
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,74 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.errors import UserError
-from common.seeds import stream
+from common.model.spec import AdapterSpec, HashedA, draw_a
 
-INITIALISERS = ("kaiming-uniform", "orthonormal")
-MODES = ("fa-lora", "lora")
+__all__ = ["AdaptedLinear", "Adapter", "AdapterSpec", "attach", "draw_a"]
+
 # Projections that read the same input: one product with all their A's serves the whole group.
 _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-_ORTHONORMAL_GRID = 2.0**-20
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterSpec:
-    """What the adapter is; every party of a federation holds the same one."""
-
-    targets: tuple[str, ...] = ("q_proj", "v_proj")
-    """Names of the adapted linear modules, in every layer."""
-    rank: int = 16
-    alpha: float = 16.0
-    """Numerator of the scale: the update is alpha / rank * B A."""
-    seed: int = 0
-    """Seed of A, which is drawn per module name."""
-    initialiser: str = "kaiming-uniform"
-    mode: str = "fa-lora"
-    """``fa-lora`` trains B alone, ``lora`` trains A and B."""
-
-    def __post_init__(self) -> None:
-        """Check the values that configuration files set."""
-        if self.rank < 1:
-            raise UserError(f"adapter.rank={self.rank}", allowed="1 or more")
-        if self.mode not in MODES:
-            raise UserError(f"adapter.mode={self.mode!r}", allowed=", ".join(MODES))
-        if self.initialiser not in INITIALISERS:
-            raise UserError(
-                f"adapter.initialiser={self.initialiser!r}", allowed=", ".join(INITIALISERS)
-            )
-        if not self.targets:
-            raise UserError("adapter.targets is empty", fix="name at least one projection")
-
-    @property
-    def scale(self) -> float:
-        """Factor of the low-rank product.
-
-        >>> AdapterSpec(rank=32, alpha=16.0).scale
-        0.5
-        """
-        return self.alpha / self.rank
-
-
-def draw_a(spec: AdapterSpec, module: str, width: int) -> NDArray[np.float32]:
-    """Draw one module's frozen A, [R, D], from its named stream.
-
-    ``kaiming-uniform`` is PEFT's: U(-b, b) with b = 1 / sqrt(D) (He et al., 2015, a = sqrt(5)).
-    ``orthonormal`` has orthonormal rows, rounded to multiples of 2^-20 so that machines whose
-    linear algebra differs in the last bit still draw the same A.
-
-    Raises:
-        UserError: If more orthonormal rows are asked for than the width allows.
-    """
-    generator = stream(spec.seed, "adapter-a", module)
-    if spec.initialiser == "kaiming-uniform":
-        bound = 1.0 / math.sqrt(width)
-        return generator.uniform(-bound, bound, size=(spec.rank, width)).astype(np.float32)
-    if spec.rank > width:
-        raise UserError(
-            f"adapter.rank={spec.rank} with an orthonormal A on {module}", allowed=f"up to {width}"
-        )
-    q_DR, r_RR = np.linalg.qr(generator.standard_normal((width, spec.rank)))
-    a_RD = (q_DR * np.sign(np.diag(r_RR))).T
-    return (np.round(a_RD / _ORTHONORMAL_GRID) * _ORTHONORMAL_GRID).astype(np.float32)
 
 
 @dataclass(kw_only=True)
@@ -255,7 +192,7 @@ class Adapter:
             stop = start + math.prod(shapes[key])
             self.slices[key] = slice(start, stop)
             start = stop
-        self._initial_a = _HashedA(spec)
+        self._initial_a = HashedA(spec)
         for module in self.modules:
             self._bind(module)
         self.a_fingerprint = self._initial_a.digest()
@@ -377,21 +314,6 @@ class Adapter:
         finally:
             for module in self.modules:
                 module.merged_OD = None
-
-
-class _HashedA:
-    """Running sha256 of the drawn A's, in the order of their module names."""
-
-    def __init__(self, spec: AdapterSpec) -> None:
-        self._digests: dict[str, str] = {}
-        self._head = f"{spec.rank}|{spec.alpha}|{spec.initialiser}"
-
-    def add(self, key: str, a_RD: NDArray[np.float32]) -> None:
-        self._digests[key] = hashlib.sha256(a_RD.astype("<f4").tobytes()).hexdigest()
-
-    def digest(self) -> str:
-        lines = [self._head, *(f"{key} {self._digests[key]}" for key in sorted(self._digests))]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def attach(model: nn.Module, spec: AdapterSpec) -> Adapter:
