@@ -102,6 +102,22 @@ def paper(
 
 
 @app.command()
+def audit(
+    config_file: Annotated[Path, typer.Argument(metavar="CONFIG")],
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Measure what the privacy code does against what it claims; needs no patient data."""
+    config = read_config(find_config(config_file), set_ or ())
+    from sim.audit import audit as run_audit
+
+    console = console_for(json_output)
+    summary = run_audit(config, console=console, command_line=sys.argv, run_dir=run_dir)
+    print_json(summary, json_output)
+
+
+@app.command()
 def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Its run directory.")],
     set_: SetOption = None,

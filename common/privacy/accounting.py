@@ -7,7 +7,7 @@ in PRV's place (Balle, Wang 2018, theorem 8), because PRV's density is undefined
 
 The released noise is a discrete Gaussian. For integer orders, its Renyi divergences under Poisson
 sampling equal the continuous Gaussian's (integer shifts; Canonne, Kamath, Steinke 2020), and its
-step is at least 2^20 times finer than its standard deviation.
+step is at least 2^22 times finer than its standard deviation.
 """
 
 import math

@@ -13,7 +13,7 @@ from common.privacy.plan import PrivacyPlan
 ARITHMETIC_SLACK = 2.0**-10
 """Relative growth of the sensitivity that fp32 may cause (clip and sum rounding, kernels whose
 blocking depends on the batch); the noise is larger by as much."""
-_FINEST_BITS = 20
+_FINEST_BITS = 22
 
 
 @dataclass(frozen=True, kw_only=True)

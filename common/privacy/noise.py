@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 Integers = np.ndarray[Any, np.dtype[np.int64]]
 Words = np.ndarray[Any, np.dtype[np.uint64]]
 
-SPLIT = 512
+SPLIT = 1024
 """Factor k of X = k Z1 + Z2, which makes a wide Gaussian out of two narrow ones."""
 TAIL = 13.5
 """Table half-width in standard deviations: the mass beyond is below 2^-133."""
@@ -169,16 +169,16 @@ class NoiseSource:
         return noise_name(secret=self.secret)
 
     def gaussian(self, count: int, std: float) -> Integers:
-        """Draw integers X = 512 Z1 + Z2 of standard deviation ``std`` from discrete Gaussians.
+        """Draw integers X = 1024 Z1 + Z2 of standard deviation ``std`` from discrete Gaussians.
 
         Formal guarantee: X is within total variation ``residue(std)`` of N_Z(0, std^2). Given X,
-        Z1 follows a discrete Gaussian of standard deviation about std / 512^2 >= 4, whose theta
+        Z1 follows a discrete Gaussian of standard deviation about std / 1024^2 >= 4, whose theta
         sum varies by less than exp(-2 pi^2 4^2) < 2^-455 over the shifts (Micciancio and Walter,
         CRYPTO 2017); the rest is the two tables' rounding to 128 bits.
 
         Args:
             count: How many.
-            std: In grid steps, 2^20 to 2^24.
+            std: In grid steps, 2^22 to 2^26.
         """
         table = gaussian_table(split_std(std))
         values = np.empty(count, dtype=np.int64)
@@ -209,23 +209,23 @@ def noise_name(*, secret: bool) -> str:
 
 
 def split_std(std: float) -> float:
-    """Return the standard deviation of Z1 and Z2 that gives X = 512 Z1 + Z2 at least ``std``.
+    """Return the standard deviation of Z1 and Z2 that gives X = 1024 Z1 + Z2 at least ``std``.
 
     Raises:
-        ValueError: where Z1's posterior would be too narrow for the convolution (std < 2^20).
+        ValueError: where Z1's posterior would be too narrow for the convolution (std < 2^22).
 
-    >>> split_std(2.0**20) > 2047
+    >>> split_std(2.0**22) > 4095
     True
     """
-    if not 1 << 20 <= std <= 1 << 24:
-        raise ValueError(f"standard deviation {std} grid steps; allowed: 2^20 to 2^24")
+    if not 1 << 22 <= std <= 1 << 26:
+        raise ValueError(f"standard deviation {std} grid steps; allowed: 2^22 to 2^26")
     return float(np.nextafter(std / (SPLIT**2 + 1) ** 0.5, np.inf))
 
 
 def residue(std: float, draws: int) -> float:
     """Bound the total variation between ``draws`` samples of ``std`` and ideal ones.
 
-    >>> residue(2.0**20, 10**9) < 1e-20
+    >>> residue(2.0**22, 10**9) < 1e-20
     True
     """
     return 2 * draws * gaussian_table(split_std(std)).total_variation

@@ -51,10 +51,10 @@ def samples_of() -> Callable[..., list[Encoded]]:
 def open_tiny() -> Callable[..., Session]:
     """Open the tiny backbone in fp32 with a random, non-zero B."""
 
-    def opened(mode: str = "fa-lora", rank: int = 4, attention: str = "auto") -> Session:
+    def opened(mode: str = "fa-lora", rank: int = 4, **choices: str) -> Session:
         spec = AdapterSpec(rank=rank, alpha=4.0, mode=mode)
         session = open_session(
-            resolve_backbone("tiny"), spec, device="cpu", dtype="fp32", attention=attention
+            resolve_backbone("tiny"), spec, device="cpu", dtype="fp32", **choices
         )
         generator = torch.Generator().manual_seed(7)
         noise = torch.randn(session.adapter.flat.shape, generator=generator)

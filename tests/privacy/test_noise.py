@@ -18,7 +18,7 @@ from common.privacy.noise import (
     split_std,
 )
 
-STD = 2.0**20
+STD = 2.0**22
 N = 1_200_000
 
 
@@ -48,8 +48,8 @@ def check_uncorrelated(rows: np.ndarray) -> bool:
     """Whether every pair of rows (steps, hospitals) and neighbouring columns is uncorrelated."""
     count = rows.shape[1]
     pairs = np.corrcoef(rows)[np.triu_indices(len(rows), 1)]
-    lagged = [np.corrcoef(row[:-lag], row[lag:])[0, 1] for row in rows for lag in (1, 2, 512)]
-    return bool(np.abs([*pairs, *lagged]).max() < 5.5 / np.sqrt(count - 512))
+    lagged = [np.corrcoef(row[:-lag], row[lag:])[0, 1] for row in rows for lag in (1, 2, 1024)]
+    return bool(np.abs([*pairs, *lagged]).max() < 5.5 / np.sqrt(count - 1024))
 
 
 def test_noise_has_the_claimed_distribution(honest: np.ndarray) -> None:
@@ -120,7 +120,7 @@ def test_look_up_is_exact_at_every_threshold() -> None:
 
 def test_two_narrow_gaussians_make_the_wide_one() -> None:
     """The law of k Z1 + Z2 against the discrete Gaussian, summed exactly at a small scale."""
-    std, factor = 32.0, 8  # the same ratio std / factor = 4 as in use: 2048 / 512
+    std, factor = 32.0, 8  # the same ratio std / factor = 4 as in use: 4096 / 1024
     k = np.arange(-500, 501)
     law = np.exp(-(k**2) / (2 * std**2))
     law /= law.sum()
@@ -211,4 +211,4 @@ def test_table_refuses_what_it_cannot_hold(std: float) -> None:
 
 def test_wide_gaussian_refuses_a_width_at_which_the_convolution_fails() -> None:
     with pytest.raises(ValueError, match="standard deviation"):
-        NoiseSource().gaussian(1, 2.0**19)
+        NoiseSource().gaussian(1, 2.0**21)

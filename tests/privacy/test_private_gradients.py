@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import peft
 import pytest
@@ -10,9 +11,11 @@ from opacus import GradSampleModule
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.config import TrainConfig
+from common.model import lean
 from common.model.session import Session
 from common.model.tiny import tiny_model
 from common.privacy.gradients import PrivateGradient, private_bytes
@@ -75,17 +78,26 @@ def test_unit_gradients_equal_a_loop_of_single_passes(open_tiny, samples_of, att
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_unit_gradients_survive_checkpointing(open_tiny, samples_of, reentrant) -> None:
-    session, samples = open_tiny(), samples_of(LENGTHS, UNITS)
+@pytest.mark.parametrize("recompute", ["mlp", "half", "all"])
+def test_unit_gradients_survive_checkpointing(
+    open_tiny, samples_of, monkeypatch, recompute, reentrant
+) -> None:
+    session, samples = open_tiny(recompute=recompute), samples_of(LENGTHS, UNITS)
     expected = [single(session, sample) for sample in samples]
-    session.model.activation_checkpointing_enable({"use_reentrant": reentrant})
-    if reentrant:  # reentrant checkpointing needs an input that requires a gradient
-        session.model.enable_input_require_grads()
-    session.model.train()
     calls = []
-    session.model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+
+    def watched(function: Callable[..., Any], *inputs: Any, use_reentrant: bool) -> Any:
+        def counted(*again: Any) -> Any:
+            calls.append(function)
+            return function(*again)
+
+        return checkpoint(counted, *inputs, use_reentrant=reentrant)
+
+    monkeypatch.setattr(lean, "checkpoint", watched)
+    if reentrant:  # it needs an input that requires a gradient
+        session.model.enable_input_require_grads()
     rows = unit_rows(session, samples)
-    assert len(calls) == 2  # once in the forward pass, once recomputed
+    assert len(calls) == (2 if recompute == "half" else 4)  # of two layers, each run twice
     assert all(relative(row, gold) < 1e-6 for row, gold in zip(rows, expected, strict=True))
 
 
