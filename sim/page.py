@@ -32,6 +32,7 @@ def render(
         "style-src": _hash(css),
         "script-src": _hash(code),
         "connect-src": connect,
+        "img-src": "data:",
         "base-uri": "'none'",
         "form-action": "'none'",
     }

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from common.data.names import read_drug_map
 from common.errors import UserError
 from common.evaluation.judge_gate import source_of_run
@@ -161,3 +164,49 @@ def _private(target: Path, text: str) -> None:
 
 def _private_json(target: Path, value: Any) -> None:
     _private(target, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def show_reviews(console: Console, result: dict[str, Any]) -> None:
+    """Show the scores by model, and the agreement."""
+    reviewers = len(result["reviewers"])
+    table = Table(
+        title=f"{reviewers} reviewer{'s' * (reviewers != 1)}, {result['cases']} cases "
+        f"(names equal at level {result['level']})"
+    )
+    table.add_column("list by")
+    names = ("in format", "similarity", "after review", "kept", "overall 1-5", "lists reviewed")
+    for name in names:
+        table.add_column(name, justify="right")
+    for model, one in result["models"].items():
+        table.add_row(
+            model,
+            _percent(one["format_followed"]),
+            _percent((one["similarity"] or {}).get("jaccard")),
+            _percent((one["similarity_after_review"] or {}).get("jaccard")),
+            _percent(one["kept_share"]),
+            "-" if one["overall"] is None else f"{one['overall']:.1f}",
+            str(one["lists_reviewed"]),
+        )
+    console.print(table)
+    agreement, judge = result["agreement"], result["judge"]
+    if agreement["drugs"]:
+        console.print(
+            f"reviewers on {agreement['drugs']} drugs: unanimous "
+            f"{_percent(agreement['unanimous'])}, alpha {_figure(agreement['alpha_drugs'])} "
+            f"(overall marks {_figure(agreement['alpha_overall'])})",
+            highlight=False,
+        )
+    if judge and judge["drugs"]:
+        console.print(
+            f"reviewers and judge on {judge['drugs']} drugs: agree {_percent(judge['agree'])}, "
+            f"alpha {_figure(judge['alpha'])}",
+            highlight=False,
+        )
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -25,14 +25,14 @@ from common.evaluation.judge_plan import (
     Judgement,
     JudgePlan,
     Task,
-    cached,
+    exchange_keys,
+    first_messages,
     prices_of,
     spent_usd,
 )
 from common.evaluation.judge_rubric import (
     ReplyProblem,
     Verdict,
-    messages,
     read_verdicts,
     repair_messages,
 )
@@ -176,9 +176,10 @@ class _Session:
     def __init__(self, plan: JudgePlan, cache: ExchangeCache, client: JudgeClient) -> None:
         self._plan, self._cache, self._client = plan, cache, client
         self._dialect = dialects(plan.config)[0]
+        self._locks: dict[str, asyncio.Lock] = {}
 
     async def judge(self, task: Task) -> Judgement:
-        asked = messages(task.item.patient, task.item.diagnoses, task.item.drugs)
+        asked = first_messages(task)
         first = await self._exchange(task, asked)
         try:
             verdicts = _verdicts(first, task)
@@ -193,8 +194,17 @@ class _Session:
         return Judgement(task=task, verdicts=verdicts, keys=(first.key,))
 
     async def _exchange(self, task: Task, asked: Sequence[Mapping[str, str]]) -> Exchange:
-        known = cached(self._cache.exchanges, self._plan, task, asked)
-        while known is None:
+        keys = exchange_keys(self._plan, task, asked)
+        # Equal lists of two models are one question: the second waits for the first's answer.
+        async with self._locks.setdefault(keys[0], asyncio.Lock()):
+            return self._known(keys) or await self._ask(task, asked)
+
+    def _known(self, keys: Sequence[str]) -> Exchange | None:
+        found = (self._cache.exchanges.get(key) for key in keys)
+        return next((exchange for exchange in found if exchange), None)
+
+    async def _ask(self, task: Task, asked: Sequence[Mapping[str, str]]) -> Exchange:
+        while True:
             dialect = self._dialect
             body = dialect.body(task.judge, asked, self._plan.config)
             try:
@@ -202,11 +212,10 @@ class _Session:
             except Unsupported as other:
                 self._dialect = other.dialect
                 continue
-            known = Exchange(
-                key=exchange_key(self._plan.endpoint.named, body, task.repeat), **asdict(reply)
-            )
-            self._cache.put(known)
-        return known
+            key = exchange_key(self._plan.endpoint.named, body, task.repeat)
+            exchange = Exchange(key=key, **asdict(reply))
+            self._cache.put(exchange)
+            return exchange
 
 
 def _verdicts(exchange: Exchange, task: Task) -> tuple[Verdict, ...]:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from common.config import JudgeConfig
 from common.errors import UserError
-from common.evaluation.judge_cache import Exchange, Exchanges, exchange_key, read_exchanges
-from common.evaluation.judge_client import Dialect, dialects
+from common.evaluation.judge_cache import Exchanges, exchange_key, read_exchanges
+from common.evaluation.judge_client import dialects
 from common.evaluation.judge_cost import Prices, estimated_tokens
 from common.evaluation.judge_gate import Endpoint, Statement, check_endpoint, source_of_run
 from common.evaluation.judge_rubric import Verdict, distinct_drugs, messages
@@ -159,21 +159,26 @@ def estimate(run: RunDirectory, plan: JudgePlan) -> dict[str, Any]:
     ``most_usd`` is the price if every list needed its repair and every reply took all its tokens.
     """
     made = read_exchanges(run.path / EXCHANGES)
-    open_tasks = [task for task in plan.tasks if _find(made, plan, task) is None]
+    # Equal lists for one patient are one call.
+    calls: dict[str, Task] = {}
+    for task in plan.tasks:
+        keys = exchange_keys(plan, task, first_messages(task))
+        if not any(made.get(key) for key in keys):
+            calls.setdefault(keys[0], task)
     input_tokens = output_tokens = 0
-    for task in open_tasks:
-        asked = messages(task.item.patient, task.item.diagnoses, task.item.drugs)
+    for task in calls.values():
+        asked = first_messages(task)
         input_tokens += estimated_tokens(sum(len(m["content"].encode()) for m in asked))
         names = sum(len(drug.encode()) for drug in task.item.drugs)
         output_tokens += estimated_tokens(names) + _VERDICT_TOKENS * len(task.item.drugs)
     prices = prices_of(plan.config)
-    most_output = 2 * len(open_tasks) * plan.config.max_output_tokens
+    most_output = 2 * len(calls) * plan.config.max_output_tokens
     most_input = 2 * ceil(3.5 * input_tokens) + most_output
     return {
         "lists": len(plan.items),
         "judgements": len(plan.tasks),
-        "calls": len(open_tasks),
-        "cached": len(plan.tasks) - len(open_tasks),
+        "calls": len(calls),
+        "cached": len(plan.tasks) - len(calls),
         "input_tokens": input_tokens,
         "output_tokens": output_tokens,
         "cost_usd": round(prices.cost_usd(input_tokens, output_tokens), 6),
@@ -185,22 +190,15 @@ def estimate(run: RunDirectory, plan: JudgePlan) -> dict[str, Any]:
     }
 
 
-def _find(made: Exchanges, plan: JudgePlan, task: Task) -> Exchange | None:
-    asked = messages(task.item.patient, task.item.diagnoses, task.item.drugs)
-    return cached(made, plan, task, asked)
+def first_messages(task: Task) -> list[dict[str, str]]:
+    """Return what a task asks first."""
+    return messages(task.item.patient, task.item.diagnoses, task.item.drugs)
 
 
-def cached(
-    made: Exchanges, plan: JudgePlan, task: Task, asked: Sequence[Mapping[str, str]]
-) -> Exchange | None:
-    """Find the exchange that asked this, in whichever dialect it was made."""
-
-    def key(dialect: Dialect) -> str:
-        body = dialect.body(task.judge, asked, plan.config)
-        return exchange_key(plan.endpoint.named, body, task.repeat)
-
-    found = (made.get(key(dialect)) for dialect in dialects(plan.config))
-    return next((exchange for exchange in found if exchange), None)
+def exchange_keys(plan: JudgePlan, task: Task, asked: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return the cache keys of one question, one for each dialect it may be asked in."""
+    bodies = (dialect.body(task.judge, asked, plan.config) for dialect in dialects(plan.config))
+    return [exchange_key(plan.endpoint.named, body, task.repeat) for body in bodies]
 
 
 def prices_of(config: JudgeConfig) -> Prices:

@@ -104,6 +104,16 @@ def test_a_changed_list_is_asked_again(server, make_run, judge_config, kit):
     assert len(server.requests) == 7
 
 
+def test_equal_lists_for_one_patient_are_asked_once(server, make_run, judge_config, kit):
+    server.behave = lambda body, n: kit.Answer(kit.verdicts(body), delay_seconds=0.05)
+    run = make_run([kit.line("case-1", model, ["Insulin"]) for model in ("fedrx", "popularity")])
+    plan = plan_judging(run, judge_config())
+    assert estimate(run, plan)["calls"] == 1
+    result = judge_run(run, plan)
+    assert len(server.requests) == 1
+    assert [one["scored"] for one in result["appropriateness"].values()] == [1, 1]
+
+
 def test_calls_run_side_by_side_up_to_the_limit(server, make_run, judge_config, kit):
     server.behave = lambda body, n: kit.Answer(kit.verdicts(body), delay_seconds=0.05)
     run = make_run(predictions(kit, count=12))

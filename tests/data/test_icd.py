@@ -1,0 +1,69 @@
+"""Search in titles: ranks, codes, free text; the bundled list against MIMIC-IV's own table."""
+
+import pytest
+
+from common.data.icd import Diagnosis, DiagnosisIndex, bundled_diagnoses, table_diagnoses
+
+
+def index(frequency=None):
+    known = [
+        ("10:I10", "Essential (primary) hypertension"),
+        ("9:4019", "Unspecified essential hypertension"),
+        ("10:I110", "Hypertensive heart disease with heart failure"),
+        ("10:I509", "Heart failure, unspecified"),
+        ("10:E119", "Type 2 diabetes mellitus without complications"),
+    ]
+    rows = [Diagnosis(code=code, title=title) for code, title in known]
+    return DiagnosisIndex(rows, frequency=frequency or {}, origin="test")
+
+
+def codes(found):
+    return [diagnosis.code for diagnosis in found]
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("heart fail", ["10:I110", "10:I509"]),
+        ("FAILURE heart", ["10:I110", "10:I509"]),
+        ("essential", ["10:I10", "9:4019"]),
+        ("i10", ["10:I10"]),
+        ("I11", ["10:I110"]),
+        ("e11.9", ["10:E119"]),
+        ("401.9", ["9:4019"]),
+        ("2 diabetes", ["10:E119"]),
+        ("art fail", []),
+        ("", []),
+        ("  ,.", []),
+        ("(((", []),
+    ],
+)
+def test_search(query, expected):
+    assert codes(index().search(query)) == expected
+
+
+def test_common_diagnoses_come_first_and_the_limit_holds():
+    frequent = index({"10:I509": 7, "10:I110": 2})
+    assert codes(frequent.search("heart")) == ["10:I509", "10:I110"]
+    assert codes(frequent.search("heart", limit=1)) == ["10:I509"]
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "title"),
+    [
+        ("e11.9", "10:E119", "Type 2 diabetes mellitus without complications"),
+        ("9:4019", "9:4019", "Unspecified essential hypertension"),
+        (" heart  failure, UNSPECIFIED", "10:I509", "Heart failure, unspecified"),
+        (" lives  alone ", "", "lives alone"),
+    ],
+)
+def test_what_a_person_writes(text, code, title):
+    assert index().read(text) == Diagnosis(code=code, title=title)
+
+
+def test_the_bundled_titles_are_those_of_the_demos_dictionary(mimic_demo):
+    official = {one.code: one.title for one in table_diagnoses(mimic_demo)}
+    bundled = bundled_diagnoses()
+    assert 150 <= len({one.code for one in bundled}) == len(bundled) <= 300
+    assert [one for one in bundled if official.get(one.code) != one.title] == []
+    assert len(official) == 109_775

@@ -1,0 +1,323 @@
+"""The assist page: who may ask it, what wrong input is told, and a clinician's way through."""
+
+import contextlib
+import json
+import stat
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+from common.data.icd import Diagnosis, DiagnosisIndex
+from common.data.samples import Admission
+from common.errors import UserError
+from common.evaluation.support import SupportIndex
+from sim.assist import COOKIE, Desk, address, make_server, open_socket
+from sim.suggest import SuggestedDrug, Suggestion, Surroundings
+
+TITLES = {
+    "10:I509": "Heart failure, unspecified",
+    "10:I10": "Essential (primary) hypertension",
+    "9:4280": "Congestive heart failure, unspecified",
+}
+DRUGS = ("Furosemide", "Aspirin", "<b>Bold</b>")
+
+
+class Stub:
+    """Answers every patient with the same list."""
+
+    def __init__(self):
+        train = [
+            Admission(
+                patient=n,
+                admission=n,
+                sex="F",
+                age=60,
+                diagnosis_codes=("10:I509",),
+                drugs=("Furosemide",) if n else ("Aspirin",),
+            )
+            for n in range(4)
+        ]
+        rows = [Diagnosis(code=code, title=title) for code, title in TITLES.items()]
+        index = DiagnosisIndex(rows, frequency={}, origin="test titles")
+        self.surroundings = Surroundings(index=index, support=SupportIndex(train), note="A note.")
+        self.asked = []
+
+    def suggest(self, request):
+        self.asked.append(request)
+        supports = self.surroundings.support.support(request.codes, DRUGS)
+        return Suggestion(
+            drugs=tuple(
+                SuggestedDrug(name=name, support=support)
+                for name, support in zip(DRUGS, supports, strict=True)
+            ),
+            in_format=True,
+            similar=4,
+            dropped_diagnoses=0,
+            seconds=0.1,
+        )
+
+
+@pytest.fixture
+def desk(tmp_path):
+    about = {"run": "run-1", "checkpoint": "round-0004", "backbone": "tiny", "source": "demo"}
+    return Desk(suggester=Stub(), decisions=tmp_path / "d" / "decisions.jsonl", about=about)
+
+
+@contextlib.contextmanager
+def serving(desk):
+    """Serve the page in a thread; the second value stops it."""
+    bound = open_socket(0)
+    server = make_server(desk, bound)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+    thread.start()
+
+    def stop():
+        server.should_exit = True
+        thread.join(timeout=10)
+
+    while not server.started and thread.is_alive():
+        time.sleep(0.01)
+    try:
+        yield bound, stop
+    finally:
+        stop()
+
+
+@pytest.fixture
+def listening(desk):
+    with serving(desk) as (bound, _):
+        yield bound
+
+
+@pytest.fixture
+def ask(desk, listening):
+    """Send one request; headers of None are left out."""
+    port = listening.getsockname()[1]
+
+    class Stay(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, *arguments):
+            return None
+
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), Stay())
+
+    def send(path, body=None, **headers):
+        usual = {"Cookie": f"{COOKIE}={desk.secret}", "Content-Type": "application/json"}
+        chosen = {**usual, **{k.replace("_", "-"): v for k, v in headers.items()}}
+        data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}{path}",
+            data=data,
+            headers={k: v for k, v in chosen.items() if v is not None},
+        )
+        try:
+            with opener.open(request, timeout=5) as answer:
+                return answer.status, answer.headers, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.headers, error.read().decode()
+
+    return send
+
+
+FORM = {"sex": "F", "age": "71", "height": "", "weight": "", "diagnoses": ["10:I509"]}
+
+
+def test_the_address_becomes_a_cookie_and_only_the_cookie_opens_the_page(desk, listening, ask):
+    path = "/" + address(desk, listening).partition("/?")[2].join(["?", ""])
+    status, headers, _ = ask(path, Cookie=None)
+    assert (status, headers["location"]) == (303, "/")
+    assert "HttpOnly" in headers["set-cookie"]
+    assert "samesite=strict" in headers["set-cookie"].lower()
+    status, headers, text = ask("/")
+    assert status == 200
+    assert "not for clinical use" in text
+    assert headers["cache-control"] == "no-store"
+    assert headers["x-frame-options"] == "DENY"
+    assert desk.secret not in text
+    for cookie in (None, f"{COOKIE}=wrong", f"{COOKIE}=", f"{COOKIE}=\xe9"):
+        for target in ("/", "/api/diagnoses?q=heart"):
+            assert ask(target, Cookie=cookie)[0] == 403
+        assert ask("/api/suggest", FORM, Cookie=cookie)[0] == 403
+    assert ask("/?token=wrong", Cookie=None)[0] == 403
+    assert ask(f"/api/diagnoses?q=heart&token={desk.secret}", Cookie=None)[0] == 403
+    assert not desk.suggester.asked
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "evil.example"},
+        {"Host": "127.0.0.1"},
+        {"Host": "localhost.evil.example:PORT"},
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "https://127.0.0.1:PORT"},
+        {"Origin": "http://127.0.0.1:1"},
+        {"Sec_Fetch_Site": "cross-site"},
+        {"Sec_Fetch_Site": "same-site"},
+        {"Content_Type": "text/plain"},
+        {"Content_Type": "application/x-www-form-urlencoded"},
+    ],
+)
+def test_other_pages_and_rebound_names_are_refused(desk, listening, ask, headers):
+    port = str(listening.getsockname()[1])
+    headers = {name: value.replace("PORT", port) for name, value in headers.items()}
+    assert ask("/api/suggest", FORM, **headers)[0] in (403, 415, 421)
+    assert not desk.suggester.asked
+    own = {"Origin": f"http://127.0.0.1:{port}", "Sec_Fetch_Site": "same-origin"}
+    assert ask("/api/suggest", FORM, **own)[0] == 200
+
+
+def test_it_listens_on_loopback_alone(listening):
+    assert listening.getsockname()[0] == "127.0.0.1"
+    with pytest.raises(UserError, match="--port"):
+        open_socket(listening.getsockname()[1])
+
+
+def test_no_documentation_pages_that_load_from_elsewhere(ask):
+    for path in ("/docs", "/redoc", "/openapi.json"):
+        assert ask(path)[0] == 404
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b'"x"', b"[" * 60_000, b"\xff", b"x" * 70_000])
+def test_nonsense_gets_a_message(ask, body):
+    status, _, text = ask("/api/suggest", body or b" ")
+    assert status == 422
+    assert json.loads(text)["problems"]["form"]
+
+
+def test_wrong_fields_come_back_by_name(ask):
+    status, _, text = ask("/api/suggest", {**FORM, "age": "seventy", "height": "1.7"})
+    assert status == 422
+    assert set(json.loads(text)["problems"]) == {"age", "height"}
+
+
+def decide(ask, identity, **changes):
+    body = {"id": identity, "marks": ["keep", "remove", "keep"], "added": [], "note": ""}
+    status, _, text = ask("/api/decision", {**body, **changes})
+    return status, json.loads(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"marks": ["keep", None, None]}, "2 of 3 drugs are undecided"),
+        ({"marks": ["keep", "maybe", "keep"]}, "1 of 3 drugs are undecided"),
+        ({"marks": ["keep"]}, "not about this list"),
+        ({"marks": None}, "not about this list"),
+        ({"added": ["x" * 201]}, "at most 200 characters"),
+        ({"added": [" "]}, "at most 200 characters"),
+        ({"added": "x"}, "can be added"),
+        ({"note": "x" * 2001}, "note is longer"),
+        ({"id": "0"}, "no longer known"),
+        ({"id": None}, "no longer known"),
+        ({"id": ["x"]}, "no longer known"),
+    ],
+)
+def test_a_wrong_decision_is_refused_and_nothing_is_stored(desk, ask, changes, message):
+    identity = json.loads(ask("/api/suggest", FORM)[2])["id"]
+    status, answer = decide(ask, identity, **changes)
+    assert status == 422
+    assert message in answer["problems"]["decision"]
+    assert not desk.decisions.exists()
+
+
+def test_a_decision_is_stored_once_and_privately(desk, ask):
+    identity = json.loads(ask("/api/suggest", {**FORM, "age": 95})[2])["id"]
+    assert decide(ask, identity, added=[" Digoxin  0.125 "], note=" ok ")[0] == 200
+    assert decide(ask, identity)[0] == 422
+    (line,) = desk.decisions.read_text().splitlines()
+    record = json.loads(line)
+    assert record["kept"] == ["Furosemide", "<b>Bold</b>"]
+    assert (record["removed"], record["added"]) == (["Aspirin"], ["Digoxin 0.125"])
+    assert record["patient"]["age"] == "> 89"
+    assert record["patient"]["diagnoses"] == [{"code": "10:I509", "title": TITLES["10:I509"]}]
+    assert (record["run"], record["checkpoint"], record["note"]) == ("run-1", "round-0004", "ok")
+    assert stat.S_IMODE(desk.decisions.stat().st_mode) == 0o600
+
+
+def test_a_clinicians_way_through_the_page(browser, desk, listening, requested_urls):
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    def find(css):
+        return browser.find_elements("css selector", css)
+
+    def wait(condition):
+        return WebDriverWait(browser, 10, poll_frequency=0.05).until(lambda _: condition())
+
+    browser.get(address(desk, listening))
+    assert browser.current_url.endswith("/")
+    assert "token" not in browser.current_url
+    assert "not for clinical use" in browser.find_element("tag name", "body").text
+
+    # Wrong input: each field says what would be right.
+    browser.find_element("id", "height").send_keys("1.75")
+    browser.find_element("id", "ask").click()
+    wait(lambda: browser.find_element("id", "age-error").text)
+    assert "175" in browser.find_element("id", "height-error").text
+    assert "female or male" in browser.find_element("id", "sex-error").text
+    assert "at least one" in browser.find_element("id", "diagnoses-error").text
+
+    find('[value="F"]')[0].click()
+    browser.find_element("id", "age").send_keys("71")
+    browser.find_element("id", "height").clear()
+    browser.find_element("id", "height").send_keys("165")
+    browser.find_element("id", "weight").send_keys("80")
+    assert "29.4" in browser.find_element("id", "bmi").text
+    search = browser.find_element("id", "search")
+    search.send_keys("heart fail")
+    wait(lambda: len(find("#found li")) == 2)
+    search.send_keys(Keys.ARROW_DOWN, Keys.ENTER)
+    search.send_keys("i10")
+    wait(lambda: len(find("#found li")) == 1)
+    search.send_keys(Keys.ENTER)
+    search.send_keys("lives alone", Keys.ENTER)
+    assert [item.text for item in find("#chosen .code")] == ["I50.9", "I10", "free text"]
+    find("#chosen li:nth-child(2) .icon")[0].click()
+    find("#chosen li:nth-child(3) .icon")[1].click()
+    browser.find_element("id", "ask").click()
+    wait(lambda: len(find(".drug")) == 3)
+    (asked,) = desk.suggester.asked
+    assert asked.codes == ("10:I10", "10:I509")
+    assert (asked.sex, asked.age, asked.height_cm, asked.weight_kg) == ("F", 71, 165.0, 80.0)
+
+    assert [name.text for name in find(".drug .name")] == list(DRUGS)
+    assert "3 of 4" in find(".support")[0].text
+    assert "1 of 4" in find(".support")[1].text
+    find('.drug [data-value="keep"]')[0].click()
+    find('.drug [data-value="remove"]')[1].click()
+    browser.find_element("id", "add").send_keys("aspirin", Keys.ENTER)
+    assert "already" in browser.find_element("id", "decision-error").text
+    browser.find_element("id", "add").clear()
+    browser.find_element("id", "add").send_keys("Digoxin", Keys.ENTER)
+    browser.find_element("id", "store").click()
+    wait(lambda: "1 of 3" in browser.find_element("id", "decision-error").text)
+    assert not desk.decisions.exists()
+    find('.drug [data-value="remove"]')[2].click()
+    browser.find_element("id", "store").click()
+    wait(lambda: "Stored" in browser.find_element("id", "stored").text)
+    record = json.loads(desk.decisions.read_text())
+    assert record["kept"] == ["Furosemide"]
+    assert record["removed"] == ["Aspirin", "<b>Bold</b>"]
+    assert record["added"] == ["Digoxin"]
+
+    own = f"http://127.0.0.1:{listening.getsockname()[1]}/"
+    outside = [url for url in requested_urls() if not url.startswith((own, "data:", "chrome:"))]
+    assert outside == []
+    violations = [e for e in browser.get_log("browser") if "Content Security" in e["message"]]
+    assert violations == []
+
+
+def test_a_stopped_program_is_named_on_the_page(browser, desk):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    with serving(desk) as (bound, stop):
+        browser.get(address(desk, bound))
+        stop()
+        browser.find_element("id", "ask").click()
+        WebDriverWait(browser, 10).until(
+            lambda _: "does not answer" in browser.find_element("id", "form-error").text
+        )
