@@ -33,8 +33,8 @@ SMALL: Mapping[str, Sequence[Mapping[str, Any]]] = {
          "admission_type": "ELECTIVE", "insurance": "Medicare"},
     ],
     "diagnoses_icd": [
-        {"subject_id": 1, "hadm_id": 11, "seq_num": 2, "icd_code": "4019", "icd_version": 9},
-        {"subject_id": 1, "hadm_id": 11, "seq_num": 1, "icd_code": "0389", "icd_version": 9},
+        {"subject_id": 1, "hadm_id": 11, "seq_num": 2, "icd_code": "0389", "icd_version": 9},
+        {"subject_id": 1, "hadm_id": 11, "seq_num": 1, "icd_code": "4019", "icd_version": 9},
         {"subject_id": 2, "hadm_id": 21, "seq_num": 1, "icd_code": "I10", "icd_version": 10},
     ],
     "d_icd_diagnoses": [
