@@ -1,0 +1,123 @@
+"""The report: complete, offline, and silent about patients where the source asks for it."""
+
+import html
+import re
+
+import pytest
+
+from common.config import Config
+from common.errors import UserError
+from common.rundir import RunDirectory
+from sim.report import write_comparison, write_report
+
+
+def values(f1):
+    return {
+        "level": "string",
+        "samples": 4,
+        "patients": 3,
+        "output_rate": 1.0,
+        "precision": 0.5,
+        "recall": 0.25,
+        "jaccard": 0.2,
+        "f1": f1,
+        "length_ratio": None,
+        "oov_rate": 0.0,
+        "intervals": {"f1": [f1 - 0.1, f1 + 0.1]},
+    }
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = RunDirectory.create(Config(), directory=tmp_path / "run")
+    summary = {
+        "trainable_parameters": 3072,
+        "adapter": {"mode": "fa-lora", "rank": 16, "alpha": 16.0, "targets": ["q_proj", "v_proj"]},
+        "backbone": {"name": "tiny"},
+        "hospitals": [{"name": "hospital-1", "patients": 3, "samples": 4}],
+        "rounds": 1,
+        "b_sha256": "ab" * 32,
+        "wire": {"tensors": ["layer.lora_B"], "bytes_up": 1_000_000, "bytes_down": 2_000_000},
+        "backbone_loads": 1,
+        "workers": 1,
+        "validation_loss": [3.0, 2.0],
+        "metrics": {"fedrx": values(0.321), "popularity": values(0.456)},
+        "seconds": 12.0,
+        "peak_rss_bytes": 2**30,
+        "device": "cpu",
+        "attention": {"kernel": "sdpa", "reason": "no GPU <here>"},
+        "dtype": {"value": "fp32", "reason": "asked for"},
+        "source": "demo",
+    }
+    run.write_json("summary.json", summary)
+    for number, loss in enumerate((3.0, 2.0)):
+        run.metric("validation-loss", loss, round=number)
+        run.metric("validation-loss", loss + 0.1, round=number, hospital="hospital-1")
+    run.append(
+        "wire.jsonl",
+        {"direction": "up", "hospital": "hospital-1", "round": 1, "bytes": 1_000_000},
+    )
+    for model in ("fedrx", "untrained"):
+        run.append(
+            "predictions.jsonl",
+            {
+                "case": "case-0001",
+                "model": model,
+                "diagnoses": ["Secret, diagnosis"],
+                "truth": ["Drug | one"],
+                "answer": None,
+            },
+        )
+    return run
+
+
+def with_source(run, source):
+    run.write_json("summary.json", {**run.read_json("summary.json"), "source": source})
+
+
+def test_page_and_markdown_carry_the_same_figures(run):
+    page = html.unescape(write_report(run).read_text())
+    twin = (run.path / "report.md").read_text()
+    for text in (page, twin):
+        for figure in ("0.321 (0.22–0.42)", "0.456 (0.36–0.56)", "3,072", "ab" * 32, "1.00 MB"):
+            assert figure in text
+        assert "Research only, not for clinical use." in text
+        assert "MIMIC-IV demo" in text
+        assert "not in the format" in text
+    assert page.count("<svg") == 2
+
+
+def test_the_page_refers_to_nothing_outside_itself(run):
+    page = write_report(run).read_text()
+    assert not re.findall(r'(?:src|href)="(?!#)[^"]*"', page.replace("xlink:", ""))
+    assert "default-src 'none'" in page
+    assert "<script" not in page
+    assert "no GPU &lt;here&gt;" in page
+
+
+@pytest.mark.parametrize(("source", "shown"), [("synthetic", 1), ("demo", 1), ("credentialed", 0)])
+def test_answers_are_shown_only_where_the_source_allows_it(run, source, shown):
+    with_source(run, source)
+    page = write_report(run).read_text()
+    twin = (run.path / "report.md").read_text()
+    assert ("Secret, diagnosis" in page) == ("Secret, diagnosis" in twin) == bool(shown)
+
+
+def test_an_unknown_source_counts_as_credentialed(run):
+    summary = run.read_json("summary.json")
+    del summary["source"]
+    run.write_json("summary.json", summary)
+    assert "Secret, diagnosis" not in write_report(run).read_text()
+
+
+def test_an_unfinished_run_has_no_report(tmp_path):
+    run = RunDirectory.create(Config(), directory=tmp_path / "empty")
+    with pytest.raises(UserError, match="has not finished"):
+        write_report(run)
+    assert not (run.path / "report.html").exists()
+
+
+def test_a_comparison_puts_runs_side_by_side(run, tmp_path):
+    page = write_comparison([run, run], tmp_path / "both").read_text()
+    assert page.count("Run run") == 2
+    assert "Runs compared" in page
