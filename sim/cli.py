@@ -146,6 +146,20 @@ def report(
     console_for(False).print(f"report: {page.absolute()}", markup=False, highlight=False)
 
 
+@app.command()
+def doctor(json_output: JsonOption = False) -> None:
+    """Check this machine and environment, with the fix for what is missing."""
+    from dataclasses import asdict
+
+    from sim.doctor import examine, show_findings
+
+    findings = examine()
+    show_findings(console_for(json_output), findings)
+    print_json([asdict(finding) for finding in findings], json_output)
+    if any(finding.state == "bad" for finding in findings):
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Run the command line; user errors are one line and exit status 2, failed runs 1."""
     try:
