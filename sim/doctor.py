@@ -13,6 +13,7 @@ from typing import Literal
 import psutil
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from common.errors import FedrxError
@@ -51,7 +52,7 @@ def show_findings(console: Console, findings: list[Finding]) -> None:
     """Print the findings as a table."""
     table = Table("check", "", "found", "fix")
     for one in findings:
-        table.add_row(one.check, MARKS[one.state], one.found, one.fix)
+        table.add_row(one.check, MARKS[one.state], escape(one.found), escape(one.fix))
     console.print(table)
 
 
