@@ -71,7 +71,9 @@ def judge(
         show_estimate(console, figures)
         print_json(figures, json_output)
         return
-    print_json(ask_judge(directory, prepared, console=console), json_output)
+    result = ask_judge(directory, prepared, console=console)
+    _renew_report(directory)
+    print_json(result, json_output)
 
 
 @review_app.command("make")
@@ -118,6 +120,7 @@ def review_import(
     directory = RunDirectory.open(run)
     with exclusive(directory):
         result = import_reviews(directory, files)
+        _renew_report(directory)
     show_reviews(console_for(json_output), result)
     print_json(result, json_output)
 
@@ -191,3 +194,11 @@ def assist(
     ]
     console.print("\n".join(lines), markup=False, highlight=False)
     make_server(desk, listening).run(sockets=[listening])
+
+
+def _renew_report(run: RunDirectory) -> None:
+    """Write a run's report anew, where it has one."""
+    if (run.path / "report.md").exists():
+        from sim.report import write_report
+
+        write_report(run)

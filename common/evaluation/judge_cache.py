@@ -27,6 +27,8 @@ class Exchange:
     """What the judge said; empty when it said nothing."""
     cut: bool
     """The server stopped it at the token limit."""
+    served_by: str
+    """The model's name as the server gave it."""
     input_tokens: int
     output_tokens: int
     counted: bool

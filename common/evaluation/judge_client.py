@@ -23,6 +23,7 @@ from common.evaluation.judge_rubric import SCHEMA
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 30.0
 LONGEST_RETRY_AFTER_SECONDS = 300.0
+_LONGEST_NAME = 200
 _RETRIED_STATUS = frozenset({408, 409, 425, 429})
 _MEANINGS = {
     401: "refuses the API key",
@@ -81,6 +82,8 @@ class Reply:
 
     text: str
     cut: bool
+    served_by: str
+    """The model's name as the server gives it: it may be more exact than the one asked for."""
     input_tokens: int
     output_tokens: int
     counted: bool
@@ -271,6 +274,7 @@ class JudgeClient:
         return Reply(
             text=content if isinstance(content, str) else "",
             cut=choice.get("finish_reason") == "length",
+            served_by=str(document.get("model", ""))[:_LONGEST_NAME],
             input_tokens=counts[0] or 0,
             output_tokens=counts[1] or 0,
             counted=counted,

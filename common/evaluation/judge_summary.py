@@ -58,6 +58,7 @@ def summarise(
             for model in plan.unanswered
         },
         **_agreement(judgements),
+        "served_by": sorted({exchange.served_by for exchange in made.all()}),
         **_usage(made, prices),
     }
 

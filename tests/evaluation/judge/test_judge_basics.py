@@ -49,6 +49,7 @@ def test_appropriateness_is_the_mean_over_samples_of_suitable_over_all(
     assert result["appropriateness"]["popularity"]["mean"] == 0
     assert result["appropriateness"]["popularity"]["interval"] is None
     assert len(server.requests) == 3
+    assert (result["model"], result["served_by"]) == ("judge-1", ["m"])
     assert run.read_json("summary.json") == {"rounds": 4, "source": "synthetic", "judge": result}
     lines = run.lines("judge.jsonl")
     assert [v["suitable"] for v in lines[0]["verdicts"]] == [True, False, False, False]
