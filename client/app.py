@@ -11,12 +11,13 @@ from flwr.clientapp import ClientApp
 from client.hospital import hospital_of, private_folder
 from client.local import evaluate, update
 from client.private import private_update
-from client.store import STEPS, forget_steps, load_state, save_state
+from client.store import STEPS, forget_steps, keep, load_kept, load_state, save_state
 from client.worker import backbone_spec, report_loads, session_of, tokens_of
+from common.codecs import compress, is_lossy
 from common.config import Config
 from common.configio import from_flat, settled
 from common.errors import FedrxError, RunFailed
-from common.exchange import CONFIG, evaluate_reply, read_message, train_reply
+from common.exchange import CONFIG, Tensors, evaluate_reply, read_message, train_reply
 from common.files import append_json_line
 from common.privacy.settings import is_private, plan_of
 from common.provenance import source_digest
@@ -90,7 +91,7 @@ def train_round(config: Config, message: Message, context: Context) -> RecordDic
     """Train one round from the global B."""
     hospital = hospital_of(config, context.node_config)
     session = session_of(config)
-    b, server_round = read_message(message.content, session.adapter.shapes)
+    b, server_round = read_message(message.content, session.adapter.shapes, config.federation.codec)
     folder = private_folder(config, hospital.name)
     private = is_private(config)
     if config.train.keep_state:
@@ -123,7 +124,20 @@ def train_round(config: Config, message: Message, context: Context) -> RecordDic
             save_state(folder, state, server_round=server_round)
     report_loads(config)
     metrics = {"round": float(server_round), **result.metrics}
-    return train_reply(result.b, metrics, private=private)
+    wire = in_codec(config, folder, result.b, b, server_round)
+    return train_reply(wire, metrics, private=private)
+
+
+def in_codec(config: Config, folder: Path, b: Tensors, base: Tensors, server_round: int) -> Tensors:
+    """Write the updated B for the wire; with a lossy codec its change, and keep what was lost."""
+    codec = config.federation.codec
+    if not is_lossy(codec):
+        return b
+    carried = load_kept(folder, "carried", before_round=server_round)
+    change = {key: value - base[key] for key, value in b.items()}
+    wire, left = compress(codec, change, carried)
+    keep(folder, "carried", left, server_round=server_round)
+    return wire
 
 
 @app.evaluate()
@@ -134,7 +148,7 @@ def evaluate_round(config: Config, message: Message, context: Context) -> Record
     if is_private(config):
         raise RunFailed("with privacy on, no loss leaves a hospital")
     session = session_of(config)
-    b, server_round = read_message(message.content, session.adapter.shapes)
+    b, server_round = read_message(message.content, session.adapter.shapes, config.federation.codec)
     metrics = evaluate(session, tokens_of(config, hospital, session), b)
     report_loads(config)
     return evaluate_reply({"round": float(server_round), **metrics})

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from common.files import json_line, read_json_lines, write_text
-from common.rundir import read_tensors, write_tensors
+from common.rundir import Tensors, read_tensors, write_tensors
 from common.training.optimiser import TrainState
 
 STEPS = "steps.jsonl"
@@ -15,18 +15,28 @@ KEPT_ROUNDS = 2
 
 def load_state(folder: Path, *, before_round: int) -> TrainState:
     """Return the state after the hospital's last round before ``before_round``."""
-    earlier = [file for file in _states(folder) if _round(file) < before_round]
-    if not earlier:
+    tensors = load_kept(folder, "state", before_round=before_round)
+    if not tensors:
         return TrainState()
-    tensors = read_tensors(earlier[-1])
     return TrainState.from_tensors({k: torch.from_numpy(v) for k, v in tensors.items()})
 
 
 def save_state(folder: Path, state: TrainState, *, server_round: int) -> None:
-    """Write the state after a round atomically, and forget the ones no resume can need."""
-    target = folder / f"state-{server_round:05d}.safetensors"
-    write_tensors(target, {key: value.numpy() for key, value in state.to_tensors().items()})
-    for file in [f for f in _states(folder) if _round(f) <= server_round][:-KEPT_ROUNDS]:
+    """Write the state after a round."""
+    tensors = {key: value.numpy() for key, value in state.to_tensors().items()}
+    keep(folder, "state", tensors, server_round=server_round)
+
+
+def load_kept(folder: Path, name: str, *, before_round: int) -> Tensors:
+    """Return the tensors kept under a name after the last round before ``before_round``."""
+    earlier = [file for file in _kept(folder, name) if _round(file) < before_round]
+    return read_tensors(earlier[-1]) if earlier else {}
+
+
+def keep(folder: Path, name: str, tensors: Tensors, *, server_round: int) -> None:
+    """Write a round's tensors atomically, and forget the ones that no resume can need."""
+    write_tensors(folder / f"{name}-{server_round:05d}.safetensors", tensors)
+    for file in [f for f in _kept(folder, name) if _round(f) <= server_round][:-KEPT_ROUNDS]:
         file.unlink(missing_ok=True)
 
 
@@ -39,9 +49,9 @@ def forget_steps(folder: Path, *, from_round: int) -> None:
         write_text(folder / STEPS, text)
 
 
-def _states(folder: Path) -> list[Path]:
-    return sorted(folder.glob("state-*.safetensors"))
+def _kept(folder: Path, name: str) -> list[Path]:
+    return sorted(folder.glob(f"{name}-*.safetensors"))
 
 
 def _round(file: Path) -> int:
-    return int(file.stem.removeprefix("state-"))
+    return int(file.stem.rpartition("-")[2])

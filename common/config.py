@@ -198,6 +198,11 @@ class FederationConfig:
     quorum: float = option(
         0.5, "share of the asked hospitals whose updates a round needs", above=0, high=1
     )
+    codec: str = option(
+        "fp32",
+        "how B is written on the wire; see common.codecs",
+        choices=("fp32", "bf16", "int8"),
+    )
     min_hospitals: int = option(
         0, "hospitals that must be connected before round 1; 0: all", low=0
     )

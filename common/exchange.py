@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from common.codecs import decode, is_lossy, wire_layout
 from common.errors import FedrxError, RunFailed
 
 Tensors = dict[str, np.ndarray[Any, Any]]
 Shapes = Mapping[str, tuple[int, ...]]
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
-WIRE_DTYPE = np.dtype("<f4")
 
 TO_HOSPITAL = frozenset({"round"})
 TRAIN_REPLY = frozenset({"round", "weight", "train-loss", "steps", "seconds"})
@@ -65,22 +65,21 @@ class Fingerprints:
                 )
 
 
-def to_record(tensors: Tensors) -> ArrayRecord:
-    """Pack fp32 tensors, keys sorted."""
-    return ArrayRecord(
-        {
-            key: Array(np.ascontiguousarray(tensors[key], dtype=WIRE_DTYPE))
-            for key in sorted(tensors)
-        }
-    )
+def to_record(wire: Tensors) -> ArrayRecord:
+    """Pack arrays in their wire layout (``common.codecs``), keys sorted."""
+    return ArrayRecord({key: Array(np.ascontiguousarray(wire[key])) for key in sorted(wire)})
 
 
-def check_arrays(record: ArrayRecord, shapes: Shapes) -> Tensors:
+def check_arrays(record: ArrayRecord, shapes: Shapes, codec: str = "fp32") -> Tensors:
     """Unpack an ArrayRecord that must hold exactly the keys of ``shapes``.
 
     Args:
         record: What arrived.
         shapes: Wire key -> shape, of every matrix that may travel and no other.
+        codec: How the matrices are written.
+
+    Returns:
+        The matrices in fp32.
 
     Raises:
         ContractError: for an unknown or missing key, a key that is not a B, a wrong shape or
@@ -95,20 +94,20 @@ def check_arrays(record: ArrayRecord, shapes: Shapes) -> Tensors:
         raise ContractError(f"key {missing[0]!r} is missing ({len(missing)} in all)")
     tensors: Tensors = {}
     for key, shape in shapes.items():
-        array = record[key]
-        if array.dtype != WIRE_DTYPE.name:
-            raise ContractError(f"{key}: dtype {array.dtype}, expected {WIRE_DTYPE.name}")
-        if tuple(array.shape) != tuple(shape):
-            raise ContractError(f"{key}: shape {tuple(array.shape)}, expected {tuple(shape)}")
+        array, (dtype, layout) = record[key], wire_layout(codec, shape)
+        if array.dtype != dtype.name:
+            raise ContractError(f"{key}: dtype {array.dtype}, expected {dtype.name}")
+        if tuple(array.shape) != layout:
+            raise ContractError(f"{key}: shape {tuple(array.shape)}, expected {layout}")
         try:
             value = array.numpy()
         except (ValueError, TypeError, EOFError, OSError):
             raise ContractError(f"{key}: its data cannot be read") from None
-        if value.dtype != WIRE_DTYPE or value.shape != tuple(shape):
-            raise ContractError(f"{key}: its data is not {WIRE_DTYPE.name} of shape {tuple(shape)}")
-        if not np.isfinite(value).all():
+        if value.dtype != dtype or value.shape != layout:
+            raise ContractError(f"{key}: its data is not {dtype.name} of shape {layout}")
+        tensors[key] = decode(codec, value, shape)
+        if not np.isfinite(tensors[key]).all():
             raise ContractError(f"{key}: holds NaN or infinity")
-        tensors[key] = value
     return tensors
 
 
@@ -154,12 +153,12 @@ class Update:
     metrics: dict[str, float]
 
 
-def train_message(b: Tensors, *, server_round: int) -> RecordDict:
-    """Build the content of a train or evaluate message."""
-    return RecordDict({ARRAYS: to_record(b), CONFIG: ConfigRecord({"round": server_round})})
+def train_message(wire: Tensors, *, server_round: int) -> RecordDict:
+    """Build the content of a train or evaluate message from the B matrices' wire arrays."""
+    return RecordDict({ARRAYS: to_record(wire), CONFIG: ConfigRecord({"round": server_round})})
 
 
-def read_message(content: RecordDict, shapes: Shapes) -> tuple[Tensors, int]:
+def read_message(content: RecordDict, shapes: Shapes, codec: str = "fp32") -> tuple[Tensors, int]:
     """Check what the server sent, on the hospital's side.
 
     Returns:
@@ -170,14 +169,17 @@ def read_message(content: RecordDict, shapes: Shapes) -> tuple[Tensors, int]:
     """
     _check_kinds(content, arrays=True, metrics=False, configs=True)
     scalars = check_scalars(only_record(content, "config"), TO_HOSPITAL)
-    return check_arrays(only_record(content, "array"), shapes), int(scalars["round"])
+    b = check_arrays(only_record(content, "array"), shapes, codec)
+    return b, int(scalars["round"])
 
 
-def train_reply(b: Tensors, metrics: Mapping[str, float], *, private: bool = False) -> RecordDict:
-    """Build the content of a reply to a train message."""
+def train_reply(
+    wire: Tensors, metrics: Mapping[str, float], *, private: bool = False
+) -> RecordDict:
+    """Build the content of a reply to a train message from wire arrays."""
     allowed = PRIVATE_TRAIN_REPLY if private else TRAIN_REPLY
     return RecordDict(
-        {ARRAYS: to_record(b), METRICS: MetricRecord(check_scalars(metrics, allowed))}
+        {ARRAYS: to_record(wire), METRICS: MetricRecord(check_scalars(metrics, allowed))}
     )
 
 
@@ -187,9 +189,25 @@ def evaluate_reply(metrics: Mapping[str, float]) -> RecordDict:
 
 
 def read_train_reply(
-    content: RecordDict, shapes: Shapes, *, hospital: str, server_round: int, private: bool = False
+    content: RecordDict,
+    shapes: Shapes,
+    *,
+    hospital: str,
+    server_round: int,
+    private: bool = False,
+    codec: str = "fp32",
+    base: Tensors | None = None,
 ) -> Update:
     """Check a hospital's reply, on the server's side.
+
+    Args:
+        content: What arrived.
+        shapes: Wire key -> shape.
+        hospital: Who sent it.
+        server_round: The round that was asked for.
+        private: Whether the reply is one under differential privacy.
+        codec: How the matrices are written.
+        base: The B that the hospital started from; with a lossy codec it sends the change of it.
 
     Raises:
         ContractError: for anything but this round's B, allow-listed finite scalars and a weight
@@ -200,7 +218,9 @@ def read_train_reply(
     metrics = check_scalars(only_record(content, "metric"), allowed)
     _check_round(metrics, server_round)
     weight = _check_weight(metrics)
-    b = check_arrays(only_record(content, "array"), shapes)
+    b = check_arrays(only_record(content, "array"), shapes, codec)
+    if is_lossy(codec) and base is not None:
+        b = {key: base[key] + change for key, change in b.items()}
     return Update(hospital=hospital, b=b, weight=weight, metrics=metrics)
 
 

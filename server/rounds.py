@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from common.codecs import compress, decode
 from common.config import Config
 from common.configio import flatten
 from common.errors import RunFailed
@@ -31,6 +32,7 @@ from server.pace import HANDSHAKE_SECONDS, Pace
 from server.roster import Roster, exchange
 from server.strategy import Aggregator
 
+STRATEGY, CARRIED = "strategy.", "carried."
 Answer = TypeVar("Answer")
 _log = logging.getLogger(__name__)
 
@@ -48,6 +50,8 @@ class Rounds:
     run: RunDirectory
     shapes: Shapes
     roster: Roster
+    carried: Tensors = field(default_factory=dict)
+    """With a lossy codec: what the messages so far owe the hospitals of the global B."""
     paces: dict[str, Pace] = field(default_factory=dict)
     """The slowest exchange so far of each kind of message."""
 
@@ -64,18 +68,22 @@ class Rounds:
         aggregator = Aggregator(self.config.federation)
         if self.run.checkpoint_names():
             b, first = self._restore(aggregator)
+            sent = self.encode(b)
         else:
-            self.evaluate(b, 0)
-            self._checkpoint(b, 0, aggregator)
-            first = 1
+            first, owed = 1, self.carried
+            sent = self.encode(b)
+            self.evaluate(sent, 0)
+            self._checkpoint(b, 0, aggregator, owed)
         for server_round in range(first, self.config.federation.rounds + 1):
             started = time.monotonic()
-            updates = self.train(b, server_round)
-            b = aggregator.aggregate(b, updates, server_round=server_round)
-            self.evaluate(b, server_round)
+            updates = self.train(sent, server_round)
+            b = aggregator.aggregate(sent.b, updates, server_round=server_round)
+            owed = self.carried
+            sent = self.encode(b)
+            self.evaluate(sent, server_round)
             seconds = time.monotonic() - started
             self.run.metric("round-seconds", round(seconds, 3), round=server_round)
-            self._checkpoint(b, server_round, aggregator)
+            self._checkpoint(b, server_round, aggregator, owed)
             self.run.write_status("running", round=server_round)
         return b
 
@@ -106,7 +114,14 @@ class Rounds:
             raise RunFailed("every hospital was refused; metrics.jsonl has the reasons")
         self.config = replace(self.config, federation=replace(federation, hospitals=of))
 
-    def train(self, b: Tensors, server_round: int) -> list[Update]:
+    def encode(self, b: Tensors) -> "Sent":
+        """Write the global B for the wire; what rounding loses is carried to the next."""
+        codec = self.config.federation.codec
+        wire, self.carried = compress(codec, b, self.carried)
+        read = {key: decode(codec, wire[key], shape) for key, shape in self.shapes.items()}
+        return Sent(wire=wire, b=read)
+
+    def train(self, sent: "Sent", server_round: int) -> list[Update]:
         """Ask the sampled hospitals for their updates; refuse what breaks the contract.
 
         Raises:
@@ -122,9 +137,11 @@ class Rounds:
                 hospital=hospital,
                 server_round=server_round,
                 private=private,
+                codec=self.config.federation.codec,
+                base=sent.b,
             )
 
-        content = train_message(b, server_round=server_round)
+        content = train_message(sent.wire, server_round=server_round)
         updates, failures = self._ask("train", nodes, content, server_round, check)
         for hospital, update in updates.items():
             if self.roster.plan is not None:
@@ -137,7 +154,7 @@ class Rounds:
         _require(len(updates), needed, wanted, server_round, failures)
         return list(updates.values())
 
-    def evaluate(self, b: Tensors, server_round: int) -> None:
+    def evaluate(self, sent: "Sent", server_round: int) -> None:
         """Ask every hospital for the loss on its validation split; log the weighted mean.
 
         With privacy on nobody is asked: no loss leaves a hospital.
@@ -159,7 +176,7 @@ class Rounds:
         def check(reply: Message, hospital: str) -> dict[str, float]:
             return read_evaluate_reply(reply.content, server_round=server_round)
 
-        content = train_message(b, server_round=server_round)
+        content = train_message(sent.wire, server_round=server_round)
         losses, failures = self._ask("evaluate", nodes, content, server_round, check)
         needed = self._quorum(len(nodes))
         _require(len(losses), needed, len(nodes), server_round, failures)
@@ -255,7 +272,9 @@ class Rounds:
         samples = int(self.roster.hellos[hospital].get("train-samples", 0))
         return max(1, steps_of_round(self.config, samples, server_round).value)
 
-    def _checkpoint(self, b: Tensors, server_round: int, aggregator: Aggregator) -> None:
+    def _checkpoint(
+        self, b: Tensors, server_round: int, aggregator: Aggregator, owed: Tensors
+    ) -> None:
         self.run.save_checkpoint(
             f"round-{server_round:05d}",
             b,
@@ -266,18 +285,32 @@ class Rounds:
                 "paces": {kind: asdict(pace) for kind, pace in self.paces.items()},
                 "config": flatten(self.config),
             },
-            extra=aggregator.state(),
+            extra={
+                **{f"{STRATEGY}{key}": value for key, value in aggregator.state().items()},
+                **{f"{CARRIED}{key}": value for key, value in owed.items()},
+            },
         )
 
     def _restore(self, aggregator: Aggregator) -> tuple[Tensors, int]:
         """Go back to the last checkpoint: B, the strategy's state, what was measured."""
         checkpoint = self.run.load_checkpoint()
         last = int(checkpoint.facts["round"])
-        aggregator.restore(checkpoint.extra)
+        aggregator.restore(_beginning(STRATEGY, checkpoint.extra))
+        self.carried = _beginning(CARRIED, checkpoint.extra)
         self.paces = {kind: Pace(**pace) for kind, pace in checkpoint.facts["paces"].items()}
         self.run.forget_metrics(after_round=last)
         self.run.write_status("running", round=last)
         return checkpoint.b, last + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    """The global B as hospitals get it."""
+
+    wire: Tensors
+    """Arrays in the codec's layout."""
+    b: Tensors
+    """What every hospital reads from them (fp32); equal to the global B if the codec is exact."""
 
 
 @dataclass(frozen=True)
@@ -307,6 +340,10 @@ def answered(reply: Message | None) -> Message:
     if reply.has_error():
         raise ContractError(f"failed: {reply.error.reason}")
     return reply
+
+
+def _beginning(prefix: str, tensors: Tensors) -> Tensors:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def _require(

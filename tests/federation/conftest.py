@@ -170,10 +170,15 @@ def tiny_config() -> Callable[..., Config]:
     return build
 
 
+@pytest.fixture(autouse=True, scope="session")
+def task_identity() -> None:
+    """Flower's messages ask who they come from."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 7, 1
+
+
 @pytest.fixture
 def in_process(tmp_path: Path) -> Callable[..., Federation]:
     """Run a federation in this process: ``in_process(config, tamper=..., resume=...)``."""
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 7, 1
     count = 0
 
     def start(config: Config, *, resume: RunDirectory | None = None, **grid: Any) -> Federation:
