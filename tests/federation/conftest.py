@@ -249,9 +249,9 @@ class Started:
     def belongs(self, process: psutil.Process) -> bool:
         return process.environ().get("FEDRX_SPY") == str(self.spy)
 
-    def wait_until(self, ready: Callable[[], bool]) -> None:
+    def wait_until(self, ready: Callable[[RunDirectory], bool]) -> None:
         deadline = time.monotonic() + RUN_SECONDS
-        while not ready() and time.monotonic() < deadline:
+        while not ready(self.run) and time.monotonic() < deadline:
             assert self.process.poll() is None, self.wait().error
             time.sleep(0.02)
 
@@ -315,9 +315,10 @@ class Laboratory:
             **(environment or {}),
         )
 
-    def resume(self, run: RunDirectory) -> Started:
-        spy = self.folder / f"spy again {run.path.name}"
-        return start_fedrx(["resume", str(run.path), "--json"], run.path, spy, cwd=self.folder)
+    def resume(self, run: RunDirectory, *options: str) -> Started:
+        spy = self.folder / f"spy {uuid4().hex[:8]}"
+        arguments = ["resume", str(run.path), "--json", *options]
+        return start_fedrx(arguments, run.path, spy, cwd=self.folder)
 
 
 @pytest.fixture(scope="session")

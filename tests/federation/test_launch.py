@@ -168,7 +168,7 @@ def test_crashing_hospitals_fail_the_command_and_show_why(laboratory):
 
 def test_ctrl_c_stops_everything_and_the_run_can_go_on(base, laboratory):
     interrupted = laboratory.start("interrupted")
-    interrupted.wait_until(lambda: bool(interrupted.run.checkpoint_names()))
+    interrupted.wait_until(lambda run: bool(run.checkpoint_names()))
     os.killpg(interrupted.process.pid, signal.SIGINT)
     interrupted.wait()
     assert interrupted.code == 130

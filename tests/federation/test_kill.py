@@ -1,0 +1,75 @@
+"""kill -9 of the whole process group, and ``fedrx resume``, until the run is through."""
+
+import os
+import signal
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def handshake_begun(run):
+    return (run.path / "wire.jsonl").exists()
+
+
+def untrained_is_known(run):
+    return run.checkpoint_names() == ["round-00000"]
+
+
+def in_the_first_round(run):
+    return any(run.path.glob("hospitals/*/steps.jsonl"))
+
+
+def in_the_second_round(run):
+    done = run.checkpoint_names()[-1:] == ["round-00001"]
+    return done and any(run.path.glob("hospitals/*/state-00002.safetensors"))
+
+
+def trained(run):
+    return run.checkpoint_names()[-1:] == ["round-00002"]
+
+
+MOMENTS = (handshake_begun, untrained_is_known, in_the_first_round, in_the_second_round, trained)
+
+
+def test_killed_at_five_moments_the_run_ends_in_the_same_b(base, laboratory):
+    """Each resumption is killed at the next moment; the last one ends as if nothing had been."""
+    started = laboratory.start("killed", federation__workers=1)
+    for moment in MOMENTS:
+        started.wait_until(moment)
+        os.killpg(started.process.pid, signal.SIGKILL)
+        started.wait()
+        assert started.code == -signal.SIGKILL
+        assert started.run.status()["state"] != "finished"
+        started = laboratory.resume(started.run)
+    started.wait()
+    assert started.code == 0, started.error
+    summary = started.summary
+    assert started.run.status()["state"] == "finished"
+    assert summary["b_sha256"] == base.summary["b_sha256"]
+    assert summary["validation_loss"] == base.summary["validation_loss"]
+    assert summary["workers"] == summary["backbone_loads"] == 1
+    assert started.left() == []
+    for name in ("train-loss", "weight", "steps"):
+        assert events(started, name) == events(base, name)
+
+
+def events(started, name):
+    return [(e["round"], e["hospital"], e["value"]) for e in started.run.metrics(name)]
+
+
+def test_changed_configuration_is_refused_with_the_difference(base, laboratory):
+    before = base.summary
+    refused = laboratory.resume(base.run, "--set", "train.learning-rate=0.5").wait()
+    assert refused.code == 2
+    line = refused.error.strip().splitlines()[-1]
+    assert "train.learning-rate: 0.02 -> 0.5" in line
+    assert base.summary == before
+
+
+def test_finished_run_is_left_alone(base, laboratory):
+    again = laboratory.resume(base.run).wait()
+    assert again.code == 0
+    assert "nothing to do" in again.error
+    assert again.spy != base.spy
+    assert len(list(again.spy.glob("process-*"))) == 1
