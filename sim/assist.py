@@ -84,6 +84,7 @@ def make_app(desk: Desk, *, port: int) -> FastAPI:
         **desk.about,
         "titles": index.origin,
         "support": desk.suggester.surroundings.note,
+        "supported": desk.suggester.surroundings.support is not None,
         "decisions": str(desk.decisions),
     }
     page = render(

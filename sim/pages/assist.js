@@ -126,7 +126,7 @@
     const bar = make("i");
     bar.style.width = known ? `${Math.round((100 * drug.ordered) / drug.similar)}%` : "0";
     const support = make("span", { className: "support small soft" },
-      known ? `${drug.ordered} of ${drug.similar} similar stays` : "no similar stays", make("span", { className: "bar" }, bar));
+      known ? `${drug.ordered} of ${drug.similar} similar stays` : about.supported ? "no similar stays" : "no data at hand", make("span", { className: "bar" }, bar));
     const row = make("li", { className: "drug", "data-mark": "" },
       make("span", { className: "name", textContent: drug.name }), support, make("span", { className: "marks" }, ...buttons));
     buttons.forEach((button) => button.addEventListener("click", () => {

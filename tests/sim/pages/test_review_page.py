@@ -147,6 +147,11 @@ def test_nothing_in_the_page_runs_or_reaches_the_network(browser, run, listener,
         link.rel = "stylesheet";
         link.href = url + "style";
         document.head.append(link);
+        for (const tag of ["iframe", "video", "embed"]) {
+            const part = document.createElement(tag);
+            part.src = url + tag;
+            document.body.append(part);
+        }
         const script = document.createElement("script");
         script.textContent = "window.ran = true";
         document.head.append(script);
@@ -159,7 +164,7 @@ def test_nothing_in_the_page_runs_or_reaches_the_network(browser, run, listener,
     assert outcome == ["refused", False]
     assert asked == []
     refused = [e["message"] for e in browser.get_log("browser")]
-    assert sum("Content Security Policy" in message for message in refused) >= 4
+    assert sum("Content Security Policy" in message for message in refused) >= 7
 
 
 def test_the_page_is_one_file_without_addresses(run):
