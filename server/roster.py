@@ -200,11 +200,20 @@ class Roster:
         """Choose the hospitals of a round by name, from a stream of the federation's seed.
 
         All known hospitals are put in a seeded order; the first connected ones are asked, so a
-        hospital that is away is replaced by the next.
+        hospital that is away is replaced by the next. ``federation.only`` names the one to ask.
 
         Returns:
             The nodes to ask, in the order of their hospitals' names, and how many should be asked.
+
+        Raises:
+            RunFailed: if ``federation.only`` names no hospital.
         """
+        if config.only:
+            if config.only not in self.hellos:
+                raise RunFailed(
+                    f"federation.only={config.only}: the hospitals are {', '.join(self.hellos)}"
+                )
+            return [connected[name] for name in (config.only,) if name in connected], 1
         wanted = max(1, math.ceil(config.fraction * self.known - 1e-9))
         generator = stream(config.seed, "hospital-sampling", server_round)
         order = generator.permutation(sorted(self.hellos)).tolist()

@@ -118,6 +118,37 @@ def audit(
 
 
 @app.command()
+def sweep(
+    config_file: Annotated[Path, typer.Argument(metavar="CONFIG")],
+    arms: Annotated[
+        list[str] | None, typer.Option("--arm", help="An arm of the comparison; all by default.")
+    ] = None,
+    vary: Annotated[
+        list[str] | None, typer.Option("--vary", help="key=value,value: a grid beside the arms.")
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds 0, 1, ... of each arm.")] = 3,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs only.")] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Compare ways of training over seeds, in one table with intervals."""
+    from sim.sweep import ARMS, plan_cells
+    from sim.sweep import sweep as run_sweep
+
+    config = read_config(find_config(config_file), set_ or ())
+    cells = plan_cells(config, arms=arms or list(ARMS), seeds=range(seeds), vary=vary or ())
+    console = console_for(json_output)
+    if dry_run:
+        for cell in cells:
+            console.print(cell.folder, markup=False, highlight=False)
+        console.print(f"{len(cells)} runs")
+        return
+    folder = run_dir or Path("runs") / f"sweep-{config.run.name}"
+    print_json(run_sweep(cells, folder, console=console, command_line=sys.argv), json_output)
+
+
+@app.command()
 def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Its run directory.")],
     set_: SetOption = None,

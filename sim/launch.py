@@ -164,7 +164,7 @@ def flower_environment(folder: Path, port: int, run: Path) -> dict[str, str]:
         "RAY_ADDRESS": os.environ.get("RAY_ADDRESS") or "local",
         "RAY_USAGE_STATS_ENABLED": "0",
         # Ray nices its workers by 15: on a shared machine the hospitals would starve.
-        "RAY_worker_niceness": os.environ.get("RAY_worker_niceness", "0"),
+        "RAY_worker_niceness": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         # The launcher has fetched the backbone; nobody needs the hub from here on.
         "HF_HUB_OFFLINE": "1",

@@ -1,0 +1,232 @@
+"""``fedrx sweep``: several arms over several seeds, as one table with intervals.
+
+An arm is a way to train: what is adapted, how hospitals are aggregated, or not federated at all.
+Each arm and seed is an ordinary run below the sweep's folder; a finished one is not run again, so
+an interrupted sweep goes on where it stopped.
+"""
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import t as student
+
+from common.config import Config
+from common.configio import differences, flatten, from_flat, parse_overrides
+from common.errors import UserError
+from common.files import write_json, write_text
+from common.rundir import RunDirectory
+from sim.federate import federate
+from sim.resume import resume
+from sim.single import single
+
+CENTRALISED, LOCAL_ONLY = "centralised", "local-only"
+ARMS: dict[str, dict[str, Any]] = {
+    "fa-lora": {},
+    "lora": {"adapter.mode": "lora"},
+    **{
+        name: {"federation.strategy": name}
+        for name in ("fedprox", "fedavgm", "fedadam", "fedmedian", "trimmed-mean", "krum")
+    },
+    "bf16": {"federation.codec": "bf16"},
+    "int8": {"federation.codec": "int8"},
+    "reset-state": {"train.keep-state": False},
+    CENTRALISED: {},
+    LOCAL_ONLY: {},
+}
+SEEDED = ("train.seed", "adapter.seed", "partition.seed", "federation.seed")
+RESOLVED = (
+    *("federation.workers:", "federation.hospitals:", "train.threads:", "data.path:"),
+    *("model.backbone:", "privacy.noise-multiplier:"),
+)
+"""Keys that a run fills in by itself."""
+CONFIDENCE = 0.95
+FIGURES: dict[str, Callable[[Mapping[str, Any]], float]] = {
+    "F1": lambda s: s["metrics"]["fedrx"]["f1"],
+    "Jaccard": lambda s: s["metrics"]["fedrx"]["jaccard"],
+    "validation loss": lambda s: s["validation_loss"][-1],
+    "MB up": lambda s: s["wire"]["bytes_up"] / 1e6,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run of a sweep."""
+
+    arm: str
+    """Name of the arm, with the values that are varied beside it."""
+    seed: int
+    part: str
+    """The hospital of a local-only run; else empty."""
+    config: Config
+    federated: bool
+
+    @property
+    def folder(self) -> str:
+        """Name of the run's folder below the sweep's."""
+        parts = (self.arm, f"seed-{self.seed}", self.part)
+        return "-".join(part for part in parts if part).replace("=", "-").replace(" ", "-")
+
+
+def plan_cells(
+    config: Config, *, arms: Sequence[str], seeds: Sequence[int], vary: Sequence[str] = ()
+) -> list[Cell]:
+    """List the runs of a sweep.
+
+    Args:
+        config: What every run shares.
+        arms: Names from ``ARMS``.
+        seeds: Each sets the seeds of data order, A, partition and hospital sampling.
+        vary: ``key=value,value`` for a grid beside the arms.
+
+    Raises:
+        UserError: for an unknown arm, or a key or value that is not allowed.
+    """
+    unknown = [arm for arm in arms if arm not in ARMS]
+    if unknown:
+        raise UserError(f"--arm {unknown[0]}", allowed=" | ".join(ARMS), fix="name one of these")
+    grid = [
+        [f"{key.strip()}={value}" for value in values.split(",")]
+        for key, _, values in (text.partition("=") for text in vary)
+    ]
+    cells = []
+    for arm, point, seed in itertools.product(arms, itertools.product(*grid), seeds):
+        values = {**flatten(config), **dict.fromkeys(SEEDED, seed), **ARMS[arm]}
+        values |= parse_overrides(point)
+        name = " ".join([arm, *point])
+        if arm == CENTRALISED:
+            federation = from_flat(values).federation
+            hospitals, local = federation.hospitals, federation.local_steps
+            if local:
+                # As many samples are seen as by all hospitals of the federation together.
+                values["train.steps"] = hospitals * federation.rounds * local
+        parts = [""]
+        if arm == LOCAL_ONLY:
+            count = from_flat(values).federation.hospitals
+            width = len(str(count))
+            parts = [f"hospital-{number:0{width}d}" for number in range(1, count + 1)]
+        cells += [
+            Cell(
+                arm=name,
+                seed=seed,
+                part=part,
+                config=from_flat({**values, "federation.only": part}),
+                federated=arm != CENTRALISED,
+            )
+            for part in parts
+        ]
+    return cells
+
+
+def sweep(
+    cells: Sequence[Cell],
+    folder: Path,
+    *,
+    console: Console,
+    command_line: Sequence[str],
+) -> dict[str, Any]:
+    """Run what is not finished yet, and put everything into one table.
+
+    Args:
+        cells: From ``plan_cells``.
+        folder: The sweep's folder; sweep.json and sweep.md are written to it.
+        console: Where progress and the table are shown.
+        command_line: Stored in each run's environment.json.
+
+    Returns:
+        The content of sweep.json.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    summaries = []
+    for number, cell in enumerate(cells, 1):
+        label = f"{number}/{len(cells)}: {cell.arm}, seed {cell.seed} {cell.part}"
+        console.print(label, style="bold", markup=False)
+        summaries.append(_run(cell, folder / cell.folder, console, command_line))
+    rows = [
+        {"arm": arm, "runs": len(chosen), **tabulate([s for _, s in chosen])}
+        for arm, chosen in _by_arm(cells, summaries).items()
+    ]
+    result = {"confidence": CONFIDENCE, "rows": rows}
+    write_json(folder / "sweep.json", result)
+    write_text(folder / "sweep.md", markdown(rows))
+    show(console, rows)
+    return result
+
+
+def tabulate(seeds: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, float | None]]:
+    """Return mean and half-width of the confidence interval of each figure over seeds.
+
+    Args:
+        seeds: For each seed its runs' summaries (several for local-only: they are averaged first).
+
+    Returns:
+        Figure -> ``mean`` and ``half_width`` (Student's t; None with one seed).
+    """
+    table = {}
+    for name, figure in FIGURES.items():
+        values = [statistics.fmean(figure(summary) for summary in runs) for runs in seeds]
+        half = None
+        if len(values) > 1:
+            quantile = float(student.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+            half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+        table[name] = {"mean": statistics.fmean(values), "half_width": half}
+    return table
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Render the table as markdown."""
+    lines = [
+        "| arm | seeds | " + " | ".join(FIGURES) + " |",
+        "|---|---|" + "---|" * len(FIGURES),
+        *("| " + " | ".join(_cells(row)) + " |" for row in rows),
+    ]
+    return "\n".join(lines) + f"\n\nMean ± {CONFIDENCE:.0%} interval over seeds (Student's t).\n"
+
+
+def show(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the table."""
+    table = Table("arm", "seeds", *FIGURES)
+    for row in rows:
+        table.add_row(*_cells(row))
+    console.print(table)
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    cells = [str(row["arm"]), str(row["runs"])]
+    for name in FIGURES:
+        mean, half = row[name]["mean"], row[name]["half_width"]
+        cells.append(f"{mean:.4g}" if half is None else f"{mean:.4g} ± {half:.2g}")
+    return cells
+
+
+def _by_arm(
+    cells: Sequence[Cell], summaries: Sequence[Mapping[str, Any]]
+) -> dict[str, list[tuple[int, list[Mapping[str, Any]]]]]:
+    grouped: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
+    for cell, summary in zip(cells, summaries, strict=True):
+        grouped.setdefault(cell.arm, {}).setdefault(cell.seed, []).append(summary)
+    return {arm: sorted(seeds.items()) for arm, seeds in grouped.items()}
+
+
+def _run(cell: Cell, folder: Path, console: Console, command_line: Sequence[str]) -> dict[str, Any]:
+    if (folder / "environment.json").exists():
+        run = RunDirectory.open(folder)
+        changed = [
+            text for text in differences(cell.config, run.config()) if not text.startswith(RESOLVED)
+        ]
+        if changed:
+            raise UserError(
+                f"{folder} holds a run with another configuration: {'; '.join(changed)}",
+                fix="name another --run-dir",
+            )
+        if run.status()["state"] == "finished":
+            return run.read_json("summary.json")
+        return resume(folder, console=console, command_line=command_line)
+    start = federate if cell.federated else single
+    return start(cell.config, console=console, command_line=command_line, run_dir=folder)

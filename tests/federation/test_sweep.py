@@ -1,0 +1,116 @@
+"""``fedrx sweep``: which runs it plans, what its table says, and how it goes on."""
+
+import io
+import statistics
+
+import pytest
+from rich.console import Console
+
+import sim.sweep
+from common.errors import UserError
+from common.rundir import RunDirectory
+from sim.sweep import ARMS, plan_cells, sweep, tabulate
+
+
+def summary(f1, loss=1.0):
+    return {
+        "metrics": {"fedrx": {"f1": f1, "jaccard": f1 / 2}},
+        "validation_loss": [9.0, loss],
+        "wire": {"bytes_up": 2_000_000},
+    }
+
+
+def test_plan_covers_arms_grid_and_seeds(tiny_config):
+    cells = plan_cells(
+        tiny_config(), arms=["fa-lora", "lora"], seeds=[0, 1], vary=["adapter.rank=4,8"]
+    )
+    assert len(cells) == 8
+    assert len({cell.folder for cell in cells}) == 8
+    assert {cell.config.adapter.rank for cell in cells} == {4, 8}
+    assert {cell.config.adapter.mode for cell in cells if cell.arm.startswith("lora")} == {"lora"}
+    for cell in cells:
+        seeds = (cell.config.train.seed, cell.config.adapter.seed, cell.config.federation.seed)
+        assert seeds == (cell.seed,) * 3
+
+
+def test_baselines_without_federation(tiny_config):
+    """Local-only: one run per hospital. Centralised: one node, as many samples in all."""
+    config = tiny_config()
+    local = plan_cells(config, arms=["local-only"], seeds=[0])
+    assert [c.config.federation.only for c in local] == ["hospital-1", "hospital-2", "hospital-3"]
+    (central,) = plan_cells(config, arms=["centralised"], seeds=[0])
+    assert not central.federated
+    assert central.config.train.steps == 3 * 2 * 2
+
+
+def test_unknown_arm_or_key_is_a_user_error(tiny_config):
+    with pytest.raises(UserError, match="--arm nonsense"):
+        plan_cells(tiny_config(), arms=["nonsense"], seeds=[0])
+    with pytest.raises(UserError, match="did you mean adapter.rank"):
+        plan_cells(tiny_config(), arms=["lora"], seeds=[0], vary=["adapter.rnk=4"])
+
+
+def test_interval_is_student_s_over_seeds():
+    """By hand: t(0.975, 2) = 4.302653."""
+    values = [0.2, 0.3, 0.7]
+    row = tabulate([[summary(value)] for value in values])["F1"]
+    assert row["mean"] == pytest.approx(0.4)
+    assert row["half_width"] == pytest.approx(
+        4.302653 * statistics.stdev(values) / 3**0.5, rel=1e-6
+    )
+    assert tabulate([[summary(0.5)]])["F1"]["half_width"] is None
+    averaged = tabulate([[summary(0.2), summary(0.4)], [summary(0.5), summary(0.7)]])["F1"]
+    assert averaged["mean"] == pytest.approx(0.45)
+
+
+def test_sweep_runs_each_cell_once_and_writes_the_table(tiny_config, tmp_path, monkeypatch):
+    started = []
+
+    def fake(config, *, console, command_line, run_dir):
+        started.append(run_dir.name)
+        if run_dir.name == "lora-seed-1" and started.count("lora-seed-1") == 1:
+            raise KeyboardInterrupt
+        run = RunDirectory.create(config, directory=run_dir)
+        run.write_json("environment.json", {"mode": "federation"})
+        result = summary(0.1 * (1 + config.train.seed) + (config.adapter.mode == "lora"))
+        run.write_json("summary.json", result)
+        run.write_status("finished")
+        return result
+
+    monkeypatch.setattr(sim.sweep, "federate", fake)
+    monkeypatch.setattr(sim.sweep, "single", fake)
+    cells = plan_cells(tiny_config(), arms=["fa-lora", "lora", "centralised"], seeds=[0, 1])
+    console = Console(file=io.StringIO(), width=200)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(cells, tmp_path, console=console, command_line=["fedrx"])
+    result = sweep(cells, tmp_path, console=console, command_line=["fedrx"])
+    assert sorted(started) == sorted([c.folder for c in cells] + ["lora-seed-1"])
+    assert [row["arm"] for row in result["rows"]] == ["fa-lora", "lora", "centralised"]
+    assert result["rows"][1]["F1"]["mean"] == pytest.approx(1.15)
+    assert "| lora | 2 | 1.15 ± " in (tmp_path / "sweep.md").read_text()
+    other = plan_cells(tiny_config(adapter__rank=8), arms=["fa-lora"], seeds=[0])
+    with pytest.raises(UserError, match="adapter.rank"):
+        sweep(other, tmp_path, console=console, command_line=["fedrx"])
+
+
+def test_local_only_trains_on_one_hospital_alone(tiny_config, in_process):
+    """Against a plain loop on that hospital's samples: no other update enters."""
+    from client.hospital import encode_hospital, hospitals_of
+    from client.worker import session_of
+    from common.training.loop import TrainState, train
+
+    config = tiny_config(federation__only="hospital-2")
+    done = in_process(config)
+    assert {e["hospital"] for e in done.run.metrics("steps")} == {"hospital-2"}
+    session = session_of(config)
+    data = encode_hospital(hospitals_of(config.data, config.partition, 3)[1], session, config)
+    session.adapter.flat.zero_()
+    train(
+        session, data.train, config.train, TrainState(), steps=4, schedule_steps=4, stream=data.name
+    )
+    ours = done.run.load_checkpoint().b
+    assert max(abs(ours[k] - v).max() for k, v in session.adapter.state().items()) <= 1e-6
+
+
+def test_every_arm_is_a_valid_configuration(tiny_config):
+    assert len(plan_cells(tiny_config(), arms=list(ARMS), seeds=[0])) == len(ARMS) + 2
