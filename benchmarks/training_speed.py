@@ -15,6 +15,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -29,7 +30,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from common.config import TrainConfig
-from common.model.backbone import BackboneSpec, resolve_backbone
+from common.model.backbone import BackboneSpec, load_tokenizer, resolve_backbone
 from common.model.falora import AdapterSpec
 from common.model.session import Session, open_session
 from common.text.batches import Encoded, pack
@@ -130,6 +131,16 @@ def peft_step(model: torch.nn.Module, dataset: list[Encoded]) -> Step:
     return step
 
 
+def first_layers(spec: BackboneSpec, layers: int, folder: Path) -> BackboneSpec:
+    """Save a shallower backbone: the same shapes, for a machine short of memory or time."""
+    model = LlamaForCausalLM.from_pretrained(spec.folder, dtype=torch.bfloat16)
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = layers
+    model.save_pretrained(folder)
+    load_tokenizer(spec).save_pretrained(folder)
+    return resolve_backbone(str(folder))
+
+
 def medians(contestants: dict[str, Step], rounds: int) -> dict[str, dict[str, float]]:
     """Run the contestants in turn; median CPU seconds of a step, and the loss."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
@@ -153,6 +164,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=0, help="only the first layers; 0: all")
     parser.add_argument("--goals", default="C1,C2,C3", help="comma-separated")
     parser.add_argument("--compile", action="store_true", help="add torch.compile (minutes)")
     parser.add_argument("--json", action="store_true")
@@ -160,6 +172,9 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     spec = resolve_backbone(options.backbone)
+    if options.layers:
+        scratch = tempfile.TemporaryDirectory()
+        spec = first_layers(spec, options.layers, Path(scratch.name))
     session = open_session(spec, AdapterSpec(rank=RANK), device="cpu", threads=1)
     peers = {
         "PEFT fp32": peft_model(spec, dtype=torch.float32, freeze_a=False, compiled=False),
@@ -193,7 +208,8 @@ def main() -> None:
         if not options.json:
             show(goal, measured)
     environment = {
-        "backbone": spec.name,
+        "backbone": options.backbone,
+        "layers": spec.shape.layers,
         "dtype": session.dtype.as_dict(),
         "attention": session.attention.as_dict(),
         "torch": torch.__version__,
