@@ -42,9 +42,10 @@ STYLE = (
     "color:#1a202c}h1{margin-bottom:.2rem}h2{margin-top:2.2rem;border-bottom:1px solid #e2e8f0}"
     "svg{max-width:100%;height:auto}.note{background:#fffaf0;border-left:4px solid #dd6b20;"
     "padding:.5rem 1rem;margin:.6rem 0}table{border-collapse:collapse;margin:.6rem 0}"
-    "td,th{padding:.25rem .8rem;border-bottom:1px solid #e2e8f0;text-align:right;"
+    "td,th{padding:.25rem .55rem;border-bottom:1px solid #e2e8f0;text-align:right;"
     "vertical-align:top}td:first-child,th:first-child{text-align:left}tr:hover{background:#f7fafc}"
-    ".wide{overflow-x:auto}.cases td{text-align:left}"
+    ".wide{overflow-x:auto}.wide td{white-space:nowrap}.cases td,.cases th{text-align:left;"
+    "white-space:normal}"
 )
 
 
