@@ -170,9 +170,11 @@ def report(
 ) -> None:
     """Write the report page of a run, or one page that compares several."""
     from common.rundir import RunDirectory
+    from sim.paper_table import rank_runs
     from sim.report import write_comparison, write_report
 
-    opened = [RunDirectory.open(path) for path in runs]
+    # A paper run has its own table; what can be reported on are the runs inside.
+    opened = [one for path in runs for one in rank_runs(RunDirectory.open(path))]
     page = write_report(opened[0]) if len(opened) == 1 else write_comparison(opened, out)
     console_for(False).print(f"report: {page.absolute()}", markup=False, highlight=False)
 

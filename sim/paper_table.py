@@ -188,6 +188,12 @@ def table_blocks(table: Mapping[str, Any]) -> list[Block]:
     ]
 
 
+def rank_runs(run: RunDirectory) -> list[RunDirectory]:
+    """Return the runs inside a paper run; of any other run, itself."""
+    ranks = run.read_json("environment.json").get("ranks", [])
+    return [RunDirectory.open(run.path / rank_folder(rank)) for rank in ranks] or [run]
+
+
 def write_table(run: RunDirectory, table: Mapping[str, Any]) -> None:
     """Write summary.json, report.md and report.html of a paper run."""
     blocks = table_blocks(table)

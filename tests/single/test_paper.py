@@ -12,7 +12,7 @@ from common.configio import parse_overrides
 from common.errors import UserError
 from common.rundir import RunDirectory
 from sim.paper import paper, paper_config, read_ranks, scaled_config
-from sim.paper_table import HEADERS, PAPER, show_table, table_blocks
+from sim.paper_table import HEADERS, PAPER, rank_runs, show_table, table_blocks
 from sim.report import to_markdown
 from sim.resume import resume
 
@@ -130,6 +130,13 @@ def test_a_judgement_fills_the_column(finished):
     assert [row["here"]["b_norm"] for row in again["rows"]] == [
         row["here"]["b_norm"] for row in table["rows"]
     ]
+
+
+def test_a_paper_run_stands_for_the_runs_inside(finished):
+    run, _ = finished
+    inside = rank_runs(run)
+    assert [one.path.name for one in inside] == ["rank-16", "rank-4"]
+    assert rank_runs(inside[0]) == [inside[0]]
 
 
 def test_an_interrupted_paper_run_goes_on(finished, tmp_path, monkeypatch):
