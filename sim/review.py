@@ -1,9 +1,10 @@
 """``fedrx review make`` and ``fedrx review import``."""
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.table import Table
 from common.data.names import read_drug_map
 from common.errors import UserError
 from common.evaluation.judge_gate import source_of_run
-from common.evaluation.review import Packet, make_packet, packet_folder, packet_sha256
+from common.evaluation.review import ORDERED, Packet, make_packet, packet_folder, packet_sha256
 from common.evaluation.review_import import check_against_packet, read_review
 from common.evaluation.review_scores import Level, summarise_reviews
 from common.files import atomic_path, write_json
@@ -103,6 +104,8 @@ def import_reviews(run: RunDirectory, files: Sequence[Path]) -> dict[str, Any]:
     sha256 = packets.pop()
     folder = run.path / packet_folder(sha256)
     shown, key = _packet(run, folder, sha256)
+    predictions = run.lines("predictions.jsonl")
+    _require_same_predictions(shown, key, predictions)
     checked = [check_against_packet(review, shown, name=file.name) for file, review in read]
     names = [review["reviewer"].casefold() for review in checked]
     if len(set(names)) < len(names):
@@ -115,18 +118,20 @@ def import_reviews(run: RunDirectory, files: Sequence[Path]) -> dict[str, Any]:
     stored = sorted((folder / "reviews").glob("*.json"))
     reviews = [json.loads(file.read_text(encoding="utf-8")) for file in stored]
     data = run.config().data
+    summary = run.read_json("summary.json")
     result = summarise_reviews(
         shown,
         key,
         reviews,
-        run.lines("predictions.jsonl"),
-        run.lines("judge.jsonl"),
+        predictions,
+        # An evaluation of other answers takes the judgement out of the summary.
+        run.lines("judge.jsonl") if "judge" in summary else [],
         level=Level(
             name=data.normalisation,
             drug_map=read_drug_map(Path(data.drug_map)) if data.normalisation == "map" else None,
         ),
     )
-    write_json(run.path / "summary.json", {**run.read_json("summary.json"), "review": result})
+    write_json(run.path / "summary.json", {**summary, "review": result})
     return result
 
 
@@ -148,6 +153,27 @@ def _packet(run: RunDirectory, folder: Path, sha256: str) -> tuple[dict[str, Any
             fix="restore it, or make a new packet",
         )
     return shown, key
+
+
+def _require_same_predictions(
+    shown: Mapping[str, Any], key: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]
+) -> None:
+    """Build the packet anew: another one means that the run was evaluated again since."""
+    with contextlib.suppress(UserError):
+        again = make_packet(
+            predictions,
+            source=shown["source"],
+            models=[model for model in key["models"] if model != ORDERED],
+            cases=len(key["cases"]),
+            seed=key["seed"],
+            include_ordered=ORDERED in key["models"],
+        )
+        if again.sha256 == key["sha256"]:
+            return
+    raise UserError(
+        "the run's predictions are not those that the packet shows",
+        fix="make a new packet, or restore predictions.jsonl",
+    )
 
 
 def _slug(reviewer: str) -> str:

@@ -244,3 +244,24 @@ def test_a_changed_packet_is_refused(run, tmp_path):
     packet.write_text(packet.read_text().replace("Asthma", "Gout"))
     with pytest.raises(UserError, match="changed after the packet"):
         import_reviews(run, [file])
+
+
+def test_other_predictions_than_the_packets_are_refused(run, tmp_path):
+    make_review(run, cases=1, seed=3, include_ordered=True)
+    packet = make_packet(TWO, source="synthetic", cases=1, seed=3, include_ordered=True)
+    file = write(tmp_path / "a.json", review(packet, "One", {}))
+    assert import_reviews(run, [file])["cases"] == 1
+    lines = [{**line, "diagnoses": ["Gout"]} for line in run.lines("predictions.jsonl")]
+    (run.path / "predictions.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    with pytest.raises(UserError, match="predictions are not those"):
+        import_reviews(run, [file])
+
+
+def test_a_judgement_counts_only_while_the_summary_has_it(run, tmp_path):
+    make_review(run)
+    marks = {("case-1", "y"): ["keep"]}
+    file = write(tmp_path / "a.json", review(packet_of(run), "One", marks))
+    run.append("judge.jsonl", judged("case-1", "y", A=True))
+    assert import_reviews(run, [file])["judge"] is None
+    run.write_json("summary.json", {**run.read_json("summary.json"), "judge": {}})
+    assert import_reviews(run, [file])["judge"]["agree"] == 1
