@@ -1,18 +1,25 @@
 """Which hospital a node is, and what it holds."""
 
 import functools
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from common.config import Config, DataConfig, PartitionConfig
+from common.configio import settled
 from common.data.partition import Hospital, assign_hospitals
 from common.data.prepare import load_samples
 from common.errors import RunFailed
 from common.model.session import Session
 from common.seeds import stream
 from common.text.batches import Encoded, encode
+
+
+NAME = "hospital"
+"""Key of the node configuration: a deployed hospital's name."""
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +33,44 @@ class HospitalData:
     validation: tuple[Encoded, ...]
 
 
+def local_config(config: Config, node_config: Mapping[str, Any], run_id: int) -> Config:
+    """Put a hospital's own paths into the configuration that the server sent.
+
+    In a deployment the node configuration names the hospital (``hospital``), its tables
+    (``data``) and the folder for what stays there (``folder``); ``backbone`` is optional.
+
+    Args:
+        config: As Flower hands it over.
+        node_config: Flower's, of this node.
+        run_id: Flower's run id.
+    """
+    if NAME not in node_config:
+        return settled(config, run_id=run_id, nodes=int(node_config["num-partitions"]))
+    folder = Path(str(node_config["folder"])) / "runs" / f"flwr-{run_id % 2**64:016x}"
+    backbone = str(node_config.get("backbone", config.model.backbone))
+    return replace(
+        config,
+        data=replace(config.data, path=str(node_config["data"])),
+        model=replace(config.model, backbone=backbone),
+        run=replace(config.run, directory=str(folder)),
+    )
+
+
 def hospital_of(config: Config, node_config: Mapping[str, Any]) -> Hospital:
     """Return the samples of the hospital that a Flower node stands for.
 
-    In a simulation Flower numbers the nodes; each is the hospital of that index.
+    In a simulation Flower numbers the nodes; each is the hospital of that index. A deployed node
+    has its own tables, and all of them are its own.
 
     Raises:
-        RunFailed: if Flower started another number of nodes than there are hospitals.
+        RunFailed: if Flower started another number of nodes than there are hospitals, or the
+            node's name is not fit for a folder.
     """
+    if NAME in node_config:
+        name = str(node_config[NAME])
+        if not NAME_PATTERN.fullmatch(name):
+            raise RunFailed(f"a hospital's name must match {NAME_PATTERN.pattern}")
+        return replace(hospitals_of(config.data, config.partition, 1)[0], name=name)
     index, nodes = int(node_config["partition-id"]), int(node_config["num-partitions"])
     if nodes != config.federation.hospitals:
         raise RunFailed(

@@ -17,7 +17,7 @@ from common.model.backbone import BackboneSpec, resolve_backbone
 from common.model.falora import AdapterSpec, draw_a
 from common.model.layout import AdapterLayout, adapter_layout, adapter_spec
 from common.privacy.receipts import PRIVACY, privacy_summary
-from common.privacy.settings import is_private, plan_of
+from common.privacy.settings import HOSPITAL, hospital_warning, plan_of, protects
 from common.provenance import peak_rss_bytes, source_digest, tensors_sha256
 from common.rundir import RunDirectory
 from server.roster import Roster
@@ -63,7 +63,7 @@ def federate(grid: Grid, config: Config, run: RunDirectory) -> None:
             ours=Fingerprints(
                 a=layout.a_fingerprint, backbone=backbone.fingerprint, source=source_digest()
             ),
-            plan=plan_of(config) if is_private(config) else None,
+            plan=plan_of(config) if protects(config) else None,
         ),
     )
     run.write_status("running", round=0)
@@ -109,6 +109,12 @@ def summarise(
         for event in run.metrics("validation-loss")
         if "hospital" not in event
     }
+    privacy = {}
+    if roster.plan:
+        privacy["privacy"] = privacy_summary(roster.plan, run.lines(PRIVACY))
+        if roster.plan.unit == HOSPITAL:
+            warning = hospital_warning(roster.plan, layout.trainable_parameters)
+            privacy["privacy"]["warning"] = warning
     loads = [
         run.read_json(f"workers/{file.name}")["backbone_loads"]
         for file in sorted((run.path / "workers").glob("*.json"))
@@ -131,7 +137,7 @@ def summarise(
             for hello in hellos
         ],
         "rounds": config.federation.rounds,
-        **({"privacy": privacy_summary(roster.plan, run.lines(PRIVACY))} if roster.plan else {}),
+        **privacy,
         "b_sha256": tensors_sha256(b),
         "wire": wire_totals(run),
         "backbone_loads": sum(loads),

@@ -24,10 +24,14 @@ from common.exchange import (
     read_train_reply,
     train_message,
 )
+from common.privacy.guard import LEDGER
+from common.privacy.ledger import Ledger
 from common.privacy.receipts import PRIVACY, ledger_line
+from common.privacy.settings import HOSPITAL
 from common.provenance import tensors_sha256
 from common.rundir import RunDirectory
 from common.training.budget import steps_of_round
+from server.hospital_privacy import HospitalPrivacyAggregator
 from server.pace import HANDSHAKE_SECONDS, Pace
 from server.roster import Roster, exchange
 from server.strategy import Aggregator
@@ -65,7 +69,7 @@ class Rounds:
             RunFailed: if the handshake fails or a round stays below its quorum.
         """
         self.gather()
-        aggregator = Aggregator(self.config.federation)
+        aggregator = self._aggregator()
         if self.run.checkpoint_names():
             b, first = self._restore(aggregator)
             sent = self.encode(b)
@@ -86,6 +90,13 @@ class Rounds:
             self._checkpoint(b, server_round, aggregator, owed)
             self.run.write_status("running", round=server_round)
         return b
+
+    def _aggregator(self) -> Aggregator:
+        plan = self.roster.plan
+        if plan is None or plan.unit != HOSPITAL:
+            return Aggregator(self.config.federation)
+        ledger = Ledger(self.run.path / LEDGER, plan)
+        return HospitalPrivacyAggregator(self.config.federation, plan, ledger)
 
     def gather(self) -> None:
         """Wait for the hospitals and shake hands with each.

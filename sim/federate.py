@@ -19,7 +19,13 @@ from common.errors import FedrxError, UserError
 from common.model.backbone import BackboneSpec, resolve_backbone
 from common.model.choice import Choice
 from common.model.layout import AdapterLayout, adapter_layout, adapter_spec
-from common.privacy.settings import with_calibrated_noise
+from common.privacy.settings import (
+    hospital_warning,
+    is_private,
+    plan_of,
+    protects,
+    with_calibrated_noise,
+)
 from common.provenance import available_cpus, environment, peak_rss_bytes
 from common.rundir import RunDirectory
 from common.training.budget import steps_of_round
@@ -110,6 +116,9 @@ def federate(
     started = time.monotonic()
     config = with_calibrated_noise(config)
     preparation = prepare(config, console)
+    if protects(config) and not is_private(config):
+        warning = hospital_warning(plan_of(config), preparation.layout.trainable_parameters)
+        console.print(warning, style="yellow", markup=False, highlight=False)
     run = RunDirectory.create(config, directory=run_dir)
     workers = choose_workers(config)
     config = replace(

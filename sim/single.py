@@ -11,11 +11,11 @@ from rich.console import Console
 from client.worker import session_of, tokens_of
 from common.config import Config
 from common.configio import flatten
-from common.errors import FedrxError
+from common.errors import FedrxError, UserError
 from common.model.backbone import loads
 from common.model.layout import adapter_spec
 from common.privacy.receipts import PRIVACY, privacy_summary
-from common.privacy.settings import with_calibrated_noise
+from common.privacy.settings import is_private, protects, with_calibrated_noise
 from common.provenance import available_cpus, environment, peak_rss_bytes, tensors_sha256
 from common.rundir import RunDirectory
 from sim.evaluate import evaluate_run
@@ -71,7 +71,16 @@ def one_node(config: Config) -> Config:
     """Return the configuration with one hospital, absolute paths and a fixed thread count.
 
     With privacy on the noise is calibrated here.
+
+    Raises:
+        UserError: if the configuration protects hospitals, of which there is one.
     """
+    if protects(config) and not is_private(config):
+        raise UserError(
+            "privacy.unit=hospital in a single-node run",
+            allowed="patient, admission",
+            fix="set privacy.unit",
+        )
     config = replace(config, federation=replace(config.federation, hospitals=1))
     config = with_calibrated_noise(config)
     return replace(

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from common.errors import UserError
 
-Unit = Literal["patient", "admission"]
+Unit = Literal["patient", "admission", "hospital"]
+UNITS = ("patient", "admission", "hospital")
 RELATION: Literal["add-or-remove-one"] = "add-or-remove-one"
 
 
@@ -31,7 +32,7 @@ class PrivacyPlan:
     """
 
     unit: Unit = "patient"
-    """What is added or removed: all of a patient's admissions, or one admission."""
+    """What is added or removed: all of a patient's admissions, one admission, or one hospital."""
     relation: Literal["add-or-remove-one"] = RELATION
     """Neighbouring relation."""
     clip_norm: float
@@ -55,7 +56,7 @@ class PrivacyPlan:
 
     def __post_init__(self) -> None:
         problems = [
-            (self.unit not in ("patient", "admission"), "unit", "patient or admission"),
+            (self.unit not in UNITS, "unit", ", ".join(UNITS)),
             (self.relation != RELATION, "relation", RELATION),
             (not _positive(self.clip_norm), "clip_norm", "above 0"),
             (

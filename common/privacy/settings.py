@@ -1,5 +1,6 @@
 """From the configuration to the plan: one calibration, the same for everyone."""
 
+import math
 from dataclasses import replace
 from functools import lru_cache
 from typing import Literal, cast
@@ -12,6 +13,8 @@ from common.training.budget import steps_in_all
 
 HOSPITAL = "hospital"
 CLAIM_SLACK = 1e-9
+WORST_RATIO = 10.0
+"""Noise over signal above which hospital-level privacy comes with a warning."""
 
 
 def is_private(config: Config) -> bool:
@@ -20,12 +23,12 @@ def is_private(config: Config) -> bool:
     >>> is_private(Config()), is_private(Config(privacy=PrivacyConfig(target_epsilon=3.0)))
     (False, True)
     """
-    return protects(config.privacy) and config.privacy.unit != HOSPITAL
+    return protects(config) and config.privacy.unit != HOSPITAL
 
 
-def protects(privacy: PrivacyConfig) -> bool:
-    """Return whether any differential privacy is asked for."""
-    return privacy.target_epsilon > 0 or privacy.noise_multiplier > 0
+def protects(config: Config) -> bool:
+    """Return whether any differential privacy is on: no loss, metric or count leaves a hospital."""
+    return config.privacy.target_epsilon > 0 or config.privacy.noise_multiplier > 0
 
 
 def plan_of(config: Config) -> PrivacyPlan:
@@ -38,25 +41,51 @@ def plan_of(config: Config) -> PrivacyPlan:
         UserError: if the number of steps would depend on the data, if a given noise multiplier
             misses the target, or if no noise reaches it.
     """
-    if config.train.epochs and not config.train.steps:
+    if config.train.epochs and not config.train.steps and config.privacy.unit != HOSPITAL:
         raise UserError(
             f"train.epochs={config.train.epochs:g} with privacy makes the number of steps depend "
             "on the number of samples",
             allowed="public numbers",
             fix="set train.steps, or federation.local-steps, and train.epochs = 0",
         )
-    return _plan(config.privacy, steps_in_all(config, train_samples=0).value)
+    if config.privacy.unit == HOSPITAL:
+        federation = config.federation
+        asked = max(1, math.ceil(federation.fraction * federation.hospitals - 1e-9))
+        return _plan(config.privacy, federation.rounds, float(asked), 1.0)
+    privacy = config.privacy
+    steps = steps_in_all(config, train_samples=0).value
+    return _plan(privacy, steps, privacy.expected_batch, privacy.sampling_rate)
+
+
+def hospital_warning(plan: PrivacyPlan, parameters: int) -> str:
+    """Return why hospital-level privacy is hopeless with few hospitals; empty if it is not.
+
+    >>> few = PrivacyPlan(unit="hospital", clip_norm=1.0, noise_multiplier=2.7, sampling_rate=1.0,
+    ...     steps=20, expected_batch=5, max_admissions_per_patient=0, delta=1e-5)
+    >>> hospital_warning(few, 2_621_440)[:41]
+    'hospital-level privacy: the noise is 874 '
+    """
+    ratio = plan.noise_to_signal(parameters)
+    if ratio <= WORST_RATIO:
+        return ""
+    needed = math.ceil(plan.sigma * math.sqrt(parameters))
+    return (
+        f"hospital-level privacy: the noise is {ratio:.3g} times the largest signal with "
+        f"{plan.expected_batch:g} hospitals a round; nothing will be learnt. About {needed} "
+        "hospitals a round make them equal; with fewer, protect patients instead: "
+        "privacy.unit=patient"
+    )
 
 
 @lru_cache(maxsize=8)
-def _plan(privacy: PrivacyConfig, steps: int) -> PrivacyPlan:
+def _plan(privacy: PrivacyConfig, steps: int, batch: float, rate: float) -> PrivacyPlan:
     plan = PrivacyPlan(
         unit=cast(Unit, privacy.unit),
         clip_norm=privacy.clip_norm,
         noise_multiplier=privacy.noise_multiplier or None,
-        sampling_rate=privacy.sampling_rate,
+        sampling_rate=rate,
         steps=steps,
-        expected_batch=privacy.expected_batch,
+        expected_batch=batch,
         max_admissions_per_patient=privacy.max_admissions_per_patient,
         delta=privacy.delta,
         accountant=cast(Literal["prv", "rdp"], privacy.accountant),
@@ -81,13 +110,7 @@ def with_calibrated_noise(config: Config) -> Config:
     Everyone who reads the resolved configuration then has the same plan, and hospitals check it
     against the target themselves.
     """
-    if not is_private(config):
-        if protects(config.privacy):
-            raise UserError(
-                "privacy.unit=hospital is not offered by this verb",
-                allowed="patient, admission",
-                fix="set privacy.unit",
-            )
+    if not protects(config):
         return config
     sigma = plan_of(config).sigma
     return replace(config, privacy=replace(config.privacy, noise_multiplier=sigma))

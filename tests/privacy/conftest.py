@@ -1,10 +1,11 @@
 """What the privacy tests share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+from flwr.supercore.task_identity import TaskIdentity
 
 from common.model.backbone import resolve_backbone
 from common.model.falora import AdapterSpec
@@ -62,3 +63,15 @@ def open_tiny() -> Callable[..., Session]:
         return session
 
     return opened
+
+
+@pytest.fixture(scope="module")
+def task_identity() -> Iterator[None]:
+    """Set what Flower's processes set before they make messages."""
+    names = ("_task_id", "_run_id", "_node_id")
+    before = [getattr(TaskIdentity, name) for name in names]
+    for name in names:
+        setattr(TaskIdentity, name, 1)
+    yield
+    for name, value in zip(names, before, strict=True):
+        setattr(TaskIdentity, name, value)

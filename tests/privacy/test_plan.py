@@ -48,7 +48,7 @@ def test_the_plan_is_frozen(make_plan) -> None:
         {"max_admissions_per_patient": -1},
         {"delta": 0.0},
         {"delta": 1.0},
-        {"unit": "hospital"},
+        {"unit": "ward"},
         {"relation": "replace-one"},
         {"accountant": "moments"},
     ],

@@ -15,7 +15,6 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
-from flwr.supercore.task_identity import TaskIdentity
 
 import client.app
 import client.hospital
@@ -34,6 +33,8 @@ from common.rundir import RunDirectory
 from common.training.gradients import StepLoss
 from common.training.optimiser import TrainState
 from server.app import federate
+
+pytestmark = pytest.mark.usefixtures("task_identity")
 
 ROUNDS, STEPS = 2, 2
 SETTINGS: dict[str, Any] = {
@@ -55,18 +56,6 @@ PUBLIC_SCALARS = {
     *("source-sha256", "privacy-plan-sha256", "device", "dtype", "dtype-reason"),
     *("attention", "attention-reason"),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _task_identity():
-    """Flower's processes set these; here the test does."""
-    names = ("_task_id", "_run_id", "_node_id")
-    before = [getattr(TaskIdentity, name) for name in names]
-    for name in names:
-        setattr(TaskIdentity, name, 1)
-    yield
-    for name, value in zip(names, before, strict=True):
-        setattr(TaskIdentity, name, value)
 
 
 class DirectGrid:
@@ -144,7 +133,7 @@ def leaks(seen: list[tuple[str, Message]], shapes: dict[str, tuple[int, ...]]) -
 
 
 @pytest.fixture(scope="module")
-def honest(tmp_path_factory):
+def honest(tmp_path_factory, task_identity):
     return run_federation(tmp_path_factory.mktemp("runs") / "honest")
 
 
@@ -280,6 +269,18 @@ def test_the_adapter_moved_and_survives_saving(honest, open_tiny, monkeypatch, t
     stuck = run_federation(tmp_path / "stuck")
     assert stuck[1].read_json("summary.json")["privacy"]["epsilon"] > 0
     assert not moved(stuck[2], session)
+
+
+def test_hospital_level_runs_whole_and_tells_only_b(tmp_path, honest) -> None:
+    keys = {"privacy.unit": "hospital", "federation.weighting": "uniform"}
+    seen, run, b = run_federation(tmp_path / "hospital", **keys)
+    found = {key for _, message in seen for key in scalars(message)} - PUBLIC_SCALARS
+    assert found == set()
+    claim = run.read_json("summary.json")["privacy"]
+    assert (claim["unit"], claim["planned_steps"], claim["expected_batch"]) == ("hospital", 2, 2)
+    assert "nothing will be learnt" in claim["warning"]
+    assert [line["steps"] for line in run.lines("privacy.jsonl")] == [1, 1, 2, 2]
+    assert max(np.abs(value).max() for value in b.values()) > 0.1  # noise, clip norm 1 over 2
 
 
 @pytest.fixture

@@ -1,0 +1,158 @@
+"""What a hospital answers to each kind of message: unpack, call ``client.local``, pack."""
+
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+from client.hospital import hospital_of, local_config, private_folder
+from client.local import evaluate, update
+from client.private import private_update
+from client.store import STEPS, forget_steps, keep, load_kept, load_state, save_state
+from client.worker import backbone_spec, report_loads, session_of, tokens_of
+from common.codecs import compress, is_lossy
+from common.config import Config
+from common.configio import from_flat
+from common.errors import FedrxError, RunFailed
+from common.exchange import CONFIG, Tensors, evaluate_reply, read_message, train_reply
+from common.files import append_json_line
+from common.privacy.settings import is_private, plan_of, protects
+from common.provenance import source_digest
+from common.training.budget import steps_before_round
+from common.training.loop import StepReport
+from common.training.optimiser import TrainState
+
+Handler = Callable[[Config, Message, Context], RecordDict]
+
+
+def hello(config: Config, message: Message, context: Context) -> RecordDict:
+    """Answer the handshake: name, fingerprints, sizes, and what was chosen with the reasons."""
+    hospital = hospital_of(config, context.node_config)
+    session = session_of(config)
+    report_loads(config)
+    facts: dict[str, str | int] = {
+        "hospital": hospital.name,
+        "a-sha256": session.adapter.a_fingerprint,
+        "backbone-sha256": backbone_spec(config.model.backbone).fingerprint,
+        "source-sha256": source_digest(),
+        "of": config.federation.hospitals,
+        "device": session.device.value,
+        "dtype": session.dtype.value,
+        "dtype-reason": session.dtype.reason,
+        "attention": session.attention.value,
+        "attention-reason": session.attention.reason,
+    }
+    if protects(config):
+        facts["privacy-plan-sha256"] = plan_of(config).fingerprint
+    else:
+        facts |= {
+            "patients": hospital.patients,
+            "samples": hospital.samples,
+            "train-samples": len(hospital.train),
+            "validation-samples": len(hospital.validation),
+        }
+    return RecordDict({CONFIG: ConfigRecord(dict(facts))})
+
+
+def train_round(config: Config, message: Message, context: Context) -> RecordDict:
+    """Train one round from the global B."""
+    hospital = hospital_of(config, context.node_config)
+    session = session_of(config)
+    b, server_round = read_message(message.content, session.adapter.shapes, config.federation.codec)
+    folder = private_folder(config, hospital.name)
+    private = is_private(config)
+    if config.train.keep_state:
+        state = load_state(folder, before_round=server_round)
+    else:
+        # A fresh optimizer, but not the first batches again.
+        samples = 0 if private else len(hospital.train)
+        state = TrainState(step=steps_before_round(config, samples, server_round))
+    forget_steps(folder, from_round=server_round)
+
+    def log(step: StepReport) -> None:
+        record = {"round": server_round, "step": step.step, "loss": step.loss}
+        append_json_line(folder / STEPS, {**record, "seconds": round(step.seconds, 3)})
+
+    tokens = tokens_of(config, hospital, session)
+    if private:
+        result = private_update(
+            session,
+            tokens,
+            b,
+            state,
+            config,
+            server_round=server_round,
+            folder=folder,
+            on_step=log,
+        )
+    else:
+        result = update(session, tokens, b, state, config, server_round=server_round, on_step=log)
+        if config.train.keep_state:
+            save_state(folder, state, server_round=server_round)
+    report_loads(config)
+    metrics = {"round": float(server_round), **result.metrics}
+    if protects(config) and not private:
+        # hospital-level: the server pays, one release a round; it is told nothing but B
+        metrics = {"round": float(server_round), "weight": 1.0, "steps": float(server_round)}
+    wire = in_codec(config, folder, result.b, b, server_round)
+    return train_reply(wire, metrics, private=protects(config))
+
+
+def in_codec(config: Config, folder: Path, b: Tensors, base: Tensors, server_round: int) -> Tensors:
+    """Write the updated B for the wire; with a lossy codec its change, and keep what was lost."""
+    codec = config.federation.codec
+    if not is_lossy(codec):
+        return b
+    carried = load_kept(folder, "carried", before_round=server_round)
+    change = {key: value - base[key] for key, value in b.items()}
+    wire, left = compress(codec, change, carried)
+    keep(folder, "carried", left, server_round=server_round)
+    return wire
+
+
+def evaluate_round(config: Config, message: Message, context: Context) -> RecordDict:
+    """Return the validation loss of the global B."""
+    hospital = hospital_of(config, context.node_config)
+    if protects(config):
+        raise RunFailed("with privacy on, no loss leaves a hospital")
+    session = session_of(config)
+    b, server_round = read_message(message.content, session.adapter.shapes, config.federation.codec)
+    metrics = evaluate(session, tokens_of(config, hospital, session), b)
+    report_loads(config)
+    return evaluate_reply({"round": float(server_round), **metrics})
+
+
+HANDLERS: dict[str, Handler] = {
+    "query": hello,
+    "train": train_round,
+    "evaluate": evaluate_round,
+}
+
+
+def answer(kind: str, message: Message, context: Context) -> Message:
+    """Answer one message; only clean error texts leave.
+
+    Args:
+        kind: ``query``, ``train`` or ``evaluate``.
+        message: What the server sent.
+        context: Flower's: run configuration and node.
+
+    Raises:
+        FedrxError: with a text that quotes no data.
+    """
+    config = local_config(from_flat(context.run_config), context.node_config, context.run_id)
+    try:
+        return Message(content=HANDLERS[kind](config, message, context), reply_to=message)
+    except FedrxError:
+        raise
+    except Exception as error:
+        # An unexpected exception's text may quote data: it stays on the hospital's disk.
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        folder = Path(config.run.directory) / "hospitals"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "errors.txt").open("a", encoding="utf-8") as file:
+            file.write(traceback.format_exc() + "\n")
+        raise RunFailed(
+            f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}"
+        ) from None
