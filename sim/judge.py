@@ -108,14 +108,14 @@ def show_judgement(console: Console, result: dict[str, Any]) -> None:
     """Show appropriateness by model, with everything that is not in the mean beside it."""
     table = Table(title=f"Appropriateness by {result['model']} (research only)")
     table.add_column("list by")
-    for name in ("suitable / all", "95% interval", "scored", "unscored", "no list", "empty"):
+    for name in ("suitable", "95% interval", "scored", "unscored", "no list", "empty"):
         table.add_column(name, justify="right")
     for model, one in result["appropriateness"].items():
         low_high = one["interval"]
         table.add_row(
             model,
             percent(one["mean"]),
-            f"{percent(low_high[0])} to {percent(low_high[1])}" if low_high else "-",
+            f"{100 * low_high[0]:.1f}-{percent(low_high[1])}" if low_high else "-",
             *(str(one[name]) for name in ("scored", "unscored", "unanswered", "empty")),
         )
     console.print(table)

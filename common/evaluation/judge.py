@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import datetime
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,6 @@ def judge_run(
     api_key: str = "",
     seed: int = 0,
     progress: Progress | None = None,
-    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> dict[str, Any]:
     """Ask the judges, write judge.jsonl and the ``judge`` part of summary.json.
 
@@ -80,15 +79,14 @@ def judge_run(
         api_key: Empty for none.
         seed: Of the interval's resamples.
         progress: Called with (done, all).
-        sleep: How to wait between tries.
 
     Returns:
         The ``judge`` part of the summary.
 
     Raises:
         UserError: If the server refuses the calls as such.
-        RunFailed: If it does not answer, or the cost limit stopped it. What was judged so far is
-            written first, and the same command goes on from there.
+        RunFailed: If it does not answer, or the cost limit stopped it. What was judged so far, if
+            anything, is written first, and the same command goes on from there.
     """
     if plan.endpoint.statement:
         _keep_statement(run, plan, plan.endpoint.statement)
@@ -101,16 +99,18 @@ def judge_run(
             spent_usd=spent_usd(cache.exchanges, plan.config),
         )
         try:
-            asyncio.run(_judge_all(plan, cache, meter, shared, api_key, sleep))
+            asyncio.run(_judge_all(plan, cache, meter, shared, api_key))
         finally:
             judgements = [
                 shared.done.get(place, Judgement(task=task, verdicts=None, asked=False))
                 for place, task in enumerate(plan.tasks)
             ]
-            _write_lines(run.path / "judge.jsonl", judgements)
             result = summarise(plan, judgements, cache.exchanges, prices, seed=seed)
-            summary = run.read_json("summary.json")
-            write_json(run.path / "summary.json", {**summary, "judge": result})
+            # A server that gave nothing does not replace what an earlier one gave.
+            if not shared.stopped or result["judgements"]["scored"]:
+                _write_lines(run.path / "judge.jsonl", judgements)
+                summary = run.read_json("summary.json")
+                write_json(run.path / "summary.json", {**summary, "judge": result})
     if shared.stopped:
         raise shared.stopped
     if shared.limit_reached:
@@ -128,10 +128,9 @@ async def _judge_all(
     meter: Meter,
     shared: _Progress,
     api_key: str,
-    sleep: Callable[[float], Awaitable[None]],
 ) -> None:
     client = JudgeClient(
-        plan.endpoint, plan.config, api_key=api_key, meter=meter, lost=cache.put_lost, sleep=sleep
+        plan.endpoint, plan.config, api_key=api_key, meter=meter, lost=cache.put_lost
     )
     session = _Session(plan, cache, client)
     queue = iter(enumerate(plan.tasks))

@@ -10,7 +10,7 @@ import datetime
 import email.utils
 import json
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -123,7 +123,6 @@ class JudgeClient:
         api_key: Empty for none.
         meter: Where every attempt is charged.
         lost: Called with the worst-case tokens of a call that broke after it was sent.
-        sleep: How to wait.
     """
 
     def __init__(
@@ -134,12 +133,11 @@ class JudgeClient:
         api_key: str,
         meter: Meter,
         lost: Callable[[int, int], None],
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         import openai
 
         self._config, self._endpoint, self._meter = config, endpoint, meter
-        self._lost, self._sleep = lost, sleep
+        self._lost = lost
         self._not_before = 0.0
         self._openai = openai
         self._client = openai.AsyncOpenAI(
@@ -181,12 +179,12 @@ class JudgeClient:
                 if wait is not None:
                     self._not_before = max(self._not_before, time.monotonic() + wait)
                 elif attempt + 1 < self._config.attempts:
-                    await self._sleep(min(FIRST_WAIT_SECONDS * 2**attempt, LONGEST_WAIT_SECONDS))
+                    await asyncio.sleep(min(FIRST_WAIT_SECONDS * 2**attempt, LONGEST_WAIT_SECONDS))
         raise Unavailable(how)
 
     async def _pause(self) -> None:
         while (left := self._not_before - time.monotonic()) > 0:
-            await self._sleep(left)
+            await asyncio.sleep(left)
 
     async def _attempt(self, body: Mapping[str, Any], dialect: Dialect) -> Reply:
         reply = None

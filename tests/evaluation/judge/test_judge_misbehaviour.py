@@ -203,8 +203,19 @@ def test_a_dead_server_stops_the_command_early(server, make_run, judge_config, k
     with pytest.raises(RunFailed, match="status 500"):
         judge_run(run, plan_judging(run, config))
     assert len(server.requests) == 9
-    summary = run.read_json("summary.json")["judge"]
-    assert summary["appropriateness"]["fedrx"]["not_asked"] == 47
+
+
+def test_a_dead_server_does_not_replace_an_earlier_judgement(
+    server, make_run, judge_config, kit, quick
+):
+    run = make_run([kit.line(f"case-{n}", "fedrx", [f"Drug {n}"]) for n in range(5)])
+    first = judge_run(run, plan_judging(run, judge_config()))
+    lines = run.lines("judge.jsonl")
+    server.behave = lambda body, n: kit.Answer(status=500, raw=b"{}")
+    with pytest.raises(RunFailed):
+        judge_run(run, plan_judging(run, judge_config(model="judge-2")))
+    assert run.read_json("summary.json")["judge"] == first
+    assert run.lines("judge.jsonl") == lines
 
 
 def test_nobody_listening_is_one_line(make_run, judge_config, kit, quick):
