@@ -16,7 +16,6 @@ from common.model.session import Session
 from common.seeds import stream
 from common.text.batches import Encoded, encode
 
-
 NAME = "hospital"
 """Key of the node configuration: a deployed hospital's name."""
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

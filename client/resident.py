@@ -13,8 +13,9 @@ import contextlib
 import json
 import socket
 from collections.abc import Iterator
+from io import BufferedRWPair
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from flwr.app import Context, Message
 from flwr.common.serde import (
@@ -93,7 +94,7 @@ def serve(server: socket.socket) -> None:
             _serve_one(stream)
 
 
-def _serve_one(stream: BinaryIO) -> None:
+def _serve_one(stream: BufferedRWPair) -> None:
     from client.handlers import answer
 
     line = stream.readline()
@@ -116,7 +117,7 @@ def _serve_one(stream: BinaryIO) -> None:
     _write(stream, {"size": len(data)}, [data])
 
 
-def _write(stream: BinaryIO, head: dict[str, Any], parts: list[bytes]) -> None:
+def _write(stream: BufferedRWPair, head: dict[str, Any], parts: list[bytes]) -> None:
     stream.write(json.dumps(head).encode() + b"\n")
     for part in parts:
         stream.write(part)

@@ -141,6 +141,10 @@ def superlink(run: Path, port: int = 0) -> Iterator[SuperLink]:
             with _terminated_like_interrupted():
                 _wait_until_up(link)
                 yield link
+        except BaseException:
+            # All that a run writes is complete or absent, so nothing is lost by stopping at once.
+            end_leftovers(run)
+            raise
         finally:
             stop(process, run)
 
