@@ -1,0 +1,167 @@
+"""Parameters and memory of a training step by part, from shapes alone.
+
+Every part is a formula over the shape but two, which were measured: what a process holds before
+the backbone, and what the allocator loses to holes.
+"""
+
+from dataclasses import dataclass
+
+from common.model.backbone import BackboneShape
+from common.model.falora import AdapterSpec
+from common.model.memory import RECOMPUTE, saved_bytes_per_token_layer
+
+# Resident before the backbone is loaded: interpreter and libraries; on a GPU its context.
+_RUNTIME_BYTES = {"cpu": 410 * 2**20, "cuda": 700 * 2**20}
+# What the allocator loses between allocations: a fixed part, and a share of what comes and goes.
+# On the CPU measured with glibc over 512 to 4,096 tokens, with and without recomputation.
+_FIXED_HOLES_BYTES = {"cpu": 130 * 2**20, "cuda": 0}
+_HOLES = {"cpu": 0.15, "cuda": 0.02}
+# Logits of one chunk of the loss, in fp32 (`common.training.loss`).
+_CHUNK_BYTES = 2**26
+_STATE_TENSORS = {"sgd": 0, "sgd-momentum": 1, "adamw": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Numbers of values."""
+
+    backbone: int
+    a: int
+    b: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes at the peak of a training step."""
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """What the forward pass keeps for the backward pass, and one layer computed again."""
+    working: int
+    """Buffers of the layer that is being computed."""
+    logits: int
+    runtime: int
+    holes: int
+
+    @property
+    def total(self) -> int:
+        """All parts."""
+        return sum(vars(self).values())
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the parts and their total, for JSON."""
+        return {**vars(self), "total": self.total}
+
+
+def count_parameters(shape: BackboneShape, adapter: AdapterSpec) -> Parameters:
+    """Count the backbone's, A's and B's values.
+
+    >>> from common.model.known_shapes import KNOWN_SHAPES
+    >>> llama_8b = KNOWN_SHAPES["meta-llama/Llama-3.1-8B-Instruct"]
+    >>> count_parameters(llama_8b, AdapterSpec(rank=32))
+    Parameters(backbone=8030261248, a=8388608, b=5242880)
+    """
+    sizes = _projections(shape)
+    layer = sum(wide * high for wide, high in sizes.values()) + 2 * shape.hidden
+    embeddings = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
+    targets = [sizes[name] for name in adapter.targets if name in sizes]
+    return Parameters(
+        backbone=shape.layers * layer + embeddings + shape.hidden,
+        a=shape.layers * adapter.rank * sum(wide for wide, _ in targets),
+        b=shape.layers * adapter.rank * sum(high for _, high in targets),
+    )
+
+
+def training_footprint(
+    shape: BackboneShape,
+    adapter: AdapterSpec,
+    *,
+    batch_tokens: int,
+    value_bytes: int,
+    recompute: str,
+    optimizer: str,
+    device: str,
+    private_bytes: int = 0,
+) -> Footprint:
+    """Return the memory of a training step on a packed batch.
+
+    Args:
+        shape: The backbone's sizes.
+        adapter: What is attached.
+        batch_tokens: Packed tokens of one micro-batch.
+        value_bytes: 2 for bf16, 4 for fp32.
+        recompute: ``none``, ``mlp``, ``half`` or ``all``.
+        optimizer: ``sgd``, ``sgd-momentum`` or ``adamw``.
+        device: ``cpu`` or ``cuda``.
+        private_bytes: What differential privacy holds beside the gradient.
+    """
+    counts = count_parameters(shape, adapter)
+    trained = counts.b + (counts.a if adapter.mode == "lora" else 0)
+    saved = {
+        choice: batch_tokens
+        * saved_bytes_per_token_layer(shape, adapter, value_bytes=value_bytes, recompute=choice)
+        for choice in RECOMPUTE
+    }
+    # What is computed again is held for one layer at a time.
+    again = {"none": 0.0, "mlp": saved["none"] - saved["mlp"]}
+    activations = shape.layers * saved[recompute] + again.get(recompute, saved["none"])
+    # Backward through the MLP: four buffers of its width; norms, residual and projections.
+    widths = 4 * shape.intermediate + 6 * shape.hidden
+    working = batch_tokens * widths * value_bytes
+    # Hidden states at the labels, their gradient, and one chunk of logits.
+    labelled = 3 * batch_tokens * shape.hidden * value_bytes
+    chunk = _CHUNK_BYTES * (2 + value_bytes / 4 if device == "cuda" else value_bytes / 4)
+    return Footprint(
+        weights=counts.backbone * value_bytes,
+        adapter=4 * trained + (0 if adapter.mode == "lora" else value_bytes * counts.a),
+        gradients=4 * trained + private_bytes,
+        optimizer=4 * trained * _STATE_TENSORS[optimizer],
+        activations=int(activations),
+        working=working,
+        logits=int(labelled + chunk),
+        runtime=_RUNTIME_BYTES[device],
+        holes=_FIXED_HOLES_BYTES[device] + int(_HOLES[device] * (activations + working)),
+    )
+
+
+def generation_bytes(
+    shape: BackboneShape,
+    adapter: AdapterSpec,
+    *,
+    sequences: int,
+    columns: int,
+    value_bytes: int,
+    device: str,
+) -> int:
+    """Return the memory of answering: weights, merged copies of the targets, and the cache.
+
+    Args:
+        shape: The backbone's sizes.
+        adapter: What is folded into copies of its targets.
+        sequences: Answers generated together.
+        columns: Longest prompt and answer, in tokens.
+        value_bytes: 2 for bf16, 4 for fp32.
+        device: ``cpu`` or ``cuda``.
+    """
+    sizes = _projections(shape)
+    copies = sum(wide * high for name, (wide, high) in sizes.items() if name in adapter.targets)
+    cache = 2 * shape.kv_heads * shape.head_dim * sequences * columns
+    values = count_parameters(shape, adapter).backbone + shape.layers * (copies + cache)
+    return values * value_bytes + _RUNTIME_BYTES[device]
+
+
+def _projections(shape: BackboneShape) -> dict[str, tuple[int, int]]:
+    """(input, output) width of each linear module of a layer."""
+    heads, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return {
+        "q_proj": (shape.hidden, heads),
+        "k_proj": (shape.hidden, keys),
+        "v_proj": (shape.hidden, keys),
+        "o_proj": (heads, shape.hidden),
+        "gate_proj": (shape.hidden, shape.intermediate),
+        "up_proj": (shape.hidden, shape.intermediate),
+        "down_proj": (shape.intermediate, shape.hidden),
+    }
