@@ -1,6 +1,7 @@
 """Which hospital a node is, and what it holds."""
 
 import functools
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Config, DataConfig, PartitionConfig
-from common.configio import settled
+from common.configio import config_hash, settled
 from common.data.partition import Hospital, assign_hospitals
 from common.data.prepare import load_samples
 from common.errors import RunFailed
@@ -41,11 +42,13 @@ def local_config(config: Config, node_config: Mapping[str, Any], run_id: int) ->
     Args:
         config: As Flower hands it over.
         node_config: Flower's, of this node.
-        run_id: Flower's run id.
+        run_id: Flower's run id; names the run directory of plain ``flwr run``.
     """
     if NAME not in node_config:
         return settled(config, run_id=run_id, nodes=int(node_config["num-partitions"]))
-    folder = Path(str(node_config["folder"])) / "runs" / f"flwr-{run_id % 2**64:016x}"
+    # Not Flower's run id: a federation that is started again goes on with the hospital's state.
+    place = hashlib.sha256(config.run.directory.encode()).hexdigest()[:8]
+    folder = Path(str(node_config["folder"])) / "runs" / f"{config_hash(config)}-{place}"
     backbone = str(node_config.get("backbone", config.model.backbone))
     return replace(
         config,

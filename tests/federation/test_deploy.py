@@ -1,0 +1,314 @@
+"""A deployment on loopback: real SuperLink and SuperNodes, TLS, node keys, resident workers."""
+
+import contextlib
+import gzip
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+import psutil
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+import client.resident
+from client.handlers import answer
+from client.hospital import hospitals_of, local_config
+from common.configio import flatten
+from common.data.synthesize import write_tables
+from common.errors import RunFailed, UserError
+from common.rundir import RunDirectory
+from sim.deploy import deploy
+from sim.launch import free_port, script
+
+SECONDS = 900
+
+
+@pytest.fixture
+def dealt(tiny_config, tmp_path) -> dict[str, str]:
+    """The synthetic tables dealt to two folders, as a simulation deals the patients."""
+    config = tiny_config(federation__hospitals=2)
+    tables = tmp_path / "all"
+    data = config.data
+    write_tables(tables, patients=data.synthetic_patients, seed=data.synthetic_seed)
+    folders = {}
+    for hospital in hospitals_of(data, config.partition, 2):
+        own = {a.patient for part in parts(hospital) for a in part}
+        folder = tmp_path / "data" / hospital.name
+        for source in tables.rglob("*.csv.gz"):
+            frame = pl.read_csv(source, infer_schema=False)
+            if "subject_id" in frame.columns:
+                frame = frame.filter(pl.col("subject_id").cast(pl.Int64, strict=False).is_in(own))
+            target = folder / source.relative_to(tables)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with gzip.open(target, "wb") as stream:
+                stream.write(frame.write_csv().encode())
+        folders[hospital.name] = str(folder)
+    return folders
+
+
+def parts(hospital):
+    return hospital.train, hospital.validation, hospital.test
+
+
+def test_folder_of_a_deployment(tiny_config, tmp_path):
+    """A hospital gets its own key and the authority's certificate, and nobody else's secrets."""
+    readme = deploy(
+        tiny_config(),
+        tmp_path / "d",
+        hospitals={"north": "/data/a b", "south": "/data/south"},
+        host="fed.example.org",
+        port=9092,
+    )
+    folder = readme.parent
+    for name in ("north", "south"):
+        own = folder / "hospitals" / name
+        assert {p.name for p in own.iterdir()} == {
+            *("node.key", "node.pub", "ca.pem", "start.sh", "empty", "home")
+        }
+        assert stat.S_IMODE((own / "node.key").stat().st_mode) == 0o600
+    start = (folder / "hospitals" / "north" / "start.sh").read_text()
+    assert "data='/data/a b'" in start
+    assert "--superlink fed.example.org:9092" in start
+    assert subprocess.run(["sh", "-n", folder / "hospitals" / "north" / "start.sh"]).returncode == 0
+    assert stat.S_IMODE((folder / "authority" / "ca.key").stat().st_mode) == 0o600
+    authority = x509.load_pem_x509_certificate((folder / "authority" / "ca.pem").read_bytes())
+    server = x509.load_pem_x509_certificate((folder / "superlink" / "server.pem").read_bytes())
+    server.verify_directly_issued_by(authority)
+    names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert "fed.example.org" in names.get_values_for_type(x509.DNSName)
+    assert isinstance(server.public_key(), ec.EllipticCurvePublicKey)
+    assert "federation.hospitals = 2" in (folder / "superlink" / "run-config.toml").read_text()
+    with pytest.raises(UserError, match="not empty"):
+        deploy(tiny_config(), folder, hospitals={"a": "/x"}, host="h", port=1)
+    for bad in ("", "../x", "a b", "ä"):
+        with pytest.raises(UserError, match="--hospital"):
+            deploy(tiny_config(), tmp_path / "e", hospitals={bad: "/x"}, host="h", port=1)
+
+
+def test_hospital_s_own_paths_replace_the_server_s(tiny_config):
+    config = tiny_config(run__directory="/server/run")
+    node = {"hospital": "north", "data": "/data/north", "folder": "/own"}
+    own = local_config(config, node, run_id=7)
+    assert own.data.path == "/data/north"
+    assert Path(own.run.directory).is_relative_to("/own/runs")
+    assert local_config(config, node, run_id=8) == own
+    other = local_config(tiny_config(run__directory="/server/two"), node, run_id=7)
+    assert other.run.directory != own.run.directory
+
+
+class Processes:
+    """Processes of the test, in sessions of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.started: list[subprocess.Popen[bytes]] = []
+        self.environment = {
+            **os.environ,
+            "PATH": os.pathsep.join([str(Path(script("flwr")).parent), os.environ["PATH"]]),
+            "OMP_NUM_THREADS": "1",
+            "FEDRX_TEST": str(folder),
+        }
+
+    def start(self, file: Path) -> subprocess.Popen[bytes]:
+        with (self.folder / f"{file.parent.name}-{file.stem}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [file], env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
+        self.started.append(process)
+        return process
+
+    def log(self, file: Path) -> str:
+        return (self.folder / f"{file.parent.name}-{file.stem}.log").read_text()
+
+    def call(self, file: Path) -> str:
+        done = subprocess.run(
+            [file], env=self.environment, capture_output=True, text=True, timeout=SECONDS
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def named(self, *words: str) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                ours = process.environ().get("FEDRX_TEST") == str(self.folder)
+                if ours and all(word in " ".join(process.cmdline()) for word in words):
+                    found.append(process)
+        return found
+
+    def stop(self) -> None:
+        for process in self.named():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        for process in self.started:
+            process.wait()
+
+
+@pytest.fixture
+def processes(tmp_path):
+    one = Processes(tmp_path)
+    yield one
+    one.stop()
+
+
+def wait_for(ready, what: str) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not ready():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)
+
+
+def state(run: Path) -> str:
+    file = run / "status.json"
+    return json.loads(file.read_text())["state"] if file.exists() else ""
+
+
+@pytest.mark.slow
+def test_deployment_equals_the_simulation_and_survives_a_killed_node(
+    dealt, tiny_config, tmp_path, processes, in_process
+):
+    config = tiny_config(federation__hospitals=2)
+    port = free_port()
+    folder = deploy(config, tmp_path / "d", hospitals=dealt, host="127.0.0.1", port=port).parent
+    # Free ports instead of the fixed ones: other tests may run beside.
+    for file in folder.glob("hospitals/*/start.sh"):
+        text = file.read_text()
+        fixed = text.split("--port ")[1].split()[0]
+        file.write_text(text.replace(f"--port {fixed}", f"--port {free_port()}"))
+    link, nodes = folder / "superlink", folder / "hospitals"
+    processes.start(link / "start.sh")
+    wait_for(lambda: "startup complete" in processes.log(link / "start.sh"), "SuperLink")
+    processes.call(link / "register.sh")
+
+    stranger = (
+        deploy(
+            config, tmp_path / "s", hospitals={"stranger": "/x"}, host="127.0.0.1", port=port
+        ).parent
+        / "hospitals"
+        / "stranger"
+    )
+    (stranger / "ca.pem").write_text((link / "ca.pem").read_text())
+    text = (stranger / "start.sh").read_text().replace("--port 9094", f"--port {free_port()}")
+    (stranger / "start.sh").write_text(text)
+    refused = processes.start(stranger / "start.sh")
+    assert refused.wait(SECONDS) != 0
+    assert "auth" in processes.log(stranger / "start.sh").lower()
+
+    for name in dealt:
+        processes.start(nodes / name / "start.sh")
+    processes.start(link / "run.sh")
+    run = RunDirectory(folder / "run")
+    wait_for(lambda: state(run.path) in ("finished", "failed"), "the first run")
+    assert run.status()["state"] == "finished", run.status()
+    summary = run.read_json("summary.json")
+    assert [one["name"] for one in summary["hospitals"]] == sorted(dealt)
+    assert summary["b_sha256"] == in_process(config).sha
+    for name in dealt:
+        assert worker_loads(nodes / name) == [1]
+        answered = [
+            x for x in run.lines("wire.jsonl") if (x["direction"], x["hospital"]) == ("up", name)
+        ]
+        assert len(answered) >= 4
+
+    # Again with more rounds; one hospital's SuperNode dies in the middle and comes back.
+    again = folder / "again"
+    flat = "".join(
+        line + "\n"
+        for line in (link / "run-config.toml").read_text().splitlines()
+        if not line.startswith(("federation.rounds", "run.directory"))
+    )
+    (link / "run-config.toml").write_text(
+        flat + f'federation.rounds = 6\nrun.directory = "{again}"\n'
+    )
+    processes.start(link / "run.sh")
+    second = RunDirectory(again)
+    wait_for(lambda: "round-00001" in second.checkpoint_names(), "round 1")
+    victim = sorted(dealt)[1]
+    for process in processes.named("flower-supernode", victim):
+        process.kill()
+    wait_for(lambda: len(second.checkpoint_names()) >= 3, "a round without the hospital")
+    processes.start(nodes / victim / "start.sh")
+    wait_for(lambda: state(second.path) in ("finished", "failed"), "the second run")
+    assert second.status()["state"] == "finished", second.status()
+    rounds = {e["round"] for e in second.metrics("steps") if e["hospital"] == victim}
+    assert 1 in rounds
+    assert {e["round"] for e in second.metrics("steps")} == set(range(1, 7))
+
+
+def worker_loads(own: Path) -> list[int]:
+    """Backbone loads of each process that worked for a hospital."""
+    return [
+        json.loads(file.read_text())["backbone_loads"] for file in own.glob("runs/*/workers/*.json")
+    ]
+
+
+class TestResidentWorker:
+    """The worker alone, in its own process."""
+
+    @pytest.fixture
+    def socket(self, tmp_path_factory):
+        path = tmp_path_factory.mktemp("w") / "s.sock"
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from sim.cli import main; main()", "worker", "--socket", path],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=Path(__file__).resolve().parents[2],
+        )
+        wait_for(path.exists, "the worker")
+        yield path
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+
+    def message(self, config, kind="query"):
+        message = Message(RecordDict({"config": ConfigRecord({"round": 0})}), 1, kind)
+        node = {"partition-id": 0, "num-partitions": 3}
+        context = Context(1, 1, node, RecordDict(), flatten(config))
+        return message, context
+
+    def test_answers_as_the_app_does_with_one_load(self, socket, tiny_config, tmp_path):
+        assert stat.S_IMODE(socket.stat().st_mode) == 0o600
+        config = tiny_config(run__directory=str(tmp_path / "run"))
+        message, context = self.message(config)
+        direct = answer("query", message, context)
+        for _ in range(4):
+            reply = client.resident.ask(socket, "query", message, context)
+            assert dict(reply.content["config"]) == dict(direct.content["config"])
+            assert reply.metadata.reply_to_message_id == direct.metadata.reply_to_message_id
+        loads = [
+            json.loads(f.read_text())["backbone_loads"]
+            for f in (tmp_path / "run" / "workers").glob("*.json")
+            if f.stem != str(os.getpid())
+        ]
+        assert loads == [1]
+
+    def test_refuses_other_code_and_keeps_answering(
+        self, socket, tiny_config, tmp_path, monkeypatch
+    ):
+        config = tiny_config(run__directory=str(tmp_path / "run"))
+        message, context = self.message(config)
+        with monkeypatch.context() as changed:
+            changed.setattr(client.resident, "source_digest", lambda: "e" * 64)
+            with pytest.raises(RunFailed, match="runs other code"):
+                client.resident.ask(socket, "query", message, context)
+        with pytest.raises(RunFailed):  # a train message without arrays
+            client.resident.ask(socket, "train", message, context)
+        assert client.resident.ask(socket, "query", message, context).has_content()
+
+    def test_second_worker_on_a_socket_is_refused(self, socket):
+        with (
+            pytest.raises(UserError, match="listens on"),
+            client.resident.listening(socket),
+        ):
+            pass
+
+    def test_without_a_worker_the_error_says_so(self, tiny_config, tmp_path):
+        message, context = self.message(tiny_config())
+        with pytest.raises(RunFailed, match="does not answer"):
+            client.resident.ask(tmp_path / "none.sock", "query", message, context)
