@@ -9,7 +9,7 @@ import typer
 from common.configio import parse_overrides, read_config
 from common.errors import FedrxError
 from common.provenance import source_root
-from sim import cli_data, cli_deploy
+from sim import cli_data, cli_deploy, cli_people, cli_runs
 from sim.options import JsonOption, RunDirOption, SetOption, console_for, find_config, print_json
 
 app = typer.Typer(
@@ -22,6 +22,8 @@ app = typer.Typer(
 )
 
 app.add_typer(cli_data.app, name="data")
+cli_runs.register(app)
+cli_people.register(app)
 app.command()(cli_deploy.deploy)
 app.command()(cli_deploy.worker)
 

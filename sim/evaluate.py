@@ -107,7 +107,9 @@ def evaluate_run(
     summary = run.read_json("summary.json")
     if found.predictions != run.lines(PREDICTIONS):
         write_text(run.path / PREDICTIONS, "".join(map(json_line, found.predictions)))
+        # They are about the predictions that were there before.
         summary.pop("judge", None)
+        summary.pop("review", None)
     summary |= {"metrics": found.metrics, "evaluation": facts}
     run.write_json("summary.json", summary)
     return summary

@@ -255,7 +255,32 @@ def _judgement(summary: dict[str, Any]) -> list[Block]:
         headers = ("", "appropriateness", "scored", "unscored")
         note = f"Suitable drugs / all drugs, averaged over samples, judged by {judge['model']}."
         blocks.append(Block(title="Judge", note=note, headers=headers, rows=rows))
+    review = summary.get("review")
+    if review:
+        blocks.append(_reviewers(review))
     return blocks
+
+
+def _reviewers(review: dict[str, Any]) -> Block:
+    rows = tuple(
+        (
+            MODEL_NAMES.get(model, model),
+            number(values["format_followed"]),
+            number((values["similarity"] or {}).get("f1")),
+            number((values["similarity_after_review"] or {}).get("f1")),
+            number(values["kept_share"]),
+            number(values["overall"]),
+        )
+        for model, values in review["models"].items()
+    )
+    headers = ("", "format followed", "F1 with true list", "F1 after review", "kept", "overall")
+    agreement = review["agreement"]
+    note = (
+        f"{len(review['reviewers'])} reviewers, {review['cases']} cases; Krippendorff's alpha "
+        f"{number(agreement['alpha_drugs'])} over drugs, {number(agreement['alpha_overall'])} over "
+        "the overall marks."
+    )
+    return Block(title="Reviewers", note=note, headers=headers, rows=rows)
 
 
 def _samples(run: RunDirectory) -> list[Block]:
