@@ -21,12 +21,6 @@ app = typer.Typer(
     "Research only, not for clinical use.",
 )
 
-app.add_typer(cli_data.app, name="data")
-cli_runs.register(app)
-cli_people.register(app)
-app.command()(cli_deploy.deploy)
-app.command()(cli_deploy.worker)
-
 
 @app.command()
 def demo(
@@ -195,6 +189,13 @@ def doctor(json_output: JsonOption = False) -> None:
     print_json([asdict(finding) for finding in findings], json_output)
     if any(finding.state == "bad" for finding in findings):
         raise typer.Exit(1)
+
+
+app.add_typer(cli_data.app, name="data")
+cli_runs.register(app)
+cli_people.register(app)
+app.command()(cli_deploy.deploy)
+app.command()(cli_deploy.worker)
 
 
 def main() -> None:
