@@ -140,6 +140,7 @@ def summarise(
         **privacy,
         "b_sha256": tensors_sha256(b),
         "wire": wire_totals(run),
+        "overhead_seconds_per_hospital_round": overhead_seconds(run, len(loads)),
         "backbone_loads": sum(loads),
         "workers": len(loads),
         "validation_loss": [losses[index] for index in sorted(losses)],
@@ -148,6 +149,19 @@ def summarise(
         "attention": {"kernel": first["attention"], "reason": first["attention-reason"]},
         "dtype": {"value": first["dtype"], "reason": first["dtype-reason"]},
     }
+
+
+def overhead_seconds(run: RunDirectory, workers: int) -> float | None:
+    """Return what a hospital's round costs beyond its local training, mean in seconds.
+
+    Workers train side by side, so an exchange that cost nothing would take the hospitals' training
+    seconds over the number of workers. None where hospitals tell no seconds (privacy).
+    """
+    trained = [event["value"] for event in run.metrics("seconds")]
+    waited = sum(event["value"] for event in run.metrics("train-exchange-seconds"))
+    if not trained or not workers:
+        return None
+    return round((waited - sum(trained) / workers) / len(trained), 4)
 
 
 def wire_totals(run: RunDirectory) -> dict[str, Any]:

@@ -263,6 +263,7 @@ class Rounds:
             on_message=self.record(server_round),
         )
         now = Pace(seconds=time.monotonic() - started, steps=steps, hospitals=len(nodes))
+        self.run.metric(f"{kind}-exchange-seconds", round(now.seconds, 3), round=server_round)
         if pace is None or now.seconds > pace.seconds:
             self.paces[kind] = now
         answers: dict[str, Answer] = {}
