@@ -105,8 +105,9 @@ def evaluate_run(
     if console is not None:
         _show(console, facts)
     summary = run.read_json("summary.json")
-    if found.predictions != run.lines(PREDICTIONS):
-        write_text(run.path / PREDICTIONS, "".join(map(json_line, found.predictions)))
+    rows, file = "".join(map(json_line, found.predictions)), run.path / PREDICTIONS
+    if not file.exists() or file.read_text(encoding="utf-8") != rows:
+        write_text(file, rows)
         # They are about the predictions that were there before.
         summary.pop("judge", None)
         summary.pop("review", None)
