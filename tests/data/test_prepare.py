@@ -1,7 +1,8 @@
 """The cached sample table: same samples, private, atomic, keyed by content and settings."""
 
-import multiprocessing
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import polars as pl
@@ -75,17 +76,24 @@ def test_a_failed_write_leaves_nothing(write_tables, tmp_path, monkeypatch):
     assert entries(tmp_path) == []
 
 
-def _load(arguments):
-    path, cache = arguments
-    return load_samples(DataConfig(path=path, synthetic_patients=12), cache_dir=Path(cache)).digest
+LOAD = """
+import sys
+from pathlib import Path
+from common.config import DataConfig
+from common.data.prepare import load_samples
+config = DataConfig(path=sys.argv[1], synthetic_patients=12)
+print(load_samples(config, cache_dir=Path(sys.argv[2])).digest)
+"""
 
 
 @pytest.mark.parametrize("path", ["synthetic", None])
 def test_processes_may_prepare_at_once(write_tables, tmp_path, path):
     folder = path or str(write_tables())
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
-        digests = pool.map(_load, [(folder, str(tmp_path))] * 3)
-    assert len(set(digests)) == 1
+    command = [sys.executable, "-c", LOAD, folder, str(tmp_path)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    digests = {process.communicate(timeout=120)[0] for process in processes}
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert len(digests) == 1
     assert len(entries(tmp_path)) == 1
     assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".writing")]
 
