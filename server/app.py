@@ -18,12 +18,15 @@ from common.model.falora import AdapterSpec, draw_a
 from common.model.layout import AdapterLayout, adapter_layout, adapter_spec
 from common.privacy.receipts import PRIVACY, privacy_summary
 from common.privacy.settings import HOSPITAL, hospital_warning, plan_of, protects
-from common.provenance import peak_rss_bytes, source_digest, tensors_sha256
+from common.provenance import environment, peak_rss_bytes, source_digest, tensors_sha256
 from common.rundir import RunDirectory
 from server.roster import Roster
 from server.rounds import Rounds
 
 A_SUFFIX = ".lora_A"
+ENVIRONMENT, FLOWER = "environment.json", "flower"
+TRAINED = "trained"
+"""Stage in status.json: all rounds are done and summed up."""
 
 app = ServerApp()
 
@@ -72,7 +75,11 @@ def federate(grid: Grid, config: Config, run: RunDirectory) -> None:
     summary = summarise(rounds.config, run, backbone, layout, rounds.roster, b)
     summary["seconds"] = round(time.monotonic() - started, 3)
     run.write_json("summary.json", summary)
-    run.write_status("finished", round=config.federation.rounds)
+    if run.read_json(ENVIRONMENT).get("mode") == FLOWER:
+        run.write_status("finished", round=config.federation.rounds)
+    else:
+        # The launcher goes on with the evaluation: a run killed there must not look finished.
+        run.write_status("running", stage=TRAINED, round=config.federation.rounds)
 
 
 def run_directory(config: Config) -> RunDirectory:
@@ -80,7 +87,9 @@ def run_directory(config: Config) -> RunDirectory:
     directory = Path(config.run.directory)
     if (directory / "config.toml").exists():
         return RunDirectory.open(directory)
-    return RunDirectory.create(config, directory=directory)
+    run = RunDirectory.create(config, directory=directory)
+    run.write_json(ENVIRONMENT, {**environment([]), "mode": FLOWER})
+    return run
 
 
 def initial_tensors(layout: AdapterLayout, spec: AdapterSpec) -> Tensors:

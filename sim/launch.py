@@ -33,6 +33,7 @@ from common.config import Config
 from common.configio import flatten, toml_scalar
 from common.errors import RunFailed, UserError
 from common.rundir import RunDirectory
+from server.app import TRAINED
 from sim.staging import stage_app
 
 START_SECONDS = 120.0
@@ -276,7 +277,8 @@ def _watch(link: SuperLink, run: RunDirectory, on_tick: Callable[[], None]) -> t
     last_check = time.monotonic()
     while True:
         on_tick()
-        ended = run.status()["state"] in ("finished", "failed")
+        status = run.status()
+        ended = status["state"] == "failed" or status.get("stage") == TRAINED
         if link.process.poll() is not None:
             return "stopped", "the SuperLink ended"
         if ended or time.monotonic() - last_check > CHECK_SECONDS:

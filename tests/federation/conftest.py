@@ -26,7 +26,7 @@ import client.app
 from common.config import Config
 from common.configio import flatten, from_flat
 from common.rundir import RunDirectory
-from server.app import federate
+from server.app import federate, run_directory
 
 Tamper = Callable[[Message, Message], Message | None]
 """Gets the message to a hospital and its honest reply, and returns what is sent instead."""
@@ -186,7 +186,7 @@ def in_process(tmp_path: Path) -> Callable[..., Federation]:
         count += 1
         folder = resume.path if resume else tmp_path / f"run-{count}"
         config = replace(config, run=replace(config.run, directory=str(folder)))
-        run = resume or RunDirectory.create(config, directory=folder)
+        run = resume or run_directory(config)
         fake = FakeGrid(config, **grid)
         federate(fake, config, run)
         return Federation(run, fake)
