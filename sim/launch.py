@@ -255,7 +255,7 @@ def processes_of(run: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get(RUN_VARIABLE) == str(run):
+            if process.pid != os.getpid() and process.environ().get(RUN_VARIABLE) == str(run):
                 found.append(process)
     return found
 

@@ -32,12 +32,7 @@ def killed_at(count):
     return on_message
 
 
-@pytest.fixture(scope="module")
-def whole(request):
-    return {}
-
-
-@pytest.mark.parametrize("strategy", ["fedavg", "fedadam", "fedavgm"])
+@pytest.mark.parametrize("strategy", ["fedavg", "fedadam"])
 def test_run_killed_anywhere_ends_in_the_same_b(strategy, tiny_config, in_process, copy_run):
     """Killed before its first, middle and last messages; the strategy's moments come back too."""
     config = tiny_config(
@@ -88,7 +83,7 @@ def test_hospital_state_is_what_makes_it_equal(tiny_config, in_process, copy_run
 def test_replies_in_any_order_give_the_same_b(tiny_config, in_process):
     config = tiny_config(federation__hospitals=5)
     expected = in_process(config)
-    for seed in range(3):
+    for seed in range(2):
         shuffled = in_process(config, order=np.random.default_rng(seed))
         assert shuffled.sha == expected.sha
         assert shuffled.summary["validation_loss"] == expected.summary["validation_loss"]
