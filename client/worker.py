@@ -27,7 +27,13 @@ def session_of(config: Config) -> Session:
     """Return this process's session, loading the backbone the first time."""
     train = config.train
     return _session(
-        config.model, config.adapter, train.device, train.dtype, train.threads, train.recompute
+        config.model,
+        config.adapter,
+        train.device,
+        train.dtype,
+        train.threads,
+        train.recompute,
+        train.batch_size * train.max_length,
     )
 
 
@@ -39,6 +45,7 @@ def _session(
     dtype: str,
     threads: int,
     recompute: str,
+    batch_tokens: int,
 ) -> Session:
     return open_session(
         backbone_spec(model.backbone),
@@ -48,6 +55,7 @@ def _session(
         attention=model.attention,
         threads=threads or None,
         recompute=recompute,
+        batch_tokens=batch_tokens,
     )
 
 

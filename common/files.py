@@ -58,4 +58,4 @@ def read_json_lines(source: Path) -> list[dict[str, Any]]:
         return []
     text = source.read_text(encoding="utf-8")
     complete = text[: text.rfind("\n") + 1]
-    return [json.loads(line) for line in complete.splitlines() if line]
+    return [json.loads(line) for line in complete.split("\n") if line]

@@ -38,6 +38,12 @@ def test_a_torn_last_line_is_left_out(tmp_path):
     assert read_json_lines(tmp_path / "absent.jsonl") == []
 
 
+def test_text_with_exotic_line_breaks_stays_one_line(tmp_path):
+    record = {"text": "a\u2028b\u0085c\x0cd"}
+    append_json_line(tmp_path / "x.jsonl", record)
+    assert read_json_lines(tmp_path / "x.jsonl") == [record]
+
+
 def test_a_run_is_rerunnable_from_its_configuration(tmp_path):
     run = RunDirectory.create(Config(), directory=tmp_path / "run")
     assert RunDirectory.open(run.path).config() == Config()

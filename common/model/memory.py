@@ -13,8 +13,8 @@ from common.model.falora import AdapterSpec
 
 RECOMPUTE = ("none", "mlp", "half", "all")
 # Share of the free memory that activations may take: the rest is for gradients in flight, the
-# loss's chunk of logits and other processes.
-_USABLE_SHARE = 0.6
+# loss's chunk of logits and, on the host, for other processes.
+_USABLE_SHARE = {"cpu": 0.6, "cuda": 0.85}
 
 
 def saved_bytes_per_token_layer(
@@ -90,7 +90,8 @@ def choose_recompute(
         * saved_bytes_per_token_layer(shape, adapter, value_bytes=value_bytes, recompute=choice)
         for choice in ("none", "mlp", "all")
     }
-    chosen = next((c for c, need in needs.items() if need <= _USABLE_SHARE * free), "all")
+    usable = _USABLE_SHARE[device.type] * free
+    chosen = next((c for c, need in needs.items() if need <= usable), "all")
     return Choice(
         chosen,
         f"{needs[chosen] / 2**30:.1f} GiB of activations for {batch_tokens} tokens, "

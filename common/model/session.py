@@ -3,6 +3,7 @@
 Every automatic choice (device, dtype, attention kernel, recomputation) is kept with its reason.
 """
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     from common.text.batches import PackedBatch
 
+PRIMITIVES = "64"
+"""Compiled products that oneDNN keeps; one step needs about 20."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -119,6 +122,16 @@ def choose_dtype(requested: str, device: torch.device) -> Choice[str]:
     return Choice("fp32", "the processor has neither AMX nor AVX512-BF16")
 
 
+def limit_primitive_cache() -> None:
+    """Bound oneDNN's cache of compiled products, unless the user has.
+
+    Packed batches have ever new lengths, and each length compiles its own products; unbounded
+    (1,024 by default) they cost a worker about 15 MB a step. oneDNN reads these when first used.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, PRIMITIVES)
+
+
 def open_session(
     spec: BackboneSpec,
     adapter: AdapterSpec,
@@ -145,6 +158,7 @@ def open_session(
     Raises:
         UserError: If something asked for cannot be had here.
     """
+    limit_primitive_cache()
     if threads:
         torch.set_num_threads(threads)
     device_choice = choose_device(device)
