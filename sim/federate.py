@@ -206,12 +206,9 @@ def train_and_answer(
                 gpus_per_worker=gpus_per_worker(config, config.federation.workers),
                 on_tick=on_tick,
             )
-        summary = {
-            **run.read_json("summary.json"),
-            "source": preparation.table.source,
-            "training_seconds": round(time.monotonic() - started, 3),
-        }
-        run.write_json("summary.json", summary)
+    summary = run.read_json("summary.json")
+    summary.setdefault("training_seconds", round(time.monotonic() - started, 3))
+    run.write_json("summary.json", {**summary, "source": preparation.table.source})
     run.write_status("running", stage="evaluation", round=config.federation.rounds)
     summary = evaluate_run(run, console=console)
     summary["seconds"] = round(time.monotonic() - started, 3)
@@ -225,7 +222,7 @@ def train_and_answer(
 
 def trained(run: RunDirectory, config: Config) -> bool:
     """Return whether all rounds of a run are done and summed up."""
-    done = "training_seconds" in run.read_json("summary.json")
+    done = "b_sha256" in run.read_json("summary.json")
     return done and last_round(run) == config.federation.rounds
 
 
