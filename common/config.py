@@ -206,9 +206,7 @@ class FederationConfig:
         "how B is written on the wire; see common.codecs",
         choices=("fp32", "bf16", "int8"),
     )
-    min_hospitals: int = option(
-        0, "hospitals that must be connected before round 1; 0: all", low=0
-    )
+    min_hospitals: int = option(0, "hospitals that must be connected before round 1; 0: all", low=0)
     mismatch: str = option(
         "stop",
         "what a hospital with other code, backbone or A does before round 1: it stops the run, "

@@ -10,7 +10,7 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def atomic_path(target: Path, *, mode: int = 0o644) -> Iterator[Path]:
+def atomic_path(target: Path, *, mode: int = 0o600) -> Iterator[Path]:
     """Yield a temporary path beside ``target`` that replaces it only when the block succeeds."""
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")

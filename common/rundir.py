@@ -80,7 +80,7 @@ class RunDirectory:
                 directory = stem.with_name(f"{stem.name}-{count}")
         directory = directory.expanduser().absolute()
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             occupied = any(directory.iterdir())
         except OSError as error:
             raise UserError(

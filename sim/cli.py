@@ -205,6 +205,11 @@ def main() -> None:
     except FedrxError as error:
         print(f"fedrx: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"fedrx: {error.filename}: {error.strerror}; fix: name another path", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("fedrx: interrupted", file=sys.stderr)
         sys.exit(130)

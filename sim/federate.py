@@ -12,11 +12,14 @@ from rich.console import Console
 
 from common.config import Config
 from common.configio import flatten
+from common.data.names import read_drug_map
 from common.data.partition import Hospital, assign_hospitals
 from common.data.prepare import load_samples
 from common.data.samples import SampleTable
 from common.errors import FedrxError, UserError
-from common.model.backbone import BackboneSpec, resolve_backbone
+from common.evaluation.answers import choose_cases
+from common.evaluation.constrained import require_llguidance
+from common.model.backbone import BackboneSpec, load_tokenizer, resolve_backbone
 from common.model.choice import Choice
 from common.model.layout import AdapterLayout, adapter_layout, adapter_spec
 from common.privacy.settings import (
@@ -74,7 +77,13 @@ def prepare(config: Config, console: Console) -> Preparation:
         hospitals=config.federation.hospitals,
         data=config.data,
     )
+    choose_cases(hospitals, samples=config.evaluation.samples, seed=config.evaluation.seed)
+    if config.data.normalisation == "map":
+        read_drug_map(Path(config.data.drug_map))
+    if config.evaluation.constrained:
+        require_llguidance()
     backbone = resolve_backbone(config.model.backbone, progress=say)
+    load_tokenizer(backbone)
     layout = adapter_layout(backbone, adapter_spec(config.adapter))
     return Preparation(table=table, hospitals=hospitals, backbone=backbone, layout=layout)
 
@@ -170,7 +179,11 @@ def go_on(
             raise
         except FedrxError as error:
             run.write_status("failed", round=last_round(run), error=str(error))
-            show_tracebacks(run)
+            if preparation.table.source != "credentialed":
+                show_tracebacks(run)
+            raise
+        except Exception as error:
+            run.write_status("failed", round=last_round(run), error=type(error).__name__)
             raise
     return summary
 
@@ -282,7 +295,7 @@ def data_facts(preparation: Preparation) -> dict[str, Any]:
     return {
         "source": table.source,
         "file_hashes": table.file_hashes,
-        "counts": table.counts,
+        "counts": {name: value for name, value in table.counts.items() if name != "age"},
         "hospitals": [
             {
                 "name": hospital.name,

@@ -138,8 +138,9 @@ def go_on(
             run.write_status("interrupted")
             console.print(f"go on with: fedrx resume {run.path}", markup=False, highlight=False)
             raise
-        except FedrxError as error:
-            run.write_status("failed", error=str(error))
+        except Exception as error:
+            text = str(error) if isinstance(error, FedrxError) else type(error).__name__
+            run.write_status("failed", error=text)
             raise
     show_table(console, table)
     console.print(f"report: {run.path / 'report.html'}", markup=False, highlight=False)

@@ -115,8 +115,9 @@ def go_on(
             run.write_status("interrupted", step=last_step(run))
             console.print(f"go on with: fedrx resume {run.path}", markup=False, highlight=False)
             raise
-        except FedrxError as error:
-            run.write_status("failed", step=last_step(run), error=str(error))
+        except Exception as error:
+            text = str(error) if isinstance(error, FedrxError) else type(error).__name__
+            run.write_status("failed", step=last_step(run), error=text)
             raise
     return summary
 

@@ -1,6 +1,7 @@
 """The run directory: nothing half-written looks finished."""
 
 import json
+import stat
 
 import numpy as np
 import pytest
@@ -48,6 +49,12 @@ def test_a_run_is_rerunnable_from_its_configuration(tmp_path):
     run = RunDirectory.create(Config(), directory=tmp_path / "run")
     assert RunDirectory.open(run.path).config() == Config()
     assert run.status()["state"] == "started"
+
+
+def test_a_run_is_for_its_owner_alone(tmp_path):
+    run = RunDirectory.create(Config(), directory=tmp_path / "run")
+    assert stat.S_IMODE(run.path.stat().st_mode) == 0o700
+    assert stat.S_IMODE((run.path / "config.toml").stat().st_mode) == 0o600
 
 
 def test_files_of_the_user_are_never_written_over(tmp_path):

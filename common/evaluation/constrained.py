@@ -43,17 +43,26 @@ class _AnswerMatcher:
         return token
 
 
-def answer_grammar(session: Session) -> Callable[[], Matcher]:
-    """Return what makes a matcher for each answer.
+def require_llguidance() -> None:
+    """Check that answers can be constrained here.
 
     Raises:
-        UserError: If llguidance is not installed, or cannot read the backbone's tokenizer.
+        UserError: If llguidance is not installed.
     """
     if importlib.util.find_spec("llguidance") is None:
         raise UserError(
             "evaluation.constrained=true needs the package llguidance",
             fix="pip install 'fedrx[constrained]', or set evaluation.constrained to false",
         )
+
+
+def answer_grammar(session: Session) -> Callable[[], Matcher]:
+    """Return what makes a matcher for each answer.
+
+    Raises:
+        UserError: If llguidance is not installed, or cannot read the backbone's tokenizer.
+    """
+    require_llguidance()
     from llguidance import LLMatcher
     from llguidance.hf import from_tokenizer
 

@@ -119,6 +119,9 @@ def _parts(base_url: str) -> tuple[str, str, int, str]:
         raise complaint
     if "@" in url.netloc or url.query or url.fragment or "?" in base_url or "#" in base_url:
         raise complaint
+    literal = f"[{url.hostname}]" if ":" in url.hostname else url.hostname
+    if url.netloc.lower() not in (literal, f"{literal}:{port}"):
+        raise complaint
     host = url.hostname.lower().rstrip(".")
     if port == 0 or not host:
         raise complaint

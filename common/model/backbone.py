@@ -159,9 +159,14 @@ def load_tokenizer(spec: BackboneSpec) -> "PreTrainedTokenizerBase":
         return tiny.tiny_tokenizer()
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        spec.folder, local_files_only=True
-    )
+    tokenizer: PreTrainedTokenizerBase
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(spec.folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"model.backbone={spec.name} has no readable tokenizer",
+            fix="name a folder with tokenizer.json and tokenizer_config.json",
+        ) from None
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
         raise UserError(
             f"model.backbone={spec.name}: the tokenizer has no chat template or no end token",
@@ -220,7 +225,12 @@ def _fingerprint(folder: Path, cache_dir: Path, progress: Callable[[str], None] 
     """Hash configuration and weights; remembered by path, size and time of change."""
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise UserError(f"model.backbone={folder} has no *.safetensors")
+        raise UserError(
+            f"model.backbone={folder} has no *.safetensors",
+            fix="name a folder that holds the weights in that format",
+        )
+    for file in weights:
+        _require_whole(file)
     files = [folder / "config.json", *weights]
     stamp = _canonical([[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
     remembered = cache_dir / "fingerprints" / hashlib.sha256(stamp).hexdigest()
@@ -232,6 +242,18 @@ def _fingerprint(folder: Path, cache_dir: Path, progress: Callable[[str], None] 
     fingerprint = _hash_files(files)
     write_text(remembered, fingerprint + "\n")
     return fingerprint
+
+
+def _require_whole(file: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError):
+        raise UserError(
+            f"model.backbone: {file} is damaged or incomplete", fix="fetch or copy it again"
+        ) from None
 
 
 def _hash_files(files: Iterable[Path]) -> str:

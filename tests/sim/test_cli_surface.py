@@ -39,6 +39,9 @@ def fedrx(*arguments, cwd):
             ["federate", "demo-tiny.toml", "--set", "federation.hospitals=500"],
             ["federation.hospitals=500", "patients"],
         ),
+        (["demo", "--tiny", "--set", "data.normalisation=map"], ["data.drug-map"]),
+        (["demo", "--tiny", "--set", "data.test-fraction=0"], ["no held-out patients"]),
+        (["data", "synthesize", "/proc/nowhere"], ["/proc/nowhere", "name another path"]),
         (["report", "."], ["is not a run directory"]),
         (["data", "synthesize", "."], ["is not empty"]),
     ],
@@ -63,6 +66,22 @@ def test_a_backbone_that_is_no_llama_is_refused(tmp_path):
     )
     assert result.returncode == 2
     assert "not a Llama" in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("damage", ["no tokenizer", "half the weights"])
+def test_a_damaged_backbone_is_refused_before_anything_runs(damage, tmp_path):
+    from common.model import tiny
+
+    folder = tmp_path / "llama"
+    tiny.tiny_model().save_pretrained(folder)
+    if damage == "half the weights":
+        tiny.tiny_tokenizer().save_pretrained(folder)
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:5000])
+    result = fedrx("single", "demo-tiny.toml", "--set", f"model.backbone={folder}", cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
     assert not (tmp_path / "runs").exists()
 
 

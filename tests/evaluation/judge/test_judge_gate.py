@@ -71,6 +71,7 @@ def test_credentialed_data_goes_nowhere_else(url, source):
         "http://127.0.0.1%2eevil.example/v1",
         "http://[::1%25eth0]/v1",
         "ftp://127.0.0.1/v1",
+        "http://[::1]evil.com/",
         "127.0.0.1:8000",
         "http://",
         "http:///v1",
