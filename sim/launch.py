@@ -167,6 +167,8 @@ def flower_environment(folder: Path, port: int, run: Path) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "RAY_ADDRESS": os.environ.get("RAY_ADDRESS") or "local",
+        # Without this Ray's own servers listen on every interface of the machine.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1" if joins_cluster() else "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         # Ray nices its workers by 15: on a shared machine the hospitals would starve.
         "RAY_worker_niceness": "0",
