@@ -28,7 +28,6 @@ from sim.patient_form import FormProblems, PatientRequest, read_form
 from sim.suggest import Suggestion, Surroundings
 
 HOST = "127.0.0.1"
-COOKIE = "fedrx-assist"
 DECISIONS = "decisions.jsonl"
 _LARGEST_BODY_BYTES = 64 * 1024
 _KEPT_SUGGESTIONS = 200
@@ -70,6 +69,15 @@ class Desk:
         return name
 
 
+def cookie_name(port: int) -> str:
+    """Name a page's cookie: browsers share cookies over ports, and two pages may be open.
+
+    >>> cookie_name(8080)
+    'fedrx-assist-8080'
+    """
+    return f"fedrx-assist-{port}"
+
+
 def make_app(desk: Desk, *, port: int) -> FastAPI:
     """Return the page's application.
 
@@ -79,6 +87,7 @@ def make_app(desk: Desk, *, port: int) -> FastAPI:
     """
     app = FastAPI(title="FedRx assist", docs_url=None, redoc_url=None, openapi_url=None)
     hosts = {f"{name}:{port}" for name in (HOST, "localhost")}
+    cookie = cookie_name(port)
     index = desk.suggester.surroundings.index
     about = {
         **desk.about,
@@ -99,7 +108,7 @@ def make_app(desk: Desk, *, port: int) -> FastAPI:
     async def guard(
         request: Request, proceed: Callable[[Request], Awaitable[Response]]
     ) -> Response:
-        refusal = _refusal(request, hosts, desk.secret)
+        refusal = _refusal(request, hosts, cookie, desk.secret)
         response = refusal if refusal is not None else await proceed(request)
         response.headers.update(
             {
@@ -121,7 +130,7 @@ def make_app(desk: Desk, *, port: int) -> FastAPI:
     async def show(request: Request) -> Response:
         if "token" in request.query_params:
             response: Response = RedirectResponse("/", status_code=303)
-            response.set_cookie(COOKIE, desk.secret, httponly=True, samesite="strict", path="/")
+            response.set_cookie(cookie, desk.secret, httponly=True, samesite="strict", path="/")
             return response
         return HTMLResponse(page)
 
@@ -249,7 +258,7 @@ def address(desk: Desk, listening: socket.socket) -> str:
     return f"http://{HOST}:{listening.getsockname()[1]}/?token={desk.secret}"
 
 
-def _refusal(request: Request, hosts: set[str], secret: str) -> Response | None:
+def _refusal(request: Request, hosts: set[str], cookie: str, secret: str) -> Response | None:
     """Return why a request is not answered; None if it is."""
     if request.headers.get("host", "") not in hosts:
         return _refused(421, "This page answers to its own address only.")
@@ -264,7 +273,7 @@ def _refusal(request: Request, hosts: set[str], secret: str) -> Response | None:
         if kind != "application/json":
             return _refused(415, "Send JSON.")
     given = request.query_params.get("token") if entering else None
-    given = given or request.cookies.get(COOKIE, "")
+    given = given or request.cookies.get(cookie, "")
     if not secrets.compare_digest(given.encode(), secret.encode()):
         return _refused(403, "Open the address that `fedrx assist` printed on the terminal.")
     return None

@@ -108,13 +108,18 @@ def peft_tensors(adapter: Adapter, b: Tensors) -> Tensors:
 
 
 def public_name(backbone: BackboneSpec) -> str:
-    """Return the hub id, or what of a local name may leave the machine: no path.
+    """Return the hub id, or what of a local name may leave the machine: no parent folder.
 
     >>> from common.model.backbone import resolve_backbone
     >>> public_name(resolve_backbone("tiny"))
     'tiny'
     """
     return backbone.hub_id or Path(backbone.name).name
+
+
+def source_of_weights(backbone: BackboneSpec) -> str:
+    """Return what the model card's code loads: the hub id, or a place to fill in."""
+    return backbone.hub_id or f"the folder of {public_name(backbone)}"
 
 
 def model_card(
@@ -170,7 +175,7 @@ def model_card(
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
-        f'backbone = AutoModelForCausalLM.from_pretrained("{public_name(backbone)}")',
+        f'backbone = AutoModelForCausalLM.from_pretrained("{source_of_weights(backbone)}")',
         'model = PeftModel.from_pretrained(backbone, "this folder")',
         "```",
         "",

@@ -198,6 +198,7 @@ def train_and_answer(
 ) -> dict[str, Any]:
     """Do what is left of a run; each part leaves its result in the run directory."""
     peak = PeakMemory()
+    started -= seconds_before(run)
     if not trained(run, config):
         run.write_status("started", round=last_round(run))
         shutil.rmtree(run.path / "workers", ignore_errors=True)
@@ -237,6 +238,12 @@ def trained(run: RunDirectory, config: Config) -> bool:
     """Return whether all rounds of a run are done and summed up."""
     done = "b_sha256" in run.read_json("summary.json")
     return done and last_round(run) == config.federation.rounds
+
+
+def seconds_before(run: RunDirectory) -> float:
+    """Return what earlier processes spent on a run: its training, or the rounds that count."""
+    trained_in = run.read_json("summary.json").get("training_seconds")
+    return float(trained_in or sum(event["value"] for event in run.metrics("round-seconds")))
 
 
 def last_round(run: RunDirectory) -> int:

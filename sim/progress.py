@@ -33,7 +33,8 @@ class Meter:
     def __init__(self, console: Console, label: str, total: int, *, done: int = 0) -> None:
         self.console, self.label, self.total = console, label, total
         self._first = done
-        self._started = self._last_line = time.monotonic()
+        self._last_line = time.monotonic()
+        self._pace_from: tuple[float, int] | None = None
         self._bar: Progress | None = None
         self._task: Any = None
         if console.is_terminal:
@@ -69,16 +70,21 @@ class Meter:
         """Show that ``done`` of the total are finished, with a word about it."""
         if self._bar:
             self._bar.update(self._task, completed=done, note=note)
-        elif time.monotonic() - self._last_line > PLAIN_SECONDS:
+            return
+        if self._pace_from is None and done > self._first:
+            # What came before the first piece (start-up, earlier processes) tells nothing.
+            self._pace_from = time.monotonic(), done
+        if time.monotonic() - self._last_line > PLAIN_SECONDS:
             self._last_line = time.monotonic()
             parts = [f"{self.label} {done}/{self.total}", note, self._left(done)]
             self.console.print(", ".join(part for part in parts if part), markup=False)
 
     def _left(self, done: int) -> str:
-        if done == self._first:
+        if self._pace_from is None or done == self._pace_from[1]:
             return ""
-        elapsed = time.monotonic() - self._started
-        return f"about {elapsed / (done - self._first) * (self.total - done):.0f} s left"
+        since, first = self._pace_from
+        seconds = (time.monotonic() - since) / (done - first) * (self.total - done)
+        return f"about {seconds:.0f} s left"
 
 
 class RunProgress:

@@ -12,6 +12,16 @@ from matplotlib.ticker import MaxNLocator
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#a0aec0"
 MOST_LABELS = 8
+HOSPITAL_COLOURS = [
+    "#c05621",
+    "#2f855a",
+    "#6b46c1",
+    "#b83280",
+    "#0987a0",
+    "#975a16",
+    "#4a5568",
+    "#9b2c2c",
+]
 
 
 def loss_svg(events: Sequence[dict[str, Any]]) -> str:
@@ -22,9 +32,11 @@ def loss_svg(events: Sequence[dict[str, Any]]) -> str:
         lines[event.get("hospital", "")].append((event[unit], event["value"]))
     figure, axes = _axes(f"{unit}s" if unit == "step" else unit, "validation loss")
     hospitals = sorted(name for name in lines if name)
+    few = len(hospitals) <= MOST_LABELS
     for index, name in enumerate(hospitals):
-        label = name if len(hospitals) <= MOST_LABELS else ("hospitals" if index == 0 else None)
-        axes.plot(*zip(*sorted(lines[name]), strict=True), color=GREY, linewidth=1, label=label)
+        label = name if few else ("hospitals" if index == 0 else None)
+        colour = HOSPITAL_COLOURS[index] if few else GREY
+        axes.plot(*zip(*sorted(lines[name]), strict=True), color=colour, linewidth=1, label=label)
     if "" in lines:
         axes.plot(
             *zip(*sorted(lines[""]), strict=True),

@@ -84,7 +84,9 @@ def write_tables(
         UserError: No patients asked for, or the folder holds tables that are not synthetic.
     """
     if patients < 1:
-        raise UserError("the number of synthetic patients is too small", allowed="1 or more")
+        raise UserError(
+            f"{patients} synthetic patients", allowed="1 or more", fix="ask for at least one"
+        )
     paths = {table: directory / f"{table}.csv.gz" for table in HEADERS}
     manifest_path = directory / MANIFEST_NAME
     if not manifest_path.exists() and any(directory.glob("*/*.csv*")):

@@ -83,7 +83,11 @@ def make_packet(
             by_case.setdefault(line["case"], {})[line["model"]] = line
     names = list(by_case)
     if cases > len(names):
-        raise UserError(f"--cases {cases}", allowed=f"1 to {len(names)}; 0 for all")
+        raise UserError(
+            f"--cases {cases}",
+            allowed=f"1 to {len(names)}; 0 for all",
+            fix="name fewer, or evaluate the run with more evaluation.samples",
+        )
     if cases:
         places = stream(seed, "review-cases").choice(len(names), size=cases, replace=False)
         names = [names[place] for place in sorted(places.tolist())]

@@ -346,6 +346,7 @@ def _replace_targets(model: nn.Module, spec: AdapterSpec) -> tuple[AdaptedLinear
         raise UserError(
             f"adapter.targets: the backbone has no {', '.join(sorted(missing))}",
             allowed=", ".join(sorted(linear - {"lm_head"})),
+            fix="set adapter.targets",
         )
     adapted = []
     for name, module in found:

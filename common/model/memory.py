@@ -80,7 +80,11 @@ def choose_recompute(
     if requested in RECOMPUTE:
         return Choice(requested, "asked for")
     if requested != "auto":
-        raise UserError(f"train.recompute={requested!r}", allowed=", ".join(("auto", *RECOMPUTE)))
+        raise UserError(
+            f"train.recompute={requested!r}",
+            allowed=", ".join(("auto", *RECOMPUTE)),
+            fix="set train.recompute",
+        )
     if not batch_tokens:
         return Choice("none", "the batch size is not known yet")
     free = _free_bytes(device)

@@ -110,7 +110,9 @@ def choose_dtype(requested: str, device: torch.device) -> Choice[str]:
     if requested in DTYPES:
         return Choice(requested, "asked for")
     if requested != "auto":
-        raise UserError(f"train.dtype={requested!r}", allowed="auto, fp32, bf16")
+        raise UserError(
+            f"train.dtype={requested!r}", allowed="auto, fp32, bf16", fix="set train.dtype"
+        )
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Choice("bf16", "the GPU computes in bf16")

@@ -72,7 +72,9 @@ def draw_a(spec: AdapterSpec, module: str, width: int) -> NDArray[np.float32]:
         return generator.uniform(-bound, bound, size=(spec.rank, width)).astype(np.float32)
     if spec.rank > width:
         raise UserError(
-            f"adapter.rank={spec.rank} with an orthonormal A on {module}", allowed=f"up to {width}"
+            f"adapter.rank={spec.rank} with an orthonormal A on {module}",
+            allowed=f"up to {width}",
+            fix="set adapter.rank, or adapter.initialiser to another drawing of A",
         )
     q_DR, r_RR = np.linalg.qr(generator.standard_normal((width, spec.rank)))
     a_RD = (q_DR * np.sign(np.diag(r_RR))).T

@@ -50,6 +50,9 @@ def test_killed_at_five_moments_the_run_ends_in_the_same_b(base, laboratory):
     assert summary["validation_loss"] == base.summary["validation_loss"]
     assert summary["workers"] == summary["backbone_loads"] == 1
     assert started.left() == []
+    # What earlier processes spent on the rounds counts too.
+    spent = sum(event["value"] for event in started.run.metrics("round-seconds"))
+    assert spent <= summary["training_seconds"] <= summary["seconds"]
     for name in ("train-loss", "weight", "steps"):
         assert events(started, name) == events(base, name)
 

@@ -14,7 +14,7 @@ from common.data.icd import Diagnosis, DiagnosisIndex
 from common.data.samples import Admission
 from common.errors import UserError
 from common.evaluation.support import SupportIndex
-from sim.assist import COOKIE, Desk, address, make_server, open_socket
+from sim.assist import Desk, address, cookie_name, make_server, open_socket
 from sim.suggest import SuggestedDrug, Suggestion, Surroundings
 
 TITLES = {
@@ -104,7 +104,7 @@ def ask(desk, listening):
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), Stay())
 
     def send(path, body=None, **headers):
-        usual = {"Cookie": f"{COOKIE}={desk.secret}", "Content-Type": "application/json"}
+        usual = {"Cookie": f"{cookie_name(port)}={desk.secret}", "Content-Type": "application/json"}
         chosen = {**usual, **{k.replace("_", "-"): v for k, v in headers.items()}}
         data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         request = urllib.request.Request(
@@ -136,7 +136,9 @@ def test_the_address_becomes_a_cookie_and_only_the_cookie_opens_the_page(desk, l
     assert headers["cache-control"] == "no-store"
     assert headers["x-frame-options"] == "DENY"
     assert desk.secret not in text
-    for cookie in (None, f"{COOKIE}=wrong", f"{COOKIE}=", f"{COOKIE}=\xe9"):
+    name, other = (cookie_name(listening.getsockname()[1] + more) for more in (0, 1))
+    wrong = (None, f"{name}=wrong", f"{name}=", f"{name}=\xe9", f"{other}={desk.secret}")
+    for cookie in wrong:
         for target in ("/", "/api/diagnoses?q=heart"):
             assert ask(target, Cookie=cookie)[0] == 403
         assert ask("/api/suggest", FORM, Cookie=cookie)[0] == 403
