@@ -2,8 +2,10 @@
 
     python benchmarks/federation_scale.py --hospitals 100
     python benchmarks/federation_scale.py --hospitals 12 --megabytes 21
+    python benchmarks/federation_scale.py --plain-loop --rounds 3
 
 ``--megabytes`` trains a random Llama whose B has that size (fp32) in place of the tiny one.
+``--plain-loop`` compares one hospital's rounds with the same steps without Flower and Ray.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS, HIDDEN, KV = 20, 512, 256
@@ -42,44 +45,97 @@ def random_backbone(folder: Path) -> Path:
     return folder
 
 
+def fedrx(verb: str, run: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Run one verb with the default configuration and these settings; return its summary."""
+    blank = run.with_suffix(".toml")
+    blank.write_text("")
+    command = [sys.executable, "-c", "from sim.cli import main; main()", verb]
+    command += [str(blank), "--run-dir", str(run)]
+    command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    return summary
+
+
+def seconds_of(run: Path, name: str, key: str = "value") -> float:
+    """Add up one kind of event in a run's metrics.jsonl."""
+    events = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return sum(float(event[key]) for event in events if event["name"] == name)
+
+
+def many_hospitals(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Return what a hospital and round cost beyond the local training."""
+    backbone, rank = "tiny", 4
+    if options.megabytes:
+        backbone = str(random_backbone(folder / "backbone"))
+        rank = round(options.megabytes * 1e6 / 4 / (LAYERS * (HIDDEN + KV)))
+    settings = {
+        "data.synthetic-patients": 10 * options.hospitals,
+        "model.backbone": backbone,
+        "adapter.rank": rank,
+        "train.batch-size": 2,
+        "train.max-length": 192,
+        "train.dtype": "fp32",
+        "federation.hospitals": options.hospitals,
+        "federation.rounds": options.rounds,
+        "federation.local-steps": 1,
+        "evaluation.validation-samples": 1,
+        "evaluation.samples": 2,
+        "evaluation.max-new-tokens": 8,
+    }
+    summary = fedrx("federate", folder / "run", settings)
+    keys = ("overhead_seconds_per_hospital_round", "workers", "training_seconds", "seconds")
+    return {
+        "hospitals": options.hospitals,
+        "b_bytes": 4 * summary["trainable_parameters"],
+        **{key: summary[key] for key in keys},
+    }
+
+
+def beside_the_plain_loop(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the seconds of one hospital's training rounds over those of the bare loop.
+
+    Both take the same steps on the same samples, on the embedded backbone; waiting for answers,
+    encoding, sending and aggregating are all in the simulation's time, validation in neither.
+    """
+    shared = {
+        "model.backbone": "embedded",
+        "train.max-length": 512,
+        "train.threads": os.cpu_count(),
+        "federation.hospitals": 1,
+        "federation.rounds": options.rounds,
+        "federation.local-steps": options.local_steps,
+        "evaluation.validation-samples": 1,
+        "evaluation.samples": 1,
+        "evaluation.max-new-tokens": 8,
+    }
+    steps = options.rounds * options.local_steps
+    loop = fedrx("single", folder / "single", {**shared, "train.steps": steps})
+    simulated = fedrx("federate", folder / "run", shared)
+    plain = seconds_of(folder / "single", "train-loss", "seconds")
+    exchanged = seconds_of(folder / "run", "train-exchange-seconds")
+    return {
+        "steps": steps,
+        "rounds": options.rounds,
+        "b_equal": loop["b_sha256"] == simulated["b_sha256"],
+        "plain_loop_seconds": round(plain, 2),
+        "simulation_seconds": round(exchanged, 2),
+        "ratio": round(exchanged / plain, 4),
+    }
+
+
 def main() -> None:
-    """Run one simulation and print its overhead."""
+    """Run one measurement and print it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hospitals", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--megabytes", type=float, default=0.0)
+    parser.add_argument("--plain-loop", action="store_true")
+    parser.add_argument("--local-steps", type=int, default=10, help="with --plain-loop")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        backbone, rank = "tiny", 4
-        if options.megabytes:
-            backbone = str(random_backbone(folder / "backbone"))
-            rank = round(options.megabytes * 1e6 / 4 / (LAYERS * (HIDDEN + KV)))
-        settings = {
-            "data.synthetic-patients": 10 * options.hospitals,
-            "model.backbone": backbone,
-            "adapter.rank": rank,
-            "train.batch-size": 2,
-            "train.max-length": 192,
-            "train.dtype": "fp32",
-            "federation.hospitals": options.hospitals,
-            "federation.rounds": options.rounds,
-            "federation.local-steps": 1,
-            "evaluation.validation-samples": 1,
-            "evaluation.samples": 2,
-            "evaluation.max-new-tokens": 8,
-        }
-        (folder / "empty.toml").write_text("")
-        run = folder / "run"
-        command = [sys.executable, "-c", "from sim.cli import main; main()", "federate"]
-        command += [str(folder / "empty.toml"), "--run-dir", str(run)]
-        command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-        summary = json.loads((run / "summary.json").read_text())
-        b_bytes = 4 * summary["trainable_parameters"]
-        keys = ("overhead_seconds_per_hospital_round", "workers", "training_seconds", "seconds")
-        figures = {"hospitals": options.hospitals, "b_bytes": b_bytes}
-        print(json.dumps({**figures, **{key: summary[key] for key in keys}}, indent=2))
+        measure = beside_the_plain_loop if options.plain_loop else many_hospitals
+        print(json.dumps(measure(Path(name), options), indent=2))
 
 
 if __name__ == "__main__":

@@ -101,11 +101,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backbone", default="tiny")
     parser.add_argument("--patients", type=int, default=240)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--rates", default="0.003,0.01,0.03,0.1")
+    parser.add_argument("--rates", default="0.003,0.01,0.03,0.1,0.3,1")
     parser.add_argument("--max-length", type=int, default=384)
-    parser.add_argument("--micro-batch", type=int, default=16)
+    parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--micro-batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=PLAN.steps)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
@@ -121,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
         def at(seed: int, mode: str = mode, opened: dict = opened) -> tuple[Session, dict]:
             if seed not in opened:
                 adapter = AdapterSpec(rank=options.rank, alpha=options.rank, seed=seed, mode=mode)
-                session = open_session(spec, adapter, device="cpu", threads=1)
+                session = open_session(spec, adapter, device="cpu", dtype=options.dtype, threads=1)
                 opened[seed] = (session, session.adapter.state())
             return opened[seed]
 
@@ -144,6 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "noise_multiplier": 0.0 if plan is None else plan.sigma,
                 "parameters": session.adapter.trainable_parameters,
                 "learning_rate": rate,
+                "tuned": {f"{tried:g}": loss for tried, loss in tuned.items()},
                 "untrained": untrained,
                 "loss": statistics.mean(losses),
                 "spread": statistics.stdev(losses) if len(losses) > 1 else 0.0,

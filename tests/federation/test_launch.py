@@ -31,6 +31,24 @@ def test_run_finishes_beside_decoys(base):
     assert losses[-1] < losses[0]
 
 
+def test_summary_has_what_scripts_read(base):
+    """The keys that summary.json promises, and the kinds of their values."""
+    summary = base.summary
+    assert set(summary["adapter"]) >= {"mode", "rank", "alpha", "targets"}
+    assert {"name", "patients", "samples"} <= set(summary["hospitals"][0])
+    assert set(summary["wire"]) >= {"tensors", "bytes_up", "bytes_down"}
+    assert all(key.endswith("lora_B") for key in summary["wire"]["tensors"])
+    assert {"fedrx", "untrained", "popularity"} <= set(summary["metrics"])
+    assert set(summary["attention"]) == {"kernel", "reason"}
+    assert set(summary["dtype"]) == {"value", "reason"}
+    assert summary["source"] in ("synthetic", "demo", "credentialed")
+    assert len(summary["validation_loss"]) == summary["rounds"] + 1
+    assert len(summary["b_sha256"]) == 64
+    numbers = ("trainable_parameters", "backbone_loads", "workers", "seconds", "peak_rss_bytes")
+    assert all(summary[key] > 0 for key in numbers)
+    assert {"backbone", "device"} <= set(summary)
+
+
 def test_flower_and_ray_run_in_an_empty_folder(base, decoys):
     """Trap 1: nobody of the run but the command itself ever stands where it was started."""
     ours = [p for p in base.processes() if "--run-dir" not in p["argv"]]
