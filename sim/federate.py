@@ -33,7 +33,7 @@ from common.provenance import available_cpus, environment, peak_rss_bytes
 from common.rundir import RunDirectory
 from common.training.budget import steps_of_round
 from sim.evaluate import evaluate_run
-from sim.exclusive import exclusive
+from sim.exclusive import at_work
 from sim.launch import end_leftovers, free_port, run_flower
 from sim.peak import PeakMemory
 from sim.progress import RunProgress
@@ -169,23 +169,14 @@ def go_on(
         console: Where progress and results are shown.
         started: When this process began to work on it, by ``time.monotonic``.
     """
-    with exclusive(run):
+    with at_work(run, console, lambda: {"round": last_round(run)}):
         end_leftovers(run.path)
         try:
-            summary = train_and_answer(run, config, preparation, console, started=started)
-        except KeyboardInterrupt:
-            run.write_status("interrupted", round=last_round(run))
-            console.print(f"go on with: fedrx resume {run.path}", markup=False, highlight=False)
-            raise
-        except FedrxError as error:
-            run.write_status("failed", round=last_round(run), error=str(error))
+            return train_and_answer(run, config, preparation, console, started=started)
+        except FedrxError:
             if preparation.table.source != "credentialed":
                 show_tracebacks(run)
             raise
-        except Exception as error:
-            run.write_status("failed", round=last_round(run), error=type(error).__name__)
-            raise
-    return summary
 
 
 def train_and_answer(

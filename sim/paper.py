@@ -13,13 +13,13 @@ from client.hospital import hospitals_of
 from client.worker import close_session, session_of
 from common.config import Config
 from common.configio import flatten, from_flat, read_config
-from common.errors import FedrxError, UserError
+from common.errors import UserError
 from common.evaluation.answers import evaluate_answers
 from common.files import json_line, write_text
 from common.provenance import environment, source_root
 from common.rundir import RunDirectory
 from sim import single
-from sim.exclusive import exclusive
+from sim.exclusive import at_work
 from sim.federate import Preparation, fingerprints, prepare
 from sim.paper_table import build_table, model_of, rank_folder, show_table, write_table
 from sim.progress import Meter
@@ -126,22 +126,13 @@ def go_on(
         started: When this process began to work on it, by ``time.monotonic``.
     """
     facts = run.read_json("environment.json")
-    with exclusive(run):
-        try:
-            for rank in facts["ranks"]:
-                run.write_status("running", rank=rank)
-                _finish_rank(run, config, rank, console, facts["command_line"])
-            table = build_table(run, facts["ranks"], paper_config(), facts["scale"])
-            write_table(run, table)
-            run.write_status("finished", seconds=round(time.monotonic() - started, 3))
-        except KeyboardInterrupt:
-            run.write_status("interrupted")
-            console.print(f"go on with: fedrx resume {run.path}", markup=False, highlight=False)
-            raise
-        except Exception as error:
-            text = str(error) if isinstance(error, FedrxError) else type(error).__name__
-            run.write_status("failed", error=text)
-            raise
+    with at_work(run, console):
+        for rank in facts["ranks"]:
+            run.write_status("running", rank=rank)
+            _finish_rank(run, config, rank, console, facts["command_line"])
+        table = build_table(run, facts["ranks"], paper_config(), facts["scale"])
+        write_table(run, table)
+        run.write_status("finished", seconds=round(time.monotonic() - started, 3))
     show_table(console, table)
     console.print(f"report: {run.path / 'report.html'}", markup=False, highlight=False)
     return table

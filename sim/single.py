@@ -11,7 +11,7 @@ from rich.console import Console
 from client.worker import session_of, tokens_of
 from common.config import Config
 from common.configio import flatten
-from common.errors import FedrxError, UserError
+from common.errors import UserError
 from common.model.backbone import loads
 from common.model.layout import adapter_spec
 from common.privacy.receipts import PRIVACY, privacy_summary
@@ -19,7 +19,7 @@ from common.privacy.settings import is_private, protects, with_calibrated_noise
 from common.provenance import available_cpus, environment, peak_rss_bytes, tensors_sha256
 from common.rundir import RunDirectory
 from sim.evaluate import evaluate_run
-from sim.exclusive import exclusive
+from sim.exclusive import at_work
 from sim.federate import Preparation, absolute_path, data_facts, fingerprints, prepare
 from sim.report import write_report
 from sim.show import show_summary
@@ -108,18 +108,8 @@ def go_on(
         console: Where progress and results are shown.
         started: When this process began to work on it, by ``time.monotonic``.
     """
-    with exclusive(run):
-        try:
-            summary = train_and_answer(run, config, preparation, console, started=started)
-        except KeyboardInterrupt:
-            run.write_status("interrupted", step=last_step(run))
-            console.print(f"go on with: fedrx resume {run.path}", markup=False, highlight=False)
-            raise
-        except Exception as error:
-            text = str(error) if isinstance(error, FedrxError) else type(error).__name__
-            run.write_status("failed", step=last_step(run), error=text)
-            raise
-    return summary
+    with at_work(run, console, lambda: {"step": last_step(run)}):
+        return train_and_answer(run, config, preparation, console, started=started)
 
 
 def train_and_answer(
