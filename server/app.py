@@ -5,7 +5,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -14,8 +13,7 @@ from common.configio import from_flat, settled
 from common.errors import FedrxError
 from common.exchange import Fingerprints, Tensors
 from common.model.backbone import BackboneSpec, resolve_backbone
-from common.model.falora import AdapterSpec, draw_a
-from common.model.layout import AdapterLayout, adapter_layout, adapter_spec
+from common.model.layout import AdapterLayout, adapter_layout, adapter_spec, initial_tensors
 from common.privacy.receipts import PRIVACY, privacy_summary
 from common.privacy.settings import HOSPITAL, hospital_warning, plan_of, protects
 from common.provenance import environment, peak_rss_bytes, source_digest, tensors_sha256
@@ -23,7 +21,6 @@ from common.rundir import RunDirectory
 from server.roster import Roster
 from server.rounds import Rounds
 
-A_SUFFIX = ".lora_A"
 ENVIRONMENT, FLOWER = "environment.json", "flower"
 TRAINED = "trained"
 """Stage in status.json: all rounds are done and summed up."""
@@ -70,7 +67,7 @@ def federate(grid: Grid, config: Config, run: RunDirectory) -> None:
         ),
     )
     run.write_status("running", round=0)
-    b = rounds.start(initial_tensors(layout, adapter_spec(config.adapter)))
+    b = rounds.start(initial_tensors(layout.shapes, adapter_spec(config.adapter)))
     run.write_config(rounds.config)
     summary = summarise(rounds.config, run, backbone, layout, rounds.roster, b)
     summary["seconds"] = round(time.monotonic() - started, 3)
@@ -90,16 +87,6 @@ def run_directory(config: Config) -> RunDirectory:
     run = RunDirectory.create(config, directory=directory)
     run.write_json(ENVIRONMENT, {**environment([]), "mode": FLOWER})
     return run
-
-
-def initial_tensors(layout: AdapterLayout, spec: AdapterSpec) -> Tensors:
-    """Return what hospitals start from: B zero, and A as drawn where A is trained too."""
-    return {
-        key: draw_a(spec, key.removesuffix(A_SUFFIX), shape[1])
-        if key.endswith(A_SUFFIX)
-        else np.zeros(shape, dtype=np.float32)
-        for key, shape in layout.shapes.items()
-    }
 
 
 def summarise(

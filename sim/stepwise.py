@@ -20,6 +20,7 @@ from client.local import evaluate
 from client.private import guard_of
 from common.config import Config
 from common.errors import RunFailed
+from common.model.layout import initial_tensors
 from common.model.session import Session
 from common.privacy.guard import Guard
 from common.privacy.receipts import PRIVACY, ledger_line
@@ -60,14 +61,14 @@ class SingleTraining:
         return self.seconds_before + time.monotonic() - self._started
 
     def restore(self) -> None:
-        """Go back to the last checkpoint, or to B = 0; forget the events that came after it.
+        """Go back to the last checkpoint, or to the start; forget the events that came after it.
 
         Raises:
             RunFailed: if the checkpoint is damaged.
         """
         adapter = self.session.adapter
         if not self.run.checkpoint_names():
-            adapter.load({key: np.zeros(size, np.float32) for key, size in adapter.shapes.items()})
+            adapter.load(initial_tensors(adapter.shapes, adapter.spec))
             self.run.forget_metrics(after_step=-1)
             return
         checkpoint = self.run.load_checkpoint()

@@ -1,13 +1,19 @@
 """What the adapter of a backbone looks like, from shapes alone: no weights are read."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from common.config import AdapterConfig
 from common.model.backbone import BackboneSpec, read_llama_config
-from common.model.falora import Adapter, AdapterSpec, attach
+from common.model.falora import Adapter, AdapterSpec, attach, draw_a
 from common.model.tiny import tiny_config
+
+
+A_SUFFIX = ".lora_A"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +28,32 @@ class AdapterLayout:
 def adapter_spec(config: AdapterConfig) -> AdapterSpec:
     """Translate the configuration section."""
     return AdapterSpec(
-        targets=tuple(name.strip() for name in config.targets.split(",") if name.strip()),
+        targets=tuple(
+            dict.fromkeys(name.strip() for name in config.targets.split(",") if name.strip())
+        ),
         rank=config.rank,
         alpha=config.alpha,
         seed=config.seed,
         initialiser=config.initialiser,
         mode=config.mode,
     )
+
+
+def initial_tensors(
+    shapes: Mapping[str, tuple[int, ...]], spec: AdapterSpec
+) -> dict[str, NDArray[np.float32]]:
+    """Return what training starts from: B zero, and A as drawn where A is trained too.
+
+    Args:
+        shapes: Of the trained tensors, by wire key.
+        spec: Draws A.
+    """
+    return {
+        key: draw_a(spec, key.removesuffix(A_SUFFIX), shape[1])
+        if key.endswith(A_SUFFIX)
+        else np.zeros(shape, dtype=np.float32)
+        for key, shape in shapes.items()
+    }
 
 
 def adapter_layout(backbone: BackboneSpec, spec: AdapterSpec) -> AdapterLayout:

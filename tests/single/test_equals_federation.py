@@ -12,6 +12,7 @@ from client.local import update
 from client.store import load_state, save_state
 from client.worker import session_of
 from common.exchange import Update
+from common.model.layout import initial_tensors
 from server.strategy import Aggregator
 
 SGD = {"train.optimizer": "sgd", "train.momentum": 0.9, "train.weight-decay": 0.01}
@@ -31,7 +32,7 @@ def federated(config, hospital, folder):
     """Run the rounds as hospital and server do, without Flower's transport."""
     session = session_of(config)
     aggregator = Aggregator(config.federation)
-    b = {key: np.zeros(shape, np.float32) for key, shape in session.adapter.shapes.items()}
+    b = initial_tensors(session.adapter.shapes, session.adapter.spec)
     for number in range(1, config.federation.rounds + 1):
         state = load_state(folder, before_round=number)
         result = update(session, hospital, b, state, config, server_round=number)
@@ -54,8 +55,9 @@ def federated(config, hospital, folder):
         {**ADAMW, **LINEAR, "federation.rounds": 4, "federation.local-steps": 3},
         {**ADAMW, **DECAY, "federation.rounds": 3, "train.steps": 11},
         {**ADAMW, **DECAY, "federation.rounds": 5, "train.epochs": 2.5},
+        {**ADAMW, "adapter.mode": "lora", "federation.rounds": 3, "federation.local-steps": 4},
     ],
-    ids=["sgd", "sgd-cosine", "adamw-linear", "adamw-steps", "adamw-epochs"],
+    ids=["sgd", "sgd-cosine", "adamw-linear", "adamw-steps", "adamw-epochs", "lora"],
 )
 def test_one_hospital_is_the_single_node(keys, configure, hospital, begin, tmp_path):
     config = configure(keys)
