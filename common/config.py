@@ -127,7 +127,7 @@ class TrainConfig:
 
     seed: int = option(0, "seed of the data order", low=0)
     optimizer: str = option("sgd", "optimizer of B", choices=("sgd", "adamw"))
-    learning_rate: float = option(1e-3, "peak learning rate", above=0)
+    learning_rate: float = option(1e-3, "peak learning rate", above=0, high=1e38)
     momentum: float = option(0.0, "momentum of SGD", low=0, high=0.9999)
     weight_decay: float = option(0.0, "decoupled (AdamW) or L2 (SGD) weight decay", low=0)
     beta1: float = option(0.9, "first-moment decay of AdamW", low=0, high=0.9999)

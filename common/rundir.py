@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from common.config import Config
 from common.configio import config_hash, read_config, to_toml
-from common.errors import UserError
+from common.errors import RunFailed, UserError
 from common.files import (
     append_json_line,
     atomic_path,
@@ -34,6 +35,7 @@ from common.files import (
     write_json,
     write_text,
 )
+from common.provenance import tensors_sha256
 
 State = Literal["started", "running", "finished", "failed", "interrupted"]
 Tensors = dict[str, np.ndarray[Any, Any]]
@@ -209,6 +211,7 @@ class RunDirectory:
     def remove_checkpoint(self, name: str) -> None:
         """Remove one checkpoint; it disappears at once."""
         hidden = self.path / "checkpoints" / f".{name}.gone"
+        shutil.rmtree(hidden, ignore_errors=True)
         (self.path / "checkpoints" / name).rename(hidden)
         shutil.rmtree(hidden)
 
@@ -217,6 +220,7 @@ class RunDirectory:
 
         Raises:
             UserError: if there is none of that name.
+            RunFailed: if it is damaged.
         """
         names = self.checkpoint_names()
         if not names or (name is not None and name not in names):
@@ -227,12 +231,23 @@ class RunDirectory:
             )
         folder = self.path / "checkpoints" / (name or names[-1])
         extra = folder / "extra.safetensors"
-        return Checkpoint(
-            name=folder.name,
-            b=load_file(folder / "b.safetensors"),
-            extra=load_file(extra) if extra.exists() else {},
-            facts=json.loads((folder / "facts.json").read_text(encoding="utf-8")),
-        )
+        try:
+            checkpoint = Checkpoint(
+                name=folder.name,
+                b=load_file(folder / "b.safetensors"),
+                extra=load_file(extra) if extra.exists() else {},
+                facts=json.loads((folder / "facts.json").read_text(encoding="utf-8")),
+            )
+        except (OSError, ValueError, SafetensorError):
+            raise damaged(folder.name) from None
+        if checkpoint.facts.get("b_sha256", "") not in ("", tensors_sha256(checkpoint.b)):
+            raise damaged(folder.name)
+        return checkpoint
+
+
+def damaged(checkpoint: str) -> RunFailed:
+    """Return the error of a checkpoint that cannot be read or is not what was written."""
+    return RunFailed(f"checkpoint {checkpoint} is damaged: remove it, and resume again")
 
 
 def write_tensors(target: Path, tensors: Tensors) -> None:

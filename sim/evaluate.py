@@ -107,10 +107,11 @@ def evaluate_run(
     summary = run.read_json("summary.json")
     rows, file = "".join(map(json_line, found.predictions)), run.path / PREDICTIONS
     if not file.exists() or file.read_text(encoding="utf-8") != rows:
+        # These are about the predictions that were there before, so they go first.
+        for about_answers in ("judge", "review"):
+            summary.pop(about_answers, None)
+        run.write_json("summary.json", summary)
         write_text(file, rows)
-        # They are about the predictions that were there before.
-        summary.pop("judge", None)
-        summary.pop("review", None)
     summary |= {"metrics": found.metrics, "evaluation": facts}
     run.write_json("summary.json", summary)
     return summary

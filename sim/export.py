@@ -19,6 +19,8 @@ from sim.report import COLUMNS, MODEL_NAMES, NOTICE
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+CARD_FILE = "README.md"
+CARD_TITLE = "# FedRx adapter: drug lists from diagnoses"
 FOLDER = "adapter"
 _HANDLING = {
     "synthetic": "It was trained on synthetic data and knows nothing about care.",
@@ -49,9 +51,9 @@ def export_run(
     """
     config, loaded = run.config(), run.load_checkpoint(checkpoint)
     folder = (target or run.path / FOLDER).expanduser().absolute()
-    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
+    if not _replaceable(folder):
         raise UserError(
-            f"{folder} holds other files",
+            f"{folder} holds something else",
             allowed="a new or empty folder, or an earlier export",
             fix="name another folder",
         )
@@ -71,10 +73,20 @@ def export_run(
         written.mkdir()
         write_json(written / CONFIG_FILE, peft_config(config, backbone))
         write_tensors(written / WEIGHTS_FILE, peft_tensors(adapter, loaded.b))
-        write_text(written / "README.md", model_card(run, config, backbone, loaded))
+        write_text(written / CARD_FILE, model_card(run, config, backbone, loaded))
         shutil.rmtree(folder, ignore_errors=True)
         written.rename(folder)
     return folder
+
+
+def _replaceable(folder: Path) -> bool:
+    """Tell whether a folder is new, empty, or what an earlier export has written, and no more."""
+    if not folder.exists():
+        return True
+    names = {path.name for path in folder.iterdir()}
+    card = folder / CARD_FILE
+    ours = card.is_file() and CARD_TITLE in card.read_text(encoding="utf-8", errors="replace")
+    return not names or (ours and names <= {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE})
 
 
 def peft_config(config: Config, backbone: BackboneSpec) -> dict[str, Any]:
@@ -140,7 +152,7 @@ def model_card(
         "tags: [lora, federated-learning, research-only]",
         "---",
         "",
-        "# FedRx adapter: drug lists from diagnoses",
+        CARD_TITLE,
         "",
         f"**{NOTICE}** {_HANDLING[source]}",
         "",

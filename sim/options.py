@@ -22,7 +22,7 @@ JsonOption = Annotated[
 
 
 def find_config(name: Path) -> Path:
-    """Return a configuration file: as named, or the shipped one of that name.
+    """Return a configuration file: as named, or the shipped one (``NAME`` or ``configs/NAME``).
 
     Raises:
         UserError: if there is neither.
@@ -31,7 +31,7 @@ def find_config(name: Path) -> Path:
         return name
     shipped = source_root() / "configs"
     candidate = shipped / name.name
-    if candidate.suffix == ".toml" and candidate.is_file():
+    if str(name.parent) in (".", "configs") and name.suffix == ".toml" and candidate.is_file():
         return candidate
     names = ", ".join(sorted(file.name for file in shipped.glob("*.toml")))
     raise UserError(

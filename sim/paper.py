@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from common.files import json_line, write_text
 from common.provenance import environment, source_root
 from common.rundir import RunDirectory
 from sim import single
+from sim.evaluate import evaluate_run
 from sim.exclusive import at_work
 from sim.federate import Preparation, fingerprints, prepare
 from sim.paper_table import build_table, model_of, rank_folder, show_table, write_table
@@ -89,8 +90,13 @@ def paper(
 
     Returns:
         The content of summary.json: see ``sim.paper_table.build_table``.
+
+    Raises:
+        UserError: before anything is written, for a rank or value that is not allowed.
     """
     started = time.monotonic()
+    for rank in ranks:
+        from_flat({"adapter.rank": rank}, base=config)
     config = single.one_node(config)
     preparation = prepare(config, console)
     facts = {
@@ -167,6 +173,11 @@ def _finish_rank(
 def _answer_with_checkpoints(run: RunDirectory, config: Config, console: Console) -> None:
     """Answer the same held-out admissions with the earlier checkpoints, as a run's end does."""
     summary = run.read_json("summary.json")
+    answered = summary["evaluation"]
+    last = summary["checkpoints"][-1]["name"]
+    if (answered["checkpoint"], answered["settings"]) != (last, asdict(config.evaluation)):
+        # Somebody has evaluated another checkpoint, or in another way: the table needs its own.
+        summary = evaluate_run(run, console=console)
     names = [
         checkpoint["name"]
         for checkpoint in summary["checkpoints"]

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
 from typing import Any
 
 from rich.console import Console
@@ -112,7 +111,7 @@ def build_table(
         summary = one.read_json("summary.json")
         judged = summary.get("judge", {}).get("appropriateness", {})
         metrics = summary["metrics"]
-        for theirs, ours in zip_longest(paper_rows(rank), summary["checkpoints"]):
+        for theirs, ours in _pairs(paper_rows(rank), summary["checkpoints"]):
             model = model_of(summary, ours) if ours else ""
             rows.append(
                 {
@@ -141,6 +140,20 @@ def build_table(
         "others": others,
         "runs": runs,
     }
+
+
+def _pairs(
+    theirs: Sequence[PaperRow], ours: Sequence[Mapping[str, Any]]
+) -> list[tuple[PaperRow | None, Mapping[str, Any] | None]]:
+    """Put each row of the paper beside the checkpoint at the same share of the run."""
+    total = ours[-1]["step"]
+    by_step = {one["step"]: one for one in ours}
+    places = [max(1, round(row.steps * total / STEPS)) for row in theirs]
+    pairs: list[tuple[int, PaperRow | None, Mapping[str, Any] | None]] = [
+        (place, row, by_step.get(place)) for place, row in zip(places, theirs, strict=True)
+    ]
+    pairs += [(step, None, one) for step, one in by_step.items() if step not in places]
+    return [(row, one) for _, row, one in sorted(pairs, key=lambda pair: pair[0])]
 
 
 def rank_folder(rank: int) -> str:

@@ -26,7 +26,7 @@ from common.privacy.guard import Guard
 from common.privacy.receipts import PRIVACY, ledger_line
 from common.privacy.settings import is_private
 from common.provenance import source_digest, tensors_sha256
-from common.rundir import RunDirectory, Tensors
+from common.rundir import RunDirectory, Tensors, damaged
 from common.training.budget import checkpoint_steps, steps_in_all, steps_per_epoch
 from common.training.loop import StepReport, train
 from common.training.optimiser import TrainState
@@ -72,12 +72,13 @@ class SingleTraining:
             self.run.forget_metrics(after_step=-1)
             return
         checkpoint = self.run.load_checkpoint()
-        if tensors_sha256(checkpoint.b) != checkpoint.facts["b_sha256"]:
-            raise RunFailed(f"checkpoint {checkpoint.name} is damaged: remove it, and resume again")
         adapter.load(checkpoint.b)
-        self.state = TrainState.from_tensors(
-            {name: torch.from_numpy(value) for name, value in checkpoint.extra.items()}
-        )
+        try:
+            self.state = TrainState.from_tensors(
+                {name: torch.from_numpy(value) for name, value in checkpoint.extra.items()}
+            )
+        except KeyError:
+            raise damaged(checkpoint.name) from None
         self.seconds_before = float(checkpoint.facts["seconds"])
         self.run.forget_metrics(after_step=self.state.step)
         self._settle()
@@ -93,7 +94,7 @@ class SingleTraining:
         self.run.write_status("running", step=self.state.step)
         meter = Meter(self.console, "steps", self.total.value, done=self.state.step)
         with deferred_stop() as stop, meter:
-            if not self.state.step:
+            if self.state.step in {0, *self.kept.value} and not self._validated():
                 self._validate()
                 stop.check()
             for place in self._places():
@@ -102,6 +103,10 @@ class SingleTraining:
                     self._validate()
                 self._save()
                 stop.check()
+
+    def _validated(self) -> bool:
+        """Tell whether the loss of B as it is has been logged: an end may come just before."""
+        return any(e["step"] == self.state.step for e in self.run.metrics("validation-loss"))
 
     def _places(self) -> list[int]:
         """Return the steps still ahead at which something is written."""

@@ -6,7 +6,7 @@ hospital's baselines on its own: no hospital's data helps another's baseline.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ def evaluate_answers(
     facts: dict[str, Any] = {
         "samples": len(cases),
         "constrained": settings.constrained,
+        "settings": asdict(settings),
         "dropped_diagnoses": dropped,
         "generation": {},
     }

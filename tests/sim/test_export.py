@@ -169,15 +169,22 @@ def test_metrics_of_another_checkpoint_are_not_claimed(tmp_path):
 def test_an_earlier_export_is_replaced_and_nothing_else(tmp_path):
     run = trained_run(configure("tiny"), tmp_path / "run")
     folder = export_run(run, tmp_path / "out")
-    (folder / "stale").touch()
-    assert not (export_run(run, folder) / "stale").exists()
-    other = tmp_path / "mine"
-    other.mkdir()
-    (other / "thesis.tex").touch()
-    with pytest.raises(UserError, match="holds other files"):
-        export_run(run, other)
-    assert (other / "thesis.tex").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out", "run"]
+    (folder / "adapter_config.json").write_text("{}")
+    assert "LORA" in (export_run(run, folder) / "adapter_config.json").read_text()
+    for name, files in {
+        "mine": ("thesis.tex",),
+        # Another tool's adapter, and an export that somebody has added to.
+        "peft": ("adapter_config.json", "adapter_model.safetensors", "README.md"),
+        "out": ("notes.txt",),
+    }.items():
+        other = tmp_path / name
+        other.mkdir(exist_ok=True)
+        for file in files:
+            (other / file).write_text("mine")
+        with pytest.raises(UserError, match="holds something else"):
+            export_run(run, other)
+        assert all((other / file).read_text() == "mine" for file in files)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out", "peft", "run"]
 
 
 def test_another_a_is_refused(tmp_path):

@@ -11,8 +11,17 @@ import sim.paper
 from common.configio import parse_overrides
 from common.errors import UserError
 from common.rundir import RunDirectory
+from sim.evaluate import evaluate
 from sim.paper import paper, paper_config, read_ranks, scaled_config
-from sim.paper_table import HEADERS, PAPER, rank_runs, show_table, table_blocks
+from sim.paper_table import (
+    HEADERS,
+    PAPER,
+    _pairs,
+    paper_rows,
+    rank_runs,
+    show_table,
+    table_blocks,
+)
 from sim.report import to_markdown
 from sim.resume import resume
 
@@ -97,6 +106,37 @@ def test_every_checkpoint_of_every_rank_is_answered(finished):
             assert row["b_norm"] == pytest.approx(np.linalg.norm(values.astype(float)), rel=1e-6)
     assert {"untrained", "popularity"} <= set(table["others"])
     assert run.status()["state"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("steps", "pairs"),
+    [
+        ((4, 6, 8, 10), [(1950, 4), (2925, 6), (3900, 8), (4875, 10)]),
+        ((1, 2), [(1950, 1), (2925, 1), (3900, 2), (4875, 2)]),
+        ((3, 4, 10), [(None, 3), (1950, 4), (2925, None), (3900, None), (4875, 10)]),
+    ],
+)
+def test_a_checkpoint_stands_beside_the_paper_s_at_the_same_share(steps, pairs):
+    found = _pairs(paper_rows(16), [{"step": step} for step in steps])
+    assert [(a and a.steps, b and b["step"]) for a, b in found] == pairs
+
+
+def test_a_table_has_its_own_answers_only(finished):
+    """Whoever evaluates another checkpoint, with fewer samples, does not change the table."""
+    run, table = finished
+    one = RunDirectory.open(run.path / "rank-16")
+    console = Console(quiet=True)
+    evaluate(one, console=console, checkpoint="step-00000004", overrides=["evaluation.samples=2"])
+    again = resume(run.path, console=console, command_line=[])
+    assert again["rows"] == table["rows"]
+    assert one.read_json("summary.json")["evaluation"]["checkpoint"] == "step-00000010"
+    assert {m["samples"] for m in one.read_json("summary.json")["metrics"].values()} == {3}
+
+
+def test_a_rank_that_is_not_allowed_leaves_nothing(tmp_path):
+    with pytest.raises(UserError, match="adapter.rank=600"):
+        run_paper(tmp_path / "run", ranks=(600,))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_scale_stands_in_every_table(finished):

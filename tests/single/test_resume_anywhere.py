@@ -123,8 +123,14 @@ def test_a_resumed_run_needs_the_optimizers_state(configure, begin, tmp_path):
     assert b_hash(go_on_in(cut, whole)) != b_hash(begin(whole.config))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_waits_for_the_step_and_writes_a_checkpoint(number, configure, begin, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "step"),
+    [(signal.SIGINT, 4), (signal.SIGINT, 6), (signal.SIGTERM, 6), (signal.SIGTERM, 8)],
+)
+def test_ctrl_c_waits_for_the_step_and_writes_a_checkpoint(
+    number, step, configure, begin, monkeypatch
+):
+    """At a step whose validation loss is due, it is computed when the run goes on."""
     config = configure({**KEYS, "train.checkpoint-every": 0})
     whole = begin(config, name="whole")
     whole.finish()
@@ -134,7 +140,7 @@ def test_ctrl_c_waits_for_the_step_and_writes_a_checkpoint(number, configure, be
 
     def interrupted(self, report):
         log(self, report)
-        if report.step == 6:
+        if report.step == step:
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(SingleTraining, "_log", interrupted)
@@ -142,7 +148,7 @@ def test_ctrl_c_waits_for_the_step_and_writes_a_checkpoint(number, configure, be
     with pytest.raises(Stopped):
         stopped.finish()
     assert signal.getsignal(number) is handler
-    assert stopped.run.checkpoint_names() == ["step-00000004", "step-00000006"]
+    assert stopped.run.checkpoint_names() == [f"step-{kept:08d}" for kept in sorted({4, step})]
     monkeypatch.undo()
     again = go_on_in(stopped.run.path, stopped)
     assert b_hash(again) == expected
@@ -172,12 +178,31 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(configure, begin, mon
     assert (kept.name, tensors_sha256(kept.b)) == ("step-00000005", last["b"])
 
 
-def test_a_damaged_checkpoint_is_refused(configure, begin):
+@pytest.mark.parametrize("damage", ["value", "cut", "no-state", "no-facts"])
+def test_a_damaged_checkpoint_is_refused(configure, begin, damage):
     training = begin(configure(KEYS))
     training.finish()
     folder = training.run.path / "checkpoints" / "step-00000008"
-    b = common.rundir.read_tensors(folder / "b.safetensors")
-    b[min(b)][0, 0] += 1
-    common.rundir.write_tensors(folder / "b.safetensors", b)
+    if damage == "value":
+        b = common.rundir.read_tensors(folder / "b.safetensors")
+        b[min(b)][0, 0] += 1
+        common.rundir.write_tensors(folder / "b.safetensors", b)
+    if damage == "cut":
+        content = (folder / "b.safetensors").read_bytes()
+        (folder / "b.safetensors").write_bytes(content[: len(content) // 2])
+    if damage == "no-state":
+        (folder / "extra.safetensors").unlink()
+    if damage == "no-facts":
+        (folder / "facts.json").unlink()
     with pytest.raises(RunFailed, match="step-00000008 is damaged"):
         begin(training.config)
+
+
+def test_a_half_removed_checkpoint_is_not_in_the_way(configure, begin):
+    run = begin(configure(KEYS)).run
+    hidden = run.path / "checkpoints" / ".step-00000003.gone"
+    for folder in (hidden, hidden.with_name("step-00000003")):
+        folder.mkdir(parents=True)
+        (folder / "facts.json").touch()
+    run.remove_checkpoint("step-00000003")
+    assert not any((run.path / "checkpoints").iterdir())
