@@ -19,9 +19,11 @@ from common.data.samples import SampleTable
 from common.errors import FedrxError, UserError
 from common.evaluation.answers import choose_cases
 from common.evaluation.constrained import require_llguidance
+from common.model.attention import choose_attention
 from common.model.backbone import BackboneSpec, load_tokenizer, resolve_backbone
 from common.model.choice import Choice
 from common.model.layout import AdapterLayout, adapter_layout, adapter_spec
+from common.model.session import DTYPES, choose_device, choose_dtype
 from common.privacy.settings import (
     hospital_warning,
     is_private,
@@ -31,7 +33,7 @@ from common.privacy.settings import (
 )
 from common.provenance import available_cpus, environment, peak_rss_bytes
 from common.rundir import RunDirectory
-from common.training.budget import steps_of_round
+from common.training.budget import checkpoint_steps, steps_in_all, steps_of_round
 from sim.evaluate import evaluate_run
 from sim.exclusive import at_work
 from sim.launch import end_leftovers, free_port, run_flower
@@ -64,6 +66,9 @@ def prepare(config: Config, console: Console) -> Preparation:
         console.print(line, style="dim", markup=False, highlight=False)
 
     free_port(config.run.port)
+    on = torch.device(choose_device(config.train.device).value)
+    arithmetic = DTYPES[choose_dtype(config.train.dtype, on).value]
+    choose_attention(config.model.attention, on, arithmetic)
     table = load_samples(config.data, progress=say)
     if not table.admissions:
         raise UserError(
@@ -77,6 +82,8 @@ def prepare(config: Config, console: Console) -> Preparation:
         hospitals=config.federation.hospitals,
         data=config.data,
     )
+    for hospital in hospitals:
+        checkpoint_steps(config, steps_in_all(config, len(hospital.train)).value)
     choose_cases(hospitals, samples=config.evaluation.samples, seed=config.evaluation.seed)
     if config.data.normalisation == "map":
         read_drug_map(Path(config.data.drug_map))
@@ -125,6 +132,7 @@ def federate(
     started = time.monotonic()
     config = with_calibrated_noise(config)
     preparation = prepare(config, console)
+    total_steps(config, preparation.hospitals)
     if protects(config) and not is_private(config):
         warning = hospital_warning(plan_of(config), preparation.layout.trainable_parameters)
         console.print(warning, style="yellow", markup=False, highlight=False)
@@ -145,9 +153,10 @@ def federate(
         "config": flatten(config),
         "inputs": fingerprints(preparation),
     }
-    run.write_json("environment.json", facts)
     run.write_config(config)
     run.write_json("data.json", data_facts(preparation))
+    # Last, because it makes the run one that can be resumed.
+    run.write_json("environment.json", facts)
     console.print(f"run directory: {run.path}", markup=False, highlight=False)
     return go_on(run, config, preparation, console, started=started)
 
@@ -271,7 +280,11 @@ def show_tracebacks(run: RunDirectory) -> None:
 
 
 def total_steps(config: Config, hospitals: Sequence[Hospital]) -> int:
-    """Return the local optimizer steps of all hospitals and rounds (at full participation)."""
+    """Return the local optimizer steps of all hospitals and rounds (at full participation).
+
+    Raises:
+        UserError: if there are fewer steps than rounds.
+    """
     rounds = range(1, config.federation.rounds + 1)
     return sum(
         steps_of_round(config, len(hospital.train), number).value

@@ -109,8 +109,8 @@ def paper(
     }
     run = RunDirectory.create(config, directory=run_dir)
     config = replace(config, run=replace(config.run, directory=str(run.path)))
-    run.write_json("environment.json", facts)
     run.write_config(config)
+    run.write_json("environment.json", facts)
     return go_on(run, config, preparation, console, started=started)
 
 

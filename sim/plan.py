@@ -3,18 +3,22 @@
 From shapes alone: no weights are read, and data only where the number of steps depends on it.
 """
 
+import math
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from common.config import Config
+from common.codecs import wire_layout
+from common.config import Config, FederationConfig
 from common.data.partition import assign_hospitals
 from common.data.prepare import load_samples
+from common.model.backbone import BackboneShape
 from common.model.choice import Choice
 from common.model.footprint import (
     Footprint,
+    adapted_sizes,
     count_parameters,
     generation_bytes,
     training_footprint,
@@ -22,15 +26,14 @@ from common.model.footprint import (
 from common.model.known_shapes import shape_of
 from common.model.layout import adapter_spec
 from common.model.memory import RECOMPUTE
-from common.model.session import choose_dtype
+from common.model.session import choose_dtype, device_kind
 from common.privacy.forecast import forecast, lines
 from common.privacy.gradients import private_bytes
-from common.privacy.settings import is_private, plan_of
-from common.training.budget import steps_in_all
+from common.privacy.settings import is_private, plan_of, protects
+from common.training.budget import checkpoint_steps, steps_in_all
 
 PAPER_CARD_BYTES = 48_000_000_000
 """RTX 6000 Ada, 48 GB: the paper's card."""
-_WIRE_VALUE_BYTES = 4
 
 
 def plan(config: Config, *, card_bytes: int | None = None) -> dict[str, Any]:
@@ -45,15 +48,15 @@ def plan(config: Config, *, card_bytes: int | None = None) -> dict[str, Any]:
         ``parameters`` {backbone, a, b}, ``memory_bytes`` by part with ``total`` (the peak of a
         training step with the chosen recomputation), ``recompute`` {value, reason, total_bytes of
         each choice}, ``generation_bytes``, ``card_bytes``, ``fits``, ``spare_bytes``,
-        ``bytes_per_round`` (B down and up again, all hospitals that are asked), ``steps`` (of one
-        hospital, in all) and, with privacy, ``privacy``.
+        ``bytes_per_round`` (of training: down and up again, all hospitals that are asked),
+        ``steps`` (of one hospital, in all) and, with privacy, ``privacy``.
 
     Raises:
-        UserError: If the backbone's shape or the data cannot be found.
+        UserError: If the backbone's shape or the data cannot be found, or a value is not allowed.
     """
     shape, adapter = shape_of(config.model.backbone), adapter_spec(config.adapter)
     train, federation = config.train, config.federation
-    device = "cpu" if train.device == "cpu" else "cuda"
+    device = "cpu" if device_kind(train.device) == "cpu" else "cuda"
     card = _card(card_bytes, device)
     dtype = _dtype(train.dtype, device)
     value_bytes = 2 if dtype.value == "bf16" else 4
@@ -86,9 +89,9 @@ def plan(config: Config, *, card_bytes: int | None = None) -> dict[str, Any]:
         value_bytes=value_bytes,
         device=device,
     )
-    asked = max(1, round(federation.fraction * federation.hospitals))
     samples = _train_samples(config)
     steps = steps_in_all(config, samples.value)
+    checkpoint_steps(config, steps.value)
     found = {
         "backbone": config.model.backbone,
         "adapter": {"mode": adapter.mode, "rank": adapter.rank, "targets": list(adapter.targets)},
@@ -106,14 +109,32 @@ def plan(config: Config, *, card_bytes: int | None = None) -> dict[str, Any]:
         "card": card.reason,
         "fits": max(peak.total, answering) <= card.value,
         "spare_bytes": card.value - max(peak.total, answering),
-        "bytes_per_round": 2 * asked * trained * _WIRE_VALUE_BYTES,
+        "bytes_per_round": 2 * asked_hospitals(federation) * message_bytes(config, shape),
         "steps": steps.value,
         "steps_reason": f"{steps.reason}; {samples.reason}" if samples.reason else steps.reason,
     }
-    if is_private(config):
-        outlook = forecast(plan_of(config), counts.b, target_epsilon=config.privacy.target_epsilon)
-        found["privacy"] = outlook
+    if protects(config):
+        target = config.privacy.target_epsilon
+        found["privacy"] = forecast(plan_of(config), trained, target_epsilon=target)
     return found
+
+
+def asked_hospitals(federation: FederationConfig) -> int:
+    """Return how many hospitals a round asks: a share of them, rounded up, or the one named."""
+    if federation.only:
+        return 1
+    return max(1, math.ceil(federation.fraction * federation.hospitals - 1e-9))
+
+
+def message_bytes(config: Config, shape: BackboneShape) -> int:
+    """Return the bytes of the tensors in one message, as ``federation.codec`` writes them."""
+    adapter = adapter_spec(config.adapter)
+    sizes = adapted_sizes(shape, adapter)
+    tensors = [(sizes[name][1], adapter.rank) for name in adapter.targets]
+    if adapter.mode == "lora":
+        tensors += [(adapter.rank, sizes[name][0]) for name in adapter.targets]
+    layouts = [wire_layout(config.federation.codec, tensor) for tensor in tensors]
+    return shape.layers * sum(dtype.itemsize * math.prod(wire) for dtype, wire in layouts)
 
 
 def show_plan(console: Console, found: dict[str, Any]) -> None:
@@ -185,9 +206,9 @@ def _train_samples(config: Config) -> Choice[int]:
     """Training samples of the largest hospital, where the steps depend on them."""
     if config.train.steps or not config.train.epochs:
         return Choice(0, "")
-    if config.data.train_samples:
+    if config.data.train_samples and config.data.path == "synthetic":
         samples = config.data.train_samples
-        return Choice(samples, f"{samples} training samples by data.train-samples")
+        return Choice(samples, f"if there are {samples:,} training samples, as data.train-samples")
     hospitals = assign_hospitals(
         load_samples(config.data).admissions,
         config.partition,
@@ -195,4 +216,4 @@ def _train_samples(config: Config) -> Choice[int]:
         data=config.data,
     )
     samples = max(len(one.train) for one in hospitals)
-    return Choice(samples, f"{samples} training samples counted")
+    return Choice(samples, f"{samples:,} training samples counted")

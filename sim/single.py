@@ -60,9 +60,10 @@ def single(
     facts = {**environment(list(command_line)), **facts}
     run = RunDirectory.create(config, directory=run_dir)
     config = replace(config, run=replace(config.run, directory=str(run.path)))
-    run.write_json("environment.json", facts)
     run.write_config(config)
     run.write_json("data.json", data_facts(preparation))
+    # Last, because it makes the run one that can be resumed.
+    run.write_json("environment.json", facts)
     console.print(f"run directory: {run.path}", markup=False, highlight=False)
     return go_on(run, config, preparation, console, started=started)
 

@@ -25,6 +25,8 @@ from common.errors import UserError
 from common.model.spec import AdapterSpec, HashedA, draw_a
 
 __all__ = ["AdaptedLinear", "Adapter", "AdapterSpec", "attach", "draw_a"]
+HEAD = {"lm_head"}
+"""Never adapted: the loss reads the head's weights, not its module."""
 
 # Projections that read the same input: one product with all their A's serves the whole group.
 _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -338,14 +340,14 @@ def _replace_targets(model: nn.Module, spec: AdapterSpec) -> tuple[AdaptedLinear
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in spec.targets
+        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in {*spec.targets} - HEAD
     ]
     missing = set(spec.targets) - {name.rsplit(".", 1)[-1] for name, _ in found}
     if missing:
         linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if type(m) is nn.Linear}
         raise UserError(
-            f"adapter.targets: the backbone has no {', '.join(sorted(missing))}",
-            allowed=", ".join(sorted(linear - {"lm_head"})),
+            f"adapter.targets: no layer has {', '.join(sorted(missing))}",
+            allowed=", ".join(sorted(linear - HEAD)),
             fix="set adapter.targets",
         )
     adapted = []

@@ -6,9 +6,10 @@ the backbone, and what the allocator loses to holes.
 
 from dataclasses import dataclass
 
+from common.errors import UserError
 from common.model.backbone import BackboneShape
-from common.model.falora import AdapterSpec
 from common.model.memory import RECOMPUTE, saved_bytes_per_token_layer
+from common.model.spec import AdapterSpec, check_rank
 
 # Resident before the backbone is loaded: interpreter and libraries; on a GPU its context.
 _RUNTIME_BYTES = {"cpu": 410 * 2**20, "cuda": 700 * 2**20}
@@ -64,15 +65,33 @@ def count_parameters(shape: BackboneShape, adapter: AdapterSpec) -> Parameters:
     >>> count_parameters(llama_8b, AdapterSpec(rank=32))
     Parameters(backbone=8030261248, a=8388608, b=5242880)
     """
-    sizes = _projections(shape)
+    sizes = adapted_sizes(shape, adapter)
     layer = sum(wide * high for wide, high in sizes.values()) + 2 * shape.hidden
     embeddings = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
-    targets = [sizes[name] for name in adapter.targets if name in sizes]
+    targets = [sizes[name] for name in adapter.targets]
     return Parameters(
         backbone=shape.layers * layer + embeddings + shape.hidden,
         a=shape.layers * adapter.rank * sum(wide for wide, _ in targets),
         b=shape.layers * adapter.rank * sum(high for _, high in targets),
     )
+
+
+def adapted_sizes(shape: BackboneShape, adapter: AdapterSpec) -> dict[str, tuple[int, int]]:
+    """Return (input, output) width of each linear module of a layer.
+
+    Raises:
+        UserError: If a target is none of them, or too narrow for an orthonormal A.
+    """
+    sizes = _projections(shape)
+    for name in adapter.targets:
+        if name not in sizes:
+            raise UserError(
+                f"adapter.targets: no layer has {name}",
+                allowed=", ".join(sizes),
+                fix="set adapter.targets",
+            )
+        check_rank(adapter, name, sizes[name][0])
+    return sizes
 
 
 def training_footprint(

@@ -76,6 +76,25 @@ class Session:
         return hidden
 
 
+def device_kind(requested: str) -> str:
+    """Return ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        UserError: If ``train.device`` names something else.
+
+    >>> device_kind("cuda:1")
+    'cuda'
+    """
+    kind, _, number = requested.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (number and not number.isdigit()):
+        raise UserError(
+            f"train.device={requested!r}",
+            allowed="auto, cpu, cuda, cuda:N",
+            fix="set train.device",
+        )
+    return kind
+
+
 def choose_device(requested: str) -> Choice[str]:
     """Choose the device.
 
@@ -90,10 +109,7 @@ def choose_device(requested: str) -> Choice[str]:
         if count:
             return Choice("cuda", f"{torch.cuda.get_device_name(0)} is there")
         return Choice("cpu", "no CUDA device")
-    kind, _, number = requested.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
-        raise UserError(f"train.device={requested!r}", allowed="auto, cpu, cuda, cuda:N")
-    if kind == "cuda" and int(number or 0) >= count:
+    if device_kind(requested) == "cuda" and int(requested.partition(":")[2] or 0) >= count:
         raise UserError(
             f"train.device={requested}: {count} CUDA device(s) here",
             fix="set train.device to auto or cpu",

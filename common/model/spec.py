@@ -56,6 +56,20 @@ class AdapterSpec:
         return self.alpha / self.rank
 
 
+def check_rank(spec: AdapterSpec, module: str, width: int) -> None:
+    """Check that A can be drawn for a module of a width.
+
+    Raises:
+        UserError: If more orthonormal rows are asked for than the width allows.
+    """
+    if spec.initialiser == "orthonormal" and spec.rank > width:
+        raise UserError(
+            f"adapter.rank={spec.rank} with an orthonormal A on {module}",
+            allowed=f"up to {width}",
+            fix="set adapter.rank, or adapter.initialiser to another drawing of A",
+        )
+
+
 def draw_a(spec: AdapterSpec, module: str, width: int) -> NDArray[np.float32]:
     """Draw one module's frozen A, [R, D], from its named stream.
 
@@ -70,12 +84,7 @@ def draw_a(spec: AdapterSpec, module: str, width: int) -> NDArray[np.float32]:
     if spec.initialiser == "kaiming-uniform":
         bound = 1.0 / math.sqrt(width)
         return generator.uniform(-bound, bound, size=(spec.rank, width)).astype(np.float32)
-    if spec.rank > width:
-        raise UserError(
-            f"adapter.rank={spec.rank} with an orthonormal A on {module}",
-            allowed=f"up to {width}",
-            fix="set adapter.rank, or adapter.initialiser to another drawing of A",
-        )
+    check_rank(spec, module, width)
     q_DR, r_RR = np.linalg.qr(generator.standard_normal((width, spec.rank)))
     a_RD = (q_DR * np.sign(np.diag(r_RR))).T
     return (np.round(a_RD / _ORTHONORMAL_GRID) * _ORTHONORMAL_GRID).astype(np.float32)

@@ -83,7 +83,8 @@ def alternatives(plan: PrivacyPlan, parameters: int, target_epsilon: float) -> l
         )
         changes.append(_change(f"{factor:g} times D and q", larger, parameters, target_epsilon))
     patients = replace(plan, expected_batch=plan.expected_batch * 4)
-    changes.append(_change("4 times the patients (D)", patients, parameters, target_epsilon))
+    members = "hospitals a round" if plan.unit == "hospital" else "patients"
+    changes.append(_change(f"4 times the {members} (D)", patients, parameters, target_epsilon))
     if plan.steps > 1:
         fewer = replace(plan, noise_multiplier=None, steps=max(1, plan.steps // 4))
         changes.append(_change("a quarter of the steps", fewer, parameters, target_epsilon))

@@ -1,11 +1,18 @@
 """The command line: its verbs, its exit statuses, and errors of one line without a traceback."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
+from common.configio import from_flat, parse_overrides
+from common.errors import UserError
+from sim.federate import federate
+from sim.single import single
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,6 +50,7 @@ def fedrx(*arguments, cwd):
         (["demo", "--tiny", "--set", "data.test-fraction=0"], ["no held-out patients"]),
         (["data", "synthesize", "/proc/nowhere"], ["/proc/nowhere", "name another path"]),
         (["report", "."], ["is not a run directory"]),
+        (["plan", "typo/paper.toml"], ["typo/paper.toml", "paper.toml"]),
         (["data", "synthesize", "."], ["is not empty"]),
     ],
 )
@@ -55,6 +63,34 @@ def test_bad_input_is_one_line_and_exit_status_2(arguments, words, tmp_path):
     assert all(word in lines[0] for word in words), lines[0]
     assert "Traceback" not in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("verb", [federate, single])
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.checkpoint-steps=abc"], "train.checkpoint-steps='abc'"),
+        (["train.checkpoint-steps=0"], "train.checkpoint-steps='0'"),
+        (["federation.local-steps=0"], "neither train.steps nor train.epochs"),
+        (["model.attention=flash-attn"], "model.attention=flash-attn cannot run here"),
+        (["train.device=banana"], "train.device='banana'"),
+        (["train.dtype=fp64"], "train.dtype"),
+        (["adapter.targets=lm_head"], "no layer has lm_head"),
+    ],
+)
+def test_what_cannot_run_here_leaves_nothing(verb, overrides, words, tmp_path):
+    with pytest.raises(UserError, match=re.escape(words)):
+        config = from_flat(
+            {
+                **parse_overrides(overrides),
+                "model.backbone": "tiny",
+                "data.synthetic-patients": 30,
+                "evaluation.samples": 2,
+            }
+        )
+        console = Console(quiet=True)
+        verb(config, console=console, command_line=[], run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_backbone_that_is_no_llama_is_refused(tmp_path):

@@ -2,14 +2,19 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
+from common.codecs import encode
 from common.config import Config
 from common.configio import from_flat, read_config
 from common.errors import UserError
+from common.model.backbone import resolve_backbone
+from common.model.layout import adapter_layout, adapter_spec
 from sim import plan as plan_module
 from sim.plan import plan, show_plan
 
@@ -66,6 +71,55 @@ def test_rounds_carry_b_down_and_up_for_every_hospital_that_is_asked():
     assert lora["bytes_per_round"] == 2 * 4 * (counts["a"] + counts["b"])
 
 
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("mode", ["fa-lora", "lora"])
+def test_bytes_are_those_of_encoded_tensors(codec, mode):
+    """Against every tensor of the tiny backbone's adapter, encoded."""
+    config = from_flat(
+        {
+            "model.backbone": "tiny",
+            "adapter.mode": mode,
+            "federation.codec": codec,
+            "federation.hospitals": 5,
+            "federation.fraction": 0.5,
+        }
+    )
+    shapes = adapter_layout(resolve_backbone("tiny"), adapter_spec(config.adapter)).shapes
+    message = sum(encode(codec, np.ones(shape, np.float32)).nbytes for shape in shapes.values())
+    assert plan(config)["bytes_per_round"] == 2 * 3 * message
+    alone = replace(config, federation=replace(config.federation, only="hospital-2"))
+    assert plan(alone)["bytes_per_round"] == 2 * message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("adapter.targets", "q_proj,bogus", "no layer has bogus"),
+        ("adapter.targets", "lm_head", "no layer has lm_head"),
+        ("train.device", "banana", "train.device='banana'"),
+        ("train.checkpoint-steps", "abc", "train.checkpoint-steps='abc'"),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused(key, value, message):
+    with pytest.raises(UserError, match=message):
+        plan(from_flat({"model.backbone": "tiny", key: value}))
+
+
+def test_an_orthonormal_a_is_no_wider_than_its_module():
+    keys = {"model.backbone": "tiny", "adapter.initialiser": "orthonormal"}
+    with pytest.raises(UserError, match="adapter.rank=65"):
+        plan(from_flat({**keys, "adapter.rank": 65}))
+    assert plan(from_flat({**keys, "adapter.rank": 64}))["parameters"]["b"]
+
+
+def test_a_target_named_twice_counts_once():
+    once, twice = (
+        plan(from_flat({"model.backbone": "tiny", "adapter.targets": targets}))
+        for targets in ("q_proj", "q_proj,q_proj")
+    )
+    assert once["parameters"] == twice["parameters"]
+
+
 def test_epochs_count_the_largest_hospital(monkeypatch):
     class Room:
         def __init__(self, samples):
@@ -90,6 +144,32 @@ def test_privacy_stands_in_the_plan():
     assert found["privacy"]["epsilon"] > 0
     more = found["memory_bytes"]["gradients"] - plain["memory_bytes"]["gradients"]
     assert more >= config.train.batch_size * 4 * found["parameters"]["b"]
+
+
+def test_noise_is_weighed_against_everything_that_is_trained():
+    keys = {"model.backbone": "tiny", "privacy.noise-multiplier": 1.0}
+    for mode in ("fa-lora", "lora"):
+        config = from_flat({**keys, "adapter.mode": mode})
+        found = plan(config)
+        trained = found["parameters"]["b"] + (found["parameters"]["a"] if mode == "lora" else 0)
+        by_hand = trained**0.5 / config.privacy.expected_batch
+        assert found["privacy"]["noise_to_signal"] == pytest.approx(by_hand)
+
+
+def test_hospital_level_privacy_stands_in_the_plan_too():
+    config = from_flat(
+        {
+            "model.backbone": "tiny",
+            "privacy.noise-multiplier": 1.0,
+            "privacy.unit": "hospital",
+            "federation.hospitals": 4,
+        }
+    )
+    found = plan(config)
+    assert found["privacy"]["unit"] == "hospital"
+    assert found["privacy"]["steps"] == config.federation.rounds
+    by_hand = found["parameters"]["b"] ** 0.5 / 4
+    assert found["privacy"]["noise_to_signal"] == pytest.approx(by_hand)
 
 
 def test_what_a_person_reads_names_the_verdict():

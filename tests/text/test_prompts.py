@@ -1,5 +1,7 @@
 """The chat text of an admission, and the answer's writer, parser and grammar."""
 
+import re
+import sys
 from dataclasses import replace
 
 import llguidance
@@ -197,3 +199,14 @@ def test_what_the_grammar_accepts_parses(item: str) -> None:
     text = "Drugs:\n- " + item
     if _in_grammar(text):
         assert parse_answer(text) == [part.removeprefix("- ") for part in text.split("\n")[1:]]
+
+
+def test_every_character_of_the_grammar_parses() -> None:
+    """All code points: what the grammar takes as a name (523 of them) reads back as it is."""
+    pattern = ANSWER_GRAMMAR.split("NAME: /")[1].partition("+")[0]
+    taken = [chr(point) for point in range(sys.maxunicode + 1) if re.match(pattern, chr(point))]
+    assert len(taken) == (0x7E - 0x20 - 1) + (0x24F - 0xA0 - 1)
+    for character in taken:
+        assert parse_answer(f"Drugs:\n- {character}") == [character]
+    for character in taken[::40]:
+        assert _in_grammar(f"Drugs:\n- {character}")
