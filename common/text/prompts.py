@@ -34,7 +34,8 @@ NAME: /[!-\[\]-~¡-¬®-ɏ]+( +[!-\[\]-~¡-¬®-ɏ]+)*/
 """Lark grammar (llguidance's dialect) of the answers with at least one drug and no escapes.
 
 Names are of printable Latin characters: ranges, because what counts as printable beyond them
-differs between Unicode's versions. Every complete sentence of it parses; a generation cut by a token limit is not complete.
+differs between Unicode's versions. Every complete sentence of it parses; a generation cut by a
+token limit is not complete.
 """
 
 _ESCAPE = re.compile(r"\\(?:\\|u\{([0-9a-f]{1,6})\})")
