@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import sim.evaluate
 from client.worker import backbone_spec, session_of
 from common.config import Config
 from common.configio import from_flat
@@ -123,6 +124,22 @@ def test_a_judgement_lives_as_long_as_its_answers(run):
     run.write_json("summary.json", judged)
     assert "judge" in evaluate_run(run)
     assert "judge" not in evaluate_run(run, overrides=["evaluation.max-new-tokens=8"])
+
+
+def test_a_judgement_does_not_survive_a_kill_between_answers_and_figures(run, monkeypatch):
+    judged = {**evaluate_run(run), "judge": {"appropriateness": {"fedrx": {}}}}
+    run.write_json("summary.json", judged)
+    write = sim.evaluate.write_text
+
+    def killed(*arguments):
+        write(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sim.evaluate, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_run(run, checkpoint="round-0001")
+    monkeypatch.undo()
+    assert "judge" not in evaluate_run(run, checkpoint="round-0001")
 
 
 def test_constrained_answers_are_all_in_the_format(run):

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from common.configio import read_config
 from common.errors import UserError
 from common.provenance import tensors_sha256
 from common.rundir import RunDirectory
 from sim.resume import resume
+from sim.single import single
 
 CONFIG = """
 [data]
@@ -140,3 +142,22 @@ def test_a_real_federation_of_one_hospital_gives_the_same_b(whole, config_file, 
     assert max(abs(federated[key] - alone[key]).max() for key in alone) <= 1e-6
     assert max(abs(value).max() for value in alone.values()) > 1e-3
     assert json.loads(done.stdout)["b_sha256"] == whole[1]["b_sha256"]
+
+
+def test_a_run_that_can_be_resumed_has_said_what_it_reads(config_file, tmp_path, monkeypatch):
+    """environment.json makes a run resumable: data.json is there before it."""
+    write = RunDirectory.write_json
+
+    def killed(self, name, value):
+        if name == "environment.json":
+            raise KeyboardInterrupt
+        write(self, name, value)
+
+    monkeypatch.setattr(RunDirectory, "write_json", killed)
+    console = Console(quiet=True)
+    with pytest.raises(KeyboardInterrupt):
+        single(read_config(config_file), console=console, command_line=[], run_dir=tmp_path / "run")
+    assert (tmp_path / "run" / "data.json").exists()
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="no run that can be resumed"):
+        resume(tmp_path / "run", console=console, command_line=[])
