@@ -19,11 +19,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from client.hospital import NAME_PATTERN
 from common.config import Config
 from common.configio import flatten, toml_scalar
 from common.errors import UserError
 from common.files import write_text
+from common.hello import NAME_PATTERN
 from sim.launch import CONNECTION
 from sim.staging import stage_app
 

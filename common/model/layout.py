@@ -12,7 +12,6 @@ from common.model.backbone import BackboneSpec, read_llama_config
 from common.model.falora import Adapter, AdapterSpec, attach, draw_a
 from common.model.tiny import tiny_config
 
-
 A_SUFFIX = ".lora_A"
 
 
