@@ -21,6 +21,28 @@ from server.messages import OnMessage, exchange
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Mute:
+    """A connected node that has let the whole wait for its handshake pass.
+
+    The n-th try after that comes ``2**n`` rounds later and waits a ``2**n``-th of the limit, so
+    that a node that never answers costs less than twice the limit in all.
+    """
+
+    tries: int
+    """How often it was asked."""
+    asked_in: int
+    """Round in which it was asked last."""
+
+    def due(self, server_round: int) -> bool:
+        """Return whether it is asked again in this round.
+
+        >>> [n for n in range(8) if Mute(tries=2, asked_in=1).due(n)]
+        [5, 6, 7]
+        """
+        return bool(server_round >= self.asked_in + 2**self.tries)
+
+
 @dataclass
 class Roster:
     """Hospitals that passed the handshake, by Flower node id, and those that were refused."""
@@ -32,28 +54,45 @@ class Roster:
     hellos: dict[str, dict[str, Any]] = field(default_factory=dict)
     refused: dict[int, tuple[str, str]] = field(default_factory=dict)
     """Node id -> hospital (or ``node N``) and reason; a refused node is never asked again."""
+    mute: dict[int, Mute] = field(default_factory=dict)
+    """Nodes that are connected and have not answered."""
     of: int = 0
     """How many hospitals there are, by their own account; 0: not settled yet."""
+
+    remembered: frozenset[str] = frozenset()
+    """After a resume: the hospitals that were admitted before it, some of which may be away."""
+    known_before: int = 0
+    """After a resume: ``known`` before it."""
+
+    @property
+    def admitted(self) -> list[str]:
+        """The hospitals that were ever admitted, in the order of their names."""
+        return sorted(self.remembered | set(self.hellos))
 
     @property
     def known(self) -> int:
         """Number of hospitals that have shown up, refused ones included."""
-        return len(self.hellos) + len(self.refused)
+        refused = {name for name, _ in self.refused.values()}
+        return max(self.known_before, len(refused | set(self.admitted)))
 
     def admit(
         self,
         grid: Grid,
         nodes: Collection[int],
         *,
+        server_round: int,
         strict: bool,
         timeout_seconds: float,
         on_message: OnMessage,
     ) -> dict[str, str]:
         """Query the connected nodes that are not known yet.
 
+        One that did not answer is asked anew when it reconnects, and else ever more rarely.
+
         Args:
             grid: Flower's grid.
             nodes: Connected nodes.
+            server_round: The round that is about to start; 0 before the first.
             strict: Any problem ends the run; otherwise the node is left out.
             timeout_seconds: Longest wait for an answer.
             on_message: Told of every message in both directions.
@@ -65,9 +104,12 @@ class Roster:
             RunFailed: if ``strict`` and a node does not answer, fails, breaks the contract,
                 carries another fingerprint, or claims the name of a connected hospital.
         """
-        new = [node for node in nodes if node not in self.names and node not in self.refused]
+        self.mute = {node: mute for node, mute in self.mute.items() if node in nodes}
+        new = [node for node in nodes if self._is_asked(node, server_round)]
         if not new:
             return {}
+        tries = {node: self.mute[node].tries if node in self.mute else 0 for node in new}
+        timeout_seconds /= 2 ** min(tries.values())
         replies = exchange(
             grid,
             {node: RecordDict({CONFIG: ConfigRecord({"round": 0})}) for node in new},
@@ -82,15 +124,23 @@ class Roster:
             try:
                 hello = self._checked_hello(name, replies.get(node), timeout_seconds)
                 self._enter(node, name, hello, nodes)
+                self.mute.pop(node, None)
             except RunFailed as error:
                 if strict:
                     raise
                 left_out[name] = str(error)
                 reply = replies.get(node)
-                if reply is not None and not reply.has_error():
+                if reply is None:
+                    self.mute[node] = Mute(tries=tries[node] + 1, asked_in=server_round)
+                elif not reply.has_error():
                     self.refused[node] = (name, str(error))
                 _log.warning("%s is left out: %s", name, error)
         return left_out
+
+    def _is_asked(self, node: int, server_round: int) -> bool:
+        if node in self.names or node in self.refused:
+            return False
+        return node not in self.mute or self.mute[node].due(server_round)
 
     def _enter(
         self, node: int, hospital: str, hello: dict[str, Any], connected: Collection[int]
@@ -161,8 +211,9 @@ class Roster:
     ) -> tuple[list[int], int]:
         """Choose the hospitals of a round by name, from a stream of the federation's seed.
 
-        All known hospitals are put in a seeded order; the first connected ones are asked, so a
-        hospital that is away is replaced by the next. ``federation.only`` names the one to ask.
+        All that were ever admitted are put in a seeded order; the first connected ones are asked,
+        so a hospital that is away is replaced by the next. ``federation.only`` names the one to
+        ask.
 
         Returns:
             The nodes to ask, in the order of their hospitals' names, and how many should be asked.
@@ -178,7 +229,7 @@ class Roster:
             return [connected[name] for name in (config.only,) if name in connected], 1
         wanted = max(1, math.ceil(config.fraction * self.known - 1e-9))
         generator = stream(config.seed, "hospital-sampling", server_round)
-        order = generator.permutation(sorted(self.hellos)).tolist()
+        order = generator.permutation(self.admitted).tolist()
         chosen = sorted([name for name in order if name in connected][:wanted])
         return [connected[name] for name in chosen], wanted
 

@@ -208,6 +208,7 @@ class Rounds:
         left_out = self.roster.admit(
             self.grid,
             sorted(self.grid.get_node_ids()),
+            server_round=server_round,
             strict=strict,
             timeout_seconds=self.config.federation.timeout_seconds or HANDSHAKE_SECONDS,
             on_message=self.record(server_round),
@@ -300,7 +301,8 @@ class Rounds:
             facts={
                 "round": server_round,
                 "b_sha256": tensors_sha256(b),
-                "hospitals": sorted(self.roster.hellos),
+                "hospitals": self.roster.admitted,
+                "known": self.roster.known,
                 "paces": {kind: asdict(pace) for kind, pace in self.paces.items()},
                 "config": flatten(self.config),
             },
@@ -311,12 +313,14 @@ class Rounds:
         )
 
     def _restore(self, aggregator: Aggregator) -> tuple[Tensors, int]:
-        """Go back to the last checkpoint: B, the strategy's state, what was measured."""
+        """Go back to the last checkpoint: B, strategy, hospitals, what was measured."""
         checkpoint = self.run.load_checkpoint()
         last = int(checkpoint.facts["round"])
         aggregator.restore(_beginning(STRATEGY, checkpoint.extra))
         self.carried = _beginning(CARRIED, checkpoint.extra)
         self.paces = {kind: Pace(**pace) for kind, pace in checkpoint.facts["paces"].items()}
+        self.roster.remembered = frozenset(checkpoint.facts["hospitals"])
+        self.roster.known_before = int(checkpoint.facts["known"])
         self.run.forget_metrics(after_round=last)
         self.run.write_status("running", round=last)
         return checkpoint.b, last + 1
