@@ -71,6 +71,32 @@ def steps_done(run):
     }
 
 
+TORN = ("metrics.jsonl", "wire.jsonl", "privacy.jsonl", "hospitals/hospital-2/steps.jsonl")
+
+
+def test_run_with_torn_last_lines_goes_on(tiny_config, in_process, copy_run):
+    """Power was lost within the last write of every file: the resumed run ends, and reads all."""
+    config = tiny_config(
+        privacy__target_epsilon=6.0,
+        privacy__delta=1e-4,
+        privacy__sampling_rate=0.25,
+        privacy__expected_batch=4.0,
+        federation__local_steps=1,
+    )
+    done = in_process(config)
+    run = copy_run(done.run)
+    shutil.rmtree(run.path / "checkpoints" / "round-00002")
+    (run.path / "summary.json").unlink()
+    for name in TORN:
+        file = run.path / name
+        file.write_bytes(file.read_bytes()[:-20])
+    resumed = in_process(config, resume=run)
+    for name in TORN:
+        assert resumed.run.lines(name)
+    last = {line["hospital"]: line["steps"] for line in resumed.run.lines("privacy.jsonl")}
+    assert last == dict.fromkeys(("hospital-1", "hospital-2", "hospital-3"), 2)
+
+
 def test_hospital_state_is_what_makes_it_equal(tiny_config, in_process, copy_run):
     """A resumed run whose hospitals have lost their optimizer state ends elsewhere."""
     config = tiny_config(federation__rounds=3)
