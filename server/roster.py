@@ -1,7 +1,6 @@
 """Who takes part: nodes become hospitals by a handshake that compares fingerprints."""
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from common.config import FederationConfig
 from common.errors import RunFailed
 from common.exchange import CONFIG, ContractError, Fingerprints, only_record
 from common.hello import check_hello, claimed_name
+from common.participation import sampled
 from common.privacy.plan import PrivacyPlan
 from common.seeds import stream
 from server.messages import OnMessage, exchange
@@ -227,7 +227,7 @@ class Roster:
                     f"federation.only={config.only}: the hospitals are {', '.join(self.hellos)}"
                 )
             return [connected[name] for name in (config.only,) if name in connected], 1
-        wanted = max(1, math.ceil(config.fraction * self.known - 1e-9))
+        wanted = sampled(config.fraction, self.known)
         generator = stream(config.seed, "hospital-sampling", server_round)
         order = generator.permutation(self.admitted).tolist()
         chosen = sorted([name for name in order if name in connected][:wanted])

@@ -23,6 +23,7 @@ from common.exchange import (
     read_train_reply,
     train_message,
 )
+from common.participation import check_strategy
 from common.privacy.guard import LEDGER
 from common.privacy.ledger import Ledger
 from common.privacy.receipts import PRIVACY, ledger_line
@@ -102,6 +103,10 @@ class Rounds:
         """Wait for the hospitals and shake hands with each.
 
         The hospitals say how many they are; with plain ``flwr run`` only Flower knows.
+
+        Raises:
+            RunFailed: if too few come, or with ``stop`` one is not as the server or the others.
+            UserError: if the strategy withstands nothing with so many hospitals.
         """
         federation = self.config.federation
         strict = federation.mismatch == "stop"
@@ -125,6 +130,7 @@ class Rounds:
         if not self.roster.hellos:
             raise RunFailed("every hospital was refused; metrics.jsonl has the reasons")
         self.config = replace(self.config, federation=replace(federation, hospitals=of))
+        check_strategy(self.config.federation)
 
     def encode(self, b: Tensors) -> "Sent":
         """Write the global B for the wire; what rounding loses is carried to the next."""

@@ -22,6 +22,7 @@ from common.evaluation.constrained import require_llguidance
 from common.model.backbone import BackboneSpec, load_tokenizer, resolve_backbone
 from common.model.choice import Choice
 from common.model.layout import AdapterLayout, adapter_layout, adapter_spec
+from common.participation import check_strategy
 from common.privacy.settings import (
     hospital_warning,
     is_private,
@@ -123,6 +124,7 @@ def federate(
         RunFailed: if the federation fails; status.json says so too.
     """
     started = time.monotonic()
+    check_strategy(config.federation)
     config = with_calibrated_noise(config)
     preparation = prepare(config, console)
     if protects(config) and not is_private(config):
