@@ -37,8 +37,6 @@ _HELLO = frozenset(
 HELLO_REPLY = _HELLO | {"patients", "samples", "train-samples", "validation-samples"}
 PRIVATE_HELLO_REPLY = _HELLO | {"privacy-plan-sha256"}
 """With privacy on no count leaves a hospital; what is compared is the plan."""
-
-
 LARGEST_SCALAR = 1e15
 """Sums and products of such numbers stay finite."""
 _SERIALISATION = "numpy.ndarray"

@@ -58,7 +58,6 @@ class Roster:
     """Nodes that are connected and have not answered."""
     of: int = 0
     """How many hospitals there are, by their own account; 0: not settled yet."""
-
     remembered: frozenset[str] = frozenset()
     """After a resume: the hospitals that were admitted before it, some of which may be away."""
     known_before: int = 0
@@ -72,8 +71,9 @@ class Roster:
     @property
     def known(self) -> int:
         """Number of hospitals that have shown up, refused ones included."""
-        refused = {name for name, _ in self.refused.values()}
-        return max(self.known_before, len(refused | set(self.admitted)))
+        away = self.remembered - set(self.hellos)
+        refused = [name for name, _ in self.refused.values() if name not in away]
+        return max(self.known_before, len(self.admitted) + len(refused))
 
     def admit(
         self,
@@ -105,7 +105,9 @@ class Roster:
                 carries another fingerprint, or claims the name of a connected hospital.
         """
         self.mute = {node: mute for node, mute in self.mute.items() if node in nodes}
-        new = [node for node in nodes if self._is_asked(node, server_round)]
+        due = [node for node in nodes if self._is_asked(node, server_round)]
+        # Nodes that were mute wait until there are no others, who would share their time.
+        new = [node for node in due if node not in self.mute] or due
         if not new:
             return {}
         tries = {node: self.mute[node].tries if node in self.mute else 0 for node in new}

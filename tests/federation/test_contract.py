@@ -273,6 +273,16 @@ def test_hostile_handshake_is_refused(kind, tiny_config, in_process, expected_sh
     assert done.sha == without_the_hospital(tiny_config, in_process, expected_sha)
 
 
+def test_node_that_claims_another_s_name_is_refused(tiny_config, in_process, expected_sha):
+    """It has shown up all the same: nobody waits for the hospital that it should be."""
+    config = tiny_config(federation__mismatch="refuse", federation__timeout_seconds=5.0)
+    done = in_process(config, tamper={HOSTILE: on_query(hospital="hospital-1")})
+    ((at, name, text),) = done.refused()
+    assert (at, name) == (0, "hospital-1")
+    assert "two nodes call themselves hospital-1" in text
+    assert done.sha == without_the_hospital(tiny_config, in_process, expected_sha)
+
+
 def test_hospitals_that_disagree_on_their_number_stop_the_run(tiny_config, in_process):
     with pytest.raises(RunFailed, match=r"disagree on how many they are: \[3, 5\]"):
         in_process(tiny_config(), tamper={HOSTILE: on_query(of=5)})

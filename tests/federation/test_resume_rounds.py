@@ -343,6 +343,22 @@ def test_mute_node_costs_the_whole_wait_once(tiny_config, in_process):
     assert [r for r, name in part_in(late) if name == "hospital-3"] == [2, 3, 4, 5, 6, 7]
 
 
+def test_mute_node_does_not_share_the_wait_of_a_late_hospital(tiny_config, in_process):
+    """Hospital 2 joins in round 2, when the mute hospital 3 is due again."""
+    config = tiny_config(
+        federation__rounds=3,
+        federation__local_steps=1,
+        federation__min_hospitals=1,
+        federation__mismatch="refuse",
+        federation__timeout_seconds=LIMIT_SECONDS,
+    )
+    done = in_process(
+        config, tamper={2: mute_until(99)}, online=lambda index, seen: index != 1 or seen >= 1
+    )
+    assert queries_to(done, 1) == [(2, 0.4)]
+    assert queries_to(done, 2) == [(0, 0.4), (3, 0.2)]
+
+
 def test_mute_node_that_reconnects_is_asked_at_once(tiny_config, in_process):
     config = tiny_config(
         federation__rounds=3,
