@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,13 +12,13 @@ from common.configio import config_hash, settled
 from common.data.partition import Hospital, assign_hospitals
 from common.data.prepare import load_samples
 from common.errors import RunFailed
+from common.hello import NAME_PATTERN
 from common.model.session import Session
 from common.seeds import stream
 from common.text.batches import Encoded, encode
 
 NAME = "hospital"
 """Key of the node configuration: a deployed hospital's name."""
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ allow-listed scalars. A never travels: both sides draw it from its seed and comp
 in a ``query`` message before round 1.
 """
 
+import io
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -36,6 +37,11 @@ _HELLO = frozenset(
 HELLO_REPLY = _HELLO | {"patients", "samples", "train-samples", "validation-samples"}
 PRIVATE_HELLO_REPLY = _HELLO | {"privacy-plan-sha256"}
 """With privacy on no count leaves a hospital; what is compared is the plan."""
+LARGEST_SCALAR = 1e15
+"""Sums and products of such numbers stay finite."""
+_SERIALISATION = "numpy.ndarray"
+"""Flower's name for the .npy format, the only one that is read."""
+_LONGEST_HEADER_BYTES = 256
 
 
 class ContractError(FedrxError):
@@ -100,15 +106,36 @@ def check_arrays(record: ArrayRecord, shapes: Shapes, codec: str = "fp32") -> Te
         if tuple(array.shape) != layout:
             raise ContractError(f"{key}: shape {tuple(array.shape)}, expected {layout}")
         try:
-            value = array.numpy()
-        except (ValueError, TypeError, EOFError, OSError):
-            raise ContractError(f"{key}: its data cannot be read") from None
-        if value.dtype != dtype or value.shape != layout:
-            raise ContractError(f"{key}: its data is not {dtype.name} of shape {layout}")
-        tensors[key] = decode(codec, value, shape)
-        if not np.isfinite(tensors[key]).all():
-            raise ContractError(f"{key}: holds NaN or infinity")
+            value = _unpacked(array, dtype, layout)
+        except ContractError as error:
+            raise ContractError(f"{key}: {error}") from None
+        tensors[key] = _finite(key, decode(codec, value, shape))
     return tensors
+
+
+def _unpacked(array: Array, dtype: np.dtype[Any], layout: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """Read an array's .npy data without allocating anything that its header asks for."""
+    size = dtype.itemsize * math.prod(layout)
+    head = len(array.data) - size
+    if array.stype != _SERIALISATION or not array.data.startswith(np.lib.format.MAGIC_PREFIX):
+        raise ContractError("its data cannot be read")
+    if not 0 < head <= _LONGEST_HEADER_BYTES:
+        raise ContractError(f"its data is not {dtype.name} of shape {layout}")
+    header = io.BytesIO(array.data[:head])
+    try:
+        np.lib.format.read_magic(header)
+        found = np.lib.format.read_array_header_1_0(header)
+    except Exception:  # the header is a Python literal: broken ones fail in many ways
+        raise ContractError("its data cannot be read") from None
+    if found != (layout, False, dtype) or header.tell() != head:
+        raise ContractError(f"its data is not {dtype.name} of shape {layout}")
+    return np.frombuffer(array.data, dtype=dtype, offset=head).reshape(layout).copy()
+
+
+def _finite(key: str, value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    if not np.isfinite(value).all():
+        raise ContractError(f"{key}: holds NaN or infinity")
+    return value
 
 
 def only_record(content: RecordDict, kind: str) -> Any:
@@ -124,7 +151,7 @@ def only_record(content: RecordDict, kind: str) -> Any:
 
 
 def check_scalars(record: Mapping[str, Any], allowed: frozenset[str]) -> dict[str, Any]:
-    """Return a record's values if its keys are exactly ``allowed`` and its numbers are finite.
+    """Return a record's values if its keys are exactly ``allowed`` and its numbers are small.
 
     Raises:
         ContractError: naming the key.
@@ -140,6 +167,8 @@ def check_scalars(record: Mapping[str, Any], allowed: frozenset[str]) -> dict[st
             raise ContractError(f"scalar {key!r} is not a scalar")
         if isinstance(value, float) and not math.isfinite(value):
             raise ContractError(f"scalar {key!r} is not finite")
+        if isinstance(value, int | float) and abs(value) > LARGEST_SCALAR:
+            raise ContractError(f"scalar {key!r} is beyond {LARGEST_SCALAR:g}")
     return dict(record)
 
 
@@ -170,7 +199,9 @@ def read_message(content: RecordDict, shapes: Shapes, codec: str = "fp32") -> tu
     _check_kinds(content, arrays=True, metrics=False, configs=True)
     scalars = check_scalars(only_record(content, "config"), TO_HOSPITAL)
     b = check_arrays(only_record(content, "array"), shapes, codec)
-    return b, int(scalars["round"])
+    if type(scalars["round"]) is not int:
+        raise ContractError("scalar 'round' is not an integer")
+    return b, scalars["round"]
 
 
 def train_reply(
@@ -220,7 +251,7 @@ def read_train_reply(
     weight = _check_weight(metrics)
     b = check_arrays(only_record(content, "array"), shapes, codec)
     if is_lossy(codec) and base is not None:
-        b = {key: base[key] + change for key, change in b.items()}
+        b = {key: _finite(key, base[key] + change) for key, change in b.items()}
     return Update(hospital=hospital, b=b, weight=weight, metrics=metrics)
 
 
@@ -259,7 +290,7 @@ def _check_kinds(content: RecordDict, *, arrays: bool, metrics: bool, configs: b
 
 
 def _check_round(metrics: Mapping[str, Any], server_round: int) -> None:
-    if int(metrics["round"]) != server_round:
+    if metrics["round"] != server_round:
         raise ContractError(f"answers round {metrics['round']}, expected {server_round}")
 
 

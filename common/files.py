@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 @contextlib.contextmanager
@@ -47,15 +47,28 @@ def json_line(record: dict[str, Any]) -> str:
 
 
 def append_json_line(target: Path, record: dict[str, Any]) -> None:
-    """Append one JSON object as one line, in a single write."""
-    with target.open("a", encoding="utf-8") as file:
-        file.write(json_line(record))
+    """Append one JSON object as one line, in a single write.
+
+    A last line that a crash has torn is removed first, so only one process may write to a file.
+    """
+    with target.open("a+b") as file:
+        if _is_torn(file):
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json_line(record).encode())
+
+
+def _is_torn(file: BinaryIO) -> bool:
+    if file.seek(0, os.SEEK_END) == 0:
+        return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"
 
 
 def read_json_lines(source: Path) -> list[dict[str, Any]]:
     """Read the complete lines of a JSON-lines file; a torn last line is left out."""
     if not source.exists():
         return []
-    text = source.read_text(encoding="utf-8")
-    complete = text[: text.rfind("\n") + 1]
+    content = source.read_bytes()
+    complete = content[: content.rfind(b"\n") + 1].decode()
     return [json.loads(line) for line in complete.split("\n") if line]

@@ -1,9 +1,8 @@
 """Who takes part: nodes become hospitals by a handshake that compares fingerprints."""
 
 import logging
-import math
-import time
-from collections.abc import Callable, Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,79 +11,36 @@ from flwr.serverapp import Grid
 
 from common.config import FederationConfig
 from common.errors import RunFailed
-from common.exchange import (
-    CONFIG,
-    HELLO_REPLY,
-    PRIVATE_HELLO_REPLY,
-    ContractError,
-    Fingerprints,
-    check_scalars,
-    only_record,
-)
+from common.exchange import CONFIG, ContractError, Fingerprints, only_record
+from common.hello import check_hello, claimed_name
+from common.participation import sampled
 from common.privacy.plan import PrivacyPlan
 from common.seeds import stream
+from server.messages import OnMessage, exchange
 
-POLL_SECONDS = 0.1
-PRESENCE_SECONDS = 2.0
-"""How often a waiting server looks whether the asked nodes are still connected."""
-OnMessage = Callable[[str, str, Message], None]
-"""Called with direction (``down`` or ``up``), hospital and message."""
 _log = logging.getLogger(__name__)
 
 
-def exchange(
-    grid: Grid,
-    contents: dict[int, RecordDict],
-    *,
-    kind: str,
-    timeout_seconds: float,
-    names: dict[int, str],
-    on_message: OnMessage,
-) -> dict[int, Message]:
-    """Send one message per node and collect the replies that arrive in time.
+@dataclass(frozen=True, kw_only=True)
+class Mute:
+    """A connected node that has let the whole wait for its handshake pass.
 
-    A node that disconnects is not waited for.
-
-    Args:
-        grid: Flower's grid.
-        contents: Node id -> content.
-        kind: ``query``, ``train`` or ``evaluate``.
-        timeout_seconds: Longest wait; also the messages' time to live.
-        names: Node id -> hospital, for the record of messages.
-        on_message: Told of every message in both directions.
-
-    Returns:
-        Node id -> reply; nodes that did not answer are absent.
+    The n-th try after that comes ``2**n`` rounds later and waits a ``2**n``-th of the limit, so
+    that a node that never answers costs less than twice the limit in all.
     """
-    node_of: dict[str, int] = {}
-    for node, content in contents.items():
-        message = Message(
-            content=content, dst_node_id=node, message_type=kind, ttl=timeout_seconds + 60
-        )
-        on_message("down", names.get(node, "new"), message)
-        for message_id in grid.push_messages([message]):
-            node_of[message_id] = node
-    waiting, replies = set(node_of), {}
-    started = last_look = time.monotonic()
-    while waiting:
-        for reply in grid.pull_messages(sorted(waiting)):
-            message_id = reply.metadata.reply_to_message_id
-            if message_id not in waiting:
-                continue
-            waiting.discard(message_id)
-            node = node_of[message_id]
-            replies[node] = reply
-            if not reply.has_error():
-                on_message("up", names.get(node, "new"), reply)
-        now = time.monotonic()
-        if now - started > timeout_seconds:
-            break
-        if now - last_look > PRESENCE_SECONDS:
-            connected, last_look = set(grid.get_node_ids()), now
-            waiting = {one for one in waiting if node_of[one] in connected}
-        if waiting:
-            time.sleep(POLL_SECONDS)
-    return replies
+
+    tries: int
+    """How often it was asked."""
+    asked_in: int
+    """Round in which it was asked last."""
+
+    def due(self, server_round: int) -> bool:
+        """Return whether it is asked again in this round.
+
+        >>> [n for n in range(8) if Mute(tries=2, asked_in=1).due(n)]
+        [5, 6, 7]
+        """
+        return bool(server_round >= self.asked_in + 2**self.tries)
 
 
 @dataclass
@@ -98,26 +54,45 @@ class Roster:
     hellos: dict[str, dict[str, Any]] = field(default_factory=dict)
     refused: dict[int, tuple[str, str]] = field(default_factory=dict)
     """Node id -> hospital (or ``node N``) and reason; a refused node is never asked again."""
+    mute: dict[int, Mute] = field(default_factory=dict)
+    """Nodes that are connected and have not answered."""
+    of: int = 0
+    """How many hospitals there are, by their own account; 0: not settled yet."""
+    remembered: frozenset[str] = frozenset()
+    """After a resume: the hospitals that were admitted before it, some of which may be away."""
+    known_before: int = 0
+    """After a resume: ``known`` before it."""
+
+    @property
+    def admitted(self) -> list[str]:
+        """The hospitals that were ever admitted, in the order of their names."""
+        return sorted(self.remembered | set(self.hellos))
 
     @property
     def known(self) -> int:
         """Number of hospitals that have shown up, refused ones included."""
-        return len(self.hellos) + len(self.refused)
+        away = self.remembered - set(self.hellos)
+        refused = [name for name, _ in self.refused.values() if name not in away]
+        return max(self.known_before, len(self.admitted) + len(refused))
 
     def admit(
         self,
         grid: Grid,
         nodes: Collection[int],
         *,
+        server_round: int,
         strict: bool,
         timeout_seconds: float,
         on_message: OnMessage,
     ) -> dict[str, str]:
         """Query the connected nodes that are not known yet.
 
+        One that did not answer is asked anew when it reconnects, and else ever more rarely.
+
         Args:
             grid: Flower's grid.
             nodes: Connected nodes.
+            server_round: The round that is about to start; 0 before the first.
             strict: Any problem ends the run; otherwise the node is left out.
             timeout_seconds: Longest wait for an answer.
             on_message: Told of every message in both directions.
@@ -129,9 +104,14 @@ class Roster:
             RunFailed: if ``strict`` and a node does not answer, fails, breaks the contract,
                 carries another fingerprint, or claims the name of a connected hospital.
         """
-        new = [node for node in nodes if node not in self.names and node not in self.refused]
+        self.mute = {node: mute for node, mute in self.mute.items() if node in nodes}
+        due = [node for node in nodes if self._is_asked(node, server_round)]
+        # Nodes that were mute wait until there are no others, who would share their time.
+        new = [node for node in due if node not in self.mute] or due
         if not new:
             return {}
+        tries = {node: self.mute[node].tries if node in self.mute else 0 for node in new}
+        timeout_seconds /= 2 ** min(tries.values())
         replies = exchange(
             grid,
             {node: RecordDict({CONFIG: ConfigRecord({"round": 0})}) for node in new},
@@ -142,28 +122,33 @@ class Roster:
         )
         left_out: dict[str, str] = {}
         for node in new:
-            name = f"node {node}"
+            name = _name_in(replies.get(node)) or f"node {node}"
             try:
-                hello = self._checked_hello(replies.get(node), timeout_seconds)
-                name = str(hello["hospital"])
+                hello = self._checked_hello(name, replies.get(node), timeout_seconds)
                 self._enter(node, name, hello, nodes)
+                self.mute.pop(node, None)
             except RunFailed as error:
                 if strict:
                     raise
                 left_out[name] = str(error)
                 reply = replies.get(node)
-                if reply is not None and not reply.has_error():
+                if reply is None:
+                    self.mute[node] = Mute(tries=tries[node] + 1, asked_in=server_round)
+                elif not reply.has_error():
                     self.refused[node] = (name, str(error))
                 _log.warning("%s is left out: %s", name, error)
         return left_out
+
+    def _is_asked(self, node: int, server_round: int) -> bool:
+        if node in self.names or node in self.refused:
+            return False
+        return node not in self.mute or self.mute[node].due(server_round)
 
     def _enter(
         self, node: int, hospital: str, hello: dict[str, Any], connected: Collection[int]
     ) -> None:
         theirs = Fingerprints(
-            a=str(hello["a-sha256"]),
-            backbone=str(hello["backbone-sha256"]),
-            source=str(hello["source-sha256"]),
+            a=hello["a-sha256"], backbone=hello["backbone-sha256"], source=hello["source-sha256"]
         )
         self.ours.check(hospital, theirs)
         if self.plan and hello["privacy-plan-sha256"] != self.plan.fingerprint:
@@ -171,6 +156,8 @@ class Roster:
                 f"{hospital}: its privacy plan differs from the server's; "
                 "fix: give both sides the same [privacy] section"
             )
+        if self.of and hello["of"] != self.of:
+            raise RunFailed(_miscount(hospital, hello["of"], self.of))
         before = next((old for old, name in self.names.items() if name == hospital), None)
         if before is not None and before in connected:
             raise RunFailed(f"two nodes call themselves {hospital}; fix: one node per hospital")
@@ -179,16 +166,43 @@ class Roster:
         self.names[node] = hospital
         self.hellos[hospital] = hello
 
-    def _checked_hello(self, reply: Message | None, timeout_seconds: float) -> dict[str, Any]:
+    def _checked_hello(
+        self, name: str, reply: Message | None, timeout_seconds: float
+    ) -> dict[str, Any]:
         if reply is None:
             raise RunFailed(f"a hospital did not answer the handshake in {timeout_seconds:.0f} s")
         if reply.has_error():
             raise RunFailed(f"a hospital failed in the handshake: {reply.error.reason}")
         try:
-            allowed = PRIVATE_HELLO_REPLY if self.plan else HELLO_REPLY
-            return check_scalars(only_record(reply.content, "config"), allowed)
+            record = only_record(reply.content, "config")
+            return check_hello(record, private=self.plan is not None)
         except ContractError as error:
-            raise RunFailed(f"a hospital's handshake breaks the contract: {error}") from None
+            raise RunFailed(f"{name}: its handshake breaks the contract: {error}") from None
+
+    def count(self, expected: int) -> int:
+        """Return how many hospitals there are by most admitted hospitals' account.
+
+        Args:
+            expected: What decides between equally many; else the smaller number does.
+        """
+        votes = Counter(hello["of"] for hello in self.hellos.values())
+        return max(votes, key=lambda of: (votes[of], of == expected, -of), default=1)
+
+    def settle(self, of: int) -> dict[str, str]:
+        """Fix the number of hospitals, and refuse those who count otherwise, now and later.
+
+        Returns:
+            Hospital -> reason, of those left out.
+        """
+        self.of = of
+        left_out: dict[str, str] = {}
+        for node, name in list(self.names.items()):
+            if self.hellos[name]["of"] != of:
+                left_out[name] = _miscount(name, self.hellos.pop(name)["of"], of)
+                self.refused[node] = (name, left_out[name])
+                del self.names[node]
+                _log.warning("%s is left out: %s", name, left_out[name])
+        return left_out
 
     def connected(self, nodes: Iterable[int]) -> dict[str, int]:
         """Return hospital -> node of the admitted hospitals among the connected nodes."""
@@ -199,8 +213,9 @@ class Roster:
     ) -> tuple[list[int], int]:
         """Choose the hospitals of a round by name, from a stream of the federation's seed.
 
-        All known hospitals are put in a seeded order; the first connected ones are asked, so a
-        hospital that is away is replaced by the next. ``federation.only`` names the one to ask.
+        All that were ever admitted are put in a seeded order; the first connected ones are asked,
+        so a hospital that is away is replaced by the next. ``federation.only`` names the one to
+        ask.
 
         Returns:
             The nodes to ask, in the order of their hospitals' names, and how many should be asked.
@@ -214,8 +229,20 @@ class Roster:
                     f"federation.only={config.only}: the hospitals are {', '.join(self.hellos)}"
                 )
             return [connected[name] for name in (config.only,) if name in connected], 1
-        wanted = max(1, math.ceil(config.fraction * self.known - 1e-9))
+        wanted = sampled(config.fraction, self.known)
         generator = stream(config.seed, "hospital-sampling", server_round)
-        order = generator.permutation(sorted(self.hellos)).tolist()
+        order = generator.permutation(self.admitted).tolist()
         chosen = sorted([name for name in order if name in connected][:wanted])
         return [connected[name] for name in chosen], wanted
+
+
+def _name_in(reply: Message | None) -> str | None:
+    """Return the hospital that a reply claims to come from."""
+    if reply is None or reply.has_error():
+        return None
+    records = list(reply.content.config_records.values())
+    return claimed_name(records[0]) if len(records) == 1 else None
+
+
+def _miscount(hospital: str, theirs: int, of: int) -> str:
+    return f"{hospital}: it counts {theirs} hospitals, the federation has {of}"

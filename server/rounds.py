@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -13,17 +13,17 @@ from flwr.serverapp import Grid
 from common.codecs import compress, decode
 from common.config import Config
 from common.configio import flatten
-from common.errors import RunFailed
+from common.errors import RunFailed, UserError
 from common.exchange import (
     ContractError,
     Shapes,
     Tensors,
     Update,
-    describe,
     read_evaluate_reply,
     read_train_reply,
     train_message,
 )
+from common.participation import check_strategy
 from common.privacy.guard import LEDGER
 from common.privacy.ledger import Ledger
 from common.privacy.receipts import PRIVACY, ledger_line
@@ -32,8 +32,9 @@ from common.provenance import tensors_sha256
 from common.rundir import RunDirectory
 from common.training.budget import steps_of_round
 from server.hospital_privacy import HospitalPrivacyAggregator
+from server.messages import Recorder, answered, exchange
 from server.pace import HANDSHAKE_SECONDS, Pace
-from server.roster import Roster, exchange
+from server.roster import Roster
 from server.strategy import Aggregator
 
 STRATEGY, CARRIED = "strategy.", "carried."
@@ -102,6 +103,10 @@ class Rounds:
         """Wait for the hospitals and shake hands with each.
 
         The hospitals say how many they are; with plain ``flwr run`` only Flower knows.
+
+        Raises:
+            RunFailed: if too few come, or with ``stop`` one is not as the server or the others.
+            UserError: if the strategy withstands nothing with so many hospitals.
         """
         federation = self.config.federation
         strict = federation.mismatch == "stop"
@@ -109,10 +114,10 @@ class Rounds:
         deadline = time.monotonic() + limit
         while True:
             self._admit(0, strict=strict)
-            sizes = {int(hello["of"]) for hello in self.roster.hellos.values()}
-            if len(sizes) > 1:
+            sizes = {hello["of"] for hello in self.roster.hellos.values()}
+            if strict and len(sizes) > 1:
                 raise RunFailed(f"the hospitals disagree on how many they are: {sorted(sizes)}")
-            of = max(sizes, default=1)
+            of = self.roster.count(federation.hospitals)
             if self.roster.known >= min(federation.min_hospitals or of, of):
                 break
             if time.monotonic() > deadline:
@@ -121,9 +126,11 @@ class Rounds:
                     f"connected after {limit:.0f} s"
                 )
             time.sleep(0.5)
+        self._leave_out(self.roster.settle(of), 0)
         if not self.roster.hellos:
             raise RunFailed("every hospital was refused; metrics.jsonl has the reasons")
         self.config = replace(self.config, federation=replace(federation, hospitals=of))
+        check_strategy(self.config.federation)
 
     def encode(self, b: Tensors) -> "Sent":
         """Write the global B for the wire; what rounding loses is carried to the next."""
@@ -207,10 +214,14 @@ class Rounds:
         left_out = self.roster.admit(
             self.grid,
             sorted(self.grid.get_node_ids()),
+            server_round=server_round,
             strict=strict,
             timeout_seconds=self.config.federation.timeout_seconds or HANDSHAKE_SECONDS,
             on_message=self.record(server_round),
         )
+        self._leave_out(left_out, server_round)
+
+    def _leave_out(self, left_out: dict[str, str], server_round: int) -> None:
         for hospital, reason in sorted(left_out.items()):
             self.run.metric("refused", reason, round=server_round, hospital=hospital)
 
@@ -281,8 +292,11 @@ class Rounds:
     def _steps(self, hospital: str, kind: str, server_round: int) -> int:
         if kind != "train":
             return 1
-        samples = int(self.roster.hellos[hospital].get("train-samples", 0))
-        return max(1, steps_of_round(self.config, samples, server_round).value)
+        samples = self.roster.hellos[hospital].get("train-samples", 0)
+        try:
+            return max(1, steps_of_round(self.config, samples, server_round).value)
+        except UserError:  # the hospital meets it too, and fails alone
+            return 1
 
     def _checkpoint(
         self, b: Tensors, server_round: int, aggregator: Aggregator, owed: Tensors
@@ -293,7 +307,8 @@ class Rounds:
             facts={
                 "round": server_round,
                 "b_sha256": tensors_sha256(b),
-                "hospitals": sorted(self.roster.hellos),
+                "hospitals": self.roster.admitted,
+                "known": self.roster.known,
                 "paces": {kind: asdict(pace) for kind, pace in self.paces.items()},
                 "config": flatten(self.config),
             },
@@ -304,12 +319,14 @@ class Rounds:
         )
 
     def _restore(self, aggregator: Aggregator) -> tuple[Tensors, int]:
-        """Go back to the last checkpoint: B, the strategy's state, what was measured."""
+        """Go back to the last checkpoint: B, strategy, hospitals, what was measured."""
         checkpoint = self.run.load_checkpoint()
         last = int(checkpoint.facts["round"])
         aggregator.restore(_beginning(STRATEGY, checkpoint.extra))
         self.carried = _beginning(CARRIED, checkpoint.extra)
         self.paces = {kind: Pace(**pace) for kind, pace in checkpoint.facts["paces"].items()}
+        self.roster.remembered = frozenset(checkpoint.facts["hospitals"])
+        self.roster.known_before = int(checkpoint.facts["known"])
         self.run.forget_metrics(after_round=last)
         self.run.write_status("running", round=last)
         return checkpoint.b, last + 1
@@ -323,35 +340,6 @@ class Sent:
     """Arrays in the codec's layout."""
     b: Tensors
     """What every hospital reads from them (fp32); equal to the global B if the codec is exact."""
-
-
-@dataclass(frozen=True)
-class Recorder:
-    """Writes one line per message: direction, hospital, round, kind, tensors, scalars, bytes."""
-
-    run: RunDirectory
-    server_round: int
-
-    def __call__(self, direction: str, hospital: str, message: Message) -> None:
-        """Record one message."""
-        facts: dict[str, Any] = describe(message)
-        self.run.append(
-            "wire.jsonl",
-            {"direction": direction, "hospital": hospital, "round": self.server_round, **facts},
-        )
-
-
-def answered(reply: Message | None) -> Message:
-    """Return the reply if there is one with content.
-
-    Raises:
-        ContractError: if the hospital did not answer in time or failed.
-    """
-    if reply is None:
-        raise ContractError("no answer in time")
-    if reply.has_error():
-        raise ContractError(f"failed: {reply.error.reason}")
-    return reply
 
 
 def _beginning(prefix: str, tensors: Tensors) -> Tensors:

@@ -5,6 +5,7 @@ result depends neither on the order of arrival nor on the number of workers. Fed
 because A is shared: ``mean(B_k) A == mean(B_k A)``.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -24,8 +25,10 @@ from flwr.serverapp.strategy import (
 from common.config import FederationConfig
 from common.errors import RunFailed
 from common.exchange import Tensors, Update
+from common.participation import is_robust
 
 WEIGHT = "weight"
+_log = logging.getLogger(__name__)
 _ONE_IS_ENOUGH = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
 
 
@@ -51,6 +54,13 @@ class Aggregator:
         Raises:
             RunFailed: if the strategy fails, returns nothing, or something that is not finite.
         """
+        if not self.config.only and not is_robust(self.config, len(updates)):
+            _log.warning(
+                "round %d: %s withstands nothing with %d updates",
+                server_round,
+                self.config.strategy,
+                len(updates),
+            )
         uniform = self.config.weighting == "uniform"
         replies = [
             _as_reply(update, 1.0 if uniform else update.weight)

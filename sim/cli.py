@@ -119,7 +119,8 @@ def audit(
 def sweep(
     config_file: Annotated[Path, typer.Argument(metavar="CONFIG")],
     arms: Annotated[
-        list[str] | None, typer.Option("--arm", help="An arm of the comparison; all by default.")
+        list[str] | None,
+        typer.Option("--arm", help="An arm of the comparison; default: all that fit."),
     ] = None,
     vary: Annotated[
         list[str] | None, typer.Option("--vary", help="key=value,value: a grid beside the arms.")
@@ -131,12 +132,16 @@ def sweep(
     json_output: JsonOption = False,
 ) -> None:
     """Compare ways of training over seeds, in one table with intervals."""
-    from sim.sweep import ARMS, plan_cells
+    from sim.sweep import default_arms, plan_cells
     from sim.sweep import sweep as run_sweep
 
     config = read_config(find_config(config_file), set_ or ())
-    cells = plan_cells(config, arms=arms or list(ARMS), seeds=range(seeds), vary=vary or ())
     console = console_for(json_output)
+    if not arms:
+        arms, reasons = default_arms(config)
+        for reason in reasons:
+            console.print(reason, style="yellow", markup=False, highlight=False)
+    cells = plan_cells(config, arms=arms, seeds=range(seeds), vary=vary or ())
     if dry_run:
         for cell in cells:
             console.print(cell.folder, markup=False, highlight=False)

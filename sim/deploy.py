@@ -19,11 +19,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from client.hospital import NAME_PATTERN
 from common.config import Config
 from common.configio import flatten, toml_scalar
 from common.errors import UserError
 from common.files import write_text
+from common.hello import NAME_PATTERN
+from common.participation import check_strategy
 from sim.launch import CONNECTION
 from sim.staging import stage_app
 
@@ -51,7 +52,8 @@ def deploy(
         README.md in the folder: what to do, in order.
 
     Raises:
-        UserError: for a bad name, no hospitals, or a folder that is not empty.
+        UserError: for a bad name, no hospitals, a folder that is not empty, or a strategy that
+            withstands nothing with so many.
     """
     bad = [name for name in hospitals if not NAME_PATTERN.fullmatch(name)]
     if bad or not hospitals:
@@ -62,6 +64,7 @@ def deploy(
         )
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty", fix="name a new folder")
+    check_strategy(replace(config.federation, hospitals=len(hospitals)))
     folder = folder.absolute()
     link = folder / "superlink"
     link.mkdir(parents=True)

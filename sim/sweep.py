@@ -21,6 +21,7 @@ from common.config import Config
 from common.configio import differences, flatten, from_flat, parse_overrides
 from common.errors import UserError
 from common.files import write_json, write_text
+from common.participation import check_strategy, sampled
 from common.rundir import RunDirectory
 from sim.federate import federate
 from sim.resume import resume
@@ -47,10 +48,10 @@ RESOLVED = (
 )
 """Keys that a run fills in by itself."""
 CONFIDENCE = 0.95
-FIGURES: dict[str, Callable[[Mapping[str, Any]], float]] = {
+FIGURES: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
     "F1": lambda s: s["metrics"]["fedrx"]["f1"],
     "Jaccard": lambda s: s["metrics"]["fedrx"]["jaccard"],
-    "validation loss": lambda s: s["validation_loss"][-1],
+    "validation loss": lambda s: next(reversed(s["validation_loss"]), None),
     "MB up": lambda s: s["wire"]["bytes_up"] / 1e6,
 }
 
@@ -86,7 +87,8 @@ def plan_cells(
         vary: ``key=value,value`` for a grid beside the arms.
 
     Raises:
-        UserError: for an unknown arm, or a key or value that is not allowed.
+        UserError: for an unknown arm, a key or value that is not allowed, or a robust strategy
+            that withstands nothing with so many hospitals.
     """
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
@@ -100,12 +102,9 @@ def plan_cells(
         values = {**flatten(config), **dict.fromkeys(SEEDED, seed), **ARMS[arm]}
         values |= parse_overrides(point)
         name = " ".join([arm, *point])
+        _check_arm(arm, from_flat(values))
         if arm == CENTRALISED:
-            federation = from_flat(values).federation
-            hospitals, local = federation.hospitals, federation.local_steps
-            if local:
-                # As many samples are seen as by all hospitals of the federation together.
-                values["train.steps"] = hospitals * federation.rounds * local
+            values |= pooled_budget(from_flat(values))
         parts = [""]
         if arm == LOCAL_ONLY:
             count = from_flat(values).federation.hospitals
@@ -122,6 +121,39 @@ def plan_cells(
             for part in parts
         ]
     return cells
+
+
+def default_arms(config: Config) -> tuple[list[str], list[str]]:
+    """Return the arms that make sense with a configuration, and why the others do not."""
+    arms, reasons = [], []
+    for arm, values in ARMS.items():
+        try:
+            _check_arm(arm, from_flat(values, base=config))
+            arms.append(arm)
+        except UserError as error:
+            reasons.append(f"without the arm {arm}: {error}")
+    return arms, reasons
+
+
+def pooled_budget(config: Config) -> dict[str, float]:
+    """Return the keys that let one node see as many samples as the federation's hospitals.
+
+    ``train.steps``, else ``train.epochs``, else rounds times local steps is each hospital's
+    (``common.training.budget``); the node takes those of all that a round asks.
+
+    >>> pooled_budget(from_flat({"train.steps": 100}))
+    {'train.steps': 300}
+    >>> pooled_budget(from_flat({"train.epochs": 2.0}))
+    {'train.epochs': 2.0}
+    >>> pooled_budget(Config())
+    {'train.steps': 120}
+    """
+    train, federation = config.train, config.federation
+    asked = sampled(federation.fraction, federation.hospitals)
+    if train.epochs and not train.steps:
+        return {"train.epochs": train.epochs * asked / federation.hospitals}
+    steps = train.steps or federation.rounds * federation.local_steps
+    return {"train.steps": asked * steps}
 
 
 def sweep(
@@ -166,17 +198,30 @@ def tabulate(seeds: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, dict[str
         seeds: For each seed its runs' summaries (several for local-only: they are averaged first).
 
     Returns:
-        Figure -> ``mean`` and ``half_width`` (Student's t; None with one seed).
+        Figure -> ``mean`` and ``half_width`` (Student's t; None with one seed). A figure that a run
+        does not have (privacy lets no validation loss out) is None.
     """
-    table = {}
-    for name, figure in FIGURES.items():
-        values = [statistics.fmean(figure(summary) for summary in runs) for runs in seeds]
-        half = None
-        if len(values) > 1:
-            quantile = float(student.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
-            half = quantile * statistics.stdev(values) / math.sqrt(len(values))
-        table[name] = {"mean": statistics.fmean(values), "half_width": half}
-    return table
+    return {
+        name: _interval([[figure(summary) for summary in runs] for runs in seeds])
+        for name, figure in FIGURES.items()
+    }
+
+
+def _check_arm(arm: str, config: Config) -> None:
+    if arm not in (CENTRALISED, LOCAL_ONLY):
+        check_strategy(config.federation)
+
+
+def _interval(seeds: Sequence[Sequence[float | None]]) -> dict[str, float | None]:
+    known = [[value for value in runs if value is not None] for runs in seeds]
+    if [len(runs) for runs in known] != [len(runs) for runs in seeds]:
+        return {"mean": None, "half_width": None}
+    values = [statistics.fmean(runs) for runs in known]
+    half = None
+    if len(values) > 1:
+        quantile = float(student.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+        half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": statistics.fmean(values), "half_width": half}
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -201,7 +246,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     cells = [str(row["arm"]), str(row["runs"])]
     for name in FIGURES:
         mean, half = row[name]["mean"], row[name]["half_width"]
-        cells.append(f"{mean:.4g}" if half is None else f"{mean:.4g} ± {half:.2g}")
+        text = "–" if mean is None else f"{mean:.4g}"
+        cells.append(text if half is None else f"{text} ± {half:.2g}")
     return cells
 
 

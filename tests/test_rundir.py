@@ -39,6 +39,24 @@ def test_a_torn_last_line_is_left_out(tmp_path):
     assert read_json_lines(tmp_path / "absent.jsonl") == []
 
 
+@pytest.mark.parametrize("kept", [1, 8, 12, 13, 17])
+def test_a_record_after_a_torn_line_is_whole(kept, tmp_path):
+    """Torn anywhere, also within a letter of two bytes; the records around it stay."""
+    file = tmp_path / "x.jsonl"
+    append_json_line(file, {"a": 1})
+    torn = json.dumps({"name": "größe"}, ensure_ascii=False).encode()
+    with file.open("ab") as lines:
+        lines.write(torn[:kept])
+    assert read_json_lines(file) == [{"a": 1}]
+    append_json_line(file, {"a": 2})
+    append_json_line(file, {"a": 3})
+    assert read_json_lines(file) == [{"a": 1}, {"a": 2}, {"a": 3}]
+    only = tmp_path / "only.jsonl"
+    only.write_bytes(torn[:kept])
+    append_json_line(only, {"a": 1})
+    assert read_json_lines(only) == [{"a": 1}]
+
+
 def test_text_with_exotic_line_breaks_stays_one_line(tmp_path):
     record = {"text": "a\u2028b\u0085c\x0cd"}
     append_json_line(tmp_path / "x.jsonl", record)

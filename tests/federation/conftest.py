@@ -41,11 +41,14 @@ def through_the_wire(message: Message) -> tuple[Message, bytes]:
 class FakeGrid(Grid):
     """Answers each message at once by the client app's own handlers.
 
-    Node ids are ``100 + 7 * index``; index is the hospital's (from 0).
+    Node ids are ``100 + 7 * place``; a hospital's place is its index (from 0) unless ``places``
+    says otherwise.
     """
 
     config: Config
     tamper: dict[int, Tamper] = field(default_factory=dict)
+    places: Sequence[int] = ()
+    """Hospital's index -> place of its node id."""
     order: np.random.Generator | None = None
     """Shuffles the replies, and hands them over one at a time."""
     online: Callable[[int, int], bool] = lambda index, server_round: True
@@ -74,16 +77,19 @@ class FakeGrid(Grid):
             if self.online(index, self.seen_round)
         ]
 
-    @staticmethod
-    def node(index: int) -> int:
-        return 100 + 7 * index
+    def node(self, index: int) -> int:
+        return 100 + 7 * (self.places[index] if self.places else index)
+
+    def index(self, node: int) -> int:
+        place = (node - 100) // 7
+        return self.places.index(place) if self.places else place
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         names = []
         for message in messages:
             message.metadata.__dict__["_message_id"] = str(uuid4())
             arrived, data = through_the_wire(message)
-            index = (message.metadata.dst_node_id - 100) // 7
+            index = self.index(message.metadata.dst_node_id)
             self.seen_round = max(
                 self.seen_round, next(iter(arrived.content.config_records.values()))["round"]
             )

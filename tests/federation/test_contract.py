@@ -5,6 +5,7 @@ is that of the others alone: compared with a run in which that hospital fails, a
 computed here from the bytes on the wire.
 """
 
+import io
 import json
 
 import numpy as np
@@ -13,7 +14,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.common.serde import message_from_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 
+from common.codecs import encode
 from common.errors import RunFailed
+from common.exchange import ContractError, read_train_reply, train_reply
+from common.hello import check_hello
 from common.provenance import tensors_sha256
 
 HOSTILE = 1
@@ -66,6 +70,40 @@ def poisoned(number):
         return array
 
     return lambda reply, arrays: changed(reply, arrays=with_value(arrays, put))
+
+
+def with_data(data, stype="numpy.ndarray"):
+    """The first B's label stays honest, its bytes do not."""
+
+    def make(reply, arrays):
+        shape = arrays[first(arrays)].shape
+        hostile = Array(dtype="float32", shape=shape, stype=stype, data=data(arrays))
+        return changed(reply, arrays={**arrays, first(arrays): hostile})
+
+    return on_train(make)
+
+
+def npz(arrays):
+    file = io.BytesIO()
+    np.savez(file, b=arrays[first(arrays)].numpy())
+    return file.getvalue()
+
+
+def header_of(shape, *, as_long_as_honest=True):
+    """An .npy header that promises ``shape``; the file is as long as an honest one."""
+
+    def data(arrays):
+        file = io.BytesIO()
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        return file.getvalue() + arrays[first(arrays)].numpy().tobytes() * as_long_as_honest
+
+    return data
+
+
+def broken_header(arrays):
+    honest = arrays[first(arrays)].data
+    return honest.replace(b"'descr'", b"(((((((")
 
 
 def without_first(reply, arrays):
@@ -151,7 +189,44 @@ MORE = {
         ),
         "cannot be read",
     ),
+    "a broken zip": (with_data(lambda a: b"PK\x03\x04garbage"), "cannot be read"),
+    "an archive": (with_data(npz), "cannot be read"),
+    "a header of 2**45 numbers": (with_data(header_of((2**45,))), "its data is not"),
+    "a header of 2**70 numbers": (with_data(header_of((2**70,))), "its data is not"),
+    "a header without data": (
+        with_data(header_of((2**45,), as_long_as_honest=False)),
+        "its data is not",
+    ),
+    "a header that is no literal": (with_data(broken_header), "cannot be read"),
+    "no data": (with_data(lambda a: b""), "cannot be read"),
+    "another serialisation": (
+        with_data(lambda a: a[first(a)].data, stype="pickle"),
+        "cannot be read",
+    ),
+    "a round and a half": (
+        on_train(lambda r, a: changed(r, round=r.content["metrics"]["round"] + 0.5)),
+        "answers round",
+    ),
+    "a weight that overflows": (on_train(lambda r, a: changed(r, weight=1e300)), "'weight' is be"),
     "a crash": (lambda m, r: None if m.metadata.message_type == "train" else r, "no answer"),
+}
+
+
+FOREIGN = {
+    "of as text": ({"of": "three"}, "'of' is not an integer"),
+    "of nobody": ({"of": 0}, "'of' is not an integer"),
+    "another of": ({"of": 5}, "it counts 5 hospitals, the federation has 3"),
+    "samples as text": ({"train-samples": "many"}, "'train-samples' is not an integer"),
+    "samples below zero": ({"train-samples": -4}, "'train-samples' is not an integer"),
+    "samples in part": ({"samples": 1.5}, "'samples' is not an integer"),
+    "a digest that is none": ({"a-sha256": 7}, "'a-sha256' is not a sha256"),
+    "a reason without end": ({"dtype-reason": "x" * 1001}, "'dtype-reason' is not text"),
+}
+NAMELESS = {
+    "no name": {"hospital": ""},
+    "a blank name": {"hospital": " "},
+    "a path": {"hospital": "../hospital-1"},
+    "a number": {"hospital": 2},
 }
 
 
@@ -183,6 +258,86 @@ def test_hostile_hospital_is_refused(kind, tiny_config, in_process, expected_sha
     assert any(NAME in line and reason in line for line in caplog.messages)
     assert done.run.status()["state"] == "finished"
     assert done.sha == without_the_hospital(tiny_config, in_process, expected_sha)
+
+
+@pytest.mark.parametrize("kind", [*FOREIGN, *NAMELESS])
+def test_hostile_handshake_is_refused(kind, tiny_config, in_process, expected_sha):
+    """Whatever stands in it: the hospital is left out, and the run is that of the others."""
+    facts, reason = FOREIGN.get(kind) or (NAMELESS[kind], "'hospital' is not a name")
+    config = tiny_config(federation__mismatch="refuse")
+    done = in_process(config, tamper={HOSTILE: on_query(**facts)})
+    ((at, name, text),) = done.refused()
+    assert (at, name) == (0, NAME if kind in FOREIGN else "node 107")
+    assert text.startswith(f"{name}: ")
+    assert reason in text
+    assert done.sha == without_the_hospital(tiny_config, in_process, expected_sha)
+
+
+def test_node_that_claims_another_s_name_is_refused(tiny_config, in_process, expected_sha):
+    """It has shown up all the same: nobody waits for the hospital that it should be."""
+    config = tiny_config(federation__mismatch="refuse", federation__timeout_seconds=5.0)
+    done = in_process(config, tamper={HOSTILE: on_query(hospital="hospital-1")})
+    ((at, name, text),) = done.refused()
+    assert (at, name) == (0, "hospital-1")
+    assert "two nodes call themselves hospital-1" in text
+    assert done.sha == without_the_hospital(tiny_config, in_process, expected_sha)
+
+
+def test_hospitals_that_disagree_on_their_number_stop_the_run(tiny_config, in_process):
+    with pytest.raises(RunFailed, match=r"disagree on how many they are: \[3, 5\]"):
+        in_process(tiny_config(), tamper={HOSTILE: on_query(of=5)})
+
+
+def test_late_hospital_that_counts_otherwise_is_refused(tiny_config, in_process):
+    config = tiny_config(federation__min_hospitals=2)
+    done = in_process(
+        config, online=lambda i, seen: i != HOSTILE or seen >= 1, tamper={HOSTILE: on_query(of=5)}
+    )
+    assert [(at, name) for at, name, _ in done.refused()] == [(2, NAME)]
+
+
+def test_hospital_that_claims_too_few_samples_does_not_end_the_run(tiny_config, in_process):
+    """With epochs the server sizes its wait from the samples that a hospital tells."""
+    config = tiny_config(train__epochs=1.0)
+    lying = in_process(config, tamper={HOSTILE: on_query(**{"train-samples": 1})})
+    assert lying.sha == in_process(config).sha
+
+
+def test_evaluation_that_overflows_is_refused(tiny_config, in_process):
+    def huge(message, reply):
+        if message.metadata.message_type != "evaluate":
+            return reply
+        scalars = {**reply.content["metrics"], "loss": 1e308}
+        return Message(RecordDict({"metrics": MetricRecord(scalars)}), reply_to=message)
+
+    done = in_process(tiny_config(), tamper={HOSTILE: huge})
+    assert [name for _, name, _ in done.refused()] == [NAME] * 3
+    assert done.sha == in_process(tiny_config()).sha
+
+
+def test_change_that_overflows_is_refused():
+    """With a lossy codec each change is finite; the B that it leads to need not be."""
+    shape = (2, 2)
+    big = np.full(shape, 3e38, dtype=np.float32)
+    reply = train_reply(
+        {"b": encode("bf16", big)},
+        {"round": 1.0, "weight": 1.0, "train-loss": 1.0, "steps": 1.0, "seconds": 1.0},
+    )
+    with pytest.raises(ContractError, match="NaN or infinity"), np.errstate(over="ignore"):
+        read_train_reply(
+            reply, {"b": shape}, hospital=NAME, server_round=1, codec="bf16", base={"b": big}
+        )
+
+
+def test_honest_handshake_is_taken_as_it_is(tiny_config, in_process):
+    done = in_process(tiny_config(federation__rounds=1))
+    hellos = [
+        dict(message_from_proto(ProtoMessage.FromString(data)).content["config"])
+        for direction, _, data in done.grid.messages[:6]
+        if direction == "up"
+    ]
+    assert len(hellos) == 3
+    assert [check_hello(hello, private=False) for hello in hellos] == hellos
 
 
 def test_honest_run_differs_from_the_run_without_the_hospital(

@@ -5,6 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
+from flwr.common.serde import message_from_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage
 
 from client.hospital import encode_hospital, hospitals_of
 from client.worker import session_of
@@ -67,6 +69,32 @@ def steps_done(run):
         file.parent.name: [(r["round"], r["step"]) for r in map(json.loads, file.open())]
         for file in sorted(run.path.glob("hospitals/*/steps.jsonl"))
     }
+
+
+TORN = ("metrics.jsonl", "wire.jsonl", "privacy.jsonl", "hospitals/hospital-2/steps.jsonl")
+
+
+def test_run_with_torn_last_lines_goes_on(tiny_config, in_process, copy_run):
+    """Power was lost within the last write of every file: the resumed run ends, and reads all."""
+    config = tiny_config(
+        privacy__target_epsilon=6.0,
+        privacy__delta=1e-4,
+        privacy__sampling_rate=0.25,
+        privacy__expected_batch=4.0,
+        federation__local_steps=1,
+    )
+    done = in_process(config)
+    run = copy_run(done.run)
+    shutil.rmtree(run.path / "checkpoints" / "round-00002")
+    (run.path / "summary.json").unlink()
+    for name in TORN:
+        file = run.path / name
+        file.write_bytes(file.read_bytes()[:-20])
+    resumed = in_process(config, resume=run)
+    for name in TORN:
+        assert resumed.run.lines(name)
+    last = {line["hospital"]: line["steps"] for line in resumed.run.lines("privacy.jsonl")}
+    assert last == dict.fromkeys(("hospital-1", "hospital-2", "hospital-3"), 2)
 
 
 def test_hospital_state_is_what_makes_it_equal(tiny_config, in_process, copy_run):
@@ -179,7 +207,7 @@ def test_timeout_is_sized_from_what_was_measured(tiny_config, in_process):
 def test_hospitals_are_sampled_by_name_with_the_named_seed(tiny_config, in_process):
     """The same hospitals whatever the node ids; another seed chooses others; all get a turn."""
 
-    def asked(**overrides):
+    def asked(*, places=(), **overrides):
         config = tiny_config(
             federation__hospitals=5,
             federation__fraction=0.4,
@@ -188,14 +216,47 @@ def test_hospitals_are_sampled_by_name_with_the_named_seed(tiny_config, in_proce
             evaluation__validation_samples=1,
             **overrides,
         )
-        done = in_process(config)
-        return [(e["round"], e["hospital"]) for e in done.run.metrics("steps")], done.sha
+        done = in_process(config, places=places)
+        return part_in(done), done.sha
 
     first, sha = asked()
     assert [sum(r == n for r, _ in first) for n in range(1, 6)] == [2] * 5
-    assert asked() == (first, sha)
+    assert asked(places=(3, 0, 4, 1, 2)) == (first, sha)
     assert asked(federation__seed=1)[0] != first
     assert len({name for _, name in first}) >= 4
+
+
+def part_in(federation):
+    """Round and hospital of every update."""
+    return sorted((e["round"], e["hospital"]) for e in federation.run.metrics("steps"))
+
+
+def test_resumed_run_samples_as_if_the_lost_hospital_were_away(tiny_config, in_process, tmp_path):
+    """Hospital 5 leaves after round 1 and the run is killed in round 2, without it for good."""
+    config = tiny_config(
+        federation__hospitals=5,
+        federation__fraction=0.4,
+        federation__rounds=4,
+        federation__local_steps=1,
+        federation__min_hospitals=4,
+        evaluation__validation_samples=1,
+    )
+
+    def leaves(index, seen):
+        return index != 4 or seen < 1
+
+    def killed(grid, message):
+        if message.metadata.message_type == "train" and grid.seen_round == 2:
+            raise Killed
+
+    whole = in_process(config, online=leaves)
+    with pytest.raises(Killed):
+        in_process(config, online=leaves, on_message=killed)
+    run = RunDirectory(tmp_path / "run-2")
+    resumed = in_process(config, resume=run, online=lambda index, seen: index != 4)
+    assert part_in(resumed) == part_in(whole)
+    assert [sum(r == n for r, _ in part_in(whole)) for n in range(1, 5)] == [2] * 4
+    assert resumed.sha == whole.sha
 
 
 def test_hospitals_join_late_drop_out_and_come_back(tiny_config, in_process):
@@ -234,6 +295,82 @@ def test_late_hospital_with_other_code_is_refused_and_the_run_goes_on(tiny_confi
     assert [(n, name) for n, name, _ in done.refused()] == [(2, "hospital-3")]
     assert "source fingerprint differs" in done.refused()[0][2]
     assert len(done.run.metrics("steps")) == 4
+
+
+LIMIT_SECONDS = 0.4
+
+
+def queries_to(federation, index):
+    """Round of the query and longest wait (seconds) of each handshake with a hospital."""
+    lines = federation.run.lines("wire.jsonl")
+    sent = [line for line in lines if line["direction"] == "down"]
+    messages = [entry for entry in federation.grid.messages if entry[0] == "down"]
+    found = []
+    for line, (_, place, data) in zip(sent, messages, strict=True):
+        message = message_from_proto(ProtoMessage.FromString(data))
+        if line["kind"] == "query" and place == index:
+            found.append((line["round"], round(message.metadata.ttl - 60, 6)))
+    return found
+
+
+def mute_until(answers_at):
+    """Let the handshakes before the given one (from 1) pass without an answer."""
+    asked = 0
+
+    def tamper(message, reply):
+        nonlocal asked
+        asked += message.metadata.message_type == "query"
+        return reply if asked >= answers_at else None
+
+    return tamper
+
+
+def test_mute_node_costs_the_whole_wait_once(tiny_config, in_process):
+    """It is connected and never answers: asked in ever fewer rounds, with ever shorter waits."""
+    config = tiny_config(
+        federation__rounds=7,
+        federation__local_steps=1,
+        federation__min_hospitals=2,
+        federation__mismatch="refuse",
+        federation__timeout_seconds=LIMIT_SECONDS,
+    )
+    done = in_process(config, tamper={2: mute_until(99)})
+    assert queries_to(done, 2) == [(0, 0.4), (2, 0.2), (6, 0.1)]
+    assert [at for at, _, _ in done.refused()] == [0, 2, 6]
+    assert len(done.run.metrics("steps")) == 2 * 7
+    late = in_process(config, tamper={2: mute_until(2)})
+    assert queries_to(late, 2) == [(0, 0.4), (2, 0.2)]
+    assert [r for r, name in part_in(late) if name == "hospital-3"] == [2, 3, 4, 5, 6, 7]
+
+
+def test_mute_node_does_not_share_the_wait_of_a_late_hospital(tiny_config, in_process):
+    """Hospital 2 joins in round 2, when the mute hospital 3 is due again."""
+    config = tiny_config(
+        federation__rounds=3,
+        federation__local_steps=1,
+        federation__min_hospitals=1,
+        federation__mismatch="refuse",
+        federation__timeout_seconds=LIMIT_SECONDS,
+    )
+    done = in_process(
+        config, tamper={2: mute_until(99)}, online=lambda index, seen: index != 1 or seen >= 1
+    )
+    assert queries_to(done, 1) == [(2, 0.4)]
+    assert queries_to(done, 2) == [(0, 0.4), (3, 0.2)]
+
+
+def test_mute_node_that_reconnects_is_asked_at_once(tiny_config, in_process):
+    config = tiny_config(
+        federation__rounds=3,
+        federation__local_steps=1,
+        federation__min_hospitals=2,
+        federation__mismatch="refuse",
+        federation__timeout_seconds=LIMIT_SECONDS,
+    )
+    done = in_process(
+        config, tamper={2: mute_until(3)}, online=lambda index, seen: index != 2 or seen != 1
+    )
+    assert queries_to(done, 2) == [(0, 0.4), (3, 0.4)]
 
 
 def test_checkpoint_tells_the_whole_configuration(tiny_config, in_process):

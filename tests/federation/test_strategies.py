@@ -1,16 +1,26 @@
 """Flower's strategies behind our checks, each against its formula written out here in numpy."""
 
+import io
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from rich.console import Console
 
 from client.hospital import encode_hospital, hospitals_of
 from client.proximal import Proximal
 from client.worker import session_of
 from common.config import FederationConfig
-from common.errors import RunFailed
+from common.errors import RunFailed, UserError
 from common.exchange import Update
+from common.participation import check_strategy
+from common.rundir import RunDirectory
 from common.training.gradients import BatchGradient
 from server.strategy import Aggregator
+from sim.deploy import deploy
+from sim.federate import federate
+from sim.sweep import plan_cells
 
 KEY = "model.layers.0.self_attn.q_proj.lora_B"
 OTHER = "model.layers.0.self_attn.v_proj.lora_B"
@@ -181,15 +191,98 @@ def test_proximal_gradient_is_that_of_the_penalty(tiny_config):
 @pytest.mark.parametrize(
     "strategy", ["fedprox", "fedavgm", "fedadam", "fedmedian", "trimmed-mean", "krum"]
 )
-def test_every_strategy_trains(strategy, tiny_config, in_process):
-    done = in_process(
-        tiny_config(federation__strategy=strategy, federation__server_learning_rate=0.05)
-        if strategy == "fedadam"
-        else tiny_config(federation__strategy=strategy)
-    )
+def test_every_strategy_trains(strategy, tiny_config, in_process, caplog):
+    hospitals = 5 if strategy in ("trimmed-mean", "krum") else 3
+    plain = tiny_config(federation__hospitals=hospitals)
+    rate = 0.05 if strategy == "fedadam" else 0.0
+    robust = replace(plain.federation, strategy=strategy, server_learning_rate=rate)
+    done = in_process(replace(plain, federation=robust))
     losses = done.summary["validation_loss"]
     assert losses[-1] < losses[0]
-    assert done.sha != in_process(tiny_config()).sha
+    assert done.sha != in_process(plain).sha
+    assert not [line for line in caplog.messages if "withstands" in line]
+
+
+WITHSTAND_NOTHING = {
+    "trimmed-mean": (
+        {"strategy": "trimmed-mean"},
+        "cuts nothing of 3 hospitals a round; allowed: federation.trim x hospitals a round",
+    ),
+    "trimmed-mean of a few": (
+        {"strategy": "trimmed-mean", "hospitals": 8, "fraction": 0.5},
+        "cuts nothing of 4 hospitals a round",
+    ),
+    "a trim of 0": ({"strategy": "trimmed-mean", "hospitals": 9, "trim": 0.0}, "cuts nothing of 9"),
+    "krum": ({"strategy": "krum"}, "withstands nobody among 3 hospitals a round; allowed: at leas"),
+    "krum of a few": ({"strategy": "krum", "hospitals": 8, "fraction": 0.5}, "among 4 hospitals"),
+    "krum of two": ({"strategy": "krum", "hospitals": 6, "malicious": 2}, "+ 3 = 7; fix: "),
+}
+ENOUGH = [
+    {"strategy": "trimmed-mean", "hospitals": 5},
+    {"strategy": "trimmed-mean", "hospitals": 3, "trim": 0.34},
+    {"strategy": "trimmed-mean", "hospitals": 3, "only": "hospital-1"},
+    {"strategy": "krum", "hospitals": 5},
+    {"strategy": "krum", "hospitals": 10, "fraction": 0.5},
+    {"strategy": "krum", "hospitals": 3, "malicious": 0},
+    {"strategy": "fedmedian", "hospitals": 1},
+]
+
+
+@pytest.mark.parametrize("kind", WITHSTAND_NOTHING)
+def test_strategy_that_withstands_nothing_is_refused(kind, tiny_config, tmp_path):
+    """By every verb that starts a federation, before anything is read or written."""
+    settings, reason = WITHSTAND_NOTHING[kind]
+    config = tiny_config(**{f"federation__{key}": value for key, value in settings.items()})
+    folder = tmp_path / "run"
+    with pytest.raises(UserError, match=re.escape(reason)):
+        federate(config, console=Console(file=io.StringIO()), command_line=[], run_dir=folder)
+    with pytest.raises(UserError, match=re.escape(reason)):
+        plan_cells(config, arms=["fa-lora"], seeds=[0])
+    hospitals = {f"h{number}": "/data" for number in range(config.federation.hospitals)}
+    with pytest.raises(UserError, match=re.escape(reason)):
+        deploy(config, folder, hospitals=hospitals, host="localhost", port=9092)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("settings", ENOUGH)
+def test_strategy_that_withstands_something_is_taken(settings):
+    check_strategy(FederationConfig(**settings))
+
+
+def test_server_refuses_it_too(tiny_config, in_process, tmp_path):
+    """Plain ``flwr run`` never passes our launcher; the hospitals say how many they are."""
+    with pytest.raises(UserError, match="cuts nothing of 3 hospitals"):
+        in_process(tiny_config(federation__strategy="trimmed-mean"))
+    assert RunDirectory(tmp_path / "run-1").checkpoint_names() == []
+
+
+def test_round_that_lost_hospitals_says_that_it_withstands_nothing(tiny_config, in_process, caplog):
+    config = tiny_config(
+        federation__strategy="trimmed-mean",
+        federation__hospitals=5,
+        federation__rounds=1,
+        federation__timeout_seconds=0.2,
+    )
+    lost = {0: lambda m, r: None if m.metadata.message_type == "train" else r}
+    in_process(config, tamper=lost)
+    assert "round 1: trimmed-mean withstands nothing with 4 updates" in caplog.messages
+
+
+def test_flower_trims_and_picks_as_the_check_says():
+    """One update far away: cut or not picked from five, and not so with fewer."""
+
+    def aggregate(strategy, count):
+        near = [
+            Update(hospital=f"h{i}", b={KEY: np.full((2, 2), 1 + i / 100)}, weight=1.0, metrics={})
+            for i in range(count - 1)
+        ]
+        far = Update(hospital="z", b={KEY: np.full((2, 2), 1e6)}, weight=1.0, metrics={})
+        aggregator = Aggregator(FederationConfig(strategy=strategy))
+        return aggregator.aggregate(start(), [*near, far], server_round=1)[KEY].max()
+
+    assert aggregate("trimmed-mean", 4) > 1e5
+    assert aggregate("trimmed-mean", 5) < 2
+    assert aggregate("krum", 5) < 2
 
 
 def test_lora_mode_sends_a_and_b_and_starts_from_the_drawn_a(tiny_config, in_process):

@@ -9,7 +9,8 @@ from rich.console import Console
 import sim.sweep
 from common.errors import UserError
 from common.rundir import RunDirectory
-from sim.sweep import ARMS, plan_cells, sweep, tabulate
+from common.training.budget import steps_in_all
+from sim.sweep import ARMS, default_arms, markdown, plan_cells, show, sweep, tabulate
 
 
 def summary(f1, loss=1.0):
@@ -113,4 +114,53 @@ def test_local_only_trains_on_one_hospital_alone(tiny_config, in_process):
 
 
 def test_every_arm_is_a_valid_configuration(tiny_config):
-    assert len(plan_cells(tiny_config(), arms=list(ARMS), seeds=[0])) == len(ARMS) + 2
+    config = tiny_config(federation__hospitals=5)
+    assert default_arms(config) == (list(ARMS), [])
+    assert len(plan_cells(config, arms=list(ARMS), seeds=[0])) == len(ARMS) + 4
+
+
+def test_arms_that_withstand_nothing_are_left_out_unless_named(tiny_config):
+    arms, reasons = default_arms(tiny_config())
+    assert set(ARMS) - set(arms) == {"trimmed-mean", "krum"}
+    assert [reason.split(":")[0] for reason in reasons] == [
+        "without the arm trimmed-mean",
+        "without the arm krum",
+    ]
+    with pytest.raises(UserError, match="krum"):
+        plan_cells(tiny_config(), arms=["krum"], seeds=[0])
+    krum = tiny_config(federation__strategy="krum")
+    assert len(plan_cells(krum, arms=["centralised", "local-only"], seeds=[0])) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "samples_each"),
+    [
+        ({"train__steps": 7}, 7),
+        ({"train__steps": 7, "train__epochs": 2.0}, 7),
+        ({"train__epochs": 2.0}, None),
+        ({}, 2 * 2),
+        ({"federation__hospitals": 4, "federation__fraction": 0.5}, 2 * 2),
+    ],
+)
+def test_centralised_sees_as_many_samples_as_the_hospitals(settings, samples_each, tiny_config):
+    """Steps of the hospitals together, by the rule of the training itself; epochs stay epochs."""
+    config = tiny_config(**settings)
+    (central,) = plan_cells(config, arms=["centralised"], seeds=[0])
+    asked = 2 if "federation__fraction" in settings else 3
+    per_hospital = steps_in_all(config, train_samples=100).value
+    assert per_hospital == (samples_each or 100)
+    assert steps_in_all(central.config, train_samples=300).value == asked * per_hospital
+
+
+def test_table_of_runs_without_a_validation_loss(tiny_config):
+    """Privacy lets none out, and a validation share of 0 leaves none: the figure is missing."""
+    without = {**summary(0.5), "validation_loss": []}
+    row = tabulate([[without], [without]])
+    assert row["validation loss"] == {"mean": None, "half_width": None}
+    assert row["F1"]["mean"] == 0.5
+    assert tabulate([[without], [summary(0.5)]])["validation loss"]["mean"] is None
+    rows = [{"arm": "fa-lora", "runs": 2, **row}]
+    assert "| fa-lora | 2 | 0.5 ± 0 | 0.25 ± 0 | – | 2 ± 0 |" in markdown(rows)
+    console = Console(file=io.StringIO(), width=200)
+    show(console, rows)
+    assert "–" in console.file.getvalue()

@@ -1,0 +1,102 @@
+"""Messages over Flower's grid: sent, waited for, recorded."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from common.exchange import ContractError, describe
+from common.rundir import RunDirectory
+
+POLL_SECONDS = 0.1
+PRESENCE_SECONDS = 2.0
+"""How often a waiting server looks whether the asked nodes are still connected."""
+OnMessage = Callable[[str, str, Message], None]
+"""Called with direction (``down`` or ``up``), hospital and message."""
+
+
+def exchange(
+    grid: Grid,
+    contents: dict[int, RecordDict],
+    *,
+    kind: str,
+    timeout_seconds: float,
+    names: dict[int, str],
+    on_message: OnMessage,
+) -> dict[int, Message]:
+    """Send one message per node and collect the replies that arrive in time.
+
+    A node that disconnects is not waited for.
+
+    Args:
+        grid: Flower's grid.
+        contents: Node id -> content.
+        kind: ``query``, ``train`` or ``evaluate``.
+        timeout_seconds: Longest wait; also the messages' time to live.
+        names: Node id -> hospital, for the record of messages.
+        on_message: Told of every message in both directions.
+
+    Returns:
+        Node id -> reply; nodes that did not answer are absent.
+    """
+    node_of: dict[str, int] = {}
+    for node, content in contents.items():
+        message = Message(
+            content=content, dst_node_id=node, message_type=kind, ttl=timeout_seconds + 60
+        )
+        on_message("down", names.get(node, "new"), message)
+        for message_id in grid.push_messages([message]):
+            node_of[message_id] = node
+    waiting, replies = set(node_of), {}
+    started = last_look = time.monotonic()
+    while waiting:
+        for reply in grid.pull_messages(sorted(waiting)):
+            message_id = reply.metadata.reply_to_message_id
+            if message_id not in waiting:
+                continue
+            waiting.discard(message_id)
+            node = node_of[message_id]
+            replies[node] = reply
+            if not reply.has_error():
+                on_message("up", names.get(node, "new"), reply)
+        now = time.monotonic()
+        if now - started > timeout_seconds:
+            break
+        if now - last_look > PRESENCE_SECONDS:
+            connected, last_look = set(grid.get_node_ids()), now
+            waiting = {one for one in waiting if node_of[one] in connected}
+        if waiting:
+            time.sleep(POLL_SECONDS)
+    return replies
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Writes one line per message: direction, hospital, round, kind, tensors, scalars, bytes."""
+
+    run: RunDirectory
+    server_round: int
+
+    def __call__(self, direction: str, hospital: str, message: Message) -> None:
+        """Record one message."""
+        facts: dict[str, Any] = describe(message)
+        self.run.append(
+            "wire.jsonl",
+            {"direction": direction, "hospital": hospital, "round": self.server_round, **facts},
+        )
+
+
+def answered(reply: Message | None) -> Message:
+    """Return the reply if there is one with content.
+
+    Raises:
+        ContractError: if the hospital did not answer in time or failed.
+    """
+    if reply is None:
+        raise ContractError("no answer in time")
+    if reply.has_error():
+        raise ContractError(f"failed: {reply.error.reason}")
+    return reply
