@@ -8,7 +8,7 @@ from client.hospital import HospitalData
 from client.local import LocalResult, update
 from client.store import save_state
 from common.config import Config
-from common.exchange import Tensors
+from common.exchange import PUBLIC_WEIGHT, Tensors
 from common.model.session import Session
 from common.privacy.guard import Guard
 from common.privacy.settings import plan_of
@@ -17,9 +17,6 @@ from common.rundir import read_tensors, write_tensors
 from common.training.budget import steps_of_round
 from common.training.loop import StepReport
 from common.training.optimiser import TrainState
-
-PUBLIC_WEIGHT = 1.0
-"""A hospital's number of samples is private, so all hospitals weigh the same."""
 
 
 def guard_of(config: Config, hospital: HospitalData, folder: Path) -> Guard:

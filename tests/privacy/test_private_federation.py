@@ -173,7 +173,7 @@ def test_a_reply_with_more_is_refused_on_both_sides(honest) -> None:
     content = common.exchange.train_reply(b, reply, private=True)
     shapes = {key: value.shape for key, value in b.items()}
     update = common.exchange.read_train_reply(
-        content, shapes, hospital="h", server_round=1, private=True
+        content, shapes, hospital="h", server_round=1, charged=(2, 2)
     )
     assert update.weight == 1.0
     for extra in ("train-loss", "num-examples", "seconds"):
@@ -182,7 +182,7 @@ def test_a_reply_with_more_is_refused_on_both_sides(honest) -> None:
         content["metrics"][extra] = 1.0
         with pytest.raises(common.exchange.ContractError, match=extra):
             common.exchange.read_train_reply(
-                content, shapes, hospital="h", server_round=1, private=True
+                content, shapes, hospital="h", server_round=1, charged=(2, 2)
             )
         del content["metrics"][extra]
 
