@@ -1,14 +1,18 @@
 """Private replies that break the contract, are lost, or forget what was spent."""
 
 import json
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 from flwr.app import Message, MetricRecord, RecordDict
 
+import client.handlers
+from common.errors import RunFailed, UserError
 from common.exchange import ContractError, Update, read_train_reply, train_reply
 from common.privacy.guard import LEDGER, RECEIPT
+from common.privacy.ledger import BudgetExhausted, LedgerDoubtful
 from common.privacy.receipts import ledger_line
 from common.privacy.settings import plan_of
 from common.rundir import RunDirectory
@@ -200,3 +204,68 @@ def test_bounds_come_from_what_was_told_and_never_from_what_was_assumed(
         account.lost("h", number, 2)
     last = json.loads((tmp_path / "privacy.jsonl").read_text().splitlines()[-1])
     assert last == {**ledger_line(plan, "h", 11, 16), "least_steps": 6}
+
+
+def count_error() -> None:
+    raise UserError("hospital-2 has 7 of 40 patients")
+
+
+def value_error() -> None:
+    raise ValueError("patient 10023 weighs 81.5 kg")
+
+
+def budget() -> None:
+    raise BudgetExhausted("privacy budget: 0 of 8 are left; nothing is released")
+
+
+def doubt() -> None:
+    raise LedgerDoubtful("privacy ledger is damaged: nothing is released")
+
+
+@pytest.mark.parametrize("unit", ["patient", "hospital"])
+@pytest.mark.parametrize("fail", [count_error, value_error])
+def test_no_error_text_leaves_a_private_hospital(
+    tiny_config, in_process, tmp_path, monkeypatch, fail, unit
+) -> None:
+    monkeypatch.setattr(client.handlers, "tokens_of", lambda *a: fail())
+    with pytest.raises(RunFailed) as error:
+        in_process(tiny_config(**PRIVATE, privacy__unit=unit))
+    assert "hospital-2: failed: the reason stays in the hospital, in errors.txt" in str(error.value)
+    assert not re.search("7 of|40 patients|10023|81.5|ValueError|conftest", str(error.value))
+    (errors,) = tmp_path.glob("run-*/hospitals/errors.txt")
+    assert ("7 of 40 patients" if fail is count_error else "81.5 kg") in errors.read_text()
+
+
+def test_without_privacy_a_users_error_is_told_and_a_value_is_not(
+    tiny_config, in_process, monkeypatch
+) -> None:
+    monkeypatch.setattr(client.handlers, "tokens_of", lambda *a: count_error())
+    with pytest.raises(RunFailed, match="7 of 40 patients"):
+        in_process(tiny_config())
+    monkeypatch.setattr(client.handlers, "tokens_of", lambda *a: value_error())
+    with pytest.raises(RunFailed, match="ValueError at test_private_contract.py") as error:
+        in_process(tiny_config())
+    assert "81.5" not in str(error.value)
+
+
+@pytest.mark.parametrize("fail", [budget, doubt])
+def test_a_refusal_without_data_is_told(tiny_config, in_process, monkeypatch, fail) -> None:
+    monkeypatch.setattr(client.handlers, "tokens_of", lambda *a: fail())
+    with pytest.raises(RunFailed, match="nothing is released"):
+        in_process(tiny_config(**PRIVATE))
+
+
+def test_the_partitions_counts_stay_in_a_private_hospital(tiny_config, in_process) -> None:
+    """In the handshake too."""
+    few = {"partition__min_patients": 30, "federation__mismatch": "stop"}
+    with pytest.raises(RunFailed, match="in the handshake: the reason stays") as error:
+        in_process(tiny_config(**{**PRIVATE, **few}))
+    assert "patients" not in str(error.value)
+    with pytest.raises(RunFailed, match="patients"):
+        in_process(tiny_config(**few))
+
+
+def test_a_private_hospital_evaluates_nothing(tiny_config, tmp_path) -> None:
+    config = tiny_config(**PRIVATE, run__directory=str(tmp_path))
+    with pytest.raises(ContractError, match="no loss leaves"):
+        client.handlers.HANDLERS["evaluate"](config, None, None)
