@@ -15,14 +15,25 @@ from common.codecs import compress, is_lossy
 from common.config import Config
 from common.configio import from_flat
 from common.errors import FedrxError, RunFailed
-from common.exchange import CONFIG, Tensors, evaluate_reply, read_message, train_reply
+from common.exchange import (
+    CONFIG,
+    ContractError,
+    Tensors,
+    evaluate_reply,
+    read_message,
+    train_reply,
+)
 from common.files import append_json_line
+from common.privacy.ledger import BudgetExhausted, LedgerDoubtful
 from common.privacy.settings import is_private, plan_of, protects
 from common.provenance import source_digest
 from common.training.budget import steps_before_round
 from common.training.loop import StepReport
 from common.training.optimiser import TrainState
 
+ERRORS = "errors.txt"
+DATA_FREE = (ContractError, BudgetExhausted, LedgerDoubtful)
+"""Errors whose texts are made of public constants alone."""
 Handler = Callable[[Config, Message, Context], RecordDict]
 
 
@@ -113,9 +124,9 @@ def in_codec(config: Config, folder: Path, b: Tensors, base: Tensors, server_rou
 
 def evaluate_round(config: Config, message: Message, context: Context) -> RecordDict:
     """Return the validation loss of the global B."""
-    hospital = hospital_of(config, context.node_config)
     if protects(config):
-        raise RunFailed("with privacy on, no loss leaves a hospital")
+        raise ContractError("with privacy on, no loss leaves a hospital")
+    hospital = hospital_of(config, context.node_config)
     session = session_of(config)
     b, server_round = read_message(message.content, session.adapter.shapes, config.federation.codec)
     metrics = evaluate(session, tokens_of(config, hospital, session), b)
@@ -133,6 +144,9 @@ HANDLERS: dict[str, Handler] = {
 def answer(kind: str, message: Message, context: Context) -> Message:
     """Answer one message; only clean error texts leave.
 
+    With privacy on these are the texts that never hold anything of the data; what else went wrong
+    is in the hospital's own ``errors.txt``.
+
     Args:
         kind: ``query``, ``train`` or ``evaluate``.
         message: What the server sent.
@@ -144,15 +158,19 @@ def answer(kind: str, message: Message, context: Context) -> Message:
     config = local_config(from_flat(context.run_config), context.node_config, context.run_id)
     try:
         return Message(content=HANDLERS[kind](config, message, context), reply_to=message)
-    except FedrxError:
+    except DATA_FREE:
         raise
     except Exception as error:
-        # An unexpected exception's text may quote data: it stays on the hospital's disk.
-        place = traceback.extract_tb(error.__traceback__)[-1]
+        if isinstance(error, FedrxError) and not protects(config):
+            raise
+        # The text may quote data, or count it: it stays on the hospital's disk.
         folder = Path(config.run.directory) / "hospitals"
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "errors.txt").open("a", encoding="utf-8") as file:
+        with (folder / ERRORS).open("a", encoding="utf-8") as file:
             file.write(traceback.format_exc() + "\n")
+        if protects(config):
+            raise RunFailed(f"the reason stays in the hospital, in {ERRORS}") from None
+        place = traceback.extract_tb(error.__traceback__)[-1]
         raise RunFailed(
             f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}"
         ) from None

@@ -1,14 +1,13 @@
 """A hospital's round under differential privacy: charged, trained, recorded, then sent."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 from client.hospital import HospitalData
 from client.local import LocalResult, update
-from client.store import save_state
+from client.store import kept_steps, save_state
 from common.config import Config
-from common.exchange import Tensors
+from common.exchange import PUBLIC_WEIGHT, Tensors
 from common.model.session import Session
 from common.privacy.guard import Guard
 from common.privacy.settings import plan_of
@@ -18,8 +17,7 @@ from common.training.budget import steps_of_round
 from common.training.loop import StepReport
 from common.training.optimiser import TrainState
 
-PUBLIC_WEIGHT = 1.0
-"""A hospital's number of samples is private, so all hospitals weigh the same."""
+ANSWERS = "answer-*.safetensors"
 
 
 def guard_of(config: Config, hospital: HospitalData, folder: Path) -> Guard:
@@ -37,6 +35,7 @@ def guard_of(config: Config, hospital: HospitalData, folder: Path) -> Guard:
         folder=folder,
         seed=config.train.seed,
         micro_batch=config.train.batch_size,
+        shown=max(kept_steps(folder), 1 if any(folder.glob(ANSWERS)) else 0),
     )
 
 
@@ -53,8 +52,10 @@ def private_update(
 ) -> LocalResult:
     """Train one round under the plan; B and public constants are all that comes out.
 
-    The result is kept on the hospital's disk before the ledger records its release: a server that
-    asks for the same round from the same B again gets the same answer, at no further cost.
+    The result is kept on the hospital's disk before the ledger records its release, by digest: a
+    server that asks for the same round from the same B again gets the same answer, at no further
+    cost. An answer whose own release is not in the ledger never leaves, and neither does what its
+    steps did to the optimizer: the state is kept after the release.
 
     Args:
         session: Resident backbone; its adapter is overwritten.
@@ -70,9 +71,11 @@ def private_update(
         BudgetExhausted: if the ledger does not pay for the round; nothing is trained then.
     """
     guard = guard_of(config, hospital, folder)
-    answer = folder / f"answer-{server_round:05d}-{_digest(b)}.safetensors"
-    if answer.exists() and guard.ledger.released(server_round):
-        return _result(read_tensors(answer), guard.ledger.steps)
+    answer = folder / f"answer-{server_round:05d}-{tensors_sha256(b)[:16]}.safetensors"
+    if answer.exists():
+        kept = read_tensors(answer)
+        if guard.ledger.released(server_round, tensors_sha256(kept)):
+            return _result(kept, guard.ledger.steps)
     steps = steps_of_round(config, 0, server_round).value
     charged = guard.charge(server_round, steps)
     result = update(
@@ -85,18 +88,14 @@ def private_update(
         on_step=on_step,
         source=guard.source,
     )
-    if config.train.keep_state:
-        save_state(folder, state, server_round=server_round)
-    for old in folder.glob("answer-*.safetensors"):
+    for old in folder.glob(ANSWERS):
         old.unlink()
     write_tensors(answer, result.b)
-    guard.release(server_round, session, source_digest())
+    guard.release(server_round, session, source_digest(), result=tensors_sha256(result.b))
+    if config.train.keep_state:
+        save_state(folder, state, server_round=server_round)
     return _result(result.b, charged)
 
 
 def _result(b: Tensors, charged: int) -> LocalResult:
     return LocalResult(b=b, metrics={"weight": PUBLIC_WEIGHT, "steps": float(charged)})
-
-
-def _digest(b: Tensors) -> str:
-    return hashlib.sha256(tensors_sha256(b).encode()).hexdigest()[:16]

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from common.files import json_line, read_json_lines, write_text
 from common.rundir import Tensors, read_tensors, write_tensors
@@ -25,6 +26,11 @@ def save_state(folder: Path, state: TrainState, *, server_round: int) -> None:
     """Write the state after a round."""
     tensors = {key: value.numpy() for key, value in state.to_tensors().items()}
     keep(folder, "state", tensors, server_round=server_round)
+
+
+def kept_steps(folder: Path) -> int:
+    """Return the most steps that a kept state has taken; 0 if none is kept."""
+    return max((_step(file) for file in _kept(folder, "state")), default=0)
 
 
 def load_kept(folder: Path, name: str, *, before_round: int) -> Tensors:
@@ -55,3 +61,9 @@ def _kept(folder: Path, name: str) -> list[Path]:
 
 def _round(file: Path) -> int:
     return int(file.stem.rpartition("-")[2])
+
+
+def _step(state: Path) -> int:
+    """Read the step alone; the optimizer's tensors may be large."""
+    with safe_open(state, framework="numpy") as file:
+        return int(file.get_tensor("step").item())

@@ -28,6 +28,8 @@ TRAIN_REPLY = frozenset({"round", "weight", "train-loss", "steps", "seconds"})
 EVALUATE_REPLY = frozenset({"round", "weight", "loss"})
 PRIVATE_TRAIN_REPLY = frozenset({"round", "weight", "steps"})
 """With privacy on: the weight is a constant, and steps are those that the ledger has charged."""
+PUBLIC_WEIGHT = 1.0
+"""With privacy on a hospital's number of samples is private, so all hospitals weigh the same."""
 _HELLO = frozenset(
     {
         *("hospital", "of", "a-sha256", "backbone-sha256", "source-sha256"),
@@ -225,7 +227,7 @@ def read_train_reply(
     *,
     hospital: str,
     server_round: int,
-    private: bool = False,
+    charged: tuple[int, int] | None = None,
     codec: str = "fp32",
     base: Tensors | None = None,
 ) -> Update:
@@ -236,7 +238,8 @@ def read_train_reply(
         shapes: Wire key -> shape.
         hospital: Who sent it.
         server_round: The round that was asked for.
-        private: Whether the reply is one under differential privacy.
+        charged: Under differential privacy: the least and the most steps that the hospital's
+            ledger may show, and the weight must be 1; None without it.
         codec: How the matrices are written.
         base: The B that the hospital started from; with a lossy codec it sends the change of it.
 
@@ -245,10 +248,12 @@ def read_train_reply(
             that is a finite positive number.
     """
     _check_kinds(content, arrays=True, metrics=True, configs=False)
-    allowed = PRIVATE_TRAIN_REPLY if private else TRAIN_REPLY
+    allowed = TRAIN_REPLY if charged is None else PRIVATE_TRAIN_REPLY
     metrics = check_scalars(only_record(content, "metric"), allowed)
     _check_round(metrics, server_round)
     weight = _check_weight(metrics)
+    if charged is not None:
+        _check_private(metrics, *charged)
     b = check_arrays(only_record(content, "array"), shapes, codec)
     if is_lossy(codec) and base is not None:
         b = {key: _finite(key, base[key] + change) for key, change in b.items()}
@@ -299,3 +304,14 @@ def _check_weight(metrics: Mapping[str, Any]) -> float:
     if isinstance(weight, bool) or not weight > 0:
         raise ContractError("weight is not a finite positive number")
     return float(weight)
+
+
+def _check_private(metrics: Mapping[str, Any], least: int, most: int) -> None:
+    if metrics["weight"] != PUBLIC_WEIGHT:
+        raise ContractError(f"weight is not {PUBLIC_WEIGHT:g}: with privacy on all weigh the same")
+    steps = metrics["steps"]
+    if isinstance(steps, bool) or not least <= steps <= most or steps != int(steps):
+        raise ContractError(
+            f"steps charged are not a whole number from {least} to {most}: "
+            "its ledger has lost entries, or belongs to another run"
+        )

@@ -7,6 +7,7 @@ norm drifts the wrong way.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ class HospitalPrivacyAggregator(Aggregator):
     """
 
     def __init__(self, config: FederationConfig, plan: PrivacyPlan, ledger: Ledger) -> None:
-        super().__init__(config)
+        super().__init__(replace(config, weighting="uniform"))
         if config.strategy != "fedavg" or not isinstance(self.strategy, FedAvg):
             raise RunFailed(f"hospital-level privacy needs fedavg, not {config.strategy}")
         accountant = RdpAccountant(

@@ -26,11 +26,11 @@ from common.exchange import (
 from common.participation import check_strategy
 from common.privacy.guard import LEDGER
 from common.privacy.ledger import Ledger
-from common.privacy.receipts import PRIVACY, ledger_line
 from common.privacy.settings import HOSPITAL
 from common.provenance import tensors_sha256
 from common.rundir import RunDirectory
 from common.training.budget import steps_of_round
+from server.account import PrivacyAccount
 from server.hospital_privacy import HospitalPrivacyAggregator
 from server.messages import Recorder, answered, exchange
 from server.pace import HANDSHAKE_SECONDS, Pace
@@ -57,6 +57,8 @@ class Rounds:
     roster: Roster
     carried: Tensors = field(default_factory=dict)
     """With a lossy codec: what the messages so far owe the hospitals of the global B."""
+    account: PrivacyAccount | None = None
+    """With privacy on: what each hospital has spent, as the run directory tells it."""
     paces: dict[str, Pace] = field(default_factory=dict)
     """The slowest exchange so far of each kind of message."""
 
@@ -70,6 +72,8 @@ class Rounds:
             RunFailed: if the handshake fails or a round stays below its quorum.
         """
         self.gather()
+        if self.roster.plan:
+            self.account = PrivacyAccount(self.run, self.roster.plan)
         aggregator = self._aggregator()
         if self.run.checkpoint_names():
             b, first = self._restore(aggregator)
@@ -93,11 +97,12 @@ class Rounds:
         return b
 
     def _aggregator(self) -> Aggregator:
-        plan = self.roster.plan
-        if plan is None or plan.unit != HOSPITAL:
-            return Aggregator(self.config.federation)
-        ledger = Ledger(self.run.path / LEDGER, plan)
-        return HospitalPrivacyAggregator(self.config.federation, plan, ledger)
+        plan, federation = self.roster.plan, self.config.federation
+        if plan is None:
+            return Aggregator(federation)
+        if plan.unit != HOSPITAL:
+            return Aggregator(replace(federation, weighting="uniform"))
+        return HospitalPrivacyAggregator(federation, plan, Ledger(self.run.path / LEDGER, plan))
 
     def gather(self) -> None:
         """Wait for the hospitals and shake hands with each.
@@ -146,26 +151,29 @@ class Rounds:
             RunFailed: below quorum, with every failed hospital's reason.
         """
         nodes, needed, wanted = self._ready(server_round)
-        private = self.roster.plan is not None
+        account, cost = self.account, self._private_steps(server_round)
+        answered_by: set[str] = set()
 
         def check(reply: Message, hospital: str) -> Update:
+            answered_by.add(hospital)
             return read_train_reply(
                 reply.content,
                 self.shapes,
                 hospital=hospital,
                 server_round=server_round,
-                private=private,
+                charged=account.bounds(hospital, server_round, cost) if account else None,
                 codec=self.config.federation.codec,
                 base=sent.b,
             )
 
         content = train_message(sent.wire, server_round=server_round)
         updates, failures = self._ask("train", nodes, content, server_round, check)
+        if account:
+            for hospital in sorted(failures):
+                account.lost(hospital, server_round, cost, answered=hospital in answered_by)
         for hospital, update in updates.items():
-            if self.roster.plan is not None:
-                steps = int(update.metrics["steps"])
-                line = ledger_line(self.roster.plan, hospital, server_round, steps)
-                self.run.append(PRIVACY, line)
+            if account:
+                account.told(hospital, server_round, int(update.metrics["steps"]))
                 continue
             for name in ("train-loss", "weight", "steps", "seconds"):
                 self.run.metric(name, update.metrics[name], round=server_round, hospital=hospital)
@@ -298,6 +306,14 @@ class Rounds:
         except UserError:  # the hospital meets it too, and fails alone
             return 1
 
+    def _private_steps(self, server_round: int) -> int:
+        """Return the steps that a round costs under the privacy plan; 0 without one."""
+        if self.roster.plan is None:
+            return 0
+        if self.roster.plan.unit == HOSPITAL:
+            return 1
+        return steps_of_round(self.config, 0, server_round).value
+
     def _checkpoint(
         self, b: Tensors, server_round: int, aggregator: Aggregator, owed: Tensors
     ) -> None:
@@ -328,6 +344,9 @@ class Rounds:
         self.roster.remembered = frozenset(checkpoint.facts["hospitals"])
         self.roster.known_before = int(checkpoint.facts["known"])
         self.run.forget_metrics(after_round=last)
+        if self.account:
+            wire, cost = self.run.lines("wire.jsonl"), self._private_steps(last + 1)
+            self.account.lost_with_the_server(wire, last + 1, cost)
         self.run.write_status("running", round=last)
         return checkpoint.b, last + 1
 

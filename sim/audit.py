@@ -19,7 +19,7 @@ from common.privacy.audit import Finding, inversion_test, noise_test, one_run_au
 from common.privacy.gradients import PrivateGradient
 from common.privacy.noise import NoiseSource
 from common.privacy.plan import PrivacyPlan
-from common.privacy.settings import is_private, plan_of, with_calibrated_noise
+from common.privacy.settings import is_private, plan_of, protects, with_calibrated_noise
 from common.provenance import environment
 from common.rundir import RunDirectory
 from common.seeds import torch_stream
@@ -63,10 +63,17 @@ def audit(
         The content of summary.json: the plan and every finding.
 
     Raises:
-        UserError: if privacy is off.
+        UserError: if privacy is off, or protects whole hospitals.
         RunFailed: if a finding refutes the claim, after everything is written.
     """
     started = time.monotonic()
+    if protects(config) and not is_private(config):
+        raise UserError(
+            "privacy.unit=hospital: the audit covers the release of clipped and noised gradients "
+            "inside a hospital; here the server noises whole updates instead",
+            allowed="patient, admission",
+            fix="set privacy.unit",
+        )
     if not is_private(config):
         raise UserError(
             "there is nothing to audit: privacy is off",

@@ -25,6 +25,8 @@ RESIDUE_SHARE = 2.0**-20
 """Share of delta that is kept back for the noise table's distance from the ideal Gaussian."""
 _PLD_INTERVAL = 1e-4
 _PLD_INTERVAL_COARSE = 1e-3
+_LEAST, _LARGEST = 0.05, 1000.0
+"""Noise multipliers among which calibration searches."""
 
 
 class Epsilon(NamedTuple):
@@ -84,7 +86,8 @@ def prv_epsilon(sigma: float, rate: float, steps: int, delta: float) -> float:
     accountant = PRVAccountant()
     accountant.history = [(sigma, rate, steps)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
+        for category in (RuntimeWarning, UserWarning):
+            warnings.simplefilter("ignore", category)
         upper = accountant.get_epsilon(delta, eps_error=EPSILON_ERROR, delta_error=delta * 1e-4)
     return max(0.0, float(upper) - EPSILON_ERROR)
 
@@ -158,21 +161,22 @@ def calibrate(plan: PrivacyPlan, target_epsilon: float, *, verify: bool = True) 
         UserError: if no multiplier up to 1000 reaches the target.
     """
     rate, steps, delta = plan.sampling_rate, plan.steps, plan.delta
-    # RDP is an upper bound and costs next to nothing: it brackets the search
-    high = _smallest(lambda s: rdp_epsilon(s, rate, steps, delta) <= target_epsilon, 0.05, 1000.0)
-    if high is None:
-        raise UserError(
-            f"privacy.target-epsilon={target_epsilon} needs a noise multiplier above 1000",
-            fix="raise privacy.target-epsilon, or lower privacy.sampling-rate or the steps",
-        )
+    # RDP is an upper bound and costs next to nothing: where it finds one, the search starts there
+    high = _smallest(lambda s: rdp_epsilon(s, rate, steps, delta) <= target_epsilon, _LARGEST)
     if plan.accountant == "prv":
-        interval = _PLD_INTERVAL_COARSE
+        interval = _PLD_INTERVAL_COARSE if target_epsilon >= 1 else _PLD_INTERVAL
         tight = _smallest(
             lambda s: pld_epsilon(s, rate, steps, delta, interval=interval) <= target_epsilon,
-            0.5 * high,
-            high,
+            high or _LARGEST,
         )
         high = tight or high
+    if high is None:
+        other = "set privacy.accountant=prv, " if plan.accountant == "rdp" else ""
+        raise UserError(
+            f"privacy.target-epsilon={target_epsilon} is reached by no noise multiplier up to "
+            f"{_LARGEST:g} with privacy.accountant={plan.accountant}",
+            fix=f"{other}raise privacy.target-epsilon, or lower privacy.sampling-rate or the steps",
+        )
     sigma = _round_up(high)
     honest = plan.with_noise(sigma)
     while verify and not plan.deterministic_noise and epsilon(honest).value > target_epsilon:
@@ -181,10 +185,16 @@ def calibrate(plan: PrivacyPlan, target_epsilon: float, *, verify: bool = True) 
     return honest
 
 
-def _smallest(enough: Callable[[float], bool], low: float, high: float) -> float | None:
-    """Return the smallest sigma in [low, high] that is enough (to 1e-4), None if high is not."""
+def _smallest(enough: Callable[[float], bool], high: float) -> float | None:
+    """Return the smallest sigma up to ``high`` that is enough (to 1e-4), None if ``high`` is not.
+
+    The search goes down: small multipliers are dear to account for.
+    """
     if not enough(high):
         return None
+    low = high / 2
+    while low > _LEAST and enough(low):
+        low, high = low / 2, low
     while high - low > 1e-4 * high:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if enough(middle) else (middle, high)

@@ -1,13 +1,14 @@
 """What stands between a hospital's training and everything that leaves it."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from common.files import write_json
 from common.model.session import Session
 from common.privacy.gradients import PrivateGradient
-from common.privacy.ledger import Ledger
+from common.privacy.ledger import Ledger, LedgerDoubtful
 from common.privacy.noise import NoiseSource
 from common.privacy.plan import PrivacyPlan
 from common.privacy.receipts import receipt
@@ -29,6 +30,10 @@ class Guard:
         folder: The hospital's own folder.
         seed: Of the choice among a patient's admissions.
         micro_batch: Samples per backward pass.
+        shown: Steps that the hospital's other files prove were charged.
+
+    Raises:
+        LedgerDoubtful: if the ledger holds fewer steps than ``shown``, or than the last receipt.
     """
 
     def __init__(
@@ -40,9 +45,15 @@ class Guard:
         folder: Path,
         seed: int,
         micro_batch: int,
+        shown: int = 0,
     ) -> None:
         self.hospital, self.folder, self.seed = hospital, folder, seed
         self.ledger = Ledger(folder / LEDGER, plan)
+        if self.ledger.steps < max(shown, _receipt_steps(folder / RECEIPT)):
+            raise LedgerDoubtful(
+                f"privacy ledger {LEDGER} holds fewer steps than this hospital's other files: it "
+                "was removed or restored from an older copy; nothing is released"
+            )
         self.source = PrivateGradient(
             dataset, plan, NoiseSource(), seed=seed, micro_batch=micro_batch
         )
@@ -59,9 +70,11 @@ class Guard:
             self.source.noise, self.source.mechanism = fixed, None
         return self.ledger.charge(round_number, steps)
 
-    def release(self, round_number: int, session: Session, source_digest: str) -> None:
-        """Record that the stretch's result leaves now, and renew the receipt."""
-        self.ledger.release(round_number)
+    def release(
+        self, round_number: int, session: Session, source_digest: str, *, result: str
+    ) -> None:
+        """Record that the stretch's result, by its digest, leaves now; renew the receipt."""
+        self.ledger.release(round_number, result)
         self._write_receipt(session, source_digest)
 
     def settle(self, steps: int, session: Session, source_digest: str) -> None:
@@ -73,3 +86,9 @@ class Guard:
         mechanism = self.source.mechanism_for(session)
         paper = receipt(self.hospital, self.ledger, mechanism, source_digest)
         write_json(self.folder / RECEIPT, paper)
+
+
+def _receipt_steps(receipt_file: Path) -> int:
+    if not receipt_file.exists():
+        return 0
+    return int(json.loads(receipt_file.read_text(encoding="utf-8"))["steps"])

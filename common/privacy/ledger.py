@@ -24,6 +24,10 @@ class BudgetExhausted(RunFailed):
     """The plan pays for no further step: the hospital sends nothing."""
 
 
+class LedgerDoubtful(RunFailed):
+    """The ledger cannot vouch for what was spent: nothing is released. The text holds no data."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """One line of the ledger."""
@@ -43,6 +47,8 @@ class Entry:
     """Steps that results which may have left contain."""
     deterministic: bool = False
     """Whether the noise was reproducible, hence no protection."""
+    result: str = ""
+    """Digest of the result that a release lets out; empty where it is kept elsewhere."""
 
 
 _FIELDS = {entry.name for entry in dataclasses.fields(Entry)}
@@ -57,7 +63,7 @@ class Ledger:
 
     Raises:
         UserError: if the plan is not calibrated, or the file belongs to another plan.
-        RunFailed: if the file is damaged.
+        LedgerDoubtful: if the file is damaged.
     """
 
     def __init__(self, path: Path, plan: PrivacyPlan) -> None:
@@ -115,17 +121,21 @@ class Ledger:
             self._used = needed
             return last.total_steps
 
-    def release(self, round_number: int) -> None:
+    def release(self, round_number: int, result: str = "") -> None:
         """Record that a result with all steps charged so far is about to leave, before it does.
+
+        Args:
+            round_number: Round or step that the result belongs to.
+            result: Digest of the result; the same one may leave again.
 
         Raises:
             RunFailed: if no step was charged since the last release.
         """
         if self._used <= self._released:
             raise RunFailed(f"privacy ledger: round {round_number} was not charged")
-        self.settle(round_number, self._used)
+        self.settle(round_number, self._used, result)
 
-    def settle(self, round_number: int, steps: int) -> None:
+    def settle(self, round_number: int, steps: int, result: str = "") -> None:
         """Record that a result with the run's first ``steps`` steps exists outside the hospital.
 
         An interrupted stretch contains fewer steps than were charged; the rest stays for the next
@@ -140,19 +150,25 @@ class Ledger:
                 raise RunFailed(f"privacy ledger: {steps} steps were not charged")
             if steps > self._released:
                 self._append(
-                    handle, entries, event="release", round_number=round_number, released=steps
+                    handle,
+                    entries,
+                    event="release",
+                    round_number=round_number,
+                    released=steps,
+                    result=result,
                 )
                 self._released = self._used = steps
 
-    def released(self, round_number: int) -> bool:
-        """Return whether a round's result may have left already."""
-        return any(e.event == "release" and e.round == round_number for e in self.entries())
+    def released(self, round_number: int, result: str) -> bool:
+        """Return whether this very result of a round was recorded as leaving."""
+        wanted = ("release", round_number, result)
+        return any((e.event, e.round, e.result) == wanted for e in self.entries())
 
     def _untouched(self, handle: int) -> list[Entry]:
         """Return the entries, unless another process has released from this ledger meanwhile."""
         entries = self._read(handle)
         if entries[-1].released_steps != self._released:
-            raise RunFailed(
+            raise LedgerDoubtful(
                 f"privacy ledger {self.path.name}: another process uses it; nothing is released"
             )
         return entries
@@ -175,6 +191,7 @@ class Ledger:
         round_number: int = -1,
         steps: int = 0,
         released: int | None = None,
+        result: str = "",
     ) -> Entry:
         before = entries[-1] if entries else None
         entry = Entry(
@@ -188,12 +205,15 @@ class Ledger:
             if released is None
             else released,
             deterministic=self.plan.deterministic_noise,
+            result=result,
         )
         size = os.fstat(handle).st_size
         torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
         line = ("\n" if torn else "") + json.dumps(dataclasses.asdict(entry)) + "\n"
         if os.write(handle, line.encode()) != len(line):
-            raise RunFailed(f"privacy ledger {self.path.name}: short write; nothing is released")
+            raise LedgerDoubtful(
+                f"privacy ledger {self.path.name}: short write; nothing is released"
+            )
         os.fsync(handle)
         return entry
 
@@ -220,8 +240,8 @@ class Ledger:
             raise self._damaged()
         return entries
 
-    def _damaged(self) -> RunFailed:
-        return RunFailed(f"privacy ledger {self.path.name} is damaged: nothing is released")
+    def _damaged(self) -> LedgerDoubtful:
+        return LedgerDoubtful(f"privacy ledger {self.path.name} is damaged: nothing is released")
 
 
 def _parse(line: str) -> dict[str, Any] | None:

@@ -12,6 +12,8 @@ from common.privacy.plan import PrivacyPlan, Unit
 from common.training.budget import steps_in_all
 
 HOSPITAL = "hospital"
+INDEPENDENT = "iid"
+"""The partition scheme that decides a patient's hospital from that patient alone."""
 CLAIM_SLACK = 1e-9
 WORST_RATIO = 10.0
 """Noise over signal above which hospital-level privacy comes with a warning."""
@@ -38,16 +40,11 @@ def plan_of(config: Config) -> PrivacyPlan:
     sampling of hospitals amplifies nothing, because the server knows whom it asked.
 
     Raises:
-        UserError: if the number of steps would depend on the data, if a given noise multiplier
-            misses the target, or if no noise reaches it.
+        UserError: if the number of steps, or one unit's gradient, would depend on other units, if
+            a given noise multiplier misses the target, or if no noise reaches it.
     """
-    if config.train.epochs and not config.train.steps and config.privacy.unit != HOSPITAL:
-        raise UserError(
-            f"train.epochs={config.train.epochs:g} with privacy makes the number of steps depend "
-            "on the number of samples",
-            allowed="public numbers",
-            fix="set train.steps, or federation.local-steps, and train.epochs = 0",
-        )
+    if config.privacy.unit != HOSPITAL:
+        _refuse_dependence(config)
     if config.privacy.unit == HOSPITAL:
         federation = config.federation
         asked = max(1, math.ceil(federation.fraction * federation.hospitals - 1e-9))
@@ -55,6 +52,40 @@ def plan_of(config: Config) -> PrivacyPlan:
     privacy = config.privacy
     steps = steps_in_all(config, train_samples=0).value
     return _plan(privacy, steps, privacy.expected_batch, privacy.sampling_rate)
+
+
+def _refuse_dependence(config: Config) -> None:
+    """Refuse settings under which removing one unit changes more than that unit's gradients."""
+    data, scheme = config.data, config.partition.scheme
+    if config.train.epochs and not config.train.steps:
+        raise UserError(
+            f"train.epochs={config.train.epochs:g} with privacy makes the number of steps depend "
+            "on the number of samples",
+            allowed="public numbers",
+            fix="set train.steps, or federation.local-steps, and train.epochs = 0",
+        )
+    for name in ("height", "weight", "bmi"):
+        if getattr(data, f"missing_{name}") == "median":
+            raise UserError(
+                f"data.missing-{name}=median with privacy fills a patient's gap with a figure of "
+                "all the others",
+                allowed="unknown, drop",
+                fix=f"set data.missing-{name}",
+            )
+    if data.train_samples:
+        raise UserError(
+            f"data.train-samples={data.train_samples} with privacy lets one patient decide which "
+            "others are trained on",
+            allowed="0",
+            fix="set data.train-samples = 0; privacy.sampling-rate and the steps set the cost",
+        )
+    if scheme != INDEPENDENT and config.federation.hospitals > 1:
+        raise UserError(
+            f"partition.scheme={scheme} with privacy lets one patient move others between "
+            "hospitals, because it deals by the sizes of groups",
+            allowed=INDEPENDENT,
+            fix=f"set partition.scheme={INDEPENDENT}; deployed hospitals need no partition",
+        )
 
 
 def hospital_warning(plan: PrivacyPlan, parameters: int) -> str:

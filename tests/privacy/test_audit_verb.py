@@ -66,6 +66,9 @@ def test_a_quarter_of_the_noise_is_caught(tmp_path, monkeypatch) -> None:
 def test_nothing_to_audit_is_said_before_anything_is_written(tmp_path) -> None:
     with pytest.raises(UserError, match="privacy is off"):
         run_audit(tmp_path / "off", **{"privacy.noise-multiplier": 0.0})
+    with pytest.raises(UserError, match="privacy.unit=hospital: the audit covers") as error:
+        run_audit(tmp_path / "hospital", **{"privacy.unit": "hospital"})
+    assert "off" not in str(error.value)
     with pytest.raises(UserError, match="protects nobody"):
         run_audit(tmp_path / "fixed", **{"privacy.deterministic-noise": True})
     assert list(tmp_path.iterdir()) == []

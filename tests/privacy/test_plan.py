@@ -75,7 +75,10 @@ def test_every_field_changes_the_fingerprint(make_plan) -> None:
     assert len(prints | {make_plan().fingerprint}) == len(others) + 1
 
 
-@pytest.mark.parametrize(("rate", "steps", "target"), [(0.1, 40, 3.0), (1.0, 10, 2.0)])
+@pytest.mark.parametrize(
+    ("rate", "steps", "target"),
+    [(0.1, 40, 3.0), (1.0, 10, 2.0), (0.01, 100, 0.1), (0.01, 100, 0.105), (0.01, 100, 0.03)],
+)
 def test_calibration_reaches_the_target_and_no_more_noise_than_needed(
     make_plan, rate, steps, target
 ) -> None:
@@ -94,3 +97,11 @@ def test_a_target_out_of_reach_is_refused(make_plan) -> None:
 def test_noise_to_signal_is_sigma_sqrt_p_over_d(make_plan) -> None:
     plan = make_plan(noise_multiplier=2.0, expected_batch=50.0)
     assert plan.noise_to_signal(2_621_440) == pytest.approx(2 * 1619.086 / 50, rel=1e-6)
+
+
+def test_a_small_target_needs_no_more_noise_than_pld_says(make_plan) -> None:
+    """RDP's orders end above epsilon 0.1, where PLD needs a multiplier of 3.3."""
+    keys = {"noise_multiplier": None, "sampling_rate": 0.01, "steps": 100, "delta": 1e-5}
+    assert calibrate(make_plan(**keys), 0.1).sigma == pytest.approx(3.303, abs=0.005)
+    with pytest.raises(UserError, match="up to 1000 with privacy.accountant=rdp.*accountant=prv"):
+        calibrate(make_plan(**keys, accountant="rdp"), 0.1)

@@ -148,7 +148,8 @@ def test_only_b_and_public_constants_are_on_the_wire(honest) -> None:
 def test_the_wire_check_finds_counts_and_losses(tmp_path, honest, monkeypatch) -> None:
     shapes = {key: value.shape for key, value in honest[2].items()}
     with monkeypatch.context() as patch:
-        patch.setattr(client.private, "PUBLIC_WEIGHT", 37.0)  # the number of samples
+        for side in (client.private, common.exchange):
+            patch.setattr(side, "PUBLIC_WEIGHT", 37.0)  # the number of samples
         assert leaks(run_federation(tmp_path / "weight")[0], shapes) == {"weight"}
     plain = run_federation(tmp_path / "plain", **{"privacy.noise-multiplier": 0.0})[0]
     assert {"train-loss", "samples", "patients", "loss", "evaluate"} <= leaks(plain, shapes)
@@ -173,7 +174,7 @@ def test_a_reply_with_more_is_refused_on_both_sides(honest) -> None:
     content = common.exchange.train_reply(b, reply, private=True)
     shapes = {key: value.shape for key, value in b.items()}
     update = common.exchange.read_train_reply(
-        content, shapes, hospital="h", server_round=1, private=True
+        content, shapes, hospital="h", server_round=1, charged=(2, 2)
     )
     assert update.weight == 1.0
     for extra in ("train-loss", "num-examples", "seconds"):
@@ -182,7 +183,7 @@ def test_a_reply_with_more_is_refused_on_both_sides(honest) -> None:
         content["metrics"][extra] = 1.0
         with pytest.raises(common.exchange.ContractError, match=extra):
             common.exchange.read_train_reply(
-                content, shapes, hospital="h", server_round=1, private=True
+                content, shapes, hospital="h", server_round=1, charged=(2, 2)
             )
         del content["metrics"][extra]
 
@@ -329,9 +330,9 @@ def test_charged_before_trained_and_released_before_sent(
     for name in ("charge", "release"):
         original = getattr(Guard, name)
 
-        def watched(self, *args, _name=name, _original=original):
+        def watched(self, *args, _name=name, _original=original, **keywords):
             events.append(_name)
-            return _original(self, *args)
+            return _original(self, *args, **keywords)
 
         monkeypatch.setattr(Guard, name, watched)
     honest_update = client.private.update

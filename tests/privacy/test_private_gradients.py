@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -21,7 +22,7 @@ from common.model.tiny import tiny_model
 from common.privacy.gradients import PrivateGradient, private_bytes
 from common.privacy.noise import NoiseSource
 from common.text.batches import Encoded, pack
-from common.training.gradients import BatchGradient, add_unit_gradients
+from common.training.gradients import BatchGradient, StepLoss, add_unit_gradients
 from common.training.loop import TrainState, train
 from common.training.loss import weighted_cross_entropy
 
@@ -332,3 +333,44 @@ def test_memory_model_is_within_a_tenth(open_tiny, samples_of, make_plan) -> Non
     model = private_bytes(12, session.adapter.trainable_parameters)
     assert ours.peak - plain.peak == pytest.approx(model, rel=0.1)
     assert private_bytes(1, session.adapter.trainable_parameters) < 0.5 * model
+
+
+class Silent(NoiseSource):
+    """A secret source whose Gaussian noise is zero."""
+
+    def gaussian(self, count: int, std: float) -> Any:
+        return np.zeros(count, dtype=np.int64)
+
+
+class FittedDivisor(PrivateGradient):
+    """The mutant: the sum is divided by the expected number of units that are really there."""
+
+    def __call__(self, session: Session, step: int) -> StepLoss:
+        sum_P = self.clipped_sum(session, self.units.draw(self.plan, self.noise))
+        fitted = self.plan.expected_batch / (len(self.units) * self.plan.sampling_rate)
+        session.adapter.flat_grad.copy_(self.mechanism_for(session).release(sum_P * fitted))
+        return StepLoss(loss_sum=None, label_tokens=0, packed_tokens=0)
+
+
+def divides_by_d(kind: type[PrivateGradient], session: Session, samples, plan) -> bool:
+    """Whether what is released without noise is the clipped sum over D, for two data sizes."""
+    for part in (samples, [sample for sample in samples if sample.unit != 3]):
+        source = kind(part, plan, Silent(), seed=0, micro_batch=4)
+        source(session, 0)
+        released = session.adapter.flat_grad.clone()
+        expected = source.clipped_sum(session, source.units.members) / plan.expected_batch
+        assert float(expected.norm()) > 0.01
+        step = source.mechanism_for(session).grid.step
+        if float((released - expected).abs().max()) > step:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("expected_batch", [2.0, 8.0])
+def test_the_release_is_divided_by_d_whatever_the_data(
+    open_tiny, samples_of, make_plan, expected_batch
+) -> None:
+    plan = make_plan(sampling_rate=1.0, expected_batch=expected_batch)
+    session, samples = open_tiny(), samples_of(LENGTHS, UNITS)
+    assert divides_by_d(PrivateGradient, session, samples, plan)
+    assert not divides_by_d(FittedDivisor, session, samples, plan)

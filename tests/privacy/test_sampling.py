@@ -1,12 +1,17 @@
 """Poisson sampling of units (specification test 7, first half)."""
 
 import itertools
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import torch
 from scipy import stats
 
+from common.privacy.gradients import PrivateGradient
 from common.privacy.noise import NoiseSource
 from common.privacy.sampling import Units, group_units
+from common.training.gradients import StepLoss
 
 Q = 0.2
 UNITS, STEPS = 40, 20_000
@@ -101,3 +106,50 @@ def test_a_patients_admissions_do_not_depend_on_other_patients(make_plan) -> Non
     shared, fresh = np.random.default_rng(5), np.random.default_rng(5)
     shared.choice(7, 4, replace=False)
     assert set(shared.choice(9, 4, replace=False)) != set(fresh.choice(9, 4, replace=False))
+
+
+class Drawn(PrivateGradient):
+    """The real source, except that it notes who is drawn in place of computing gradients."""
+
+    def clipped_sum(self, session: Any, drawn: Any) -> torch.Tensor:
+        self.last = [self.dataset[member].unit for unit in drawn for member in unit]
+        return torch.zeros(session.adapter.trainable_parameters)
+
+
+class Everyone(Drawn):
+    """The mutant: no sampling, while the accounting claims its amplification."""
+
+    def __call__(self, session: Any, step: int) -> StepLoss:
+        sum_P = self.clipped_sum(session, list(self.units.members))
+        session.adapter.flat_grad.copy_(self.mechanism_for(session).release(sum_P))
+        return StepLoss(loss_sum=None, label_tokens=0, packed_tokens=0)
+
+
+class DrawnOnce(Drawn):
+    """The mutant: one draw for all steps."""
+
+    def __call__(self, session: Any, step: int) -> StepLoss:
+        self.drawn = getattr(self, "drawn", None) or self.units.draw(self.plan, self.noise)
+        self.clipped_sum(session, self.drawn)
+        return StepLoss(loss_sum=None, label_tokens=0, packed_tokens=0)
+
+
+def test_every_step_of_the_source_takes_a_poisson_draw(make_plan, samples_of) -> None:
+    samples = samples_of([4] * UNITS, range(UNITS))
+    adapter = SimpleNamespace(trainable_parameters=1, flat_grad=torch.zeros(1))
+    session: Any = SimpleNamespace(adapter=adapter)
+
+    def table(kind: type[Drawn]) -> np.ndarray:
+        plan = make_plan(sampling_rate=Q)
+        source = kind(samples, plan, NoiseSource(), seed=0, micro_batch=4)
+
+        def step(number: int) -> list[int]:
+            source(session, number)
+            return source.last
+
+        return draws(step)
+
+    assert is_poisson(table(Drawn))
+    with np.errstate(invalid="ignore"):
+        assert not is_poisson(table(Everyone))
+        assert not is_poisson(table(DrawnOnce))
