@@ -27,6 +27,7 @@ from common.model.known_shapes import shape_of
 from common.model.layout import adapter_spec
 from common.model.memory import RECOMPUTE
 from common.model.session import choose_dtype, device_kind
+from common.participation import sampled
 from common.privacy.forecast import forecast, lines
 from common.privacy.gradients import private_bytes
 from common.privacy.settings import is_private, plan_of, protects
@@ -121,9 +122,7 @@ def plan(config: Config, *, card_bytes: int | None = None) -> dict[str, Any]:
 
 def asked_hospitals(federation: FederationConfig) -> int:
     """Return how many hospitals a round asks: a share of them, rounded up, or the one named."""
-    if federation.only:
-        return 1
-    return max(1, math.ceil(federation.fraction * federation.hospitals - 1e-9))
+    return 1 if federation.only else sampled(federation.fraction, federation.hospitals)
 
 
 def message_bytes(config: Config, shape: BackboneShape) -> int:
