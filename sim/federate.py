@@ -28,6 +28,7 @@ from common.participation import check_strategy
 from common.privacy.settings import (
     hospital_warning,
     is_private,
+    partition_note,
     plan_of,
     protects,
     with_calibrated_noise,
@@ -138,6 +139,8 @@ def federate(
     if protects(config) and not is_private(config):
         warning = hospital_warning(plan_of(config), preparation.layout.trainable_parameters)
         console.print(warning, style="yellow", markup=False, highlight=False)
+    if partition_note(config):
+        console.print(partition_note(config), style="yellow", markup=False, highlight=False)
     run = RunDirectory.create(config, directory=run_dir)
     workers = choose_workers(config)
     config = replace(

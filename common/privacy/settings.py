@@ -7,6 +7,7 @@ from typing import Literal, cast
 
 from common.config import Config, PrivacyConfig
 from common.errors import UserError
+from common.participation import sampled
 from common.privacy.accounting import calibrate, epsilon
 from common.privacy.plan import PrivacyPlan, Unit
 from common.training.budget import steps_in_all
@@ -47,7 +48,7 @@ def plan_of(config: Config) -> PrivacyPlan:
         _refuse_dependence(config)
     if config.privacy.unit == HOSPITAL:
         federation = config.federation
-        asked = max(1, math.ceil(federation.fraction * federation.hospitals - 1e-9))
+        asked = sampled(federation.fraction, federation.hospitals)
         return _plan(config.privacy, federation.rounds, float(asked), 1.0)
     privacy = config.privacy
     steps = steps_in_all(config, train_samples=0).value
@@ -56,7 +57,7 @@ def plan_of(config: Config) -> PrivacyPlan:
 
 def _refuse_dependence(config: Config) -> None:
     """Refuse settings under which removing one unit changes more than that unit's gradients."""
-    data, scheme = config.data, config.partition.scheme
+    data = config.data
     if config.train.epochs and not config.train.steps:
         raise UserError(
             f"train.epochs={config.train.epochs:g} with privacy makes the number of steps depend "
@@ -79,13 +80,22 @@ def _refuse_dependence(config: Config) -> None:
             allowed="0",
             fix="set data.train-samples = 0; privacy.sampling-rate and the steps set the cost",
         )
-    if scheme != INDEPENDENT and config.federation.hospitals > 1:
-        raise UserError(
-            f"partition.scheme={scheme} with privacy lets one patient move others between "
-            "hospitals, because it deals by the sizes of groups",
-            allowed=INDEPENDENT,
-            fix=f"set partition.scheme={INDEPENDENT}; deployed hospitals need no partition",
-        )
+
+
+def partition_note(config: Config) -> str:
+    """Return what the guarantee of a simulated partition leaves out; empty if it is nothing.
+
+    A partition stands for where patients live: it is no part of the mechanism, and a deployment
+    has none.
+    """
+    scheme = config.partition.scheme
+    if not is_private(config) or scheme == INDEPENDENT or config.federation.hospitals == 1:
+        return ""
+    return (
+        f"partition.scheme={scheme} deals patients by the sizes of groups, so one patient could "
+        "move others between hospitals: the guarantee is for each hospital's patients as dealt, "
+        f"the dealing itself is outside it (partition.scheme={INDEPENDENT} has no such dependence)"
+    )
 
 
 def hospital_warning(plan: PrivacyPlan, parameters: int) -> str:

@@ -12,7 +12,7 @@ from common.configio import from_flat
 from common.data.partition import ATTRIBUTES, Hospital, assign_hospitals
 from common.data.prepare import load_samples
 from common.errors import UserError
-from common.privacy.settings import plan_of
+from common.privacy.settings import partition_note, plan_of
 
 KEYS: dict[str, Any] = {
     "data.synthetic-patients": 60,
@@ -52,7 +52,7 @@ def test_without_one_patient_nobody_else_changes(keys) -> None:
 
 
 @pytest.mark.parametrize("unit", ["patient", "admission"])
-@pytest.mark.parametrize("keys", [*MEDIANS, {"data.train-samples": 10}, *SCHEMES], ids=str)
+@pytest.mark.parametrize("keys", [*MEDIANS, {"data.train-samples": 10}], ids=str)
 def test_what_makes_patients_depend_on_each_other_is_refused(keys, unit) -> None:
     (name,) = keys
     with pytest.raises(UserError, match=f"{name}=.* with privacy"):
@@ -67,5 +67,11 @@ def test_the_refusals_are_needed(keys) -> None:
     assert others_changed(**keys) or others_changed(**many)
 
 
-def test_one_hospital_needs_no_partition() -> None:
-    plan_of(from_flat({**KEYS, "federation.hospitals": 1, "partition.scheme": "dirichlet"}))
+@pytest.mark.parametrize("keys", SCHEMES, ids=str)
+def test_a_partition_that_depends_on_patients_is_said_to_be_outside(keys) -> None:
+    config = from_flat({**KEYS, **keys})
+    plan_of(config)
+    assert "the dealing itself is outside" in partition_note(config)
+    assert not partition_note(from_flat(KEYS))
+    assert not partition_note(from_flat({**KEYS, **keys, "federation.hospitals": 1}))
+    assert not partition_note(from_flat({**KEYS, **keys, "privacy.unit": "hospital"}))
