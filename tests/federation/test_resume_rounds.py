@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.serde import message_from_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 
@@ -184,9 +185,6 @@ def test_all_timed_out_is_a_failure_not_a_silent_round(tiny_config, in_process):
 
 def test_timeout_is_sized_from_what_was_measured(tiny_config, in_process):
     """Messages live as long as the wait: 12 h before anything was measured, then a multiple."""
-    from flwr.common.serde import message_from_proto
-    from flwr.proto.message_pb2 import Message as ProtoMessage
-
     done = in_process(tiny_config())
     lives = [
         (m.metadata.message_type, m.metadata.ttl)
@@ -231,11 +229,23 @@ def part_in(federation):
     return sorted((e["round"], e["hospital"]) for e in federation.run.metrics("steps"))
 
 
-def test_resumed_run_samples_as_if_the_lost_hospital_were_away(tiny_config, in_process, tmp_path):
-    """Hospital 5 leaves after round 1 and the run is killed in round 2, without it for good."""
+def foreign(message, reply):
+    """Answer the handshake with another source digest."""
+    if message.metadata.message_type != "query":
+        return reply
+    hello = {**reply.content["config"], "source-sha256": "e" * 64}
+    return Message(RecordDict({"config": ConfigRecord(hello)}), reply_to=message)
+
+
+@pytest.mark.parametrize(("fraction", "asked", "tamper"), [(0.4, 2, {}), (0.5, 3, {4: foreign})])
+def test_resumed_run_samples_as_if_the_lost_hospital_were_away(
+    fraction, asked, tamper, tiny_config, in_process, tmp_path
+):
+    """Hospital 5, admitted or refused, leaves after round 1; the run is killed in round 2."""
     config = tiny_config(
         federation__hospitals=5,
-        federation__fraction=0.4,
+        federation__fraction=fraction,
+        federation__mismatch="refuse",
         federation__rounds=4,
         federation__local_steps=1,
         federation__min_hospitals=4,
@@ -249,13 +259,13 @@ def test_resumed_run_samples_as_if_the_lost_hospital_were_away(tiny_config, in_p
         if message.metadata.message_type == "train" and grid.seen_round == 2:
             raise Killed
 
-    whole = in_process(config, online=leaves)
+    whole = in_process(config, online=leaves, tamper=tamper)
     with pytest.raises(Killed):
-        in_process(config, online=leaves, on_message=killed)
+        in_process(config, online=leaves, tamper=tamper, on_message=killed)
     run = RunDirectory(tmp_path / "run-2")
     resumed = in_process(config, resume=run, online=lambda index, seen: index != 4)
     assert part_in(resumed) == part_in(whole)
-    assert [sum(r == n for r, _ in part_in(whole)) for n in range(1, 5)] == [2] * 4
+    assert [sum(r == n for r, _ in part_in(whole)) for n in range(1, 5)] == [asked] * 4
     assert resumed.sha == whole.sha
 
 
@@ -282,14 +292,6 @@ def test_hospitals_join_late_drop_out_and_come_back(tiny_config, in_process):
 
 
 def test_late_hospital_with_other_code_is_refused_and_the_run_goes_on(tiny_config, in_process):
-    from flwr.app import ConfigRecord, Message, RecordDict
-
-    def foreign(message, reply):
-        if message.metadata.message_type != "query":
-            return reply
-        hello = {**reply.content["config"], "source-sha256": "e" * 64}
-        return Message(RecordDict({"config": ConfigRecord(hello)}), reply_to=message)
-
     config = tiny_config(federation__min_hospitals=2)
     done = in_process(config, online=lambda i, seen: i < 2 or seen >= 1, tamper={2: foreign})
     assert [(n, name) for n, name, _ in done.refused()] == [(2, "hospital-3")]
