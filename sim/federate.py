@@ -294,6 +294,7 @@ def total_steps(config: Config, hospitals: Sequence[Hospital]) -> int:
     return sum(
         steps_of_round(config, len(hospital.train), number).value
         for hospital in hospitals
+        if config.federation.only in ("", hospital.name)
         for number in rounds
     )
 
