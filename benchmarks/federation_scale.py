@@ -101,7 +101,7 @@ def beside_the_plain_loop(folder: Path, options: argparse.Namespace) -> dict[str
     shared = {
         "model.backbone": "embedded",
         "train.max-length": 512,
-        "train.threads": os.cpu_count(),
+        "train.threads": options.threads,
         "federation.hospitals": 1,
         "federation.rounds": options.rounds,
         "federation.local-steps": options.local_steps,
@@ -116,6 +116,7 @@ def beside_the_plain_loop(folder: Path, options: argparse.Namespace) -> dict[str
     exchanged = seconds_of(folder / "run", "train-exchange-seconds")
     return {
         "steps": steps,
+        "threads": options.threads,
         "rounds": options.rounds,
         "b_equal": loop["b_sha256"] == simulated["b_sha256"],
         "plain_loop_seconds": round(plain, 2),
@@ -132,6 +133,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=0.0)
     parser.add_argument("--plain-loop", action="store_true")
     parser.add_argument("--local-steps", type=int, default=10, help="with --plain-loop")
+    parser.add_argument("--threads", type=int, default=1, help="with --plain-loop")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         measure = beside_the_plain_loop if options.plain_loop else many_hospitals

@@ -7,6 +7,9 @@ from pathlib import Path
 import psutil
 
 SAMPLE_SECONDS = 1.0
+LARGEST_SHARE = 0.01
+"""Of the time may be spent on sampling: the kernel walks a process's pages and holds up its own
+allocations meanwhile."""
 
 
 class PeakMemory:
@@ -17,19 +20,21 @@ class PeakMemory:
 
     def __init__(self) -> None:
         self.bytes = 0
-        self._last = 0.0
+        self._next = 0.0
 
     def tick(self) -> None:
-        """Take a sample, at most one a second."""
-        if time.monotonic() - self._last < SAMPLE_SECONDS:
+        """Take a sample, at most one a second, and rarer where samples take long."""
+        started = time.monotonic()
+        if started < self._next:
             return
-        self._last = time.monotonic()
         own = psutil.Process()
         total = 0
         for process in [own, *own.children(recursive=True)]:
             with contextlib.suppress(psutil.Error):
                 total += _size(process)
         self.bytes = max(self.bytes, total)
+        ended = time.monotonic()
+        self._next = ended + max(SAMPLE_SECONDS, (ended - started) / LARGEST_SHARE)
 
 
 def _size(process: psutil.Process) -> int:

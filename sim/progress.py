@@ -101,7 +101,7 @@ class RunProgress:
         self.console, self.run, self.rounds = console, run, rounds
         self._offsets: dict[Path, int] = {}
         self._done = 0
-        self._seen_events = 0
+        self._seen_events = self._events_bytes = 0
         self._meter = Meter(console, "local steps", steps)
 
     def __enter__(self) -> "RunProgress":
@@ -134,6 +134,11 @@ class RunProgress:
         return content.count(b"\n")
 
     def _show_events(self) -> None:
+        file = self.run.path / "metrics.jsonl"
+        size = file.stat().st_size if file.exists() else 0
+        if size == self._events_bytes:
+            return
+        self._events_bytes = size
         events = self.run.metrics()
         for event in events[self._seen_events :]:
             if event["name"] == "validation-loss" and "hospital" not in event:
