@@ -17,8 +17,8 @@ from common.configio import differences, from_flat, parse_overrides
 from common.data.icd import (
     Diagnosis,
     DiagnosisIndex,
-    bundled_diagnoses,
     code_frequency,
+    public_diagnoses,
     table_diagnoses,
 )
 from common.data.partition import assign_hospitals
@@ -166,7 +166,7 @@ def _answer(session: Session, admission: Admission, config: Config) -> tuple[str
 
 
 def surroundings_of(config: Config, *, load: Callable[[Any], Any] = load_samples) -> Surroundings:
-    """Look for the run's data; without it, the bundled titles serve and there is no support.
+    """Look for the run's data; without it, the public titles serve and there is no support.
 
     Args:
         config: Of the run.
@@ -181,9 +181,7 @@ def surroundings_of(config: Config, *, load: Callable[[Any], Any] = load_samples
             data=config.data,
         )
     except UserError:
-        index = DiagnosisIndex(
-            bundled_diagnoses(), frequency={}, origin="a bundled list of common ICD-10 titles"
-        )
+        index = DiagnosisIndex(public_diagnoses(), frequency={}, origin="the public ICD-10-CM")
         note = "The run's tables are not on this machine: no support from similar admissions."
         return Surroundings(index=index, support=None, note=note)
     train = [admission for hospital in hospitals for admission in hospital.train]

@@ -1,6 +1,5 @@
-"""Search in diagnosis titles: of the loaded table, or of a bundled list of common ICD-10 ones."""
+"""Search in diagnosis titles: of the loaded table, or of the public ICD-10-CM."""
 
-import csv
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,8 +10,6 @@ from common.data.mimic import find_tables, read
 from common.data.names import normalise_string
 from common.data.samples import Admission
 
-BUNDLED = Path(__file__).with_name("icd10_common.csv")
-"""Codes and public titles of ICD-10-CM (National Center for Health Statistics; public domain)."""
 _CODE = re.compile(r"[a-z]?\d[\da-z.]*", re.IGNORECASE)
 _WORD = re.compile(r"[^\W_]+")
 
@@ -107,13 +104,19 @@ class DiagnosisIndex:
         return self._by_title.get(normalise_string(clean)) or Diagnosis(title=clean)
 
 
-def bundled_diagnoses() -> list[Diagnosis]:
-    """Return the bundled list."""
-    with BUNDLED.open(encoding="utf-8", newline="") as stream:
-        return [
-            Diagnosis(title=row["title"], code=f"10:{row['code']}")
-            for row in csv.DictReader(stream)
-        ]
+def public_diagnoses() -> list[Diagnosis]:
+    """Return every billable code of ICD-10-CM with its title; reading them takes seconds.
+
+    The classification is the National Center for Health Statistics' (public domain), as the
+    package ``simple-icd-10-cm`` carries it.
+    """
+    import simple_icd_10_cm as icd
+
+    return [
+        Diagnosis(title=icd.get_description(code), code=f"10:{code}")
+        for code in dict.fromkeys(icd.get_all_codes(False))
+        if icd.is_leaf(code)
+    ]
 
 
 def table_diagnoses(folder: Path) -> list[Diagnosis]:

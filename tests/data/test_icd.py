@@ -1,8 +1,8 @@
-"""Search in titles: ranks, codes, free text; the bundled list against MIMIC-IV's own table."""
+"""Search in titles: ranks, codes, free text; the public titles against MIMIC-IV's own table."""
 
 import pytest
 
-from common.data.icd import Diagnosis, DiagnosisIndex, bundled_diagnoses, table_diagnoses
+from common.data.icd import Diagnosis, DiagnosisIndex, public_diagnoses, table_diagnoses
 
 
 def index(frequency=None):
@@ -61,9 +61,12 @@ def test_what_a_person_writes(text, code, title):
     assert index().read(text) == Diagnosis(code=code, title=title)
 
 
-def test_the_bundled_titles_are_those_of_the_demos_dictionary(mimic_demo):
+def test_the_public_titles_are_those_of_the_demos_dictionary(mimic_demo):
+    """Editions differ by a few per cent of the codes; the titles of shared codes, by spellings."""
     official = {one.code: one.title for one in table_diagnoses(mimic_demo)}
-    bundled = bundled_diagnoses()
-    assert 150 <= len({one.code for one in bundled}) == len(bundled) <= 300
-    assert [one for one in bundled if official.get(one.code) != one.title] == []
+    public = public_diagnoses()
+    shared = [one for one in public if one.code in official]
+    assert len({one.code for one in public}) == len(public) > 70_000
+    assert len(shared) > 0.95 * len(public)
+    assert sum(official[one.code] == one.title for one in shared) > 0.98 * len(shared)
     assert len(official) == 109_775

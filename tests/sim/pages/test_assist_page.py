@@ -320,6 +320,6 @@ def test_a_stopped_program_is_named_on_the_page(browser, desk):
         browser.get(address(desk, bound))
         stop()
         browser.find_element("id", "ask").click()
-        WebDriverWait(browser, 10).until(
-            lambda _: "does not answer" in browser.find_element("id", "form-error").text
-        )
+        problem = browser.find_element("id", "form-error")
+        WebDriverWait(browser, 10).until(lambda _: problem.text)
+        assert "does not answer" in problem.text
