@@ -302,6 +302,17 @@ def test_late_hospital_with_other_code_is_refused_and_the_run_goes_on(tiny_confi
 LIMIT_SECONDS = 0.4
 
 
+def impatient(tiny_config, *, rounds, needed):
+    """One step a round, a short wait, and whoever does not fit is left out."""
+    return tiny_config(
+        federation__rounds=rounds,
+        federation__local_steps=1,
+        federation__min_hospitals=needed,
+        federation__mismatch="refuse",
+        federation__timeout_seconds=LIMIT_SECONDS,
+    )
+
+
 def queries_to(federation, index):
     """Round of the query and longest wait (seconds) of each handshake with a hospital."""
     lines = federation.run.lines("wire.jsonl")
@@ -329,13 +340,7 @@ def mute_until(answers_at):
 
 def test_mute_node_costs_the_whole_wait_once(tiny_config, in_process):
     """It is connected and never answers: asked in ever fewer rounds, with ever shorter waits."""
-    config = tiny_config(
-        federation__rounds=7,
-        federation__local_steps=1,
-        federation__min_hospitals=2,
-        federation__mismatch="refuse",
-        federation__timeout_seconds=LIMIT_SECONDS,
-    )
+    config = impatient(tiny_config, rounds=7, needed=2)
     done = in_process(config, tamper={2: mute_until(99)})
     assert queries_to(done, 2) == [(0, 0.4), (2, 0.2), (6, 0.1)]
     assert [at for at, _, _ in done.refused()] == [0, 2, 6]
@@ -347,13 +352,7 @@ def test_mute_node_costs_the_whole_wait_once(tiny_config, in_process):
 
 def test_mute_node_does_not_share_the_wait_of_a_late_hospital(tiny_config, in_process):
     """Hospital 2 joins in round 2, when the mute hospital 3 is due again."""
-    config = tiny_config(
-        federation__rounds=3,
-        federation__local_steps=1,
-        federation__min_hospitals=1,
-        federation__mismatch="refuse",
-        federation__timeout_seconds=LIMIT_SECONDS,
-    )
+    config = impatient(tiny_config, rounds=3, needed=1)
     done = in_process(
         config, tamper={2: mute_until(99)}, online=lambda index, seen: index != 1 or seen >= 1
     )
@@ -362,13 +361,7 @@ def test_mute_node_does_not_share_the_wait_of_a_late_hospital(tiny_config, in_pr
 
 
 def test_mute_node_that_reconnects_is_asked_at_once(tiny_config, in_process):
-    config = tiny_config(
-        federation__rounds=3,
-        federation__local_steps=1,
-        federation__min_hospitals=2,
-        federation__mismatch="refuse",
-        federation__timeout_seconds=LIMIT_SECONDS,
-    )
+    config = impatient(tiny_config, rounds=3, needed=2)
     done = in_process(
         config, tamper={2: mute_until(3)}, online=lambda index, seen: index != 2 or seen != 1
     )
