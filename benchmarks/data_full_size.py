@@ -81,8 +81,9 @@ def measure(contender: str, folder: Path) -> dict[str, Any]:
 
 def contend(contender: str, folder: Path) -> dict[str, Any]:
     """Do one contender's work in this process."""
-    import resource
     import time
+
+    from common.provenance import peak_rss_bytes
 
     started = time.perf_counter()
     if contender == "pandas":
@@ -106,12 +107,11 @@ def contend(contender: str, folder: Path) -> dict[str, Any]:
         counts = found.prepared.counts
         answer = {"samples": counts["samples"], "pairs": counts["pairs_clean"]}
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "contender": contender,
         "seconds": seconds,
         "cpu_seconds": time.process_time(),
-        "peak_bytes": peak,
+        "peak_bytes": peak_rss_bytes(),
         **answer,
     }
 

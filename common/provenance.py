@@ -1,5 +1,6 @@
 """What ran: source digest, package versions and hardware."""
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -97,7 +98,14 @@ def available_cpus() -> int:
 
 
 def peak_rss_bytes() -> int:
-    """Return the peak resident memory of this process, in bytes."""
+    """Return the peak resident memory of this process, in bytes.
+
+    Linux's ``ru_maxrss`` starts at the peak of the process that started this one; VmHWM does not.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -2,6 +2,8 @@
 
 import json
 import stat
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from common.config import Config
 from common.errors import UserError
 from common.files import append_json_line, atomic_path, read_json_lines, write_json
-from common.provenance import source_digest, tensors_sha256
+from common.provenance import source_digest, source_root, tensors_sha256
 from common.rundir import RunDirectory
 
 
@@ -124,3 +126,22 @@ def test_the_source_digest_sees_one_changed_byte(tmp_path):
     (tmp_path / "common" / "m.py").write_text("x = 2\n")
     assert source_digest(tmp_path) != before
     source_digest.cache_clear()
+
+
+_PARENT = """
+import subprocess, sys
+held = b"1" * (400 << 20)
+ask = "from common.provenance import peak_rss_bytes; print(peak_rss_bytes())"
+print(subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True).stdout)
+"""
+
+
+def test_the_peak_of_the_process_that_started_this_one_is_not_its_own():
+    done = subprocess.run(
+        [sys.executable, "-c", _PARENT],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=source_root(),
+    )
+    assert 2**20 < int(done.stdout) < 200 * 2**20
