@@ -1,5 +1,6 @@
 """Counts against transformers' and PEFT-like layouts, memory against a measured process."""
 
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -125,14 +126,17 @@ print(peak_rss_bytes())
 @pytest.mark.parametrize("recompute", ["none", "all"])
 def test_within_15_percent_of_a_measured_step(recompute):
     root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", _STEP, recompute],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=root,
-    )
-    measured = int(done.stdout.split()[-1])
+    peaks = []
+    for _ in range(3):  # A process's peak varies with where the allocator leaves holes.
+        done = subprocess.run(
+            [sys.executable, "-c", _STEP, recompute],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=root,
+        )
+        peaks.append(int(done.stdout.split()[-1]))
+    measured = statistics.median(peaks)
     dtype = choose_dtype("auto", torch.device("cpu")).value
     planned = training_footprint(
         shape_of("embedded"),
@@ -143,4 +147,4 @@ def test_within_15_percent_of_a_measured_step(recompute):
         optimizer="sgd",
         device="cpu",
     ).total
-    assert abs(planned / measured - 1) < 0.15, (planned, measured)
+    assert abs(planned / measured - 1) < 0.15, (planned, peaks)
