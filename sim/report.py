@@ -36,6 +36,10 @@ COLUMNS = (
     ("length_ratio", "length ratio"),
     ("oov_rate", "out of vocabulary"),
 )
+RANDOM_WEIGHTS = (
+    "The tiny backbone's weights are random: the run shows that everything works, and its answers "
+    "mean nothing."
+)
 SAMPLE_CASES = 3
 STYLE = (
     "body{font:15px/1.55 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1.2rem;"
@@ -184,6 +188,8 @@ def _metrics(summary: dict[str, Any]) -> list[Block]:
         "accuracy (over predicted, over true)."
     )
     headers = ("", *(name for _, name in COLUMNS))
+    if summary["backbone"]["name"] == "tiny":
+        note += " " + RANDOM_WEIGHTS
     return [
         Block(title="Answers on held-out patients", note=note, headers=headers, rows=tuple(rows))
     ]
@@ -208,7 +214,7 @@ def _wire(run: RunDirectory, summary: dict[str, Any]) -> list[Block]:
         return []
     wire = summary["wire"]
     note = (
-        f"{len(wire['tensors'])} tensors, all of them B matrices; {megabytes(wire['bytes_up'])} "
+        f"{len(wire['tensors'])} tensors, {matrices(summary)} only; {megabytes(wire['bytes_up'])} "
         f"from the hospitals, {megabytes(wire['bytes_down'])} to them."
     )
     return [Block(title="Bytes on the wire", note=note, svg=bytes_svg(lines))]
@@ -313,6 +319,15 @@ def with_interval(value: float | None, interval: Sequence[float | None] | None) 
     if value is None or not interval or None in interval:
         return number(value)
     return f"{value:.3f} ({interval[0]:.2f}–{interval[1]:.2f})"
+
+
+def matrices(summary: dict[str, Any]) -> str:
+    """Name the matrices that a run trains and sends.
+
+    >>> matrices({"adapter": {"mode": "fa-lora"}}), matrices({"adapter": {"mode": "lora"}})
+    ('B', 'A and B')
+    """
+    return "A and B" if summary["adapter"]["mode"] == "lora" else "B"
 
 
 def megabytes(count: float) -> str:

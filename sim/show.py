@@ -6,7 +6,15 @@ from rich.console import Console
 from rich.table import Table
 
 from common.rundir import RunDirectory
-from sim.report import MODEL_NAMES, NOTICE, megabytes, number, with_interval
+from sim.report import (
+    MODEL_NAMES,
+    NOTICE,
+    RANDOM_WEIGHTS,
+    matrices,
+    megabytes,
+    number,
+    with_interval,
+)
 
 SHOWN = (
     ("output_rate", "output"),
@@ -34,13 +42,15 @@ def show_summary(console: Console, run: RunDirectory, summary: dict[str, Any]) -
             f1 = with_interval(values.get("f1"), values.get("intervals", {}).get("f1"))
             table.add_row(MODEL_NAMES.get(model, model), *cells, f1)
         console.print(table)
+        if summary["backbone"]["name"] == "tiny":
+            console.print(RANDOM_WEIGHTS, style="yellow")
     losses = summary.get("validation_loss") or []
     if losses:
         console.print(f"validation loss {losses[0]:.4f} -> {losses[-1]:.4f}", highlight=False)
     wire = summary["wire"]
     if wire["bytes_up"]:
         console.print(
-            f"on the wire: B only, {megabytes(wire['bytes_up'])} up, "
+            f"on the wire: {matrices(summary)} only, {megabytes(wire['bytes_up'])} up, "
             f"{megabytes(wire['bytes_down'])} down; backbone loads {summary['backbone_loads']}, "
             f"workers {summary['workers']}",
             highlight=False,

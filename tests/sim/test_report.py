@@ -1,14 +1,17 @@
 """The report: complete, offline, and silent about patients where the source asks for it."""
 
 import html
+import io
 import re
 
 import pytest
+from rich.console import Console
 
 from common.config import Config
 from common.errors import UserError
 from common.rundir import RunDirectory
-from sim.report import write_comparison, write_report
+from sim.report import RANDOM_WEIGHTS, write_comparison, write_report
+from sim.show import show_summary
 
 
 def values(f1):
@@ -121,3 +124,20 @@ def test_a_comparison_puts_runs_side_by_side(run, tmp_path):
     page = write_comparison([run, run], tmp_path / "both").read_text()
     assert page.count("Run run") == 2
     assert "Runs compared" in page
+
+
+@pytest.mark.parametrize(("mode", "sent"), [("fa-lora", "B only"), ("lora", "A and B only")])
+def test_what_was_sent_is_named(run, mode, sent):
+    summary = run.read_json("summary.json")
+    run.write_json("summary.json", {**summary, "adapter": {**summary["adapter"], "mode": mode}})
+    assert f"1 tensors, {sent};" in write_report(run).read_text()
+
+
+@pytest.mark.parametrize("name", ["tiny", "embedded"])
+def test_answers_of_random_weights_are_called_that(run, name):
+    run.write_json("summary.json", {**run.read_json("summary.json"), "backbone": {"name": name}})
+    summary = run.read_json("summary.json")
+    told = io.StringIO()
+    show_summary(Console(file=told, width=200), run, summary)
+    for text in (told.getvalue(), write_report(run).read_text()):
+        assert (RANDOM_WEIGHTS in html.unescape(text)) == (name == "tiny")
