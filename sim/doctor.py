@@ -120,15 +120,18 @@ def _backbone() -> Finding:
 
 
 def _extras() -> Finding:
+    optional = [("constrained", "llguidance")]
+    if choose_device("auto").value == "cuda":
+        optional.append(("flash-attn", "flash_attn"))
     missing = [
         f"pip install 'fedrx[{extra}]'"
-        for extra, module in (("flash-attn", "flash_attn"), ("constrained", "llguidance"))
+        for extra, module in optional
         if importlib.util.find_spec(module) is None
     ]
     if missing:
         fix = "only if you want them: " + ", ".join(missing)
         return Finding(check="extras", state="note", found="some are absent", fix=fix)
-    return Finding(check="extras", state="ok", found="all there")
+    return Finding(check="extras", state="ok", found="all that this machine can use")
 
 
 def _simulation() -> Finding:

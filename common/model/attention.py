@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 KERNELS = ("flash-attn", "torch-flash", "sdpa", "eager")
 _REGISTERED = "fedrx"
+_ABSENT = "package flash-attn is not installed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +71,14 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -
     if requested == "auto":
         kernel = next(kernel for kernel in KERNELS if not obstacles[kernel])
         passed = [f"{k}: {obstacles[k]}" for k in KERNELS[: KERNELS.index(kernel)]]
-        return Choice(kernel, "; ".join(passed) or "fastest")
+        return Choice(kernel, "the fastest here" + (f" ({'; '.join(passed)})" if passed else ""))
     if requested not in KERNELS:
         raise UserError(f"model.attention={requested!r}", allowed=", ".join(("auto", *KERNELS)))
     if obstacles[requested]:
         raise UserError(
             f"model.attention={requested} cannot run here: {obstacles[requested]}",
             fix="set model.attention to auto"
-            + (", or pip install 'fedrx[flash-attn]'" if requested == "flash-attn" else ""),
+            + (", or pip install 'fedrx[flash-attn]'" if obstacles[requested] == _ABSENT else ""),
         )
     return Choice(requested, "asked for")
 
@@ -102,7 +103,7 @@ def _obstacle(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "needs compute capability 8.0"
     if kernel == "flash-attn" and importlib.util.find_spec("flash_attn") is None:
-        return "package flash-attn is not installed"
+        return _ABSENT
     if kernel == "torch-flash" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return "this torch has no torch.nn.attention.varlen"
     return ""
