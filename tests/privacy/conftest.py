@@ -50,13 +50,12 @@ def samples_of() -> Callable[..., list[Encoded]]:
 
 @pytest.fixture
 def open_tiny() -> Callable[..., Session]:
-    """Open the tiny backbone in fp32 with a random, non-zero B."""
+    """Open the tiny backbone with a random, non-zero B, in fp32 unless asked otherwise."""
 
     def opened(mode: str = "fa-lora", rank: int = 4, **choices: str) -> Session:
         spec = AdapterSpec(rank=rank, alpha=4.0, mode=mode)
-        session = open_session(
-            resolve_backbone("tiny"), spec, device="cpu", dtype="fp32", **choices
-        )
+        choices = {"dtype": "fp32", **choices}
+        session = open_session(resolve_backbone("tiny"), spec, device="cpu", **choices)
         generator = torch.Generator().manual_seed(7)
         noise = torch.randn(session.adapter.flat.shape, generator=generator)
         session.adapter.flat.add_(noise, alpha=0.2)
