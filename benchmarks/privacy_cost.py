@@ -3,10 +3,11 @@
     OMP_NUM_THREADS=1 python benchmarks/privacy_cost.py [--backbone tiny] [--json]
 
 Every contestant computes a gradient of B on the same samples. `ours, plain` is the non-private
-step; the private ones give every sample's gradient, clip it and add noise. FLOPs are counted
-exactly (torch.utils.flop_counter); time is process CPU time on one thread, contestants interleaved
-round by round, the median of each round's ratio to that round's plain step. On a busy machine read
-the ratios, not the seconds.
+step; the private ones give every sample's gradient, clip it and add noise. In bf16 ours gives every
+unit passes of its own (see `common/privacy/gradients.py`), in fp32 units share them: `--dtype`
+shows both. FLOPs are counted exactly (torch.utils.flop_counter); time is process CPU time on one
+thread, contestants interleaved round by round, the median of each round's ratio to that round's
+plain step. On a busy machine read the ratios, not the seconds.
 """
 
 import argparse
@@ -81,7 +82,7 @@ def plan_for(batch: int) -> PrivacyPlan:
 
 
 def ours(session: Session, dataset: list[Encoded], micro_batch: int) -> Step:
-    """The private source: unit gradients in one pass, clipping, the discrete Gaussian."""
+    """The private source: unit gradients, clipping, the discrete Gaussian."""
     source = PrivateGradient(
         dataset, plan_for(len(dataset)), NoiseSource(), seed=0, micro_batch=micro_batch
     )

@@ -35,7 +35,8 @@ def guard_of(config: Config, hospital: HospitalData, folder: Path) -> Guard:
         folder=folder,
         seed=config.train.seed,
         micro_batch=config.train.batch_size,
-        shown=max(kept_steps(folder), 1 if any(folder.glob(ANSWERS)) else 0),
+        charged=1 if any(folder.glob(ANSWERS)) else 0,
+        released=kept_steps(folder),
     )
 
 

@@ -30,10 +30,11 @@ class Guard:
         folder: The hospital's own folder.
         seed: Of the choice among a patient's admissions.
         micro_batch: Samples per backward pass.
-        shown: Steps that the hospital's other files prove were charged.
+        charged: Steps that the hospital's other files prove were charged.
+        released: Steps that they prove were released.
 
     Raises:
-        LedgerDoubtful: if the ledger holds fewer steps than ``shown``, or than the last receipt.
+        LedgerDoubtful: if the ledger is behind either of them, or behind the last receipt.
     """
 
     def __init__(
@@ -45,11 +46,14 @@ class Guard:
         folder: Path,
         seed: int,
         micro_batch: int,
-        shown: int = 0,
+        charged: int = 0,
+        released: int = 0,
     ) -> None:
         self.hospital, self.folder, self.seed = hospital, folder, seed
         self.ledger = Ledger(folder / LEDGER, plan)
-        if self.ledger.steps < max(shown, _receipt_steps(folder / RECEIPT)):
+        last, paper = self.ledger.entries()[-1], _last_receipt(folder / RECEIPT)
+        charged, released = max(charged, paper["steps"]), max(released, paper["released_steps"])
+        if last.total_steps < charged or last.released_steps < released:
             raise LedgerDoubtful(
                 f"privacy ledger {LEDGER} holds fewer steps than this hospital's other files: it "
                 "was removed or restored from an older copy; nothing is released"
@@ -88,7 +92,9 @@ class Guard:
         write_json(self.folder / RECEIPT, paper)
 
 
-def _receipt_steps(receipt_file: Path) -> int:
+def _last_receipt(receipt_file: Path) -> dict[str, int]:
+    """Return a receipt's step counts; zeros before the first."""
     if not receipt_file.exists():
-        return 0
-    return int(json.loads(receipt_file.read_text(encoding="utf-8"))["steps"])
+        return {"steps": 0, "released_steps": 0}
+    found: dict[str, int] = json.loads(receipt_file.read_text(encoding="utf-8"))
+    return found

@@ -17,7 +17,8 @@ INFINITY = "infinity"
 
 
 NOT_COVERED = (
-    "metrics of this summary are the simulation's own, on held-out patients, outside the guarantee"
+    "metrics of this summary are the simulation's own, on held-out patients, outside the guarantee; "
+    "the baselines among them were fitted to the training patients without privacy"
 )
 
 
@@ -87,6 +88,7 @@ def receipt(
         "expected_batch": plan.expected_batch,
         "max_admissions_per_patient": plan.max_admissions_per_patient,
         "steps": steps,
+        "released_steps": entries[-1].released_steps,
         "planned_steps": plan.steps,
         "epsilon": json_number(cost.value),
         "delta": plan.delta,

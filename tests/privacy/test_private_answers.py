@@ -133,7 +133,7 @@ def test_an_answer_that_was_changed_on_the_disk_is_not_served(hospital) -> None:
 
 
 @pytest.mark.parametrize("evidence", ["receipt", "state", "answer", "all"])
-@pytest.mark.parametrize("kept_entries", [0, 1, 3])
+@pytest.mark.parametrize("kept_entries", [0, 1, 3, 4])
 def test_a_ledger_behind_other_files_releases_nothing(
     hospital, monkeypatch, evidence, kept_entries
 ) -> None:
@@ -150,8 +150,9 @@ def test_a_ledger_behind_other_files_releases_nothing(
             file.unlink()
     trained: list[int] = []
     monkeypatch.setattr(client.private, "update", lambda *a, **k: trained.append(1) or 1 / 0)
-    if (evidence, kept_entries) == ("answer", 3):
-        # an answer proves that something was charged, not how much: the server's account does
+    if evidence == "answer" and kept_entries >= 3:
+        # an answer proves that something was charged, not how much: the server's account does;
+        # and without its release it is what a crash before the release leaves
         with pytest.raises(ZeroDivisionError):
             hospital.ask(b, server_round=3)
         return
