@@ -17,8 +17,8 @@ INFINITY = "infinity"
 
 
 NOT_COVERED = (
-    "metrics of this summary are the simulation's own, on held-out patients, outside the guarantee; "
-    "the baselines among them were fitted to the training patients without privacy"
+    "metrics of this summary are the simulation's own, on held-out patients, outside the "
+    "guarantee; the baselines among them were fitted to the training patients without privacy"
 )
 
 
