@@ -97,7 +97,7 @@ def prepare_tables(
 
 
 class _Book:
-    """Rows in, rows out and reasons, by table."""
+    """Rows in, rows out and reasons, by table; each is counted by itself, none by subtraction."""
 
     def __init__(self) -> None:
         self.rows: dict[str, int] = {}
@@ -109,10 +109,6 @@ class _Book:
         entries = self.dropped.setdefault(table, {})
         for reason, number in reasons.items():
             entries[reason] = entries.get(reason, 0) + number
-
-    def close(self, table: str) -> None:
-        """Rows out are what the reasons leave."""
-        self.out[table] = self.rows[table] - sum(self.dropped.get(table, {}).values())
 
     def flat(self) -> dict[str, int]:
         return {
@@ -163,7 +159,7 @@ def _stays(table: Table, patients: pl.DataFrame, book: _Book) -> pl.DataFrame:
 def _diagnoses(tables: Mapping[str, Table], known: pl.Series, book: _Book) -> DiagnosisLists:
     table, dictionary = tables["diagnoses_icd"], tables["d_icd_diagnoses"]
     lists = diagnosis_lists(table, dictionary, known)
-    rows = lists.joined + lists.unmatched
+    rows = lists.rows
     book.rows["diagnoses_icd"], book.rows["d_icd_diagnoses"] = rows, lists.dictionary_rows
     book.drop("diagnoses_icd", **lists.dropped)
     _refuse_orphans(table, lists.dropped["unknown_admission"], rows, "an admission")
@@ -172,9 +168,9 @@ def _diagnoses(tables: Mapping[str, Table], known: pl.Series, book: _Book) -> Di
             f"{table.label}: {lists.unmatched} of {rows} rows match no title in {dictionary.label}",
             fix="use both tables from the same version",
         )
-    book.close("diagnoses_icd")
+    book.out["diagnoses_icd"] = _items(lists.lists["diagnoses"])
     book.drop("d_icd_diagnoses", **lists.untitled)
-    book.close("d_icd_diagnoses")
+    book.out["d_icd_diagnoses"] = lists.dictionary_titles
     return lists
 
 
@@ -182,7 +178,7 @@ def _measures(table: Table, patients: pl.DataFrame, book: _Book) -> Measures:
     measures = clean_measures(table, patients["subject_id"])
     book.rows["omr"] = measures.read
     book.drop("omr", **measures.dropped)
-    book.close("omr")
+    book.out["omr"] = measures.rows.height
     return measures
 
 
@@ -201,8 +197,7 @@ def _drugs(
     )
     lists = drug_lists(orders, known, drop_flushes=drop_flushes)
     book.drug_type = dict(orders.drug_type)
-    rows = sum(orders.drug_type.values())
-    book.rows["prescriptions"] = rows
+    book.rows["prescriptions"] = orders.rows
     book.drop("prescriptions", **lists.dropped)
     main = orders.drug_type.get("MAIN", 0)
     if not main:
@@ -212,8 +207,12 @@ def _drugs(
             fix="use the table as PhysioNet ships it",
         )
     _refuse_orphans(table, lists.dropped["unknown_admission"], main, "an admission")
-    book.close("prescriptions")
+    book.out["prescriptions"] = _items(lists.lists["drugs"])
     return lists
+
+
+def _items(lists: pl.Series) -> int:
+    return int(lists.list.len().sum())
 
 
 def _refuse_orphans(table: Table, orphans: int, rows: int, parent: str) -> None:
@@ -249,7 +248,7 @@ def _attribute(
         unknown_admission=told.height - placed.height,
         later=placed.height - first.height,
     )
-    book.close(name)
+    book.out[name] = first.height
     return first.select("hadm_id", value)
 
 

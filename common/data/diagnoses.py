@@ -24,11 +24,16 @@ class DiagnosisLists:
     titles: tuple[str, ...]
     codes: tuple[str, ...]
     """``version:code``, parallel to ``titles``."""
+    rows: int
+    """Rows read."""
     joined: int
     """Rows whose code and version have a title."""
     unmatched: int
     dropped: Mapping[str, int]
     dictionary_rows: int
+    """Rows of the dictionary."""
+    dictionary_titles: int
+    """Rows of the dictionary that are in use."""
     untitled: Mapping[str, int]
     """Rows of the dictionary that were left out, by reason."""
 
@@ -44,7 +49,7 @@ def diagnosis_lists(table: Table, dictionary: Table, known: pl.Series) -> Diagno
     Raises:
         UserError: Damaged tables, ids that cannot be read, or codes that lost their leading zeros.
     """
-    titles, untitled = _dictionary(dictionary)
+    titles, untitled, dictionary_rows = _dictionary(dictionary)
     coded = _coded(table)
     # Everything about codes is decided on distinct ones: few thousand instead of millions.
     codes = coded.group_by(_KEY).len("rows").join(titles, on=_KEY, how="left").sort(*_KEY)
@@ -69,6 +74,7 @@ def diagnosis_lists(table: Table, dictionary: Table, known: pl.Series) -> Diagno
         lists=lists,
         titles=tuple(used["title"]),
         codes=tuple(used.select(pl.format("{}:{}", "icd_version", "icd_code")).to_series()),
+        rows=coded.height,
         joined=joined,
         unmatched=lost,
         dropped={
@@ -76,7 +82,8 @@ def diagnosis_lists(table: Table, dictionary: Table, known: pl.Series) -> Diagno
             "unknown_admission": joined - placed.height,
             "duplicate": placed.height - ordered.height,
         },
-        dictionary_rows=titles.height + sum(untitled.values()),
+        dictionary_rows=dictionary_rows,
+        dictionary_titles=titles.height,
         untitled=untitled,
     )
 
@@ -86,7 +93,7 @@ def _coded(table: Table) -> pl.DataFrame:
     return frame.with_columns(pl.col("icd_code").fill_null("").str.strip_chars())
 
 
-def _dictionary(table: Table) -> tuple[pl.DataFrame, dict[str, int]]:
+def _dictionary(table: Table) -> tuple[pl.DataFrame, dict[str, int], int]:
     parsed = read(table, numbers=("icd_version",)).select(
         pl.col("icd_code").fill_null("").str.strip_chars(),
         "icd_version",
@@ -106,7 +113,7 @@ def _dictionary(table: Table) -> tuple[pl.DataFrame, dict[str, int]]:
             allowed="one title for each icd_code and icd_version",
             fix="fetch the original file; read icd_code as text",
         )
-    return titles, dropped
+    return titles, dropped, parsed.height
 
 
 def _refuse_lost_zeros(

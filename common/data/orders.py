@@ -37,7 +37,9 @@ class Orders:
     """hadm_id (null: no number), drug (as spelled; empty for an empty cell), rows, start (first;
     may be null): one row for each batch, admission and spelling."""
     drug_type: Mapping[str, int]
-    """Rows by drug_type, all kinds."""
+    """Rows by drug_type, all kinds, in capitals and without outer blanks."""
+    rows: int
+    """Rows read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +86,12 @@ def read_orders(
     lines = scan(table).select(
         whole_number("hadm_id"),
         # One process-wide code for each text: rows are then counted and grouped by integers.
-        pl.col("drug_type").fill_null("").cast(pl.Categorical),
+        pl.col("drug_type").fill_null("").str.strip_chars().str.to_uppercase().cast(pl.Categorical),
         pl.col("drug").fill_null("").cast(pl.Categorical),
         pl.col("starttime").str.to_datetime(TIME_FORMAT, strict=False).alias("start"),
         "starttime",
     )
-    kinds: dict[str, int] = {}
+    kinds: Counter[str] = Counter()
     parts: list[pl.DataFrame] = []
     rows = lost = 0
     with reading(table):
@@ -97,8 +99,7 @@ def read_orders(
             chunk_size=chunk_rows, maintain_order=False, engine="streaming"
         ):
             rows += batch.height
-            for kind, number in batch["drug_type"].value_counts().iter_rows():
-                kinds[kind] = kinds.get(kind, 0) + number
+            kinds.update(dict(batch["drug_type"].value_counts().iter_rows()))
             timed = _timed(batch)
             lost += timed["start"].null_count() - timed["starttime"].null_count()
             parts.append(_one_row_per_pair(timed))
@@ -107,7 +108,7 @@ def read_orders(
     require_rows(table, rows)
     if lost:
         raise bad_times(table, "starttime", lost)
-    return Orders(pairs=pl.concat(parts), drug_type=kinds)
+    return Orders(pairs=pl.concat(parts), drug_type=kinds, rows=rows)
 
 
 def drug_lists(orders: Orders, known: pl.Series, *, drop_flushes: bool = True) -> DrugLists:
@@ -152,17 +153,22 @@ def drug_lists(orders: Orders, known: pl.Series, *, drop_flushes: bool = True) -
             "flush_rows": tally["flush_rows"],
         },
         dropped={
-            **{
-                f"drug_type_{kind.strip().lower() or 'empty'}": number
-                for kind, number in sorted(orders.drug_type.items())
-                if kind != "MAIN"
-            },
+            **_other_kinds(orders.drug_type),
             **{
                 reason: tally[reason]
                 for reason in ("empty_name", "unknown_admission", "flush", "duplicate")
             },
         },
     )
+
+
+def _other_kinds(drug_type: Mapping[str, int]) -> dict[str, int]:
+    """Return the rows that are not MAIN by reason; kinds that share a reason are summed."""
+    reasons: Counter[str] = Counter()
+    for kind, number in sorted(drug_type.items()):
+        if kind != "MAIN":
+            reasons[f"drug_type_{kind.lower() or 'empty'}"] += number
+    return dict(reasons)
 
 
 def _clean(

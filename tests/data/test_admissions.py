@@ -98,7 +98,7 @@ hostile = st.fixed_dictionaries(
                 {
                     "hadm_id": st.sampled_from([*ADMISSIONS, 99, ""]),
                     "starttime": st.sampled_from(["", "2152-03-05 12:00:00"]),
-                    "drug_type": st.sampled_from(["MAIN", "MAIN", "BASE", ""]),
+                    "drug_type": st.sampled_from(["MAIN", "main ", "BASE", "BASE ", ""]),
                     "drug": st.sampled_from(["A", "a ", "B", "", "Saline Flush"]),
                 }
             ),
@@ -167,7 +167,9 @@ def test_rows_in_are_rows_out_and_the_reasons(write_tables, small_tables, change
     with_drug = {
         row["hadm_id"]
         for row in tables["prescriptions"]
-        if row["drug_type"] == "MAIN" and row["drug"].strip() and "Flush" not in row["drug"]
+        if row["drug_type"].strip().upper() == "MAIN"
+        and row["drug"].strip()
+        and "Flush" not in row["drug"]
     }
     expected = {11, 12, 13, 21} & with_diagnosis & with_drug
     assert {one.admission for one in table.admissions} == expected

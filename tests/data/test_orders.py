@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from common.data.mimic import find_tables
 from common.data.names import normalise_string
-from common.data.orders import drug_lists, is_flush, read_orders
+from common.data.orders import Orders, drug_lists, is_flush, read_orders
 
 SPELLINGS = (
     "Aspirin", "aspirin ", "ASPIRIN", "Sodium Chloride 0.9%  Flush", "Heparin Flush (10 units/ml)",
@@ -17,6 +17,7 @@ SPELLINGS = (
 )  # fmt: skip
 STARTS = ("", "2150-01-01 00:00:00", "2150-01-02 10:00:00", "2150-01-02", "2149-12-31 23:59:59")
 KNOWN = (11, 21, 31)
+KINDS = ("MAIN", "MAIN", "MAIN ", " main", "BASE", "BASE ", "base", "ADDITIVE", "New", "")
 
 
 def by_hand(rows, *, drop_flushes):
@@ -30,8 +31,9 @@ def by_hand(rows, *, drop_flushes):
     for row in rows:
         name = " ".join(row["drug"].split()).casefold()
         flush = "flush" in name and ("heparin" in name or "sodium chloride" in name)
-        if row["drug_type"] != "MAIN":
-            drop(f"drug_type_{row['drug_type'].lower()}")
+        kind = row["drug_type"].strip().lower()
+        if kind != "main":
+            drop(f"drug_type_{kind or 'empty'}")
         elif not name:
             drop("empty_name")
         elif row["hadm_id"] not in KNOWN:
@@ -66,7 +68,7 @@ order_rows = st.lists(
         {
             "hadm_id": st.sampled_from([*KNOWN, 999, ""]),
             "starttime": st.sampled_from(STARTS),
-            "drug_type": st.sampled_from(["MAIN", "MAIN", "MAIN", "BASE", "ADDITIVE", "NEW"]),
+            "drug_type": st.sampled_from(KINDS),
             "drug": st.sampled_from(SPELLINGS),
         }
     ),
@@ -87,10 +89,33 @@ def test_equals_a_loop_over_the_rows(write_tables, rows, drop_flushes, chunk_row
     placed = {
         (row["hadm_id"], row["drug"])
         for row in rows
-        if row["drug_type"] == "MAIN" and row["hadm_id"] in KNOWN and row["drug"].strip()
+        if row["drug_type"].strip().upper() == "MAIN"
+        and row["hadm_id"] in KNOWN
+        and row["drug"].strip()
     }
     assert counts["pairs_raw"] == len(placed)
     assert counts["pairs_normalised"] == len({(h, normalise_string(d)) for h, d in placed})
+
+
+def test_kinds_that_differ_in_blanks_and_case_are_one(write_tables):
+    rows = [{"hadm_id": 11, "drug_type": kind, "drug": f"Drug {kind}"} for kind in KINDS]
+    orders = read_orders(find_tables(write_tables(prescriptions=rows))["prescriptions"])
+    assert orders.rows == len(rows)
+    assert orders.drug_type == {"MAIN": 4, "BASE": 3, "ADDITIVE": 1, "NEW": 1, "": 1}
+
+
+def test_kinds_that_only_share_a_reason_are_summed():
+    kelvin = "\N{KELVIN SIGN}IT"
+    pairs = pl.DataFrame(
+        schema={
+            "hadm_id": pl.Int64,
+            "drug": pl.Categorical,
+            "rows": pl.UInt32,
+            "start": pl.Datetime,
+        }
+    )
+    orders = Orders(pairs=pairs, drug_type={"KIT": 2, kelvin: 3}, rows=5)
+    assert drug_lists(orders, pl.Series(KNOWN)).dropped["drug_type_kit"] == 5
 
 
 @pytest.fixture(scope="module")
