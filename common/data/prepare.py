@@ -12,7 +12,7 @@ import polars as pl
 
 from common.config import DataConfig
 from common.data.admissions import Prepared, Progress, prepare_tables
-from common.data.cache import cache_key, load, store
+from common.data.cache import cache_key, load, require_writable, store, writing
 from common.data.mimic import find_tables
 from common.data.orders import CHUNK_ROWS
 from common.data.samples import Admission, SampleTable
@@ -52,16 +52,18 @@ def prepare_source(
         progress: Called with one line for each step.
 
     Raises:
-        UserError: Tables that cannot be used as they are; the cache is left as it was.
+        UserError: Tables that cannot be used as they are, or a cache that cannot be written; the
+            cache holds what it held.
     """
     cache = cache_dir or fedrx_cache()
     folder = data_folder(config, cache)
     tables = find_tables(folder)
     hashes = hash_tables(tables)
     key = cache_key({"files": hashes, "drop_flushes": config.drop_flushes})
-    path = cache / "samples" / f"{key}.parquet"
+    path = cache / "samples" / f"{key}.samples"
     prepared = load(path)
     if prepared is None:
+        require_writable(path.parent)
         prepared = prepare_tables(
             folder, drop_flushes=config.drop_flushes, chunk_rows=chunk_rows, progress=progress
         )
@@ -91,16 +93,17 @@ def data_folder(config: DataConfig, cache: Path) -> Path:
     folder = cache / "synthetic" / key
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as scratch:
-        written = Path(scratch) / key
-        write_tables(written, patients=config.synthetic_patients, seed=config.synthetic_seed)
-        # Another process may have been faster; its tables are the same.
-        try:
-            written.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
+    with writing(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as scratch:
+            written = Path(scratch) / key
+            write_tables(written, patients=config.synthetic_patients, seed=config.synthetic_seed)
+            # Another process may have been faster; its tables are the same.
+            try:
+                written.rename(folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise
     return folder
 
 

@@ -1,5 +1,7 @@
 """The cached sample table: same samples, private, atomic, keyed by content and settings."""
 
+import errno
+import os
 import stat
 import subprocess
 import sys
@@ -9,9 +11,10 @@ import polars as pl
 import pytest
 
 from common.config import DataConfig
-from common.data.cache import cache_key
+from common.data.cache import cache_key, load
 from common.data.prepare import load_samples
 from common.data.samples import Admission
+from common.errors import UserError
 
 
 def entries(cache: Path) -> list[Path]:
@@ -63,16 +66,89 @@ def test_a_damaged_entry_is_written_again(write_tables, tmp_path, damage):
     whole = entry.read_bytes()
     entry.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
     assert load_samples(config, cache_dir=tmp_path) == first
-    assert pl.read_parquet(entry).height == len(first.admissions)
+    assert load(entry).frame.height == len(first.admissions)
 
 
-def test_a_failed_write_leaves_nothing(write_tables, tmp_path, monkeypatch):
+def test_no_changed_bit_is_served(write_tables, tmp_path):
+    load_samples(DataConfig(path=str(write_tables())), cache_dir=tmp_path)
+    (entry,) = entries(tmp_path)
+    whole = entry.read_bytes()
+    assert load(entry) is not None
+    for place in range(len(whole)):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << place % 8
+        entry.write_bytes(changed)
+        assert load(entry) is None, place
+
+
+def test_a_decoder_that_panics_means_that_there_is_no_entry(write_tables, tmp_path, monkeypatch):
+    def panic(*_, **__):
+        raise pl.exceptions.PanicException("index out of bounds")
+
+    load_samples(DataConfig(path=str(write_tables())), cache_dir=tmp_path)
+    (entry,) = entries(tmp_path)
+    monkeypatch.setattr(pl, "read_parquet", panic)
+    assert load(entry) is None
+
+
+def refused_write(config, cache):
+    with pytest.raises(UserError, match="cannot be written") as raised:
+        load_samples(config, cache_dir=cache)
+    assert str(cache) in raised.value.what
+    assert "FEDRX_CACHE" in raised.value.fix
+    assert "\n" not in str(raised.value)
+    return raised.value
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), None])
+def test_a_failed_write_is_one_line_and_leaves_nothing(write_tables, tmp_path, monkeypatch, error):
     def fail(*_, **__):
-        raise OSError("no space left on device")
+        raise error or pl.exceptions.ComputeError("cannot encode")
 
-    monkeypatch.setattr(pl.DataFrame, "write_parquet", fail)
-    with pytest.raises(OSError, match="no space"):
-        load_samples(DataConfig(path=str(write_tables())), cache_dir=tmp_path)
+    if error is None:
+        monkeypatch.setattr(pl.DataFrame, "write_parquet", fail)
+    else:
+        monkeypatch.setattr("os.fsync", fail)
+    found = refused_write(DataConfig(path=str(write_tables())), tmp_path)
+    assert ("No space left on device" in found.what) == (error is not None)
+    assert entries(tmp_path) == []
+
+
+def test_full_disk_under_synthetic_tables_is_one_line(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("common.data.prepare.write_tables", fail)
+    assert "No space left" in refused_write(DataConfig(synthetic_patients=12), tmp_path).what
+    assert list((tmp_path / "synthetic").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_the_reading(
+    write_tables, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("common.data.prepare.prepare_tables", None)
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    refused_write(DataConfig(path=str(write_tables())), tmp_path / "cache")
+
+
+SMALL_DISK = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+from sim.cli import main
+main()
+"""
+
+
+def test_the_command_line_says_what_to_do_about_a_full_disk(write_tables, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL_DISK, "data", "prepare", str(write_tables())],
+        env=os.environ | {"FEDRX_CACHE": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("fedrx: the cache folder")
     assert entries(tmp_path) == []
 
 
