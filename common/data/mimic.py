@@ -4,12 +4,13 @@ Everything is read as text first (codes keep their leading zeros); numbers and t
 here, by column, so that a bad file is named and no cell value ever reaches a message.
 """
 
+import csv
 import gzip
 import os
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import polars as pl
@@ -32,7 +33,11 @@ OPTIONAL = ("services", "transfers")
 SUFFIXES = (".csv.gz", ".csv")
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 DATE_FORMAT = "%Y-%m-%d"
+MORE_FIELDS = "more fields"
+"""Column of ``scan``: what stands after a row's last column; null in a row like its header."""
 _SEARCH_DEPTH = 4
+_TOO_WIDE = ("found more fields", "column names not specified in schema")
+"""What the parser says of a row longer than the header, and of a first row that is."""
 _DAMAGED_FIX = "fetch the file again and compare it with SHA256SUMS.txt"
 
 
@@ -45,6 +50,8 @@ class Table:
     label: str
     """Path below the data folder, for messages: ``hosp/omr.csv.gz``."""
     columns: tuple[str, ...]
+    header: tuple[str, ...] = ()
+    """All columns of the file, in its order."""
 
 
 def find_tables(folder: Path) -> dict[str, Table]:
@@ -58,7 +65,7 @@ def find_tables(folder: Path) -> dict[str, Table]:
 
     Raises:
         UserError: No such folder, a missing or misplaced table, an empty file, a foreign
-            delimiter, a missing column, a damaged gz.
+            delimiter, a missing or repeated column, a damaged gz.
     """
     _check_root(folder)
     tables = {}
@@ -66,25 +73,41 @@ def find_tables(folder: Path) -> dict[str, Table]:
         path = _locate(folder, name)
         if path is not None:
             label = path.relative_to(folder).as_posix()
-            tables[name] = Table(name=name, path=path, label=label, columns=columns)
-            _check_header(tables[name])
+            table = Table(name=name, path=path, label=label, columns=columns)
+            tables[name] = replace(table, header=_header(table))
     return tables
 
 
 def scan(table: Table) -> pl.LazyFrame:
-    """Return the table's columns in use as lazy text columns; an empty cell is null."""
-    return pl.scan_csv(table.path, infer_schema=False, glob=False).select(table.columns)
+    """Return the columns in use, and ``MORE_FIELDS``, as lazy text columns; an empty cell is null.
+
+    The parser refuses a row with too many fields only where it reads every column, and reading a
+    big table then takes a third longer. Here one column beyond the header's shows such rows,
+    unless the cell that was pushed out is empty.
+    """
+    rows = pl.scan_csv(
+        table.path,
+        has_header=False,
+        skip_lines=1,
+        schema=dict.fromkeys((*table.header, MORE_FIELDS), pl.String),
+        missing_columns="insert",
+        glob=False,
+    )
+    return rows.select(*table.columns, MORE_FIELDS)
 
 
 def read(table: Table, *, numbers: Sequence[str] = ()) -> pl.DataFrame:
     """Read the table's columns in use as text, but ``numbers`` as int64.
 
     Raises:
-        UserError: A damaged file, one without rows, or a cell of ``numbers`` that is empty or not
-            a whole number (the column is named, never the cell).
+        UserError: A damaged file, one without rows or with a row longer than its header, or a cell
+            of ``numbers`` that is empty or not a whole number (the column is named, never the
+            cell).
     """
     with reading(table):
-        frame = scan(table).with_columns(map(whole_number, numbers)).collect(engine="streaming")
+        # Every column: only then the parser refuses a row with too many fields.
+        rows = pl.scan_csv(table.path, infer_schema=False, glob=False).collect(engine="streaming")
+        frame = rows.select(table.columns).with_columns(map(whole_number, numbers))
     require_rows(table, frame.height)
     for name in numbers:
         bad = frame[name].null_count()
@@ -114,6 +137,8 @@ def reading(table: Table) -> Iterator[None]:
     try:
         yield
     except pl.exceptions.PolarsError as error:
+        if any(sign in str(error) for sign in _TOO_WIDE):
+            raise bad_width(table) from None
         kind = "is not UTF-8 text" if "utf" in str(error).lower() else "is not a well-formed csv"
         raise UserError(f"{table.label} {kind}", fix=_DAMAGED_FIX) from None
     except (OSError, EOFError, zlib.error) as error:
@@ -150,6 +175,15 @@ def bad_times(table: Table, column: str, cells: int) -> UserError:
         f"{table.label}: {cells} cells of column {column} are no time",
         allowed="YYYY-MM-DD HH:MM:SS",
         fix="keep the file as PhysioNet ships it (a spreadsheet may have rewritten it)",
+    )
+
+
+def bad_width(table: Table) -> UserError:
+    """Return the error for rows whose cells may stand under the wrong column."""
+    return UserError(
+        f"{table.label} has rows with more fields than its header",
+        allowed="one field for each column; text that holds a comma in quotes",
+        fix=_DAMAGED_FIX,
     )
 
 
@@ -218,7 +252,8 @@ def _other_folders(folder: Path) -> list[Path]:
     return [folder, *below, *inside]
 
 
-def _check_header(table: Table) -> None:
+def _header(table: Table) -> tuple[str, ...]:
+    """Return the names of the file's columns, all in use among them, each once."""
     with reading(table):
         header = _first_line(table.path)
     if not header.strip():
@@ -226,7 +261,8 @@ def _check_header(table: Table) -> None:
     names = _fields(header, ",")
     missing = [name for name in table.columns if name not in names]
     if not missing:
-        return
+        _refuse_repeated(table, names)
+        return tuple(names)
     for delimiter, word in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
         if set(table.columns) & set(_fields(header, delimiter)):
             raise UserError(
@@ -241,8 +277,18 @@ def _check_header(table: Table) -> None:
     )
 
 
+def _refuse_repeated(table: Table, names: Sequence[str]) -> None:
+    repeated = sorted({name or "(blank)" for name in names if names.count(name) > 1})
+    if repeated:
+        raise UserError(
+            f"{table.label} has several columns named {', '.join(repeated)}",
+            allowed="one column of each name",
+            fix="use the table as PhysioNet ships it",
+        )
+
+
 def _fields(header: str, delimiter: str) -> list[str]:
-    return [name.strip().strip('"') for name in header.split(delimiter)]
+    return [name.strip() for name in next(csv.reader([header], delimiter=delimiter))]
 
 
 def _first_line(path: Path) -> str:

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import polars as pl
 
 from common.data.mimic import (
+    MORE_FIELDS,
     TIME_FORMAT,
     Table,
     bad_times,
+    bad_width,
     moment,
     reading,
     require_rows,
@@ -81,7 +83,8 @@ def read_orders(
         on_rows: Called with the number of rows read so far.
 
     Raises:
-        UserError: A damaged or empty table, or start times that cannot be read.
+        UserError: A damaged or empty table, one with a row longer than its header, or start times
+            that cannot be read.
     """
     lines = scan(table).select(
         whole_number("hadm_id"),
@@ -90,6 +93,7 @@ def read_orders(
         pl.col("drug").fill_null("").cast(pl.Categorical),
         pl.col("starttime").str.to_datetime(TIME_FORMAT, strict=False).alias("start"),
         "starttime",
+        pl.col(MORE_FIELDS).is_not_null(),
     )
     kinds: Counter[str] = Counter()
     parts: list[pl.DataFrame] = []
@@ -99,6 +103,8 @@ def read_orders(
             chunk_size=chunk_rows, maintain_order=False, engine="streaming"
         ):
             rows += batch.height
+            if batch[MORE_FIELDS].any():
+                raise bad_width(table)
             kinds.update(dict(batch["drug_type"].value_counts().iter_rows()))
             timed = _timed(batch)
             lost += timed["start"].null_count() - timed["starttime"].null_count()

@@ -63,6 +63,50 @@ def test_missing_column_is_named(write_tables, cache, table, column):
     assert f"hosp/{table}.csv lacks column {column}" in error.what
 
 
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [
+        ("patients", "anchor_year_group"),
+        ("admissions", "insurance"),
+        ("diagnoses_icd", "icd_version"),
+        ("d_icd_diagnoses", "long_title"),
+        ("prescriptions", "drug"),
+        ("omr", "result_value"),
+        ("services", "curr_service"),
+        ("transfers", "careunit"),
+    ],
+)
+@pytest.mark.parametrize("more", [1, 2])
+@pytest.mark.parametrize("place", [0, -1])
+def test_rows_longer_than_the_header_are_refused(
+    write_tables, small, cache, table, column, more, place
+):
+    for row in small["prescriptions"]:
+        row["ndc"] = "1"
+    folder = write_tables(suffix=".csv", **small)
+    path = folder / "hosp" / f"{table}.csv"
+    header, *rows = path.read_text().splitlines()
+    cells = rows[place].split(",")
+    where = header.split(",").index(column)
+    rows[place] = ",".join([*cells[:where], *["Secret"] * more, *cells[where:]])
+    path.write_text("\n".join([header, *rows, ""]))
+    error = refusal(folder, cache)
+    assert error.what == f"hosp/{table}.csv has rows with more fields than its header"
+    assert "Secret" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("table", "old", "new"),
+    [("prescriptions", "ndc", "drug"), ("omr", "result_value", "result_value,result_value")],
+)
+def test_columns_of_the_same_name_are_refused(write_tables, cache, table, old, new):
+    folder = write_tables(suffix=".csv")
+    path = folder / "hosp" / f"{table}.csv"
+    path.write_text(re.sub(rf"\b{old}\b", new, path.read_text(), count=1))
+    column = new.split(",")[0]
+    assert refusal(folder, cache).what == f"hosp/{table}.csv has several columns named {column}"
+
+
 def test_shuffled_columns_work(write_tables, tmp_path, cache):
     folder = write_tables()
     expected = load_samples(DataConfig(path=str(folder)), cache_dir=cache)
