@@ -15,6 +15,8 @@ from common.data.samples import UNKNOWN
 from common.errors import UserError
 
 OLDEST_SHOWN_AGE = 89
+PLAUSIBLE_AGE = (0, 120)
+"""Inclusive limits; outside is a typing error, and the admission is dropped and counted."""
 _CAREUNIT_EVENT = "admit"
 _MOST_ORPHANS = 0.5
 
@@ -75,15 +77,12 @@ def prepare_tables(
         .join(careunits, on="hadm_id", how="left")
         .sort("subject_id", "admittime", "hadm_id")
     )
-    no_diagnoses = samples["diagnoses"].is_null()
-    no_drugs = ~no_diagnoses & samples["drugs"].is_null()
-    book.drop("admissions", no_diagnoses=int(no_diagnoses.sum()), no_drugs=int(no_drugs.sum()))
-    complete = samples.filter(~(no_diagnoses | no_drugs))
+    complete = _complete(samples, book)
     book.out["admissions"] = complete.height
     if complete.is_empty():
         raise UserError(
             f"no samples after cleaning in {folder}",
-            allowed="at least one admission with diagnoses and MAIN drugs",
+            allowed="at least one admission with a plausible age, diagnoses and MAIN drugs",
             fix="check that the tables come from one version of MIMIC-IV",
         )
     frame = _sample_columns(complete)
@@ -144,9 +143,7 @@ def _stays(table: Table, patients: pl.DataFrame, book: _Book) -> pl.DataFrame:
             allowed="one row for each admission",
             fix="remove the duplicate admissions, or fetch the file again",
         )
-    stays = distinct.join(patients, on="subject_id").with_columns(
-        (pl.col("anchor_age") + pl.col("admittime").dt.year() - pl.col("anchor_year")).alias("age")
-    )
+    stays = distinct.join(patients, on="subject_id").with_columns(_age())
     _refuse_orphans(table, distinct.height - stays.height, distinct.height, "a patient")
     book.drop(
         "admissions",
@@ -154,6 +151,14 @@ def _stays(table: Table, patients: pl.DataFrame, book: _Book) -> pl.DataFrame:
         unknown_patient=distinct.height - stays.height,
     )
     return stays
+
+
+def _age() -> pl.Expr:
+    """Age at admission; null where it, or the age that it is counted from, is implausible."""
+    anchor = pl.col("anchor_age")
+    age = anchor + pl.col("admittime").dt.year() - pl.col("anchor_year")
+    plausible = anchor.is_between(*PLAUSIBLE_AGE) & age.is_between(*PLAUSIBLE_AGE)
+    return pl.when(plausible).then(age).alias("age")
 
 
 def _diagnoses(tables: Mapping[str, Table], known: pl.Series, book: _Book) -> DiagnosisLists:
@@ -250,6 +255,19 @@ def _attribute(
     )
     book.out[name] = first.height
     return first.select("hadm_id", value)
+
+
+def _complete(samples: pl.DataFrame, book: _Book) -> pl.DataFrame:
+    """Keep the admissions that lack nothing; the first thing that is missing is the reason."""
+    for reason, column in (
+        ("implausible_age", "age"),
+        ("no_diagnoses", "diagnoses"),
+        ("no_drugs", "drugs"),
+    ):
+        kept = samples.filter(pl.col(column).is_not_null())
+        book.drop("admissions", **{reason: samples.height - kept.height})
+        samples = kept
+    return samples
 
 
 def _sample_columns(complete: pl.DataFrame) -> pl.DataFrame:

@@ -60,6 +60,40 @@ def test_admissions_repeated_with_other_content_are_refused(write_tables, small)
         prepare_tables(write_tables(**small))
 
 
+@pytest.mark.parametrize(
+    ("anchor_age", "anchor_year", "age"),
+    [
+        (0, 2152, 0),
+        (118, 2150, 120),
+        (119, 2150, None),
+        (300, 2150, None),
+        (-5, 2150, None),
+        (-5, 2140, None),
+        (130, 2180, None),
+        (60, 0, None),
+        (1, 2154, None),
+    ],
+)
+def test_an_implausible_age_drops_the_admission_and_is_counted(
+    write_tables, small, anchor_age, anchor_year, age
+):
+    small["patients"][0] |= {"anchor_age": anchor_age, "anchor_year": anchor_year}
+    prepared = prepare_tables(write_tables(**small))
+    ages = dict(prepared.frame.select("admission", "age").iter_rows())
+    assert ages == ({21: 90} if age is None else {11: age, 21: 90})
+    assert prepared.counts["dropped"]["admissions.implausible_age"] == (age is None)
+    assert prepared.counts["rows_out"]["admissions"] == len(ages)
+    assert prepared.counts["age"] == {"min": min(ages.values()), "max": 90 if age != 120 else 120}
+    assert prepared.counts["dropped"]["prescriptions.unknown_admission"] == 0
+
+
+def test_no_plausible_age_is_refused(write_tables, small):
+    for row in small["patients"]:
+        row["anchor_year"] = 0
+    with pytest.raises(UserError, match="no samples after cleaning.*plausible age"):
+        prepare_tables(write_tables(**small))
+
+
 def test_the_same_digits_in_both_icd_versions_keep_their_own_titles(write_tables, small):
     small["d_icd_diagnoses"].append(
         {"icd_code": "4019", "icd_version": 10, "long_title": "Something else"}
