@@ -245,6 +245,17 @@ class RunDirectory:
         return checkpoint
 
 
+def remove_unbegun(path: Path) -> None:
+    """Remove the folder of a run that was killed before environment.json, so before any work.
+
+    A folder that holds anything else stays.
+    """
+    names = {file.name for file in path.iterdir()} if path.is_dir() else set()
+    written = {"config.toml", "status.json", "data.json"}
+    if all(name in written or name.endswith(".part") for name in names):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def damaged(checkpoint: str) -> RunFailed:
     """Return the error of a checkpoint that cannot be read or is not what was written."""
     return RunFailed(f"checkpoint {checkpoint} is damaged: remove it, and resume again")

@@ -45,6 +45,8 @@ from sim.report import write_report
 from sim.show import show_summary
 
 MODE = "federation"
+BUILT_IN = ("synthetic", "embedded", "tiny")
+"""Data and backbones that are no folders, even where a folder has their name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +135,7 @@ def federate(
     """
     started = time.monotonic()
     check_strategy(config.federation)
-    config = with_calibrated_noise(config)
+    config = resolved(config)
     preparation = prepare(config, console)
     total_steps(config, preparation.hospitals)
     if protects(config) and not is_private(config):
@@ -146,10 +148,7 @@ def federate(
     config = replace(
         config,
         run=replace(config.run, directory=str(run.path)),
-        data=replace(config.data, path=absolute_path(config.data.path)),
-        model=replace(config.model, backbone=absolute_path(config.model.backbone)),
         federation=replace(config.federation, workers=workers.value),
-        train=replace(config.train, threads=threads_per_worker(config)),
     )
     facts = {
         **environment(list(command_line)),
@@ -164,6 +163,20 @@ def federate(
     run.write_json("environment.json", facts)
     console.print(f"run directory: {run.path}", markup=False, highlight=False)
     return go_on(run, config, preparation, console, started=started)
+
+
+def resolved(config: Config) -> Config:
+    """Return the configuration with all that decides a federation's result filled in.
+
+    That is absolute paths, a fixed thread count and, with privacy on, calibrated noise.
+    """
+    config = with_calibrated_noise(config)
+    return replace(
+        config,
+        data=replace(config.data, path=absolute_path(config.data.path)),
+        model=replace(config.model, backbone=absolute_path(config.model.backbone)),
+        train=replace(config.train, threads=threads_per_worker(config)),
+    )
 
 
 def go_on(
@@ -330,4 +343,4 @@ def data_facts(preparation: Preparation) -> dict[str, Any]:
 def absolute_path(path: str) -> str:
     """Make an existing folder's path absolute; names such as ``synthetic`` stay."""
     folder = Path(path).expanduser()
-    return str(folder.absolute()) if folder.is_dir() else path
+    return str(folder.absolute()) if folder.is_dir() and path not in BUILT_IN else path

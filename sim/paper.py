@@ -1,6 +1,5 @@
 """``fedrx paper``: both ranks of the paper, its four checkpoints each, its table beside ours."""
 
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -17,7 +16,7 @@ from common.errors import UserError
 from common.evaluation.answers import evaluate_answers
 from common.files import json_line, write_text
 from common.provenance import environment, source_root
-from common.rundir import RunDirectory
+from common.rundir import RunDirectory, remove_unbegun
 from sim import single
 from sim.evaluate import evaluate_run
 from sim.exclusive import at_work
@@ -159,8 +158,7 @@ def _finish_rank(
     close_session()
     one = RunDirectory(folder)
     if one.read_json("environment.json").get("mode") != single.MODE:
-        # Nothing was trained before environment.json was there.
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_unbegun(folder)
         console.rule(f"rank {rank}")
         single.single(config, console=console, command_line=command_line, run_dir=folder)
     elif one.status()["state"] != "finished":

@@ -22,10 +22,11 @@ from common.configio import differences, flatten, from_flat, parse_overrides
 from common.errors import UserError
 from common.files import write_json, write_text
 from common.participation import check_strategy, sampled
-from common.rundir import RunDirectory
-from sim.federate import federate
+from common.rundir import RunDirectory, remove_unbegun
+from sim.exclusive import exclusive
+from sim.federate import federate, resolved
 from sim.resume import resume
-from sim.single import single
+from sim.single import one_node, single
 
 CENTRALISED, LOCAL_ONLY = "centralised", "local-only"
 ARMS: dict[str, dict[str, Any]] = {
@@ -42,11 +43,8 @@ ARMS: dict[str, dict[str, Any]] = {
     LOCAL_ONLY: {},
 }
 SEEDED = ("train.seed", "adapter.seed", "partition.seed", "federation.seed")
-RESOLVED = (
-    *("federation.workers:", "federation.hospitals:", "train.threads:", "data.path:"),
-    *("model.backbone:", "privacy.noise-multiplier:"),
-)
-"""Keys that a run fills in by itself."""
+RESULTLESS = ("federation.workers:",)
+"""Keys that cannot change a run's result."""
 CONFIDENCE = 0.95
 FIGURES: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
     "F1": lambda s: s["metrics"]["fedrx"]["f1"],
@@ -173,13 +171,17 @@ def sweep(
 
     Returns:
         The content of sweep.json.
+
+    Raises:
+        UserError: if another process is at work on it, or a run in it is not the cell's.
     """
     folder.mkdir(parents=True, exist_ok=True)
     summaries = []
-    for number, cell in enumerate(cells, 1):
-        label = f"{number}/{len(cells)}: {cell.arm}, seed {cell.seed} {cell.part}"
-        console.print(label, style="bold", markup=False)
-        summaries.append(_run(cell, folder / cell.folder, console, command_line))
+    with exclusive(RunDirectory(folder)):
+        for number, cell in enumerate(cells, 1):
+            label = f"{number}/{len(cells)}: {cell.arm}, seed {cell.seed} {cell.part}"
+            console.print(label, style="bold", markup=False)
+            summaries.append(_run(cell, folder / cell.folder, console, command_line))
     rows = [
         {"arm": arm, "runs": len(chosen), **tabulate([s for _, s in chosen])}
         for arm, chosen in _by_arm(cells, summaries).items()
@@ -263,16 +265,23 @@ def _by_arm(
 def _run(cell: Cell, folder: Path, console: Console, command_line: Sequence[str]) -> dict[str, Any]:
     if (folder / "environment.json").exists():
         run = RunDirectory.open(folder)
-        changed = [
-            text for text in differences(cell.config, run.config()) if not text.startswith(RESOLVED)
-        ]
-        if changed:
-            raise UserError(
-                f"{folder} holds a run with another configuration: {'; '.join(changed)}",
-                fix="name another --run-dir",
-            )
+        _check_same(cell, run)
         if run.status()["state"] == "finished":
             return run.read_json("summary.json")
         return resume(folder, console=console, command_line=command_line)
+    remove_unbegun(folder)
     start = federate if cell.federated else single
     return start(cell.config, console=console, command_line=command_line, run_dir=folder)
+
+
+def _check_same(cell: Cell, run: RunDirectory) -> None:
+    """Refuse a run that is not the cell's, by the configurations that both run with."""
+    wanted = resolved(cell.config) if cell.federated else one_node(cell.config)
+    changed = [
+        text for text in differences(run.config(), wanted) if not text.startswith(RESULTLESS)
+    ]
+    if changed:
+        raise UserError(
+            f"{run.path} holds a run with another configuration: {'; '.join(changed)}",
+            fix="name another --run-dir, or set these keys as they were",
+        )

@@ -2,6 +2,7 @@
 
 import io
 import statistics
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -10,7 +11,12 @@ import sim.sweep
 from common.errors import UserError
 from common.rundir import RunDirectory
 from common.training.budget import steps_in_all
+from sim.exclusive import exclusive
+from sim.federate import resolved
+from sim.single import one_node
 from sim.sweep import ARMS, default_arms, markdown, plan_cells, show, sweep, tabulate
+
+QUIET = Console(file=io.StringIO(), width=200)
 
 
 def summary(f1, loss=1.0):
@@ -19,6 +25,27 @@ def summary(f1, loss=1.0):
         "validation_loss": [9.0, loss],
         "wire": {"bytes_up": 2_000_000},
     }
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Replace training by a run directory with a result; lists the runs that were started."""
+    started = []
+
+    def fake(resolve):
+        def start(config, *, console, command_line, run_dir):
+            run = RunDirectory.create(resolve(config), directory=run_dir)
+            started.append(run_dir.name)
+            run.write_json("environment.json", {"mode": "federation"})
+            run.write_json("summary.json", summary(0.5))
+            run.write_status("finished")
+            return summary(0.5)
+
+        return start
+
+    monkeypatch.setattr(sim.sweep, "federate", fake(resolved))
+    monkeypatch.setattr(sim.sweep, "single", fake(one_node))
+    return started
 
 
 def test_plan_covers_arms_grid_and_seeds(tiny_config):
@@ -69,9 +96,10 @@ def test_sweep_runs_each_cell_once_and_writes_the_table(tiny_config, tmp_path, m
 
     def fake(config, *, console, command_line, run_dir):
         started.append(run_dir.name)
+        resolve = one_node if run_dir.name.startswith("centralised") else resolved
         if run_dir.name == "lora-seed-1" and started.count("lora-seed-1") == 1:
             raise KeyboardInterrupt
-        run = RunDirectory.create(config, directory=run_dir)
+        run = RunDirectory.create(resolve(config), directory=run_dir)
         run.write_json("environment.json", {"mode": "federation"})
         result = summary(0.1 * (1 + config.train.seed) + (config.adapter.mode == "lora"))
         run.write_json("summary.json", result)
@@ -92,6 +120,100 @@ def test_sweep_runs_each_cell_once_and_writes_the_table(tiny_config, tmp_path, m
     other = plan_cells(tiny_config(adapter__rank=8), arms=["fa-lora"], seeds=[0])
     with pytest.raises(UserError, match="adapter.rank"):
         sweep(other, tmp_path, console=console, command_line=["fedrx"])
+
+
+@pytest.mark.parametrize("arm", ["fa-lora", "centralised"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data__path", "other"),
+        ("model__backbone", "other"),
+        ("federation__hospitals", 4),
+        ("train__threads", 2),
+        ("privacy__noise_multiplier", 1.5),
+    ],
+)
+def test_another_experiments_result_is_refused(
+    key, value, arm, tiny_config, trained, tmp_path, monkeypatch
+):
+    """Of one folder and two experiments, the second neither trains nor returns the first's row."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+
+    def cells(**settings):
+        return plan_cells(tiny_config(**settings), arms=[arm], seeds=[0])
+
+    sweep(cells(), tmp_path / "sweep", console=QUIET, command_line=[])
+    dotted = "train.steps" if (arm, key) == ("centralised", "federation__hospitals") else key
+    with pytest.raises(UserError, match=dotted.replace("__", ".").replace("_", "-")):
+        sweep(cells(**{key: value}), tmp_path / "sweep", console=QUIET, command_line=[])
+    assert len(trained) == 1
+
+
+@pytest.mark.parametrize("arm", ["fa-lora", "centralised"])
+def test_the_same_experiment_is_recognised_from_anywhere(
+    arm, tiny_config, trained, tmp_path, monkeypatch
+):
+    """Relative paths, automatic threads, calibrated noise, and any number of workers."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tables").mkdir()
+    settings = {"privacy__target_epsilon": 4.0, "train__threads": 0}
+    here = tiny_config(data__path="tables", **settings)
+    there = tiny_config(
+        data__path=str(tmp_path / "tables"), federation__workers=2, run__name="other", **settings
+    )
+    for config in (here, there):
+        cells = plan_cells(config, arms=[arm], seeds=[0])
+        sweep(cells, tmp_path / "sweep", console=QUIET, command_line=[])
+    assert len(trained) == 1
+
+
+def test_a_cell_that_was_killed_before_it_began_is_run(tiny_config, trained, tmp_path):
+    """Killed after config.toml and status.json; files of the user in its place stay."""
+    (cell,) = plan_cells(tiny_config(), arms=["fa-lora"], seeds=[0])
+    RunDirectory.create(cell.config, directory=tmp_path / cell.folder)
+    (tmp_path / cell.folder / ".data.json.x.part").write_text("{")
+    sweep([cell], tmp_path, console=QUIET, command_line=[])
+    assert trained == [cell.folder]
+    (other,) = plan_cells(tiny_config(), arms=["lora"], seeds=[0])
+    (tmp_path / other.folder).mkdir()
+    (tmp_path / other.folder / "precious.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        sweep([other], tmp_path, console=QUIET, command_line=[])
+    assert (tmp_path / other.folder / "precious.txt").read_text() == "mine"
+
+
+def test_an_unfinished_cell_is_resumed(tiny_config, trained, tmp_path, monkeypatch):
+    (cell,) = plan_cells(tiny_config(), arms=["fa-lora"], seeds=[0])
+    run = RunDirectory.create(resolved(cell.config), directory=tmp_path / cell.folder)
+    run.write_json("environment.json", {"mode": "federation"})
+    run.write_json("summary.json", summary(0.1))
+    run.write_status("interrupted")
+    monkeypatch.setattr(sim.sweep, "resume", lambda path, **_: summary(0.75))
+    result = sweep([cell], tmp_path, console=QUIET, command_line=[])
+    assert result["rows"][0]["F1"]["mean"] == 0.75
+    assert trained == []
+
+
+def test_one_sweep_at_a_time_in_a_folder(tiny_config, trained, tmp_path):
+    cells = plan_cells(tiny_config(), arms=["fa-lora"], seeds=[0])
+    with (
+        exclusive(RunDirectory(tmp_path)),
+        pytest.raises(UserError, match="another process is at work"),
+    ):
+        sweep(cells, tmp_path, console=QUIET, command_line=[])
+    assert trained == []
+
+
+def test_a_folder_called_like_built_in_data_is_not_taken_for_it(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("synthetic", "tiny"):
+        (tmp_path / name).mkdir()
+    config = tiny_config()
+    for settled in (resolved(config), one_node(config)):
+        assert (settled.data, settled.model) == (config.data, config.model)
+    tables = replace(config, data=replace(config.data, path="./synthetic"))
+    assert resolved(tables).data.path == str(tmp_path / "synthetic")
 
 
 def test_local_only_trains_on_one_hospital_alone(tiny_config, in_process):
