@@ -113,7 +113,9 @@ class AdapterConfig:
         "fa-lora", "what is trained: B alone, or A and B", choices=("fa-lora", "lora")
     )
     rank: int = option(16, "rank r", low=1, high=512)
-    alpha: float = option(16.0, "scale numerator: the update is alpha / rank * B A", above=0)
+    alpha: float = option(
+        16.0, "scale numerator: the update is alpha / rank * B A", above=0, high=1e6
+    )
     targets: str = option("q_proj,v_proj", "adapted projections, comma-separated")
     initialiser: str = option(
         "kaiming-uniform", "distribution of A", choices=("kaiming-uniform", "orthonormal")
@@ -127,9 +129,11 @@ class TrainConfig:
 
     seed: int = option(0, "seed of the data order", low=0)
     optimizer: str = option("sgd", "optimizer of B", choices=("sgd", "adamw"))
-    learning_rate: float = option(1e-3, "peak learning rate", above=0, high=1e38)
+    learning_rate: float = option(1e-3, "peak learning rate", above=0, high=1000)
     momentum: float = option(0.0, "momentum of SGD", low=0, high=0.9999)
-    weight_decay: float = option(0.0, "decoupled (AdamW) or L2 (SGD) weight decay", low=0)
+    weight_decay: float = option(
+        0.0, "decoupled (AdamW) or L2 (SGD) weight decay", low=0, high=1000
+    )
     beta1: float = option(0.9, "first-moment decay of AdamW", low=0, high=0.9999)
     beta2: float = option(0.999, "second-moment decay of AdamW", low=0, high=0.999999)
     schedule: str = option(

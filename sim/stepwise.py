@@ -7,6 +7,7 @@ With privacy on, a checkpoint is a release: the steps up to it are charged befor
 and no loss is computed.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +90,7 @@ class SingleTraining:
 
         Raises:
             Stopped: if an end was asked for; a checkpoint is written.
-            RunFailed: if a loss or gradient is not finite; the last good B is kept.
+            RunFailed: if a loss, gradient or B is not finite; the last good B is kept.
         """
         self.run.write_status("running", step=self.state.step)
         meter = Meter(self.console, "steps", self.total.value, done=self.state.step)
@@ -136,7 +137,7 @@ class SingleTraining:
             )
         except (Stopped, RunFailed):
             # Both come between two updates, so B and the optimizer's state belong together.
-            if self.state.step:
+            if self.state.step and math.isfinite(b_norm(self.session.adapter.state())):
                 self._save()
             raise
 
@@ -157,21 +158,31 @@ class SingleTraining:
             return
         loss = evaluate(self.session, self.hospital, self.session.adapter.state())["loss"]
         step = self.state.step
+        self._require_finite("the validation loss", loss)
         self.run.metric("validation-loss", loss, step=step)
         moment = f"step {step}/{self.total.value}" if step else "untrained"
         self.console.print(f"{moment}: validation loss {loss:.4f}", highlight=False)
+
+    def _require_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise RunFailed(
+                f"step {self.state.step}: {what} is not finite; earlier checkpoints stay "
+                "(start anew with a lower train.learning-rate, or set train.max-grad-norm)"
+            )
 
     def _save(self) -> None:
         """Write a checkpoint."""
         step = self.state.step
         b = self.session.adapter.state()
+        norm = b_norm(b)
+        self._require_finite("B", norm)
         self.run.save_checkpoint(
             checkpoint_name(step),
             b,
             facts={
                 "step": step,
                 "b_sha256": tensors_sha256(b),
-                "b_norm": b_norm(b),
+                "b_norm": norm,
                 "seconds": round(self.seconds, 3),
             },
             extra={name: value.numpy() for name, value in self.state.to_tensors().items()},

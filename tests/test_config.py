@@ -62,7 +62,7 @@ def test_all_problems_are_named_at_once_with_what_is_allowed():
         from_flat({"adapter.rnk": 1, "train.learning-rate": -1.0, "federation.rounds": "many"})
     text = str(caught.value)
     assert "adapter.rnk (did you mean adapter.rank?)" in text
-    assert "train.learning-rate=-1.0 (allowed: a number > 0 and <= 1e+38)" in text
+    assert "train.learning-rate=-1.0 (allowed: a number > 0 and <= 1000)" in text
     assert "federation.rounds='many' (allowed: an integer >= 1)" in text
     assert "3 problems" in text
     assert "\n" not in text
@@ -79,6 +79,9 @@ def test_all_problems_are_named_at_once_with_what_is_allowed():
         ("train.optimizer", "lion"),
         ("train.learning-rate", float("nan")),
         ("train.learning-rate", float("inf")),
+        ("train.learning-rate", 1e38),
+        ("train.weight-decay", 1e38),
+        ("adapter.alpha", 1e38),
         ("train.keep-state", 1),
         ("data.path", 3),
     ],

@@ -9,12 +9,14 @@ import os
 import pathlib
 import shutil
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 import common.rundir
+import sim.stepwise
 from common.errors import RunFailed
 from common.provenance import tensors_sha256
 from common.rundir import RunDirectory
@@ -178,7 +180,60 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(configure, begin, mon
     assert (kept.name, tensors_sha256(kept.b)) == ("step-00000005", last["b"])
 
 
-@pytest.mark.parametrize("damage", ["value", "cut", "no-state", "no-facts"])
+@pytest.mark.parametrize("withheld", [False, True], ids=["validated", "without-validation"])
+@pytest.mark.parametrize(
+    ("place", "what"), [(4, "the validation loss|B"), (6, "B")], ids=["kept", "in-between"]
+)
+def test_b_that_is_not_finite_is_never_a_checkpoint(
+    place, what, withheld, configure, begin, monkeypatch
+):
+    """One update overflows: one line says so, and the last good checkpoint stays."""
+    training = begin(configure({**KEYS, "train.checkpoint-steps": "4,8"}))
+    if withheld:
+        training.hospital = replace(training.hospital, validation=())
+    log = SingleTraining._log
+
+    def overflown(self, report):
+        log(self, report)
+        if report.step == place:
+            self.session.adapter.flat[0] = float("inf")
+
+    monkeypatch.setattr(SingleTraining, "_log", overflown)
+    with pytest.raises(RunFailed, match=rf"step {place}: ({what}) is not finite"):
+        training.finish()
+    last = {4: "step-00000003", 6: "step-00000004"}[place]
+    assert training.run.load_checkpoint().name == last
+    assert np.isfinite(list(training.run.load_checkpoint().b.values())[0]).all()
+
+
+def test_a_failing_step_after_an_overflow_saves_nothing(configure, begin, monkeypatch):
+    """The step after the overflow finds its loss not finite: B is not good either."""
+    training = begin(configure(KEYS))
+    log = SingleTraining._log
+
+    def overflown(self, report):
+        log(self, report)
+        if report.step == 5:
+            self.session.adapter.flat[:] = float("nan")
+
+    monkeypatch.setattr(SingleTraining, "_log", overflown)
+    with pytest.raises(RunFailed, match=r"step 6: the loss or its gradient is not finite"):
+        training.finish()
+    assert training.run.load_checkpoint().name == "step-00000004"
+
+
+def test_a_validation_loss_that_is_not_finite_fails_the_run(configure, begin, monkeypatch):
+    """B is finite, and its loss is not: neither the loss nor its checkpoint is written."""
+    training = begin(configure(KEYS))
+    losses = iter([7.0, float("nan")])
+    monkeypatch.setattr(sim.stepwise, "evaluate", lambda *_: {"loss": next(losses)})
+    with pytest.raises(RunFailed, match="step 4: the validation loss is not finite"):
+        training.finish()
+    assert [event["value"] for event in training.run.metrics("validation-loss")] == [7.0]
+    assert training.run.load_checkpoint().name == "step-00000003"
+
+
+@pytest.mark.parametrize("damage", ["value", "cut", "no-state"])
 def test_a_damaged_checkpoint_is_refused(configure, begin, damage):
     training = begin(configure(KEYS))
     training.finish()
@@ -192,8 +247,6 @@ def test_a_damaged_checkpoint_is_refused(configure, begin, damage):
         (folder / "b.safetensors").write_bytes(content[: len(content) // 2])
     if damage == "no-state":
         (folder / "extra.safetensors").unlink()
-    if damage == "no-facts":
-        (folder / "facts.json").unlink()
     with pytest.raises(RunFailed, match="step-00000008 is damaged"):
         begin(training.config)
 
