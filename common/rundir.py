@@ -193,7 +193,8 @@ class RunDirectory:
         if extra:
             write_tensors(temporary / "extra.safetensors", extra)
         write_json(temporary / "facts.json", dict(facts))
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            self.remove_checkpoint(name)
         temporary.rename(folder)
         return folder
 
@@ -202,7 +203,13 @@ class RunDirectory:
         folder = self.path / "checkpoints"
         if not folder.is_dir():
             return []
-        return sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+        return sorted(
+            p.name
+            for p in folder.iterdir()
+            if not p.name.startswith(".")
+            and (p / "b.safetensors").exists()
+            and (p / "facts.json").exists()
+        )
 
     def checkpoint_facts(self, name: str) -> dict[str, Any]:
         """Read what a checkpoint says about itself."""

@@ -1,6 +1,7 @@
 """The run directory: nothing half-written looks finished."""
 
 import json
+import shutil
 import stat
 import subprocess
 import sys
@@ -105,6 +106,37 @@ def test_checkpoints_sort_in_time_and_half_written_ones_do_not_count(tmp_path):
     np.testing.assert_array_equal(last.extra["layer.lora_B"], b_of(-1)["layer.lora_B"])
     with pytest.raises(UserError, match="round-00001, round-00002, round-00010"):
         run.load_checkpoint("round-00003")
+
+
+@pytest.mark.parametrize("missing", ["b.safetensors", "facts.json"])
+def test_a_checkpoint_without_one_of_its_files_does_not_count(missing, tmp_path):
+    run = RunDirectory.create(Config(), directory=tmp_path / "run")
+    for number in (1, 2):
+        run.save_checkpoint(f"round-{number:05d}", b_of(number), facts={"round": number})
+    (run.path / "checkpoints" / "round-00002" / missing).unlink()
+    assert run.checkpoint_names() == ["round-00001"]
+    assert run.load_checkpoint().facts == {"round": 1}
+
+
+def test_a_checkpoint_that_is_written_again_is_never_half_there(tmp_path, monkeypatch):
+    """Only what is out of sight is removed file by file."""
+    run = RunDirectory.create(Config(), directory=tmp_path / "run")
+    run.save_checkpoint("round-00001", b_of(1), facts={"round": 1}, extra=b_of(-1))
+    removed = []
+    remove = shutil.rmtree
+
+    def watched(path, **options):
+        removed.append(path.name)
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    run.save_checkpoint("round-00001", b_of(2), facts={"round": 1})
+    monkeypatch.undo()
+    assert removed
+    assert all(name.startswith(".") for name in removed)
+    np.testing.assert_array_equal(run.load_checkpoint().b["layer.lora_B"], b_of(2)["layer.lora_B"])
+    assert run.load_checkpoint().extra == {}
+    assert sorted(p.name for p in (run.path / "checkpoints").iterdir()) == ["round-00001"]
 
 
 def test_the_hash_of_b_sees_values_keys_and_shapes_but_not_the_order():
