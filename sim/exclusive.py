@@ -29,27 +29,23 @@ def exclusive(run: RunDirectory) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def at_work(
+def reported(
     run: RunDirectory, console: Console, where: Callable[[], dict[str, Any]] = dict
 ) -> Iterator[None]:
-    """Work on a run alone; where that fails or is interrupted, status.json says so.
+    """Work on a run that is held alone; where that fails or is interrupted, status.json says so.
 
     Args:
         run: The run's directory.
         console: Where a person is told how to go on after an interruption.
         where: How far the run has come, for status.json.
-
-    Raises:
-        UserError: if another process is at work on it.
     """
-    with exclusive(run):
-        try:
-            yield
-        except KeyboardInterrupt:
-            run.write_status("interrupted", **where())
-            console.print(f"go on with: fedrx resume {run.path}", markup=False, highlight=False)
-            raise
-        except Exception as error:
-            text = str(error) if isinstance(error, FedrxError) else type(error).__name__
-            run.write_status("failed", **where(), error=text)
-            raise
+    try:
+        yield
+    except KeyboardInterrupt:
+        run.write_status("interrupted", **where())
+        console.print(f"go on with: fedrx resume {run.path}", markup=False, highlight=False)
+        raise
+    except Exception as error:
+        text = str(error) if isinstance(error, FedrxError) else type(error).__name__
+        run.write_status("failed", **where(), error=text)
+        raise

@@ -37,7 +37,7 @@ from common.provenance import available_cpus, environment, peak_rss_bytes
 from common.rundir import RunDirectory
 from common.training.budget import checkpoint_steps, steps_in_all, steps_of_round
 from sim.evaluate import evaluate_run
-from sim.exclusive import at_work
+from sim.exclusive import exclusive, reported
 from sim.launch import end_leftovers, free_port, run_flower
 from sim.peak import PeakMemory
 from sim.progress import RunProgress
@@ -162,7 +162,8 @@ def federate(
     # Last, because it makes the run one that can be resumed.
     run.write_json("environment.json", facts)
     console.print(f"run directory: {run.path}", markup=False, highlight=False)
-    return go_on(run, config, preparation, console, started=started)
+    with exclusive(run):
+        return go_on(run, config, preparation, console, started=started)
 
 
 def resolved(config: Config) -> Config:
@@ -190,13 +191,13 @@ def go_on(
     """Run the rounds after the last checkpoint (or all), answer held-out patients, report.
 
     Args:
-        run: The run's directory.
+        run: The run's directory, held alone.
         config: Resolved: with run directory, workers and threads.
         preparation: What the run reads.
         console: Where progress and results are shown.
         started: When this process began to work on it, by ``time.monotonic``.
     """
-    with at_work(run, console, lambda: {"round": last_round(run)}):
+    with reported(run, console, lambda: {"round": last_round(run)}):
         end_leftovers(run.path)
         try:
             return train_and_answer(run, config, preparation, console, started=started)

@@ -19,7 +19,7 @@ from common.provenance import environment, source_root
 from common.rundir import RunDirectory, remove_unbegun
 from sim import single
 from sim.evaluate import evaluate_run
-from sim.exclusive import at_work
+from sim.exclusive import exclusive, reported
 from sim.federate import Preparation, fingerprints, prepare
 from sim.paper_table import build_table, model_of, rank_folder, show_table, write_table
 from sim.progress import Meter
@@ -110,7 +110,8 @@ def paper(
     config = replace(config, run=replace(config.run, directory=str(run.path)))
     run.write_config(config)
     run.write_json("environment.json", facts)
-    return go_on(run, config, preparation, console, started=started)
+    with exclusive(run):
+        return go_on(run, config, preparation, console, started=started)
 
 
 def go_on(
@@ -124,14 +125,14 @@ def go_on(
     """Do what is left of a paper run, and write its table anew.
 
     Args:
-        run: The paper run's directory.
+        run: The paper run's directory, held alone.
         config: As it was when the run began.
         preparation: What the run reads.
         console: Where progress and results are shown.
         started: When this process began to work on it, by ``time.monotonic``.
     """
     facts = run.read_json("environment.json")
-    with at_work(run, console):
+    with reported(run, console):
         for rank in facts["ranks"]:
             run.write_status("running", rank=rank)
             _finish_rank(run, config, rank, console, facts["command_line"])
@@ -164,8 +165,10 @@ def _finish_rank(
     elif one.status()["state"] != "finished":
         console.rule(f"rank {rank}, resumed")
         started = time.monotonic()
-        single.go_on(one, config, prepare(config, console), console, started=started)
-    _answer_with_checkpoints(one, config, console)
+        with exclusive(one):
+            single.go_on(one, config, prepare(config, console), console, started=started)
+    with exclusive(one):
+        _answer_with_checkpoints(one, config, console)
 
 
 def _answer_with_checkpoints(run: RunDirectory, config: Config, console: Console) -> None:

@@ -15,6 +15,7 @@ from common.errors import UserError
 from common.provenance import source_digest
 from common.rundir import RunDirectory
 from sim import federate, paper, single
+from sim.exclusive import exclusive
 from sim.federate import Preparation, fingerprints, prepare
 
 
@@ -37,7 +38,8 @@ def resume(
         The content of summary.json; a finished run's is returned as it is.
 
     Raises:
-        UserError: if this is no run, or its configuration, data or backbone have changed.
+        UserError: if this is no run, another process is at work on it, or its configuration, data
+            or backbone have changed.
     """
     run = RunDirectory.open(path)
     facts = run.read_json("environment.json")
@@ -49,10 +51,11 @@ def resume(
     if run.status()["state"] == "finished" and facts["mode"] != paper.MODE:
         console.print("the run is finished: nothing to do")
         return run.read_json("summary.json")
-    note_resumption(run, facts, command_line, console)
     started = time.monotonic()
-    preparation = prepared_again(config, facts, console)
-    return kinds[facts["mode"]](run, config, preparation, console, started=started)
+    with exclusive(run):
+        preparation = prepared_again(config, facts, console)
+        note_resumption(run, facts, command_line, console)
+        return kinds[facts["mode"]](run, config, preparation, console, started=started)
 
 
 def unchanged_config(run: RunDirectory, facts: dict[str, Any], overrides: Sequence[str]) -> Config:

@@ -19,7 +19,7 @@ from common.privacy.settings import is_private, protects, with_calibrated_noise
 from common.provenance import available_cpus, environment, peak_rss_bytes, tensors_sha256
 from common.rundir import RunDirectory
 from sim.evaluate import evaluate_run
-from sim.exclusive import at_work
+from sim.exclusive import exclusive, reported
 from sim.federate import Preparation, absolute_path, data_facts, fingerprints, prepare
 from sim.report import write_report
 from sim.show import show_summary
@@ -65,7 +65,8 @@ def single(
     # Last, because it makes the run one that can be resumed.
     run.write_json("environment.json", facts)
     console.print(f"run directory: {run.path}", markup=False, highlight=False)
-    return go_on(run, config, preparation, console, started=started)
+    with exclusive(run):
+        return go_on(run, config, preparation, console, started=started)
 
 
 def one_node(config: Config) -> Config:
@@ -103,13 +104,13 @@ def go_on(
     """Train from the last checkpoint (or from nothing) to the end, answer and report.
 
     Args:
-        run: The run's directory.
+        run: The run's directory, held alone.
         config: As it was when the run began.
         preparation: What the run reads.
         console: Where progress and results are shown.
         started: When this process began to work on it, by ``time.monotonic``.
     """
-    with at_work(run, console, lambda: {"step": last_step(run)}):
+    with reported(run, console, lambda: {"step": last_step(run)}):
         return train_and_answer(run, config, preparation, console, started=started)
 
 
