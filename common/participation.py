@@ -32,6 +32,31 @@ def is_robust(federation: FederationConfig, updates: int) -> bool:
     return True
 
 
+def hospital_names(hospitals: int) -> list[str]:
+    """Return the names that a simulation's hospitals have.
+
+    >>> hospital_names(2)
+    ['hospital-1', 'hospital-2']
+    """
+    digits = len(str(hospitals))
+    return [f"hospital-{number:0{digits}d}" for number in range(1, hospitals + 1)]
+
+
+def check_only(federation: FederationConfig) -> None:
+    """Refuse ``federation.only`` where no hospital of a simulation has that name.
+
+    Raises:
+        UserError: naming the first and the last hospital.
+    """
+    names = hospital_names(federation.hospitals)
+    if federation.only and federation.only not in names:
+        raise UserError(
+            f"federation.only={federation.only}",
+            allowed=" to ".join(dict.fromkeys((names[0], names[-1]))),
+            fix="name one of the hospitals, or leave it empty for all of them",
+        )
+
+
 def check_strategy(federation: FederationConfig) -> None:
     """Refuse a robust strategy that withstands nothing even if every asked hospital answers.
 

@@ -24,7 +24,7 @@ from common.model.backbone import BackboneSpec, load_tokenizer, resolve_backbone
 from common.model.choice import Choice
 from common.model.layout import AdapterLayout, adapter_layout, adapter_spec
 from common.model.session import DTYPES, choose_device, choose_dtype
-from common.participation import check_strategy
+from common.participation import check_only, check_strategy
 from common.privacy.settings import (
     hospital_warning,
     is_private,
@@ -135,6 +135,7 @@ def federate(
     """
     started = time.monotonic()
     check_strategy(config.federation)
+    check_only(config.federation)
     config = resolved(config)
     preparation = prepare(config, console)
     total_steps(config, preparation.hospitals)

@@ -27,11 +27,11 @@ from common.model.known_shapes import shape_of
 from common.model.layout import adapter_spec
 from common.model.memory import RECOMPUTE
 from common.model.session import choose_dtype, device_kind
-from common.participation import sampled
+from common.participation import check_only, check_strategy, sampled
 from common.privacy.forecast import forecast, lines
 from common.privacy.gradients import private_bytes
 from common.privacy.settings import is_private, plan_of, protects
-from common.training.budget import checkpoint_steps, steps_in_all
+from common.training.budget import checkpoint_steps, steps_in_all, steps_of_round
 
 PAPER_CARD_BYTES = 48_000_000_000
 """RTX 6000 Ada, 48 GB: the paper's card."""
@@ -53,7 +53,8 @@ def plan(config: Config, *, card_bytes: int | None = None) -> dict[str, Any]:
         ``steps`` (of one hospital, in all) and, with privacy, ``privacy``.
 
     Raises:
-        UserError: If the backbone's shape or the data cannot be found, or a value is not allowed.
+        UserError: If the backbone's shape or the data cannot be found, a value is not allowed, or
+            several hospitals could not do this together.
     """
     shape, adapter = shape_of(config.model.backbone), adapter_spec(config.adapter)
     train, federation = config.train, config.federation
@@ -93,6 +94,10 @@ def plan(config: Config, *, card_bytes: int | None = None) -> dict[str, Any]:
     samples = _train_samples(config)
     steps = steps_in_all(config, samples.value)
     checkpoint_steps(config, steps.value)
+    if federation.hospitals > 1:
+        check_strategy(federation)
+        check_only(federation)
+        steps_of_round(config, samples.value, 1)
     found = {
         "backbone": config.model.backbone,
         "adapter": {"mode": adapter.mode, "rank": adapter.rank, "targets": list(adapter.targets)},

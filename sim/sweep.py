@@ -21,7 +21,7 @@ from common.config import Config
 from common.configio import differences, flatten, from_flat, parse_overrides
 from common.errors import UserError
 from common.files import write_json, write_text
-from common.participation import check_strategy, sampled
+from common.participation import check_strategy, hospital_names, sampled
 from common.rundir import RunDirectory, remove_unbegun
 from sim.exclusive import exclusive
 from sim.federate import federate, resolved
@@ -105,9 +105,7 @@ def plan_cells(
             values |= pooled_budget(from_flat(values))
         parts = [""]
         if arm == LOCAL_ONLY:
-            count = from_flat(values).federation.hospitals
-            width = len(str(count))
-            parts = [f"hospital-{number:0{width}d}" for number in range(1, count + 1)]
+            parts = hospital_names(from_flat(values).federation.hospitals)
         cells += [
             Cell(
                 arm=name,

@@ -98,6 +98,9 @@ def test_bytes_are_those_of_encoded_tensors(codec, mode):
         ("adapter.targets", "lm_head", "no layer has lm_head"),
         ("train.device", "banana", "train.device='banana'"),
         ("train.checkpoint-steps", "abc", "train.checkpoint-steps='abc'"),
+        ("federation.only", "nosuch", "only=nosuch; allowed: hospital-1 to hospital-3"),
+        ("federation.strategy", "krum", "krum .* withstands nobody among 3 hospitals"),
+        ("train.steps", 2, "2 steps .* for federation.rounds=4"),
     ],
 )
 def test_what_a_run_would_refuse_is_refused(key, value, message):
@@ -105,11 +108,25 @@ def test_what_a_run_would_refuse_is_refused(key, value, message):
         plan(from_flat({"model.backbone": "tiny", key: value}))
 
 
+def test_one_node_takes_fewer_steps_than_rounds():
+    keys = {"model.backbone": "tiny", "federation.hospitals": 1, "train.steps": 2}
+    assert plan(from_flat(keys))["steps"] == 2
+
+
 def test_an_orthonormal_a_is_no_wider_than_its_module():
     keys = {"model.backbone": "tiny", "adapter.initialiser": "orthonormal"}
     with pytest.raises(UserError, match="adapter.rank=65"):
         plan(from_flat({**keys, "adapter.rank": 65}))
     assert plan(from_flat({**keys, "adapter.rank": 64}))["parameters"]["b"]
+
+
+def test_answering_alone_may_not_fit():
+    config = from_flat({"model.backbone": "tiny", "evaluation.batch-size": 4096})
+    found = plan(config)
+    training, answering = found["memory_bytes"]["total"], found["generation_bytes"]
+    assert training < answering
+    between = plan(config, card_bytes=(training + answering) // 2)
+    assert (between["fits"], between["spare_bytes"] < 0) == (False, True)
 
 
 def test_a_target_named_twice_counts_once():

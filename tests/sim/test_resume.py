@@ -5,6 +5,7 @@ from rich.console import Console
 
 from common.configio import flatten, from_flat
 from common.errors import UserError
+from common.participation import hospital_names
 from common.provenance import source_digest
 from common.rundir import RunDirectory
 from sim import federate, paper, resume, single
@@ -85,6 +86,23 @@ def test_a_run_that_another_process_holds_is_not_touched(begun, worked):
 def test_a_new_run_is_worked_on_alone(verb, worked, tmp_path):
     verb(from_flat(KEYS), console=QUIET, command_line=[], run_dir=tmp_path / "run")
     assert worked == ["run"]
+
+
+def test_a_hospital_that_is_nowhere_leaves_nothing(worked, tmp_path):
+    config = from_flat({**KEYS, "federation.only": "nosuch"})
+    with pytest.raises(UserError, match="only=nosuch; allowed: hospital-1 to hospital-3"):
+        federate.federate(config, console=QUIET, command_line=[], run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    there = from_flat({**KEYS, "federation.only": "hospital-3"})
+    federate.federate(there, console=QUIET, command_line=[], run_dir=tmp_path / "run")
+    assert worked == ["run"]
+
+
+def test_names_are_those_that_hospitals_get():
+    for count in (1, 3, 12):
+        config = from_flat({**KEYS, "data.synthetic-patients": 120, "federation.hospitals": count})
+        hospitals = federate.prepare(config, QUIET).hospitals
+        assert [one.name for one in hospitals] == hospital_names(count)
 
 
 def test_a_paper_run_and_its_ranks_are_worked_on_alone(worked, tmp_path, monkeypatch):
