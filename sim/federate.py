@@ -21,7 +21,6 @@ from common.evaluation.answers import choose_cases
 from common.evaluation.constrained import require_llguidance
 from common.model.attention import choose_attention
 from common.model.backbone import BackboneSpec, load_tokenizer, resolve_backbone
-from common.model.choice import Choice
 from common.model.layout import AdapterLayout, adapter_layout, adapter_spec
 from common.model.session import DTYPES, choose_device, choose_dtype
 from common.participation import check_only, check_strategy
@@ -43,6 +42,7 @@ from sim.peak import PeakMemory
 from sim.progress import RunProgress
 from sim.report import write_report
 from sim.show import show_summary
+from sim.workers import choose_workers
 
 MODE = "federation"
 BUILT_IN = ("synthetic", "embedded", "tiny")
@@ -99,18 +99,6 @@ def prepare(config: Config, console: Console) -> Preparation:
     return Preparation(table=table, hospitals=hospitals, backbone=backbone, layout=layout)
 
 
-def choose_workers(config: Config) -> Choice[int]:
-    """Return how many Ray actors serve the hospitals."""
-    if config.federation.workers:
-        return Choice(config.federation.workers, "federation.workers")
-    gpus = torch.cuda.device_count()
-    hospitals = config.federation.hospitals
-    if gpus and config.train.device != "cpu":
-        return Choice(min(gpus, hospitals), f"one per GPU ({gpus})")
-    cpus = available_cpus()
-    return Choice(max(1, min(cpus, hospitals)), f"{cpus} CPUs, {hospitals} hospitals")
-
-
 def federate(
     config: Config,
     *,
@@ -145,7 +133,7 @@ def federate(
     if partition_note(config):
         console.print(partition_note(config), style="yellow", markup=False, highlight=False)
     run = RunDirectory.create(config, directory=run_dir)
-    workers = choose_workers(config)
+    workers = choose_workers(config, preparation.backbone.shape)
     config = replace(
         config,
         run=replace(config.run, directory=str(run.path)),

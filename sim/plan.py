@@ -17,21 +17,18 @@ from common.data.prepare import load_samples
 from common.model.backbone import BackboneShape
 from common.model.choice import Choice
 from common.model.footprint import (
-    Footprint,
     adapted_sizes,
     count_parameters,
     generation_bytes,
-    training_footprint,
 )
 from common.model.known_shapes import shape_of
 from common.model.layout import adapter_spec
-from common.model.memory import RECOMPUTE
 from common.model.session import choose_dtype, device_kind
 from common.participation import check_only, check_strategy, sampled
 from common.privacy.forecast import forecast, lines
-from common.privacy.gradients import private_bytes
-from common.privacy.settings import is_private, plan_of, protects
+from common.privacy.settings import plan_of, protects
 from common.training.budget import checkpoint_steps, steps_in_all, steps_of_round
+from sim.workers import choose_workers, planned_recompute, training_footprints
 
 PAPER_CARD_BYTES = 48_000_000_000
 """RTX 6000 Ada, 48 GB: the paper's card."""
@@ -47,9 +44,11 @@ def plan(config: Config, *, card_bytes: int | None = None) -> dict[str, Any]:
 
     Returns:
         ``parameters`` {backbone, a, b}, ``memory_bytes`` by part with ``total`` (the peak of a
-        training step with the chosen recomputation), ``recompute`` {value, reason, total_bytes of
-        each choice}, ``generation_bytes``, ``card_bytes``, ``fits``, ``spare_bytes``,
-        ``bytes_per_round`` (of training: down and up again, all hospitals that are asked),
+        training step of one worker with the chosen recomputation), ``workers`` {value, reason}
+        (more than one only on a CPU, where they share the memory), ``recompute`` {value, reason,
+        total_bytes of each choice}, ``generation_bytes``, ``card_bytes``, ``fits``,
+        ``spare_bytes``, ``bytes_per_round`` (of training: down and up again, all hospitals that
+        are asked),
         ``steps`` (of one hospital, in all) and, with privacy, ``privacy``.
 
     Raises:
@@ -64,23 +63,8 @@ def plan(config: Config, *, card_bytes: int | None = None) -> dict[str, Any]:
     value_bytes = 2 if dtype.value == "bf16" else 4
     counts = count_parameters(shape, adapter)
     trained = counts.b + (counts.a if adapter.mode == "lora" else 0)
-    private = private_bytes(train.batch_size, trained) if is_private(config) else 0
-    footprints = {
-        choice: training_footprint(
-            shape,
-            adapter,
-            batch_tokens=train.batch_size * train.max_length,
-            value_bytes=value_bytes,
-            recompute=choice,
-            optimizer="sgd-momentum"
-            if train.optimizer == "sgd" and train.momentum
-            else train.optimizer,
-            device=device,
-            private_bytes=private,
-        )
-        for choice in RECOMPUTE
-    }
-    chosen = _recompute(train.recompute, footprints, card.value)
+    footprints = training_footprints(config, shape, device=device, value_bytes=value_bytes)
+    chosen = planned_recompute(train.recompute, footprints, card.value)
     peak = footprints[chosen.value]
     answering = generation_bytes(
         shape,
@@ -91,6 +75,11 @@ def plan(config: Config, *, card_bytes: int | None = None) -> dict[str, Any]:
         value_bytes=value_bytes,
         device=device,
     )
+    workers = Choice(1, "one node, or one worker per GPU")
+    if device == "cpu" and federation.hospitals > 1:
+        workers = choose_workers(config, shape, memory_bytes=card.value)
+    # The answers come after the rounds, from one process.
+    needed = max(workers.value * peak.total, answering)
     samples = _train_samples(config)
     steps = steps_in_all(config, samples.value)
     checkpoint_steps(config, steps.value)
@@ -113,8 +102,9 @@ def plan(config: Config, *, card_bytes: int | None = None) -> dict[str, Any]:
         "generation_bytes": answering,
         "card_bytes": card.value,
         "card": card.reason,
-        "fits": max(peak.total, answering) <= card.value,
-        "spare_bytes": card.value - max(peak.total, answering),
+        "workers": workers.as_dict(),
+        "fits": needed <= card.value,
+        "spare_bytes": card.value - needed,
         "bytes_per_round": 2 * asked_hospitals(federation) * message_bytes(config, shape),
         "steps": steps.value,
         "steps_reason": f"{steps.reason}; {samples.reason}" if samples.reason else steps.reason,
@@ -150,7 +140,9 @@ def show_plan(console: Console, found: dict[str, Any]) -> None:
         highlight=False,
         markup=False,
     )
-    table = Table(title=f"memory at the peak of a step of {found['batch_tokens']:,} tokens")
+    table = Table(
+        title=f"memory of one worker at the peak of a step of {found['batch_tokens']:,} tokens"
+    )
     table.add_column("part")
     table.add_column("GB", justify="right")
     for name, size in parts.items():
@@ -161,6 +153,13 @@ def show_plan(console: Console, found: dict[str, Any]) -> None:
     )
     chosen = found["recompute"]
     console.print(f"recompute {chosen['value']} ({chosen['reason']}); GB by choice: {totals}")
+    workers = found["workers"]
+    if workers["value"] > 1:
+        together = workers["value"] * parts["total"] / 1e9
+        console.print(
+            f"{workers['value']} workers ({workers['reason']}): {together:.1f} GB together",
+            highlight=False,
+        )
     verdict = "fits" if found["fits"] else "does not fit"
     console.print(
         f"{verdict} {found['card']}: {found['spare_bytes'] / 1e9:+.1f} GB to spare; answering "
@@ -175,15 +174,6 @@ def show_plan(console: Console, found: dict[str, Any]) -> None:
     )
     for line in lines(found["privacy"]) if "privacy" in found else ():
         console.print(line, highlight=False, markup=False)
-
-
-def _recompute(requested: str, footprints: dict[str, Footprint], card: int) -> Choice[str]:
-    if requested != "auto":
-        return Choice(requested, "train.recompute")
-    for choice in ("none", "mlp", "all"):
-        if footprints[choice].total <= card:
-            return Choice(choice, "the fastest that fits")
-    return Choice("all", "nothing fits; this needs the least")
 
 
 def _card(asked: int | None, device: str) -> Choice[int]:
