@@ -160,13 +160,8 @@ def resolved(config: Config) -> Config:
 
     That is absolute paths, a fixed thread count and, with privacy on, calibrated noise.
     """
-    config = with_calibrated_noise(config)
-    return replace(
-        config,
-        data=replace(config.data, path=absolute_path(config.data.path)),
-        model=replace(config.model, backbone=absolute_path(config.model.backbone)),
-        train=replace(config.train, threads=threads_per_worker(config)),
-    )
+    config = with_absolute_paths(with_calibrated_noise(config))
+    return replace(config, train=replace(config.train, threads=threads_per_worker(config)))
 
 
 def go_on(
@@ -330,7 +325,16 @@ def data_facts(preparation: Preparation) -> dict[str, Any]:
     }
 
 
-def absolute_path(path: str) -> str:
-    """Make an existing folder's path absolute; names such as ``synthetic`` stay."""
-    folder = Path(path).expanduser()
-    return str(folder.absolute()) if folder.is_dir() and path not in BUILT_IN else path
+def with_absolute_paths(config: Config) -> Config:
+    """Make existing paths absolute, since workers run elsewhere; names (``synthetic``) stay."""
+    data, model = config.data, config.model
+    return replace(
+        config,
+        data=replace(data, path=_absolute(data.path), drug_map=_absolute(data.drug_map)),
+        model=replace(model, backbone=_absolute(model.backbone)),
+    )
+
+
+def _absolute(path: str) -> str:
+    place = Path(path).expanduser()
+    return str(place.absolute()) if path not in ("", *BUILT_IN) and place.exists() else path

@@ -20,7 +20,7 @@ from common.provenance import available_cpus, environment, peak_rss_bytes, tenso
 from common.rundir import RunDirectory
 from sim.evaluate import evaluate_run
 from sim.exclusive import exclusive, reported
-from sim.federate import Preparation, absolute_path, data_facts, fingerprints, prepare
+from sim.federate import Preparation, data_facts, fingerprints, prepare, with_absolute_paths
 from sim.report import write_report
 from sim.show import show_summary
 from sim.stepwise import SingleTraining, scaling
@@ -84,13 +84,9 @@ def one_node(config: Config) -> Config:
             fix="set privacy.unit",
         )
     config = replace(config, federation=replace(config.federation, hospitals=1))
-    config = with_calibrated_noise(config)
-    return replace(
-        config,
-        data=replace(config.data, path=absolute_path(config.data.path)),
-        model=replace(config.model, backbone=absolute_path(config.model.backbone)),
-        train=replace(config.train, threads=config.train.threads or available_cpus()),
-    )
+    config = with_absolute_paths(with_calibrated_noise(config))
+    threads = config.train.threads or available_cpus()
+    return replace(config, train=replace(config.train, threads=threads))
 
 
 def go_on(

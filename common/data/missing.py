@@ -8,8 +8,6 @@ from typing import Any
 from common.config import DataConfig
 from common.data.samples import Admission
 
-FIELDS = ("height_cm", "weight_kg", "bmi")
-
 
 def policies_of(config: DataConfig) -> dict[str, str]:
     """Return the policy (``unknown``, ``drop`` or ``median``) of each field that may be missing."""

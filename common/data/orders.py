@@ -27,7 +27,6 @@ from common.data.names import normalise_string
 
 CHUNK_ROWS = 500_000
 _BUCKET_ROWS = 1_000_000
-_FLUSHED = ("saline", "sodium chloride", "heparin")
 _KEYS = ("hadm_id", "drug")
 
 

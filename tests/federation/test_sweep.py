@@ -216,6 +216,15 @@ def test_a_folder_called_like_built_in_data_is_not_taken_for_it(tiny_config, tmp
     assert resolved(tables).data.path == str(tmp_path / "synthetic")
 
 
+def test_a_drug_map_is_found_from_a_worker_s_folder(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "map.csv").write_text("name,code\n")
+    config = tiny_config(data__drug_map="map.csv")
+    for settled in (resolved(config), one_node(config)):
+        assert settled.data.drug_map == str(tmp_path / "map.csv")
+    assert resolved(tiny_config()).data.drug_map == ""
+
+
 def test_local_only_trains_on_one_hospital_alone(tiny_config, in_process):
     """Against a plain loop on that hospital's samples: no other update enters."""
     from client.hospital import encode_hospital, hospitals_of
