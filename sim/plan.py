@@ -169,7 +169,8 @@ def show_plan(console: Console, found: dict[str, Any]) -> None:
     )
     console.print(
         f"{found['steps']:,} steps ({found['steps_reason']}); "
-        f"{found['bytes_per_round'] / 1e6:.1f} MB on the wire per round, up and down",
+        f"{found['bytes_per_round'] / 1e6:.1f} MB on the wire to train a round, up and down "
+        "(validation sends B down once more)",
         highlight=False,
     )
     for line in lines(found["privacy"]) if "privacy" in found else ():
