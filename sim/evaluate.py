@@ -1,6 +1,7 @@
 """``fedrx evaluate``: answers of a run's adapter on held-out patients, with baselines beside."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -10,8 +11,9 @@ from common.config import Config
 from common.configio import differences, from_flat, parse_overrides
 from common.data.partition import Hospital, assign_hospitals
 from common.data.prepare import load_samples
+from common.data.samples import SampleTable
 from common.errors import UserError
-from common.evaluation.answers import choose_cases, evaluate_answers
+from common.evaluation.answers import B, choose_cases, evaluate_answers
 from common.files import json_line, write_text
 from common.model.session import Session
 from common.rundir import RunDirectory
@@ -21,6 +23,7 @@ from sim.report import write_report
 from sim.show import show_summary
 
 PREDICTIONS = "predictions.jsonl"
+Row = dict[str, Any]
 _FREE_KEYS = ("evaluation.", "model.attention", "train.device", "train.dtype", "train.threads")
 
 
@@ -65,8 +68,10 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Answer held-out admissions with a run's B, the untrained backbone and the baselines.
 
-    Writes predictions.jsonl, and ``metrics`` and ``evaluation`` in summary.json; a judgement of
-    other answers is taken out of it.
+    Writes predictions.jsonl, and ``metrics`` and ``evaluation`` in summary.json. There the last
+    checkpoint is ``fedrx``; an earlier one stands beside it under its own name, for as long as
+    the last is evaluated in the same way. A judgement of answers that are no longer there is
+    taken out.
 
     Args:
         run: Any run directory with a checkpoint, federated or single.
@@ -82,14 +87,21 @@ def evaluate_run(
             not those of the run, there is no such checkpoint, or nothing is held out.
     """
     config = _overridden(run.config(), overrides)
-    loaded = run.load_checkpoint(checkpoint)
+    loaded, last = run.load_checkpoint(checkpoint), run.load_checkpoint()
     inputs = run.read_json("environment.json").get("inputs", {})
-    hospitals = _hospitals(config, inputs)
+    table, hospitals = _hospitals(config, inputs)
     session = session_of(config)
     _require("the backbone", session.spec.fingerprint, inputs.get("backbone"), "model.backbone")
     _require("A", session.adapter.a_fingerprint, inputs.get("a"), "adapter.seed")
-    adapters = {"fedrx": loaded.b, "untrained": None}
     settings = config.evaluation
+    way = {"checkpoint": last.name, "settings": asdict(settings), **_compute(session)}
+    # A run that plain `flwr run` made does not know its source yet.
+    summary = {"source": table.source, **run.read_json("summary.json")}
+    known = summary.get("evaluation", {})
+    beside = {key: known.get(key) for key in way} == way
+    adapters: dict[str, B | None] = {"fedrx": last.b, "untrained": None}
+    if loaded.name != last.name:
+        adapters = {loaded.name: loaded.b} if beside else {**adapters, loaded.name: loaded.b}
     cases = len(choose_cases(hospitals, samples=settings.samples, seed=settings.seed))
     meter = Meter(console or Console(quiet=True), "answers", cases * len(adapters))
     names = list(adapters)
@@ -101,20 +113,29 @@ def evaluate_run(
             adapters,
             progress=lambda model, done, of: meter.update(names.index(model) * of + done, model),
         )
-    facts = {"checkpoint": loaded.name, **found.facts, **_compute(session)}
     if console is not None:
-        _show(console, facts)
-    summary = run.read_json("summary.json")
-    rows, file = "".join(map(json_line, found.predictions)), run.path / PREDICTIONS
-    if not file.exists() or file.read_text(encoding="utf-8") != rows:
-        # These are about the predictions that were there before, so they go first.
+        _show(console, found.facts)
+    old = run.lines(PREDICTIONS)
+    rows = found.predictions
+    if beside:
+        rows = _together(old, rows)
+        found.facts["generation"] = {**known["generation"], **found.facts["generation"]}
+    lines = [json_line(row) for row in rows]
+    if not old or not set(map(json_line, old)) <= set(lines):
+        # These are about answers that will be gone, so they go first.
         for about_answers in ("judge", "review"):
             summary.pop(about_answers, None)
         run.write_json("summary.json", summary)
-        write_text(file, rows)
-    summary |= {"metrics": found.metrics, "evaluation": facts}
+    write_text(run.path / PREDICTIONS, "".join(lines))
+    summary["metrics"] = {**(summary["metrics"] if beside else {}), **found.metrics}
+    summary["evaluation"] = {**found.facts, **way}
     run.write_json("summary.json", summary)
     return summary
+
+
+def _together(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """Put new rows in the place of old ones, or after them."""
+    return list({(row["case"], row["model"]): row for row in (*old, *new)}.values())
 
 
 def _overridden(config: Config, overrides: Iterable[str]) -> Config:
@@ -129,16 +150,17 @@ def _overridden(config: Config, overrides: Iterable[str]) -> Config:
     return changed
 
 
-def _hospitals(config: Config, inputs: dict[str, str]) -> Sequence[Hospital]:
+def _hospitals(config: Config, inputs: dict[str, str]) -> tuple[SampleTable, Sequence[Hospital]]:
     table = load_samples(config.data)
     # With other data, held-out patients could be ones that were trained on.
     _require("the data", table.digest, inputs.get("samples"), "data.path")
-    return assign_hospitals(
+    hospitals = assign_hospitals(
         table.admissions,
         config.partition,
         hospitals=config.federation.hospitals,
         data=config.data,
     )
+    return table, hospitals
 
 
 def _require(what: str, found: str, recorded: str | None, key: str) -> None:

@@ -15,7 +15,7 @@ from common.model.backbone import BackboneSpec
 from common.model.falora import Adapter
 from common.model.layout import adapter_spec, meta_adapter
 from common.rundir import Checkpoint, RunDirectory, Tensors, write_tensors
-from sim.report import COLUMNS, MODEL_NAMES, NOTICE
+from sim.report import COLUMNS, NOTICE, model_name
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -179,7 +179,7 @@ def model_card(
         "",
     ]
     if checkpoint.name == summary.get("evaluation", {}).get("checkpoint"):
-        lines += _metrics_lines(summary["metrics"])
+        lines += _metrics_lines(summary)
     lines += [
         "## Use",
         "",
@@ -205,10 +205,11 @@ def _privacy_line(summary: dict[str, Any]) -> str:
     return f"epsilon {epsilon:.3f}, delta {privacy['delta']:g}, per {privacy['unit']}"
 
 
-def _metrics_lines(metrics: dict[str, Any]) -> list[str]:
+def _metrics_lines(summary: dict[str, Any]) -> list[str]:
+    metrics = summary["metrics"]
     first = next(iter(metrics.values()))
     rows = [
-        f"| {MODEL_NAMES.get(model, model.replace('_', ' '))} | "
+        f"| {model_name(model, summary)} | "
         + " | ".join("–" if values[key] is None else f"{values[key]:.3f}" for key, _ in COLUMNS)
         + " |"
         for model, values in metrics.items()

@@ -11,7 +11,8 @@ from common.config import Config
 from common.configio import differences
 from common.files import write_text
 from common.rundir import RunDirectory
-from sim.report import MODEL_NAMES, NOTICE, Block, number, to_html, to_markdown
+from sim.report import MODEL_NAMES, NOTICE, number
+from sim.report_page import Block, to_html, to_markdown
 
 BACKBONE = "Llama-3.1-8B-Instruct"
 TRAIN_SAMPLES = 3900

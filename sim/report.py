@@ -4,15 +4,14 @@ Both are rendered from the same blocks. The page carries its own plots (inline S
 nothing outside itself. Sample answers appear only where the data's source allows it.
 """
 
-import html
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
 from common.files import write_text
 from common.rundir import RunDirectory
+from sim.report_page import Block, to_html, to_markdown
 from sim.report_plots import bytes_svg, epsilon_svg, loss_svg
 
 NOTICE = "Research only, not for clinical use."
@@ -41,29 +40,6 @@ RANDOM_WEIGHTS = (
     "mean nothing."
 )
 SAMPLE_CASES = 3
-STYLE = (
-    "body{font:15px/1.55 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1.2rem;"
-    "color:#1a202c}h1{margin-bottom:.2rem}h2{margin-top:2.2rem;border-bottom:1px solid #e2e8f0}"
-    "svg{max-width:100%;height:auto}.note{background:#fffaf0;border-left:4px solid #dd6b20;"
-    "padding:.5rem 1rem;margin:.6rem 0}table{border-collapse:collapse;margin:.6rem 0}"
-    "td,th{padding:.25rem .55rem;border-bottom:1px solid #e2e8f0;text-align:right;"
-    "vertical-align:top}td:first-child,th:first-child{text-align:left}tr:hover{background:#f7fafc}"
-    ".wide{overflow-x:auto}.wide td{white-space:nowrap}.cases td,.cases th{text-align:left;"
-    "white-space:normal}"
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Block:
-    """One piece of the report: a heading with a note, a table, or a plot, or several of them."""
-
-    title: str = ""
-    note: str = ""
-    headers: tuple[str, ...] = ()
-    rows: tuple[tuple[str, ...], ...] = ()
-    svg: str = ""
-    warning: bool = False
-    text_cells: bool = False
 
 
 def write_report(run: RunDirectory) -> Path:
@@ -179,7 +155,7 @@ def _metrics(summary: dict[str, Any]) -> list[Block]:
     for model, values in metrics.items():
         intervals = values.get("intervals", {})
         cells = [with_interval(values.get(key), intervals.get(key)) for key, _ in COLUMNS]
-        rows.append((MODEL_NAMES.get(model, model), *cells))
+        rows.append((model_name(model, summary), *cells))
     first = next(iter(metrics.values()))
     note = (
         f"{first['samples']} held-out admissions of {first['patients']} patients; sets of drugs at "
@@ -251,7 +227,7 @@ def _judgement(summary: dict[str, Any]) -> list[Block]:
     if judge:
         rows = tuple(
             (
-                MODEL_NAMES.get(model, model),
+                model_name(model, summary),
                 number(values.get("mean")),
                 str(values.get("scored", "–")),
                 str(values.get("unscored", "–")),
@@ -261,16 +237,16 @@ def _judgement(summary: dict[str, Any]) -> list[Block]:
         headers = ("", "appropriateness", "scored", "unscored")
         note = f"Suitable drugs / all drugs, averaged over samples, judged by {judge['model']}."
         blocks.append(Block(title="Judge", note=note, headers=headers, rows=rows))
-    review = summary.get("review")
-    if review:
-        blocks.append(_reviewers(review))
+    if summary.get("review"):
+        blocks.append(_reviewers(summary))
     return blocks
 
 
-def _reviewers(review: dict[str, Any]) -> Block:
+def _reviewers(summary: dict[str, Any]) -> Block:
+    review = summary["review"]
     rows = tuple(
         (
-            MODEL_NAMES.get(model, model),
+            model_name(model, summary),
             number(values["format_followed"]),
             number((values["similarity"] or {}).get("f1")),
             number((values["similarity_after_review"] or {}).get("f1")),
@@ -299,6 +275,19 @@ def _samples(run: RunDirectory) -> list[Block]:
         return []
     headers = ("case", "diagnoses", "ordered drugs", "suggested")
     return [Block(title="Sample answers", headers=headers, rows=tuple(rows), text_cells=True)]
+
+
+def model_name(model: str, summary: dict[str, Any]) -> str:
+    """Name a row of answers for people: a model, a baseline, or an earlier checkpoint of the run.
+
+    >>> model_name("fedrx", {}), model_name("round-00001", {"rounds": 4})
+    ('FedRx (trained B)', 'FedRx, round 1 of 4')
+    """
+    unit, _, count = model.partition("-")
+    totals = {"round": summary.get("rounds"), "step": summary.get("scaling", {}).get("steps")}
+    if totals.get(unit) and count.isdigit():
+        return f"FedRx, {unit} {int(count)} of {totals[unit]}"
+    return MODEL_NAMES.get(model, model)
 
 
 def number(value: float | None) -> str:
@@ -337,50 +326,3 @@ def megabytes(count: float) -> str:
     '2.50 MB'
     """
     return f"{count / 1e6:.2f} MB"
-
-
-def to_html(title: str, blocks: Sequence[Block]) -> str:
-    """Render blocks as one self-contained page."""
-    parts = []
-    for block in blocks:
-        if block.title:
-            parts.append(f"<h2>{html.escape(block.title)}</h2>")
-        if block.note:
-            kind = ' class="note"' if block.warning else ""
-            parts.append(f"<p{kind}>{html.escape(block.note)}</p>")
-        if block.rows:
-            head = "".join(f"<th>{html.escape(cell)}</th>" for cell in block.headers)
-            body = "".join(
-                "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-                for row in block.rows
-            )
-            head = f"<thead><tr>{head}</tr></thead>" if any(block.headers) else ""
-            kind = "wide cases" if block.text_cells else "wide"
-            parts.append(f'<div class="{kind}"><table>{head}<tbody>{body}</tbody></table></div>')
-        parts.append(block.svg)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-        "style-src 'unsafe-inline'\">"
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n"
-        f"<body><h1>{html.escape(title)}</h1>\n" + "\n".join(parts) + "\n</body></html>\n"
-    )
-
-
-def to_markdown(title: str, blocks: Sequence[Block]) -> str:
-    """Render blocks as markdown; plots stay on the page."""
-    parts = [f"# {title}"]
-    for block in blocks:
-        if block.title:
-            parts.append(f"## {block.title}")
-        if block.note:
-            parts.append(f"**{block.note}**" if block.warning else block.note)
-        if block.rows:
-            lines = [block.headers, ("---",) * len(block.headers), *block.rows]
-            parts.append("\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines))
-    return "\n\n".join(parts) + "\n"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

@@ -7,11 +7,11 @@ from rich.table import Table
 
 from common.rundir import RunDirectory
 from sim.report import (
-    MODEL_NAMES,
     NOTICE,
     RANDOM_WEIGHTS,
     matrices,
     megabytes,
+    model_name,
     number,
     with_interval,
 )
@@ -40,7 +40,7 @@ def show_summary(console: Console, run: RunDirectory, summary: dict[str, Any]) -
         for model, values in metrics.items():
             cells = [number(values.get(key)) for key, _ in SHOWN[:-1]]
             f1 = with_interval(values.get("f1"), values.get("intervals", {}).get("f1"))
-            table.add_row(MODEL_NAMES.get(model, model), *cells, f1)
+            table.add_row(model_name(model, summary), *cells, f1)
         console.print(table)
         if summary["backbone"]["name"] == "tiny":
             console.print(RANDOM_WEIGHTS, style="yellow")

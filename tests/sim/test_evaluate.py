@@ -109,13 +109,34 @@ def test_rows_are_held_out_admissions_without_their_keys(run):
         assert str(one.admission) not in text
 
 
-def test_the_named_checkpoint_answers(run):
+def rows_of(run, model):
+    return [row for row in run.lines("predictions.jsonl") if row["model"] == model]
+
+
+def test_an_earlier_checkpoint_stands_beside_the_last(run):
     last = evaluate_run(run)
-    texts = {row["case"]: row["text"] for row in run.lines("predictions.jsonl")[::5]}
-    first = evaluate_run(run, checkpoint="round-0001")
-    assert first["evaluation"]["checkpoint"] == "round-0001"
-    assert {row["case"]: row["text"] for row in run.lines("predictions.jsonl")[::5]} != texts
-    assert first["metrics"]["untrained"] == last["metrics"]["untrained"]
+    rows = run.lines("predictions.jsonl")
+    both = evaluate_run(run, checkpoint="round-0001")
+    assert both["evaluation"]["checkpoint"] == "round-0002"
+    assert list(both["evaluation"]["generation"]) == ["fedrx", "untrained", "round-0001"]
+    assert {**last["metrics"], "round-0001": both["metrics"]["round-0001"]} == both["metrics"]
+    assert run.lines("predictions.jsonl") == rows + rows_of(run, "round-0001")
+    texts = [[row["text"] for row in rows_of(run, m)] for m in ("fedrx", "round-0001")]
+    assert len(texts[1]) == 5
+    assert texts[0] != texts[1]
+    again = evaluate_run(run)
+    assert list(again["metrics"]) == list(both["metrics"])
+    assert run.lines("predictions.jsonl") == rows + rows_of(run, "round-0001")
+
+
+def test_answers_in_two_ways_do_not_stand_together(run):
+    evaluate_run(run)
+    both = evaluate_run(run, checkpoint="round-0001", overrides=["evaluation.samples=4"])
+    assert {values["samples"] for values in both["metrics"].values()} == {4}
+    assert {"fedrx", "round-0001"} < set(both["metrics"])
+    assert len(rows_of(run, "fedrx")) == len(rows_of(run, "round-0001")) == 4
+    assert "round-0001" not in evaluate_run(run)["metrics"]
+    assert not rows_of(run, "round-0001")
 
 
 def test_a_judgement_lives_as_long_as_its_answers(run):
@@ -123,6 +144,7 @@ def test_a_judgement_lives_as_long_as_its_answers(run):
     judged = {**run.read_json("summary.json"), "judge": {"appropriateness": {"fedrx": {}}}}
     run.write_json("summary.json", judged)
     assert "judge" in evaluate_run(run)
+    assert "judge" in evaluate_run(run, checkpoint="round-0001")
     assert "judge" not in evaluate_run(run, overrides=["evaluation.max-new-tokens=8"])
 
 
@@ -135,11 +157,12 @@ def test_a_judgement_does_not_survive_a_kill_between_answers_and_figures(run, mo
         write(*arguments)
         raise KeyboardInterrupt
 
+    other = ["evaluation.max-new-tokens=8"]
     monkeypatch.setattr(sim.evaluate, "write_text", killed)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_run(run, checkpoint="round-0001")
+        evaluate_run(run, overrides=other)
     monkeypatch.undo()
-    assert "judge" not in evaluate_run(run, checkpoint="round-0001")
+    assert "judge" not in evaluate_run(run, overrides=other)
 
 
 def test_constrained_answers_are_all_in_the_format(run):

@@ -141,3 +141,22 @@ def test_answers_of_random_weights_are_called_that(run, name):
     show_summary(Console(file=told, width=200), run, summary)
     for text in (told.getvalue(), write_report(run).read_text()):
         assert (RANDOM_WEIGHTS in html.unescape(text)) == (name == "tiny")
+
+
+@pytest.mark.parametrize(
+    ("model", "facts", "label"),
+    [
+        ("round-00001", {"rounds": 4}, "FedRx, round 1 of 4"),
+        ("step-00000004", {"scaling": {"steps": 16}}, "FedRx, step 4 of 16"),
+    ],
+)
+def test_an_earlier_checkpoints_answers_are_called_that(run, model, facts, label):
+    summary = {**run.read_json("summary.json"), **facts}
+    summary["metrics"][model] = values(0.111)
+    run.write_json("summary.json", summary)
+    told = io.StringIO()
+    show_summary(Console(file=told, width=200), run, summary)
+    page = write_report(run).read_text()
+    for text in (told.getvalue(), page, (run.path / "report.md").read_text()):
+        assert re.search(label + r"\W.*0\.111", text)
+        assert re.search(r"FedRx \(trained B\)\W.*0\.321", text)

@@ -22,7 +22,7 @@ from sim.paper_table import (
     show_table,
     table_blocks,
 )
-from sim.report import to_markdown
+from sim.report_page import to_markdown
 from sim.resume import resume
 
 # As printed in the paper, with 4870 mended to 4875.

@@ -1,0 +1,76 @@
+"""A report's blocks as one HTML page that refers to nothing outside itself, or as markdown."""
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+STYLE = (
+    "body{font:15px/1.55 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1.2rem;"
+    "color:#1a202c}h1{margin-bottom:.2rem}h2{margin-top:2.2rem;border-bottom:1px solid #e2e8f0}"
+    "svg{max-width:100%;height:auto}.note{background:#fffaf0;border-left:4px solid #dd6b20;"
+    "padding:.5rem 1rem;margin:.6rem 0}table{border-collapse:collapse;margin:.6rem 0}"
+    "td,th{padding:.25rem .55rem;border-bottom:1px solid #e2e8f0;text-align:right;"
+    "vertical-align:top}td:first-child,th:first-child{text-align:left}tr:hover{background:#f7fafc}"
+    ".wide{overflow-x:auto}.wide td{white-space:nowrap}.cases td,.cases th{text-align:left;"
+    "white-space:normal}"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One piece of the report: a heading with a note, a table, or a plot, or several of them."""
+
+    title: str = ""
+    note: str = ""
+    headers: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+    svg: str = ""
+    warning: bool = False
+    text_cells: bool = False
+
+
+def to_html(title: str, blocks: Sequence[Block]) -> str:
+    """Render blocks as one self-contained page."""
+    parts = []
+    for block in blocks:
+        if block.title:
+            parts.append(f"<h2>{html.escape(block.title)}</h2>")
+        if block.note:
+            kind = ' class="note"' if block.warning else ""
+            parts.append(f"<p{kind}>{html.escape(block.note)}</p>")
+        if block.rows:
+            head = "".join(f"<th>{html.escape(cell)}</th>" for cell in block.headers)
+            body = "".join(
+                "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+                for row in block.rows
+            )
+            head = f"<thead><tr>{head}</tr></thead>" if any(block.headers) else ""
+            kind = "wide cases" if block.text_cells else "wide"
+            parts.append(f'<div class="{kind}"><table>{head}<tbody>{body}</tbody></table></div>')
+        parts.append(block.svg)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+        "style-src 'unsafe-inline'\">"
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n"
+        f"<body><h1>{html.escape(title)}</h1>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+
+
+def to_markdown(title: str, blocks: Sequence[Block]) -> str:
+    """Render blocks as markdown; plots stay on the page."""
+    parts = [f"# {title}"]
+    for block in blocks:
+        if block.title:
+            parts.append(f"## {block.title}")
+        if block.note:
+            parts.append(f"**{block.note}**" if block.warning else block.note)
+        if block.rows:
+            lines = [block.headers, ("---",) * len(block.headers), *block.rows]
+            parts.append("\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
