@@ -14,6 +14,7 @@ from common.configio import differences, from_flat, read_config
 from common.errors import UserError
 from common.provenance import source_digest
 from common.rundir import RunDirectory
+from server.app import FLOWER
 from sim import federate, paper, single
 from sim.exclusive import exclusive
 from sim.federate import Preparation, fingerprints, prepare
@@ -44,6 +45,8 @@ def resume(
     run = RunDirectory.open(path)
     facts = run.read_json("environment.json")
     kinds = {single.MODE: single.go_on, federate.MODE: federate.go_on, paper.MODE: paper.go_on}
+    if facts.get("mode") == FLOWER:
+        return _of_flower(run, console)
     if facts.get("mode") not in kinds:
         raise UserError(f"{run.path} has no run that can be resumed", fix="start it again")
     config = unchanged_config(run, facts, overrides)
@@ -56,6 +59,14 @@ def resume(
         preparation = prepared_again(config, facts, console)
         note_resumption(run, facts, command_line, console)
         return kinds[facts["mode"]](run, config, preparation, console, started=started)
+
+
+def _of_flower(run: RunDirectory, console: Console) -> dict[str, Any]:
+    """Return a finished run of plain ``flwr run``; Flower alone can start an unfinished one."""
+    if run.status()["state"] != "finished":
+        raise UserError(f"{run.path} was made by plain `flwr run`", fix="start it again with flwr")
+    console.print("the run is finished: nothing to do; `fedrx evaluate` gives its answers")
+    return run.read_json("summary.json")
 
 
 def unchanged_config(run: RunDirectory, facts: dict[str, Any], overrides: Sequence[str]) -> Config:

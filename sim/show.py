@@ -31,7 +31,7 @@ def show_summary(console: Console, run: RunDirectory, summary: dict[str, Any]) -
     if metrics:
         first = next(iter(metrics.values()))
         table = Table(
-            title=f"{first['samples']} held-out admissions ({summary['source']} data)",
+            title=f"{first['samples']} held-out admissions ({summary.get('source', '–')} data)",
             caption=NOTICE,
         )
         table.add_column("")

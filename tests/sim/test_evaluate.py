@@ -17,6 +17,7 @@ from common.data.prepare import load_samples
 from common.errors import UserError
 from common.rundir import RunDirectory
 from sim.evaluate import evaluate, evaluate_run
+from sim.resume import resume
 
 KEYS = {
     "data.path": "synthetic",
@@ -210,3 +211,47 @@ def test_answers_do_not_depend_on_the_batch(run):
     alone = evaluate_run(run, overrides=["evaluation.batch-size=1"])
     assert json.dumps(run.lines("predictions.jsonl")) == json.dumps(rows)
     assert alone["metrics"] == together["metrics"]
+
+
+@pytest.fixture
+def of_flower(run):
+    """What plain ``flwr run`` leaves: neither data.json, nor a report, nor the data's source."""
+    summary = {
+        "rounds": 2,
+        "trainable_parameters": 8,
+        "adapter": {"mode": "fa-lora", "rank": 4, "alpha": 4.0, "targets": ["q_proj"]},
+        "backbone": {"name": "tiny"},
+        "hospitals": [{"name": "hospital-1", "patients": 20, "samples": 30}],
+        "b_sha256": "ab",
+        "wire": {"tensors": ["B"], "bytes_up": 1, "bytes_down": 1},
+        "backbone_loads": 1,
+        "workers": 1,
+        "validation_loss": [],
+        "peak_rss_bytes": 1,
+        "seconds": 1.0,
+        "device": "cpu",
+        "attention": {"kernel": "sdpa", "reason": ""},
+        "dtype": {"value": "fp32", "reason": ""},
+    }
+    run.write_json("summary.json", summary)
+    run.write_json("environment.json", {"mode": "flower"})
+    return run
+
+
+def test_a_run_of_plain_flwr_is_evaluated(of_flower):
+    told = io.StringIO()
+    summary = evaluate(of_flower, console=Console(file=told, width=200))
+    assert summary["source"] == "synthetic"
+    assert "5 held-out admissions (synthetic data)" in told.getvalue()
+    page = (of_flower.path / "report.html").read_text(encoding="utf-8")
+    assert "hospital-1</td><td>20</td><td>30</td><td>–</td>" in page
+
+
+def test_a_run_of_plain_flwr_is_not_resumed(of_flower):
+    told = io.StringIO()
+    summary = resume(of_flower.path, console=Console(file=told, width=200), command_line=[])
+    assert summary["rounds"] == 2
+    assert "the run is finished" in told.getvalue()
+    of_flower.write_status("failed")
+    with pytest.raises(UserError, match="start it again with flwr"):
+        resume(of_flower.path, console=Console(quiet=True), command_line=[])
