@@ -15,6 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from common.privacy.receipts import PRIVACY
 from common.rundir import RunDirectory
 
 PLAIN_SECONDS = 15.0
@@ -88,7 +89,7 @@ class Meter:
 
 
 class RunProgress:
-    """Shows a federation's local steps, and each round's validation loss, from its run directory.
+    """Shows a federation's local steps, and each round's loss or epsilon, from its run directory.
 
     Args:
         console: Where to show it.
@@ -146,6 +147,8 @@ class RunProgress:
                     "untrained" if event["round"] == 0 else f"round {event['round']}/{self.rounds}"
                 )
                 self.console.print(f"{moment}: validation loss {event['value']:.4f}")
+            elif event["name"] == "round-seconds":
+                self._show_spent(event["round"])
             elif event["name"] == "refused":
                 self.console.print(
                     f"round {event['round']}: {event['hospital']} refused: {event['value']}",
@@ -153,3 +156,10 @@ class RunProgress:
                     markup=False,
                 )
         self._seen_events = len(events)
+
+    def _show_spent(self, server_round: int) -> None:
+        """With privacy on no loss is told; show what the round's hospitals have spent at most."""
+        lines = [line for line in self.run.lines(PRIVACY) if line["round"] == server_round]
+        if lines:
+            spent = max(float(line["epsilon"]) for line in lines)
+            self.console.print(f"round {server_round}/{self.rounds}: epsilon {spent:.3f} spent")

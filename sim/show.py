@@ -5,6 +5,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from common.config import Config
+from common.privacy.forecast import verdict
+from common.privacy.settings import plan_of
 from common.rundir import RunDirectory
 from sim.report import (
     NOTICE,
@@ -26,7 +29,7 @@ SHOWN = (
 
 
 def show_summary(console: Console, run: RunDirectory, summary: dict[str, Any]) -> None:
-    """Print the metrics beside the baselines, the losses, the wire and where the report is."""
+    """Print the metrics beside the baselines, losses, privacy, the wire and where the report is."""
     metrics = summary.get("metrics", {})
     if metrics:
         first = next(iter(metrics.values()))
@@ -47,6 +50,8 @@ def show_summary(console: Console, run: RunDirectory, summary: dict[str, Any]) -
     losses = summary.get("validation_loss") or []
     if losses:
         console.print(f"validation loss {losses[0]:.4f} -> {losses[-1]:.4f}", highlight=False)
+    for line in privacy_lines(run.config(), summary):
+        console.print(line, markup=False, highlight=False)
     wire = summary["wire"]
     if wire["bytes_up"]:
         console.print(
@@ -60,3 +65,18 @@ def show_summary(console: Console, run: RunDirectory, summary: dict[str, Any]) -
         highlight=False,
     )
     console.print(f"report: {run.path / 'report.html'}", markup=False, highlight=False)
+
+
+def privacy_lines(config: Config, summary: dict[str, Any]) -> list[str]:
+    """Say what a run's guarantee is, and how its noise compares with what it could learn."""
+    privacy = summary.get("privacy")
+    if not privacy:
+        return []
+    ratio = plan_of(config).noise_to_signal(summary["trainable_parameters"])
+    return [
+        (
+            f"privacy of each {privacy['unit']}: epsilon {float(privacy['epsilon']):.3f} at delta "
+            f"{privacy['delta']:g}; noise multiplier {privacy['noise_multiplier']:g}"
+        ),
+        f"noise over signal, per step: {ratio:.3g}: {verdict(ratio)}",
+    ]

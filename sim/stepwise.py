@@ -202,6 +202,10 @@ class SingleTraining:
             ledger = self.guard.ledger
             line = ledger_line(ledger.plan, self.hospital.name, self.state.step, ledger.steps)
             self.run.append(PRIVACY, line)
+            spent = (
+                f"step {self.state.step}/{self.total.value}: epsilon {float(line['epsilon']):.3f}"
+            )
+            self.console.print(f"{spent} spent", highlight=False)
 
     def _tidy(self) -> None:
         """Remove checkpoints that were only there to resume from, but for the last."""

@@ -62,7 +62,7 @@ def verdict(noise_to_signal: float) -> str:
     if noise_to_signal <= COMFORTABLE:
         return "the signal stands above the noise"
     if noise_to_signal <= HOPELESS:
-        return "noisy: expect slow learning; a lower learning rate and the advice below help"
+        return "noisy: expect slow learning; a lower learning rate and `fedrx plan`'s advice help"
     return "the noise drowns the signal: change the plan before spending epsilon"
 
 

@@ -1,6 +1,7 @@
 """The single-node mode under privacy: the same plan, ledger and source as a hospital's."""
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +153,11 @@ def test_one_node_calibrates(tmp_path) -> None:
     config = one_node(from_flat(keys))
     assert config.federation.hospitals == 1
     assert config.privacy.noise_multiplier == plan_of(config).sigma > 0
+
+
+def test_epsilon_is_shown_at_each_checkpoint_and_no_loss(tmp_path, hospital):
+    training = begin(tmp_path / "run", hospital)
+    training.finish()
+    shown = training.console.file.getvalue()
+    assert re.findall(r"step (\d)/6: epsilon \d+\.\d{3} spent", shown) == ["3", "6"]
+    assert "loss" not in shown

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from common.config import Config
+from common.configio import from_flat
 from common.errors import UserError
 from common.rundir import RunDirectory
 from sim.report import RANDOM_WEIGHTS, write_comparison, write_report
@@ -160,3 +161,20 @@ def test_an_earlier_checkpoints_answers_are_called_that(run, model, facts, label
     for text in (told.getvalue(), page, (run.path / "report.md").read_text()):
         assert re.search(label + r"\W.*0\.111", text)
         assert re.search(r"FedRx \(trained B\)\W.*0\.321", text)
+
+
+@pytest.mark.parametrize(("multiplier", "words"), [(0.001, "stands above"), (50.0, "drowns")])
+def test_a_private_run_ends_with_its_guarantee_and_its_verdict(run, multiplier, words):
+    run.write_config(from_flat({"privacy.noise-multiplier": multiplier}))
+    privacy = {
+        "unit": "patient",
+        "epsilon": 5.9989,
+        "delta": 1e-4,
+        "noise_multiplier": multiplier,
+    }
+    told = io.StringIO()
+    summary = {**run.read_json("summary.json"), "privacy": privacy}
+    show_summary(Console(file=told, width=200), run, summary)
+    guarantee = f"each patient: epsilon 5.999 at delta 0.0001; noise multiplier {multiplier:g}"
+    assert guarantee in told.getvalue()
+    assert re.search(f"noise over signal, per step: .*{words}", told.getvalue())
