@@ -1,25 +1,55 @@
 """The command ``fedrx``: the only place that prints."""
 
+import importlib.metadata
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from click import ClickException
+from click.exceptions import NoArgsIsHelpError
 
 from common.configio import parse_overrides, read_config
 from common.errors import FedrxError
 from common.provenance import source_root
 from sim import cli_data, cli_deploy, cli_people, cli_runs
-from sim.options import JsonOption, RunDirOption, SetOption, console_for, find_config, print_json
+from sim.options import (
+    ConfigArgument,
+    JsonOption,
+    RunDirOption,
+    SetOption,
+    console_for,
+    find_config,
+    print_json,
+)
 
 app = typer.Typer(
     name="fedrx",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    suggest_commands=False,  # click does
     help="Hospitals fine-tune one frozen Llama together and share only B. "
     "Research only, not for clinical use.",
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fedrx {importlib.metadata.version('fedrx')}")
+        raise typer.Exit
+
+
+@app.callback()
+def fedrx(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Take what stands before the verb; its help is the application's own."""
 
 
 @app.command()
@@ -44,7 +74,7 @@ def demo(
 
 @app.command()
 def federate(
-    config_file: Annotated[Path, typer.Argument(metavar="CONFIG")],
+    config_file: ConfigArgument,
     set_: SetOption = None,
     run_dir: RunDirOption = None,
     json_output: JsonOption = False,
@@ -60,7 +90,7 @@ def federate(
 
 @app.command()
 def single(
-    config_file: Annotated[Path, typer.Argument(metavar="CONFIG")],
+    config_file: ConfigArgument,
     set_: SetOption = None,
     run_dir: RunDirOption = None,
     json_output: JsonOption = False,
@@ -101,7 +131,7 @@ def paper(
 
 @app.command()
 def audit(
-    config_file: Annotated[Path, typer.Argument(metavar="CONFIG")],
+    config_file: ConfigArgument,
     set_: SetOption = None,
     run_dir: RunDirOption = None,
     json_output: JsonOption = False,
@@ -117,7 +147,7 @@ def audit(
 
 @app.command()
 def sweep(
-    config_file: Annotated[Path, typer.Argument(metavar="CONFIG")],
+    config_file: ConfigArgument,
     arms: Annotated[
         list[str] | None,
         typer.Option("--arm", help="An arm of the comparison; default: all that fit."),
@@ -206,7 +236,13 @@ app.command()(cli_deploy.worker)
 def main() -> None:
     """Run the command line; user errors are one line and exit status 2, failed runs 1."""
     try:
-        app()
+        sys.exit(app(prog_name="fedrx", standalone_mode=False))
+    except NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
+    except ClickException as error:
+        print(f"fedrx: {usage_line(error)}", file=sys.stderr)
+        sys.exit(2)
     except FedrxError as error:
         print(f"fedrx: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
@@ -218,6 +254,18 @@ def main() -> None:
     except KeyboardInterrupt:
         print("fedrx: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def usage_line(error: ClickException) -> str:
+    """Return what is wrong with a command line, and whose help says what is right.
+
+    >>> usage_line(ClickException("Missing argument 'CONFIG'."))
+    "Missing argument 'CONFIG'; fix: fedrx --help"
+    """
+    context = getattr(error, "ctx", None)
+    verb = context.command_path if context else "fedrx"
+    message = " ".join(error.format_message().split()).rstrip(".")
+    return f"{message}; fix: {verb} --help"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import typer
 
 from common.configio import read_config
 from common.errors import UserError
-from sim.options import SetOption, console_for, find_config
+from sim.options import ConfigArgument, SetOption, console_for, find_config
 
 HospitalOption = Annotated[
     list[str], typer.Option("--hospital", help="NAME=DATA: a hospital and its tables' folder.")
@@ -15,7 +15,7 @@ HospitalOption = Annotated[
 
 
 def deploy(
-    config_file: Annotated[Path, typer.Argument(metavar="CONFIG")],
+    config_file: ConfigArgument,
     out: Annotated[Path, typer.Argument(metavar="FOLDER", help="New folder for everything.")],
     hospital: HospitalOption,
     host: Annotated[

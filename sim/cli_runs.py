@@ -7,7 +7,7 @@ import typer
 
 from common.configio import read_config
 from common.rundir import RunDirectory
-from sim.options import JsonOption, SetOption, console_for, find_config, print_json
+from sim.options import ConfigArgument, JsonOption, SetOption, console_for, find_config, print_json
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
 CheckpointOption = Annotated[
@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
 
 
 def plan(
-    config_file: Annotated[Path, typer.Argument(metavar="CONFIG")],
+    config_file: ConfigArgument,
     set_: SetOption = None,
     card_gb: Annotated[
         float | None, typer.Option("--card-gb", min=1, help="Memory of the card to fit, in GB.")

@@ -10,6 +10,14 @@ from rich.console import Console
 from common.errors import UserError
 from common.provenance import source_root
 
+ConfigArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CONFIG",
+        help="A TOML file, or a shipped one: demo-tiny.toml, demo.toml, hospitals-dp.toml, "
+        "hospitals.toml, paper.toml.",
+    ),
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="key=value, for instance adapter.rank=32.")
 ]

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,32 @@ def test_help_names_every_verb_from_any_folder(tmp_path):
         assert f" {verb} " in text
     for verb in ("judge", "review", "suggest", "assist", "report", "export", "audit", "doctor"):
         assert f" {verb} " in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["federat"], "No such command 'federat'. Did you mean 'federate'?; fix: fedrx --help"),
+        (["federate"], "Missing argument 'CONFIG'; fix: fedrx federate --help"),
+        (["data", "prepare", ".", "--foo"], "No such option '--foo'; fix: fedrx data prepare"),
+        (["sweep", "a.toml", "--seeds", "0"], "Invalid value for '--seeds': 0 is not in the range"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_too(arguments, line, tmp_path):
+    result = fedrx(*arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"fedrx: {line}")
+    assert result.stderr.count("\n") == 1
+    assert not result.stdout
+
+
+def test_the_help_of_arguments_is_shown(tmp_path):
+    text = " ".join(fedrx("federate", "--help", cwd=tmp_path).stdout.replace("│", "").split())
+    assert "A TOML file, or a shipped one" in text
+    for file in (ROOT / "configs").glob("*.toml"):
+        assert file.name in text
+    assert "Run directory" in fedrx("suggest", "--help", cwd=tmp_path).stdout
+
+
+def test_the_version_is_told(tmp_path):
+    assert fedrx("--version", cwd=tmp_path).stdout == f"fedrx {version('fedrx')}\n"
