@@ -203,12 +203,17 @@ def report(
 ) -> None:
     """Write the report page of a run, or one page that compares several."""
     from common.rundir import RunDirectory
+    from sim.paper import renew_table
     from sim.paper_table import rank_runs
     from sim.report import write_comparison, write_report
 
-    # A paper run has its own table; what can be reported on are the runs inside.
-    opened = [one for path in runs for one in rank_runs(RunDirectory.open(path))]
-    page = write_report(opened[0]) if len(opened) == 1 else write_comparison(opened, out)
+    named = [RunDirectory.open(path) for path in runs]
+    # A paper run has its own table; what can be compared are the runs inside.
+    opened = [one for run in named for one in rank_runs(run)]
+    if len(named) > 1:
+        page = write_comparison(opened, out)
+    else:
+        page = write_report(named[0]) if opened == named else renew_table(named[0])
     console_for(False).print(f"report: {page.absolute()}", markup=False, highlight=False)
 
 

@@ -27,6 +27,14 @@ def deploy(
     """Write keys, certificates and commands for a SuperLink and one SuperNode per hospital."""
     from sim.deploy import deploy as write_deployment
 
+    for text in hospital:
+        name, _, data = text.partition("=")
+        if not name or not data:
+            raise UserError(
+                f"--hospital {text}",
+                allowed="NAME=DATA",
+                fix=f"--hospital {name or 'NAME'}=/path/to/its/tables",
+            )
     hospitals = dict(text.partition("=")[::2] for text in hospital)
     if len(hospitals) < len(hospital):
         raise UserError("two hospitals have one name", fix="name each --hospital differently")

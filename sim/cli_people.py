@@ -7,7 +7,7 @@ import typer
 
 from common.errors import UserError
 from common.rundir import RunDirectory
-from sim.options import JsonOption, SetOption, console_for, print_json
+from sim.options import JsonOption, SetOption, console_for, open_run, print_json
 
 review_app = typer.Typer(no_args_is_help=True, help="Blinded packets for clinicians.")
 
@@ -57,7 +57,7 @@ def judge(
     overrides = list(set_ or ())
     if max_cost_usd is not None:
         overrides.append(f"judge.max-cost-usd={max_cost_usd!r}")
-    directory = RunDirectory.open(run)
+    directory = open_run(run)
     prepared = plan(
         directory,
         overrides=overrides,
@@ -92,7 +92,7 @@ def review_make(
     from sim.review import make_review
 
     page = make_review(
-        RunDirectory.open(run),
+        open_run(run),
         models=models or (),
         cases=cases,
         seed=seed,
@@ -117,7 +117,7 @@ def review_import(
     from sim.exclusive import exclusive
     from sim.review import import_reviews, show_reviews
 
-    directory = RunDirectory.open(run)
+    directory = open_run(run)
     with exclusive(directory):
         result = import_reviews(directory, files)
         _renew_report(directory)
@@ -146,6 +146,8 @@ def suggest(
     directory = find_run(run)
     config = assistant_config(directory, set_ or ())
     console = console_for(json_output)
+    if run is None:
+        console.print(f"run: {directory.path}", style="dim", markup=False, highlight=False)
     surroundings = surroundings_of(config)
     form = {"sex": sex, "age": age, "height": height, "weight": weight, "diagnoses": diagnosis}
     try:
@@ -176,6 +178,8 @@ def assist(
     directory = find_run(run)
     config = assistant_config(directory, set_ or ())
     console = console_for(False)
+    if run is None:
+        console.print(f"run: {directory.path}", style="dim", markup=False, highlight=False)
     listening = open_socket(port)
     console.print("loading the model ...", style="dim")
     assistant = Assistant(

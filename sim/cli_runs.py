@@ -6,8 +6,15 @@ from typing import Annotated
 import typer
 
 from common.configio import read_config
-from common.rundir import RunDirectory
-from sim.options import ConfigArgument, JsonOption, SetOption, console_for, find_config, print_json
+from sim.options import (
+    ConfigArgument,
+    JsonOption,
+    SetOption,
+    console_for,
+    find_config,
+    open_run,
+    print_json,
+)
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
 CheckpointOption = Annotated[
@@ -50,7 +57,7 @@ def evaluate(
     from sim.evaluate import evaluate as evaluate_run
 
     console = console_for(json_output)
-    directory = RunDirectory.open(run)
+    directory = open_run(run)
     summary = evaluate_run(directory, console=console, checkpoint=checkpoint, overrides=set_ or ())
     print_json(summary, json_output)
 
@@ -65,5 +72,5 @@ def export(
     """Write the trained adapter as PEFT loads it, with a model card."""
     from sim.export import export_run
 
-    folder = export_run(RunDirectory.open(run), target, checkpoint=checkpoint)
+    folder = export_run(open_run(run), target, checkpoint=checkpoint)
     console_for(False).print(f"adapter: {folder}", markup=False, highlight=False)

@@ -136,12 +136,29 @@ def go_on(
         for rank in facts["ranks"]:
             run.write_status("running", rank=rank)
             _finish_rank(run, config, rank, console, facts["command_line"])
-        table = build_table(run, facts["ranks"], paper_config(), facts["scale"])
+        table = _table(run)
         write_table(run, table)
         run.write_status("finished", seconds=round(time.monotonic() - started, 3))
     show_table(console, table)
     console.print(f"report: {run.path / 'report.html'}", markup=False, highlight=False)
     return table
+
+
+def renew_table(run: RunDirectory) -> Path:
+    """Write the page of a finished paper run anew: its runs may have been judged meanwhile.
+
+    Raises:
+        UserError: if the paper run has not finished.
+    """
+    if run.status()["state"] != "finished":
+        raise UserError(f"{run.path} has not finished", fix="finish it with `fedrx resume`")
+    write_table(run, _table(run))
+    return run.path / "report.html"
+
+
+def _table(run: RunDirectory) -> dict[str, Any]:
+    facts = run.read_json("environment.json")
+    return build_table(run, facts["ranks"], paper_config(), facts["scale"])
 
 
 def _finish_rank(

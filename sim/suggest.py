@@ -1,5 +1,6 @@
 """``fedrx suggest``: one patient's list from a run's adapter, and what hospitals ordered before."""
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -35,9 +36,11 @@ from common.model.session import Session
 from common.rundir import RunDirectory
 from common.text.batches import encode_prompt
 from common.text.prompts import age_text
+from sim.options import open_run
 from sim.patient_form import PatientRequest
 
 SYNTHETIC_PATH = "synthetic"
+_CODE = re.compile(r"[A-Za-z]?\d[\w.]{1,7}")
 _FREE_KEYS = (
     *("evaluation.max-new-tokens", "evaluation.constrained", "model.attention"),
     *("train.device", "train.dtype", "train.threads"),
@@ -229,11 +232,12 @@ def find_run(path: Path | None) -> RunDirectory:
         UserError: If there is none.
     """
     if path is not None:
-        return RunDirectory.open(path)
+        return open_run(path)
     folders = sorted(Path("runs").glob("*/config.toml"), reverse=True)
     for file in folders:
         run = RunDirectory.open(file.parent)
-        if run.status()["state"] == "finished":
+        # Audits and paper runs have no checkpoint of their own.
+        if run.status()["state"] == "finished" and run.checkpoint_names():
             return run
     raise UserError(
         "there is no finished run below ./runs",
@@ -271,6 +275,14 @@ def show_suggestion(
     for diagnosis in request.diagnoses:
         label = diagnosis.label if diagnosis.code else "free text"
         console.print(f"  {label}: {diagnosis.title}", markup=False, highlight=False)
+        if not diagnosis.code and _CODE.fullmatch(diagnosis.title):
+            console.print(
+                f"  {diagnosis.title} looks like a code, but is not in {surroundings.index.origin}"
+                ": it was read as free text",
+                style="yellow",
+                markup=False,
+                highlight=False,
+            )
     if not suggestion.in_format:
         console.print("The model's answer was not a drug list.", style="yellow")
         return

@@ -72,12 +72,17 @@ def test_suggest_prints_a_list(run):
     close_session()
     run.save_checkpoint("round-0001", session_of(run.config()).adapter.state(), facts={})
     patient = ["--sex", "f", "--age", "95", "--height", "165", "--weight", "80"]
-    shown, result = fedrx("suggest", run.path, *patient, "-d", "I50.9", "-d", "lives [alone]")
+    patient += ["-d", "I50.9", "-d", "lives [alone]", "-d", "Z99999"]
+    shown, result = fedrx(
+        "suggest", run.path, *patient, "-d", "I50.9", "-d", "lives [alone]", "-d", "Z99999"
+    )
     close_session()
     assert "not for clinical use" in shown
     assert "woman, > 89 years, 165 cm, 80 kg, BMI 29.4" in shown
     assert "I50.9: Heart failure, unspecified" in shown
     assert "free text: lives [alone]" in shown
+    assert shown.count("looks like a code") == 1
+    assert "Z99999 looks like a code, but is not in the public ICD-10-CM" in shown
     assert result["drugs"]
     # A long name is wrapped.
     assert result["drugs"][0]["name"].split()[0][:10] in shown
@@ -88,3 +93,15 @@ def test_suggest_names_all_wrong_fields_before_it_loads_a_model(run):
     with pytest.raises(UserError, match=r"Sex:.*Age:.*Diagnoses:") as caught:
         fedrx("suggest", run.path)
     assert caught.value.exit_status == 2
+
+
+def test_without_a_run_the_newest_with_a_model_is_taken_and_named(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = RunDirectory.create(run.config(), directory=tmp_path / "runs" / "1-model")
+    (model.path / "checkpoints" / "round-0001").mkdir(parents=True)
+    audit = RunDirectory.create(run.config(), directory=tmp_path / "runs" / "2-audit")
+    for one in (model, audit):
+        one.write_status("finished")
+    result = CliRunner().invoke(app, ["suggest"])
+    assert f"run: {model.path}" in result.output
+    assert isinstance(result.exception, UserError)

@@ -50,6 +50,8 @@ def fedrx(*arguments, cwd):
         (["demo", "--tiny", "--set", "data.normalisation=map"], ["data.drug-map"]),
         (["demo", "--tiny", "--set", "data.test-fraction=0"], ["no held-out patients"]),
         (["data", "synthesize", "/proc/nowhere"], ["/proc/nowhere", "name another path"]),
+        (["deploy", "hospitals.toml", "dep", "--hospital", "north"], ["--hospital north", "DATA"]),
+        (["deploy", "hospitals.toml", "dep", "--hospital", "=x"], ["--hospital =x", "NAME=DATA"]),
         (["report", "."], ["is not a run directory"]),
         (["plan", "typo/paper.toml"], ["typo/paper.toml", "paper.toml"]),
         (["data", "synthesize", "."], ["is not empty"]),

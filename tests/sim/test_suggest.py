@@ -159,5 +159,7 @@ def test_the_newest_finished_run_is_found(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no finished run"):
         find_run(None)
     for name, state in (("1-a", "finished"), ("2-b", "finished"), ("3-c", "failed")):
-        RunDirectory.create(Config(), directory=tmp_path / "runs" / name).write_status(state)
+        run = RunDirectory.create(Config(), directory=tmp_path / "runs" / name)
+        run.save_checkpoint("round-00001", {}, facts={})
+        run.write_status(state)
     assert find_run(None).path.name == "2-b"
