@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -52,6 +53,8 @@ HEADERS = (
     *("accuracy: paper / over predicted, over true", "F1", "appropriate: paper / here"),
     *("validation loss", "norm of B"),
 )
+SHORT_HEADERS = ("rank", "steps", "output", "accuracy", "F1", "suitable", "loss", "norm of B")
+"""On a terminal of 80 columns, where the paper's figures stand above this run's."""
 OTHER_HEADERS = ("", "output rate", "accuracy: over predicted, over true", "F1")
 NOTE = (
     "The paper's accuracy is the share of drugs that match; it does not say of which list, so both "
@@ -218,14 +221,17 @@ def write_table(run: RunDirectory, table: Mapping[str, Any]) -> None:
 
 def show_table(console: Console, table: Mapping[str, Any]) -> None:
     """Print the table on the terminal."""
-    titles = (f"The paper's table and this run; {table['scale']}", f"Beside it; {table['scale']}")
+    titles = (
+        f"The paper's above, this run's below (accuracy over predicted, true); {table['scale']}",
+        f"Beside it; {table['scale']}",
+    )
     rows = tuple(_cells(row) for row in table["rows"]), _other_cells(table)
-    for title, headers, cells in zip(titles, (HEADERS, OTHER_HEADERS), rows, strict=True):
-        shown = Table(title=title, caption=NOTICE)
+    for title, headers, cells in zip(titles, (SHORT_HEADERS, OTHER_HEADERS), rows, strict=True):
+        shown = Table(title=title, caption=NOTICE, box=SIMPLE, show_lines=True)
         for header in headers:
             shown.add_column(header, justify="right")
         for row in cells:
-            shown.add_row(*row)
+            shown.add_row(*(cell.replace(" / ", "\n") for cell in row))
         console.print(shown)
 
 

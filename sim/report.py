@@ -4,12 +4,13 @@ Both are rendered from the same blocks. The page carries its own plots (inline S
 nothing outside itself. Sample answers appear only where the data's source allows it.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import write_text
+from common.files import write_json, write_text
 from common.rundir import RunDirectory
 from sim.report_page import Block, to_html, to_markdown
 from sim.report_plots import bytes_svg, epsilon_svg, loss_svg
@@ -40,6 +41,7 @@ RANDOM_WEIGHTS = (
     "mean nothing."
 )
 SAMPLE_CASES = 3
+COMPARISON = "comparison.json"
 
 
 def write_report(run: RunDirectory) -> Path:
@@ -53,7 +55,19 @@ def write_report(run: RunDirectory) -> Path:
 
 
 def write_comparison(runs: Sequence[RunDirectory], target: Path) -> Path:
-    """Write one page that compares several runs: figures side by side, then each run."""
+    """Write one page that compares several runs: figures side by side, then each run.
+
+    Raises:
+        UserError: if a run has not been finished, or the folder holds anything but an earlier
+            comparison of the very same runs.
+    """
+    compared = {"runs": [str(run.path) for run in runs]}
+    if target.exists() and any(target.iterdir()) and _read(target / COMPARISON) != compared:
+        raise UserError(
+            f"{target} holds something else",
+            allowed="a new or empty folder, or an earlier comparison of these runs",
+            fix="name another --out",
+        )
     rows = []
     for run in runs:
         summary, config = run.read_json("summary.json"), run.config()
@@ -82,10 +96,15 @@ def write_comparison(runs: Sequence[RunDirectory], target: Path) -> Path:
         blocks.append(Block(title=f"Run {run.path.name}"))
         blocks.extend(run_blocks(run))
     target.mkdir(parents=True, exist_ok=True)
+    write_json(target / COMPARISON, compared)
     write_text(target / "report.md", to_markdown("FedRx: runs compared", blocks))
     page = target / "report.html"
     write_text(page, to_html("FedRx: runs compared", blocks))
     return page
+
+
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def run_blocks(run: RunDirectory) -> list[Block]:
@@ -175,9 +194,9 @@ def _hospitals(run: RunDirectory, summary: dict[str, Any]) -> list[Block]:
     sizes = {one["name"]: one for one in run.read_json("data.json").get("hospitals", [])}
     rows = []
     for one in summary["hospitals"]:
-        size = sizes.get(one["name"], {})
+        # With privacy on no hospital tells its size.
+        size = sizes.get(one["name"], {}) if one.get("patients") is not None else {}
         splits = (str(size.get(split, "–")) for split in ("train", "validation", "test"))
-        # with privacy on no hospital tells its size
         told = ("–" if one.get(key) is None else str(one[key]) for key in ("patients", "samples"))
         rows.append((one["name"], *told, *splits))
     headers = ("hospital", "patients", "samples", "train", "validation", "test")
@@ -204,16 +223,20 @@ def _privacy(run: RunDirectory, summary: dict[str, Any]) -> list[Block]:
         f"({float(privacy['epsilon']):.3f}, {privacy['delta']:g})-differential privacy for each "
         f"{privacy['unit']}, {privacy['relation']}; accountant {privacy['accountant']}; noise: "
         f"{privacy['noise']}. Sizes, losses and metrics in this report are the simulation's own, "
-        "outside the guarantee: no hospital sent them."
+        "outside the guarantee: no hospital sent them. The baselines beside them are fitted on "
+        "the training patients without privacy."
     )
+    unit = "step" if summary.get("mode") == "single" else "round"
     spent = {(line["round"], line["hospital"]): float(line["epsilon"]) for line in lines}
     hospitals = sorted({hospital for _, hospital in spent})
     rows = tuple(
         (str(place), *(number(spent.get((place, hospital))) for hospital in hospitals))
         for place in sorted({place for place, _ in spent})
     )
-    headers = ("epsilon after", *hospitals)
-    return [Block(title="Privacy", note=note, headers=headers, rows=rows, svg=epsilon_svg(lines))]
+    headers = (f"epsilon after {unit}", *hospitals)
+    return [
+        Block(title="Privacy", note=note, headers=headers, rows=rows, svg=epsilon_svg(lines, unit))
+    ]
 
 
 def _epsilon(summary: dict[str, Any]) -> str:

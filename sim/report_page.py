@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 STYLE = (
-    "body{font:15px/1.55 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1.2rem;"
+    "body{font:15px/1.55 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1.2rem;"
     "color:#1a202c}h1{margin-bottom:.2rem}h2{margin-top:2.2rem;border-bottom:1px solid #e2e8f0}"
     "svg{max-width:100%;height:auto}.note{background:#fffaf0;border-left:4px solid #dd6b20;"
     "padding:.5rem 1rem;margin:.6rem 0}table{border-collapse:collapse;margin:.6rem 0}"
     "td,th{padding:.25rem .55rem;border-bottom:1px solid #e2e8f0;text-align:right;"
     "vertical-align:top}td:first-child,th:first-child{text-align:left}tr:hover{background:#f7fafc}"
-    ".wide{overflow-x:auto}.wide td{white-space:nowrap}.cases td,.cases th{text-align:left;"
-    "white-space:normal}"
+    ".wide{overflow-x:auto;font-size:13px}.wide td{overflow-wrap:break-word;min-width:2.5rem}"
+    ".cases td,.cases th{text-align:left}"
 )
 
 

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -66,17 +67,17 @@ def bytes_svg(lines: Sequence[dict[str, Any]]) -> str:
             color=colour,
             label=label,
         )
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside upper right", ncols=2)
     return _svg(figure)
 
 
-def epsilon_svg(lines: Sequence[dict[str, Any]]) -> str:
-    """Plot spent epsilon over rounds for each hospital."""
+def epsilon_svg(lines: Sequence[dict[str, Any]], unit: str) -> str:
+    """Plot spent epsilon over rounds (or steps) for each hospital."""
     spent: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for line in lines:
         if math.isfinite(float(line["epsilon"])):
             spent[line["hospital"]].append((line["round"], float(line["epsilon"])))
-    figure, axes = _axes("round", "epsilon spent")
+    figure, axes = _axes(unit, "epsilon spent")
     for name in sorted(spent):
         axes.plot(*zip(*sorted(spent[name]), strict=True), marker="o", label=name)
     axes.set_ylim(bottom=0)
@@ -91,6 +92,8 @@ def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    # A nearly constant loss reads as itself, not as differences from an offset.
+    axes.ticklabel_format(axis="y", useOffset=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e2e8f0")
     axes.set_axisbelow(True)
@@ -99,6 +102,7 @@ def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": "fedrx"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]

@@ -3,6 +3,7 @@
 import html
 import io
 import re
+import shutil
 
 import pytest
 from rich.console import Console
@@ -12,6 +13,7 @@ from common.configio import from_flat
 from common.errors import UserError
 from common.rundir import RunDirectory
 from sim.report import RANDOM_WEIGHTS, write_comparison, write_report
+from sim.report_plots import loss_svg
 from sim.show import show_summary
 
 
@@ -178,3 +180,44 @@ def test_a_private_run_ends_with_its_guarantee_and_its_verdict(run, multiplier, 
     guarantee = f"each patient: epsilon 5.999 at delta 0.0001; noise multiplier {multiplier:g}"
     assert guarantee in told.getvalue()
     assert re.search(f"noise over signal, per step: .*{words}", told.getvalue())
+
+
+def test_a_comparison_replaces_only_its_own_page(run, tmp_path):
+    other = RunDirectory(shutil.copytree(run.path, tmp_path / "other"))
+    page = write_comparison([run, other], tmp_path / "both")
+    before = page.read_text()
+    with pytest.raises(UserError, match="holds something else"):
+        write_comparison([other, run, run], tmp_path / "both")
+    assert page.read_text() == before
+    page.write_text("")
+    write_comparison([run, other], tmp_path / "both")
+    assert page.read_text() == before
+    with pytest.raises(UserError, match="name another --out"):
+        write_comparison([run, other], run.path)
+
+
+def test_no_hospital_s_size_stands_in_a_private_report(run):
+    hospitals = [{"name": "hospital-1", "train": 77, "validation": 78, "test": 79}]
+    run.write_json("data.json", {"hospitals": hospitals})
+    write_report(run)
+    assert "| hospital-1 | 3 | 4 | 77 | 78 | 79 |" in (run.path / "report.md").read_text()
+    privacy = {
+        **dict.fromkeys(("unit", "relation", "accountant", "noise"), "x"),
+        "epsilon": 2.0,
+        "delta": 1e-5,
+    }
+    silent = {"name": "hospital-1", "patients": None, "samples": None}
+    summary = {**run.read_json("summary.json"), "privacy": privacy, "hospitals": [silent]}
+    run.write_json("summary.json", summary)
+    run.append("privacy.jsonl", {"round": 1, "hospital": "hospital-1", "epsilon": 2.0})
+    write_report(run)
+    twin = (run.path / "report.md").read_text()
+    assert "| hospital-1 | – | – | – | – | – |" in twin
+    assert "| epsilon after round | hospital-1 |" in twin
+    assert "training patients without privacy" in twin
+
+
+def test_a_nearly_constant_loss_is_plotted_without_an_offset():
+    events = [{"round": n, "value": 7.239 + n * 1e-6} for n in range(3)]
+    assert "+7.239" not in loss_svg(events)
+    assert "7.239" in loss_svg(events)

@@ -2,6 +2,8 @@
 
 import io
 import json
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -11,11 +13,13 @@ import sim.paper
 from common.configio import parse_overrides
 from common.errors import UserError
 from common.rundir import RunDirectory
+from sim.cli import main
 from sim.evaluate import evaluate
-from sim.paper import paper, paper_config, read_ranks, scaled_config
+from sim.paper import paper, paper_config, read_ranks, renew_table, scaled_config
 from sim.paper_table import (
     HEADERS,
     PAPER,
+    SHORT_HEADERS,
     _pairs,
     paper_rows,
     rank_runs,
@@ -150,7 +154,12 @@ def test_the_scale_stands_in_every_table(finished):
     assert (run.path / "report.md").read_text().count(scale) == 4
     console = Console(width=80, record=True, file=io.StringIO())
     show_table(console, table)
-    shown = " ".join(console.export_text().split())
+    text = console.export_text()
+    assert "…" not in text
+    header = next(line for line in text.splitlines() if line.split()[:1] == ["rank"])
+    assert header.split() == " ".join(SHORT_HEADERS).split()
+    assert " 81.1% " in text
+    shown = " ".join(text.split())
     assert shown.count("scale small: backbone tiny") == 2
     assert "model.backbone: 'meta-llama/Llama-3.1-8B-Instruct' -> 'tiny'" in table["differences"]
 
@@ -177,6 +186,37 @@ def test_a_paper_run_stands_for_the_runs_inside(finished):
     inside = rank_runs(run)
     assert [one.path.name for one in inside] == ["rank-16", "rank-4"]
     assert rank_runs(inside[0]) == [inside[0]]
+
+
+def test_a_paper_run_s_page_is_its_table_anew(finished, tmp_path):
+    run, _ = finished
+    before = renew_table(run).read_bytes()
+    assert b"The paper" in before
+    (run.path / "report.html").unlink()
+    assert renew_table(run) == run.path / "report.html"
+    assert (run.path / "report.html").read_bytes() == before
+    begun = RunDirectory(shutil.copytree(run.path, tmp_path / "begun"))
+    begun.write_status("interrupted")
+    with pytest.raises(UserError, match="finish it with `fedrx resume`"):
+        renew_table(begun)
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "export"])
+def test_one_run_s_verbs_point_into_a_paper_run(verb, finished, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fedrx", verb, str(finished[0].path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert f"for instance {finished[0].path / 'rank-16'}" in capsys.readouterr().err
+
+
+def test_report_on_a_paper_run_writes_into_it(finished, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fedrx", "report", str(finished[0].path)])
+    with pytest.raises(SystemExit):
+        main()
+    assert str(finished[0].path / "report.html") in "".join(capsys.readouterr().out.split())
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_interrupted_paper_run_goes_on(finished, tmp_path, monkeypatch):
