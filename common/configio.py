@@ -218,7 +218,7 @@ def _from_text(key: str, raw: str, entry: dataclasses.Field[Any]) -> Scalar:
         raise UserError(
             f"--set {key}={raw}",
             allowed=_allowed(entry),
-            fix=f"{key} is the {entry.metadata['meaning']}",
+            fix=f"for instance --set {key}={str(entry.default).lower()}",
         ) from None
 
 

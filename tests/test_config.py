@@ -143,3 +143,13 @@ def test_plain_flower_runs_settle_on_one_folder_and_flowers_number_of_nodes(monk
 def test_every_key_says_what_it_means():
     for key, entry in known_keys().items():
         assert len(entry.metadata["meaning"]) > 5, key
+
+
+@pytest.mark.parametrize(
+    ("text", "example"),
+    [("adapter.rank=eight", "adapter.rank=16"), ("data.drop-flushes=1", "data.drop-flushes=true")],
+)
+def test_a_value_of_the_wrong_kind_is_answered_with_one_that_is_right(text, example):
+    with pytest.raises(UserError, match=f"--set {text}; .*; fix: for instance --set {example}$"):
+        parse_overrides([text])
+    parse_overrides([example])
