@@ -6,11 +6,14 @@ only its owner may open. A worker serves one source digest: code that differs fr
 refused, and the backbone is kept by its name, device and dtype (``client.worker``).
 
 A request is one JSON line (kind, source digest, sizes) and two protocol buffers, message and
-context; the answer is one JSON line (error or size) and one protocol buffer.
+context; the answer is one JSON line (error or size) and one protocol buffer. Whatever a request
+does, the worker serves the next one: a torn request is dropped, and only the type of what went
+wrong is logged.
 """
 
 import contextlib
 import json
+import logging
 import socket
 from collections.abc import Iterator
 from io import BufferedRWPair
@@ -32,6 +35,13 @@ from common.provenance import source_digest
 
 LONGEST_PATH_BYTES = 100
 """Unix sockets have short names."""
+LONGEST_HEAD_BYTES = 4096
+LARGEST_PART_BYTES = 2**31 - 1
+"""Protocol buffers are never larger."""
+STALL_SECONDS = 60.0
+"""Longest wait for the next bytes of a request, and for a reply to be taken."""
+SILENT = "the resident worker gave no answer"
+_log = logging.getLogger(__name__)
 
 
 def ask(path: Path, kind: str, message: Message, context: Context) -> Message:
@@ -50,12 +60,16 @@ def ask(path: Path, kind: str, message: Message, context: Context) -> Message:
             connection.connect(str(path))
         except OSError as error:
             raise RunFailed(f"the resident worker does not answer: {error.strerror}") from None
-        with connection.makefile("rwb") as stream:
-            _write(stream, head, parts)
-            answer = json.loads(stream.readline() or b'{"error": "the resident worker ended"}')
-            if "error" in answer:
-                raise RunFailed(str(answer["error"]))
-            return message_from_proto(ProtoMessage.FromString(stream.read(answer["size"])))
+        try:
+            with connection.makefile("rwb") as stream:
+                _write(stream, head, parts)
+                answer: dict[str, Any] = json.loads(stream.readline())
+                data = b"" if "error" in answer else _read(stream, answer["size"])
+        except (OSError, ValueError):
+            raise RunFailed(SILENT) from None
+    if "error" in answer:
+        raise RunFailed(str(answer["error"]))
+    return message_from_proto(ProtoMessage.FromString(data))
 
 
 @contextlib.contextmanager
@@ -90,20 +104,24 @@ def serve(server: socket.socket) -> None:
     """Answer one message after another until the process is ended."""
     while True:
         connection, _ = server.accept()
-        with connection, connection.makefile("rwb") as stream, contextlib.suppress(OSError):
-            _serve_one(stream)
+        try:
+            connection.settimeout(STALL_SECONDS)
+            with connection, connection.makefile("rwb") as stream:
+                _serve_one(stream)
+        except Exception as error:  # one connection must not end the worker of all others
+            _log.warning("a request was dropped: %s", type(error).__name__)
 
 
 def _serve_one(stream: BufferedRWPair) -> None:
     from client.handlers import answer
 
-    line = stream.readline()
+    line = stream.readline(LONGEST_HEAD_BYTES)
     if not line:
         return
     head: dict[str, Any] = json.loads(line)
     message_size, context_size = head["sizes"]
-    message = message_from_proto(ProtoMessage.FromString(stream.read(message_size)))
-    context = context_from_proto(ProtoContext.FromString(stream.read(context_size)))
+    message = message_from_proto(ProtoMessage.FromString(_read(stream, message_size)))
+    context = context_from_proto(ProtoContext.FromString(_read(stream, context_size)))
     if head["source"] != source_digest():
         error = "the resident worker runs other code than the app; restart it"
         _write(stream, {"error": error}, [])
@@ -115,6 +133,20 @@ def _serve_one(stream: BufferedRWPair) -> None:
         return
     data = message_to_proto(reply).SerializeToString()
     _write(stream, {"size": len(data)}, [data])
+
+
+def _read(stream: BufferedRWPair, size: int) -> bytes:
+    """Read exactly so many bytes.
+
+    Raises:
+        ValueError: if the size is no size, or the other side ends before.
+    """
+    if type(size) is not int or not 0 <= size <= LARGEST_PART_BYTES:
+        raise ValueError("the size is not allowed")
+    data = stream.read(size)
+    if len(data) < size:
+        raise ValueError("the stream ended early")
+    return data
 
 
 def _write(stream: BufferedRWPair, head: dict[str, Any], parts: list[bytes]) -> None:

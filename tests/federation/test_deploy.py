@@ -4,10 +4,8 @@ import contextlib
 import gzip
 import json
 import os
-import signal
 import stat
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,14 +14,10 @@ import psutil
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-import client.resident
-from client.handlers import answer
 from client.hospital import hospitals_of, local_config
-from common.configio import flatten
 from common.data.synthesize import write_tables
-from common.errors import RunFailed, UserError
+from common.errors import UserError
 from common.rundir import RunDirectory
 from sim.deploy import deploy
 from sim.launch import free_port, script
@@ -247,67 +241,3 @@ def worker_loads(own: Path) -> list[int]:
     return [
         json.loads(file.read_text())["backbone_loads"] for file in own.glob("runs/*/workers/*.json")
     ]
-
-
-class TestResidentWorker:
-    """The worker alone, in its own process."""
-
-    @pytest.fixture
-    def socket(self, tmp_path_factory):
-        path = tmp_path_factory.mktemp("w") / "s.sock"
-        process = subprocess.Popen(
-            [sys.executable, "-c", "from sim.cli import main; main()", "worker", "--socket", path],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            cwd=Path(__file__).resolve().parents[2],
-        )
-        wait_for(path.exists, "the worker")
-        yield path
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-
-    def message(self, config, kind="query"):
-        message = Message(RecordDict({"config": ConfigRecord({"round": 0})}), 1, kind)
-        node = {"partition-id": 0, "num-partitions": 3}
-        context = Context(1, 1, node, RecordDict(), flatten(config))
-        return message, context
-
-    def test_answers_as_the_app_does_with_one_load(self, socket, tiny_config, tmp_path):
-        assert stat.S_IMODE(socket.stat().st_mode) == 0o600
-        config = tiny_config(run__directory=str(tmp_path / "run"))
-        message, context = self.message(config)
-        direct = answer("query", message, context)
-        for _ in range(4):
-            reply = client.resident.ask(socket, "query", message, context)
-            assert dict(reply.content["config"]) == dict(direct.content["config"])
-            assert reply.metadata.reply_to_message_id == direct.metadata.reply_to_message_id
-        loads = [
-            json.loads(f.read_text())["backbone_loads"]
-            for f in (tmp_path / "run" / "workers").glob("*.json")
-            if f.stem != str(os.getpid())
-        ]
-        assert loads == [1]
-
-    def test_refuses_other_code_and_keeps_answering(
-        self, socket, tiny_config, tmp_path, monkeypatch
-    ):
-        config = tiny_config(run__directory=str(tmp_path / "run"))
-        message, context = self.message(config)
-        with monkeypatch.context() as changed:
-            changed.setattr(client.resident, "source_digest", lambda: "e" * 64)
-            with pytest.raises(RunFailed, match="runs other code"):
-                client.resident.ask(socket, "query", message, context)
-        with pytest.raises(RunFailed):  # a train message without arrays
-            client.resident.ask(socket, "train", message, context)
-        assert client.resident.ask(socket, "query", message, context).has_content()
-
-    def test_second_worker_on_a_socket_is_refused(self, socket):
-        with (
-            pytest.raises(UserError, match="listens on"),
-            client.resident.listening(socket),
-        ):
-            pass
-
-    def test_without_a_worker_the_error_says_so(self, tiny_config, tmp_path):
-        message, context = self.message(tiny_config())
-        with pytest.raises(RunFailed, match="does not answer"):
-            client.resident.ask(tmp_path / "none.sock", "query", message, context)
