@@ -1,5 +1,6 @@
 """What a hospital answers to each kind of message: unpack, call ``client.local``, pack."""
 
+import contextlib
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,20 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from client.hospital import hospital_of, local_config, private_folder
 from client.local import evaluate, update
 from client.private import private_update
-from client.store import STEPS, forget_steps, keep, load_kept, load_state, save_state
+from client.store import (
+    STEPS,
+    forget_steps,
+    keep,
+    load_kept,
+    load_state,
+    own_folder,
+    save_state,
+)
 from client.worker import backbone_spec, report_loads, session_of, tokens_of
 from common.codecs import compress, is_lossy
 from common.config import Config
 from common.configio import from_flat
-from common.errors import FedrxError, RunFailed
+from common.errors import RunFailed, UserError
 from common.exchange import (
     CONFIG,
     ContractError,
@@ -34,6 +43,8 @@ from common.training.optimiser import TrainState
 ERRORS = "errors.txt"
 DATA_FREE = (ContractError, BudgetExhausted, LedgerDoubtful)
 """Errors whose texts are made of public constants alone."""
+SETTINGS = ("adapter.", "federation.", "model.attention", "train.")
+"""A user's error that begins with such a key quotes what the server sent, and nothing local."""
 Handler = Callable[[Config, Message, Context], RecordDict]
 
 
@@ -144,8 +155,9 @@ HANDLERS: dict[str, Handler] = {
 def answer(kind: str, message: Message, context: Context) -> Message:
     """Answer one message; only clean error texts leave.
 
-    With privacy on these are the texts that never hold anything of the data; what else went wrong
-    is in the hospital's own ``errors.txt``.
+    These are the texts that never hold anything of the data, and with privacy off those about the
+    settings that the server sent. What else went wrong, a path or a count, is in the hospital's
+    own ``errors.txt``.
 
     Args:
         kind: ``query``, ``train`` or ``evaluate``.
@@ -153,24 +165,34 @@ def answer(kind: str, message: Message, context: Context) -> Message:
         context: Flower's: run configuration and node.
 
     Raises:
-        FedrxError: with a text that quotes no data.
+        FedrxError: with a text that quotes no data and no path.
     """
     config = local_config(from_flat(context.run_config), context.node_config, context.run_id)
     try:
+        own_folder(Path(config.run.directory))
         return Message(content=HANDLERS[kind](config, message, context), reply_to=message)
-    except DATA_FREE:
-        raise
     except Exception as error:
-        if isinstance(error, FedrxError) and not protects(config):
+        if _may_leave(error, config):
             raise
-        # The text may quote data, or count it: it stays on the hospital's disk.
-        folder = Path(config.run.directory) / "hospitals"
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ERRORS).open("a", encoding="utf-8") as file:
-            file.write(traceback.format_exc() + "\n")
-        if protects(config):
-            raise RunFailed(f"the reason stays in the hospital, in {ERRORS}") from None
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        raise RunFailed(
-            f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}"
-        ) from None
+        with contextlib.suppress(OSError):  # its text would hold the hospital's path
+            _keep_traceback(config)
+        reason = f"the reason stays in the hospital, in {ERRORS}"
+        if not protects(config):
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(place.filename).name}:{place.lineno}"
+            reason = f"{type(error).__name__} at {where}; {reason}"
+        raise RunFailed(reason) from None
+
+
+def _may_leave(error: Exception, config: Config) -> bool:
+    if isinstance(error, DATA_FREE) or protects(config):
+        return isinstance(error, DATA_FREE)
+    settings = isinstance(error, UserError) and str(error).startswith(SETTINGS)
+    return settings or isinstance(error, RunFailed)
+
+
+def _keep_traceback(config: Config) -> None:
+    file = own_folder(Path(config.run.directory) / "hospitals") / ERRORS
+    file.touch(mode=0o600)
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(traceback.format_exc() + "\n")

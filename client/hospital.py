@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from client.store import own_folder
 from common.config import Config, DataConfig, PartitionConfig
 from common.configio import config_hash, settled
 from common.data.partition import Hospital, assign_hospitals
@@ -19,6 +20,8 @@ from common.text.batches import Encoded, encode
 
 NAME = "hospital"
 """Key of the node configuration: a deployed hospital's name."""
+SIMULATED = "num-partitions"
+"""Key of the node configuration: how many nodes Flower simulates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +45,18 @@ def local_config(config: Config, node_config: Mapping[str, Any], run_id: int) ->
         config: As Flower hands it over.
         node_config: Flower's, of this node.
         run_id: Flower's run id; names the run directory of plain ``flwr run``.
+
+    Raises:
+        RunFailed: if the node configuration lacks a key.
     """
-    if NAME not in node_config:
-        return settled(config, run_id=run_id, nodes=int(node_config["num-partitions"]))
+    if SIMULATED in node_config and NAME not in node_config:
+        return settled(config, run_id=run_id, nodes=int(node_config[SIMULATED]))
+    missing = [key for key in (NAME, "data", "folder") if key not in node_config]
+    if missing:
+        raise RunFailed(
+            f"the node configuration has no {missing[0]!r}; fix: name hospital, data and folder "
+            "in the SuperNode's --node-config"
+        )
     # Not Flower's run id: a federation that is started again goes on with the hospital's state.
     place = hashlib.sha256(config.run.directory.encode()).hexdigest()[:8]
     folder = Path(str(node_config["folder"])) / "runs" / f"{config_hash(config)}-{place}"
@@ -72,7 +84,7 @@ def hospital_of(config: Config, node_config: Mapping[str, Any]) -> Hospital:
         if not NAME_PATTERN.fullmatch(name):
             raise RunFailed(f"a hospital's name must match {NAME_PATTERN.pattern}")
         return replace(hospitals_of(config.data, config.partition, 1)[0], name=name)
-    index, nodes = int(node_config["partition-id"]), int(node_config["num-partitions"])
+    index, nodes = int(node_config["partition-id"]), int(node_config[SIMULATED])
     if nodes != config.federation.hospitals:
         raise RunFailed(
             f"{nodes} simulated SuperNodes for {config.federation.hospitals} hospitals; fix: "
@@ -118,6 +130,4 @@ def encode_hospital(hospital: Hospital, session: Session, config: Config) -> Hos
 
 def private_folder(config: Config, hospital: str) -> Path:
     """Return (and make) the folder of what stays in a hospital."""
-    folder = Path(config.run.directory) / "hospitals" / hospital
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return own_folder(Path(config.run.directory) / "hospitals" / hospital)

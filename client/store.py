@@ -14,6 +14,14 @@ KEPT_ROUNDS = 2
 """A resumed server may ask for the last round once more, so the state before it stays."""
 
 
+def own_folder(folder: Path) -> Path:
+    """Return a folder that its owner alone may read; make it, and those above it, if missing."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    for one in reversed(missing):
+        one.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
 def load_state(folder: Path, *, before_round: int) -> TrainState:
     """Return the state after the hospital's last round before ``before_round``."""
     tensors = load_kept(folder, "state", before_round=before_round)
@@ -47,11 +55,15 @@ def keep(folder: Path, name: str, tensors: Tensors, *, server_round: int) -> Non
 
 
 def forget_steps(folder: Path, *, from_round: int) -> None:
-    """Drop the step log's lines of rounds that run again, and one that a crash has torn."""
+    """Drop the step log's lines of rounds that run again, and one that a crash has torn.
+
+    Without a log an empty one is made, which its owner alone may read.
+    """
+    (folder / STEPS).touch(mode=0o600)
     lines = read_json_lines(folder / STEPS)
     kept = [line for line in lines if line["round"] < from_round]
     text = "".join(json_line(line) for line in kept)
-    if lines != kept or ((folder / STEPS).exists() and (folder / STEPS).stat().st_size > len(text)):
+    if lines != kept or (folder / STEPS).stat().st_size > len(text):
         write_text(folder / STEPS, text)
 
 

@@ -26,7 +26,7 @@ import client.app
 from common.config import Config
 from common.configio import flatten, from_flat
 from common.rundir import RunDirectory
-from server.app import federate, run_directory
+from server.app import federate, main, run_directory
 
 Tamper = Callable[[Message, Message], Message | None]
 """Gets the message to a hospital and its honest reply, and returns what is sent instead."""
@@ -196,6 +196,16 @@ def in_process(tmp_path: Path) -> Callable[..., Federation]:
         fake = FakeGrid(config, **grid)
         federate(fake, config, run)
         return Federation(run, fake)
+
+    return start
+
+
+@pytest.fixture
+def run_main() -> Callable[[Config], None]:
+    """Run a federation in this process by the server app's own entry, which writes its status."""
+
+    def start(config: Config) -> None:
+        main(FakeGrid(config), Context(7, 0, {}, RecordDict(), flatten(config)))
 
     return start
 
