@@ -7,7 +7,9 @@
 
 With a lossy codec a hospital sends its change of the global tensors and not the tensors, and both
 sides carry what rounding lost over to their next message (error feedback; Seide et al. 2014,
-Karimireddy et al. 2019, arXiv 1901.09847), so that nothing is lost for good.
+Karimireddy et al. 2019, arXiv 1901.09847), so that rounding loses nothing for good over
+accepted messages. A reply that is lost or refused takes its update with it; what is carried over is
+its rounding alone.
 """
 
 import math

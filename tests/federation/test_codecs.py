@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from client.handlers import in_codec
 from common.codecs import BLOCK, compress, decode, encode, wire_layout
 from common.exchange import ContractError, check_arrays, describe, to_record, train_message
 
@@ -54,6 +55,19 @@ def test_error_feedback_loses_nothing_for_good(codec):
     np.testing.assert_allclose(meant - read, carried["b"], atol=1e-4)
     one_step = np.abs(value).max() / 127
     assert np.abs(carried["b"]).max() < 2 * one_step
+
+
+def test_a_hospital_carries_its_rounding_over_rounds(tiny_config, tmp_path):
+    """The same change each round: without the debt the same rounding would add up."""
+    config = tiny_config(federation__codec="int8")
+    base = {"b": np.zeros((30, 20), np.float32)}
+    change = np.random.default_rng(0).normal(size=(30, 20)).astype(np.float32)
+    read, rounds = 0.0, 40
+    for server_round in range(1, rounds + 1):
+        wire = in_codec(config, tmp_path, {"b": change}, base, server_round)
+        read = read + decode("int8", wire["b"], change.shape)
+    one_step = np.abs(change).max() / 127
+    assert np.abs(rounds * change - read).max() < one_step
 
 
 def llama_8b_shapes(rank=16):
