@@ -183,11 +183,12 @@ def go_on(
     """
     with reported(run, console, lambda: {"round": last_round(run)}):
         end_leftovers(run.path)
+        earlier = len(tracebacks(run))
         try:
             return train_and_answer(run, config, preparation, console, started=started)
         except FedrxError:
             if preparation.table.source != "credentialed":
-                show_tracebacks(run)
+                show_tracebacks(run, earlier)
             raise
 
 
@@ -274,12 +275,22 @@ def threads_per_worker(config: Config) -> int:
     return config.train.threads or max(1, cpus // min(cpus, config.federation.hospitals))
 
 
-def show_tracebacks(run: RunDirectory) -> None:
-    """Print the tracebacks that failing hospitals have left on this machine."""
-    file = run.path / "hospitals" / "errors.txt"
-    if file.exists():
-        text = file.read_text(encoding="utf-8").rstrip()
+def show_tracebacks(run: RunDirectory, earlier: int) -> None:
+    """Print the tracebacks that failing hospitals have left on this machine.
+
+    Args:
+        run: The run's directory.
+        earlier: Length of what attempts before this one have left.
+    """
+    text = tracebacks(run)[earlier:].rstrip()
+    if text:
         Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
+
+
+def tracebacks(run: RunDirectory) -> str:
+    """Return the tracebacks that the hospitals of all attempts have left on this machine."""
+    file = run.path / "hospitals" / "errors.txt"
+    return file.read_text(encoding="utf-8") if file.exists() else ""
 
 
 def total_steps(config: Config, hospitals: Sequence[Hospital]) -> int:
