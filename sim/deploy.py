@@ -34,6 +34,19 @@ QUIET = """\
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 RAY_USAGE_STATS_ENABLED=0
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 HF_HUB_DISABLE_TELEMETRY=1
 """
+WATCH = """\
+trap 'kill "$worker" "$node" 2>/dev/null || true' EXIT
+trap 'exit 143' INT TERM
+while kill -0 "$node" 2>/dev/null; do
+  if ! kill -0 "$worker" 2>/dev/null; then
+    echo "the resident worker ended: the SuperNode ends too; start both again" >&2
+    exit 1
+  fi
+  sleep 1
+done
+wait "$node"
+"""
+"""A SuperNode without its worker could only fail."""
 
 
 def deploy(
@@ -198,7 +211,7 @@ def _write_hospital(
     quoted = shlex.quote(data)
     _write_script(
         own / "start.sh",
-        f"{QUIET}"
+        f"umask 077\n{QUIET}"
         'cd "$(dirname "$0")/empty"\n'
         'own="$(cd .. && pwd)"\n'
         'export FLWR_HOME="$own/home"\n'
@@ -211,8 +224,7 @@ def _write_hospital(
         f'  --node-config "hospital=\\"{name}\\" data=\\"$data\\" folder=\\"$own\\" '
         'worker=\\"$own/worker.sock\\"" &\n'
         "node=$!\n"
-        'trap \'kill "$worker" "$node" 2>/dev/null\' EXIT INT TERM\n'
-        'wait "$node"\n',
+        f"{WATCH}",
     )
 
 
@@ -229,6 +241,16 @@ Research only, not for clinical use.
    starts a resident worker and a SuperNode:
 {steps}
 4. Coordinator: `superlink/run.sh` starts the federation; the run directory is `run/`.
+
+## Going on after an interruption
+
+`superlink/run.sh` again goes on in `run/` from its last checkpoint, if `superlink/run-config.toml`
+is as it was; a run that has finished stays as it is. Two runs at once in one `run/` spoil it: end
+the old one first. A SuperLink that was started again has forgotten the keys: run
+`superlink/register.sh` before. A hospital that was away starts its `start.sh` again, and goes on
+with what its folder holds.
+
+## What is in a hospital's folder
 
 A hospital's folder holds its private key (`node.key`), and later its optimizer state, logs and
 error texts (`runs/`). Its tables, and everything in that folder, stay there: only B travels.

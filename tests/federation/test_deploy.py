@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import json
 import os
+import shutil
 import stat
 import subprocess
 import time
@@ -15,6 +16,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
+import server.app
 from client.hospital import hospitals_of, local_config
 from common.data.synthesize import write_tables
 from common.errors import UserError
@@ -96,6 +98,44 @@ def test_hospital_s_own_paths_replace_the_server_s(tiny_config):
     assert local_config(config, node, run_id=8) == own
     other = local_config(tiny_config(run__directory="/server/two"), node, run_id=7)
     assert other.run.directory != own.run.directory
+
+
+@pytest.mark.parametrize("dies", ["fedrx", "flower-supernode"])
+def test_a_hospitals_worker_and_node_end_together(tiny_config, tmp_path, processes, dies):
+    """With programs in their places that only sleep, one of which dies."""
+    nodes = {"north": "/x"}
+    folder = deploy(tiny_config(), tmp_path / "d", hospitals=nodes, host="h", port=1).parent
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("fedrx", "flower-supernode"):
+        file = programs / name
+        file.write_text(
+            "#!/bin/sh\numask > ../umask\n"
+            + ("sleep 1; exit 3\n" if name == dies else "exec sleep 600\n")
+        )
+        file.chmod(0o755)
+    processes.environment["PATH"] = f"{programs}:{os.environ['PATH']}"
+    start = folder / "hospitals" / "north" / "start.sh"
+    assert processes.start(start).wait(30) == (1 if dies == "fedrx" else 3)
+    assert ("the resident worker ended" in processes.log(start)) == (dies == "fedrx")
+    wait_for(lambda: not processes.named("sleep"), "both to end")
+    assert (start.parent / "umask").read_text() == "0077\n"
+
+
+def test_the_readme_tells_how_to_go_on(tiny_config, tmp_path, in_process):
+    """And that is what the code does: the same run directory, from its last checkpoint."""
+    readme = deploy(
+        tiny_config(), tmp_path / "d", hospitals={"a": "/x"}, host="h", port=1
+    ).read_text()
+    assert "`superlink/run.sh` again goes on in `run/` from its last checkpoint" in readme
+    done = in_process(tiny_config())
+    shutil.rmtree(done.run.path / "checkpoints" / "round-00002")
+    again = in_process(tiny_config(), resume=server.app.run_directory(done.run.config()))
+    assert again.run.path == done.run.path
+    assert again.sha == done.sha
+    rounds = [e["round"] for e in again.run.metrics("round-seconds")]
+    assert rounds == [1, 2]
+    assert in_process(tiny_config(), resume=again.run).sha == done.sha
 
 
 class Processes:
