@@ -28,7 +28,10 @@ from common.text.batches import Encoded
 
 CONFIDENCE = 0.95
 FALSE_ALARM = 1e-6
-"""A correct mechanism fails one check of the noise test with this probability."""
+"""A correct mechanism fails the inversion test, or one check of the noise test, with at most this
+probability."""
+DISCLOSED = 0.95
+"""An attack that works reaches this ROC area."""
 _CHUNK_UNITS = 256
 
 Clip = Callable[[Tensor, float], Tensor]
@@ -219,42 +222,72 @@ def noise_test(
 
 def inversion_test(
     session: Session,
-    sample: Encoded,
+    records: Sequence[Encoded],
     plan: PrivacyPlan,
     *,
-    source: PrivateGradient | None = None,
+    kind: type[PrivateGradient] = PrivateGradient,
     expect_private: bool = True,
 ) -> Finding:
-    """Try to tell which tokens a patient's record holds from one released gradient.
+    """Try to tell which tokens patients' records hold, each from one released gradient.
 
     The gradient of the first layer's v_proj B is s sum_t g_t z_t^T with z_t = A RMSNorm(e_t), so
     its row space lies in the span of the record's z. Every token of the vocabulary is scored by
-    how far its z is from that span; the figure is the area under the ROC curve for the record's
-    tokens: 1 is full disclosure, 0.5 is chance.
+    how far its z is from that span; the figure is the area under the ROC curve for a record's
+    tokens, as a mean over records: 1 is full disclosure, 0.5 is chance.
 
     Args:
-        session: With ``v_proj`` adapted, and a rank above the record's number of tokens.
-        sample: The record; alone in the draw, the patient's worst case.
+        session: With ``v_proj`` adapted, and a rank above a record's number of tokens.
+        records: Of tokens drawn uniformly, as ``chance_limit`` supposes; each alone in its draw,
+            the patient's worst case.
         plan: A calibrated plan.
-        source: Where the gradient comes from; default the plan's own source with this record.
+        kind: Where the gradients come from; default the plan's own source.
         expect_private: Whether the verdict asks for chance level, or for disclosure.
+
+    Raises:
+        ValueError: if so few records cannot tell chance from disclosure.
     """
-    used = source or PrivateGradient(
-        [sample], replace(plan, sampling_rate=1.0), NoiseSource(), seed=0, micro_batch=1
-    )
-    used(session, 0)
-    disclosed = disclosure(session, session.adapter.flat_grad, sample.input_ids)
-    passed = disclosed < 0.65 if expect_private else disclosed > 0.95
+    areas = []
+    for record in records:
+        source = kind([record], single_release(plan), NoiseSource(), seed=0, micro_batch=1)
+        source(session, 0)
+        areas.append(disclosure(session, session.adapter.flat_grad, record.input_ids))
+    figure = float(np.mean(areas))
+    tokens = [len(_read_tokens(record.input_ids)) for record in records]
+    limit = chance_limit(tokens, int(session.model.config.vocab_size))
+    if limit >= DISCLOSED:
+        raise ValueError(f"{len(records)} records are too few: chance reaches {limit:.2f}")
+    passed = figure < limit if expect_private else figure > DISCLOSED
     return Finding(
         audit="inversion test" if expect_private else "inversion without privacy",
-        figure=disclosed,
-        meaning="area under the ROC curve for a record's tokens, from one gradient",
-        limit=0.65 if expect_private else 0.95,
+        figure=figure,
+        meaning=f"mean area under the ROC curve for a record's tokens, {len(records)} records, "
+        "one gradient each",
+        limit=limit if expect_private else DISCLOSED,
         passed=passed,
         verdict=("near chance" if passed else "tokens are disclosed")
         if expect_private
         else ("the attack works" if passed else "the attack has no power here"),
     )
+
+
+def chance_limit(tokens: Sequence[int], vocabulary: int) -> float:
+    """Return what the mean ROC area of guesses at random exceeds with probability ``FALSE_ALARM``.
+
+    Mann and Whitney (1947): for n positives among m negatives the area has mean 1/2 and variance
+    (n + m + 1) / 12 n m. The mean over independent records is taken as normal; the true tails are
+    lighter, as the area is bounded.
+
+    Args:
+        tokens: How many of the vocabulary are positives, for each record.
+        vocabulary: n + m.
+
+    >>> round(chance_limit([4], 1024), 2), round(chance_limit([4] * 12, 1024), 2)
+    (1.19, 0.7)
+    """
+    from scipy.stats import norm
+
+    variances = [(vocabulary + 1) / (12 * n * (vocabulary - n)) for n in tokens]
+    return 0.5 + float(norm.isf(FALSE_ALARM)) * math.sqrt(sum(variances)) / len(variances)
 
 
 def disclosure(session: Session, gradient_P: Tensor, tokens: Sequence[int]) -> float:
@@ -274,13 +307,17 @@ def disclosure(session: Session, gradient_P: Tensor, tokens: Sequence[int]) -> f
     with torch.no_grad():
         embedded_VD = layer.input_layernorm(session.model.model.embed_tokens.weight)
         z_VR = (embedded_VD @ module.lora_A.to(embedded_VD.dtype).T).double()
-    # the last token predicts nothing and attends to nothing that is kept
     present = torch.zeros(len(z_VR), dtype=torch.bool)
-    present[list(set(tokens[:-1]))] = True
+    present[_read_tokens(tokens)] = True
     span = min(int(present.sum()), gradient_OR.shape[1] - 1)
     directions_RS = torch.linalg.svd(gradient_OR, full_matrices=False).Vh[:span].T
     inside_V = (z_VR @ directions_RS).norm(dim=1) / z_VR.norm(dim=1)
     return roc_area(inside_V[present].tolist(), inside_V[~present].tolist())
+
+
+def _read_tokens(tokens: Sequence[int]) -> list[int]:
+    # the last token predicts nothing and attends to nothing that is kept
+    return sorted(set(tokens[:-1]))
 
 
 def roc_area(positives: Sequence[float], negatives: Sequence[float]) -> float:

@@ -7,8 +7,10 @@ import pytest
 import torch
 from scipy import stats
 
+from common.privacy import audit
 from common.privacy.audit import (
     Guesses,
+    chance_limit,
     inversion_test,
     lower_bound,
     noise_test,
@@ -100,24 +102,58 @@ class OnlyClipped(WithoutPrivacy):
         return result
 
 
+class FaintNoise(PrivateGradient):
+    """The mutant: a hundredth of the noise."""
+
+    def __init__(self, dataset, plan, noise, **choices) -> None:
+        super().__init__(dataset, plan.with_noise(plan.sigma / 100), noise, **choices)
+
+
+@pytest.mark.parametrize("rank", [8, 32])
 def test_inversion_reads_tokens_without_privacy_and_nothing_with_it(
-    open_tiny, samples_of, make_plan
+    open_tiny, samples_of, make_plan, rank
 ) -> None:
-    session = open_tiny(rank=32)
-    figures = []
-    for seed in range(3):
-        (sample,) = samples_of((16,), (1,), seed)
-        plan = make_plan()
-        finding = inversion_test(session, sample, plan)
-        assert finding.passed
-        figures.append(finding.figure)
-        for mutant in (WithoutPrivacy, OnlyClipped):
-            broken = mutant([sample], plan, NoiseSource(), seed=0, micro_batch=1)
-            assert not inversion_test(session, sample, plan, source=broken).passed
-            power = inversion_test(session, sample, plan, source=broken, expect_private=False)
-            assert power.passed
-            assert power.figure > 0.99
-    assert 0.4 < np.mean(figures) < 0.6
+    session, plan = open_tiny(rank=rank), make_plan(noise_multiplier=1.0)
+    records = samples_of((rank // 2 + 1,) * 12, range(12))
+    finding = inversion_test(session, records, plan)
+    assert finding.passed
+    assert finding.limit < 0.75
+    for mutant in (WithoutPrivacy, OnlyClipped, FaintNoise):
+        broken = inversion_test(session, records, plan, kind=mutant)
+        assert not broken.passed
+        assert broken.verdict == "tokens are disclosed"
+    for mutant in (WithoutPrivacy, OnlyClipped):
+        power = inversion_test(session, records, plan, kind=mutant, expect_private=False)
+        assert power.passed
+        assert power.figure > 0.99
+
+
+def test_the_inversion_is_decided_on_the_figure_it_shows(
+    open_tiny, samples_of, make_plan, monkeypatch
+) -> None:
+    session, records = open_tiny(rank=8), samples_of((5,) * 12, range(12))
+    limit = chance_limit([4] * 12, 1024)
+    for mean, passed in ((limit - 0.001, True), (limit + 0.001, False)):
+        areas = iter([1.0] * 4 + [(12 * mean - 4) / 8] * 8)  # single records disclose, or seem to
+        monkeypatch.setattr(audit, "disclosure", lambda *_, areas=areas: next(areas))
+        finding = inversion_test(session, records, make_plan())
+        assert (finding.figure, finding.limit) == (pytest.approx(mean), limit)
+        assert finding.passed is passed
+
+
+def test_too_few_records_are_refused(open_tiny, samples_of, make_plan) -> None:
+    with pytest.raises(ValueError, match="1 records are too few"):
+        inversion_test(open_tiny(rank=8), samples_of((5,), (1,)), make_plan())
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16])
+def test_chance_stays_below_its_limit_as_often_as_it_says(monkeypatch, tokens) -> None:
+    """Oracle: ranks drawn at random, at false alarms frequent enough to be counted."""
+    monkeypatch.setattr(audit, "FALSE_ALARM", 0.01)
+    rng, limit = np.random.default_rng(2), chance_limit([tokens] * 12, 200)
+    order = rng.permuted(np.tile(np.arange(200), (24_000, 1)), axis=1)[:, :tokens]
+    areas = (order.sum(1) - tokens * (tokens - 1) / 2) / (tokens * (200 - tokens))
+    assert 0.006 < np.mean(areas.reshape(2000, 12).mean(1) > limit) < 0.014
 
 
 def test_roc_area_equals_counting_pairs() -> None:
