@@ -136,7 +136,11 @@ def audit(
     run_dir: RunDirOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Measure what the privacy code does against what it claims; needs no patient data."""
+    """Measure what the privacy code does against what it claims; needs no patient data.
+
+    Clipping, noise and what a release discloses are covered; how unit gradients are computed and
+    Poisson sampling are not.
+    """
     config = read_config(find_config(config_file), set_ or ())
     from sim.audit import audit as run_audit
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from common.configio import from_flat
 from common.errors import RunFailed, UserError
 from common.privacy.mechanism import GaussianMechanism
-from sim.audit import audit
+from sim.audit import COVERAGE, audit
 
 KEYS: dict[str, Any] = {
     "model.backbone": "tiny",
@@ -23,15 +23,17 @@ KEYS: dict[str, Any] = {
 }
 
 
-def run_audit(folder: Path, **keys: Any) -> dict[str, Any]:
-    console = Console(file=io.StringIO())
+def run_audit(folder: Path, printed: io.StringIO | None = None, **keys: Any) -> dict[str, Any]:
+    console = Console(file=printed or io.StringIO())
     config = from_flat({**KEYS, **keys})
     return audit(config, console=console, command_line=["fedrx", "audit"], run_dir=folder)
 
 
 def test_every_audit_has_a_figure_and_a_verdict(tmp_path) -> None:
-    summary = run_audit(tmp_path / "run")
+    printed = io.StringIO()
+    summary = run_audit(tmp_path / "run", printed)
     assert summary["passed"] is True
+    assert COVERAGE in " ".join(printed.getvalue().split())
     findings = {finding["audit"]: finding for finding in summary["findings"]}
     assert list(findings) == [
         "one-run audit",
@@ -48,6 +50,10 @@ def test_every_audit_has_a_figure_and_a_verdict(tmp_path) -> None:
     inversion = findings["inversion test"]
     assert inversion["figure"] < inversion["limit"] < 0.65
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+
+
+def test_the_smallest_rank_is_audited_too(tmp_path) -> None:
+    assert run_audit(tmp_path / "run", **{"adapter.rank": 2})["passed"] is True
 
 
 def test_a_quarter_of_the_noise_is_caught(tmp_path, monkeypatch) -> None:
