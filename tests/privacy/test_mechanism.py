@@ -22,7 +22,8 @@ def test_released_noise_is_sigma_c_over_d(make_plan) -> None:
     noise = (released.double() - signal.double() / 20.0) / (2.5 * 0.3 / 20.0)
     assert released.dtype == torch.float32
     assert stats.kstest(noise.numpy(), "norm").pvalue > 1e-6
-    assert 0.997 < float(noise.std()) < 1.003
+    # the grid adds 0.15%; both bounds are five to six standard deviations away
+    assert 0.997 < float(noise.std()) < 1.005
     for mutant in (noise / 2, noise * math.sqrt(2), noise * 20.0):
         assert stats.kstest(mutant.numpy(), "norm").pvalue < 1e-6
 

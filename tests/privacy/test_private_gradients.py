@@ -211,8 +211,9 @@ def test_an_empty_draw_makes_one_noised_step(open_tiny, samples_of, make_plan) -
         )
         moved = (session.adapter.flat - before) / plan.noise_std
         assert (state.step, metrics.loss, metrics.tokens) == (1, None, 0)
-        assert 0.9 < float(moved.std()) < 1.1  # noise, and nothing but noise
-        assert abs(float(moved.mean())) < 5 / moved.numel() ** 0.5
+        # noise, and nothing but noise: 768 values, within 5.9 and 6 standard deviations
+        assert 0.85 < float(moved.std()) < 1.15
+        assert abs(float(moved.mean())) < 6 / moved.numel() ** 0.5
 
 
 def test_a_step_tells_no_loss_norm_or_count(open_tiny, samples_of, make_plan) -> None:
