@@ -152,8 +152,8 @@ def one_run_audit(
     return Finding(
         audit="one-run audit",
         figure=bound,
-        meaning=f"lower bound on epsilon of one release at q = 1, {canaries} canaries, 95%, "
-        f"the least of {repeats} runs",
+        meaning=f"lower bound on epsilon of one release at q = 1, {canaries} canaries, 95%"
+        + (f", the least of {repeats} runs" if repeats > 1 else ""),
         limit=claim,
         passed=passed,
         verdict=verdict,
@@ -233,7 +233,8 @@ def noise_test(
     return Finding(
         audit="noise test",
         figure=float(noise_SP.std()),
-        meaning=f"standard deviation of {noise_SP.size} noise samples over the claim",
+        meaning=f"standard deviation of {noise_SP.size} noise samples over the claim, "
+        "rounding to the grid included",
         limit=1.0,
         passed=not complaints,
         verdict="as claimed" if not complaints else "wrong " + ", ".join(complaints),
