@@ -8,6 +8,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from client.hospital import hospital_of, local_config, private_folder
+from client.limit import LimitReached, keep_to_limit
 from client.local import evaluate, update
 from client.private import private_update
 from client.store import (
@@ -41,7 +42,7 @@ from common.training.loop import StepReport
 from common.training.optimiser import TrainState
 
 ERRORS = "errors.txt"
-DATA_FREE = (ContractError, BudgetExhausted, LedgerDoubtful)
+DATA_FREE = (ContractError, BudgetExhausted, LedgerDoubtful, LimitReached)
 """Errors whose texts are made of public constants alone."""
 SETTINGS = ("adapter.", "federation.", "model.attention", "train.")
 """A user's error that begins with such a key quotes what the server sent, and nothing local."""
@@ -169,7 +170,8 @@ def answer(kind: str, message: Message, context: Context) -> Message:
     """
     config = local_config(from_flat(context.run_config), context.node_config, context.run_id)
     try:
-        own_folder(Path(config.run.directory))
+        folder = own_folder(Path(config.run.directory))
+        keep_to_limit(config, context.node_config, folder)
         return Message(content=HANDLERS[kind](config, message, context), reply_to=message)
     except Exception as error:
         if _may_leave(error, config):

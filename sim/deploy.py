@@ -216,13 +216,15 @@ def _write_hospital(
         'own="$(cd .. && pwd)"\n'
         'export FLWR_HOME="$own/home"\n'
         f"data={quoted}\n"
+        "# What all runs together may spend on each patient here; empty: no limit.\n"
+        "max_epsilon=\n"
         'fedrx worker --socket "$own/worker.sock" &\n'
         "worker=$!\n"
         "flower-supernode --isolation subprocess \\\n"
         f'  --superlink {superlink} --root-certificates "$own/ca.pem" \\\n'
         f'  --auth-supernode-private-key "$own/node.key" --port {port} \\\n'
         f'  --node-config "hospital=\\"{name}\\" data=\\"$data\\" folder=\\"$own\\" '
-        'worker=\\"$own/worker.sock\\"" &\n'
+        'worker=\\"$own/worker.sock\\" ${max_epsilon:+max-epsilon=$max_epsilon}" &\n'
         "node=$!\n"
         f"{WATCH}",
     )
@@ -254,6 +256,11 @@ with what its folder holds.
 
 A hospital's folder holds its private key (`node.key`), and later its optimizer state, logs and
 error texts (`runs/`). Its tables, and everything in that folder, stay there: only B travels.
+
+A hospital need not trust the coordinator's configuration for its patients' privacy: with
+`max_epsilon` set in its `start.sh` it takes part only in runs that protect every patient, and only
+until the epsilons of all of them, added up, reach that figure (`privacy-promise.json`, one for each
+run below `runs/`).
 """
 
 

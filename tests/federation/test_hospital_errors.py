@@ -139,3 +139,21 @@ def test_a_node_configuration_that_lacks_a_key_is_told(tiny_config, tmp_path, ke
     del node[key]
     with pytest.raises(RunFailed, match=f"the node configuration has no '{key}'"):
         query(tiny_config(), node)
+
+
+def test_a_hospital_s_own_limit_keeps_it_out_and_tells_why(
+    deployed, tiny_config, run_main, tmp_path, caplog
+):
+    deployed[2]["max-epsilon"] = 8
+    config = tiny_config(
+        run__directory=str(tmp_path / "run"),
+        federation__mismatch="refuse",
+        federation__rounds=1,
+        federation__min_hospitals=2,
+    )
+    run_main(config)
+    assert "takes part only in runs that protect every patient" in caplog.text
+    lines = RunDirectory(tmp_path / "run").lines("wire.jsonl")
+    answered = {line["hospital"] for line in lines if line["direction"] == "up"}
+    assert {"north", "south"} <= answered
+    assert "west" not in answered
