@@ -18,6 +18,7 @@ from common.privacy.receipts import PRIVACY, privacy_summary
 from common.privacy.settings import HOSPITAL, hospital_warning, plan_of, protects
 from common.provenance import environment, peak_rss_bytes, source_digest, tensors_sha256
 from common.rundir import RunDirectory
+from server.past import ChangedRun
 from server.roster import Roster
 from server.rounds import Rounds
 
@@ -35,6 +36,8 @@ def main(grid: Grid, context: Context) -> None:
     run = run_directory(config)
     try:
         federate(grid, config, run)
+    except ChangedRun:
+        raise
     except FedrxError as error:
         run.write_status("failed", error=str(error))
         raise
@@ -66,7 +69,6 @@ def federate(grid: Grid, config: Config, run: RunDirectory) -> None:
             plan=plan_of(config) if protects(config) else None,
         ),
     )
-    run.write_status("running", round=0)
     b = rounds.start(initial_tensors(layout.shapes, adapter_spec(config.adapter)))
     run.write_config(rounds.config)
     summary = summarise(rounds.config, run, backbone, layout, rounds.roster, b)

@@ -28,12 +28,13 @@ from common.privacy.guard import LEDGER
 from common.privacy.ledger import Ledger
 from common.privacy.settings import HOSPITAL
 from common.provenance import tensors_sha256
-from common.rundir import RunDirectory
+from common.rundir import Checkpoint, RunDirectory
 from common.training.budget import steps_of_round
 from server.account import PrivacyAccount
 from server.hospital_privacy import HospitalPrivacyAggregator
 from server.messages import Recorder, answered, exchange
 from server.pace import HANDSHAKE_SECONDS, Pace
+from server.past import check_unchanged, inputs_of
 from server.roster import Roster
 from server.strategy import Aggregator
 
@@ -69,14 +70,17 @@ class Rounds:
             b: The global B before round 1.
 
         Raises:
+            ChangedRun: if the run directory is that of another configuration, A or backbone.
             RunFailed: if the handshake fails or a round stays below its quorum.
         """
+        checkpoint = self._last_checkpoint()
+        self.run.write_status("running", round=0)
         self.gather()
         if self.roster.plan:
             self.account = PrivacyAccount(self.run, self.roster.plan)
         aggregator = self._aggregator()
-        if self.run.checkpoint_names():
-            b, first = self._restore(aggregator)
+        if checkpoint:
+            b, first = self._restore(checkpoint, aggregator)
             sent = self.encode(b)
         else:
             first, owed = 1, self.carried
@@ -327,6 +331,7 @@ class Rounds:
                 "known": self.roster.known,
                 "paces": {kind: asdict(pace) for kind, pace in self.paces.items()},
                 "config": flatten(self.config),
+                "inputs": inputs_of(self.roster.ours),
             },
             extra={
                 **{f"{STRATEGY}{key}": value for key, value in aggregator.state().items()},
@@ -334,9 +339,15 @@ class Rounds:
             },
         )
 
-    def _restore(self, aggregator: Aggregator) -> tuple[Tensors, int]:
-        """Go back to the last checkpoint: B, strategy, hospitals, what was measured."""
+    def _last_checkpoint(self) -> Checkpoint | None:
+        if not self.run.checkpoint_names():
+            return None
         checkpoint = self.run.load_checkpoint()
+        check_unchanged(checkpoint.facts, self.config, self.roster.ours)
+        return checkpoint
+
+    def _restore(self, checkpoint: Checkpoint, aggregator: Aggregator) -> tuple[Tensors, int]:
+        """Go back to the last checkpoint: B, strategy, hospitals, what was measured."""
         last = int(checkpoint.facts["round"])
         aggregator.restore(_beginning(STRATEGY, checkpoint.extra))
         self.carried = _beginning(CARRIED, checkpoint.extra)
