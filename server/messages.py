@@ -18,6 +18,18 @@ OnMessage = Callable[[str, str, Message], None]
 """Called with direction (``down`` or ``up``), hospital and message."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Replies:
+    """What came back of one exchange."""
+
+    messages: dict[int, Message]
+    """Node id -> reply; nodes that did not answer are absent."""
+    seconds: dict[int, float]
+    """Node id -> how long after the sending its reply came."""
+    timed_out: bool
+    """Whether somebody was waited for until the end."""
+
+
 def exchange(
     grid: Grid,
     contents: dict[int, RecordDict],
@@ -26,7 +38,7 @@ def exchange(
     timeout_seconds: float,
     names: dict[int, str],
     on_message: OnMessage,
-) -> dict[int, Message]:
+) -> Replies:
     """Send one message per node and collect the replies that arrive in time.
 
     A node that disconnects is not waited for.
@@ -38,9 +50,6 @@ def exchange(
         timeout_seconds: Longest wait; also the messages' time to live.
         names: Node id -> hospital, for the record of messages.
         on_message: Told of every message in both directions.
-
-    Returns:
-        Node id -> reply; nodes that did not answer are absent.
     """
     node_of: dict[str, int] = {}
     for node, content in contents.items():
@@ -50,7 +59,10 @@ def exchange(
         on_message("down", names.get(node, "new"), message)
         for message_id in grid.push_messages([message]):
             node_of[message_id] = node
-    waiting, replies = set(node_of), {}
+    waiting = set(node_of)
+    replies: dict[int, Message] = {}
+    seconds: dict[int, float] = {}
+    timed_out = False
     started = last_look = time.monotonic()
     while waiting:
         for reply in grid.pull_messages(sorted(waiting)):
@@ -59,18 +71,19 @@ def exchange(
                 continue
             waiting.discard(message_id)
             node = node_of[message_id]
-            replies[node] = reply
+            replies[node], seconds[node] = reply, time.monotonic() - started
             if not reply.has_error():
                 on_message("up", names.get(node, "new"), reply)
         now = time.monotonic()
-        if now - started > timeout_seconds:
+        if waiting and now - started > timeout_seconds:
+            timed_out = True
             break
         if now - last_look > PRESENCE_SECONDS:
             connected, last_look = set(grid.get_node_ids()), now
             waiting = {one for one in waiting if node_of[one] in connected}
         if waiting:
             time.sleep(POLL_SECONDS)
-    return replies
+    return Replies(messages=replies, seconds=seconds, timed_out=timed_out)
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,27 @@ class Pace:
     """One measured exchange with the hospitals."""
 
     seconds: float
+    """Until the last answer that was accepted."""
     steps: int
     """Most optimizer steps that one hospital took."""
     hospitals: int
+
+    @staticmethod
+    def slower(pace: Optional["Pace"], now: "Pace", *, timed_out: bool) -> "Pace":
+        """Return what the next wait is sized from, after one more exchange.
+
+        An exchange that hit its limit tells nothing of how long an answer takes: whoever hangs in
+        every round must not make each wait a multiple of the one before.
+
+        >>> slow, fast = (Pace(seconds=s, steps=1, hospitals=1) for s in (30.0, 10.0))
+        >>> Pace.slower(fast, slow, timed_out=False).seconds
+        30.0
+        >>> Pace.slower(fast, slow, timed_out=True).seconds
+        10.0
+        """
+        if pace is None or (now.seconds > pace.seconds and not timed_out):
+            return now
+        return pace
 
     @staticmethod
     def limit(pace: Optional["Pace"], *, steps: int, hospitals: int) -> float:

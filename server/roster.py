@@ -119,7 +119,7 @@ class Roster:
             timeout_seconds=timeout_seconds,
             names=self.names,
             on_message=on_message,
-        )
+        ).messages
         left_out: dict[str, str] = {}
         for node in new:
             name = _name_in(replies.get(node)) or f"node {node}"

@@ -285,20 +285,27 @@ class Rounds:
             names=names,
             on_message=self.record(server_round),
         )
-        now = Pace(seconds=time.monotonic() - started, steps=steps, hospitals=len(nodes))
-        self.run.metric(f"{kind}-exchange-seconds", round(now.seconds, 3), round=server_round)
-        if pace is None or now.seconds > pace.seconds:
-            self.paces[kind] = now
+        waited = round(time.monotonic() - started, 3)
+        self.run.metric(f"{kind}-exchange-seconds", waited, round=server_round)
         answers: dict[str, Answer] = {}
         failures: dict[str, str] = {}
+        accepted: list[int] = []
         for node in nodes:
             hospital = names[node]
             try:
-                answers[hospital] = check(answered(replies.get(node)), hospital)
+                answers[hospital] = check(answered(replies.messages.get(node)), hospital)
+                accepted.append(node)
             except ContractError as error:
                 failures[hospital] = str(error)
                 _log.warning("round %d: %s is refused: %s", server_round, hospital, error)
                 self.run.metric("refused", str(error), round=server_round, hospital=hospital)
+        if accepted:
+            now = Pace(
+                seconds=max(replies.seconds[node] for node in accepted),
+                steps=steps,
+                hospitals=len(nodes),
+            )
+            self.paces[kind] = Pace.slower(pace, now, timed_out=replies.timed_out)
         return answers, failures
 
     def _steps(self, hospital: str, kind: str, server_round: int) -> int:
