@@ -8,6 +8,8 @@ LONGEST_SECONDS = 43_200.0 - 60.0
 SHORTEST_SECONDS = 60.0
 HANDSHAKE_SECONDS = 1_800.0
 """A handshake loads the backbone, nothing more."""
+RECONNECT_SECONDS = 60.0
+"""How long a resumed run waits for hospitals that an earlier process knew; then it goes on."""
 SLACK = 5.0
 """A wait is this many times what was measured."""
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,11 +69,29 @@ class Roster:
         return sorted(self.remembered | set(self.hellos))
 
     @property
+    def arrived(self) -> int:
+        """Number of hospitals that have shown up in this process, refused ones included."""
+        return len(self.hellos) + len(self.refused)
+
+    @property
     def known(self) -> int:
-        """Number of hospitals that have shown up, refused ones included."""
+        """Number of hospitals that have ever shown up, refused ones included."""
         away = self.remembered - set(self.hellos)
         refused = [name for name, _ in self.refused.values() if name not in away]
         return max(self.known_before, len(self.admitted) + len(refused))
+
+    def can_go_on(self, needed: int) -> bool:
+        """Return whether somebody is here and enough were known before a resume."""
+        return bool(self.hellos) and self.known >= needed
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: who was admitted, and how many had shown up."""
+        return {"hospitals": self.admitted, "known": self.known, "of": self.of}
+
+    def remember(self, facts: Mapping[str, Any]) -> None:
+        """Take over what ``facts`` returned before a resume."""
+        self.remembered = frozenset(facts["hospitals"])
+        self.known_before, self.of = int(facts["known"]), int(facts["of"])
 
     def admit(
         self,
@@ -224,9 +242,9 @@ class Roster:
             RunFailed: if ``federation.only`` names no hospital.
         """
         if config.only:
-            if config.only not in self.hellos:
+            if config.only not in self.admitted:
                 raise RunFailed(
-                    f"federation.only={config.only}: the hospitals are {', '.join(self.hellos)}"
+                    f"federation.only={config.only}: the hospitals are {', '.join(self.admitted)}"
                 )
             return [connected[name] for name in (config.only,) if name in connected], 1
         wanted = sampled(config.fraction, self.known)

@@ -33,7 +33,7 @@ from common.training.budget import steps_of_round
 from server.account import PrivacyAccount
 from server.hospital_privacy import HospitalPrivacyAggregator
 from server.messages import Recorder, answered, exchange
-from server.pace import HANDSHAKE_SECONDS, Pace
+from server.pace import HANDSHAKE_SECONDS, RECONNECT_SECONDS, Pace
 from server.past import check_unchanged, inputs_of
 from server.roster import Roster
 from server.strategy import Aggregator
@@ -74,6 +74,8 @@ class Rounds:
             RunFailed: if the handshake fails or a round stays below its quorum.
         """
         checkpoint = self._last_checkpoint()
+        if checkpoint:
+            self.roster.remember(checkpoint.facts)
         self.run.write_status("running", round=0)
         self.gather()
         if self.roster.plan:
@@ -111,7 +113,9 @@ class Rounds:
     def gather(self) -> None:
         """Wait for the hospitals and shake hands with each.
 
-        The hospitals say how many they are; with plain ``flwr run`` only Flower knows.
+        The hospitals say how many they are; with plain ``flwr run`` only Flower knows. A resumed
+        run waits a moment for those that it knew, and leaves it to the rounds whether it can do
+        without the others.
 
         Raises:
             RunFailed: if too few come, or with ``stop`` one is not as the server or the others.
@@ -120,18 +124,21 @@ class Rounds:
         federation = self.config.federation
         strict = federation.mismatch == "stop"
         limit = federation.timeout_seconds or HANDSHAKE_SECONDS
-        deadline = time.monotonic() + limit
+        started = time.monotonic()
         while True:
             self._admit(0, strict=strict)
             sizes = {hello["of"] for hello in self.roster.hellos.values()}
             if strict and len(sizes) > 1:
                 raise RunFailed(f"the hospitals disagree on how many they are: {sorted(sizes)}")
-            of = self.roster.count(federation.hospitals)
-            if self.roster.known >= min(federation.min_hospitals or of, of):
+            of = self.roster.of or self.roster.count(federation.hospitals)
+            needed, waited = min(federation.min_hospitals or of, of), time.monotonic() - started
+            if self.roster.arrived >= needed:
                 break
-            if time.monotonic() > deadline:
+            if waited > min(limit, RECONNECT_SECONDS) and self.roster.can_go_on(needed):
+                break
+            if waited > limit:
                 raise RunFailed(
-                    f"{self.roster.known} of {federation.min_hospitals or of} hospitals are "
+                    f"{self.roster.arrived} of {federation.min_hospitals or of} hospitals are "
                     f"connected after {limit:.0f} s"
                 )
             time.sleep(0.5)
@@ -334,8 +341,7 @@ class Rounds:
             facts={
                 "round": server_round,
                 "b_sha256": tensors_sha256(b),
-                "hospitals": self.roster.admitted,
-                "known": self.roster.known,
+                **self.roster.facts(),
                 "paces": {kind: asdict(pace) for kind, pace in self.paces.items()},
                 "config": flatten(self.config),
                 "inputs": inputs_of(self.roster.ours),
@@ -359,8 +365,6 @@ class Rounds:
         aggregator.restore(_beginning(STRATEGY, checkpoint.extra))
         self.carried = _beginning(CARRIED, checkpoint.extra)
         self.paces = {kind: Pace(**pace) for kind, pace in checkpoint.facts["paces"].items()}
-        self.roster.remembered = frozenset(checkpoint.facts["hospitals"])
-        self.roster.known_before = int(checkpoint.facts["known"])
         self.run.forget_metrics(after_round=last)
         if self.account:
             wire, cost = self.run.lines("wire.jsonl"), self._private_steps(last + 1)
