@@ -70,15 +70,21 @@ class Roster:
 
     @property
     def arrived(self) -> int:
-        """Number of hospitals that have shown up in this process, refused ones included."""
-        return len(self.hellos) + len(self.refused)
+        """Number of hospitals that have shown up in this process, refused ones included.
+
+        A second node under an admitted hospital's name is none.
+        """
+        return len(self._names_here)
 
     @property
     def known(self) -> int:
-        """Number of hospitals that have ever shown up, refused ones included."""
-        away = self.remembered - set(self.hellos)
-        refused = [name for name, _ in self.refused.values() if name not in away]
-        return max(self.known_before, len(self.admitted) + len(refused))
+        """Number of hospitals that have ever shown up, refused ones included; at most ``of``."""
+        known = max(self.known_before, len(self.remembered | self._names_here))
+        return min(known, self.of) if self.of else known
+
+    @property
+    def _names_here(self) -> set[str]:
+        return {*self.hellos, *(name for name, _ in self.refused.values())}
 
     def can_go_on(self, needed: int) -> bool:
         """Return whether somebody is here and enough were known before a resume."""

@@ -73,13 +73,33 @@ def test_hostile_handshake_is_refused(kind, tiny_config, in_process, others_sha)
 
 
 def test_node_that_claims_another_s_name_is_refused(tiny_config, in_process, others_sha):
-    """It has shown up all the same: nobody waits for the hospital that it should be."""
-    config = tiny_config(federation__mismatch="refuse", federation__timeout_seconds=5.0)
+    """It is no third hospital: whoever wants three waits for the one that it should be."""
+    config = tiny_config(federation__mismatch="refuse", federation__min_hospitals=2)
     done = in_process(config, tamper={HOSTILE: on_query(hospital="hospital-1")})
     ((at, name, text),) = done.refused()
     assert (at, name) == (0, "hospital-1")
     assert "two nodes call themselves hospital-1" in text
     assert done.sha == without_the_hospital(tiny_config, in_process, others_sha)
+    patient = tiny_config(federation__mismatch="refuse", federation__timeout_seconds=0.6)
+    with pytest.raises(RunFailed, match="2 of 3 hospitals are connected"):
+        in_process(patient, tamper={HOSTILE: on_query(hospital="hospital-1")})
+
+
+@pytest.mark.parametrize("claim", ["hospital-1", "stranger", "hospital 4"])
+def test_surplus_node_is_not_counted(claim, tiny_config, in_process):
+    """Three hospitals by all accounts and four nodes: a round needs three of three."""
+    three = {index: on_query(of=3) for index in range(3)}
+    fourth = on_query(of=3, hospital=claim, **{"source-sha256": "e" * 64})
+    config = tiny_config(
+        federation__hospitals=4,
+        federation__rounds=1,
+        federation__quorum=1.0,
+        federation__mismatch="refuse",
+        federation__timeout_seconds=0.6,
+    )
+    done = in_process(config, tamper={**three, 3: fourth})
+    assert len(done.refused()) == 1
+    assert len(done.run.metrics("steps")) == 3
 
 
 def test_hospitals_that_disagree_on_their_number_stop_the_run(tiny_config, in_process):
