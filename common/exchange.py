@@ -184,6 +184,16 @@ class Update:
     metrics: dict[str, float]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Due:
+    """What the scalars of an honest train reply are known to be, without privacy."""
+
+    weight: float
+    """The training samples that the hospital told in its handshake."""
+    steps: int
+    """What it was asked for."""
+
+
 def train_message(wire: Tensors, *, server_round: int) -> RecordDict:
     """Build the content of a train or evaluate message from the B matrices' wire arrays."""
     return RecordDict({ARRAYS: to_record(wire), CONFIG: ConfigRecord({"round": server_round})})
@@ -228,6 +238,7 @@ def read_train_reply(
     hospital: str,
     server_round: int,
     charged: tuple[int, int] | None = None,
+    due: Due | None = None,
     codec: str = "fp32",
     base: Tensors | None = None,
 ) -> Update:
@@ -240,12 +251,13 @@ def read_train_reply(
         server_round: The round that was asked for.
         charged: Under differential privacy: the least and the most steps that the hospital's
             ledger may show, and the weight must be 1; None without it.
+        due: Without it: what weight and steps must be.
         codec: How the matrices are written.
         base: The B that the hospital started from; with a lossy codec it sends the change of it.
 
     Raises:
-        ContractError: for anything but this round's B, allow-listed finite scalars and a weight
-            that is a finite positive number.
+        ContractError: for anything but this round's B, allow-listed finite scalars, a weight that
+            is a finite positive number, and what was due.
     """
     _check_kinds(content, arrays=True, metrics=True, configs=False)
     allowed = TRAIN_REPLY if charged is None else PRIVATE_TRAIN_REPLY
@@ -254,14 +266,25 @@ def read_train_reply(
     weight = _check_weight(metrics)
     if charged is not None:
         _check_private(metrics, *charged)
+    else:
+        _check_not_negative(metrics, "train-loss", "seconds")
+    if due is not None:
+        _check_due(metrics, due)
     b = check_arrays(only_record(content, "array"), shapes, codec)
     if is_lossy(codec) and base is not None:
         b = {key: _finite(key, base[key] + change) for key, change in b.items()}
     return Update(hospital=hospital, b=b, weight=weight, metrics=metrics)
 
 
-def read_evaluate_reply(content: RecordDict, *, server_round: int) -> dict[str, float]:
+def read_evaluate_reply(
+    content: RecordDict, *, server_round: int, most_tokens: int
+) -> dict[str, float]:
     """Check a hospital's reply to an evaluate message.
+
+    Args:
+        content: What arrived.
+        server_round: The round that was asked for.
+        most_tokens: The weight is a number of tokens, and no larger.
 
     Raises:
         ContractError: as for ``read_train_reply``; arrays are not allowed at all.
@@ -269,7 +292,10 @@ def read_evaluate_reply(content: RecordDict, *, server_round: int) -> dict[str, 
     _check_kinds(content, arrays=False, metrics=True, configs=False)
     metrics = check_scalars(only_record(content, "metric"), EVALUATE_REPLY)
     _check_round(metrics, server_round)
-    _check_weight(metrics)
+    _check_not_negative(metrics, "loss")
+    weight = _check_weight(metrics)
+    if weight > most_tokens or weight != int(weight):
+        raise ContractError(f"weight is not a whole number of tokens up to {most_tokens}")
     return metrics
 
 
@@ -304,6 +330,19 @@ def _check_weight(metrics: Mapping[str, Any]) -> float:
     if isinstance(weight, bool) or not weight > 0:
         raise ContractError("weight is not a finite positive number")
     return float(weight)
+
+
+def _check_not_negative(metrics: Mapping[str, Any], *keys: str) -> None:
+    for key in keys:
+        if metrics[key] < 0:
+            raise ContractError(f"scalar {key!r} is negative")
+
+
+def _check_due(metrics: Mapping[str, Any], due: Due) -> None:
+    if metrics["weight"] != due.weight:
+        raise ContractError(f"weight is not {due.weight:g}, the training samples that it told")
+    if metrics["steps"] != due.steps:
+        raise ContractError(f"steps are not the {due.steps} that it was asked for")
 
 
 def _check_private(metrics: Mapping[str, Any], least: int, most: int) -> None:

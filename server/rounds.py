@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from common.codecs import compress, decode
 from common.config import Config
 from common.configio import flatten
-from common.errors import RunFailed, UserError
+from common.errors import RunFailed
 from common.exchange import (
     ContractError,
     Shapes,
@@ -29,8 +29,8 @@ from common.privacy.ledger import Ledger
 from common.privacy.settings import HOSPITAL
 from common.provenance import tensors_sha256
 from common.rundir import Checkpoint, RunDirectory
-from common.training.budget import steps_of_round
 from server.account import PrivacyAccount
+from server.due import most_validation_tokens, private_steps, steps_expected, train_due
 from server.hospital_privacy import HospitalPrivacyAggregator
 from server.messages import Recorder, answered, exchange
 from server.pace import HANDSHAKE_SECONDS, RECONNECT_SECONDS, Pace
@@ -162,8 +162,9 @@ class Rounds:
             RunFailed: below quorum, with every failed hospital's reason.
         """
         nodes, needed, wanted = self._ready(server_round)
-        account, cost = self.account, self._private_steps(server_round)
+        account, cost = self.account, private_steps(self.config, self.roster.plan, server_round)
         answered_by: set[str] = set()
+        hellos = self.roster.hellos
 
         def check(reply: Message, hospital: str) -> Update:
             answered_by.add(hospital)
@@ -173,6 +174,7 @@ class Rounds:
                 hospital=hospital,
                 server_round=server_round,
                 charged=account.bounds(hospital, server_round, cost) if account else None,
+                due=None if account else train_due(self.config, hellos[hospital], server_round),
                 codec=self.config.federation.codec,
                 base=sent.b,
             )
@@ -211,7 +213,11 @@ class Rounds:
             return
 
         def check(reply: Message, hospital: str) -> dict[str, float]:
-            return read_evaluate_reply(reply.content, server_round=server_round)
+            return read_evaluate_reply(
+                reply.content,
+                server_round=server_round,
+                most_tokens=most_validation_tokens(self.config, self.roster.hellos[hospital]),
+            )
 
         content = train_message(sent.wire, server_round=server_round)
         losses, failures = self._ask("evaluate", nodes, content, server_round, check)
@@ -318,19 +324,7 @@ class Rounds:
     def _steps(self, hospital: str, kind: str, server_round: int) -> int:
         if kind != "train":
             return 1
-        samples = self.roster.hellos[hospital].get("train-samples", 0)
-        try:
-            return max(1, steps_of_round(self.config, samples, server_round).value)
-        except UserError:  # the hospital meets it too, and fails alone
-            return 1
-
-    def _private_steps(self, server_round: int) -> int:
-        """Return the steps that a round costs under the privacy plan; 0 without one."""
-        if self.roster.plan is None:
-            return 0
-        if self.roster.plan.unit == HOSPITAL:
-            return 1
-        return steps_of_round(self.config, 0, server_round).value
+        return steps_expected(self.config, self.roster.hellos[hospital], server_round)
 
     def _checkpoint(
         self, b: Tensors, server_round: int, aggregator: Aggregator, owed: Tensors
@@ -367,7 +361,10 @@ class Rounds:
         self.paces = {kind: Pace(**pace) for kind, pace in checkpoint.facts["paces"].items()}
         self.run.forget_metrics(after_round=last)
         if self.account:
-            wire, cost = self.run.lines("wire.jsonl"), self._private_steps(last + 1)
+            wire, cost = (
+                self.run.lines("wire.jsonl"),
+                private_steps(self.config, self.roster.plan, last + 1),
+            )
             self.account.lost_with_the_server(wire, last + 1, cost)
         self.run.write_status("running", round=last)
         return checkpoint.b, last + 1

@@ -116,10 +116,12 @@ def test_late_hospital_that_counts_otherwise_is_refused(tiny_config, in_process)
 
 
 def test_hospital_that_claims_too_few_samples_does_not_end_the_run(tiny_config, in_process):
-    """With epochs the server sizes its wait from the samples that a hospital tells."""
+    """With epochs the wait and the steps that are due come from the samples that it tells."""
     config = tiny_config(train__epochs=1.0)
     lying = in_process(config, tamper={HOSTILE: on_query(**{"train-samples": 1})})
-    assert lying.sha == in_process(config).sha
+    assert [(at, name) for at, name, _ in lying.refused()] == [(1, NAME), (2, NAME)]
+    assert all("too few training samples" in text for _, _, text in lying.refused())
+    assert in_process(config).refused() == []
 
 
 def test_honest_handshake_is_taken_as_it_is(tiny_config, in_process):

@@ -1,0 +1,83 @@
+"""Replies whose scalars are not what handshake and instruction determine, and long texts."""
+
+import pytest
+from flwr.app import Message, MetricRecord, RecordDict
+
+HOSTILE = 1
+NAME = "hospital-2"
+
+
+def on(kind, **scalars):
+    """Replace scalars in the replies to one kind of message; a number or a function of it."""
+
+    def tamper(message, reply):
+        if message.metadata.message_type != kind:
+            return reply
+        metrics = dict(reply.content["metrics"])
+        for key, value in scalars.items():
+            name = key.replace("_", "-")
+            metrics[name] = value(metrics[name]) if callable(value) else value
+        content = RecordDict({**reply.content, "metrics": MetricRecord(metrics)})
+        return Message(content, reply_to=message)
+
+    return tamper
+
+
+LIES = {
+    "a weight beyond its samples": ({"weight": 1e15}, "weight is not"),
+    "one sample more": ({"weight": lambda w: w + 1}, "the training samples that it told"),
+    "more steps": ({"steps": 3.0}, "steps are not the 2 that it was asked for"),
+    "steps below zero": ({"steps": -5.0}, "steps are not the 2"),
+    "seconds below zero": ({"seconds": -1.0}, "'seconds' is negative"),
+    "a loss below zero": ({"train_loss": -3.0}, "'train-loss' is negative"),
+}
+
+
+@pytest.mark.parametrize("kind", LIES)
+def test_train_reply_that_lies_is_refused(kind, tiny_config, in_process):
+    scalars, reason = LIES[kind]
+    done = in_process(tiny_config(), tamper={HOSTILE: on("train", **scalars)})
+    assert [(at, name) for at, name, _ in done.refused()] == [(1, NAME), (2, NAME)]
+    assert all(reason in text for _, _, text in done.refused())
+    assert {e["hospital"] for e in done.run.metrics("weight")} == {"hospital-1", "hospital-3"}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"train__epochs": 1.0}, {"train__steps": 5}, {"train__keep_state": False}]
+)
+def test_honest_replies_are_what_was_due(settings, tiny_config, in_process):
+    done = in_process(tiny_config(federation__rounds=3, **settings))
+    assert done.refused() == []
+    assert len(done.run.metrics("steps")) == 9
+
+
+EVALUATE_LIES = {
+    "a loss below zero": ({"loss": -1.0}, "'loss' is negative"),
+    "more tokens than there can be": ({"weight": 2 * 192 + 1.0}, "tokens up to 384"),
+    "half a token": ({"weight": lambda w: w - 0.5}, "whole number of tokens"),
+    "no token": ({"weight": 0.0}, "finite positive"),
+    "another round": ({"round": lambda n: n + 1}, "answers round"),
+}
+
+
+@pytest.mark.parametrize("kind", EVALUATE_LIES)
+def test_evaluate_reply_that_lies_is_refused(kind, tiny_config, in_process):
+    scalars, reason = EVALUATE_LIES[kind]
+    done = in_process(
+        tiny_config(federation__rounds=1), tamper={HOSTILE: on("evaluate", **scalars)}
+    )
+    assert [(at, name) for at, name, _ in done.refused()] == [(0, NAME), (1, NAME)]
+    assert all(reason in text for _, _, text in done.refused())
+    told = [e for e in done.run.metrics("validation-loss") if e.get("hospital") == NAME]
+    assert told == []
+
+
+def test_evaluate_reply_with_arrays_is_refused(tiny_config, in_process):
+    def with_arrays(message, reply):
+        if message.metadata.message_type == "evaluate":
+            reply.content["arrays"] = message.content["arrays"]
+        return reply
+
+    done = in_process(tiny_config(federation__rounds=1), tamper={HOSTILE: with_arrays})
+    reasons = [(at, name, text) for at, name, text in done.refused()]
+    assert reasons == [(n, NAME, "1 array records, expected 0") for n in (0, 1)]
