@@ -20,7 +20,7 @@ from common.provenance import environment, peak_rss_bytes, source_digest, tensor
 from common.rundir import RunDirectory
 from server.past import ChangedRun
 from server.roster import Roster
-from server.rounds import Rounds
+from server.rounds import NOT_EVALUATED, Rounds
 
 ENVIRONMENT, FLOWER = "environment.json", "flower"
 TRAINED = "trained"
@@ -107,6 +107,7 @@ def summarise(
         for event in run.metrics("validation-loss")
         if "hospital" not in event
     }
+    losses |= {event["round"]: None for event in run.metrics(NOT_EVALUATED)}
     privacy = {}
     if roster.plan:
         privacy["privacy"] = privacy_summary(roster.plan, run.lines(PRIVACY))

@@ -8,6 +8,7 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from common.errors import RunFailed
 from common.exchange import ContractError, describe
 from common.rundir import RunDirectory
 
@@ -113,3 +114,15 @@ def answered(reply: Message | None) -> Message:
     if reply.has_error():
         raise ContractError(f"failed: {reply.error.reason}")
     return reply
+
+
+def require(
+    good: int, needed: int, wanted: int, server_round: int, failures: dict[str, str]
+) -> None:
+    """Raise RunFailed with every failed hospital's reason if too few have answered."""
+    if good < needed:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(failures.items()))
+        raise RunFailed(
+            f"round {server_round}: {good} of {wanted} hospitals answered, "
+            f"the quorum is {needed}; {reasons or 'the others are not connected'}"
+        )

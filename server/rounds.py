@@ -32,13 +32,15 @@ from common.rundir import Checkpoint, RunDirectory
 from server.account import PrivacyAccount
 from server.due import most_validation_tokens, private_steps, steps_expected, train_due
 from server.hospital_privacy import HospitalPrivacyAggregator
-from server.messages import Recorder, answered, exchange
+from server.messages import Recorder, answered, exchange, require
 from server.pace import HANDSHAKE_SECONDS, RECONNECT_SECONDS, Pace
 from server.past import check_unchanged, inputs_of
 from server.roster import Roster
 from server.strategy import Aggregator
 
 STRATEGY, CARRIED = "strategy.", "carried."
+NOT_EVALUATED = "not-evaluated"
+"""Event of a round without a validation loss; its value is the reason."""
 Answer = TypeVar("Answer")
 _log = logging.getLogger(__name__)
 
@@ -190,39 +192,45 @@ class Rounds:
                 continue
             for name in ("train-loss", "weight", "steps", "seconds"):
                 self.run.metric(name, update.metrics[name], round=server_round, hospital=hospital)
-        _require(len(updates), needed, wanted, server_round, failures)
+        require(len(updates), needed, wanted, server_round, failures)
         return list(updates.values())
 
     def evaluate(self, sent: "Sent", server_round: int) -> None:
         """Ask every hospital for the loss on its validation split; log the weighted mean.
 
-        With privacy on nobody is asked: no loss leaves a hospital.
+        With privacy on nobody is asked: no loss leaves a hospital. With too few of the admitted
+        hospitals connected the round is trained and not evaluated, which is logged.
 
         Raises:
             RunFailed: below quorum, with every failed hospital's reason.
         """
         if self.roster.plan is not None:
             return
+        hellos = self.roster.hellos
+        able = [name for name in sorted(hellos) if hellos[name]["validation-samples"]]
         connected = self.roster.connected(self.grid.get_node_ids())
-        nodes = [
-            connected[name]
-            for name in sorted(connected)
-            if self.roster.hellos[name]["validation-samples"]
-        ]
-        if not nodes:
+        nodes = [connected[name] for name in able if name in connected]
+        needed = self._quorum(len(able))
+        if able and len(nodes) < needed:
+            reason = (
+                f"{len(nodes)} of {len(able)} hospitals with validation samples are connected, "
+                f"the quorum is {needed}"
+            )
+            _log.warning("round %d is not evaluated: %s", server_round, reason)
+            self.run.metric(NOT_EVALUATED, reason, round=server_round)
+        if len(nodes) < needed:
             return
 
         def check(reply: Message, hospital: str) -> dict[str, float]:
             return read_evaluate_reply(
                 reply.content,
                 server_round=server_round,
-                most_tokens=most_validation_tokens(self.config, self.roster.hellos[hospital]),
+                most_tokens=most_validation_tokens(self.config, hellos[hospital]),
             )
 
         content = train_message(sent.wire, server_round=server_round)
         losses, failures = self._ask("evaluate", nodes, content, server_round, check)
-        needed = self._quorum(len(nodes))
-        _require(len(losses), needed, len(nodes), server_round, failures)
+        require(len(losses), needed, len(able), server_round, failures)
         weight = math.fsum(metrics["weight"] for metrics in losses.values())
         total = math.fsum(metrics["loss"] * metrics["weight"] for metrics in losses.values())
         for hospital, metrics in losses.items():
@@ -382,14 +390,3 @@ class Sent:
 
 def _beginning(prefix: str, tensors: Tensors) -> Tensors:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _require(
-    good: int, needed: int, wanted: int, server_round: int, failures: dict[str, str]
-) -> None:
-    if good < needed:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(failures.items()))
-        raise RunFailed(
-            f"round {server_round}: {good} of {wanted} hospitals answered, "
-            f"the quorum is {needed}; {reasons or 'the others are not connected'}"
-        )

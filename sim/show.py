@@ -49,7 +49,8 @@ def show_summary(console: Console, run: RunDirectory, summary: dict[str, Any]) -
             console.print(RANDOM_WEIGHTS, style="yellow")
     losses = summary.get("validation_loss") or []
     if losses:
-        console.print(f"validation loss {losses[0]:.4f} -> {losses[-1]:.4f}", highlight=False)
+        first, last = ("–" if loss is None else f"{loss:.4f}" for loss in (losses[0], losses[-1]))
+        console.print(f"validation loss {first} -> {last}", highlight=False)
     for line in privacy_lines(run.config(), summary):
         console.print(line, markup=False, highlight=False)
     wire = summary["wire"]
