@@ -8,7 +8,7 @@ in a ``query`` message before round 1.
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,6 +44,11 @@ LARGEST_SCALAR = 1e15
 _SERIALISATION = "numpy.ndarray"
 """Flower's name for the .npy format, the only one that is read."""
 _LONGEST_HEADER_BYTES = 256
+
+
+LONGEST_QUOTE, LONGEST_REASON = 100, 300
+"""Characters of foreign text that reach a log; of a reason Flower's own frame takes 100."""
+_SCALARS = TO_HOSPITAL | TRAIN_REPLY | EVALUATE_REPLY | HELLO_REPLY | PRIVATE_HELLO_REPLY
 
 
 class ContractError(FedrxError):
@@ -96,7 +101,7 @@ def check_arrays(record: ArrayRecord, shapes: Shapes, codec: str = "fp32") -> Te
     for key in record:
         if key not in shapes:
             kind = "is not a B matrix" if not key.endswith("lora_B") else "is unknown"
-            raise ContractError(f"key {key!r} {kind}")
+            raise ContractError(f"key {shortened(key)!r} {kind}")
     missing = sorted(set(shapes) - set(record))
     if missing:
         raise ContractError(f"key {missing[0]!r} is missing ({len(missing)} in all)")
@@ -104,9 +109,10 @@ def check_arrays(record: ArrayRecord, shapes: Shapes, codec: str = "fp32") -> Te
     for key, shape in shapes.items():
         array, (dtype, layout) = record[key], wire_layout(codec, shape)
         if array.dtype != dtype.name:
-            raise ContractError(f"{key}: dtype {array.dtype}, expected {dtype.name}")
+            raise ContractError(f"{key}: dtype {shortened(array.dtype)}, expected {dtype.name}")
         if tuple(array.shape) != layout:
-            raise ContractError(f"{key}: shape {tuple(array.shape)}, expected {layout}")
+            found = shortened(str(tuple(array.shape)))
+            raise ContractError(f"{key}: shape {found}, expected {layout}")
         try:
             value = _unpacked(array, dtype, layout)
         except ContractError as error:
@@ -160,10 +166,9 @@ def check_scalars(record: Mapping[str, Any], allowed: frozenset[str]) -> dict[st
     """
     unknown, missing = sorted(set(record) - allowed), sorted(allowed - set(record))
     if unknown or missing:
-        problem = (
-            f"scalar {unknown[0]!r} is not allowed" if unknown else f"no scalar {missing[0]!r}"
-        )
-        raise ContractError(problem)
+        if unknown:
+            raise ContractError(f"scalar {shortened(unknown[0])!r} is not allowed")
+        raise ContractError(f"no scalar {missing[0]!r}")
     for key, value in record.items():
         if isinstance(value, list | bytes):
             raise ContractError(f"scalar {key!r} is not a scalar")
@@ -299,15 +304,36 @@ def read_evaluate_reply(
     return metrics
 
 
-def describe(message: Message) -> dict[str, Any]:
-    """Return what wire.jsonl records of a message: tensor names, scalar names and bytes."""
+def shortened(text: str, limit: int = LONGEST_QUOTE) -> str:
+    r"""Return a foreign text as one printable line of at most so many characters.
+
+    >>> shortened("two\n\x1blines"), len(shortened("x" * 1_000_000))
+    ('two lines', 100)
+    """
+    printable = "".join(c if c.isprintable() else " " for c in text[: 2 * limit])
+    line = " ".join(printable.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def describe(message: Message, tensors: Collection[str]) -> dict[str, Any]:
+    """Return what wire.jsonl records of a message: tensor names, scalar names and bytes.
+
+    Args:
+        message: In either direction; what arrives is not checked yet.
+        tensors: The names that tensors may have; of others, and of scalars that no message has,
+            only the number is told.
+    """
     content = message.content
     arrays = list(content.array_records.values())
     scalars = [*content.metric_records.values(), *content.config_records.values()]
+    names = [key for record in arrays for key in record]
+    labels = [key for record in scalars for key in record]
+    unknown = sum(name not in tensors for name in names)
+    unknown += sum(label not in _SCALARS for label in labels)
     return {
-        "kind": message.metadata.message_type,
-        "tensors": sorted(key for record in arrays for key in record),
-        "scalars": sorted(key for record in scalars for key in record),
+        "tensors": sorted(name for name in names if name in tensors),
+        "scalars": sorted(label for label in labels if label in _SCALARS),
+        **({"unknown": unknown} if unknown else {}),
         "bytes": sum(len(array.data) for record in arrays for array in record.values()),
     }
 

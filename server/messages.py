@@ -1,7 +1,7 @@
 """Messages over Flower's grid: sent, waited for, recorded."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,14 +9,14 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from common.errors import RunFailed
-from common.exchange import ContractError, describe
+from common.exchange import LONGEST_REASON, ContractError, describe, shortened
 from common.rundir import RunDirectory
 
 POLL_SECONDS = 0.1
 PRESENCE_SECONDS = 2.0
 """How often a waiting server looks whether the asked nodes are still connected."""
-OnMessage = Callable[[str, str, Message], None]
-"""Called with direction (``down`` or ``up``), hospital and message."""
+OnMessage = Callable[[str, str, str, Message], None]
+"""Called with kind, direction (``down`` or ``up``), hospital and message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ def exchange(
         message = Message(
             content=content, dst_node_id=node, message_type=kind, ttl=timeout_seconds + 60
         )
-        on_message("down", names.get(node, "new"), message)
+        on_message(kind, "down", names.get(node, "new"), message)
         for message_id in grid.push_messages([message]):
             node_of[message_id] = node
     waiting = set(node_of)
@@ -74,7 +74,7 @@ def exchange(
             node = node_of[message_id]
             replies[node], seconds[node] = reply, time.monotonic() - started
             if not reply.has_error():
-                on_message("up", names.get(node, "new"), reply)
+                on_message(kind, "up", names.get(node, "new"), reply)
         now = time.monotonic()
         if waiting and now - started > timeout_seconds:
             timed_out = True
@@ -93,14 +93,14 @@ class Recorder:
 
     run: RunDirectory
     server_round: int
+    tensors: Collection[str]
+    """Names that tensors may have."""
 
-    def __call__(self, direction: str, hospital: str, message: Message) -> None:
+    def __call__(self, kind: str, direction: str, hospital: str, message: Message) -> None:
         """Record one message."""
-        facts: dict[str, Any] = describe(message)
-        self.run.append(
-            "wire.jsonl",
-            {"direction": direction, "hospital": hospital, "round": self.server_round, **facts},
-        )
+        where: dict[str, Any] = {"direction": direction, "hospital": hospital}
+        facts = {"round": self.server_round, "kind": kind, **describe(message, self.tensors)}
+        self.run.append("wire.jsonl", {**where, **facts})
 
 
 def answered(reply: Message | None) -> Message:
@@ -112,7 +112,7 @@ def answered(reply: Message | None) -> Message:
     if reply is None:
         raise ContractError("no answer in time")
     if reply.has_error():
-        raise ContractError(f"failed: {reply.error.reason}")
+        raise ContractError(f"failed: {shortened(reply.error.reason, LONGEST_REASON)}")
     return reply
 
 

@@ -11,7 +11,14 @@ from flwr.serverapp import Grid
 
 from common.config import FederationConfig
 from common.errors import RunFailed
-from common.exchange import CONFIG, ContractError, Fingerprints, only_record
+from common.exchange import (
+    CONFIG,
+    LONGEST_REASON,
+    ContractError,
+    Fingerprints,
+    only_record,
+    shortened,
+)
 from common.hello import check_hello, claimed_name
 from common.participation import sampled
 from common.privacy.plan import PrivacyPlan
@@ -196,7 +203,8 @@ class Roster:
         if reply is None:
             raise RunFailed(f"a hospital did not answer the handshake in {timeout_seconds:.0f} s")
         if reply.has_error():
-            raise RunFailed(f"a hospital failed in the handshake: {reply.error.reason}")
+            reason = shortened(reply.error.reason, LONGEST_REASON)
+            raise RunFailed(f"a hospital failed in the handshake: {reason}")
         try:
             record = only_record(reply.content, "config")
             return check_hello(record, private=self.plan is not None)

@@ -241,7 +241,7 @@ class Rounds:
 
     def record(self, server_round: int) -> "Recorder":
         """Return a callback that writes every message's names and bytes to wire.jsonl."""
-        return Recorder(self.run, server_round)
+        return Recorder(self.run, server_round, self.shapes)
 
     def _admit(self, server_round: int, *, strict: bool) -> None:
         left_out = self.roster.admit(

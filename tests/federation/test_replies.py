@@ -1,7 +1,7 @@
 """Replies whose scalars are not what handshake and instruction determine, and long texts."""
 
 import pytest
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
 
 HOSTILE = 1
 NAME = "hospital-2"
@@ -81,3 +81,78 @@ def test_evaluate_reply_with_arrays_is_refused(tiny_config, in_process):
     done = in_process(tiny_config(federation__rounds=1), tamper={HOSTILE: with_arrays})
     reasons = [(at, name, text) for at, name, text in done.refused()]
     assert reasons == [(n, NAME, "1 array records, expected 0") for n in (0, 1)]
+
+
+SECRET = "patient 10000032\n" + "x" * 1_000_000
+
+
+def long_tensor_name(reply):
+    arrays = dict(reply.content["arrays"])
+    arrays["x" * 300 + SECRET] = next(iter(arrays.values()))
+    return RecordDict({**reply.content, "arrays": ArrayRecord(arrays)})
+
+
+def long_dtype(reply):
+    arrays = dict(reply.content["arrays"])
+    key, array = next(iter(arrays.items()))
+    arrays[key] = Array(dtype=SECRET, shape=array.shape, stype=array.stype, data=array.data)
+    return RecordDict({**reply.content, "arrays": ArrayRecord(arrays)})
+
+
+def long_shape(reply):
+    arrays = dict(reply.content["arrays"])
+    key, array = next(iter(arrays.items()))
+    shape = (1,) * 100_000
+    arrays[key] = Array(dtype=array.dtype, shape=shape, stype=array.stype, data=array.data)
+    return RecordDict({**reply.content, "arrays": ArrayRecord(arrays)})
+
+
+def long_scalar_name(reply):
+    metrics = {**reply.content["metrics"], "x" * 300 + SECRET: 1.0}
+    return RecordDict({**reply.content, "metrics": MetricRecord(metrics)})
+
+
+LONG = {
+    "a tensor's name": (long_tensor_name, "is not a B matrix", 1),
+    "a dtype": (long_dtype, "dtype patient 10000032 x", None),
+    "a shape": (long_shape, "shape (1, 1, ", None),
+    "a scalar's name": (long_scalar_name, "is not allowed", 1),
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_long_text_stays_out_of_the_logs(kind, tiny_config, in_process):
+    make, reason, unknown = LONG[kind]
+
+    def tamper(message, reply):
+        train = message.metadata.message_type == "train"
+        return Message(make(reply), reply_to=message) if train else reply
+
+    done = in_process(tiny_config(federation__rounds=1), tamper={HOSTILE: tamper})
+    ((_, _, text),) = done.refused()
+    assert reason in text
+    assert len(text) < 300
+    wire = (done.run.path / "wire.jsonl").read_text()
+    assert "10000032" not in wire
+    assert max(map(len, wire.splitlines())) < 1000
+    lines = [line for line in done.run.lines("wire.jsonl") if "unknown" in line]
+    assert [(line["hospital"], line["unknown"]) for line in lines] == [(NAME, unknown)][
+        : 1 if unknown else 0
+    ]
+
+
+@pytest.mark.parametrize("kind", ["query", "train"])
+def test_long_reason_of_a_failure_is_cut(kind, tiny_config, in_process):
+    def tamper(message, reply):
+        if message.metadata.message_type != kind:
+            return reply
+        return Message(Error(code=2, reason="out of\nmemory " + "x" * 10**6), reply_to=message)
+
+    config = tiny_config(
+        federation__rounds=1, federation__mismatch="refuse", federation__min_hospitals=2
+    )
+    done = in_process(config, tamper={HOSTILE: tamper})
+    for _, _, text in done.refused():
+        assert "out of memory x" in text
+        assert len(text) < 400
+    assert done.refused()
