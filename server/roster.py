@@ -1,6 +1,7 @@
 """Who takes part: nodes become hospitals by a handshake that compares fingerprints."""
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -50,6 +51,24 @@ class Mute:
         return bool(server_round >= self.asked_in + 2**self.tries)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Failing:
+    """A connected node whose handshake fails: asked again after 1, 2, 4, ... seconds."""
+
+    tries: int
+    """How often it was asked."""
+    asked_at: float
+    """When it was asked last, by ``time.monotonic``."""
+
+    def due(self, now: float) -> bool:
+        """Return whether it is asked again.
+
+        >>> [n for n in range(8) if Failing(tries=3, asked_at=1).due(n)]
+        [5, 6, 7]
+        """
+        return bool(now >= self.asked_at + 2 ** (self.tries - 1))
+
+
 @dataclass
 class Roster:
     """Hospitals that passed the handshake, by Flower node id, and those that were refused."""
@@ -63,6 +82,10 @@ class Roster:
     """Node id -> hospital (or ``node N``) and reason; a refused node is never asked again."""
     mute: dict[int, Mute] = field(default_factory=dict)
     """Nodes that are connected and have not answered."""
+    failing: dict[int, Failing] = field(default_factory=dict)
+    """Nodes that are connected and have answered with a failure."""
+    problems: dict[int, tuple[str, str]] = field(default_factory=dict)
+    """Node id -> hospital (or ``node N``) and reason, of those that are left out so far."""
     of: int = 0
     """How many hospitals there are, by their own account; 0: not settled yet."""
     remembered: frozenset[str] = frozenset()
@@ -118,7 +141,8 @@ class Roster:
     ) -> dict[str, str]:
         """Query the connected nodes that are not known yet.
 
-        One that did not answer is asked anew when it reconnects, and else ever more rarely.
+        One that did not answer, or failed, is asked anew when it reconnects, and else ever more
+        rarely.
 
         Args:
             grid: Flower's grid.
@@ -136,6 +160,7 @@ class Roster:
                 carries another fingerprint, or claims the name of a connected hospital.
         """
         self.mute = {node: mute for node, mute in self.mute.items() if node in nodes}
+        self.failing = {node: one for node, one in self.failing.items() if node in nodes}
         due = [node for node in nodes if self._is_asked(node, server_round)]
         # Nodes that were mute wait until there are no others, who would share their time.
         new = [node for node in due if node not in self.mute] or due
@@ -157,15 +182,19 @@ class Roster:
             try:
                 hello = self._checked_hello(name, replies.get(node), timeout_seconds)
                 self._enter(node, name, hello, nodes)
-                self.mute.pop(node, None)
+                self._forget(node)
             except RunFailed as error:
                 if strict:
                     raise
                 left_out[name] = str(error)
+                failed = self._forget(node)
+                self.problems[node] = (name, str(error))
                 reply = replies.get(node)
                 if reply is None:
                     self.mute[node] = Mute(tries=tries[node] + 1, asked_in=server_round)
-                elif not reply.has_error():
+                elif reply.has_error():
+                    self.failing[node] = Failing(tries=failed + 1, asked_at=time.monotonic())
+                else:
                     self.refused[node] = (name, str(error))
                 _log.warning("%s is left out: %s", name, error)
         return left_out
@@ -173,7 +202,22 @@ class Roster:
     def _is_asked(self, node: int, server_round: int) -> bool:
         if node in self.names or node in self.refused:
             return False
+        if node in self.failing:
+            return self.failing[node].due(time.monotonic())
         return node not in self.mute or self.mute[node].due(server_round)
+
+    def _forget(self, node: int) -> int:
+        """Forget what is wrong with a node; return how often it has failed."""
+        self.mute.pop(node, None)
+        self.problems.pop(node, None)
+        failing = self.failing.pop(node, None)
+        return failing.tries if failing else 0
+
+    @property
+    def reasons(self) -> str:
+        """Why nodes are left out so far, as the end of a sentence; empty if none is."""
+        told = sorted(set(self.problems.values()))
+        return "".join(f"; {name}: {reason.removeprefix(f'{name}: ')}" for name, reason in told)
 
     def _enter(
         self, node: int, hospital: str, hello: dict[str, Any], connected: Collection[int]
@@ -231,7 +275,7 @@ class Roster:
         for node, name in list(self.names.items()):
             if self.hellos[name]["of"] != of:
                 left_out[name] = _miscount(name, self.hellos.pop(name)["of"], of)
-                self.refused[node] = (name, left_out[name])
+                self.refused[node] = self.problems[node] = (name, left_out[name])
                 del self.names[node]
                 _log.warning("%s is left out: %s", name, left_out[name])
         return left_out

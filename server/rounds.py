@@ -41,6 +41,8 @@ from server.strategy import Aggregator
 STRATEGY, CARRIED = "strategy.", "carried."
 NOT_EVALUATED = "not-evaluated"
 """Event of a round without a validation loss; its value is the reason."""
+WITHSTANDS_NOTHING = "withstands-nothing"
+"""Event of a round in which a robust strategy had too few updates; its value is their number."""
 Answer = TypeVar("Answer")
 _log = logging.getLogger(__name__)
 
@@ -94,6 +96,8 @@ class Rounds:
         for server_round in range(first, self.config.federation.rounds + 1):
             started = time.monotonic()
             updates = self.train(sent, server_round)
+            if not aggregator.withstands(len(updates)):
+                self.run.metric(WITHSTANDS_NOTHING, len(updates), round=server_round)
             b = aggregator.aggregate(sent.b, updates, server_round=server_round)
             owed = self.carried
             sent = self.encode(b)
@@ -141,7 +145,7 @@ class Rounds:
             if waited > limit:
                 raise RunFailed(
                     f"{self.roster.arrived} of {federation.min_hospitals or of} hospitals are "
-                    f"connected after {limit:.0f} s"
+                    f"connected after {limit:.0f} s{self.roster.reasons}"
                 )
             time.sleep(0.5)
         self._leave_out(self.roster.settle(of), 0)
@@ -277,7 +281,7 @@ class Rounds:
             if time.monotonic() > deadline:
                 raise RunFailed(
                     f"round {server_round}: {len(nodes)} hospitals are connected after "
-                    f"{limit:.0f} s, the quorum is {needed} of {wanted}"
+                    f"{limit:.0f} s, the quorum is {needed} of {wanted}{self.roster.reasons}"
                 )
             time.sleep(0.5)
 

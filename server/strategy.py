@@ -54,7 +54,7 @@ class Aggregator:
         Raises:
             RunFailed: if the strategy fails, returns nothing, or something that is not finite.
         """
-        if not self.config.only and not is_robust(self.config, len(updates)):
+        if not self.withstands(len(updates)):
             _log.warning(
                 "round %d: %s withstands nothing with %d updates",
                 server_round,
@@ -80,6 +80,10 @@ class Aggregator:
         if not all(np.isfinite(value).all() for value in result.values()):
             raise RunFailed(f"round {server_round}: the aggregate is not finite")
         return result
+
+    def withstands(self, updates: int) -> bool:
+        """Return whether the strategy is as robust with so many updates as its name says."""
+        return bool(self.config.only) or is_robust(self.config, updates)
 
     def state(self) -> Tensors:
         """Return what the strategy carries over rounds, as named fp64 tensors."""

@@ -35,6 +35,8 @@ FOREIGN = {
     "samples as text": ({"train-samples": "many"}, "'train-samples' is not an integer"),
     "samples below zero": ({"train-samples": -4}, "'train-samples' is not an integer"),
     "samples in part": ({"samples": 1.5}, "'samples' is not an integer"),
+    "samples as a truth": ({"samples": True}, "'samples' is not an integer"),
+    "of as a truth": ({"of": True}, "'of' is not an integer"),
     "a digest that is none": ({"a-sha256": 7}, "'a-sha256' is not a sha256"),
     "a reason without end": ({"dtype-reason": "x" * 1001}, "'dtype-reason' is not text"),
 }

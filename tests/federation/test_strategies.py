@@ -264,8 +264,12 @@ def test_round_that_lost_hospitals_says_that_it_withstands_nothing(tiny_config, 
         federation__timeout_seconds=0.2,
     )
     lost = {0: lambda m, r: None if m.metadata.message_type == "train" else r}
-    in_process(config, tamper=lost)
+    done = in_process(config, tamper=lost)
     assert "round 1: trimmed-mean withstands nothing with 4 updates" in caplog.messages
+    events = [(e["round"], e["value"]) for e in done.run.metrics("withstands-nothing")]
+    assert events == [(1, 4)]
+    whole = in_process(config)
+    assert whole.run.metrics("withstands-nothing") == []
 
 
 def test_flower_trims_and_picks_as_the_check_says():

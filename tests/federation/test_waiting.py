@@ -3,11 +3,13 @@
 import time
 
 import pytest
+from flwr.app import Error, Message
 from flwr.common.serde import message_from_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 
 import server.messages
 import server.pace
+from common.errors import RunFailed
 from common.rundir import RunDirectory
 from server.pace import Pace
 
@@ -111,3 +113,49 @@ def test_pace_of_the_slowest_is_kept():
     assert Pace.slower(slow, fast, timed_out=False) == slow
     assert Pace.slower(fast, slow, timed_out=False) == slow
     assert Pace.slower(fast, slow, timed_out=True) == fast
+
+
+def failing_handshake(times):
+    """Answer the first handshakes with a failure."""
+    asked = 0
+
+    def tamper(message, reply):
+        nonlocal asked
+        if message.metadata.message_type != "query":
+            return reply
+        asked += 1
+        failure = Message(Error(code=2, reason="its worker is not up"), reply_to=message)
+        return failure if asked <= times else reply
+
+    return tamper
+
+
+def test_failing_handshake_is_asked_ever_more_rarely_and_told(tiny_config, in_process, tmp_path):
+    config = tiny_config(federation__mismatch="refuse", federation__timeout_seconds=3.6)
+    told = r"2 of 3 hospitals are connected after 4 s; node 107: .*its worker is not up"
+    with pytest.raises(RunFailed, match=told):
+        in_process(config, tamper={HANGING: failing_handshake(99)})
+    assert len(RunDirectory(tmp_path / "run-1").metrics("refused")) == 3  # after 0, 1 and 3 s
+
+
+def test_handshake_that_fails_at_first_is_asked_again(tiny_config, in_process):
+    config = tiny_config(federation__mismatch="refuse", federation__rounds=1)
+    done = in_process(config, tamper={HANGING: failing_handshake(1)})
+    assert [(at, name) for at, name, _ in done.refused()] == [(0, "node 107")]
+    assert len(done.run.metrics("steps")) == 3
+
+
+def test_round_that_lacks_hospitals_tells_why_they_are_left_out(tiny_config, in_process):
+    """Hospital 2 fails in every handshake, and hospital 3 leaves before round 2."""
+    config = tiny_config(
+        federation__mismatch="refuse",
+        federation__timeout_seconds=0.6,
+        federation__min_hospitals=2,
+        federation__quorum=1.0,
+    )
+    with pytest.raises(RunFailed, match=r"the quorum is 2 of 2; node 107: .*not up"):
+        in_process(
+            config,
+            tamper={HANGING: failing_handshake(99)},
+            online=lambda index, seen: index != 2 or seen < 1,
+        )
