@@ -139,7 +139,9 @@ def test_failing_handshake_is_asked_ever_more_rarely_and_told(tiny_config, in_pr
 
 
 def test_handshake_that_fails_at_first_is_asked_again(tiny_config, in_process):
-    config = tiny_config(federation__mismatch="refuse", federation__rounds=1)
+    config = tiny_config(
+        federation__mismatch="refuse", federation__rounds=1, federation__timeout_seconds=10.0
+    )
     done = in_process(config, tamper={HANGING: failing_handshake(1)})
     assert [(at, name) for at, name, _ in done.refused()] == [(0, "node 107")]
     assert len(done.run.metrics("steps")) == 3
