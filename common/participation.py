@@ -5,6 +5,11 @@ import math
 from common.config import FederationConfig
 from common.errors import UserError
 
+NOT_EVALUATED = "not-evaluated"
+"""Event of a round without a validation loss; its value is the reason."""
+WITHSTANDS_NOTHING = "withstands-nothing"
+"""Event of a round in which a robust strategy had too few updates; its value is their number."""
+
 
 def sampled(fraction: float, hospitals: int) -> int:
     """Return how many hospitals a share of them is, rounded up; at least one.

@@ -14,13 +14,14 @@ from common.errors import FedrxError
 from common.exchange import Fingerprints, Tensors
 from common.model.backbone import BackboneSpec, resolve_backbone
 from common.model.layout import AdapterLayout, adapter_layout, adapter_spec, initial_tensors
+from common.participation import NOT_EVALUATED
 from common.privacy.receipts import PRIVACY, privacy_summary
 from common.privacy.settings import HOSPITAL, hospital_warning, plan_of, protects
 from common.provenance import environment, peak_rss_bytes, source_digest, tensors_sha256
 from common.rundir import RunDirectory
 from server.past import ChangedRun
 from server.roster import Roster
-from server.rounds import NOT_EVALUATED, Rounds
+from server.rounds import Rounds
 
 ENVIRONMENT, FLOWER = "environment.json", "flower"
 TRAINED = "trained"

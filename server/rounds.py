@@ -23,7 +23,7 @@ from common.exchange import (
     read_train_reply,
     train_message,
 )
-from common.participation import check_strategy
+from common.participation import NOT_EVALUATED, WITHSTANDS_NOTHING, check_strategy
 from common.privacy.guard import LEDGER
 from common.privacy.ledger import Ledger
 from common.privacy.settings import HOSPITAL
@@ -39,10 +39,6 @@ from server.roster import Roster
 from server.strategy import Aggregator
 
 STRATEGY, CARRIED = "strategy.", "carried."
-NOT_EVALUATED = "not-evaluated"
-"""Event of a round without a validation loss; its value is the reason."""
-WITHSTANDS_NOTHING = "withstands-nothing"
-"""Event of a round in which a robust strategy had too few updates; its value is their number."""
 Answer = TypeVar("Answer")
 _log = logging.getLogger(__name__)
 

@@ -247,10 +247,10 @@ Research only, not for clinical use.
 ## Going on after an interruption
 
 `superlink/run.sh` again goes on in `run/` from its last checkpoint, if `superlink/run-config.toml`
-is as it was; a run that has finished stays as it is. Two runs at once in one `run/` spoil it: end
-the old one first. A SuperLink that was started again has forgotten the keys: run
-`superlink/register.sh` before. A hospital that was away starts its `start.sh` again, and goes on
-with what its folder holds.
+is as it was (another one is refused); a run that has finished stays as it is. Two runs at once in
+one `run/` spoil it: end the old one first. A SuperLink that was started again has forgotten the
+keys: run `superlink/register.sh` before. A hospital that was away starts its `start.sh` again, and
+goes on with what its folder holds.
 
 ## What is in a hospital's folder
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import write_json, write_text
+from common.participation import NOT_EVALUATED, WITHSTANDS_NOTHING
 from common.rundir import RunDirectory
 from sim.report_page import Block, to_html, to_markdown
 from sim.report_plots import bytes_svg, epsilon_svg, loss_svg
@@ -124,6 +125,7 @@ def run_blocks(run: RunDirectory) -> list[Block]:
         Block(note=NOTICE, warning=True),
         Block(note=SOURCES[source], warning=True),
         _what_ran(run, summary),
+        *_incidents(run),
         *_losses(run),
         *_metrics(summary),
         *_hospitals(run, summary),
@@ -156,6 +158,18 @@ def _what_ran(run: RunDirectory, summary: dict[str, Any]) -> Block:
     ]
     rows += [("scaled", note) for note in summary.get("scaling", {}).get("notes", [])]
     return Block(title="What ran", headers=("", ""), rows=tuple(rows), text_cells=True)
+
+
+def _incidents(run: RunDirectory) -> list[Block]:
+    """Warn of rounds that were not evaluated, or in which a robust strategy was not robust."""
+    notes = [
+        f"Round {event['round']} was not evaluated: {event['value']}."
+        for event in run.metrics(NOT_EVALUATED)
+    ] + [
+        f"Round {event['round']}: the strategy withstands nothing with {event['value']} updates."
+        for event in run.metrics(WITHSTANDS_NOTHING)
+    ]
+    return [Block(note=note, warning=True) for note in notes]
 
 
 def _losses(run: RunDirectory) -> list[Block]:

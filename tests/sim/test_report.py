@@ -221,3 +221,12 @@ def test_a_nearly_constant_loss_is_plotted_without_an_offset():
     events = [{"round": n, "value": 7.239 + n * 1e-6} for n in range(3)]
     assert "+7.239" not in loss_svg(events)
     assert "7.239" in loss_svg(events)
+
+
+def test_rounds_that_lack_something_are_named(run):
+    assert "not evaluated" not in write_report(run).read_text()
+    run.metric("not-evaluated", "1 of 3 hospitals is connected", round=2)
+    run.metric("withstands-nothing", 2, round=1)
+    page = html.unescape(write_report(run).read_text())
+    assert "Round 2 was not evaluated: 1 of 3 hospitals is connected." in page
+    assert "Round 1: the strategy withstands nothing with 2 updates." in page
