@@ -98,7 +98,10 @@ def test_suggest_names_all_wrong_fields_before_it_loads_a_model(run):
 def test_without_a_run_the_newest_with_a_model_is_taken_and_named(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = RunDirectory.create(run.config(), directory=tmp_path / "runs" / "1-model")
-    (model.path / "checkpoints" / "round-0001").mkdir(parents=True)
+    checkpoint = model.path / "checkpoints" / "round-0001"
+    checkpoint.mkdir(parents=True)
+    for name in ("b.safetensors", "facts.json"):
+        (checkpoint / name).touch()
     audit = RunDirectory.create(run.config(), directory=tmp_path / "runs" / "2-audit")
     for one in (model, audit):
         one.write_status("finished")
