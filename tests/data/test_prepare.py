@@ -126,9 +126,11 @@ def test_full_disk_under_synthetic_tables_is_one_line(tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written_is_told_before_the_reading(
     write_tables, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("common.data.prepare.prepare_tables", None)
+    prepared: list[object] = []
+    monkeypatch.setattr("common.data.prepare.prepare_tables", lambda *a, **k: prepared.append(a))
     (tmp_path / "cache").write_text("a file where the folder should be")
     refused_write(DataConfig(path=str(write_tables())), tmp_path / "cache")
+    assert prepared == []
 
 
 SMALL_DISK = """
