@@ -49,14 +49,15 @@ def keep_to_limit(config: Config, node_config: Mapping[str, Any], folder: Path) 
             "privacy.unit = patient and no deterministic noise"
         )
     own = folder / PROMISE
-    if own.exists() and _promise(own)["plan"] == plan.fingerprint:
-        return
-    # First this run's, so that of two runs that begin together at least one sees the other's.
-    write_json(own, _cost(plan))
+    new = not own.exists() or _promise(own)["plan"] != plan.fingerprint
+    if new:
+        # Before the others are read: of two runs that begin together one sees the other's.
+        write_json(own, _cost(plan))
     try:
         _check_sum(own, limit)
     except LimitReached:
-        own.unlink()
+        if new:  # an older one may have been spent from, and counts whatever the limit is now
+            own.unlink()
         raise
 
 

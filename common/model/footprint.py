@@ -15,8 +15,9 @@ from common.model.spec import AdapterSpec, check_rank
 _RUNTIME_BYTES = {"cpu": 410 * 2**20, "cuda": 700 * 2**20}
 # What the allocator loses between allocations. On the GPU a share of what comes and goes. On the
 # CPU a multiple of a layer's working buffers, as far as glibc keeps freed ones in its heap (below
-# 32 MiB; larger ones go back at once): measured over 512 to 4,096 tokens of the embedded backbone,
-# bf16 and fp32, with each choice of recomputation; a step's peak varies by up to 20% there.
+# 32 MiB; larger ones go back at once): measured on the embedded backbone over 512 to 4,096 tokens
+# in bf16 with each choice of recomputation, and at 1,024 and 2,048 in fp32 with none and all. The
+# peak of one and the same step varied by up to a quarter.
 _GPU_HOLES = 0.02
 _CPU_HOLES = 5
 _LARGEST_KEPT_BYTES = 2**25

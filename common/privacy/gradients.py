@@ -2,8 +2,8 @@
 
 A unit's gradient must be a function of that unit alone. In fp32 units share a packed pass: no row
 of a product depends on the rows beside it. In bf16 it does, because kernels round and block by the
-batch's size (3% of a unit's gradient on SmolLM2-135M with AMX; the sum moved by 1.007 clip norms
-when one of 40 units left), so there every unit has passes of its own.
+batch's size (3% of a unit's gradient on SmolLM2-135M with AMX; the sum moved by 1.006 clip norms
+when one of 12 units left), so there every unit has passes of its own.
 
 Shapes: U units of one micro-batch, P trainable parameters.
 """
