@@ -83,7 +83,9 @@ class _SlotCache:
         """Copy one slot over another."""
         self._kv[:, :, target] = self._kv[:, :, source]
 
-    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
         """Store a layer's new column and return what it attends to (called by transformers)."""
         keys, values = self._kv[layer]
         slots_B = torch.arange(len(key), device=key.device)
