@@ -182,6 +182,9 @@ def show_counts(console: Console, data: dict[str, Any]) -> None:
         )
         rows.add_row(name, f"{number:,}", f"{data['rows_out'][name]:,}", reasons)
     console.print(rows)
+    if nulls := data["null_spelled"]:
+        cells = ", ".join(f"{column} {number:,}" for column, number in nulls.items())
+        console.print(f"NULL spelled as text (NA, None, \\N ...) and read as NULL: {cells}")
     console.print(
         f"measured on or before admission: height {data['height']:,}, weight {data['weight']:,}, "
         f"both {data['height_and_weight']:,}, neither {data['no_height_no_weight']:,}"
