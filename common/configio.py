@@ -18,6 +18,7 @@ from typing import Any
 
 from common.config import Config
 from common.errors import UserError
+from common.files import writable
 
 Scalar = bool | int | float | str
 
@@ -114,6 +115,8 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Scalar]:
             )
         if key not in known:
             raise UserError(f"--set {_unknown(key, known)}", fix="use a known key")
+        if writable(raw)[1]:
+            raise UserError(f"--set {key} is not UTF-8 text", fix="set the terminal to UTF-8")
         values[key] = _from_text(key, raw, known[key])
     return values
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -244,6 +245,9 @@ app.command()(cli_deploy.worker)
 
 def main() -> None:
     """Run the command line; user errors are one line and exit status 2, failed runs 1."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        # A name from outside may hold what the terminal cannot show: it is shown escaped.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(app(prog_name="fedrx", standalone_mode=False))
     except NoArgsIsHelpError as error:

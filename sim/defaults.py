@@ -5,6 +5,7 @@ from pathlib import Path
 
 from common.config import Config
 from common.configio import flatten, toml_scalar
+from common.files import utf8
 
 HEADER = "[tool.flwr.app.config]"
 
@@ -19,9 +20,8 @@ def write_defaults(pyproject: Path) -> None:
     before, _, after = pyproject.read_text(encoding="utf-8").partition(HEADER + "\n")
     rest = after.partition("\n[")
     comment = "# written by: python -m sim.defaults\n"
-    pyproject.write_text(
-        f"{before}{HEADER}\n{comment}{flower_defaults()}{rest[1]}{rest[2]}", encoding="utf-8"
-    )
+    text = f"{before}{HEADER}\n{comment}{flower_defaults()}{rest[1]}{rest[2]}"
+    pyproject.write_bytes(utf8(text))
 
 
 if __name__ == "__main__":

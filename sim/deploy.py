@@ -126,9 +126,9 @@ def _write_certificates(folder: Path, host: str) -> str:
         .sign(authority_key, hashes.SHA384())
     )
     pem = authority.public_bytes(serialization.Encoding.PEM).decode()
-    _write_secret(folder / "authority" / "ca.key", _private_pem(authority_key))
+    write_text(folder / "authority" / "ca.key", _private_pem(authority_key))
     write_text(folder / "authority" / "ca.pem", pem)
-    _write_secret(folder / "superlink" / "server.key", _private_pem(key))
+    write_text(folder / "superlink" / "server.key", _private_pem(key))
     write_text(
         folder / "superlink" / "server.pem",
         leaf.public_bytes(serialization.Encoding.PEM).decode() + pem,
@@ -203,7 +203,7 @@ def _write_hospital(
     public = key.public_key().public_bytes(
         serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     )
-    _write_secret(own / "node.key", openssh.decode())
+    write_text(own / "node.key", openssh.decode())
     write_text(own / "node.pub", public.decode() + "\n")
     write_text(own / "ca.pem", authority)
     for sub in ("empty", "home"):
@@ -267,12 +267,6 @@ run below `runs/`).
 def _write_script(file: Path, text: str) -> None:
     write_text(file, f"#!/bin/sh\nset -eu\n{text}")
     file.chmod(0o755)
-
-
-def _write_secret(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.touch(mode=0o600)
-    file.write_text(text, encoding="utf-8")
 
 
 def _private_pem(key: ec.EllipticCurvePrivateKey) -> str:

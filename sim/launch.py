@@ -32,6 +32,7 @@ import psutil
 from common.config import Config
 from common.configio import flatten, toml_scalar
 from common.errors import RunFailed, UserError
+from common.files import write_text
 from common.rundir import RunDirectory
 from server.app import TRAINED
 from sim.staging import stage_app
@@ -119,10 +120,10 @@ def superlink(run: Path, port: int = 0) -> Iterator[SuperLink]:
         folder = Path(name)
         for sub in ("empty", "home"):
             (folder / sub).mkdir()
-        (folder / "home" / "config.toml").write_text(
+        write_text(
+            folder / "home" / "config.toml",
             f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
             f'address = "127.0.0.1:{port}"\ninsecure = true\n',
-            encoding="utf-8",
         )
         environment = flower_environment(folder, port, run)
         command = [
@@ -213,9 +214,9 @@ def run_flower(
     with superlink(run.path, config.run.port) as link:
         app = stage_app(link.folder, version=importlib.metadata.version("fedrx"))
         overrides = link.folder / "run-config.toml"
-        overrides.write_text(
+        write_text(
+            overrides,
             "".join(f"{key} = {toml_scalar(value)}\n" for key, value in flatten(config).items()),
-            encoding="utf-8",
         )
         federation = (
             f"num-supernodes={config.federation.hospitals} client-resources-num-cpus=1 "
@@ -234,7 +235,7 @@ def run_flower(
         if state != "finished:completed":
             log = link.flwr("log", json.loads(started.stdout)["run-id"], CONNECTION, "--show")
             superlink_log = (link.folder / "superlink.log").read_text(errors="replace")
-            (run.path / "flower.log").write_text(f"{log.stdout}\n{superlink_log}", encoding="utf-8")
+            write_text(run.path / "flower.log", f"{log.stdout}\n{superlink_log}")
             raise RunFailed(run.status().get("error") or f"Flower ended the run {state}: {details}")
 
 

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from common.files import write_text
 from common.provenance import PACKAGES, source_root
 from sim.defaults import flower_defaults
 
@@ -47,5 +48,5 @@ def stage_app(folder: Path, *, version: str) -> Path:
             shutil.copyfile(file, target)
     includes = ", ".join(f'"{package}/**/*.py"' for package in PACKAGES)
     text = PYPROJECT.format(version=version, includes=includes, defaults=flower_defaults())
-    (app / "pyproject.toml").write_text(text, encoding="utf-8")
+    write_text(app / "pyproject.toml", text)
     return app
