@@ -46,13 +46,16 @@ def judge(
         str, typer.Option(help="Host that an agreement lets get credentialed data.")
     ] = "",
     agreement: Annotated[str, typer.Option(help="That agreement; stored with the run.")] = "",
+    retry_refused: Annotated[
+        bool, typer.Option("--retry-refused", help="Ask again what the server did not take.")
+    ] = False,
     set_: SetOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Let an LLM judge each suggested drug: suitable or not."""
     from common.evaluation.judge_plan import estimate
     from sim.judge import judge as ask_judge
-    from sim.judge import plan, show_estimate
+    from sim.judge import plan, require_scores, show_estimate
 
     overrides = list(set_ or ())
     if max_cost_usd is not None:
@@ -64,6 +67,8 @@ def judge(
         predicted_by=models or (),
         agreement_host=agreement_host,
         agreement=agreement,
+        dry_run=dry_run,
+        retry_refused=retry_refused,
     )
     console = console_for(json_output)
     if dry_run:
@@ -74,6 +79,7 @@ def judge(
     result = ask_judge(directory, prepared, console=console)
     _renew_report(directory)
     print_json(result, json_output)
+    require_scores(result)
 
 
 @review_app.command("make")
