@@ -6,7 +6,7 @@ from itertools import product
 from typing import Any
 
 from common.config import JudgeConfig
-from common.evaluation.judge_rubric import SCHEMA
+from common.evaluation.judge.rubric import SCHEMA
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,331 @@
+"""One question to an OpenAI-compatible server: its dialect, when to try again, what came back.
+
+openai's own retries are off: they would hide calls that broke after they were sent, which the cost
+limit must charge, and they neither share a pause nor honour a Retry-After of more than a minute. No
+redirect is followed, and nothing bound for loopback meets a proxy.
+"""
+
+import asyncio
+import contextlib
+import datetime
+import email.utils
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from common.config import JudgeConfig
+from common.errors import RunFailed, UserError
+from common.evaluation.judge.cost import Meter, input_bound_tokens
+from common.evaluation.judge.gate import Endpoint
+from common.evaluation.judge_dialect import Dialect, dialects
+from common.files import writable
+
+FIRST_WAIT_SECONDS = 0.5
+LONGEST_WAIT_SECONDS = 30.0
+LONGEST_RETRY_AFTER_SECONDS = 300.0
+_LONGEST_NAME = 200
+_RETRIED_STATUS = frozenset({408, 409, 425, 429})
+_REFUSED_STATUS = frozenset({400, 413, 422})
+"""The server does not take this question; it may take others."""
+_MEANINGS = {
+    401: "refuses the API key",
+    403: "refuses the API key",
+    404: "knows no such model or path",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What a server answered."""
+
+    text: str
+    cut: bool
+    served_by: str
+    """The model's name as the server gives it: it may be more exact than the one asked for."""
+    input_tokens: int
+    output_tokens: int
+    counted: bool
+
+
+class Unavailable(Exception):
+    """The server failed as often as it may; ``str()`` says how the last time."""
+
+
+class Refused(Exception):
+    """The server does not take this question, in any dialect.
+
+    Args:
+        status: The HTTP status; what the server said is not kept, it may quote the question.
+    """
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"refused: status {status}")
+        self.status = status
+
+
+class _Failed(Exception):
+    """One failed attempt.
+
+    Args:
+        how: What happened, without anything that the server said.
+        status: The HTTP status, if there was one.
+        complaint: What the server said, for choosing a dialect; never shown.
+        wait_seconds: What Retry-After asks for.
+    """
+
+    def __init__(
+        self, how: str, status: int = 0, complaint: str = "", wait_seconds: float | None = None
+    ) -> None:
+        super().__init__(how)
+        self.status, self.complaint, self.wait_seconds = status, complaint, wait_seconds
+
+
+class JudgeClient:
+    """Asks questions, with a shared pause when the server asks for one.
+
+    Args:
+        endpoint: From ``check_endpoint``.
+        config: Timeouts and attempts.
+        api_key: Empty for none.
+        meter: Where every attempt is charged.
+        lost: Called with the worst-case tokens of a call that broke after it was sent.
+        kept: The dialects that judges have answered in.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        config: JudgeConfig,
+        *,
+        api_key: str,
+        meter: Meter,
+        lost: Callable[[int, int], None],
+        kept: Mapping[str, Dialect],
+    ) -> None:
+        import openai
+
+        self._config, self._endpoint, self._meter = config, endpoint, meter
+        self._lost = lost
+        self._not_before = 0.0
+        self._allowed = dialects(config)
+        self._first_answer, self._failing = asyncio.Lock(), False
+        self.kept = dict(kept)
+        self._openai = openai
+        self._client = openai.AsyncOpenAI(
+            base_url=endpoint.url,
+            api_key=api_key or "none",
+            max_retries=0,
+            timeout=config.timeout_seconds,
+            http_client=openai.DefaultAsyncHttpxClient(
+                trust_env=not endpoint.loopback, follow_redirects=False
+            ),
+        )
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._client.close()
+
+    async def ask(
+        self, judge: str, asked: Sequence[Mapping[str, str]]
+    ) -> tuple[dict[str, Any], Reply]:
+        """Ask one question until it is answered; return what was sent, and the answer.
+
+        Until a judge has answered once, its questions go one by one: one finds the dialect for all.
+        (Not so at a server that fails: that is sooner known side by side.)
+
+        Raises:
+            Refused: If the server does not take this question.
+            Unavailable: If all attempts failed.
+            CostLimit: If one more attempt could pass the limit.
+            UserError: If the server refuses every call.
+            RunFailed: If it asks for a long wait.
+        """
+        if judge in self.kept or self._failing:
+            return await self._ask(judge, asked)
+        async with self._first_answer:
+            if judge not in self.kept:
+                return await self._ask(judge, asked)
+        return await self._ask(judge, asked)
+
+    async def _ask(
+        self, judge: str, asked: Sequence[Mapping[str, str]]
+    ) -> tuple[dict[str, Any], Reply]:
+        dialect = self.kept.get(judge, self._allowed[0])
+        failures = 0
+        while True:
+            await self._pause()
+            body = dialect.body(judge, asked, self._config)
+            try:
+                reply = await self._attempt(body)
+            except _Failed as failure:
+                # Another dialect is kept only if it is answered in: a complaint may mislead.
+                other = dialect.without(failure.complaint)
+                if other and failure.status in _REFUSED_STATUS | {500}:
+                    if other in self._allowed:
+                        dialect = other
+                        continue
+                    if judge not in self.kept:
+                        raise UserError(
+                            f"judge server {self._endpoint.named} refuses the JSON schema",
+                            fix="--set judge.response-format=auto",
+                        ) from None
+                if failure.status in _REFUSED_STATUS:
+                    raise Refused(failure.status) from None
+                failures += 1
+                self._not_before = max(self._not_before, self._wait_until(failure))
+                if failures == self._config.attempts:
+                    self._failing = True
+                    raise Unavailable(str(failure)) from None
+                last = failures == self._config.attempts - 1
+                plain = replace(dialect, schema=False)
+                if failure.status == 500 and last and judge not in self.kept:
+                    # Some servers break at response_format without saying so.
+                    dialect = plain if plain in self._allowed else dialect
+                if failure.wait_seconds is None:
+                    wait = FIRST_WAIT_SECONDS * 2 ** (failures - 1)
+                    await asyncio.sleep(min(wait, LONGEST_WAIT_SECONDS))
+            else:
+                self.kept[judge] = dialect
+                return body, reply
+
+    def _wait_until(self, failure: _Failed) -> float:
+        wait = failure.wait_seconds or 0.0
+        if wait > LONGEST_RETRY_AFTER_SECONDS:
+            raise RunFailed(
+                f"judge server: {failure}, and asks to wait {wait:.0f} s; run the same command "
+                "again later, it goes on where it stopped"
+            ) from None
+        return time.monotonic() + wait
+
+    async def _pause(self) -> None:
+        while (left := self._not_before - time.monotonic()) > 0:
+            await asyncio.sleep(left)
+
+    async def _attempt(self, body: Mapping[str, Any]) -> Reply:
+        reply = None
+        async with self._meter.call(body, self._config.max_output_tokens) as charge:
+            try:
+                with self._failures(charge_off=lambda: setattr(charge, "due", False)):
+                    # openai's timeout is per read: a server that drips would never meet it.
+                    async with asyncio.timeout(self._config.timeout_seconds):
+                        # As extra_body, openai sends the schema as it is, without walking it.
+                        raw = await self._client.chat.completions.with_raw_response.create(
+                            model=body["model"],
+                            messages=body["messages"],
+                            extra_body={
+                                k: v for k, v in body.items() if k not in ("model", "messages")
+                            },
+                        )
+                    reply = self._read(raw.text, body)
+                    charge.input_tokens = reply.input_tokens
+                    charge.output_tokens = reply.output_tokens
+                    return reply
+            finally:
+                if reply is None and charge.due:
+                    self._lost(charge.input_tokens, charge.output_tokens)
+
+    @contextlib.contextmanager
+    def _failures(self, charge_off: Callable[[], None]) -> Iterator[None]:
+        """Translate every failure of one attempt; those that cost nothing are charged off."""
+        openai = self._openai
+        try:
+            yield
+        except (openai.APITimeoutError, TimeoutError):
+            raise _Failed("no answer in time") from None
+        except openai.APIConnectionError as error:
+            if type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout"):
+                charge_off()
+                raise _Failed("no connection") from None
+            raise _Failed("closed connection") from None
+        except openai.APIStatusError as error:
+            charge_off()
+            status = error.status_code
+            if status < 500 and status not in _RETRIED_STATUS | _REFUSED_STATUS:
+                raise self._closed(status) from None
+            raise _Failed(
+                f"status {status}",
+                status,
+                # As it is, escapes and all: only words are looked for.
+                json.dumps(error.body, default=str) if error.body is not None else error.message,
+                retry_after_seconds(error.response.headers),
+            ) from None
+
+    def _closed(self, status: int) -> UserError:
+        where = f"judge server {self._endpoint.named}"
+        if 300 <= status < 400:
+            return UserError(
+                f"{where} redirects elsewhere (status {status}); redirects are not followed",
+                fix="set judge.base-url to the address that answers itself",
+            )
+        return UserError(
+            f"{where} {_MEANINGS.get(status, 'refuses the call')} (status {status})",
+            fix="check judge.base-url (it usually ends in /v1), judge.model and the variable named "
+            "by judge.api-key-env",
+        )
+
+    def _read(self, text: str, body: Mapping[str, Any]) -> Reply:
+        """Read a completion without trusting its shape; without content the text is empty."""
+        try:
+            document = json.loads(text.removeprefix("\ufeff"))
+        except (ValueError, RecursionError):
+            document = None
+        choices = document.get("choices", 0) if isinstance(document, dict) else 0
+        if not isinstance(choices, list | None):
+            raise _Failed("an answer that is no chat completion")
+        choices = choices or [{}]
+        choice = choices[0] if isinstance(choices[0], dict) else {}
+        cut = choice.get("finish_reason") == "length"
+        usage = document.get("usage")
+        usage = usage if isinstance(usage, dict) else {}
+        counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
+        counted = all(type(count) is int and count >= 0 for count in counts)
+        if not counted:
+            counts = [input_bound_tokens(body), self._config.max_output_tokens]
+        return Reply(
+            text=_text(choice.get("message"), cut=cut),
+            cut=cut,
+            served_by=writable(str(document.get("model", "")))[0][:_LONGEST_NAME],
+            input_tokens=counts[0] or 0,
+            output_tokens=counts[1] or 0,
+            counted=counted,
+        )
+
+
+def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
+    """Return how long Retry-After (seconds or an HTTP date) asks to wait; None without it.
+
+    >>> retry_after_seconds({"retry-after": "1.5"})
+    1.5
+    """
+    value = headers.get("retry-after", "").strip()
+    with contextlib.suppress(ValueError):
+        seconds = float(value)
+        return max(0.0, seconds) if seconds < float("inf") else None
+    with contextlib.suppress(ValueError, TypeError):
+        moment = email.utils.parsedate_to_datetime(value)
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=datetime.UTC)
+        return max(0.0, (moment - datetime.datetime.now(datetime.UTC)).total_seconds())
+    return None
+
+
+def _text(message: Any, *, cut: bool) -> str:
+    """Return what a message says: a text, or parts of one; if empty, what counts as its reasoning.
+
+    A server that finds no end of the thought sends all of it as reasoning, the answer included; a
+    thought that was cut off holds drafts alone.
+
+    >>> _text({"content": [{"text": "a"}, {"text": "b"}]}, cut=False)
+    'ab'
+    """
+    found = message if isinstance(message, dict) else {}
+    for key in ("content", *(() if cut else ("reasoning_content", "reasoning"))):
+        value = found.get(key)
+        parts = value if isinstance(value, list) else [{"text": value}]
+        texts = [part.get("text") for part in parts if isinstance(part, dict)]
+        text = "".join(text for text in texts if isinstance(text, str))
+        if text.strip():
+            return text
+    return ""

@@ -1,0 +1,247 @@
+"""What judging a run will ask: which lists, which judges, how often, where, at what price."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.config import JudgeConfig
+from common.errors import UserError
+from common.evaluation.judge.cache import exchange_key, read_exchanges
+from common.evaluation.judge.cost import Prices, estimated_tokens
+from common.evaluation.judge.gate import Endpoint, Statement, check_endpoint, source_of_run
+from common.evaluation.judge.rubric import Verdict, distinct_drugs, messages
+from common.evaluation.judge.summary import usage
+from common.evaluation.judge_dialect import dialects
+from common.files import writable
+from common.rundir import RunDirectory
+
+EXCHANGES = Path("judge") / "exchanges.jsonl"
+_VERDICT_TOKENS = 32
+"""Usual length of one verdict beside the drug's name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One list of one model, and whom it was written for; the truth is not in it."""
+
+    case: str
+    cluster: int
+    predicted_by: str
+    patient: Mapping[str, Any]
+    diagnoses: tuple[str, ...]
+    drugs: tuple[str, ...]
+
+
+class Task(NamedTuple):
+    """One list before one judge, once."""
+
+    item: Item
+    judge: str
+    repeat: int
+    server: str
+    """Two servers may call different judges by one name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """What came of one task."""
+
+    task: Task
+    verdicts: tuple[Verdict, ...] | None
+    """None: unscored, or not asked."""
+    problem: str = ""
+    """Why it is unscored: the kind of the last reply's problem, or how the server failed."""
+    asked: bool = True
+    """False when the run stopped before its turn."""
+    keys: tuple[str, ...] = ()
+    """Its exchanges in the cache; the second is the repair."""
+    escaped: int = 0
+    """Texts of the reply that UTF-8 cannot hold as they were."""
+
+    @property
+    def score(self) -> float | None:
+        """Suitable / all; None when unscored."""
+        if self.verdicts is None:
+            return None
+        return sum(verdict.suitable for verdict in self.verdicts) / len(self.verdicts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgePlan:
+    """What judging a run asks for."""
+
+    lists: Mapping[tuple[str, str], Item]
+    """Every list of the run that can be judged, by case and model."""
+    unanswered: Mapping[str, int]
+    """Per model: answers that were not in the format; there is no list to judge."""
+    empty: Mapping[str, int]
+    """Per model: answers in the format without a drug."""
+    models: tuple[str, ...]
+    """Whose lists are judged now."""
+    judges: tuple[str, ...]
+    endpoint: Endpoint
+    source: str
+    config: JudgeConfig
+    retry_refused: bool = False
+    """Ask again what the server did not take the last time."""
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """The lists that are judged now."""
+        return tuple(i for i in self.lists.values() if i.predicted_by in self.models)
+
+    @cached_property
+    def tasks(self) -> tuple[Task, ...]:
+        """Every list before every judge, as often as asked for."""
+        return tuple(
+            Task(item, judge, repeat, self.endpoint.named)
+            for item in self.items
+            for judge in self.judges
+            for repeat in range(self.config.repeats)
+        )
+
+
+def plan_judging(
+    run: RunDirectory,
+    config: JudgeConfig,
+    *,
+    predicted_by: Sequence[str] = (),
+    statement: Statement | None = None,
+    dry_run: bool = False,
+    retry_refused: bool = False,
+) -> JudgePlan:
+    """Read the predictions and check that they may go where the configuration sends them.
+
+    Args:
+        run: A run with predictions.jsonl.
+        config: The ``[judge]`` section.
+        predicted_by: Models to judge; empty for all.
+        statement: From the command line.
+        dry_run: Nothing will be sent: a judge need not be named.
+        retry_refused: Ask again what the server did not take the last time.
+
+    Raises:
+        UserError: Without predictions or a judge model, or if the data may not go there.
+    """
+    source = source_of_run(run.read_json("summary.json"), run.read_json("data.json"))
+    endpoint = check_endpoint(config.base_url, source=source, statement=statement)
+    _require_prices(config)
+    lines = run.lines("predictions.jsonl")
+    present = tuple(dict.fromkeys(line["model"] for line in lines))
+    _require_predictions(run, present, predicted_by)
+    items = [item_of(line) for line in lines if line["answer"] and distinct_drugs(line["answer"])]
+    lists = Counter(line["model"] for line in lines)
+    unanswered = Counter(line["model"] for line in lines if line["answer"] is None)
+    judged = Counter(item.predicted_by for item in items)
+    return JudgePlan(
+        lists={(item.case, item.predicted_by): item for item in items},
+        unanswered={name: unanswered[name] for name in present},
+        empty={name: lists[name] - unanswered[name] - judged[name] for name in present},
+        models=tuple(name for name in present if not predicted_by or name in predicted_by),
+        judges=_judges(config, named=not dry_run),
+        endpoint=endpoint,
+        source=source,
+        config=config,
+        retry_refused=retry_refused,
+    )
+
+
+def _judges(config: JudgeConfig, *, named: bool) -> tuple[str, ...]:
+    judges = tuple(name.strip() for name in config.model.split(",") if name.strip())
+    if len(set(judges)) < len(judges) or (named and not judges):
+        raise UserError(
+            f"judge.model={config.model!r}",
+            allowed="the judge's name on the server, or several different ones comma-separated",
+            fix="--set judge.model=NAME",
+        )
+    return judges or ("",)
+
+
+def _require_prices(config: JudgeConfig) -> None:
+    if config.max_cost_usd and not (config.input_usd_per_million or config.output_usd_per_million):
+        raise UserError(
+            "judge.max-cost-usd is set, but no price",
+            fix="set judge.input-usd-per-million and judge.output-usd-per-million",
+        )
+
+
+def _require_predictions(run: RunDirectory, present: Sequence[str], wanted: Sequence[str]) -> None:
+    unknown = [name for name in wanted if name not in present]
+    if not present or unknown:
+        raise UserError(
+            f"{run.path} has no predictions" + (f" by {', '.join(unknown)}" if unknown else ""),
+            allowed=", ".join(present),
+            fix="name models of this run" if present else "run `fedrx evaluate` first",
+        )
+
+
+def item_of(line: Mapping[str, Any]) -> Item:
+    """Take what a judge may know out of a line of predictions.jsonl."""
+    line, _ = writable(line)
+    return Item(
+        case=line["case"],
+        cluster=line["cluster"],
+        predicted_by=line["model"],
+        patient=line["patient"],
+        diagnoses=tuple(line["diagnoses"]),
+        drugs=distinct_drugs(line["answer"]),
+    )
+
+
+def estimate(run: RunDirectory, plan: JudgePlan) -> dict[str, Any]:
+    """Return what judging would ask and cost, without any call.
+
+    ``input_tokens`` and ``output_tokens`` are estimates from text sizes for one try per list;
+    ``most_usd`` is the price if every list needed its repair and every reply took all its tokens.
+    """
+    made = read_exchanges(run.path / EXCHANGES)
+    # Equal lists for one patient are one call.
+    calls: dict[str, Task] = {}
+    for task in plan.tasks:
+        keys = exchange_keys(plan, task, first_messages(task))
+        refused = keys[0] in made.refused and not plan.retry_refused
+        if not refused and not any(made.get(key) for key in keys):
+            calls.setdefault(keys[0], task)
+    input_tokens = output_tokens = 0
+    for task in calls.values():
+        asked = first_messages(task)
+        input_tokens += estimated_tokens(sum(len(m["content"].encode()) for m in asked))
+        names = sum(len(drug.encode()) for drug in task.item.drugs)
+        output_tokens += estimated_tokens(names) + _VERDICT_TOKENS * len(task.item.drugs)
+    prices = prices_of(plan.config)
+    most_output = 2 * len(calls) * plan.config.max_output_tokens
+    most_input = 2 * ceil(3.5 * input_tokens) + most_output
+    return {
+        "lists": len(plan.items),
+        "judgements": len(plan.tasks),
+        "calls": len(calls),
+        "cached": len(plan.tasks) - len(calls),
+        "input_tokens": input_tokens,
+        "output_tokens": output_tokens,
+        "cost_usd": round(prices.cost_usd(input_tokens, output_tokens), 6),
+        "most_usd": round(prices.cost_usd(most_input, most_output), 6),
+        "spent_usd": round(usage(made, prices)["cost_usd"], 6),
+        "max_cost_usd": plan.config.max_cost_usd,
+        "server": plan.endpoint.named,
+        "source": plan.source,
+    }
+
+
+def first_messages(task: Task) -> list[dict[str, str]]:
+    """Return what a task asks first."""
+    return messages(task.item.patient, task.item.diagnoses, task.item.drugs)
+
+
+def exchange_keys(plan: JudgePlan, task: Task, asked: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return the cache keys of one question, one for each dialect it may be asked in."""
+    bodies = (dialect.body(task.judge, asked, plan.config) for dialect in dialects(plan.config))
+    return [exchange_key(plan.endpoint.named, body, task.repeat) for body in bodies]
+
+
+def prices_of(config: JudgeConfig) -> Prices:
+    """Return the configured prices."""
+    return Prices(input_usd=config.input_usd_per_million, output_usd=config.output_usd_per_million)

@@ -1,0 +1,176 @@
+"""The judge's figures: appropriateness per model, agreement, flip rate, usage and cost."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.evaluation.agreement import krippendorff_alpha, unanimous_share
+from common.seeds import stream
+
+if TYPE_CHECKING:
+    from common.evaluation.judge.cache import Exchanges
+    from common.evaluation.judge.cost import Prices
+    from common.evaluation.judge.plan import Judgement, JudgePlan
+
+RESAMPLES = 1000
+CONFIDENCE = 0.95
+
+
+def summarise(plan: "JudgePlan", judgements: Sequence["Judgement"], *, seed: int) -> dict[str, Any]:
+    """Return what the ``judge`` part of summary.json says of the judgements.
+
+    A sample's score is the mean over its scored judgements; a sample without any is unscored. The
+    mean over samples leaves unscored ones out, and says how many.
+
+    Args:
+        plan: Of the last invocation.
+        judgements: Its judgements, and those of earlier ones that stand beside them.
+        seed: Of the interval's resamples.
+    """
+    names = _names(judgements)
+    of_judge: dict[str, list[Judgement]] = {name: [] for name in names.values()}
+    for judgement in judgements:
+        of_judge[names[judgement.task.judge, judgement.task.server]].append(judgement)
+    return {
+        "model": ", ".join(of_judge) or plan.config.model,
+        "server": plan.endpoint.named,
+        "temperature": plan.config.temperature,
+        "repeats": plan.config.repeats,
+        "source": plan.source,
+        "agreement_stated": plan.endpoint.statement is not None,
+        "complete": all(judgement.asked for judgement in judgements),
+        "judgements": counts(judgements),
+        "appropriateness": _by_model(plan, judgements, seed),
+        "judges": {
+            name: {
+                "server": theirs[0].task.server,
+                "judgements": counts(theirs),
+                "appropriateness": _by_model(plan, theirs, seed),
+            }
+            for name, theirs in of_judge.items()
+        },
+        **_agreement(judgements),
+    }
+
+
+def _names(judgements: Sequence["Judgement"]) -> dict[tuple[str, str], str]:
+    """Name every judge, with its server where two servers have one of that name."""
+    judges = list(dict.fromkeys((j.task.judge, j.task.server) for j in judgements))
+    often = Counter(judge for judge, _ in judges)
+    return {
+        (judge, server): f"{judge} at {server}" if often[judge] > 1 else judge
+        for judge, server in judges
+    }
+
+
+def counts(judgements: Sequence["Judgement"]) -> dict[str, Any]:
+    """Count judgements by what came of them, and the reasons of those without a score."""
+    asked = sum(judgement.asked for judgement in judgements)
+    escaped = sum(judgement.escaped for judgement in judgements)
+    return {
+        "asked": asked,
+        "scored": sum(judgement.verdicts is not None for judgement in judgements),
+        "unscored": sum(j.asked and j.verdicts is None for j in judgements),
+        "not_asked": len(judgements) - asked,
+        "repaired": sum(len(j.keys) == 2 and j.verdicts is not None for j in judgements),
+        "problems": dict(Counter(j.problem for j in judgements if j.problem)),
+        **({"escaped_texts": escaped} if escaped else {}),
+    }
+
+
+def _by_model(plan: "JudgePlan", judgements: Sequence["Judgement"], seed: int) -> dict[str, Any]:
+    of_model: dict[str, list[Judgement]] = {name: [] for name in plan.unanswered}
+    for judgement in judgements:
+        of_model[judgement.task.item.predicted_by].append(judgement)
+    return {
+        model: _appropriateness(
+            theirs, unanswered=plan.unanswered[model], empty=plan.empty[model], seed=seed
+        )
+        for model, theirs in of_model.items()
+        if theirs or model in plan.models
+    }
+
+
+def _appropriateness(
+    judgements: Sequence["Judgement"], *, unanswered: int, empty: int, seed: int
+) -> dict[str, Any]:
+    by_case: dict[str, list[Judgement]] = {}
+    for judgement in judgements:
+        by_case.setdefault(judgement.task.item.case, []).append(judgement)
+    scores: list[tuple[int, float]] = []
+    not_asked = 0
+    for of_case in by_case.values():
+        known = [judgement.score for judgement in of_case if judgement.score is not None]
+        if known:
+            scores.append((of_case[0].task.item.cluster, sum(known) / len(known)))
+        elif not all(judgement.asked for judgement in of_case):
+            not_asked += 1
+    verdicts = [v for judgement in judgements for v in judgement.verdicts or ()]
+    return {
+        "mean": sum(score for _, score in scores) / len(scores) if scores else None,
+        "interval": _interval(scores, seed),
+        "scored": len(scores),
+        "unscored": len(by_case) - len(scores) - not_asked,
+        "not_asked": not_asked,
+        "unanswered": unanswered,
+        "empty": empty,
+        "suitable": sum(verdict.suitable for verdict in verdicts),
+        "unsuitable": sum(not verdict.suitable for verdict in verdicts),
+    }
+
+
+def _interval(scores: Sequence[tuple[int, float]], seed: int) -> list[float] | None:
+    """Percentile bootstrap over patients; None with fewer than two of them."""
+    patients, place_n = np.unique([patient for patient, _ in scores], return_inverse=True)
+    if len(patients) < 2:
+        return None
+    sums_k2 = np.zeros((len(patients), 2))
+    np.add.at(sums_k2, place_n, [(score, 1.0) for _, score in scores])
+    shares = np.full(len(patients), 1 / len(patients))
+    drawn_r2 = stream(seed, "judge-bootstrap").multinomial(len(patients), shares, RESAMPLES)
+    means_r = (drawn_r2 @ sums_k2)[:, 0] / (drawn_r2 @ sums_k2)[:, 1]
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(means_r, [tail, 1 - tail]).tolist()
+    return [low, high]
+
+
+def _agreement(judgements: Sequence["Judgement"]) -> dict[str, Any]:
+    """Alpha over all judges and repeats per drug; flips among the repeats of one judge."""
+    by_drug: dict[tuple[str, str, str], list[bool]] = {}
+    by_judge: dict[tuple[str, ...], list[bool]] = {}
+    for judgement in judgements:
+        item, judge, _, server = judgement.task
+        for verdict in judgement.verdicts or ():
+            drug = (item.case, item.predicted_by, verdict.drug)
+            by_drug.setdefault(drug, []).append(verdict.suitable)
+            by_judge.setdefault((*drug, judge, server), []).append(verdict.suitable)
+    units = [values for values in by_drug.values() if len(values) > 1]
+    steady = unanimous_share(list(by_judge.values()))
+    return {
+        "agreement": {
+            "alpha": krippendorff_alpha(units),
+            "unanimous": unanimous_share(units),
+            "drugs": len(units),
+        },
+        "flip_rate": None if steady is None else 1 - steady,
+    }
+
+
+def usage(made: "Exchanges", prices: "Prices") -> dict[str, Any]:
+    """Return what all judging of a run has taken so far, over all invocations."""
+    calls = made.all()
+    input_tokens = sum(exchange.input_tokens for exchange in calls)
+    output_tokens = sum(exchange.output_tokens for exchange in calls)
+    return {
+        "calls": len(calls),
+        "input_tokens": input_tokens,
+        "output_tokens": output_tokens,
+        "calls_without_usage": sum(not exchange.counted for exchange in calls),
+        "lost_input_tokens_at_most": made.lost_input_tokens,
+        "lost_output_tokens_at_most": made.lost_output_tokens,
+        "cost_usd": prices.cost_usd(
+            input_tokens + made.lost_input_tokens, output_tokens + made.lost_output_tokens
+        ),
+    }
