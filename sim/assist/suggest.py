@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.config import Config
-from common.configio import differences, from_flat, parse_overrides
+from common.configio import changed_freely
 from common.data.icd import (
     Diagnosis,
     DiagnosisIndex,
@@ -212,15 +212,7 @@ def assistant_config(run: RunDirectory, overrides: Iterable[str] = ()) -> Config
     Raises:
         UserError: If an override would change what was trained.
     """
-    config = run.config()
-    changed = from_flat(parse_overrides(overrides), base=config)
-    refused = [line for line in differences(config, changed) if not line.startswith(_FREE_KEYS)]
-    if refused:
-        raise UserError(
-            f"--set would change what was trained: {'; '.join(refused)}",
-            allowed=", ".join(_FREE_KEYS),
-            fix="leave it out",
-        )
+    changed = changed_freely(run.config(), overrides, _FREE_KEYS)
     # One answer at a time needs no more than one slot.
     return replace(changed, evaluation=replace(changed.evaluation, batch_size=1))
 

@@ -140,7 +140,7 @@ def build_table(
         )
     return {
         "scale": runs[0]["scale"],
-        "differences": differences(paper, run.config()),
+        "differences": [str(change) for change in differences(paper, run.config())],
         "rows": rows,
         "others": others,
         "runs": runs,
