@@ -18,7 +18,6 @@ from typing import Any, Literal, get_args, get_origin
 
 from common.config import Config
 from common.errors import UserError
-from common.files import writable
 
 Scalar = bool | int | float | str
 
@@ -115,7 +114,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Scalar]:
             )
         if key not in known:
             raise UserError(f"--set {_unknown(key, known)}", fix="use a known key")
-        if writable(raw)[1]:
+        if any("\ud800" <= character <= "\udfff" for character in raw):
             raise UserError(f"--set {key} is not UTF-8 text", fix="set the terminal to UTF-8")
         values[key] = _from_text(key, raw, known[key])
     return values

@@ -18,8 +18,8 @@ from typing import Any
 from common.config import JudgeConfig
 from common.errors import RunFailed, UserError
 from common.evaluation.judge.cost import Meter, input_bound_tokens
+from common.evaluation.judge.dialect import Dialect, dialects
 from common.evaluation.judge.gate import Endpoint
-from common.evaluation.judge_dialect import Dialect, dialects
 from common.files import writable
 
 FIRST_WAIT_SECONDS = 0.5

@@ -19,6 +19,7 @@ from common.errors import FedrxError, RunFailed, UserError
 from common.evaluation.judge.cache import Exchange, ExchangeCache, exchange_key
 from common.evaluation.judge.client import JudgeClient, Refused, Unavailable
 from common.evaluation.judge.cost import CostLimit, Meter
+from common.evaluation.judge.dialect import Dialect, dialects
 from common.evaluation.judge.gate import Statement
 from common.evaluation.judge.plan import (
     EXCHANGES,
@@ -37,7 +38,6 @@ from common.evaluation.judge.rubric import (
     repair_messages,
 )
 from common.evaluation.judge.summary import counts, summarise, usage
-from common.evaluation.judge_dialect import Dialect, dialects
 from common.files import json_line, writable, write_json, write_text
 from common.rundir import RunDirectory
 

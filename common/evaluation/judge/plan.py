@@ -12,10 +12,10 @@ from common.config import JudgeConfig
 from common.errors import UserError
 from common.evaluation.judge.cache import exchange_key, read_exchanges
 from common.evaluation.judge.cost import Prices, estimated_tokens
+from common.evaluation.judge.dialect import dialects
 from common.evaluation.judge.gate import Endpoint, Statement, check_endpoint, source_of_run
 from common.evaluation.judge.rubric import Verdict, distinct_drugs, messages
 from common.evaluation.judge.summary import usage
-from common.evaluation.judge_dialect import dialects
 from common.files import writable
 from common.rundir import RunDirectory
 
