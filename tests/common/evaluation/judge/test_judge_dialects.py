@@ -210,7 +210,7 @@ def test_a_thought_that_was_cut_is_no_answer(server, run, judge_config, kit):
 
 
 def test_a_reason_is_kept_as_it_is(server, make_run, judge_config, kit):
-    reason = "  [bold]because[/] </think> of {braces}, \u00fc \ud83d\ude00\n" + "long " * 300
+    reason = "  [bold]because[/] </think> of {braces}, \u00fc \U0001f600\n" + "long " * 300
     entry = {"drug": "Insulin", "suitable": True, "reason": reason}
     server.behave = lambda body, n: kit.Answer(json.dumps({"drugs": [entry]}))
     run = make_run([kit.line("case-1", "fedrx", ["Insulin"])])
