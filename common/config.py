@@ -165,11 +165,11 @@ class FederationConfig:
         low=0,
     )
     strategy: Literal[
-        "fedavg", "fedprox", "fedavgm", "fedadam", "fedmedian", "trimmed-mean", "krum"
+        "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedmedian", "trimmed-mean", "krum"
     ] = option("fedavg", "aggregation")
     proximal_mu: float = option(0.01, "weight of fedprox's pull to the global B", low=0)
     server_learning_rate: float = option(
-        0.0, "step of fedavgm and fedadam; 0: 1 for fedavgm, 0.01 for fedadam", low=0
+        0.0, "step of fedavgm, fedadam and fedyogi; 0: 1 for fedavgm, else 0.01", low=0
     )
     server_momentum: float = option(0.9, "momentum of fedavgm", low=0, high=0.9999)
     trim: float = option(0.2, "share that trimmed-mean cuts at each end", low=0, high=0.4999)

@@ -19,7 +19,7 @@ from common.privacy.settings import HOSPITAL
 from common.provenance import tensors_sha256
 from common.rundir import Checkpoint, RunDirectory
 from common.wire.codecs import compress, decode
-from common.wire.cohort import NOT_EVALUATED, WITHSTANDS_NOTHING, check_strategy
+from common.wire.cohort import NOT_EVALUATED, WITHSTANDS_NOTHING
 from common.wire.contract import (
     ContractError,
     Shapes,
@@ -35,6 +35,7 @@ from server.messages import Recorder, answered, exchange, require
 from server.privacy_account import PrivacyAccount
 from server.resume_check import check_unchanged, inputs_of
 from server.roster import Roster
+from server.strategies import check_strategy
 from server.strategy import Aggregator
 from server.timeouts import HANDSHAKE_SECONDS, RECONNECT_SECONDS, Pace
 

@@ -43,7 +43,7 @@ def write_defaults(pyproject: Path) -> None:
 
 def keys_page() -> str:
     """Return configs/README.md: every key with its default, what is allowed and its meaning."""
-    lines = [PAGE_HEAD]
+    lines, defaults = [PAGE_HEAD], flatten(Config())
     section = ""
     for key, entry in known_keys().items():
         if key.split(".")[0] != section:
@@ -52,7 +52,7 @@ def keys_page() -> str:
                 f"\n## [{section}]\n\n| key | default | allowed | meaning |\n|---|---|---|---|\n"
             )
         bounds = allowed(entry).replace(" | ", ", ")
-        default = toml_scalar(entry.default)
+        default = toml_scalar(defaults[key])
         lines.append(f"| `{key}` | `{default}` | {bounds} | {entry.metadata['meaning']} |\n")
     return "".join(lines)
 
