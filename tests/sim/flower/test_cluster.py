@@ -7,8 +7,6 @@ import pytest
 
 from sim.flower.superlink import flower_environment, free_port, script
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def cluster(tmp_path_factory):
@@ -34,6 +32,7 @@ def cluster(tmp_path_factory):
     process.wait(60)
 
 
+@pytest.mark.ray
 def test_simulation_joins_the_cluster_of_ray_address(base, laboratory, cluster):
     joined = laboratory.start("joined", environment={"RAY_ADDRESS": cluster}).wait()
     assert joined.code == 0, joined.error
