@@ -45,6 +45,7 @@ def test_runs_add_up_and_the_first_beyond_the_limit_is_refused(tmp_path):
     assert sum(one["epsilon"] for one in promised) <= 7
 
 
+@pytest.mark.slow
 def test_a_lower_limit_holds_for_a_run_under_way_and_forgets_nothing(tmp_path):
     joins(config_of(), tmp_path / "run")
     with pytest.raises(LimitReached, match="limit is epsilon 1 "):
