@@ -19,6 +19,7 @@ from common.data.samples import SampleTable
 from common.errors import FedrxError, UserError
 from common.evaluation.answers import choose_cases
 from common.evaluation.constrained import require_llguidance
+from common.limits import available_cpus
 from common.model.attention import choose_attention
 from common.model.backbone import BackboneSpec, load_tokenizer, resolve_backbone
 from common.model.layout import AdapterLayout, adapter_layout, adapter_spec
@@ -32,7 +33,7 @@ from common.privacy.settings import (
     protects,
     with_calibrated_noise,
 )
-from common.provenance import available_cpus, environment, peak_rss_bytes
+from common.provenance import environment, peak_rss_bytes
 from common.rundir import RunDirectory
 from common.training.budget import checkpoint_steps, steps_in_all, steps_of_round
 from sim.evaluate import evaluate_run

@@ -12,11 +12,12 @@ from client.worker import session_of, tokens_of
 from common.config import Config
 from common.configio import flatten
 from common.errors import UserError
+from common.limits import available_cpus
 from common.model.backbone import loads
 from common.model.layout import adapter_spec
 from common.privacy.receipts import PRIVACY, privacy_summary
 from common.privacy.settings import is_private, protects, with_calibrated_noise
-from common.provenance import available_cpus, environment, peak_rss_bytes, tensors_sha256
+from common.provenance import environment, peak_rss_bytes, tensors_sha256
 from common.rundir import RunDirectory
 from sim.evaluate import evaluate_run
 from sim.exclusive import exclusive, reported
