@@ -25,7 +25,7 @@ class Limits:
     """Processor seconds per second."""
     memory_bytes: int | None = None
     free_bytes: int | None = None
-    """What is left under the tightest limit; cached files that the kernel can drop count as free."""
+    """What is left under the tightest limit; cached files that can be dropped are free."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,14 +18,12 @@ from common.participation import NOT_EVALUATED
 from common.privacy.receipts import PRIVACY, privacy_summary
 from common.privacy.settings import HOSPITAL, hospital_warning, plan_of, protects
 from common.provenance import environment, peak_rss_bytes, source_digest, tensors_sha256
-from common.rundir import RunDirectory
+from common.rundir import TRAINED, RunDirectory
 from server.past import ChangedRun
 from server.roster import Roster
 from server.rounds import Rounds
 
 ENVIRONMENT, FLOWER = "environment.json", "flower"
-TRAINED = "trained"
-"""Stage in status.json: all rounds are done and summed up."""
 
 app = ServerApp()
 

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from common.provenance import PACKAGES, source_root
+from sim.child_environment import APP
 from sim.defaults import flower_defaults
 
 PYPROJECT = """\
@@ -38,7 +39,7 @@ def stage_app(folder: Path, *, version: str) -> Path:
     Returns:
         The app's folder; its name is one that Flower accepts.
     """
-    app = folder / "fedrx"
+    app = folder / APP
     root = source_root()
     for package in PACKAGES:
         for file in sorted((root / package).rglob("*.py")):

@@ -1,4 +1,4 @@
-"""What a cgroup leaves to a process, on trees of files as containers and batch systems make them."""
+"""What a cgroup leaves to a process, on files as containers and batch systems have them."""
 
 import os
 from types import SimpleNamespace
@@ -156,9 +156,7 @@ def test_cpus_follow_affinity_and_quota_whichever_is_less(machine, monkeypatch):
 
 
 def test_memory_follows_machine_and_limit_whichever_is_less(machine, monkeypatch):
-    root = machine(
-        V2_MOUNT, "0::/\n", {"memory.max": f"{4 * GIB}\n", "memory.current": f"{GIB}\n"}
-    )
+    root = machine(V2_MOUNT, "0::/\n", {"memory.max": f"{4 * GIB}\n", "memory.current": f"{GIB}\n"})
     for machine_gib, available, total in ((64, 3, 4), (2, 2, 2)):
         facts = SimpleNamespace(available=machine_gib * GIB, total=machine_gib * GIB)
         monkeypatch.setattr(psutil, "virtual_memory", lambda facts=facts: facts)

@@ -4,10 +4,12 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -361,3 +363,38 @@ def decoys(tmp_path_factory) -> Path:
 def base(laboratory, decoys) -> Started:
     """One finished federation: two workers, started beside decoys, into a folder with blanks."""
     return laboratory.start("a run, größer", cwd=decoys).wait()
+
+
+class FakeProxy:
+    """Counts who comes, and hangs up."""
+
+    def __init__(self) -> None:
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self.seen: list[bytes] = []
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._socket.accept()
+                with connection:
+                    connection.settimeout(5)
+                    with contextlib.suppress(OSError):
+                        self.seen.append(connection.recv(200))
+
+    def environment(self) -> dict[str, str]:
+        """What a hospital's network sets: proxies for everything, and no exceptions."""
+        schemes = ("http", "https", "all", "grpc")
+        proxies = {f"{one}_proxy": self.url for one in schemes}
+        return proxies | {name.upper(): url for name, url in proxies.items()}
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@pytest.fixture
+def fake_proxy() -> Iterator[FakeProxy]:
+    proxy = FakeProxy()
+    yield proxy
+    proxy.close()
