@@ -53,6 +53,7 @@ def judge(
     from common.evaluation.judge_plan import estimate
     from sim.judge import judge as ask_judge
     from sim.judge import plan, show_estimate
+    from sim.stages import after_training
 
     overrides = list(set_ or ())
     if max_cost_usd is not None:
@@ -71,7 +72,8 @@ def judge(
         show_estimate(console, figures)
         print_json(figures, json_output)
         return
-    result = ask_judge(directory, prepared, console=console)
+    with after_training(directory, "the judge", "fedrx judge"):
+        result = ask_judge(directory, prepared, console=console)
     _renew_report(directory)
     print_json(result, json_output)
 
@@ -204,5 +206,7 @@ def _renew_report(run: RunDirectory) -> None:
     """Write a run's report anew, where it has one."""
     if (run.path / "report.md").exists():
         from sim.report import write_report
+        from sim.stages import after_training
 
-        write_report(run)
+        with after_training(run, "the report", "fedrx report"):
+            write_report(run)

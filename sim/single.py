@@ -20,10 +20,11 @@ from common.privacy.settings import is_private, protects, with_calibrated_noise
 from common.provenance import environment, peak_rss_bytes, tensors_sha256
 from common.rundir import RunDirectory
 from sim.evaluate import evaluate_run
-from sim.exclusive import exclusive, reported
+from sim.exclusive import exclusive
 from sim.federate import Preparation, data_facts, fingerprints, prepare, with_absolute_paths
 from sim.report import write_report
 from sim.show import show_summary
+from sim.stages import EVALUATION, REPORT, reported
 from sim.stepwise import SingleTraining, scaling
 
 MODE = "single"
@@ -55,6 +56,7 @@ def single(
         KeyboardInterrupt: after Ctrl-C or SIGTERM, with a checkpoint written.
     """
     started = time.monotonic()
+    RunDirectory.require_new(config, directory=run_dir)
     config = one_node(config)
     preparation = prepare(config, console)
     facts = {"mode": MODE, "config": flatten(config), "inputs": fingerprints(preparation)}
@@ -130,13 +132,14 @@ def train_and_answer(
         console.print(note, markup=False, highlight=False)
     training.finish()
     run.write_json("summary.json", summarise(training, preparation))
-    run.write_status("running", stage="evaluation", step=training.total.value)
+    run.write_status("running", stage=EVALUATION, step=training.total.value)
     summary = evaluate_run(run, console=console)
     summary |= {
         "seconds": round(training.seconds_before + time.monotonic() - started, 3),
         "peak_rss_bytes": peak_rss_bytes(),
     }
     run.write_json("summary.json", summary)
+    run.write_status("running", stage=REPORT, step=training.total.value)
     write_report(run)
     run.write_status("finished", step=training.total.value)
     show_summary(console, run, summary)

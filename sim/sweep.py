@@ -27,6 +27,7 @@ from sim.exclusive import exclusive
 from sim.federate import federate, resolved
 from sim.resume import resume
 from sim.single import one_node, single
+from sim.stages import StageFailed
 
 CENTRALISED, LOCAL_ONLY = "centralised", "local-only"
 ARMS: dict[str, dict[str, Any]] = {
@@ -179,7 +180,10 @@ def sweep(
         for number, cell in enumerate(cells, 1):
             label = f"{number}/{len(cells)}: {cell.arm}, seed {cell.seed} {cell.part}"
             console.print(label, style="bold", markup=False)
-            summaries.append(_run(cell, folder / cell.folder, console, command_line))
+            try:
+                summaries.append(_run(cell, folder / cell.folder, console, command_line))
+            except StageFailed as error:
+                raise error.going_on("the same `fedrx sweep`") from error
     rows = [
         {"arm": arm, "runs": len(chosen), **tabulate([s for _, s in chosen])}
         for arm, chosen in _by_arm(cells, summaries).items()
