@@ -8,12 +8,12 @@ import torch
 from common.config import Config
 from common.data.names import read_drug_map
 from common.evaluation.constrained import require_llguidance
-from common.model.attention import choose_attention
-from common.model.backbone import BackboneSpec, load_tokenizer
-from common.model.known_shapes import KNOWN_SHAPES, shape_of
-from common.model.layout import adapter_spec, meta_adapter
+from common.model.adapter.layout import adapter_spec, meta_adapter
+from common.model.backbone.known_shapes import KNOWN_SHAPES, shape_of
+from common.model.backbone.load import BackboneSpec, load_tokenizer
+from common.model.kernels.attention import choose_attention
 from common.model.session import DTYPES, choose_device, choose_dtype
-from sim.launch import free_port
+from sim.flower.superlink import free_port
 
 _UNREAD = "not read yet"
 

@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from common.errors import FedrxError, RunFailed, UserError
-from common.evaluation.judge_gate import CREDENTIALED, source_of_run
+from common.evaluation.judge.gate import CREDENTIALED, source_of_run
 from common.rundir import TRAINED, RunDirectory
 
 TRAINING, EVALUATION, REPORT = "training", "evaluation", "report"

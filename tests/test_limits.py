@@ -9,9 +9,9 @@ import torch
 
 import common.limits
 import common.model.memory
-import sim.doctor
-import sim.plan
-import sim.workers
+import sim.checks.doctor
+import sim.checks.plan
+import sim.flower.worker_count
 from common.config import Config
 from common.limits import (
     Limits,
@@ -166,11 +166,11 @@ def test_memory_follows_machine_and_limit_whichever_is_less(machine, monkeypatch
 
 def test_workers_threads_and_activations_follow_the_limit(monkeypatch):
     """Everything that sizes itself asks here: a limit of 3 CPUs and 5 GiB of a large machine."""
-    from common.model.known_shapes import shape_of
-    from common.model.layout import adapter_spec
+    from common.model.adapter.layout import adapter_spec
+    from common.model.backbone.known_shapes import shape_of
     from common.model.session import open_session
-    from sim.federate import threads_per_worker
-    from sim.single import one_node
+    from sim.runs.federate import threads_per_worker
+    from sim.runs.single import one_node
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
     big = SimpleNamespace(available=512 * GIB, total=512 * GIB)
@@ -180,17 +180,17 @@ def test_workers_threads_and_activations_follow_the_limit(monkeypatch):
     config = Config()
     assert threads_per_worker(config) == 1
     assert one_node(config).train.threads == 3
-    chosen = sim.workers.choose_workers(config, shape_of("embedded"))
+    chosen = sim.flower.worker_count.choose_workers(config, shape_of("embedded"))
     assert chosen.value < 3
     assert "3 CPUs" in chosen.reason
     assert "4.3 GB" in chosen.reason
     assert common.model.memory._free_bytes(torch.device("cpu")) == 4 * GIB
-    assert sim.plan._card(None, "cpu").value == 5 * GIB
-    assert sim.doctor._memory().found.startswith("4.0 GiB")
+    assert sim.checks.plan._card(None, "cpu").value == 5 * GIB
+    assert sim.checks.doctor._memory().found.startswith("4.0 GiB")
     asked: list[int] = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    from common.model.backbone import resolve_backbone
+    from common.model.backbone.load import resolve_backbone
 
     open_session(resolve_backbone("tiny"), adapter_spec(config.adapter), device="cpu", dtype="fp32")
     assert asked == [3]

@@ -31,8 +31,8 @@ from sim.child_environment import (
     without_loopback_proxy,
     working_folder,
 )
-from sim.deploy import deploy
-from sim.launch import script
+from sim.flower.deploy import deploy
+from sim.flower.superlink import script
 
 GIB = 2**30
 

@@ -56,7 +56,7 @@ def test_an_error_in_a_handler_names_both():
         try:
             raise KeyError("session")
         except KeyError:
-            raise OSError(28, "No space left on device")  # noqa: B904
+            raise OSError(28, "No space left on device")
 
     assert true_cause(printed(fail)) == (
         "OSError: [Errno 28] No space left on device (while handling KeyError: 'session')"

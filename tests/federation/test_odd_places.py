@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common.data.synthesize import write_tables
+from common.data.synthetic.write import write_tables
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("client", "common", "server", "sim")

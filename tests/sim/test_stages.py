@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-import sim.cli
-import sim.evaluate
-import sim.federate
-import sim.paper
-import sim.resume
-import sim.single
+import sim.answers.evaluate
+import sim.cli.main
+import sim.runs.federate
+import sim.runs.paper
+import sim.runs.resume
+import sim.runs.single
+import sim.runs.sweep
 import sim.stages
-import sim.sweep
 from common.config import Config
 from common.configio import from_flat
 from common.errors import RunFailed, UserError
 from common.rundir import RunDirectory
-from sim.exclusive import exclusive
+from sim.process.lock import exclusive
 from sim.stages import (
     ERROR_LOG,
     EVALUATION,
@@ -166,10 +166,10 @@ def test_a_sweep_names_itself(run, tmp_path, monkeypatch):
     def broken(*args, **keys):
         raise StageFailed("training is done", command="fedrx resume cell")
 
-    monkeypatch.setattr(sim.sweep, "_run", broken)
-    cells = sim.sweep.plan_cells(Config(), arms=["fa-lora"], seeds=[0])
+    monkeypatch.setattr(sim.runs.sweep, "_run", broken)
+    cells = sim.runs.sweep.plan_cells(Config(), arms=["fa-lora"], seeds=[0])
     with pytest.raises(StageFailed, match="go on with: the same `fedrx sweep`$"):
-        sim.sweep.sweep(cells, tmp_path / "sweep", console=silent(), command_line=())
+        sim.runs.sweep.sweep(cells, tmp_path / "sweep", console=silent(), command_line=())
 
 
 @pytest.mark.parametrize(("what", "verb"), [("the judge", "judge"), ("the report", "report")])
@@ -228,7 +228,7 @@ def command(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     """Run the command line in this process."""
     monkeypatch.setattr(sys, "argv", ["fedrx", *arguments])
     with pytest.raises(SystemExit) as ended:
-        sim.cli.main()
+        sim.cli.main.main()
     out, error = capsys.readouterr()
     return int(ended.value.code or 0), out, error
 
@@ -244,7 +244,7 @@ def test_single_fails_in_its_answers_and_goes_on(tmp_path, monkeypatch, capsys):
         raise NEWER_LIBRARY
 
     with monkeypatch.context() as broken:
-        broken.setattr(sim.evaluate, "evaluate_answers", newer)
+        broken.setattr(sim.answers.evaluate, "evaluate_answers", newer)
         code, _, error = command(
             broken, capsys, "single", str(config), "--run-dir", str(folder), *sets
         )
@@ -256,7 +256,7 @@ def test_single_fails_in_its_answers_and_goes_on(tmp_path, monkeypatch, capsys):
     trained = run.read_json("summary.json")["b_sha256"]
 
     with monkeypatch.context() as broken:
-        broken.setattr(sim.single, "write_report", newer)
+        broken.setattr(sim.runs.single, "write_report", newer)
         code, _, error = command(broken, capsys, "resume", str(folder))
     assert code == 1
     assert "the report failed: TypeError" in error.splitlines()[-1]
@@ -275,7 +275,7 @@ def test_an_unexpected_error_outside_of_a_run_is_a_line_and_a_log(tmp_path, monk
         raise NEWER_LIBRARY
 
     monkeypatch.setattr(sim.stages.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr("sim.doctor.examine", broken)
+    monkeypatch.setattr("sim.checks.doctor.examine", broken)
     code, _, error = command(monkeypatch, capsys, "doctor")
     assert code == 1
     (line,) = error.splitlines()
@@ -292,7 +292,7 @@ def test_a_wrong_path_is_input_and_a_full_disk_is_a_failure(
         raise OSError(number, "no", "/x/file")
 
     monkeypatch.setattr(sim.stages.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr("sim.doctor.examine", broken)
+    monkeypatch.setattr("sim.checks.doctor.examine", broken)
     code, _, error = command(monkeypatch, capsys, "doctor")
     assert code == status
     assert len(error.splitlines()) == 1
@@ -324,8 +324,8 @@ def test_what_cannot_work_is_refused_before_data_and_weights(
     def touched(*args, **keys):
         raise Touched
 
-    monkeypatch.setattr(sim.federate, "load_samples", touched)
-    monkeypatch.setattr(sim.federate, "resolve_backbone", touched)
+    monkeypatch.setattr(sim.runs.federate, "load_samples", touched)
+    monkeypatch.setattr(sim.runs.federate, "resolve_backbone", touched)
     folder = tmp_path / "run"
     if said == "is not empty":
         folder.mkdir()
@@ -334,26 +334,32 @@ def test_what_cannot_work_is_refused_before_data_and_weights(
     common = {"console": silent(), "command_line": (), "run_dir": folder}
     with pytest.raises(UserError, match=said):
         if verb == "paper":
-            sim.paper.paper(config, scale="small", ranks=(2,), **common)
+            sim.runs.paper.paper(config, scale="small", ranks=(2,), **common)
         else:
-            {"single": sim.single.single, "federate": sim.federate.federate}[verb](config, **common)
+            {"single": sim.runs.single.single, "federate": sim.runs.federate.federate}[verb](
+                config, **common
+            )
     assert not folder.exists() or [file.name for file in folder.iterdir()] == ["precious"]
 
 
 def test_a_folder_is_checked_by_its_configuration_alone(tmp_path, monkeypatch):
     """A backbone's folder that is no Llama, or a rank beyond its width, needs no hashing."""
-    monkeypatch.setattr(sim.federate, "load_samples", lambda *a, **k: pytest.fail("data was read"))
+    monkeypatch.setattr(
+        sim.runs.federate, "load_samples", lambda *a, **k: pytest.fail("data was read")
+    )
     (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
     config = from_flat({**TINY, "model.backbone": str(tmp_path)})
     with pytest.raises(UserError, match="not a Llama"):
-        sim.federate.prepare(config, silent())
+        sim.runs.federate.prepare(config, silent())
 
 
 def test_evaluate_refuses_a_device_before_it_reads_data(run, monkeypatch):
     run.write_status("finished")
-    monkeypatch.setattr(sim.evaluate, "load_samples", lambda *a: pytest.fail("data was read"))
+    monkeypatch.setattr(
+        sim.answers.evaluate, "load_samples", lambda *a: pytest.fail("data was read")
+    )
     with pytest.raises(UserError, match="cuda:99"):
-        sim.evaluate.evaluate(run, console=silent(), overrides=["train.device=cuda:99"])
+        sim.answers.evaluate.evaluate(run, console=silent(), overrides=["train.device=cuda:99"])
     with exclusive(run):
         pass
 

@@ -65,6 +65,6 @@ def main() -> None:
         sys.stderr.write(f"fedrx: {problem}\n")
         sys.exit(2)
     sys.meta_path.insert(0, OurPackages(root))
-    from sim.cli import main as command
+    from sim.cli.main import main as command
 
     command()
