@@ -273,7 +273,7 @@ def main() -> None:
         if isinstance(error, OSError) and error.errno in PATH_ERRORS and error.filename is not None:
             line, status = f"{error.filename}: {error.strerror}; fix: name another path", 2
         else:
-            from sim.stages import unexpected
+            from sim.process.stages import unexpected
 
             line, status = unexpected(error), 1
         print(f"fedrx: {line}", file=sys.stderr)

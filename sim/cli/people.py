@@ -7,7 +7,8 @@ import typer
 
 from common.errors import UserError
 from common.rundir import RunDirectory
-from sim.cli.options import JsonOption, SetOption, console_for, open_run, print_json
+from sim.cli.options import JsonOption, SetOption, console_for, print_json
+from sim.process.open_run import open_run
 
 review_app = typer.Typer(no_args_is_help=True, help="Blinded packets for clinicians.")
 
@@ -53,7 +54,7 @@ def judge(
     from common.evaluation.judge.plan import estimate
     from sim.answers.judge import judge as ask_judge
     from sim.answers.judge import plan, show_estimate
-    from sim.stages import after_training
+    from sim.process.stages import after_training
 
     overrides = list(set_ or ())
     if max_cost_usd is not None:
@@ -211,8 +212,8 @@ def assist(
 def _renew_report(run: RunDirectory) -> None:
     """Write a run's report anew, where it has one."""
     if (run.path / "report.md").exists():
+        from sim.process.stages import after_training
         from sim.report.run_report import write_report
-        from sim.stages import after_training
 
         with after_training(run, "the report", "fedrx report"):
             write_report(run)

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from common.provenance import PACKAGES, source_root
-from sim.child_environment import APP
+from sim.flower.child_environment import APP
 from sim.flower.run_config import flower_defaults
 
 PYPROJECT = """\

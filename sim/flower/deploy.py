@@ -25,8 +25,8 @@ from common.errors import UserError
 from common.files import write_text
 from common.wire.cohort import check_strategy
 from common.wire.handshake import NAME_PATTERN
-from sim.child_environment import LOOPBACK
 from sim.flower.bundle import stage_app
+from sim.flower.child_environment import LOOPBACK
 from sim.flower.superlink import CONNECTION
 
 VALID_DAYS = 825

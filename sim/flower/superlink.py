@@ -33,9 +33,14 @@ from common.configio import flatten, toml_scalar
 from common.errors import RunFailed, UserError
 from common.files import write_text
 from common.rundir import TRAINED, RunDirectory
-from sim.child_environment import RUN_VARIABLE, child_environment, joins_cluster, working_folder
 from sim.flower.bundle import stage_app
-from sim.flower_log import true_cause
+from sim.flower.child_environment import (
+    RUN_VARIABLE,
+    child_environment,
+    joins_cluster,
+    working_folder,
+)
+from sim.flower.flower_log import true_cause
 
 START_SECONDS = 120.0
 STOP_SECONDS = 15.0

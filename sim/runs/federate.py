@@ -33,15 +33,15 @@ from common.rundir import RunDirectory
 from common.training.budget import checkpoint_steps, steps_in_all, steps_of_round
 from common.wire.cohort import check_only, check_strategy
 from sim.answers.evaluate import evaluate_run
-from sim.early import check_settings
-from sim.flower.superlink import end_leftovers, run_flower
+from sim.flower.superlink import end_leftovers, free_port, run_flower
 from sim.flower.worker_count import choose_workers
+from sim.process.early import check_settings
 from sim.process.lock import exclusive
 from sim.process.peak_memory import PeakMemory
 from sim.process.progress import RunProgress
+from sim.process.stages import EVALUATION, REPORT, reported
 from sim.report.run_report import write_report
 from sim.report.terminal import show_summary
-from sim.stages import EVALUATION, REPORT, reported
 
 MODE = "federation"
 BUILT_IN = ("synthetic", "embedded", "tiny")
@@ -68,6 +68,7 @@ def prepare(config: Config, console: Console) -> Preparation:
     def say(line: str) -> None:
         console.print(line, style="dim", markup=False, highlight=False)
 
+    free_port(config.run.port)
     check_settings(config)
     table = load_samples(config.data, progress=say)
     if not table.admissions:

@@ -19,12 +19,13 @@ from common.rundir import RunDirectory, remove_unbegun
 from common.training.resident_session import close_session, session_of
 from sim.answers.evaluate import evaluate_run
 from sim.process.lock import exclusive
+from sim.process.open_run import rank_folder
 from sim.process.progress import Meter
+from sim.process.stages import EVALUATION, REPORT, after_training, reported
 from sim.report.run_report import write_report
 from sim.runs import single
 from sim.runs.federate import Preparation, fingerprints, prepare
-from sim.runs.paper_table import build_table, model_of, rank_folder, show_table, write_table
-from sim.stages import EVALUATION, REPORT, after_training, reported
+from sim.runs.paper_table import build_table, model_of, show_table, write_table
 
 MODE = "paper"
 RANKS = (16, 32)

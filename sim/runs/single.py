@@ -21,11 +21,11 @@ from common.rundir import RunDirectory
 from common.training.resident_session import session_of, tokens_of
 from sim.answers.evaluate import evaluate_run
 from sim.process.lock import exclusive
+from sim.process.stages import EVALUATION, REPORT, reported
 from sim.report.run_report import write_report
 from sim.report.terminal import show_summary
 from sim.runs.federate import Preparation, data_facts, fingerprints, prepare, with_absolute_paths
 from sim.runs.single_training import SingleTraining, scaling
-from sim.stages import EVALUATION, REPORT, reported
 
 MODE = "single"
 

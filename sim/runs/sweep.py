@@ -24,10 +24,10 @@ from common.files import write_json, write_text
 from common.rundir import RunDirectory, remove_unbegun
 from common.wire.cohort import check_strategy, hospital_names, sampled
 from sim.process.lock import exclusive
+from sim.process.stages import StageFailed
 from sim.runs.federate import federate, resolved
 from sim.runs.resume import resume
 from sim.runs.single import one_node, single
-from sim.stages import StageFailed
 
 CENTRALISED, LOCAL_ONLY = "centralised", "local-only"
 ARMS: dict[str, dict[str, Any]] = {
@@ -44,7 +44,7 @@ ARMS: dict[str, dict[str, Any]] = {
     LOCAL_ONLY: {},
 }
 SEEDED = ("train.seed", "adapter.seed", "partition.seed", "federation.seed")
-RESULTLESS = ("federation.workers:",)
+RESULTLESS = ("federation.workers",)
 """Keys that cannot change a run's result."""
 CONFIDENCE = 0.95
 FIGURES: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
@@ -280,7 +280,9 @@ def _check_same(cell: Cell, run: RunDirectory) -> None:
     """Refuse a run that is not the cell's, by the configurations that both run with."""
     wanted = resolved(cell.config) if cell.federated else one_node(cell.config)
     changed = [
-        text for text in differences(run.config(), wanted) if not text.startswith(RESULTLESS)
+        str(change)
+        for change in differences(run.config(), wanted)
+        if not change.key.startswith(RESULTLESS)
     ]
     if changed:
         raise UserError(

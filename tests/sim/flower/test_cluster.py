@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from sim.child_environment import child_environment
+from sim.flower.child_environment import child_environment
 from sim.flower.superlink import free_port, script
 
 pytestmark = pytest.mark.slow

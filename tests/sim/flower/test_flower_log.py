@@ -3,7 +3,7 @@
 import logging
 import traceback
 
-from sim.flower_log import LONGEST_CAUSE, true_cause
+from sim.flower.flower_log import LONGEST_CAUSE, true_cause
 
 
 def printed(raise_it) -> str:
@@ -51,12 +51,16 @@ def test_the_last_chain_counts():
     assert true_cause(log).startswith("PermissionError")
 
 
+def full_disk():
+    raise OSError(28, "No space left on device")
+
+
 def test_an_error_in_a_handler_names_both():
     def fail():
         try:
             raise KeyError("session")
         except KeyError:
-            raise OSError(28, "No space left on device")
+            full_disk()
 
     assert true_cause(printed(fail)) == (
         "OSError: [Errno 28] No space left on device (while handling KeyError: 'session')"

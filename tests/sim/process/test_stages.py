@@ -13,18 +13,18 @@ from rich.console import Console
 
 import sim.answers.evaluate
 import sim.cli.main
+import sim.process.stages
 import sim.runs.federate
 import sim.runs.paper
 import sim.runs.resume
 import sim.runs.single
 import sim.runs.sweep
-import sim.stages
 from common.config import Config
 from common.configio import from_flat
 from common.errors import RunFailed, UserError
 from common.rundir import RunDirectory
 from sim.process.lock import exclusive
-from sim.stages import (
+from sim.process.stages import (
     ERROR_LOG,
     EVALUATION,
     REPORT,
@@ -114,7 +114,7 @@ def test_where_not_even_the_log_can_be_written_the_line_still_comes(run, monkeyp
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    monkeypatch.setattr(sim.stages.tempfile, "tempdir", str(elsewhere))
+    monkeypatch.setattr(sim.process.stages.tempfile, "tempdir", str(elsewhere))
     run.write_status("running", stage=EVALUATION)
     before = (run.path / "status.json").read_text()
     monkeypatch.setattr("common.rundir.write_json", full)
@@ -126,7 +126,7 @@ def test_where_not_even_the_log_can_be_written_the_line_still_comes(run, monkeyp
     assert "No space left" in log.read_text()
     assert (run.path / "status.json").read_text() == before
     log.unlink()
-    monkeypatch.setattr(sim.stages.tempfile, "mkstemp", full)
+    monkeypatch.setattr(sim.process.stages.tempfile, "mkstemp", full)
     with (
         pytest.raises(StageFailed, match="traceback could not be written"),
         reported(run, silent()),
@@ -274,7 +274,7 @@ def test_an_unexpected_error_outside_of_a_run_is_a_line_and_a_log(tmp_path, monk
     def broken(*args, **keys):
         raise NEWER_LIBRARY
 
-    monkeypatch.setattr(sim.stages.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sim.process.stages.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr("sim.checks.doctor.examine", broken)
     code, _, error = command(monkeypatch, capsys, "doctor")
     assert code == 1
@@ -291,7 +291,7 @@ def test_a_wrong_path_is_input_and_a_full_disk_is_a_failure(
     def broken(*args, **keys):
         raise OSError(number, "no", "/x/file")
 
-    monkeypatch.setattr(sim.stages.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sim.process.stages.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr("sim.checks.doctor.examine", broken)
     code, _, error = command(monkeypatch, capsys, "doctor")
     assert code == status

@@ -13,18 +13,16 @@ from common.model.backbone.known_shapes import KNOWN_SHAPES, shape_of
 from common.model.backbone.load import BackboneSpec, load_tokenizer
 from common.model.kernels.attention import choose_attention
 from common.model.session import DTYPES, choose_device, choose_dtype
-from sim.flower.superlink import free_port
 
 _UNREAD = "not read yet"
 
 
 def check_settings(config: Config) -> None:
-    """Check what needs neither data nor weights: port, device, adapter, tokenizer, other files.
+    """Check what needs neither data nor weights: device, adapter, tokenizer, other files.
 
     Raises:
         UserError: naming the key that cannot be had here.
     """
-    free_port(config.run.port)
     check_device(config)
     if config.data.normalisation == "map":
         read_drug_map(Path(config.data.drug_map))

@@ -19,7 +19,7 @@ import pytest
 
 from common.data.synthetic.write import write_tables
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 PACKAGES = ("client", "common", "server", "sim")
 WRONG = "raise RuntimeError('the wrong package was imported')\n"
 RUN_SECONDS = 900

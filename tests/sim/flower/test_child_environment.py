@@ -18,11 +18,11 @@ import httpx
 import pytest
 import requests
 
-import sim.child_environment
+import sim.flower.child_environment
 from common.config import Config
 from common.errors import UserError
 from common.limits import Limits
-from sim.child_environment import (
+from sim.flower.child_environment import (
     LONGEST_SOCKET_BYTES,
     RAY_SMALLEST_STORE_BYTES,
     RAY_SOCKET,
@@ -187,7 +187,7 @@ def test_a_short_folder_with_blanks_and_brackets_is_used_as_it_is(monkeypatch):
 
 def test_without_any_place_one_line_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "ü"))
-    monkeypatch.setattr(sim.child_environment, "SHORT_FOLDERS", ("/absent",))
+    monkeypatch.setattr(sim.flower.child_environment, "SHORT_FOLDERS", ("/absent",))
     with pytest.raises(UserError, match="fix: set TMPDIR"), working_folder():
         pass
 
@@ -195,10 +195,10 @@ def test_without_any_place_one_line_says_so(tmp_path, monkeypatch):
 def test_ray_gets_the_cgroups_memory(monkeypatch):
     """Ray itself reads the outermost group's limit, which need not be the job's."""
     limit = Limits(memory_bytes=8 * GIB, free_bytes=6 * GIB)
-    monkeypatch.setattr(sim.child_environment, "cgroup_limits", lambda: limit)
-    monkeypatch.setattr(sim.child_environment, "available_memory_bytes", lambda: 6 * GIB)
+    monkeypatch.setattr(sim.flower.child_environment, "cgroup_limits", lambda: limit)
+    monkeypatch.setattr(sim.flower.child_environment, "available_memory_bytes", lambda: 6 * GIB)
     monkeypatch.setattr(
-        sim.child_environment.shutil,
+        sim.flower.child_environment.shutil,
         "disk_usage",
         lambda place: shutil._ntuple_diskusage(0, 0, GIB),
     )
@@ -211,9 +211,9 @@ def test_ray_gets_the_cgroups_memory(monkeypatch):
         Path("/tmp/f"), port=7, run=Path("/r"), base={"RAY_OVERRIDE_RESOURCES": "{}"}
     )
     assert own["RAY_OVERRIDE_RESOURCES"] == "{}"
-    monkeypatch.setattr(sim.child_environment, "available_memory_bytes", lambda: 2**20)
+    monkeypatch.setattr(sim.flower.child_environment, "available_memory_bytes", lambda: 2**20)
     assert ray_memory()["object_store_memory"] == RAY_SMALLEST_STORE_BYTES
-    monkeypatch.setattr(sim.child_environment, "cgroup_limits", Limits)
+    monkeypatch.setattr(sim.flower.child_environment, "cgroup_limits", Limits)
     assert ray_memory() == {}
     made = child_environment(Path("/tmp/f"), port=7, run=Path("/r"), base={})
     assert "RAY_OVERRIDE_RESOURCES" not in made
