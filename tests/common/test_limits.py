@@ -138,6 +138,11 @@ def test_a_container_of_version_1_whose_path_is_the_hosts(machine):
         ("torn\n31 23 - cgroup2\n", "0::/\nnonsense\n", {"cpu.max": "100000 100000"}),
         (V2_MOUNT, "0::/\n", {"cpu.max": "", "memory.max": "much\n"}),
         (V2_MOUNT, "0::/\n", {"cpu.max": "100000 0\n"}),
+        (
+            "35 31 0:32 / /sys/fs/cgroup rw - cgroup cgroup rw,memory\n",
+            "4:memory:/\n",
+            {"memory.limit_in_bytes": NO_LIMIT_V1, "memory.usage_in_bytes": "7\n"},
+        ),
         (V2_MOUNT, "0::/../../elsewhere\n", {}),
     ],
 )

@@ -156,12 +156,19 @@ def test_our_packages_come_before_a_persons_own_path():
     assert made["PYTHONPATH"] == "/tmp/f/fedrx"
 
 
-@pytest.mark.parametrize("name", ["täglich", "x" * 90])
-def test_a_folder_that_ray_cannot_name_is_not_used(tmp_path, monkeypatch, name):
-    place = tmp_path / name
-    place.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(place))
+@pytest.mark.parametrize("name", ["ü", "x" * 90])
+def test_a_folder_that_ray_cannot_name_is_not_used(monkeypatch, name):
+    with (
+        tempfile.TemporaryDirectory(suffix=name, dir="/tmp") as place,
+        monkeypatch.context() as elsewhere,
+    ):
+        elsewhere.setattr(tempfile, "tempdir", place)
+        check_working_folder(Path(place))
+
+
+def check_working_folder(named: Path) -> None:
     with working_folder() as folder:
+        assert not folder.is_relative_to(named)
         assert folder.is_dir()
         assert str(folder).isascii()
         assert len(f"{folder}{RAY_SOCKET}") <= LONGEST_SOCKET_BYTES
