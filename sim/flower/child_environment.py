@@ -7,10 +7,13 @@ ask, where they find our packages, and what they may use of the machine.
 import contextlib
 import json
 import os
+import shlex
 import shutil
+import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping
+from importlib.metadata import distribution
 from pathlib import Path
 
 from common.errors import UserError
@@ -20,6 +23,8 @@ RUN_VARIABLE = "FEDRX_RUN"
 """Marks every process of a run with its run directory, so that none is ever left behind."""
 APP = "fedrx"
 """Folder of the staged app below the working folder; Flower takes the name."""
+SCRIPTS = "bin"
+"""Folder of Flower's commands below the working folder, where they cannot be used as installed."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NO_PROXY = ("no_proxy", "NO_PROXY", "no_grpc_proxy")
 """What urllib, requests and httpx read, and what gRPC reads before it."""
@@ -77,7 +82,9 @@ def child_environment(
         RUN_VARIABLE: str(run),
         # Our packages as the run uses them, ahead of any other of the same name.
         "PYTHONPATH": os.pathsep.join(paths),
-        "PATH": os.pathsep.join([sysconfig.get_path("scripts"), base.get("PATH", "")]),
+        "PATH": os.pathsep.join(
+            [str(folder / SCRIPTS), sysconfig.get_path("scripts"), base.get("PATH", "")]
+        ),
         "TMPDIR": str(folder),
         "RAY_TMPDIR": str(folder),
         "FLWR_HOME": str(folder / "home"),
@@ -155,6 +162,32 @@ def working_folder() -> Iterator[Path]:
         allowed="a writable folder with a short name of ASCII letters",
         fix=f"set TMPDIR ({'; '.join(reasons)})",
     )
+
+
+def write_scripts(folder: Path, executable: str = sys.executable) -> None:
+    """Write Flower's commands for an interpreter whose path a shell would take apart.
+
+    Ray starts its workers through a shell and does not quote the interpreter, so it is given one
+    with a plain path: the same environment, through a link in the working folder.
+
+    Args:
+        folder: From ``working_folder``; stays as it is where the interpreter's path is plain.
+        executable: The interpreter.
+    """
+    if shlex.quote(executable) == executable:
+        return
+    link = folder / "environment"
+    link.symlink_to(Path(executable).parent.parent, target_is_directory=True)
+    python = link / Path(executable).parent.name / Path(executable).name
+    (folder / SCRIPTS).mkdir()
+    for script in distribution("flwr").entry_points.select(group="console_scripts"):
+        file = folder / SCRIPTS / script.name
+        file.write_text(
+            f"#!{python}\nimport sys\nfrom {script.module} import {script.attr}\n"
+            f"sys.exit({script.attr}())\n",
+            encoding="utf-8",
+        )
+        file.chmod(0o700)
 
 
 def fits_socket(folder: Path) -> bool:

@@ -39,6 +39,7 @@ from sim.flower.child_environment import (
     child_environment,
     joins_cluster,
     working_folder,
+    write_scripts,
 )
 from sim.flower.flower_log import true_cause
 
@@ -132,6 +133,7 @@ def superlink(run: Path, port: int = 0) -> Iterator[SuperLink]:
             f'address = "127.0.0.1:{port}"\ninsecure = true\n',
             encoding="utf-8",
         )
+        write_scripts(folder)
         environment = child_environment(folder, port=port, run=run)
         command = [
             *(script("flower-superlink"), "--insecure", "--simulation"),

@@ -4,9 +4,11 @@ import contextlib
 import http.server
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import urllib.request
@@ -30,6 +32,7 @@ from sim.flower.child_environment import (
     ray_memory,
     without_loopback_proxy,
     working_folder,
+    write_scripts,
 )
 from sim.flower.deploy import deploy
 from sim.flower.superlink import script
@@ -190,6 +193,28 @@ def test_a_short_folder_with_blanks_and_brackets_is_used_as_it_is(monkeypatch):
             assert folder.parent == place
     finally:
         shutil.rmtree(place)
+
+
+def test_an_interpreter_that_a_shell_takes_apart_gets_a_plain_path(tmp_path):
+    """Ray starts workers by ``bash -c "exec PYTHON ..."`` without quotes."""
+    odd = tmp_path / "env (ö) [2]" / "bin" / "python3"
+    odd.parent.mkdir(parents=True)
+    odd.symlink_to(sys.executable)
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name)
+        write_scripts(folder, str(odd))
+        made = child_environment(folder, port=7, run=Path("/r"))
+        found = shutil.which("flwr-simulation", path=made["PATH"])
+        assert found == str(folder / "bin" / "flwr-simulation")
+        python = Path(found).read_text().splitlines()[0].removeprefix("#!")
+        assert shlex.quote(python) == python
+        assert Path(python).resolve() == Path(sys.executable).resolve()
+    assert odd.exists()
+
+
+def test_a_plain_interpreter_is_used_as_it_is(tmp_path):
+    write_scripts(tmp_path, "/usr/bin/python3.11")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_any_place_one_line_says_so(tmp_path, monkeypatch):
