@@ -26,7 +26,9 @@ APP = "fedrx"
 SCRIPTS = "bin"
 """Folder of Flower's commands below the working folder, where they cannot be used as installed."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-NO_PROXY = ("no_proxy", "NO_PROXY", "no_grpc_proxy")
+METADATA = ("169.254.169.254", "metadata.google.internal")
+"""Ray asks there, when it starts, whether it is in a cloud; that is on the machine's own link."""
+NO_PROXY, GRPC_NO_PROXY = ("no_proxy", "NO_PROXY"), "no_grpc_proxy"
 """What urllib, requests and httpx read, and what gRPC reads before it."""
 RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
 LONGEST_SOCKET_BYTES = 107
@@ -36,7 +38,9 @@ RAY_STORE_SHARE = 0.3
 RAY_SMALLEST_STORE_BYTES = 80 * 2**20
 
 
-def without_loopback_proxy(environment: Mapping[str, str]) -> dict[str, str]:
+def without_loopback_proxy(
+    environment: Mapping[str, str], *, besides: tuple[str, ...] = ()
+) -> dict[str, str]:
     """Return what keeps loopback from going through a proxy, beside what the person excepts.
 
     >>> without_loopback_proxy({"no_proxy": "example.org"})["NO_PROXY"]
@@ -45,15 +49,11 @@ def without_loopback_proxy(environment: Mapping[str, str]) -> dict[str, str]:
     '*'
     """
     said = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
-    hosts = [host.strip() for host in said.split(",") if host.strip()]
-    grpc = [h.strip() for h in environment.get("no_grpc_proxy", said).split(",") if h.strip()]
-    everything = "*" in hosts
-    lists = dict.fromkeys(NO_PROXY[:2], hosts) | {NO_PROXY[2]: grpc}
-    return {
-        # "*" counts only where it stands alone; gRPC does not know it.
-        name: "*" if everything and name != NO_PROXY[2] else ",".join(_with_loopback(named))
-        for name, named in lists.items()
-    }
+    grpc = environment.get("no_grpc_proxy", said)
+    added = (*LOOPBACK, *besides)
+    # "*" counts only where it stands alone; gRPC does not know it.
+    hosts = "*" if "*" in _hosts(said) else _with(_hosts(said), added)
+    return {**dict.fromkeys(NO_PROXY, hosts), GRPC_NO_PROXY: _with(_hosts(grpc), added)}
 
 
 def child_environment(
@@ -78,7 +78,7 @@ def child_environment(
     paths = [str(folder / APP), *filter(None, [base.get("PYTHONPATH")])]
     environment = {
         **base,
-        **without_loopback_proxy(base),
+        **without_loopback_proxy(base, besides=METADATA),
         RUN_VARIABLE: str(run),
         # Our packages as the run uses them, ahead of any other of the same name.
         "PYTHONPATH": os.pathsep.join(paths),
@@ -195,6 +195,10 @@ def fits_socket(folder: Path) -> bool:
     return len(os.fsencode(f"{folder}{RAY_SOCKET}")) <= LONGEST_SOCKET_BYTES
 
 
-def _with_loopback(hosts: list[str]) -> list[str]:
+def _hosts(text: str) -> list[str]:
+    return [host.strip() for host in text.split(",") if host.strip()]
+
+
+def _with(hosts: list[str], added: tuple[str, ...]) -> str:
     named = [host for host in hosts if host != "*"]
-    return [*named, *(host for host in LOOPBACK if host not in named)]
+    return ",".join([*named, *(host for host in added if host not in named)])

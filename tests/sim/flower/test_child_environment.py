@@ -128,8 +128,9 @@ def test_a_persons_own_exceptions_and_proxies_stay():
     base = {"NO_PROXY": "a.example,localhost", "no_grpc_proxy": "b.example", "http_proxy": "p"}
     made = child_environment(Path("/tmp/f"), port=7, run=Path("/r"), base=base)
     assert made["http_proxy"] == "p"
-    assert made["no_proxy"] == made["NO_PROXY"] == "a.example,localhost,127.0.0.1,::1"
-    assert made["no_grpc_proxy"] == "b.example,127.0.0.1,localhost,::1"
+    ray = "169.254.169.254,metadata.google.internal"
+    assert made["no_proxy"] == made["NO_PROXY"] == f"a.example,localhost,127.0.0.1,::1,{ray}"
+    assert made["no_grpc_proxy"] == f"b.example,127.0.0.1,localhost,::1,{ray}"
     assert without_loopback_proxy(base | {"no_proxy": "*"})["NO_PROXY"] == "*"
 
 
