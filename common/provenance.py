@@ -4,7 +4,6 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
-import os
 import platform
 import subprocess
 import sys
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from common.limits import available_cpus
 
 PACKAGES = ("client", "common", "server", "sim")
 VERSIONED = (
@@ -90,11 +91,6 @@ def environment(command_line: list[str]) -> dict[str, Any]:
         "source_digest": source_digest(),
         "command_line": [Path(command_line[0]).name, *command_line[1:]] if command_line else [],
     }
-
-
-def available_cpus() -> int:
-    """Return how many CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_rss_bytes() -> int:

@@ -72,6 +72,7 @@ def audit(
         RunFailed: if a finding refutes the claim, after everything is written.
     """
     started = time.monotonic()
+    RunDirectory.require_new(config, directory=run_dir)
     if protects(config) and not is_private(config):
         raise UserError(
             "privacy.unit=hospital: the audit covers the release of clipped and noised gradients "
