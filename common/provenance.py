@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from common.text.chat import PROMPT_DATE
+
 PACKAGES = ("client", "common", "server", "sim")
 VERSIONED = (
     *("fedrx", "flwr", "torch", "transformers", "ray", "numpy", "pandas", "polars"),
@@ -88,6 +90,8 @@ def environment(command_line: list[str]) -> dict[str, Any]:
         "versions": versions,
         "git_commit": _git_commit(),
         "source_digest": source_digest(),
+        # What a chat template's clock said in this run's prompts.
+        "prompt_date": PROMPT_DATE.isoformat(),
         "command_line": [Path(command_line[0]).name, *command_line[1:]] if command_line else [],
     }
 

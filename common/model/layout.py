@@ -8,8 +8,9 @@ import torch
 from numpy.typing import NDArray
 
 from common.config import AdapterConfig
-from common.model.backbone import BackboneSpec, read_llama_config
+from common.model.backbone import BackboneSpec
 from common.model.falora import Adapter, AdapterSpec, attach, draw_a
+from common.model.llama_config import read_llama_config
 from common.model.tiny import tiny_config
 
 A_SUFFIX = ".lora_A"
