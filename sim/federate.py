@@ -20,10 +20,11 @@ from common.errors import FedrxError, UserError
 from common.evaluation.answers import choose_cases
 from common.evaluation.constrained import require_llguidance
 from common.model.attention import choose_attention
-from common.model.backbone import BackboneSpec, load_tokenizer, resolve_backbone
+from common.model.backbone import BackboneSpec, resolve_backbone
 from common.model.layout import AdapterLayout, adapter_layout, adapter_spec
 from common.model.session import DTYPES, choose_device, choose_dtype
 from common.participation import check_only, check_strategy
+from common.privacy.isolation import check_backbone
 from common.privacy.settings import (
     hospital_warning,
     is_private,
@@ -94,7 +95,8 @@ def prepare(config: Config, console: Console) -> Preparation:
     if config.evaluation.constrained:
         require_llguidance()
     backbone = resolve_backbone(config.model.backbone, progress=say)
-    load_tokenizer(backbone)
+    if is_private(config):
+        check_backbone(backbone)
     layout = adapter_layout(backbone, adapter_spec(config.adapter))
     return Preparation(table=table, hospitals=hospitals, backbone=backbone, layout=layout)
 

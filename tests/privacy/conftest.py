@@ -54,11 +54,11 @@ def open_tiny() -> Callable[..., Session]:
 
     def opened(mode: str = "fa-lora", rank: int = 4, **choices: str) -> Session:
         spec = AdapterSpec(rank=rank, alpha=4.0, mode=mode)
-        choices = {"dtype": "fp32", **choices}
-        session = open_session(resolve_backbone("tiny"), spec, device="cpu", **choices)
+        choices = {"device": "cpu", "dtype": "fp32", **choices}
+        session = open_session(resolve_backbone("tiny"), spec, **choices)
         generator = torch.Generator().manual_seed(7)
         noise = torch.randn(session.adapter.flat.shape, generator=generator)
-        session.adapter.flat.add_(noise, alpha=0.2)
+        session.adapter.flat.add_(noise.to(session.torch_device), alpha=0.2)
         return session
 
     return opened
