@@ -35,13 +35,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 from common.config import TrainConfig
-from common.model.backbone import BackboneSpec, resolve_backbone
-from common.model.falora import AdapterSpec
+from common.model.adapter.falora import AdapterSpec
+from common.model.backbone.load import BackboneSpec, resolve_backbone
+from common.model.backbone.tiny import tiny_model
 from common.model.session import Session, open_session
-from common.model.tiny import tiny_model
-from common.privacy.clipping import clipped_sum
-from common.privacy.gradients import PrivateGradient
-from common.privacy.noise import NoiseSource
+from common.privacy.mechanism.clipping import clipped_sum
+from common.privacy.mechanism.gradients import PrivateGradient
+from common.privacy.mechanism.noise import NoiseSource
 from common.privacy.plan import PrivacyPlan
 from common.text.batches import Encoded, pack
 from common.training.gradients import BatchGradient

@@ -4,9 +4,9 @@ That includes what is not a number: a neighbour that overflows must not reach ac
 proven by test, units share passes; anywhere else every unit has passes of its own.
 """
 
+from common.choice import Choice
 from common.errors import UserError
-from common.model.backbone import BackboneSpec
-from common.model.choice import Choice
+from common.model.backbone.load import BackboneSpec
 from common.model.rope import FIXED
 from common.model.session import Session
 

@@ -1,0 +1,242 @@
+"""The frozen backbone: what it is (`BackboneSpec`), and loading its weights.
+
+``embedded`` is SmolLM2-135M-Instruct, fetched once into the user's cache; ``tiny`` is a random
+Llama built in code; anything else is a folder or a hub id of a Llama.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from common.errors import UserError
+from common.model import rope
+from common.model.backbone import embedded, tiny
+from common.model.llama_config import read_llama_config, tensors_of
+from common.model.tokenizer import check_tokenizer, read_tokenizer, tokenizer_facts
+from common.model.weights import check_weights, weights_digest
+from common.user_cache import fedrx_cache
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+_loads = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneShape:
+    """The sizes that memory and parameter counts follow from."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+
+    @classmethod
+    def of(cls, config: "LlamaConfig") -> "BackboneShape":
+        """Read the shape from a transformers configuration."""
+        heads = config.num_attention_heads
+        return cls(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            heads=heads,
+            kv_heads=config.num_key_value_heads or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            vocabulary=config.vocab_size,
+            tied=bool(config.tie_word_embeddings),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneSpec:
+    """Which backbone, and where its files are."""
+
+    name: str
+    """As the configuration names it."""
+    folder: Path | None
+    """Folder with config, weights and tokenizer; None for ``tiny``."""
+    hub_id: str
+    """Name on the Hugging Face hub, for model cards; empty when unknown."""
+    fingerprint: str
+    """sha256 of configuration, weights, tokenizer and chat template, as they are loaded."""
+    shape: BackboneShape
+    rope: str = "default"
+    """Kind of its rotary position embedding, as transformers names it."""
+
+
+def loads() -> int:
+    """Return how many times weights were loaded in this process."""
+    return _loads
+
+
+def resolve_backbone(
+    name: str,
+    *,
+    cache_dir: Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> BackboneSpec:
+    """Find, and where needed fetch, a backbone.
+
+    Args:
+        name: ``embedded``, ``tiny``, a folder, or a hub id.
+        cache_dir: The user's cache when None.
+        progress: Called with one line when something takes long.
+
+    Raises:
+        UserError: If it cannot be found or fetched, or is not a Llama.
+    """
+    cache_dir = cache_dir or fedrx_cache()
+    if name == "tiny":
+        config = tiny.tiny_config()
+        return BackboneSpec(
+            name=name,
+            folder=None,
+            hub_id="",
+            fingerprint=_tiny_fingerprint(),
+            shape=BackboneShape.of(config),
+        )
+    if name == "embedded":
+        folder, hub_id = embedded.ensure_embedded(cache_dir, progress), embedded.HUB_ID
+    elif Path(name).expanduser().is_dir():
+        folder, hub_id = Path(name).expanduser().resolve(), ""
+    else:
+        folder, hub_id = _hub_folder(name), name
+    config = read_llama_config(folder, name)
+    expected, optional = tensors_of(config, name)
+    files = check_weights(folder, name, expected, optional=optional)
+    tokenizer = read_tokenizer(folder, name, vocabulary=config.vocab_size)
+    return BackboneSpec(
+        name=name,
+        folder=folder,
+        hub_id=hub_id,
+        fingerprint=_fingerprint(
+            config=_read_json(folder / "config.json"),
+            weights=weights_digest(files, cache_dir, progress),
+            tokenizer=tokenizer_facts(tokenizer),
+            ends=_read_json(folder / "generation_config.json").get("eos_token_id"),
+        ),
+        shape=BackboneShape.of(config),
+        rope=config.rope_parameters["rope_type"],
+    )
+
+
+def load_model(
+    spec: BackboneSpec, *, device: torch.device, dtype: torch.dtype
+) -> "LlamaForCausalLM":
+    """Load the weights (counted by ``loads``), frozen and in evaluation mode."""
+    global _loads
+    _loads += 1
+    if spec.folder is None:
+        return tiny.tiny_model().to(device=device, dtype=dtype).requires_grad_(False)
+    from transformers import LlamaForCausalLM
+
+    with _without_progress_bars():
+        model = LlamaForCausalLM.from_pretrained(
+            spec.folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    rope.install(model)
+    return model.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Keep transformers' own bars out of our output, and leave its switch as it was."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def load_tokenizer(spec: BackboneSpec) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer.
+
+    Raises:
+        UserError: If it is not what ``read_tokenizer`` asks for.
+    """
+    if spec.folder is None:
+        return tiny.tiny_tokenizer()
+    return read_tokenizer(spec.folder, spec.name, vocabulary=spec.shape.vocabulary)
+
+
+def _hub_folder(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
+    try:
+        try:
+            return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+        except LocalEntryNotFoundError:
+            return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"model.backbone={name}: neither a folder nor a model that could be fetched "
+            f"({type(error).__name__})",
+            allowed="`embedded`, `tiny`, a folder with a Llama, or a hub id",
+            fix="check the name, the network, and for gated models `hf auth login`",
+        ) from None
+
+
+def _fingerprint(**parts: Any) -> str:
+    """Hash everything that loading reads and that decides a result."""
+    parts["config"] = _essential(parts["config"])
+    return hashlib.sha256(_canonical(parts)).hexdigest()
+
+
+@functools.cache
+def _tiny_fingerprint() -> str:
+    model, tokenizer = tiny.tiny_model(), tiny.tiny_tokenizer()
+    check_tokenizer(tokenizer, "tiny", vocabulary=model.config.vocab_size)
+    weights = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        weights.update(key.encode())
+        weights.update(tensor.numpy().tobytes())
+    return _fingerprint(
+        config=model.config.to_diff_dict(),
+        weights=weights.hexdigest(),
+        tokenizer=tokenizer_facts(tokenizer),
+        ends=None,
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object; nothing where there is no file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"model.backbone: {file} is not readable", fix="copy it again") from None
+    return content
+
+
+def _essential(config: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what says where and with what a model was saved, not what it is."""
+    incidental = {"transformers_version", "_name_or_path", "_model_name_or_path"}
+    return {key: value for key, value in config.items() if key not in incidental}
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, default=str).encode()
