@@ -9,13 +9,12 @@ import datetime
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
+from common.provenance import PROMPT_DATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages = list[dict[str, str]]
-PROMPT_DATE = datetime.date(2024, 7, 26)
-"""What a template's ``strftime_now`` says; Llama 3's templates name this day where no clock is."""
 _DIRECTIVES = (
     *("%-d", "%-m", "%-y", "%-H", "%-I", "%-M", "%-S", "%-j"),
     *(f"%{letter}" for letter in "aAbBcdeDfFgGhHIjklmMnpPrRsSTuUVwWxXyYzZ"),

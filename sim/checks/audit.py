@@ -16,8 +16,8 @@ from common.model.adapter.layout import adapter_spec
 from common.model.backbone.load import resolve_backbone
 from common.model.session import Session, open_session
 from common.privacy.audit import Finding, inversion_test, noise_test, one_run_audit
-from common.privacy.isolation import check_backbone
 from common.privacy.mechanism.gradients import PrivateGradient
+from common.privacy.mechanism.isolation import check_backbone
 from common.privacy.plan import PrivacyPlan
 from common.privacy.settings import is_private, plan_of, protects, with_calibrated_noise
 from common.provenance import environment

@@ -19,7 +19,7 @@ from common.data.samples import Admission
 from common.data.skew import drug_skew
 from common.errors import UserError
 from common.model.backbone import embedded, tiny
-from common.model.tokenizer import read_tokenizer
+from common.model.backbone.tokenizer import read_tokenizer
 from common.seeds import stream
 from common.text.batches import encode
 from common.user_cache import fedrx_cache

@@ -23,7 +23,7 @@ from common.model.adapter.layout import AdapterLayout, adapter_layout, adapter_s
 from common.model.backbone.load import BackboneSpec, resolve_backbone
 from common.model.kernels.attention import choose_attention
 from common.model.session import DTYPES, choose_device, choose_dtype
-from common.privacy.isolation import check_backbone
+from common.privacy.mechanism.isolation import check_backbone
 from common.privacy.settings import (
     hospital_warning,
     is_private,

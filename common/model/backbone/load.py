@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from common.errors import UserError
-from common.model import rope
 from common.model.backbone import embedded, tiny
-from common.model.llama_config import read_llama_config, tensors_of
-from common.model.tokenizer import check_tokenizer, read_tokenizer, tokenizer_facts
-from common.model.weights import check_weights, weights_digest
+from common.model.backbone.llama_config import read_llama_config, tensors_of
+from common.model.backbone.tokenizer import check_tokenizer, read_tokenizer, tokenizer_facts
+from common.model.backbone.weights import check_weights, weights_digest
+from common.model.kernels import rope
 from common.user_cache import fedrx_cache
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """The private gradient source: what the training loop asks in place of a batch gradient.
 
 A unit's gradient must be a function of that unit alone. Units share a packed pass only where that
-is proven (``common.privacy.isolation``), and have passes of their own anywhere else.
+is proven (``common.privacy.mechanism.isolation``), and have passes of their own anywhere else.
 
 Shapes: U units of one micro-batch, P trainable parameters.
 """
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from common.model.session import Session
-from common.privacy.isolation import check_backbone, shared_passes
 from common.privacy.mechanism.clipping import clipped_sum
+from common.privacy.mechanism.isolation import check_backbone, shared_passes
 from common.privacy.mechanism.noise import NoiseSource
 from common.privacy.mechanism.release import GaussianMechanism
 from common.privacy.mechanism.sampling import Units, group_units

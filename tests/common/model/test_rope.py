@@ -12,10 +12,10 @@ from rich.console import Console
 from common.configio import from_flat
 from common.errors import UserError
 from common.evaluation.generate import generate
-from common.model import rope
 from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.load import resolve_backbone
-from common.model.rope import BY_LENGTH, FIXED
+from common.model.kernels import rope
+from common.model.kernels.rope import BY_LENGTH, FIXED
 from common.model.session import open_session
 from common.text.batches import Encoded, pack
 from common.training.gradients import add_unit_gradients

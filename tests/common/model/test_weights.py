@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from common.configio import from_flat
 from common.errors import UserError
-from common.model import weights
+from common.model.backbone import weights
 from common.model.backbone.load import loads, resolve_backbone
-from common.model.weights import INDEX, weights_digest
+from common.model.backbone.weights import INDEX, weights_digest
 from sim.runs.federate import federate
 from sim.runs.single import single
 

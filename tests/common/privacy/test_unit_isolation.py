@@ -14,11 +14,11 @@ from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.load import resolve_backbone
 from common.model.kernels import attention
 from common.model.kernels.attention import KERNELS, Packing, attend, choose_attention
-from common.model.rope import BY_LENGTH, FIXED
+from common.model.kernels.rope import BY_LENGTH, FIXED
 from common.model.session import DTYPES, Session, open_session
-from common.privacy.isolation import check_backbone, shared_passes
 from common.privacy.mechanism import gradients
 from common.privacy.mechanism.gradients import PrivateGradient
+from common.privacy.mechanism.isolation import check_backbone, shared_passes
 from common.privacy.mechanism.noise import NoiseSource
 from common.text.batches import Encoded
 from common.training.gradients import add_unit_gradients

@@ -8,8 +8,8 @@ from transformers.utils import chat_template_utils
 
 from common.errors import UserError
 from common.model.backbone.tiny import tiny_tokenizer
-from common.provenance import environment
-from common.text.chat import PROMPT_DATE, prompt_text, prompt_tokens
+from common.provenance import PROMPT_DATE, environment
+from common.text.chat import prompt_text, prompt_tokens
 
 SYSTEM, USER = "List the drugs.", "Sex: F\n- Ménière's disease"
 PLAIN = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<answer>"

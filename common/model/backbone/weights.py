@@ -165,7 +165,8 @@ def _header(file: Path, name: str) -> dict[str, tuple[tuple[int, ...], str]]:
 
     try:
         with safe_open(file, framework="pt") as content:
-            slices = {tensor: content.get_slice(tensor) for tensor in content.keys()}
+            names = content.keys()
+            slices = {tensor: content.get_slice(tensor) for tensor in names}
             return {t: (tuple(s.get_shape()), str(s.get_dtype())) for t, s in slices.items()}
     except (SafetensorError, OSError):
         raise _refusal(

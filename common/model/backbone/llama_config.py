@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from common.errors import UserError
-from common.model import rope
-from common.model.weights import quantised
+from common.model.backbone.weights import quantised
+from common.model.kernels import rope
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig

@@ -7,7 +7,7 @@ proven by test, units share passes; anywhere else every unit has passes of its o
 from common.choice import Choice
 from common.errors import UserError
 from common.model.backbone.load import BackboneSpec
-from common.model.rope import FIXED
+from common.model.kernels.rope import FIXED
 from common.model.session import Session
 
 PROVEN = frozenset({("cpu", "fp32", "sdpa"), ("cpu", "fp32", "eager")})
