@@ -19,7 +19,8 @@ from common.errors import FedrxError, UserError
 from common.evaluation.answers import choose_cases
 from common.limits import available_cpus
 from common.model.adapter.layout import AdapterLayout, adapter_layout, adapter_spec
-from common.model.backbone.load import BackboneSpec, load_tokenizer, resolve_backbone
+from common.model.backbone.load import BackboneSpec, resolve_backbone
+from common.privacy.mechanism.isolation import check_backbone
 from common.privacy.settings import (
     hospital_warning,
     is_private,
@@ -88,7 +89,8 @@ def prepare(config: Config, console: Console) -> Preparation:
         checkpoint_steps(config, steps_in_all(config, len(hospital.train)).value)
     choose_cases(hospitals, samples=config.evaluation.samples, seed=config.evaluation.seed)
     backbone = resolve_backbone(config.model.backbone, progress=say)
-    load_tokenizer(backbone)
+    if is_private(config):
+        check_backbone(backbone)
     layout = adapter_layout(backbone, adapter_spec(config.adapter))
     return Preparation(table=table, hospitals=hospitals, backbone=backbone, layout=layout)
 
