@@ -12,9 +12,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord
-from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg
-from flwr.supercore.privacy_accounting import NeighboringRelation, PrivacyConfig, SamplingMethod
-from flwr.supercore.privacy_accounting.rdp_accountant import RdpAccountant
+from flwr.serverapp import NeighboringRelation, PrivacyConfig, RdpAccountant, SamplingMethod
+from flwr.serverapp.strategy import FedAvg
 
 from common.config import FederationConfig
 from common.errors import RunFailed
@@ -23,12 +22,13 @@ from common.privacy.ledger import Ledger
 from common.privacy.mechanism import GaussianMechanism
 from common.privacy.noise import NoiseSource
 from common.privacy.plan import PrivacyPlan
+from common.undocumented.flower import FixedClippingWithOwnNoise
 from server.strategy import Aggregator
 
 _TINY = 1e-12
 
 
-class SecretNoise(DifferentialPrivacyServerSideFixedClipping):
+class SecretNoise(FixedClippingWithOwnNoise):
     """Flower's wrapper with discrete Gaussian noise from a secret source."""
 
     def __init__(self, strategy: FedAvg, plan: PrivacyPlan, accountant: RdpAccountant) -> None:
@@ -44,9 +44,10 @@ class SecretNoise(DifferentialPrivacyServerSideFixedClipping):
     def begin(self, b: Tensors, server_round: int) -> None:
         """Set what the updates started from, and enter the round's release into the accountant."""
         self.current_arrays = _record(b)
-        self._prepare_accounting(server_round, [None] * self.num_sampled_clients)
+        self.enter_release(server_round)
 
-    def _add_noise_to_aggregated_arrays(self, aggregated_arrays: ArrayRecord) -> ArrayRecord:
+    def noised(self, aggregated_arrays: ArrayRecord) -> ArrayRecord:
+        """Return the mean with discrete Gaussian noise on the summed changes."""
         before = self.current_arrays.to_numpy_ndarrays()
         after = aggregated_arrays.to_numpy_ndarrays()
         changes = [new - old for new, old in zip(after, before, strict=True)]

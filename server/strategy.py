@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp.exception import AppExitException
 from flwr.serverapp.strategy import (
     FedAdam,
     FedAvg,
@@ -26,6 +25,7 @@ from common.config import FederationConfig
 from common.errors import RunFailed
 from common.exchange import Tensors, Update
 from common.participation import is_robust
+from common.undocumented.flower import AppExitException
 
 WEIGHT = "weight"
 _log = logging.getLogger(__name__)

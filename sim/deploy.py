@@ -25,13 +25,14 @@ from common.errors import UserError
 from common.files import write_text
 from common.hello import NAME_PATTERN
 from common.participation import check_strategy
+from common.undocumented.flower import NO_UPDATE_CHECK
 from sim.launch import CONNECTION
 from sim.staging import stage_app
 
 VALID_DAYS = 825
 FIRST_NODE_PORT = 9094
-QUIET = """\
-export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 RAY_USAGE_STATS_ENABLED=0
+QUIET = f"""\
+export FLWR_TELEMETRY_ENABLED=0 {NO_UPDATE_CHECK}=1 RAY_USAGE_STATS_ENABLED=0
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 HF_HUB_DISABLE_TELEMETRY=1
 """
 WATCH = """\

@@ -33,6 +33,13 @@ from common.config import Config
 from common.configio import flatten, toml_scalar
 from common.errors import RunFailed, UserError
 from common.rundir import RunDirectory
+from common.undocumented.flower import NO_UPDATE_CHECK
+from common.undocumented.ray_names import (
+    HIDE_GPUS_FROM_GPULESS_WORKERS,
+    LOCAL_SERVERS_LISTEN_EVERYWHERE,
+    SOCKET,
+    WORKER_NICENESS,
+)
 from server.app import TRAINED
 from sim.staging import stage_app
 
@@ -44,7 +51,6 @@ SIMULATION = "flwr-simulation"
 CONNECTION = "fedrx"
 RUN_VARIABLE = "FEDRX_RUN"
 """Marks every process of a run with its run directory, so that none is ever left behind."""
-RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
 LONGEST_SOCKET = 107
 
 
@@ -124,7 +130,7 @@ def superlink(run: Path, port: int = 0) -> Iterator[SuperLink]:
             f'address = "127.0.0.1:{port}"\ninsecure = true\n',
             encoding="utf-8",
         )
-        environment = flower_environment(folder, port, run)
+        environment = flower_environment(folder, run)
         command = [
             *(script("flower-superlink"), "--insecure", "--simulation"),
             *("--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(port)),
@@ -152,7 +158,7 @@ def superlink(run: Path, port: int = 0) -> Iterator[SuperLink]:
             stop(process, run)
 
 
-def flower_environment(folder: Path, port: int, run: Path) -> dict[str, str]:
+def flower_environment(folder: Path, run: Path) -> dict[str, str]:
     """Return the environment of every Flower and Ray process of a run.
 
     ``RAY_ADDRESS`` is the person's own if it is set; otherwise Ray starts a cluster of its own
@@ -163,24 +169,22 @@ def flower_environment(folder: Path, port: int, run: Path) -> dict[str, str]:
         RUN_VARIABLE: str(run),
         "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),
         "FLWR_HOME": str(folder / "home"),
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port),
-        "FLWR_LOCAL_CONTROL_API_PORT": str(port),
         "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        NO_UPDATE_CHECK: "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "RAY_ADDRESS": os.environ.get("RAY_ADDRESS") or "local",
         # Without this Ray's own servers listen on every interface of the machine.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1" if joins_cluster() else "0",
+        LOCAL_SERVERS_LISTEN_EVERYWHERE: "1" if joins_cluster() else "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         # Ray nices its workers by 15: on a shared machine the hospitals would starve.
-        "RAY_worker_niceness": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        WORKER_NICENESS: "0",
+        HIDE_GPUS_FROM_GPULESS_WORKERS: "0",
         # The launcher has fetched the backbone; nobody needs the hub from here on.
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if len(f"{folder}{RAY_SOCKET}") <= LONGEST_SOCKET:
+    if len(f"{folder}{SOCKET}") <= LONGEST_SOCKET:
         environment["RAY_TMPDIR"] = str(folder)
     return environment
 
