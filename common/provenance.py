@@ -15,7 +15,7 @@ import numpy as np
 
 PACKAGES = ("client", "common", "server", "sim")
 VERSIONED = (
-    *("fedrx", "flwr", "torch", "transformers", "ray", "numpy", "pandas", "polars"),
+    *("fedrx", "flwr", "torch", "transformers", "ray", "numpy", "polars"),
     *("opacus", "openai", "flash-attn"),
 )
 

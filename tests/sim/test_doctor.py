@@ -1,11 +1,18 @@
 """What a machine lacks is found, with its fix, and a sound one passes."""
 
+import importlib.metadata
+import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from common.errors import FedrxError
 from sim import doctor
+
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+DECLARED = PROJECT["dependencies"]
 
 
 def by_check():
@@ -37,3 +44,25 @@ def test_what_is_short_is_named_with_its_fix(monkeypatch):
     assert "FEDRX_CACHE" in findings["disk"].fix
     assert findings["simulation"].state == "bad"
     assert "no free port" in findings["simulation"].found + findings["simulation"].fix
+
+
+@pytest.mark.parametrize(
+    ("installed", "fix"),
+    [("5.24.9", None), ("5.25.0", "upper"), ("5.16.1", "lower"), ("5.25.0rc1", "upper")],
+)
+def test_a_version_outside_of_what_was_tested_is_named(monkeypatch, installed, fix):
+    """Against the declared ranges: the newest minor and the one after, the lowest and below."""
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        doctor.importlib.metadata,
+        "version",
+        lambda name: installed if name == "transformers" else version(name),
+    )
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: DECLARED)
+    finding = doctor._packages()
+    if fix is None:
+        assert finding.state == "ok"
+    else:
+        assert finding.state == "note"
+        assert finding.found == f"transformers {installed} was not tested"
+        assert finding.fix == "pip install 'transformers<5.25,>=5.17'"
