@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import nn
 
-from common.model.attention import register
+from common.model.kernels.attention import register
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("common", "client", "server", "sim")

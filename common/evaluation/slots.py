@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicLayer, PreTrainedModel
 
 if TYPE_CHECKING:
-    from common.model.backbone import BackboneShape
+    from common.model.backbone.load import BackboneShape
 
 
 class SlotLayer(DynamicLayer):

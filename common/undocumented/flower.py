@@ -1,6 +1,6 @@
 """Flower: its protocol buffers, who runs a task, its strategies' errors, and a private seam.
 
-Seen alike in 1.41.0 and 1.42.0. Beside ``common.exchange`` the only module of ``common`` that
+Seen alike in 1.41.0 and 1.42.0. Beside ``common.wire.contract`` the only module of ``common`` that
 imports Flower; nothing in ``common`` imports it.
 """
 
