@@ -30,4 +30,4 @@ def ranged(text: str, end: str) -> str:
 if __name__ == "__main__":
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
     listed = [*project["dependencies"], *project["optional-dependencies"]["test"]]
-    print("\n".join(ranged(line, sys.argv[1]) for line in listed))
+    sys.stdout.writelines(f"{ranged(line, sys.argv[1])}\n" for line in listed)

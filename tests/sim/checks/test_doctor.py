@@ -11,7 +11,7 @@ import torch
 from common.errors import FedrxError
 from sim.checks import doctor
 
-PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
 DECLARED = PROJECT["dependencies"]
 
 
