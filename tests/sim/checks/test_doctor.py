@@ -1,8 +1,6 @@
 """What a machine lacks is found, with its fix, and a sound one passes."""
 
 import importlib.metadata
-import tomllib
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +8,6 @@ import torch
 
 from common.errors import FedrxError
 from sim.checks import doctor
-
-PROJECT = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
-DECLARED = PROJECT["dependencies"]
 
 
 def by_check():
@@ -51,14 +46,15 @@ def test_what_is_short_is_named_with_its_fix(monkeypatch):
     [("5.24.9", None), ("5.25.0", "upper"), ("5.16.1", "lower"), ("5.25.0rc1", "upper")],
 )
 def test_a_version_outside_of_what_was_tested_is_named(monkeypatch, installed, fix):
-    """Against the declared ranges: the newest minor and the one after, the lowest and below."""
+    """Against the ranges in the package's metadata: within, beyond, below."""
     version = importlib.metadata.version
     monkeypatch.setattr(
         doctor.importlib.metadata,
         "version",
         lambda name: installed if name == "transformers" else version(name),
     )
-    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: DECLARED)
+    declared = {"fedrx": ["transformers>=5.17,<5.25", "absent<1; extra == 'more'"]}
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", declared.__getitem__)
     finding = doctor._packages()
     if fix is None:
         assert finding.state == "ok"
