@@ -163,8 +163,8 @@ def test_automatic_choices_say_why(monkeypatch):
     with pytest.raises(UserError, match="allowed"):
         choose_device("gpu")
     for amx, avx, expected in ((True, True, "bf16"), (False, True, "bf16"), (False, False, "fp32")):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
+        able = {"amx_tile": amx, "avx512_bf16": avx}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
         choice = choose_dtype("auto", cpu)
         assert choice.value == expected
         assert ("AMX" in choice.reason) == amx or not amx

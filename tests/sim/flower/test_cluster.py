@@ -52,7 +52,7 @@ def test_without_ray_address_a_cluster_on_the_machine_is_left_alone(tmp_path, mo
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
     def environment():
-        return child_environment(tmp_path, port=1, run=tmp_path)
+        return child_environment(tmp_path, run=tmp_path)
 
     assert environment()["RAY_ADDRESS"] == "local"
     # Ray then takes 127.0.0.1 as its node's address, and listens there alone.
