@@ -12,6 +12,7 @@ from common.config import Config
 from common.configio import from_flat, settled
 from common.errors import FedrxError
 from common.exchange import Fingerprints, Tensors
+from common.identity import read_keys
 from common.model.backbone import BackboneSpec, resolve_backbone
 from common.model.layout import AdapterLayout, adapter_layout, adapter_spec, initial_tensors
 from common.participation import NOT_EVALUATED
@@ -68,6 +69,7 @@ def federate(grid: Grid, config: Config, run: RunDirectory) -> None:
                 a=layout.a_fingerprint, backbone=backbone.fingerprint, source=source_digest()
             ),
             plan=plan_of(config) if protects(config) else None,
+            keys=read_keys(Path(config.run.hospital_keys)) if config.run.hospital_keys else None,
         ),
     )
     b = rounds.start(initial_tensors(layout.shapes, adapter_spec(config.adapter)))

@@ -137,7 +137,7 @@ def superlink(run: Path, port: int = 0) -> Iterator[SuperLink]:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                preexec_fn=end_with_parent if sys.platform == "linux" else None,
             )
         link = SuperLink(port=port, folder=folder, process=process, environment=environment)
         try:
@@ -320,7 +320,7 @@ def _wait_until_up(link: SuperLink) -> None:
     raise RunFailed(f"the SuperLink did not start: {log[-500:]}")
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ask Linux to end this child when its parent dies (PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
