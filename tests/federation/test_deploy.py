@@ -2,35 +2,54 @@
 
 import contextlib
 import gzip
+import io
 import json
 import os
 import shutil
+import signal
+import socket
+import ssl
 import stat
 import subprocess
+import sys
 import time
+import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import polars as pl
 import psutil
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from cryptography.x509.oid import ExtendedKeyUsageOID
+from rich.console import Console
 
 import server.app
+import sim.run_hospital
 from client.hospital import hospitals_of, local_config
+from client.policy import Policy, read_policy
+from client.site import read_site
+from common.config import Config
+from common.configio import config_digest, read_config
 from common.data.synthesize import write_tables
-from common.errors import UserError
+from common.errors import FedrxError, RunFailed, UserError
+from common.privacy.settings import with_calibrated_noise
+from common.provenance import source_digest
 from common.rundir import RunDirectory
+from sim.certificates import new_authority, new_key, private_pem, public_openssh
 from sim.deploy import deploy
+from sim.doctor import examine_hospital
 from sim.launch import free_port, script
+from sim.run_hospital import run_hospital
 
 SECONDS = 900
 
 
-@pytest.fixture
-def dealt(tiny_config, tmp_path) -> dict[str, str]:
-    """The synthetic tables dealt to two folders, as a simulation deals the patients."""
-    config = tiny_config(federation__hospitals=2)
+def deal(config, tmp_path) -> dict[str, str]:
+    """Deal the synthetic tables to folders, as a simulation deals the patients."""
     tables = tmp_path / "all"
     data = config.data
     write_tables(tables, patients=data.synthetic_patients, seed=data.synthetic_seed)
@@ -67,13 +86,19 @@ def test_folder_of_a_deployment(tiny_config, tmp_path):
     for name in ("north", "south"):
         own = folder / "hospitals" / name
         assert {p.name for p in own.iterdir()} == {
-            *("node.key", "node.pub", "ca.pem", "start.sh", "empty", "home")
+            *("node.key", "node.pub", "node-tls.key", "node.pem", "ca.pem", "start.sh"),
+            *("local.key", "local.pem", "local-ca.pem", "nginx.conf", "site.toml", "policy.toml"),
+            *("empty", "home"),
         }
-        assert stat.S_IMODE((own / "node.key").stat().st_mode) == 0o600
-    start = (folder / "hospitals" / "north" / "start.sh").read_text()
-    assert "data='/data/a b'" in start
-    assert "--superlink fed.example.org:9092" in start
-    assert subprocess.run(["sh", "-n", folder / "hospitals" / "north" / "start.sh"]).returncode == 0
+        for secret in ("node.key", "node-tls.key", "local.key"):
+            assert stat.S_IMODE((own / secret).stat().st_mode) == 0o600
+        assert read_policy(own) == Policy()  # what it agrees to is the hospital's to say
+    own = folder / "hospitals" / "north"
+    assert read_site(own).data == "/data/a b"
+    assert "proxy_pass https://fed.example.org:9092;" in (own / "nginx.conf").read_text()
+    assert subprocess.run(["sh", "-n", own / "start.sh"]).returncode == 0
+    for secret in ("server.key", "superexec.secret", "home/credentials.yaml"):
+        assert stat.S_IMODE((folder / "superlink" / secret).stat().st_mode) == 0o600
     assert stat.S_IMODE((folder / "authority" / "ca.key").stat().st_mode) == 0o600
     authority = x509.load_pem_x509_certificate((folder / "authority" / "ca.pem").read_bytes())
     server = x509.load_pem_x509_certificate((folder / "superlink" / "server.pem").read_bytes())
@@ -81,6 +106,14 @@ def test_folder_of_a_deployment(tiny_config, tmp_path):
     names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert "fed.example.org" in names.get_values_for_type(x509.DNSName)
     assert isinstance(server.public_key(), ec.EllipticCurvePublicKey)
+    for name in ("north", "south"):
+        own = folder / "hospitals" / name
+        mine = x509.load_pem_x509_certificate((own / "node.pem").read_bytes())
+        mine.verify_directly_issued_by(authority)
+        usage = mine.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+        assert list(usage) == [ExtendedKeyUsageOID.CLIENT_AUTH]  # it can pose as no server
+        assert mine.subject.rfc4514_string() == f"CN={name}"
+        assert mine.public_key() == load_ssh_public_key((own / "node.pub").read_bytes())
     assert "federation.hospitals = 2" in (folder / "superlink" / "run-config.toml").read_text()
     with pytest.raises(UserError, match="not empty"):
         deploy(tiny_config(), folder, hospitals={"a": "/x"}, host="h", port=1)
@@ -100,26 +133,72 @@ def test_hospital_s_own_paths_replace_the_server_s(tiny_config):
     assert other.run.directory != own.run.directory
 
 
-@pytest.mark.parametrize("dies", ["fedrx", "flower-supernode"])
-def test_a_hospitals_worker_and_node_end_together(tiny_config, tmp_path, processes, dies):
+def test_a_private_deployment_states_its_noise(tiny_config, tmp_path):
+    """So that no hospital has to calibrate it, and all of them agree to one configuration."""
+    config = tiny_config(privacy__target_epsilon=6.0, privacy__sampling_rate=0.5)
+    readme = deploy(config, tmp_path / "d", hospitals={"a": "/x", "b": "/y"}, host="h", port=1)
+    sent = read_config(readme.parent / "superlink" / "run-config.toml")
+    assert sent.privacy.noise_multiplier == with_calibrated_noise(config).privacy.noise_multiplier
+    assert sent.run.hospital_keys == str(readme.parent / "superlink" / "nodes")
+    written = (readme.parent / "hospitals" / "a" / "policy.toml").read_text()
+    agreed = tomllib.loads(written.replace("# max", "max").replace("# allowed", "allowed"))
+    policy = Policy.model_validate(agreed)
+    assert policy.allowed_configurations == (config_digest(sent),)
+    assert policy.allowed_digests == (source_digest(),)
+
+
+@pytest.mark.parametrize("dies", ["fedrx worker", "flower-supernode", "nginx"])
+def test_a_hospitals_processes_end_together(tiny_config, tmp_path, processes, monkeypatch, dies):
     """With programs in their places that only sleep, one of which dies."""
     nodes = {"north": "/x"}
-    folder = deploy(tiny_config(), tmp_path / "d", hospitals=nodes, host="h", port=1).parent
+    readme = deploy(tiny_config(), tmp_path / "d", hospitals=nodes, host="h", port=1)
+    own = readme.parent / "hospitals" / "north"
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name in ("fedrx", "flower-supernode"):
+    listen = "import socket,sys; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1])"
+    for name in ("fedrx", "flower-supernode", "nginx"):
         file = programs / name
-        file.write_text(
-            "#!/bin/sh\numask > ../umask\n"
-            + ("sleep 1; exit 3\n" if name == dies else "exec sleep 600\n")
-        )
+        worker = f'{sys.executable} -c "{listen}" "$3"\n' if name == "fedrx" else ""
+        end = "sleep 1; exit 3\n" if dies.startswith(name) else "exec sleep 600\n"
+        file.write_text(f"#!/bin/sh\numask > ../umask\n{worker}{end}")
         file.chmod(0o755)
-    processes.environment["PATH"] = f"{programs}:{os.environ['PATH']}"
-    start = folder / "hospitals" / "north" / "start.sh"
-    assert processes.start(start).wait(30) == (1 if dies == "fedrx" else 3)
-    assert ("the resident worker ended" in processes.log(start)) == (dies == "fedrx")
-    wait_for(lambda: not processes.named("sleep"), "both to end")
-    assert (start.parent / "umask").read_text() == "0077\n"
+    monkeypatch.setattr(sim.run_hospital, "script", lambda name: str(programs / name))
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("FEDRX_TEST", str(tmp_path))
+    before, mask = signal.getsignal(signal.SIGTERM), os.umask(0o077)
+    console = Console(file=(told := io.StringIO()))
+    try:
+        with pytest.raises(RunFailed, match=r"(nginx|worker|SuperNode) ended \(status 3\)"):
+            run_hospital(own, console)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        os.umask(mask)
+    assert not processes.named("sleep")
+    assert (own / "umask").read_text() == "0077\n"
+    assert "the server alone decides" in " ".join(told.getvalue().split())
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("site.toml", 'hospital = "north"\ndatta = "/x"\n', "datta: unknown key"),
+        ("site.toml", 'hospital = "../n"\ndata = "/x"\n', "hospital: String should match"),
+        ("policy.toml", "max-epsilom = 1\n", "max-epsilom: unknown key"),
+        ("policy.toml", f'allowed-digests = ["{"0" * 64}"]\n', "which allowed-digests does not"),
+    ],
+)
+def test_a_hospital_starts_under_no_broken_terms(tiny_config, tmp_path, file, text, message):
+    """And ``doctor`` says the same, without starting anything."""
+    nodes = {"north": str(tmp_path)}
+    readme = deploy(tiny_config(), tmp_path / "d", hospitals=nodes, host="h", port=1)
+    own = readme.parent / "hospitals" / "north"
+    good = {one.check: one.state for one in examine_hospital(own) if one.check != "nginx"}
+    assert good == {"policy": "ok", "site": "ok", "code": "ok"}
+    (own / file).write_text(text)
+    with pytest.raises(FedrxError, match=message):
+        run_hospital(own, Console(file=io.StringIO()))
+    bad = [one for one in examine_hospital(own) if one.state == "bad" and one.check != "nginx"]
+    assert any(message in one.found and one.fix for one in bad)
 
 
 def test_the_readme_tells_how_to_go_on(tiny_config, tmp_path, in_process):
@@ -205,40 +284,201 @@ def state(run: Path) -> str:
     return json.loads(file.read_text())["state"] if file.exists() else ""
 
 
+@dataclass
+class Deployment:
+    """A running SuperLink and the folders of its hospitals."""
+
+    folder: Path
+    port: int
+    inside: int
+    dealt: dict[str, str]
+    config: Config
+    processes: Processes
+
+    @property
+    def link(self) -> Path:
+        return self.folder / "superlink"
+
+    def hospital(self, name: str) -> Path:
+        return self.folder / "hospitals" / name
+
+    def flwr(self, home: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [script("flwr"), *arguments],
+            env={**self.processes.environment, **QUIET, "FLWR_HOME": str(home)},
+            cwd=home,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+
+    def stranger(self, folder: Path, address: str) -> Path:
+        """A FLWR_HOME with nothing but the authority's certificate, which every handshake shows."""
+        home = folder / f"home-{address.rpartition(':')[2]}"
+        home.mkdir()
+        (home / "config.toml").write_text(
+            f'[superlink]\ndefault = "x"\n\n[superlink.x]\naddress = "{address}"\n'
+            f'root-certificates = "{self.link / "ca.pem"}"\n'
+        )
+        return home
+
+
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}
+needs_nginx = pytest.mark.skipif(
+    shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") is None,
+    reason="nginx is not installed (Debian: apt-get install nginx-light)",
+)
+
+
+@pytest.fixture(scope="module")
+def deployment(tiny_config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("deployment")
+    config = tiny_config(federation__hospitals=2, federation__rounds=3)
+    dealt = deal(config, folder)
+    port, *local = (free_port() for _ in range(6))
+    readme = deploy(
+        config, folder / "d", hospitals=dealt, host="127.0.0.1", port=port, local_ports=iter(local)
+    )
+    one = Deployment(readme.parent, port, local[0], dealt, config, Processes(folder))
+    start = one.link / "start.sh"
+    one.processes.start(start)
+    wait_for(lambda: "startup complete" in one.processes.log(start), "SuperLink")
+    wait_for(lambda: listens(port), "nginx")
+    one.processes.call(one.link / "register.sh")
+    yield one
+    one.processes.stop()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+FOREIGN = {
+    "pyproject.toml": """
+[project]
+name = "foreign"
+version = "1.0.0"
+license = "Apache-2.0"
+dependencies = []
+[tool.flwr.app]
+publisher = "x"
+fab-include = ["foreign/*.py"]
+[tool.flwr.app.components]
+serverapp = "foreign.app:server"
+clientapp = "foreign.app:client"
+""",
+    "foreign/__init__.py": "",
+    "foreign/app.py": """
+from pathlib import Path
+Path("MARK").touch()
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+server = ServerApp()
+client = ClientApp()
+""",
+}
+
+
+@needs_nginx
+@pytest.mark.slow
+def test_a_stranger_commands_nobody(deployment, tmp_path):
+    """With the authority's certificate alone: no run, no registration, no list, on either port."""
+    mark, app = tmp_path / "ran", tmp_path / "foreign"
+    for name, text in FOREIGN.items():
+        (app / name).parent.mkdir(parents=True, exist_ok=True)
+        (app / name).write_text(text.replace("MARK", str(mark)))
+    rogue = tmp_path / "rogue.pub"
+    rogue.write_text(public_openssh(new_key()))
+    for port in (deployment.port, deployment.inside):
+        home = deployment.stranger(tmp_path, f"127.0.0.1:{port}")
+        for command in (["run", app], ["supernode", "register", rogue], ["ls"], ["stop", "1"]):
+            done = deployment.flwr(home, *command, "x")
+            assert done.returncode != 0, done.stdout
+            assert "registered successfully" not in done.stdout
+    token = deployment.flwr(deployment.link / "home", "supernode", "list", "fedrx", "--format=json")
+    nodes = json.loads(token.stdout)
+    assert len(nodes["nodes"]) == len(deployment.dealt), nodes  # no rogue among them
+    assert (
+        json.loads(deployment.flwr(deployment.link / "home", "ls", "--format=json").stdout)["runs"]
+        == []
+    )
+    assert not mark.exists()
+    refused = (deployment.link / "nginx" / "error.log").read_text()
+    assert "client sent no required SSL certificate" in refused
+    assert " 400" in (deployment.link / "nginx" / "access.log").read_text()
+    log = deployment.processes.log(deployment.link / "start.sh")
+    assert log.count('"POST /v1/control/start-run HTTP/1.1" 401') == 1
+    assert '"POST /v1/control/register-node HTTP/1.1" 401' in log
+
+
+@needs_nginx
+@pytest.mark.slow
+def test_a_hospital_s_certificate_opens_fleet_alone(deployment, tmp_path):
+    """With a hospital's own certificate: nothing but Fleet's paths is passed on."""
+    context = ssl.create_default_context(cafile=str(deployment.link / "ca.pem"))
+    own = deployment.hospital(sorted(deployment.dealt)[0])
+    context.load_cert_chain(own / "node.pem", own / "node-tls.key")
+    head = {"content-type": "application/protobuf"}
+    other = ssl.create_default_context(cafile=str(deployment.link / "ca.pem"))
+    key = new_key()
+    for file, text in (
+        ("other.pem", new_authority().client(key, own.name)),
+        ("other.key", private_pem(key)),
+    ):
+        (tmp_path / file).write_text(text)
+    other.load_cert_chain(tmp_path / "other.pem", tmp_path / "other.key")
+    with httpx.Client(verify=other, headers=head) as client:  # another authority's
+        url = f"https://127.0.0.1:{deployment.port}/v1/fleet/pull-messages"
+        assert client.post(url).status_code == 400
+    with httpx.Client(verify=context, headers=head) as client:
+
+        def status(path: str) -> int:
+            return client.post(f"https://127.0.0.1:{deployment.port}{path}").status_code
+
+        paths = {
+            *("/v1/control/start-run", "/v1/control/register-node", "/v1/runtime/acquire-task"),
+            *("/v1/fleet/register-node", "/v1/fleet/../control/start-run", "/docs", "/health"),
+            *("/v1/fleet/%2e%2e/control/start-run", "/v1/fleet/pull-messages/x", "/"),
+        }
+        assert {path: status(path) for path in paths} == dict.fromkeys(paths, 403)
+        assert status("/v1/fleet/pull-messages") == 401  # passed on, and not signed with a node key
+    log = (deployment.link / "nginx" / "access.log").read_text()
+    assert f'"CN={own.name}" SUCCESS POST /v1/control/start-run 403' in log
+
+
+@needs_nginx
 @pytest.mark.slow
 def test_deployment_equals_the_simulation_and_survives_a_killed_node(
-    dealt, tiny_config, tmp_path, processes, in_process
+    deployment, in_process, tmp_path
 ):
-    config = tiny_config(federation__hospitals=2, federation__rounds=3)
-    port = free_port()
-    folder = deploy(config, tmp_path / "d", hospitals=dealt, host="127.0.0.1", port=port).parent
-    # Free ports instead of the fixed ones: other tests may run beside.
-    for file in folder.glob("hospitals/*/start.sh"):
-        text = file.read_text()
-        fixed = text.split("--port ")[1].split()[0]
-        file.write_text(text.replace(f"--port {fixed}", f"--port {free_port()}"))
-    link, nodes = folder / "superlink", folder / "hospitals"
-    processes.start(link / "start.sh")
-    wait_for(lambda: "startup complete" in processes.log(link / "start.sh"), "SuperLink")
-    processes.call(link / "register.sh")
+    folder, processes, dealt = deployment.folder, deployment.processes, deployment.dealt
+    link, config = deployment.link, deployment.config
 
-    stranger = (
-        deploy(
-            config, tmp_path / "s", hospitals={"stranger": "/x"}, host="127.0.0.1", port=port
-        ).parent
-        / "hospitals"
-        / "stranger"
+    # A node whose certificate is of this deployment, and whose key is not registered.
+    ports = iter([deployment.inside, free_port(), free_port()])
+    hospitals = {"stranger": "/x"}
+    other = deploy(
+        config,
+        tmp_path / "s",
+        hospitals=hospitals,
+        host="127.0.0.1",
+        port=deployment.port,
+        local_ports=ports,
     )
-    (stranger / "ca.pem").write_text((link / "ca.pem").read_text())
-    text = (stranger / "start.sh").read_text().replace("--port 9094", f"--port {free_port()}")
-    (stranger / "start.sh").write_text(text)
-    refused = processes.start(stranger / "start.sh")
-    assert refused.wait(SECONDS) != 0
-    assert "Failed to activate SuperNode" in processes.log(stranger / "start.sh")
+    stranger = other.parent / "hospitals" / "stranger"
+    start = stranger / "start.sh"
+    for name in ("ca.pem", "node.pem", "node-tls.key"):
+        shutil.copyfile(deployment.hospital(sorted(dealt)[0]) / name, stranger / name)
+    assert processes.start(start).wait(SECONDS) != 0
     assert "No SuperNode found with the given public key" in processes.log(link / "start.sh")
 
     for name in dealt:
-        processes.start(nodes / name / "start.sh")
+        processes.start(deployment.hospital(name) / "start.sh")
     processes.start(link / "run.sh")
     run = RunDirectory(folder / "run")
     wait_for(lambda: state(run.path) in ("finished", "failed"), "the first run")
@@ -247,9 +487,27 @@ def test_deployment_equals_the_simulation_and_survives_a_killed_node(
     assert [one["name"] for one in summary["hospitals"]] == sorted(dealt)
     assert summary["b_sha256"] == in_process(config).sha
     for name in dealt:
-        assert worker_loads(nodes / name) == [1]
-        log = processes.log(nodes / name / "start.sh")
-        assert log.count("Start `flwr-clientapp` process") >= 4  # a process each, one load in all
+        assert worker_loads(deployment.hospital(name)) == [1]
+        assert not (deployment.hospital(name) / "home" / "apps").exists()  # no bundle is installed
+
+    # A bundle that differs in one line, sent by the coordinator itself: nothing of it runs here.
+    foreign = tmp_path / "fedrx"
+    shutil.copytree(link / "fedrx", foreign)
+    mark = tmp_path / "imported"
+    with (foreign / "client" / "app.py").open("a") as source:
+        source.write(f"\nPath({str(mark)!r}).touch()\n")
+    settings = tmp_path / "settings.toml"
+    settings.write_text(
+        (link / "run-config.toml").read_text().replace(str(folder / "run"), str(tmp_path / "theft"))
+    )
+    done = deployment.flwr(link / "home", "run", foreign, "fedrx", "--run-config", settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    wait_for(lambda: state(tmp_path / "theft") == "failed", "the refusal")
+    assert "nothing of the bundle was run" in str(RunDirectory(tmp_path / "theft").status())
+    assert "nothing of the bundle was run" in processes.log(
+        deployment.hospital(sorted(dealt)[0]) / "start.sh"
+    )
+    assert not mark.exists()
 
     # Again with more rounds; one hospital's SuperNode dies in the middle and comes back.
     again = folder / "again"
@@ -268,7 +526,8 @@ def test_deployment_equals_the_simulation_and_survives_a_killed_node(
     for process in processes.named("flower-supernode", victim):
         process.kill()
     wait_for(lambda: len(second.checkpoint_names()) >= 3, "a round without the hospital")
-    processes.start(nodes / victim / "start.sh")
+    wait_for(lambda: not processes.named("fedrx", "hospital", victim), "its other processes")
+    processes.start(deployment.hospital(victim) / "start.sh")
     wait_for(lambda: state(second.path) in ("finished", "failed"), "the second run")
     assert second.status()["state"] == "finished", second.status()
     rounds = {e["round"] for e in second.metrics("steps") if e["hospital"] == victim}
