@@ -195,7 +195,7 @@ def test_a_dear_plan_is_refused_by_a_cheap_bound(tmp_path, monkeypatch):
         privacy__target_epsilon=0.0,
         privacy__noise_multiplier=0.5,
         privacy__sampling_rate=0.9,
-        federation__rounds=1000,
+        federation__rounds=500,
         federation__local_steps=20,
     )
     with pytest.raises(LimitReached, match="by Renyi's bound"):
