@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from client.policy import Typed, read_model
-from common.hello import NAME_PATTERN
+from common.wire.handshake import NAME_PATTERN
 
 SITE = "site.toml"
 NAME = "hospital"
@@ -32,7 +32,7 @@ class Site(Typed):
     """Loopback port that nginx forwards to the SuperLink, with the hospital's certificate."""
 
     def node_config(self, folder: Path) -> dict[str, str]:
-        """Return Flower's node configuration (see ``client.hospital.local_config``)."""
+        """Return Flower's node configuration (see ``client.node.local_config``)."""
         values = {NAME: self.hospital, "data": self.data, "folder": str(folder)}
         return values | ({"backbone": self.backbone} if self.backbone else {})
 

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from common.errors import RunFailed
-from sim.launch import end_with_parent
+from sim.flower.superlink import end_with_parent
 
 STOP_SECONDS = 10.0
 

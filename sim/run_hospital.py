@@ -19,13 +19,13 @@ from rich.console import Console
 
 from client.bundle import check_bundle, check_installation
 from client.policy import describe, read_policy
-from client.resident import ask
+from client.resident_worker import ask
 from client.site import SOCKET, Site, read_site
 from client.tasks import answer_tasks
 from common.configio import toml_scalar
 from common.errors import RunFailed
 from sim.children import Children
-from sim.launch import START_SECONDS, script
+from sim.flower.superlink import START_SECONDS, script
 from sim.proxies import nginx_command
 from sim.run_superlink import flower_quiet
 

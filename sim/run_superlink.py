@@ -14,7 +14,7 @@ from client.site import Port
 from common.errors import RunFailed
 from sim import guarded_superlink
 from sim.children import Children
-from sim.launch import START_SECONDS, script
+from sim.flower.superlink import START_SECONDS, script
 from sim.proxies import nginx_command
 
 LINK = "superlink.toml"

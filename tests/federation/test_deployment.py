@@ -22,14 +22,14 @@ import pytest
 from rich.console import Console
 
 import sim.run_hospital
-from client.hospital import hospitals_of
+from client.node import hospitals_of
 from common.config import Config
-from common.data.synthesize import write_tables
+from common.data.synthetic.write import write_tables
 from common.errors import RunFailed
 from common.rundir import RunDirectory
 from sim.certificates import new_authority, new_key, private_pem, public_openssh
-from sim.deploy import deploy
-from sim.launch import free_port, script
+from sim.flower.deploy import deploy
+from sim.flower.superlink import free_port, script
 from sim.run_hospital import run_hospital
 
 SECONDS = 900

@@ -17,7 +17,7 @@ from client.bundle import ForeignCode, bundle_digest, check_bundle, check_instal
 from client.policy import Policy
 from common.errors import RunFailed
 from common.provenance import source_digest
-from sim.staging import stage_app
+from sim.flower.bundle import stage_app
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +51,10 @@ def test_the_bundle_that_deploy_writes_is_the_installation(bundle):
     [
         {"add": [("client/extra.py", b"")]},
         {"add": [("common/data/zz.py", b"import os\n")]},
-        {"drop": ["client/limit.py"]},
-        {"replace": {"client/limit.py": b"def keep_to_limit(*a, **k): ...\n"}},
+        {"drop": ["client/epsilon_limit.py"]},
+        {"replace": {"client/epsilon_limit.py": b"def keep_to_limit(*a, **k): ...\n"}},
         {"replace": {"sim/__init__.py": b""}},
-        {"add": [("client/limit.py", b"# the same name twice\n")]},
+        {"add": [("client/epsilon_limit.py", b"# the same name twice\n")]},
     ],
 )
 @pytest.mark.filterwarnings("ignore:Duplicate name")

@@ -7,7 +7,6 @@ import pytest
 import client.app
 from client.policy import POLICY
 from common.errors import RunFailed, UserError
-from common.hello import check_hello
 from common.identity import (
     NODE_KEY,
     SIGNATURE,
@@ -17,6 +16,7 @@ from common.identity import (
     read_keys,
     sign,
 )
+from common.wire.handshake import check_hello
 from sim.certificates import new_key, private_openssh, public_openssh
 
 NAMES = ("north", "south", "west")

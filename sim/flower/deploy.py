@@ -1,0 +1,251 @@
+"""``fedrx deploy``: keys, certificates and the exact commands for real hospitals.
+
+The same two apps: a SuperLink behind nginx at the coordinator, one SuperNode behind nginx
+with a resident worker per hospital, each with its own data folder. Only the folder of a hospital is
+given to it; the certificate authority's key stays with the coordinator.
+"""
+
+import importlib.metadata
+import itertools
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from client.policy import POLICY
+from client.site import SITE
+from common.config import Config
+from common.configio import Scalar, config_digest, flatten, toml_scalar
+from common.errors import UserError
+from common.files import write_text
+from common.privacy.settings import with_calibrated_noise
+from common.provenance import source_digest
+from common.wire.cohort import check_strategy
+from common.wire.handshake import NAME_PATTERN
+from sim.certificates import (
+    Authority,
+    new_authority,
+    new_key,
+    private_openssh,
+    private_pem,
+    public_openssh,
+)
+from sim.flower.bundle import stage_app
+from sim.flower.superlink import CONNECTION
+from sim.guarded_superlink import write_token
+from sim.proxies import CONFIGURATION, INSIDE_NAME, coordinator_proxy, hospital_proxy
+from sim.run_superlink import LINK, SECRET
+
+FIRST_LOCAL_PORT = 9093
+QUIET = """\
+export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 RAY_USAGE_STATS_ENABLED=0
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 HF_HUB_DISABLE_TELEMETRY=1
+"""
+HEAD = f'{QUIET}cd "$(dirname "$0")/empty"\nexport FLWR_HOME="$PWD/../home"\n'
+LONGEST_NAME = 64
+"""Of a certificate's common name (X.520)."""
+
+
+def deploy(
+    config: Config,
+    folder: Path,
+    *,
+    hospitals: Mapping[str, str],
+    host: str,
+    port: int,
+    local_ports: Iterator[int] | None = None,
+) -> Path:
+    """Write everything that a deployment needs.
+
+    Args:
+        config: Complete configuration; ``federation.hospitals`` becomes their number, and the
+            noise of a private run is calibrated here, once.
+        folder: New or empty folder.
+        hospitals: Name -> folder of its MIMIC-IV tables, as seen on the hospital's machine.
+        host: Name or IP address by which hospitals reach the coordinator.
+        port: Its port.
+        local_ports: Loopback ports to use: one for the SuperLink, then two for each hospital.
+
+    Returns:
+        README.md in the folder: what to do, in order.
+
+    Raises:
+        UserError: for a bad name, no hospitals, a folder that is not empty, or a strategy that
+            withstands nothing with so many.
+    """
+    bad = [name for name in hospitals if not NAME_PATTERN.fullmatch(name)]
+    if bad or not hospitals:
+        raise UserError(
+            f"--hospital {bad[0] if bad else ''}".rstrip(),
+            allowed=f"NAME=DATA with a name that matches {NAME_PATTERN.pattern}",
+            fix="for instance --hospital north=/data/mimic-iv",
+        )
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty", fix="name a new folder")
+    check_strategy(replace(config.federation, hospitals=len(hospitals)))
+    folder, ports = folder.absolute(), local_ports or itertools.count(FIRST_LOCAL_PORT)
+    link = folder / "superlink"
+    run = replace(
+        config.run, directory=str(folder / "run"), hospital_keys=str(folder / "superlink" / "nodes")
+    )
+    federation = replace(config.federation, hospitals=len(hospitals))
+    config = with_calibrated_noise(replace(config, federation=federation, run=run))
+    authority = new_authority()
+    _write_secret(folder / "authority" / "ca.key", private_pem(authority.key))
+    write_text(folder / "authority" / "ca.pem", authority.pem)
+    _write_superlink(link, config, authority, host, port, next(ports), list(hospitals))
+    for name, data in hospitals.items():
+        own = folder / "hospitals" / name
+        proxy = hospital_proxy(host=host, port=port, tunnel_port=(tunnel := next(ports)))
+        write_text(own / CONFIGURATION, proxy)
+        _write_hospital(own, name, data, authority, node_port=next(ports), tunnel_port=tunnel)
+        write_text(own / POLICY, _policy(config))
+        write_text(link / "nodes" / f"{name}.pub", (own / "node.pub").read_text())
+    readme = folder / "README.md"
+    write_text(readme, _instructions(list(hospitals), config))
+    return readme
+
+
+def _write_superlink(
+    link: Path,
+    config: Config,
+    authority: Authority,
+    host: str,
+    port: int,
+    inside_port: int,
+    hospitals: list[str],
+) -> None:
+    key, names = new_key(), {host, INSIDE_NAME, "localhost", "127.0.0.1"}
+    _write_secret(link / "server.key", private_pem(key))
+    write_text(link / "server.pem", authority.server(key, names) + authority.pem)
+    write_text(link / "ca.pem", authority.pem)
+    _write_secret(link / SECRET, secrets.token_hex(32))
+    write_text(link / LINK, _toml({"inside-port": inside_port}))
+    write_text(
+        link / CONFIGURATION, coordinator_proxy(host=host, port=port, inside_port=inside_port)
+    )
+    stage_app(link, version=importlib.metadata.version("fedrx"))
+    write_text(link / "run-config.toml", _toml(flatten(config)))
+    address = f"127.0.0.1:{inside_port}"
+    write_text(
+        link / "home" / "config.toml",
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
+        f"address = {toml_scalar(address)}\n"
+        f"root-certificates = {toml_scalar(str(link / 'ca.pem'))}\n",
+    )
+    write_token(link / "home", address, secrets.token_urlsafe(32))
+    (link / "empty").mkdir()
+    _write_script(link / "start.sh", 'exec fedrx superlink "$(cd "$(dirname "$0")" && pwd)"\n')
+    register = "".join(
+        f"flwr supernode register ../nodes/{name}.pub {CONNECTION} --name {name}\n"
+        for name in hospitals
+    )
+    _write_script(link / "register.sh", HEAD + register)
+    _write_script(
+        link / "run.sh",
+        f"{HEAD}exec flwr run ../fedrx {CONNECTION} --run-config ../run-config.toml --stream\n",
+    )
+
+
+def _write_hospital(
+    own: Path, name: str, data: str, authority: Authority, *, node_port: int, tunnel_port: int
+) -> None:
+    key = new_key()
+    # The same key thrice: as Flower reads it, as nginx reads it, and its public half.
+    _write_secret(own / "node.key", private_openssh(key))
+    _write_secret(own / "node-tls.key", private_pem(key))
+    write_text(own / "node.pub", public_openssh(key))
+    write_text(own / "node.pem", authority.client(key, name[:LONGEST_NAME]))
+    write_text(own / "ca.pem", authority.pem)
+    # Between SuperNode and nginx, on the hospital's loopback; nobody else trusts this authority.
+    local, local_key = new_authority(), new_key()
+    _write_secret(own / "local.key", private_pem(local_key))
+    write_text(own / "local.pem", local.server(local_key, {"127.0.0.1", "localhost"}))
+    write_text(own / "local-ca.pem", local.pem)
+    for sub in ("empty", "home"):
+        (own / sub).mkdir()
+    site: dict[str, Scalar] = {"hospital": name, "data": data}
+    write_text(own / SITE, _toml({**site, "node-port": node_port, "tunnel-port": tunnel_port}))
+    _write_script(
+        own / "start.sh", 'umask 077\nexec fedrx hospital "$(cd "$(dirname "$0")" && pwd)"\n'
+    )
+
+
+def _policy(config: Config) -> str:
+    return f"""\
+# What this hospital agrees to. The file is the hospital's own: no server can change it.
+# `fedrx doctor --hospital FOLDER` shows what it means; client/README.md explains every key.
+
+# Without max-epsilon the server alone decides what is learnt of each patient here.
+# With it the hospital takes part only in runs that protect every patient, and only until their
+# epsilons (and deltas) together reach it.
+# max-epsilon = 3.0
+# max-delta = 1e-5
+
+# The configuration and the code that this deployment was written for; without these lines any
+# configuration within the bounds, and whatever FedRx is installed.
+# allowed-configurations = ["{config_digest(config)}"]
+# allowed-digests = ["{source_digest()}"]
+"""
+
+
+def _instructions(hospitals: list[str], config: Config) -> str:
+    steps = "\n".join(f"   - {name}: `hospitals/{name}/start.sh`" for name in hospitals)
+    return f"""# A FedRx deployment
+
+Research only, not for clinical use. Both sides need nginx (Debian: `apt-get install nginx-light`)
+and the same FedRx version.
+
+1. Coordinator: `superlink/start.sh`. Keep `authority/ca.key` offline.
+2. Coordinator, once: `superlink/register.sh` registers the hospitals' public keys. A node whose
+   key is not registered is refused.
+3. Give each hospital its own folder and nothing else. The hospital reads its `policy.toml`, sets
+   its limits there, looks at `fedrx doctor --hospital FOLDER`, and starts:
+{steps}
+4. Coordinator: `superlink/run.sh` starts the federation; the run directory is `run/`.
+
+Configuration: `{config_digest(config)}`
+Code: `{source_digest()}`
+
+## Going on after an interruption
+
+`superlink/run.sh` again goes on in `run/` from its last checkpoint, if `superlink/run-config.toml`
+is as it was (another one is refused); a run that has finished stays as it is. Two runs at once in
+one `run/` spoil it: end the old one first. A SuperLink that was started again has forgotten the
+keys: run `superlink/register.sh` before. A hospital that was away starts its `start.sh` again, and
+goes on with what its folder holds.
+
+## Who can do what
+
+Hospitals reach Flower's Fleet API alone, through nginx and with the certificate in their folder.
+What commands everybody (run, register, stop, log) listens on the coordinator's loopback and needs
+the token in `superlink/home/credentials.yaml`. A hospital runs its own installation: a bundle with
+other sources is refused before anything of it runs. Who calls itself by a hospital's name must sign
+with that hospital's key (`superlink/nodes/`).
+
+## What is in a hospital's folder
+
+A hospital's folder holds its private key (`node.key`, `node-tls.key`), and later its optimizer
+state, logs and error texts (`runs/`). Its tables, and everything in that folder, stay there: only B
+travels.
+
+A hospital need not trust the coordinator's configuration for its patients' privacy: with
+`max-epsilon` in its `policy.toml` it takes part only in runs that protect every patient, and only
+until the epsilons of all of them, added up, reach that figure, and their deltas `max-delta`
+(`privacy-promises.jsonl`, one line for each run, never taken back).
+"""
+
+
+def _toml(values: Mapping[str, Scalar]) -> str:
+    return "".join(f"{key} = {toml_scalar(value)}\n" for key, value in values.items())
+
+
+def _write_script(file: Path, text: str) -> None:
+    write_text(file, f"#!/bin/sh\nset -eu\n{text}")
+    file.chmod(0o755)
+
+
+def _write_secret(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch(mode=0o600)
+    file.write_text(text, encoding="utf-8")
