@@ -26,7 +26,6 @@ from common.config import Config
 from common.configio import from_flat
 from common.errors import RunFailed, UserError
 from common.files import append_json_line
-from common.identity import NONCE, NONCE_PATTERN, SIGNATURE, sign
 from common.privacy.budget.ledger import BudgetExhausted, LedgerDoubtful
 from common.privacy.settings import is_private, plan_of, protects
 from common.provenance import source_digest
@@ -44,6 +43,7 @@ from common.wire.contract import (
     read_message,
     train_reply,
 )
+from common.wire.identity import NONCE, NONCE_PATTERN, SIGNATURE, sign
 
 ERRORS = "errors.txt"
 DATA_FREE = (ContractError, BudgetExhausted, LedgerDoubtful, LimitReached)

@@ -37,7 +37,7 @@ class Policy(Typed):
     max_epsilon: float | None = Field(None, gt=0)
     """What all runs together may spend on each patient; with it only private runs are joined."""
     max_delta: float | None = Field(None, gt=0, lt=1)
-    """What the deltas of all runs may add up to; see ``client.epsilon_limit.default_delta`` without it."""
+    """What the deltas of all runs may add up to; see ``epsilon_limit.default_delta`` without it."""
     min_noise_multiplier: float | None = Field(None, ge=0.3)
     """Least noise over the clip norm that a private run may have."""
     min_expected_batch: float = Field(2.0, ge=1)

@@ -11,22 +11,20 @@ from flwr.serverapp import Grid, ServerApp
 from common.config import Config
 from common.configio import from_flat, settled
 from common.errors import FedrxError
-from common.identity import read_keys
 from common.model.adapter.layout import AdapterLayout, adapter_layout, adapter_spec, initial_tensors
 from common.model.backbone.load import BackboneSpec, resolve_backbone
 from common.privacy.budget.receipts import PRIVACY, privacy_summary
 from common.privacy.settings import HOSPITAL, hospital_warning, plan_of, protects
 from common.provenance import environment, peak_rss_bytes, source_digest, tensors_sha256
-from common.rundir import RunDirectory
+from common.rundir import TRAINED, RunDirectory
 from common.wire.cohort import NOT_EVALUATED
 from common.wire.contract import Fingerprints, Tensors
+from common.wire.identity import read_keys
 from server.resume_check import ChangedRun
 from server.roster import Roster
 from server.rounds import Rounds
 
 ENVIRONMENT, FLOWER = "environment.json", "flower"
-TRAINED = "trained"
-"""Stage in status.json: all rounds are done and summed up."""
 
 app = ServerApp()
 

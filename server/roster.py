@@ -13,7 +13,6 @@ from flwr.serverapp import Grid
 
 from common.config import FederationConfig
 from common.errors import RunFailed
-from common.identity import NONCE, Impostor, check_signature, new_nonce
 from common.privacy.plan import PrivacyPlan
 from common.seeds import stream
 from common.wire.cohort import sampled
@@ -26,6 +25,7 @@ from common.wire.contract import (
     shortened,
 )
 from common.wire.handshake import check_hello, claimed_name
+from common.wire.identity import NONCE, Impostor, check_signature, new_nonce
 from server.messages import OnMessage, exchange
 
 _log = logging.getLogger(__name__)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import psutil
 import torch
 from rich.console import Console
 from rich.markup import escape
@@ -20,13 +19,13 @@ from client.bundle import check_installation
 from client.policy import POLICY, describe, read_policy
 from client.site import SITE, read_site
 from common.errors import FedrxError, UserError
+from common.limits import available_cpus, available_memory_bytes
 from common.model.backbone.embedded import FOLDER
 from common.model.kernels.attention import choose_attention
 from common.model.session import DTYPES, choose_device, choose_dtype
-from common.provenance import available_cpus
 from common.user_cache import fedrx_cache
+from sim.flower.proxies import nginx_command
 from sim.flower.superlink import superlink
-from sim.proxies import nginx_command
 
 DEMO_MEMORY_BYTES = 6 * 2**30
 DEMO_DISK_BYTES = 2 * 2**30
@@ -107,7 +106,7 @@ def _processor() -> Finding:
 
 
 def _memory() -> Finding:
-    free = psutil.virtual_memory().available
+    free = available_memory_bytes()
     found = f"{free / 2**30:.1f} GiB available"
     if free < DEMO_MEMORY_BYTES:
         fix = "close programs, or try `fedrx demo --tiny`"

@@ -47,7 +47,7 @@ def superlink(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="`superlink` of a deployment.")],
 ) -> None:
     """Run the coordinator's SuperLink: hospitals reach Fleet, Control needs the token."""
-    from sim.run_superlink import run_superlink
+    from sim.flower.run_superlink import run_superlink
 
     run_superlink(folder)
 
@@ -56,7 +56,7 @@ def hospital(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The hospital's own.")],
 ) -> None:
     """Take part in federations as one hospital, under its own policy.toml."""
-    from sim.run_hospital import run_hospital
+    from sim.flower.run_hospital import run_hospital
 
     run_hospital(folder, console_for(False))
 

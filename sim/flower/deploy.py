@@ -20,9 +20,10 @@ from common.errors import UserError
 from common.files import write_text
 from common.privacy.settings import with_calibrated_noise
 from common.provenance import source_digest
-from common.wire.cohort import check_strategy
 from common.wire.handshake import NAME_PATTERN
-from sim.certificates import (
+from server.strategies import check_strategy
+from sim.flower.bundle import stage_app
+from sim.flower.certificates import (
     Authority,
     new_authority,
     new_key,
@@ -30,18 +31,24 @@ from sim.certificates import (
     private_pem,
     public_openssh,
 )
-from sim.flower.bundle import stage_app
+from sim.flower.child_environment import LOOPBACK
+from sim.flower.guarded_superlink import write_token
+from sim.flower.proxies import CONFIGURATION, INSIDE_NAME, coordinator_proxy, hospital_proxy
+from sim.flower.run_superlink import LINK, SECRET
 from sim.flower.superlink import CONNECTION
-from sim.guarded_superlink import write_token
-from sim.proxies import CONFIGURATION, INSIDE_NAME, coordinator_proxy, hospital_proxy
-from sim.run_superlink import LINK, SECRET
 
 FIRST_LOCAL_PORT = 9093
 QUIET = """\
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 RAY_USAGE_STATS_ENABLED=0
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 HF_HUB_DISABLE_TELEMETRY=1
 """
-HEAD = f'{QUIET}cd "$(dirname "$0")/empty"\nexport FLWR_HOME="$PWD/../home"\n'
+DIRECT = f"""\
+no_proxy="${{no_proxy:-${{NO_PROXY:-}}}}"
+[ "$no_proxy" = "*" ] || no_proxy="${{no_proxy:+$no_proxy,}}{",".join(LOOPBACK)}"
+export no_proxy NO_PROXY="$no_proxy" no_grpc_proxy="${{no_grpc_proxy:+$no_grpc_proxy,}}$no_proxy"
+"""
+"""What a host's own processes say to each other goes through no proxy."""
+HEAD = f'{QUIET}{DIRECT}cd "$(dirname "$0")/empty"\nexport FLWR_HOME="$PWD/../home"\n'
 LONGEST_NAME = 64
 """Of a certificate's common name (X.520)."""
 
@@ -91,7 +98,7 @@ def deploy(
     federation = replace(config.federation, hospitals=len(hospitals))
     config = with_calibrated_noise(replace(config, federation=federation, run=run))
     authority = new_authority()
-    _write_secret(folder / "authority" / "ca.key", private_pem(authority.key))
+    write_text(folder / "authority" / "ca.key", private_pem(authority.key))
     write_text(folder / "authority" / "ca.pem", authority.pem)
     _write_superlink(link, config, authority, host, port, next(ports), list(hospitals))
     for name, data in hospitals.items():
@@ -116,10 +123,10 @@ def _write_superlink(
     hospitals: list[str],
 ) -> None:
     key, names = new_key(), {host, INSIDE_NAME, "localhost", "127.0.0.1"}
-    _write_secret(link / "server.key", private_pem(key))
+    write_text(link / "server.key", private_pem(key))
     write_text(link / "server.pem", authority.server(key, names) + authority.pem)
     write_text(link / "ca.pem", authority.pem)
-    _write_secret(link / SECRET, secrets.token_hex(32))
+    write_text(link / SECRET, secrets.token_hex(32))
     write_text(link / LINK, _toml({"inside-port": inside_port}))
     write_text(
         link / CONFIGURATION, coordinator_proxy(host=host, port=port, inside_port=inside_port)
@@ -152,14 +159,14 @@ def _write_hospital(
 ) -> None:
     key = new_key()
     # The same key thrice: as Flower reads it, as nginx reads it, and its public half.
-    _write_secret(own / "node.key", private_openssh(key))
-    _write_secret(own / "node-tls.key", private_pem(key))
+    write_text(own / "node.key", private_openssh(key))
+    write_text(own / "node-tls.key", private_pem(key))
     write_text(own / "node.pub", public_openssh(key))
     write_text(own / "node.pem", authority.client(key, name[:LONGEST_NAME]))
     write_text(own / "ca.pem", authority.pem)
     # Between SuperNode and nginx, on the hospital's loopback; nobody else trusts this authority.
     local, local_key = new_authority(), new_key()
-    _write_secret(own / "local.key", private_pem(local_key))
+    write_text(own / "local.key", private_pem(local_key))
     write_text(own / "local.pem", local.server(local_key, {"127.0.0.1", "localhost"}))
     write_text(own / "local-ca.pem", local.pem)
     for sub in ("empty", "home"):
@@ -243,9 +250,3 @@ def _toml(values: Mapping[str, Scalar]) -> str:
 def _write_script(file: Path, text: str) -> None:
     write_text(file, f"#!/bin/sh\nset -eu\n{text}")
     file.chmod(0o755)
-
-
-def _write_secret(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.touch(mode=0o600)
-    file.write_text(text, encoding="utf-8")

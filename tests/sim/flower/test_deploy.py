@@ -24,7 +24,7 @@ from common.privacy.settings import with_calibrated_noise
 from common.provenance import source_digest
 from sim.checks.doctor import examine_hospital
 from sim.flower.deploy import deploy
-from sim.run_hospital import run_hospital
+from sim.flower.run_hospital import run_hospital
 
 
 def test_folder_of_a_deployment(tiny_config, tmp_path):

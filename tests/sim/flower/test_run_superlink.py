@@ -9,8 +9,8 @@ from flwr.superlink.dependencies.account import AccountAccessDependency
 from flwr.superlink.routers.fleet.router import router as fleet
 
 from common.errors import RunFailed
-from sim.guarded_superlink import CREDENTIALS, TokenAccount, read_token, write_token
-from sim.proxies import FLEET, coordinator_proxy, hospital_proxy
+from sim.flower.guarded_superlink import CREDENTIALS, TokenAccount, read_token, write_token
+from sim.flower.proxies import FLEET, coordinator_proxy, hospital_proxy
 
 ADDRESS = "127.0.0.1:9093"
 

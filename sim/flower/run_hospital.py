@@ -24,10 +24,10 @@ from client.site import SOCKET, Site, read_site
 from client.tasks import answer_tasks
 from common.configio import toml_scalar
 from common.errors import RunFailed
-from sim.children import Children
+from sim.flower.children import Children
+from sim.flower.proxies import nginx_command
+from sim.flower.run_superlink import flower_quiet
 from sim.flower.superlink import START_SECONDS, script
-from sim.proxies import nginx_command
-from sim.run_superlink import flower_quiet
 
 SECRET = "runtime.secret"
 

@@ -2,7 +2,7 @@
 
 Flower's own account authentication takes plug-ins (``ControlAuthnPlugin``), but its loader finds
 none outside the enterprise edition. This module puts one in and starts Flower's own command with
-the arguments that it was given: ``python -m sim.guarded_superlink ADDRESS --port ...``.
+the arguments that it was given: ``python -m sim.flower.guarded_superlink ADDRESS --port ...``.
 """
 
 import hmac

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 from common.errors import UserError
+from sim.flower.child_environment import LOOPBACK
 
 CONFIGURATION, RUNTIME = "nginx.conf", "nginx"
 """File, and the folder beside it for nginx's own files."""
@@ -24,7 +25,6 @@ FLEET = (
 INSIDE_NAME = "superlink.fedrx.internal"
 """Name in the SuperLink's certificate that a hospital's nginx checks, whatever the host is."""
 LARGEST_MESSAGE = "2g"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 _HEAD = """\
 # written by fedrx deploy

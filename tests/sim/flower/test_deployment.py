@@ -21,16 +21,16 @@ import psutil
 import pytest
 from rich.console import Console
 
-import sim.run_hospital
+import sim.flower.run_hospital
 from client.node import hospitals_of
 from common.config import Config
 from common.data.synthetic.write import write_tables
 from common.errors import RunFailed
 from common.rundir import RunDirectory
-from sim.certificates import new_authority, new_key, private_pem, public_openssh
+from sim.flower.certificates import new_authority, new_key, private_pem, public_openssh
 from sim.flower.deploy import deploy
+from sim.flower.run_hospital import run_hospital
 from sim.flower.superlink import free_port, script
-from sim.run_hospital import run_hospital
 
 SECONDS = 900
 
@@ -117,7 +117,7 @@ def test_a_hospitals_processes_end_together(tiny_config, tmp_path, processes, mo
         end = "sleep 1; exit 3\n" if dies.startswith(name) else "exec sleep 600\n"
         file.write_text(f"#!/bin/sh\numask > ../umask\n{worker}{end}")
         file.chmod(0o755)
-    monkeypatch.setattr(sim.run_hospital, "script", lambda name: str(programs / name))
+    monkeypatch.setattr(sim.flower.run_hospital, "script", lambda name: str(programs / name))
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setenv("FEDRX_TEST", str(tmp_path))
     before, mask = signal.getsignal(signal.SIGTERM), os.umask(0o077)

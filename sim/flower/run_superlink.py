@@ -12,10 +12,11 @@ import httpx
 from client.policy import Typed, read_model
 from client.site import Port
 from common.errors import RunFailed
-from sim import guarded_superlink
-from sim.children import Children
+from sim.flower import guarded_superlink
+from sim.flower.child_environment import without_loopback_proxy
+from sim.flower.children import Children
+from sim.flower.proxies import nginx_command
 from sim.flower.superlink import START_SECONDS, script
-from sim.proxies import nginx_command
 
 LINK = "superlink.toml"
 SECRET = "superexec.secret"
@@ -39,6 +40,7 @@ def flower_quiet(folder: Path) -> dict[str, str]:
     """Return the environment of Flower's processes: no telemetry, no installs, a home of ours."""
     return {
         **os.environ,
+        **without_loopback_proxy(os.environ),
         "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),
         "FLWR_HOME": str(folder / "home"),
         "FLWR_TELEMETRY_ENABLED": "0",

@@ -7,7 +7,8 @@ import pytest
 import client.app
 from client.policy import POLICY
 from common.errors import RunFailed, UserError
-from common.identity import (
+from common.wire.handshake import check_hello
+from common.wire.identity import (
     NODE_KEY,
     SIGNATURE,
     Impostor,
@@ -16,8 +17,7 @@ from common.identity import (
     read_keys,
     sign,
 )
-from common.wire.handshake import check_hello
-from sim.certificates import new_key, private_openssh, public_openssh
+from sim.flower.certificates import new_key, private_openssh, public_openssh
 
 NAMES = ("north", "south", "west")
 
