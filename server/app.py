@@ -19,6 +19,7 @@ from common.provenance import environment, peak_rss_bytes, source_digest, tensor
 from common.rundir import TRAINED, RunDirectory
 from common.wire.cohort import NOT_EVALUATED
 from common.wire.contract import Fingerprints, Tensors
+from common.wire.identity import read_keys
 from server.clock import Clock
 from server.resume_check import ChangedRun
 from server.roster import Roster
@@ -69,6 +70,7 @@ def federate(grid: Grid, config: Config, run: RunDirectory, *, clock: Clock = ti
             ),
             plan=plan_of(config) if protects(config) else None,
             clock=clock,
+            keys=read_keys(Path(config.run.hospital_keys)) if config.run.hospital_keys else None,
         ),
         clock=clock,
     )

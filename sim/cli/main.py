@@ -234,13 +234,18 @@ def report(
 
 
 @app.command()
-def doctor(json_output: JsonOption = False) -> None:
+def doctor(
+    hospital: Annotated[
+        Path | None, typer.Option("--hospital", help="A deployed hospital's folder: check it too.")
+    ] = None,
+    json_output: JsonOption = False,
+) -> None:
     """Check this machine and environment, with the fix for what is missing."""
     from dataclasses import asdict
 
     from sim.checks.doctor import examine, show_findings
 
-    findings = examine()
+    findings = examine(hospital)
     show_findings(console_for(json_output), findings)
     print_json([asdict(finding) for finding in findings], json_output)
     if any(finding.state == "bad" for finding in findings):
@@ -251,6 +256,8 @@ app.add_typer(cli_data.app, name="data")
 cli_runs.register(app)
 cli_people.register(app)
 app.command()(cli_deploy.deploy)
+app.command()(cli_deploy.superlink)
+app.command()(cli_deploy.hospital)
 app.command()(cli_deploy.worker)
 
 
