@@ -20,6 +20,7 @@ from sim.options import (
     SetOption,
     console_for,
     find_config,
+    open_run,
     print_json,
 )
 
@@ -131,21 +132,53 @@ def paper(
 
 @app.command()
 def audit(
-    config_file: ConfigArgument,
+    config_file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CONFIG",
+            help="A TOML file, or a shipped one, such as hospitals-dp.toml; with --membership the "
+            "folder of a finished run.",
+        ),
+    ],
     set_: SetOption = None,
     run_dir: RunDirOption = None,
+    canaries: Annotated[
+        int,
+        typer.Option(
+            "--canaries",
+            min=0,
+            help="Made-up patients of each attacked run; 0: 600 on the tiny backbone, else 120.",
+        ),
+    ] = 0,
+    membership: Annotated[
+        bool,
+        typer.Option("--membership", help="Tell a finished run's patients from others."),
+    ] = False,
+    references: Annotated[
+        list[Path] | None,
+        typer.Option("--reference", help="With --membership: a run on other patients."),
+    ] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Measure what the privacy code does against what it claims; needs no patient data.
 
-    Clipping, noise and what a release discloses are covered; how unit gradients are computed and
-    Poisson sampling are not.
+    The mechanism, and the whole path of a hospital's training under watch: draws, clipping, noise,
+    ledger, what releases disclose. With --membership a finished run is attacked instead.
     """
+    console = console_for(json_output)
+    if membership:
+        from sim.audit_membership import audit_membership
+
+        run = open_run(config_file)
+        found = audit_membership(run, console=console, references=references or ())
+        print_json(found, json_output)
+        return
     config = read_config(find_config(config_file), set_ or ())
     from sim.audit import audit as run_audit
 
-    console = console_for(json_output)
-    summary = run_audit(config, console=console, command_line=sys.argv, run_dir=run_dir)
+    summary = run_audit(
+        config, console=console, command_line=sys.argv, run_dir=run_dir, canaries=canaries
+    )
     print_json(summary, json_output)
 
 

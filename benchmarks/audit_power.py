@@ -1,0 +1,324 @@
+"""What `fedrx audit` catches: broken variants of the product's own code, each in a process.
+
+    OMP_NUM_THREADS=1 python benchmarks/audit_power.py [--sound 100] [--out FILE]
+
+Every mutant patches the code that a hospital runs and then starts the audit as a user would, on
+the tiny backbone, at the shipped configuration (configs/hospitals-dp.toml) and with a noise
+multiplier of 1. A mutant is caught if the audit refutes the claim; the table says by which
+findings. A sound mechanism has to pass every time. `--mutant NAME --setting NAME` runs one.
+"""
+
+import argparse
+import io
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from common.configio import read_config
+from common.errors import RunFailed
+from common.privacy import audit as bare_audit
+from common.privacy import clipping, gradients
+from common.privacy.gradients import PrivateGradient
+from common.privacy.ledger import Ledger
+from common.privacy.noise import NoiseSource
+from common.privacy.sampling import Units
+from common.seeds import stream
+from common.text.batches import pack
+from common.training.gradients import StepLoss, add_unit_gradients
+from sim.audit import audit
+
+SHIPPED = Path(__file__).resolve().parents[1] / "configs" / "hospitals-dp.toml"
+TINY = ("model.backbone=tiny", "train.dtype=fp32", "train.device=cpu")
+SETTINGS = {
+    "shipped": TINY,
+    "sigma 1": (*TINY, "privacy.target-epsilon=0", "privacy.noise-multiplier=1.0"),
+}
+Patch = Callable[[Any, str, Any], None]
+
+
+def noise_halved(patch: Patch) -> None:
+    """Half of the noise."""
+    honest = NoiseSource.gaussian
+    patch(NoiseSource, "gaussian", lambda self, n, std: honest(self, n, std) // 2)
+
+
+def noise_reused(patch: Patch) -> None:
+    """The first draw of noise in every step, round and run."""
+    honest, kept = NoiseSource.gaussian, {}
+
+    def again(self: NoiseSource, n: int, std: float) -> Any:
+        return kept.setdefault((n, std), honest(self, n, std)).copy()
+
+    patch(NoiseSource, "gaussian", again)
+
+
+def clip_off(patch: Patch) -> None:
+    """No clipping."""
+
+    def bare(rows_UP: torch.Tensor, clip_norm: float) -> torch.Tensor:
+        return rows_UP.float().sum(0)
+
+    patch(clipping, "clipped_sum", bare)
+    patch(gradients, "clipped_sum", bare)
+    defaults = {**bare_audit.one_run_audit.__kwdefaults__, "clip": bare}
+    patch(bare_audit.one_run_audit, "__kwdefaults__", defaults)
+
+
+def clip_per_admission(patch: Patch) -> None:
+    """Every admission clipped on its own, then added."""
+
+    def each(self: PrivateGradient, session: Any, drawn: Any) -> torch.Tensor:
+        sum_P = torch.zeros_like(session.adapter.flat)
+        for index in (index for members in drawn for index in members):
+            row_1P = torch.zeros(1, len(sum_P))
+            add_unit_gradients(session, pack([self.dataset[index]]), [0], row_1P)
+            sum_P += clipping.clipped_sum(row_1P, self.plan.clip_norm)
+        return sum_P
+
+    patch(PrivateGradient, "clipped_sum", each)
+
+
+def admissions_added(patch: Patch) -> None:
+    """The sum of a patient's admissions in place of their mean, then one clip."""
+
+    def added(self: PrivateGradient, session: Any, drawn: Any) -> torch.Tensor:
+        sum_P = torch.zeros_like(session.adapter.flat)
+        for members in drawn:
+            row_1P = torch.zeros(1, len(sum_P))
+            records = [self.dataset[index] for index in members]
+            add_unit_gradients(session, pack(records), [0] * len(records), row_1P)
+            sum_P += clipping.clipped_sum(row_1P, self.plan.clip_norm)
+        return sum_P
+
+    patch(PrivateGradient, "clipped_sum", added)
+
+
+def sampling_fixed(patch: Patch) -> None:
+    """One draw for all steps of a round."""
+    honest = Units.draw
+
+    def once(self: Units, plan: Any, noise: Any) -> Any:
+        if "kept" not in self.__dict__:
+            object.__setattr__(self, "kept", honest(self, plan, noise))
+        return self.__dict__["kept"]
+
+    patch(Units, "draw", once)
+
+
+def sampling_known(patch: Patch) -> None:
+    """Draws from the experiment's seed."""
+    drawn: Counter[int] = Counter()
+
+    def public(self: Units, plan: Any, noise: Any) -> Any:
+        drawn[id(self)] += 1
+        generator = stream(0, "poisson", drawn[id(self)])
+        chosen = generator.random(len(self.members)) < plan.sampling_rate
+        return [self.members[place] for place in np.flatnonzero(chosen)]
+
+    patch(Units, "draw", public)
+
+
+def rate_too_high(patch: Patch) -> None:
+    """A sampling rate 1.2 times the plan's."""
+
+    def more(self: Units, plan: Any, noise: Any) -> Any:
+        chosen = noise.bernoulli(len(self.members), min(1.0, 1.2 * plan.sampling_rate))
+        return [self.members[place] for place in np.flatnonzero(chosen)]
+
+    patch(Units, "draw", more)
+
+
+def wrong_divisor(patch: Patch) -> None:
+    """The number of patients drawn in place of the public D."""
+
+    def call(self: PrivateGradient, session: Any, step: int) -> StepLoss:
+        drawn = self.units.draw(self.plan, self.noise)
+        sum_P = self.clipped_sum(session, drawn) * (self.plan.expected_batch / max(1, len(drawn)))
+        session.adapter.flat_grad.copy_(self.mechanism_for(session).release(sum_P))
+        return StepLoss(None, 0, 0)
+
+    patch(PrivateGradient, "__call__", call)
+
+
+def noised_twice(patch: Patch) -> None:
+    """Noise on a micro-batch as well as on the whole."""
+    honest = PrivateGradient.clipped_sum
+
+    def twice(self: PrivateGradient, session: Any, drawn: Any) -> torch.Tensor:
+        sum_P = honest(self, session, drawn)
+        mechanism = self.mechanism_for(session)
+        return sum_P + mechanism.release(torch.zeros_like(sum_P)) * self.plan.expected_batch
+
+    patch(PrivateGradient, "clipped_sum", twice)
+
+
+def empty_without_noise(patch: Patch) -> None:
+    """Nothing is released for an empty draw: no noise either."""
+
+    def call(self: PrivateGradient, session: Any, step: int) -> StepLoss:
+        if len(self.units) and (drawn := self.units.draw(self.plan, self.noise)):
+            sum_P = self.clipped_sum(session, drawn)
+            session.adapter.flat_grad.copy_(self.mechanism_for(session).release(sum_P))
+        else:
+            session.adapter.flat_grad.zero_()
+        return StepLoss(None, 0, 0)
+
+    patch(PrivateGradient, "__call__", call)
+
+
+def ledger_short(patch: Patch) -> None:
+    """The last round is charged one step too few."""
+    honest = Ledger.charge
+
+    def short(self: Ledger, round_number: int, steps: int) -> int:
+        last = self.taken + steps == self.plan.steps
+        return honest(self, round_number, steps - last)
+
+    patch(Ledger, "charge", short)
+
+
+def passes_shared(patch: Patch) -> None:
+    """Patients share passes in bf16 too."""
+    honest = gradients._micro_batches
+    patch(gradients, "_micro_batches", lambda drawn, size, alone: honest(drawn, size, alone=False))
+
+
+MUTANTS: dict[str, Callable[[Patch], None]] = {
+    "noise halved": noise_halved,
+    "noise reused": noise_reused,
+    "clip off": clip_off,
+    "clip per admission": clip_per_admission,
+    "admissions added": admissions_added,
+    "sampling fixed": sampling_fixed,
+    "sampling known to the server": sampling_known,
+    "rate x 1.2": rate_too_high,
+    "wrong divisor": wrong_divisor,
+    "micro-batch noised twice": noised_twice,
+    "empty draw without noise": empty_without_noise,
+    "ledger one step short": ledger_short,
+    "bf16 passes shared": passes_shared,
+}
+BF16 = ("bf16 passes shared",)
+"""What is no mutant in fp32."""
+
+
+def audited(setting: str, *, dtype: str = "fp32", canaries: int = 0) -> dict[str, Any]:
+    """Run the audit once and return who refuted the claim, and the figures."""
+    keys = (*SETTINGS[setting], f"train.dtype={dtype}")
+    config = read_config(SHIPPED, keys)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "run"
+        try:
+            audit(
+                config,
+                console=Console(file=io.StringIO()),
+                command_line=sys.argv,
+                run_dir=place,
+                canaries=canaries,
+            )
+        except RunFailed:
+            if not (place / "summary.json").exists():
+                raise
+        summary = json.loads((place / "summary.json").read_text(encoding="utf-8"))
+    return {
+        "setting": setting,
+        "dtype": dtype,
+        "passed": summary["passed"],
+        "refuted_by": {f["audit"]: f["verdict"] for f in summary["findings"] if not f["passed"]},
+        "figures": {f["audit"]: f["figure"] for f in summary["findings"]},
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def one(mutant: str, setting: str) -> dict[str, Any]:
+    """Patch this process and run the audit."""
+    MUTANTS[mutant](setattr)
+    dtype = "bf16" if mutant in BF16 else "fp32"
+    return {"mutant": mutant, **audited(setting, dtype=dtype)}
+
+
+def in_a_process(mutant: str, setting: str) -> dict[str, Any]:
+    """Run one mutant in a process of its own."""
+    command = [sys.executable, __file__, "--mutant", mutant, "--setting", setting]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        # a mutant on which the product's own guards stop is caught by them
+        last = (done.stderr.strip() or "no output").splitlines()[-1]
+        stopped = {"the run itself stopped": last}
+        return {"mutant": mutant, "setting": setting, "passed": False, "refuted_by": stopped}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def sound(setting: str, times: int, dtype: str, canaries: int) -> dict[str, Any]:
+    """Audit the unpatched product again and again."""
+    results = [audited(setting, dtype=dtype, canaries=canaries) for _ in range(times)]
+    return {
+        "setting": setting,
+        "dtype": dtype,
+        "audits": times,
+        "canaries": canaries,
+        "passed": sum(result["passed"] for result in results),
+        "refuted_by": Counter(name for result in results for name in result["refuted_by"]),
+        "figures": {
+            name: [result["figures"][name] for result in results]
+            for name in (results[0]["figures"] if results else ())
+        },
+        "seconds": round(sum(result["seconds"] for result in results), 1),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the table, or one of its rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mutant", choices=list(MUTANTS))
+    parser.add_argument("--setting", choices=list(SETTINGS))
+    parser.add_argument("--sound", type=int, default=100)
+    parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--no-mutants", action="store_true")
+    parser.add_argument("--canaries", type=int, default=0, help="of the sound audits")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(arguments)
+    settings = [options.setting] if options.setting else list(SETTINGS)
+    if options.mutant and options.setting:
+        print(json.dumps(one(options.mutant, options.setting)))
+        return 0
+    table: dict[str, Any] = {"mutants": [], "sound": []}
+    for setting in settings:
+        for mutant in () if options.no_mutants else [options.mutant] if options.mutant else MUTANTS:
+            row = in_a_process(mutant, setting)
+            table["mutants"].append(row)
+            caught = ", ".join(row["refuted_by"]) or "NOT CAUGHT"
+            print(f"{setting:8} {mutant:30} {caught}", flush=True)
+            save(options.out, table)
+        if options.sound:
+            row = sound(setting, options.sound, options.dtype, options.canaries)
+            table["sound"].append(row)
+            print(f"{setting:8} sound: {row['passed']} of {row['audits']} pass", flush=True)
+            save(options.out, table)
+    clean = all(not row["passed"] for row in table["mutants"])
+    return 0 if clean and all(r["passed"] == r["audits"] for r in table["sound"]) else 1
+
+
+def save(place: Path | None, table: dict[str, Any]) -> None:
+    """Write what there is so far."""
+    if place:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
