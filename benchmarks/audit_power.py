@@ -29,15 +29,15 @@ from rich.console import Console
 from common.configio import read_config
 from common.errors import RunFailed
 from common.privacy import audit as bare_audit
-from common.privacy import clipping, gradients
-from common.privacy.gradients import PrivateGradient
-from common.privacy.ledger import Ledger
-from common.privacy.noise import NoiseSource
-from common.privacy.sampling import Units
+from common.privacy.budget.ledger import Ledger
+from common.privacy.mechanism import clipping, gradients
+from common.privacy.mechanism.gradients import PrivateGradient
+from common.privacy.mechanism.noise import NoiseSource
+from common.privacy.mechanism.sampling import Units
 from common.seeds import stream
 from common.text.batches import pack
 from common.training.gradients import StepLoss, add_unit_gradients
-from sim.audit import audit
+from sim.checks.audit import audit
 
 SHIPPED = Path(__file__).resolve().parents[1] / "configs" / "hospitals-dp.toml"
 TINY = ("model.backbone=tiny", "train.dtype=fp32", "train.device=cpu")

@@ -31,17 +31,17 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from common.choice import Choice
 from common.config import TrainConfig
-from common.model import lean
-from common.model.attention import choose_attention, register
-from common.model.backbone import BackboneShape, BackboneSpec
-from common.model.choice import Choice
-from common.model.falora import AdapterSpec, attach
+from common.model.adapter.falora import AdapterSpec, attach
+from common.model.backbone.known_shapes import KNOWN_SHAPES
+from common.model.backbone.load import BackboneShape, BackboneSpec
+from common.model.backbone.tiny import tiny_config
 from common.model.footprint import count_parameters, training_footprint
-from common.model.known_shapes import KNOWN_SHAPES
+from common.model.kernels import fused_layer as lean
+from common.model.kernels.attention import choose_attention, register
 from common.model.memory import choose_recompute
 from common.model.session import Session, choose_device, choose_dtype
-from common.model.tiny import tiny_config
 from common.text.batches import Encoded, pack
 from common.training.gradients import BatchGradient
 from common.training.loop import TrainState, train

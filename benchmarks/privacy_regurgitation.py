@@ -28,10 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from scipy.stats import binomtest
 
-from client.hospital import HospitalData
-from client.local import update
-from client.private import private_update
-from client.worker import session_of
+from client.local_update import update
+from client.node import HospitalData
+from client.private_update import private_update
 from common.config import Config
 from common.configio import from_flat
 from common.data.partition import assign_hospitals
@@ -39,7 +38,7 @@ from common.data.prepare import load_samples
 from common.data.samples import Admission
 from common.evaluation.constrained import answer_grammar
 from common.evaluation.generate import generate
-from common.model.layout import initial_tensors
+from common.model.adapter.layout import initial_tensors
 from common.model.session import Session
 from common.privacy.findings import mean_interval
 from common.privacy.membership import patient_losses
@@ -47,6 +46,7 @@ from common.privacy.settings import with_calibrated_noise
 from common.seeds import stream
 from common.text.batches import Encoded, encode, encode_prompt
 from common.training.optimiser import TrainState
+from common.training.resident_session import session_of
 
 UNSEEN_BITS = 1 / math.log(2)
 EPSILONS = (math.inf, 6.0, 1.0)

@@ -29,14 +29,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.model.backbone import resolve_backbone
-from common.model.falora import AdapterSpec
+from common.model.adapter.falora import AdapterSpec
+from common.model.backbone.load import resolve_backbone
 from common.model.session import Session, open_session
 from common.privacy.accounting import calibrate
 from common.privacy.canaries import roc_area
 from common.privacy.findings import mean_interval
-from common.privacy.gradients import PrivateGradient
-from common.privacy.noise import NoiseSource
+from common.privacy.mechanism.gradients import PrivateGradient
+from common.privacy.mechanism.noise import NoiseSource
 from common.privacy.plan import PrivacyPlan
 from common.seeds import stream
 from common.text.batches import Encoded, pack

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from common.choice import Choice
 from common.errors import UserError
-from common.model.attention import Packing, choose_attention, register
-from common.model.backbone import BackboneSpec, load_model, load_tokenizer
-from common.model.choice import Choice
-from common.model.falora import Adapter, AdapterSpec, attach
+from common.model.adapter.falora import Adapter, AdapterSpec, attach
+from common.model.backbone.load import BackboneSpec, load_model, load_tokenizer
+from common.model.kernels.attention import Packing, choose_attention, register
 from common.model.memory import choose_recompute
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def open_session(
     model = load_model(spec, device=on, dtype=arithmetic)
     model.set_attn_implementation(register())
     attached = attach(model, adapter)
-    from common.model import lean
+    from common.model.kernels import fused_layer as lean
 
     recompute_choice = Choice("none", "this Llama's layers are transformers' own")
     if lean.supported(model):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.model.session import Session
-from common.privacy.clipping import clip_coefficients, unit_norms
+from common.privacy.mechanism.clipping import clip_coefficients, unit_norms
 from common.privacy.plan import PrivacyPlan
 from common.text.batches import Encoded, pack
 from common.training.gradients import add_unit_gradients

@@ -14,7 +14,7 @@ from torch import Tensor
 from common.model.session import Session
 from common.privacy.accounting import pld_epsilon
 from common.privacy.findings import FALSE_ALARM, Finding, noise_complaints, spread_interval
-from common.privacy.mechanism import ARITHMETIC_SLACK, grid_for
+from common.privacy.mechanism.release import ARITHMETIC_SLACK, grid_for
 from common.privacy.plan import PrivacyPlan
 from common.privacy.watch import Step, Watched
 from common.text.batches import Encoded, PackedBatch, pack

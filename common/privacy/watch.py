@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from common.model.session import Session
-from common.privacy.guard import Guard
-from common.privacy.noise import Integers, Keystream, NoiseSource
+from common.privacy.budget.guard import Guard
+from common.privacy.mechanism.noise import Integers, Keystream, NoiseSource
 from common.text.batches import Encoded, PackedBatch
 from common.training.loop import StepReport
 

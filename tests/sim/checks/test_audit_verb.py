@@ -1,0 +1,110 @@
+"""``fedrx audit``: findings with figure and verdict, and a broken mechanism is caught."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from common.configio import from_flat
+from common.errors import RunFailed, UserError
+from common.privacy.mechanism.release import GaussianMechanism
+from sim.checks.audit import audit
+from sim.checks.audit_page import NOT_COVERED, QUESTIONS
+
+KEYS: dict[str, Any] = {
+    "model.backbone": "tiny",
+    "adapter.rank": 32,
+    "train.dtype": "fp32",
+    "train.device": "cpu",
+    "privacy.noise-multiplier": 1.2,
+}
+
+
+def run_audit(folder: Path, printed: io.StringIO | None = None, **keys: Any) -> dict[str, Any]:
+    console = Console(file=printed or io.StringIO())
+    config = from_flat({**KEYS, **keys})
+    command = ["fedrx", "audit"]
+    return audit(config, console=console, command_line=command, run_dir=folder, canaries=40)
+
+
+def test_every_audit_has_a_figure_and_a_verdict(tmp_path) -> None:
+    printed = io.StringIO()
+    summary = run_audit(tmp_path / "run", printed)
+    assert summary["passed"] is True
+    assert NOT_COVERED in " ".join(printed.getvalue().split())
+    findings = {finding["audit"]: finding for finding in summary["findings"]}
+    assert list(findings) == [
+        "one-run audit",
+        "one-run audit, control without noise",
+        "noise test",
+        "one-run audit of the loop",
+        "membership in the loop",
+        "membership in the loop, control without noise",
+        "releases taken apart",
+        "noise in the loop",
+        "draws",
+        "patients in one pass",
+        "ledger",
+        "inversion without privacy",
+        "inversion test",
+    ]
+    assert findings["one-run audit"]["figure"] <= findings["one-run audit"]["limit"]
+    control = findings["one-run audit, control without noise"]
+    assert control["figure"] > control["limit"]
+    assert abs(findings["noise test"]["figure"] - 1) < 0.003
+    assert findings["inversion without privacy"]["figure"] > 0.95
+    inversion = findings["inversion test"]
+    assert inversion["figure"] < inversion["limit"] < 0.65
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    for finding in findings.values():
+        assert finding["verdict"]
+        assert finding["false_alarm"] < 1e-4
+        low, high = finding["interval"] or (finding["figure"],) * 2
+        assert low <= finding["figure"] <= float(high)
+
+
+def test_the_page_says_claim_attacks_outcome_and_what_is_left(tmp_path) -> None:
+    summary = run_audit(tmp_path / "run")
+    text = (tmp_path / "run" / "audit.md").read_text()
+    page = (tmp_path / "run" / "audit.html").read_text()
+    for part in ("The claim", "What was attacked", "What came out", "What is not covered"):
+        assert f"## {part}" in text
+        assert f"<h2>{part}</h2>" in page
+    for finding in summary["findings"]:
+        assert QUESTIONS[finding["audit"]] in text
+        assert finding["verdict"] in text
+    assert "All 13 attacks and checks came out as the claim says" in text
+    assert "script" not in page
+
+
+def test_the_smallest_rank_is_audited_too(tmp_path) -> None:
+    assert run_audit(tmp_path / "run", **{"adapter.rank": 2})["passed"] is True
+
+
+def test_a_quarter_of_the_noise_is_caught(tmp_path, monkeypatch) -> None:
+    honest = GaussianMechanism.release
+
+    def quarter(self: GaussianMechanism, sum_P: torch.Tensor) -> torch.Tensor:
+        mean = sum_P / self.plan.expected_batch
+        return mean + (honest(self, sum_P) - mean) / 4
+
+    monkeypatch.setattr(GaussianMechanism, "release", quarter)
+    with pytest.raises(RunFailed, match=r"one-run audit: the claim is refuted.*noise test: wrong"):
+        run_audit(tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["passed"] is False
+
+
+def test_nothing_to_audit_is_said_before_anything_is_written(tmp_path) -> None:
+    with pytest.raises(UserError, match="privacy is off"):
+        run_audit(tmp_path / "off", **{"privacy.noise-multiplier": 0.0})
+    with pytest.raises(UserError, match="privacy.unit=hospital: the audit covers") as error:
+        run_audit(tmp_path / "hospital", **{"privacy.unit": "hospital"})
+    assert "off" not in str(error.value)
+    with pytest.raises(UserError, match="protects nobody"):
+        run_audit(tmp_path / "fixed", **{"privacy.deterministic-noise": True})
+    assert list(tmp_path.iterdir()) == []
