@@ -4,10 +4,10 @@
 
 Every contestant computes a gradient of B on the same samples. `ours, plain` is the non-private
 step; the private ones give every sample's gradient, clip it and add noise. In bf16 ours gives every
-unit passes of its own (see `common/privacy/mechanism/gradients.py`), in fp32 units share them: `--dtype`
-shows both. FLOPs are counted exactly (torch.utils.flop_counter); time is process CPU time on one
-thread, contestants interleaved round by round, the median of each round's ratio to that round's
-plain step. On a busy machine read the ratios, not the seconds.
+unit passes of its own (see `common/privacy/mechanism/gradients.py`), in fp32 units share them:
+`--dtype` shows both. FLOPs are counted exactly (torch.utils.flop_counter); time is process CPU time
+on one thread, contestants interleaved round by round, the median of each round's ratio to that
+round's plain step. On a busy machine read the ratios, not the seconds.
 """
 
 import argparse

@@ -29,7 +29,6 @@ import numpy as np
 from scipy.stats import binomtest
 
 from client.local_update import update
-from client.node import HospitalData
 from client.private_update import private_update
 from common.config import Config
 from common.configio import from_flat
@@ -45,6 +44,7 @@ from common.privacy.membership import patient_losses
 from common.privacy.settings import with_calibrated_noise
 from common.seeds import stream
 from common.text.batches import Encoded, encode, encode_prompt
+from common.training.hospital_data import HospitalData
 from common.training.optimiser import TrainState
 from common.training.resident_session import session_of
 

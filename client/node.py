@@ -3,7 +3,7 @@
 import functools
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +13,12 @@ from common.configio import config_hash, settled
 from common.data.partition import Hospital, assign_hospitals
 from common.data.prepare import load_samples
 from common.errors import RunFailed
-from common.model.session import Session
-from common.seeds import stream
-from common.text.batches import Encoded, encode
 from common.wire.handshake import NAME_PATTERN
 
 NAME = "hospital"
 """Key of the node configuration: a deployed hospital's name."""
 SIMULATED = "num-partitions"
 """Key of the node configuration: how many nodes Flower simulates."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HospitalData:
-    """One hospital's samples as tokens."""
-
-    name: str
-    patients: int
-    samples: int
-    train: tuple[Encoded, ...]
-    validation: tuple[Encoded, ...]
 
 
 def local_config(config: Config, node_config: Mapping[str, Any], run_id: int) -> Config:
@@ -100,32 +86,6 @@ def hospitals_of(
     """Read the prepared samples and deal them to hospitals; once per process."""
     table = load_samples(data)
     return assign_hospitals(table.admissions, partition, hospitals=hospitals, data=data)
-
-
-def encode_hospital(hospital: Hospital, session: Session, config: Config) -> HospitalData:
-    """Turn a hospital's training and validation samples into tokens.
-
-    ``evaluation.validation-samples`` limits the validation split by a seeded choice.
-    """
-    validation = list(hospital.validation)
-    limit = config.evaluation.validation_samples
-    if 0 < limit < len(validation):
-        generator = stream(config.evaluation.seed, "validation-samples", hospital.name)
-        chosen = sorted(generator.choice(len(validation), size=limit, replace=False).tolist())
-        validation = [validation[place] for place in chosen]
-    length = config.train.max_length
-
-    def tokens(admissions: object) -> tuple[Encoded, ...]:
-        assert isinstance(admissions, list | tuple)
-        return tuple(encode(one, session.tokenizer, max_length_tokens=length) for one in admissions)
-
-    return HospitalData(
-        name=hospital.name,
-        patients=hospital.patients,
-        samples=hospital.samples,
-        train=tokens(hospital.train),
-        validation=tokens(validation),
-    )
 
 
 def private_folder(config: Config, hospital: str) -> Path:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from client.kept_state import kept_steps, save_state
 from client.local_update import LocalResult, update
-from client.node import HospitalData
 from common.config import Config
 from common.model.session import Session
 from common.privacy.budget.guard import Guard
@@ -13,6 +12,7 @@ from common.privacy.settings import plan_of
 from common.provenance import source_digest, tensors_sha256
 from common.rundir import read_tensors, write_tensors
 from common.training.budget import steps_of_round
+from common.training.hospital_data import HospitalData
 from common.training.loop import StepReport
 from common.training.optimiser import TrainState
 from common.wire.contract import PUBLIC_WEIGHT, Tensors

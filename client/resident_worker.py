@@ -3,7 +3,8 @@
 In a deployment Flower starts a new process for every message (flwr issue 3670), and loading an 8B
 backbone takes minutes. The ClientApp hands its message to this worker over a unix socket that
 only its owner may open. A worker serves one source digest: code that differs from the app's is
-refused, and the backbone is kept by its name, device and dtype (``common.training.resident_session``).
+refused, and the backbone is kept by its name, device and dtype
+(``common.training.resident_session``).
 
 A request is one JSON line (kind, source digest, sizes) and two protocol buffers, message and
 context; the answer is one JSON line (error or size) and one protocol buffer. Whatever a request

@@ -12,9 +12,9 @@ import math
 import os
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from common.config import Config
 from common.errors import UserError
@@ -167,14 +167,62 @@ def settled(config: Config, *, run_id: int, nodes: int | None = None) -> Config:
     return replace(config, federation=federation, run=replace(config.run, directory=directory))
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """List ``key: old -> new`` for every key that differs, ``run.*`` left out."""
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One key whose value differs between two configurations."""
+
+    key: str
+    old: Scalar
+    new: Scalar
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.old!r} -> {self.new!r}"
+
+
+def differences(old: Config, new: Config) -> list[Change]:
+    """Return every key that differs, ``run.*`` left out.
+
+    >>> from common.config import TrainConfig
+    >>> print(*differences(Config(), Config(train=TrainConfig(seed=3))))
+    train.seed: 0 -> 3
+    """
     before, after = flatten(old), flatten(new)
     return [
-        f"{key}: {before[key]!r} -> {after[key]!r}"
+        Change(key, before[key], after[key])
         for key in before
         if before[key] != after[key] and not key.startswith("run.")
     ]
+
+
+def changed_freely(config: Config, overrides: Iterable[str], free: tuple[str, ...]) -> Config:
+    """Apply ``key=value`` overrides of what does not decide what was trained.
+
+    Args:
+        config: A run's own.
+        overrides: As on the command line.
+        free: Keys, and sections with their dot, that may change.
+
+    Raises:
+        UserError: naming every other key that would change.
+    """
+    changed = from_flat(parse_overrides(overrides), base=config)
+    refused = [str(one) for one in differences(config, changed) if not one.key.startswith(free)]
+    if refused:
+        raise UserError(
+            f"--set would change what was trained: {'; '.join(refused)}",
+            allowed=", ".join(f"{key}*" if key.endswith(".") else key for key in free),
+            fix="leave it out, or train a run with it",
+        )
+    return changed
+
+
+def choices(entry: dataclasses.Field[Any]) -> tuple[str, ...]:
+    """Return what a key's type allows; nothing where every text is allowed.
+
+    >>> choices(known_keys()["adapter.mode"])
+    ('fa-lora', 'lora')
+    """
+    return get_args(entry.type) if get_origin(entry.type) is Literal else ()
 
 
 def _sections(config: Config) -> list[tuple[str, Any]]:
@@ -224,8 +272,8 @@ def _from_text(key: str, raw: str, entry: dataclasses.Field[Any]) -> Scalar:
 
 def _allowed(entry: dataclasses.Field[Any]) -> str:
     limits = entry.metadata
-    if limits["choices"]:
-        return " | ".join(limits["choices"])
+    if choices(entry):
+        return " | ".join(choices(entry))
     kind = {bool: "true | false", int: "an integer", float: "a number", str: "text"}[
         type(entry.default)
     ]
@@ -246,7 +294,7 @@ def _checked(key: str, value: object, entry: dataclasses.Field[Any]) -> Scalar:
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(complaint)
     limits = entry.metadata
-    if limits["choices"] and value not in limits["choices"]:
+    if choices(entry) and value not in choices(entry):
         raise ValueError(complaint)
     if isinstance(value, int | float) and not isinstance(value, bool):
         low, above, high = limits["low"], limits["above"], limits["high"]

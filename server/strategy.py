@@ -1,8 +1,8 @@
 """Aggregation: Flower's own strategies, behind our checks.
 
-Updates are checked (``common.wire.contract``), sorted by hospital and handed to Flower in fp64, so the
-result depends neither on the order of arrival nor on the number of workers. FedAvg over B is exact
-because A is shared: ``mean(B_k) A == mean(B_k A)``.
+Updates are checked (``common.wire.contract``), sorted by hospital and handed to Flower in fp64, so
+the result depends neither on the order of arrival nor on the number of workers. FedAvg over B is
+exact because A is shared: ``mean(B_k) A == mean(B_k A)``.
 """
 
 import logging

@@ -1,7 +1,7 @@
 """Bytes that training keeps for the backward pass, from shapes alone, and what follows from them.
 
-The count is what the lean layer saves (`common.model.kernels.fused_layer`); a test compares it with the tensors
-that autograd really saves.
+The count is what the lean layer saves (`common.model.kernels.fused_layer`); a test compares it with
+the tensors that autograd really saves.
 """
 
 import torch

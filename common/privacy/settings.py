@@ -3,12 +3,11 @@
 import math
 from dataclasses import replace
 from functools import lru_cache
-from typing import Literal, cast
 
 from common.config import Config, PrivacyConfig
 from common.errors import UserError
 from common.privacy.accounting import calibrate, epsilon
-from common.privacy.plan import PrivacyPlan, Unit
+from common.privacy.plan import PrivacyPlan
 from common.training.budget import steps_in_all
 
 HOSPITAL = "hospital"
@@ -127,7 +126,7 @@ def hospital_warning(plan: PrivacyPlan, parameters: int) -> str:
 @lru_cache(maxsize=8)
 def _plan(privacy: PrivacyConfig, steps: int, batch: float, rate: float) -> PrivacyPlan:
     plan = PrivacyPlan(
-        unit=cast(Unit, privacy.unit),
+        unit=privacy.unit,
         clip_norm=privacy.clip_norm,
         noise_multiplier=privacy.noise_multiplier or None,
         sampling_rate=rate,
@@ -135,7 +134,7 @@ def _plan(privacy: PrivacyConfig, steps: int, batch: float, rate: float) -> Priv
         expected_batch=batch,
         max_admissions_per_patient=privacy.max_admissions_per_patient,
         delta=privacy.delta,
-        accountant=cast(Literal["prv", "rdp"], privacy.accountant),
+        accountant=privacy.accountant,
         deterministic_noise=privacy.deterministic_noise,
     )
     if plan.noise_multiplier is None:

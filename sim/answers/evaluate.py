@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from common.config import Config
-from common.configio import differences, from_flat, parse_overrides
+from common.configio import changed_freely
 from common.data.partition import Hospital, assign_hospitals
 from common.data.prepare import load_samples
 from common.data.samples import SampleTable
@@ -86,7 +86,7 @@ def evaluate_run(
         UserError: If an override would change what was trained, the data, the backbone or A are
             not those of the run, there is no such checkpoint, or nothing is held out.
     """
-    config = _overridden(run.config(), overrides)
+    config = changed_freely(run.config(), overrides, _FREE_KEYS)
     loaded, last = run.load_checkpoint(checkpoint), run.load_checkpoint()
     table, hospitals, session = reopen(run, config)
     settings = config.evaluation
@@ -150,18 +150,6 @@ def reopen(run: RunDirectory, config: Config) -> tuple[SampleTable, Sequence[Hos
 def _together(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
     """Put new rows in the place of old ones, or after them."""
     return list({(row["case"], row["model"]): row for row in (*old, *new)}.values())
-
-
-def _overridden(config: Config, overrides: Iterable[str]) -> Config:
-    changed = from_flat(parse_overrides(overrides), base=config)
-    refused = [line for line in differences(config, changed) if not line.startswith(_FREE_KEYS)]
-    if refused:
-        raise UserError(
-            f"--set would change what was trained: {'; '.join(refused)}",
-            allowed="evaluation.*, model.attention, train.device, train.dtype, train.threads",
-            fix="leave it out, or train a run with it",
-        )
-    return changed
 
 
 def _hospitals(config: Config, inputs: dict[str, str]) -> tuple[SampleTable, Sequence[Hospital]]:

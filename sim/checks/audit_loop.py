@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from client.node import HospitalData
 from client.private_update import guard_of, private_update
 from common.config import Config
 from common.model.adapter.layout import initial_tensors
@@ -48,6 +47,7 @@ from common.privacy.settings import plan_of
 from common.privacy.watch import Watch, Watched
 from common.seeds import stream
 from common.text.batches import Encoded
+from common.training.hospital_data import HospitalData
 from common.training.optimiser import TrainState
 
 RUNS = 3

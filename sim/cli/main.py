@@ -23,7 +23,6 @@ from sim.cli.options import (
     SetOption,
     console_for,
     find_config,
-    open_run,
     print_json,
 )
 
@@ -171,6 +170,7 @@ def audit(
     console = console_for(json_output)
     if membership:
         from sim.checks.audit_membership import audit_membership
+        from sim.process.open_run import open_run
 
         run = open_run(config_file)
         found = audit_membership(run, console=console, references=references or ())

@@ -7,7 +7,8 @@ import typer
 
 from common.errors import UserError
 from common.rundir import RunDirectory
-from sim.cli.options import JsonOption, SetOption, console_for, open_run, print_json
+from sim.cli.options import JsonOption, SetOption, console_for, print_json
+from sim.process.open_run import open_run
 
 review_app = typer.Typer(no_args_is_help=True, help="Blinded packets for clinicians.")
 

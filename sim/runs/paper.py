@@ -19,11 +19,12 @@ from common.rundir import RunDirectory, remove_unbegun
 from common.training.resident_session import close_session, session_of
 from sim.answers.evaluate import evaluate_run
 from sim.process.lock import exclusive, reported
+from sim.process.open_run import rank_folder
 from sim.process.progress import Meter
 from sim.report.run_report import write_report
 from sim.runs import single
 from sim.runs.federate import Preparation, fingerprints, prepare
-from sim.runs.paper_table import build_table, model_of, rank_folder, show_table, write_table
+from sim.runs.paper_table import build_table, model_of, show_table, write_table
 
 MODE = "paper"
 RANKS = (16, 32)

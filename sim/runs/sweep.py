@@ -43,7 +43,7 @@ ARMS: dict[str, dict[str, Any]] = {
     LOCAL_ONLY: {},
 }
 SEEDED = ("train.seed", "adapter.seed", "partition.seed", "federation.seed")
-RESULTLESS = ("federation.workers:",)
+RESULTLESS = ("federation.workers",)
 """Keys that cannot change a run's result."""
 CONFIDENCE = 0.95
 FIGURES: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
@@ -276,7 +276,9 @@ def _check_same(cell: Cell, run: RunDirectory) -> None:
     """Refuse a run that is not the cell's, by the configurations that both run with."""
     wanted = resolved(cell.config) if cell.federated else one_node(cell.config)
     changed = [
-        text for text in differences(run.config(), wanted) if not text.startswith(RESULTLESS)
+        str(change)
+        for change in differences(run.config(), wanted)
+        if not change.key.startswith(RESULTLESS)
     ]
     if changed:
         raise UserError(

@@ -20,7 +20,6 @@ import client.app
 import client.node
 import client.private_update
 import common.wire.contract
-from client.node import HospitalData
 from client.private_update import private_update
 from common.config import Config, PrivacyConfig
 from common.configio import flatten, from_flat
@@ -31,6 +30,7 @@ from common.privacy.mechanism.gradients import PrivateGradient
 from common.privacy.settings import plan_of
 from common.rundir import RunDirectory
 from common.training.gradients import StepLoss
+from common.training.hospital_data import HospitalData
 from common.training.optimiser import TrainState
 from server.app import federate
 

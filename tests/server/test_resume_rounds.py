@@ -9,10 +9,11 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.serde import message_from_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 
-from client.node import encode_hospital, hospitals_of
+from client.node import hospitals_of
 from common.configio import flatten
 from common.errors import RunFailed
 from common.rundir import RunDirectory
+from common.training.hospital_data import encode_hospital
 from common.training.loop import TrainState, train
 from common.training.resident_session import session_of
 from server.timeouts import Pace

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from client.node import encode_hospital, hospitals_of
+from client.node import hospitals_of
 from client.proximal import Proximal
 from common.config import FederationConfig
 from common.errors import RunFailed, UserError
 from common.rundir import RunDirectory
 from common.training.gradients import BatchGradient
+from common.training.hospital_data import encode_hospital
 from common.training.resident_session import session_of
 from common.wire.cohort import check_strategy
 from common.wire.contract import Update

@@ -103,7 +103,10 @@ def test_noise_test_passes_the_real_noise_and_no_other(make_plan) -> None:
         return lambda sums: honest(sums) * factor
 
     frozen = GaussianMechanism(plan, 250_000, NoiseSource()).release(torch.zeros(250_000))
-    uniform = lambda sums: (torch.rand(len(sums)) - 0.5) * math.sqrt(12) * plan.noise_std
+
+    def uniform(sums: torch.Tensor) -> torch.Tensor:
+        return (torch.rand(len(sums)) - 0.5) * math.sqrt(12) * plan.noise_std
+
     for mutant in (scaled(0.5), scaled(0.99), lambda _: frozen, uniform):
         assert not noise_test(plan, release=mutant).passed
 

@@ -9,7 +9,6 @@ import torch
 from scipy import stats
 
 from client.local_update import update
-from client.node import HospitalData
 from client.private_update import private_update
 from common.configio import from_flat
 from common.model.adapter.layout import initial_tensors
@@ -22,6 +21,7 @@ from common.privacy.membership import (
     true_positives,
 )
 from common.privacy.settings import plan_of
+from common.training.hospital_data import HospitalData
 from common.training.optimiser import TrainState
 from sim.checks.audit_loop import made_up
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from client.node import HospitalData
 from client.private_update import private_update
 from common.configio import from_flat
 from common.privacy.budget.guard import LEDGER, RECEIPT
 from common.privacy.budget.ledger import BudgetExhausted, Ledger
 from common.privacy.settings import plan_of
 from common.rundir import RunDirectory
+from common.training.hospital_data import HospitalData
 from common.training.optimiser import TrainState
 from common.training.resident_session import session_of
 from sim.process.interrupt import Stopped

@@ -227,7 +227,8 @@ def test_a_drug_map_is_found_from_a_worker_s_folder(tiny_config, tmp_path, monke
 
 def test_local_only_trains_on_one_hospital_alone(tiny_config, in_process):
     """Against a plain loop on that hospital's samples: no other update enters."""
-    from client.node import encode_hospital, hospitals_of
+    from client.node import hospitals_of
+    from common.training.hospital_data import encode_hospital
     from common.training.loop import TrainState, train
     from common.training.resident_session import session_of
 
