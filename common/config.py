@@ -165,16 +165,25 @@ class FederationConfig:
         low=0,
     )
     strategy: Literal[
-        "fedavg", "fedprox", "fedavgm", "fedadam", "fedmedian", "trimmed-mean", "krum"
+        "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedmedian", "trimmed-mean", "krum"
     ] = option("fedavg", "aggregation")
     proximal_mu: float = option(0.01, "weight of fedprox's pull to the global B", low=0)
     server_learning_rate: float = option(
-        0.0, "step of fedavgm and fedadam; 0: 1 for fedavgm, 0.01 for fedadam", low=0
+        0.0, "step of fedavgm, fedadam and fedyogi; 0: 1 for fedavgm, else 0.01", low=0
     )
     server_momentum: float = option(0.9, "momentum of fedavgm", low=0, high=0.9999)
     trim: float = option(0.2, "share that trimmed-mean cuts at each end", low=0, high=0.4999)
     malicious: int = option(1, "hospitals that krum takes for malicious", low=0)
     weighting: Literal["samples", "uniform"] = option("samples", "weight of a hospital's update")
+    max_weight_share: float = option(
+        3.0, "largest weight of one hospital, times the round's median weight; 0: no limit", low=0
+    )
+    max_update_norm: float = option(
+        10.0,
+        "largest change of B by one hospital, times the round's median change (L2 norm); a "
+        "hospital beyond it is refused in that round; 0: no limit",
+        low=0,
+    )
     fraction: float = option(1.0, "share of the hospitals asked per round", above=0, high=1)
     only: str = option(
         "", "ask this hospital alone, by name: the local-only baseline; empty: all of them"

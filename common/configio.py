@@ -265,12 +265,13 @@ def _from_text(key: str, raw: str, entry: dataclasses.Field[Any]) -> Scalar:
     except (KeyError, ValueError):
         raise UserError(
             f"--set {key}={raw}",
-            allowed=_allowed(entry),
+            allowed=allowed(entry),
             fix=f"for instance --set {key}={str(entry.default).lower()}",
         ) from None
 
 
-def _allowed(entry: dataclasses.Field[Any]) -> str:
+def allowed(entry: dataclasses.Field[Any]) -> str:
+    """Return what a key may be set to, for people."""
     limits = entry.metadata
     if choices(entry):
         return " | ".join(choices(entry))
@@ -288,7 +289,7 @@ def _allowed(entry: dataclasses.Field[Any]) -> str:
 def _checked(key: str, value: object, entry: dataclasses.Field[Any]) -> Scalar:
     """Return ``value`` in the key's type, or raise ValueError with the whole complaint."""
     kind: type = type(entry.default)
-    complaint = f"{key}={value!r} (allowed: {_allowed(entry)})"
+    complaint = f"{key}={value!r} (allowed: {allowed(entry)})"
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):

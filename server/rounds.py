@@ -19,7 +19,7 @@ from common.privacy.settings import HOSPITAL
 from common.provenance import tensors_sha256
 from common.rundir import Checkpoint, RunDirectory
 from common.wire.codecs import compress, decode
-from common.wire.cohort import NOT_EVALUATED, WITHSTANDS_NOTHING, check_strategy
+from common.wire.cohort import NOT_EVALUATED, WITHSTANDS_NOTHING
 from common.wire.contract import (
     ContractError,
     Shapes,
@@ -35,6 +35,8 @@ from server.messages import Recorder, answered, exchange, require
 from server.privacy_account import PrivacyAccount
 from server.resume_check import check_unchanged, inputs_of
 from server.roster import Roster
+from server.screening import outliers, with_capped_weights
+from server.strategies import check_strategy
 from server.strategy import Aggregator
 from server.timeouts import HANDSHAKE_SECONDS, RECONNECT_SECONDS, Pace
 
@@ -192,8 +194,22 @@ class Rounds:
                 continue
             for name in ("train-loss", "weight", "steps", "seconds"):
                 self.run.metric(name, update.metrics[name], round=server_round, hospital=hospital)
+        failures |= self._screened(sent, updates, server_round)
         require(len(updates), needed, wanted, server_round, failures)
-        return list(updates.values())
+        return with_capped_weights(self.config.federation, list(updates.values()))
+
+    def _screened(
+        self, sent: "Sent", updates: dict[str, Update], server_round: int
+    ) -> dict[str, str]:
+        """Take the updates out that moved B implausibly far; return the reasons by hospital."""
+        plan = self.roster.plan
+        if plan and plan.unit == HOSPITAL:  # its clip is the bound, and none may be left out
+            return {}
+        found = outliers(self.config.federation, sent.b, list(updates.values()))
+        for hospital, reason in found.items():
+            del updates[hospital]
+            self._refuse(hospital, reason, server_round)
+        return found
 
     def evaluate(self, sent: "Sent", server_round: int) -> None:
         """Ask every hospital for the loss on its validation split; log the weighted mean.
@@ -318,8 +334,7 @@ class Rounds:
                 accepted.append(node)
             except ContractError as error:
                 failures[hospital] = str(error)
-                _log.warning("round %d: %s is refused: %s", server_round, hospital, error)
-                self.run.metric("refused", str(error), round=server_round, hospital=hospital)
+                self._refuse(hospital, str(error), server_round)
         if accepted:
             now = Pace(
                 seconds=max(replies.seconds[node] for node in accepted),
@@ -328,6 +343,10 @@ class Rounds:
             )
             self.paces[kind] = Pace.slower(pace, now, timed_out=replies.timed_out)
         return answers, failures
+
+    def _refuse(self, hospital: str, reason: str, server_round: int) -> None:
+        _log.warning("round %d: %s is refused: %s", server_round, hospital, reason)
+        self.run.metric("refused", reason, round=server_round, hospital=hospital)
 
     def _steps(self, hospital: str, kind: str, server_round: int) -> int:
         if kind != "train":

@@ -39,6 +39,8 @@ _HELLO = frozenset(
 HELLO_REPLY = _HELLO | {"patients", "samples", "train-samples", "validation-samples"}
 PRIVATE_HELLO_REPLY = _HELLO | {"privacy-plan-sha256"}
 """With privacy on no count leaves a hospital; what is compared is the plan."""
+LARGEST_B = 1e9
+"""No training moves a value of B so far; sums of such values and their squares stay finite."""
 LARGEST_SCALAR = 1e15
 """Sums and products of such numbers stay finite."""
 _SERIALISATION = "numpy.ndarray"
@@ -143,6 +145,8 @@ def _unpacked(array: Array, dtype: np.dtype[Any], layout: tuple[int, ...]) -> np
 def _finite(key: str, value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     if not np.isfinite(value).all():
         raise ContractError(f"{key}: holds NaN or infinity")
+    if value.size and np.abs(value).max() > LARGEST_B:
+        raise ContractError(f"{key}: holds a value beyond {LARGEST_B:g}")
     return value
 
 

@@ -9,6 +9,8 @@ from common.wire.contract import HELLO_REPLY, PRIVATE_HELLO_REPLY, ContractError
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """A hospital's name: it becomes a folder's."""
 MOST_HOSPITALS = 10_000
+MOST_COUNTED = 10**8
+"""Patients or admissions of one hospital; no country has as many a year."""
 LONGEST_TEXT = 1_000
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COUNTS = frozenset({"patients", "samples", "train-samples", "validation-samples"})
@@ -52,7 +54,9 @@ def _rule(key: str) -> tuple[Callable[[Any], bool], str]:
             f"an integer from 1 to {MOST_HOSPITALS}"
         )
     if key in _COUNTS:
-        return lambda value: _whole(value) and value >= 0, "an integer from 0"
+        return lambda value: _whole(value) and 0 <= value <= MOST_COUNTED, (
+            f"an integer from 0 to {MOST_COUNTED}"
+        )
     return (
         lambda value: isinstance(value, str) and len(value) <= LONGEST_TEXT,
         f"text of at most {LONGEST_TEXT} characters",

@@ -27,7 +27,8 @@ from common.privacy.forecast import forecast, lines
 from common.privacy.settings import plan_of, protects
 from common.training.budget import checkpoint_steps, steps_in_all, steps_of_round
 from common.wire.codecs import wire_layout
-from common.wire.cohort import check_only, check_strategy, sampled
+from common.wire.cohort import check_only, sampled
+from server.strategies import check_strategy
 from sim.flower.worker_count import choose_workers, planned_recompute, training_footprints
 
 PAPER_CARD_BYTES = 48_000_000_000

@@ -23,8 +23,8 @@ from common.config import Config
 from common.configio import flatten, toml_scalar
 from common.errors import UserError
 from common.files import write_text
-from common.wire.cohort import check_strategy
 from common.wire.handshake import NAME_PATTERN
+from server.strategies import check_strategy
 from sim.flower.bundle import stage_app
 from sim.flower.superlink import CONNECTION
 

@@ -34,7 +34,8 @@ from common.privacy.settings import (
 from common.provenance import available_cpus, environment, peak_rss_bytes
 from common.rundir import RunDirectory
 from common.training.budget import checkpoint_steps, steps_in_all, steps_of_round
-from common.wire.cohort import check_only, check_strategy
+from common.wire.cohort import check_only
+from server.strategies import check_strategy
 from sim.answers.evaluate import evaluate_run
 from sim.flower.superlink import end_leftovers, free_port, run_flower
 from sim.flower.worker_count import choose_workers

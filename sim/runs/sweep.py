@@ -22,7 +22,8 @@ from common.configio import differences, flatten, from_flat, parse_overrides
 from common.errors import UserError
 from common.files import write_json, write_text
 from common.rundir import RunDirectory, remove_unbegun
-from common.wire.cohort import check_strategy, hospital_names, sampled
+from common.wire.cohort import hospital_names, sampled
+from server.strategies import check_strategy
 from sim.process.lock import exclusive
 from sim.runs.federate import federate, resolved
 from sim.runs.resume import resume

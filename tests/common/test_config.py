@@ -24,8 +24,13 @@ from common.configio import (
     toml_scalar,
 )
 from common.errors import UserError
+from sim.flower.run_config import keys_page
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_page_of_keys_is_the_configuration_s():
+    assert (ROOT / "configs" / "README.md").read_text() == keys_page()
 
 
 def test_pyproject_carries_the_same_keys_and_defaults_for_flower():
