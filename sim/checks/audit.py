@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.config import Config
-from common.errors import RunFailed, UserError
+from common.errors import FedrxError, RunFailed, UserError
 from common.model.adapter.layout import adapter_spec
 from common.model.backbone.load import resolve_backbone
 from common.model.session import Session, open_session
@@ -119,7 +119,12 @@ def audit(
         threads=train.threads or None,
     )
     default = LOOP_CANARIES if config.model.backbone == "tiny" else LOOP_CANARIES_LARGE
-    findings += audit_loop(session, config, canaries=canaries or default)
+    try:
+        findings += audit_loop(session, config, canaries=canaries or default)
+    except FedrxError as error:
+        # a ledger that finds itself wronged stops the run: that refutes the code too
+        run.write_status("failed", stage="audit", error=str(error))
+        raise
     if "v_proj" in adapter_spec(config.adapter).targets and config.adapter.rank > 1:
         findings += inversion(session, plan)
     summary = {

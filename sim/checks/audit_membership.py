@@ -60,7 +60,9 @@ def audit_membership(
             initial_tensors(adapter.shapes, adapter.spec),
             *(_reference(path, session) for path in references),
         ]
-        inside, outside = _records(hospitals, session, config.train.max_length)
+        only = config.federation.only
+        trained = [one for one in hospitals if only in ("", one.name)]
+        inside, outside = _records(trained, session, config.train.max_length)
         members, _ = patient_losses(session, inside, models)
         outsiders, _ = patient_losses(session, outside, models)
         for count, what in ((len(members), "trained on"), (len(outsiders), "held out")):
@@ -84,6 +86,7 @@ def audit_membership(
         if privacy:
             terms = {"unit": privacy["unit"], "delta": delta, "steps": privacy["planned_steps"]}
             claim = claim_of(terms, epsilon)
+        claim += " This audit read the run's own patients; its figures are of all of them together."
         result = {
             "claim": claim,
             "source": table.source,

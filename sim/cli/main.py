@@ -10,7 +10,7 @@ from click import ClickException
 from click.exceptions import NoArgsIsHelpError
 
 from common.configio import parse_overrides, read_config
-from common.errors import FedrxError
+from common.errors import FedrxError, UserError
 from common.provenance import source_root
 from sim.cli import data as cli_data
 from sim.cli import deploy as cli_deploy
@@ -169,6 +169,12 @@ def audit(
     """
     console = console_for(json_output)
     if membership:
+        if set_ or run_dir or canaries:
+            raise UserError(
+                "--set, --run-dir and --canaries change nothing of a finished run",
+                allowed="--reference and --json beside --membership",
+                fix="leave them out",
+            )
         from sim.checks.audit_membership import audit_membership
         from sim.process.open_run import open_run
 
@@ -176,6 +182,8 @@ def audit(
         found = audit_membership(run, console=console, references=references or ())
         print_json(found, json_output)
         return
+    if references:
+        raise UserError("--reference without --membership", fix="add --membership, and name a run")
     config = read_config(find_config(config_file), set_ or ())
     from sim.checks.audit import audit as run_audit
 

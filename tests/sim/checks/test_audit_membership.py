@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from client.local_update import update
 from common.configio import from_flat
@@ -19,6 +20,7 @@ from common.rundir import RunDirectory
 from common.training.optimiser import TrainState
 from common.training.resident_session import backbone_spec, session_of, tokens_of
 from sim.checks.audit_membership import MEMBERSHIP, audit_membership
+from sim.cli.main import app
 
 KEYS: dict[str, Any] = {
     "data.path": "synthetic",
@@ -118,3 +120,28 @@ def test_a_private_run_is_held_to_its_epsilon(run) -> None:
         run.write_json("summary.json", summary)
     assert found["findings"][0]["limit"] == pytest.approx(1 / (1 + np.exp(-3)) + 1e-4)
     assert "epsilon 3" in found["claim"]
+
+
+def test_a_local_only_run_is_attacked_on_its_own_hospital(tmp_path) -> None:
+    keys = {"federation.hospitals": 1, "data.synthetic-patients": 120}
+    whole = finished(tmp_path / "whole", **keys)
+    everyone = attack(whole)["findings"][0]["meaning"]
+    config = from_flat({**KEYS, **keys, "federation.hospitals": 2, "federation.only": "hospital-1"})
+    whole.write_config(config)
+    assert counts(attack(whole)["findings"][0]["meaning"])[0] < counts(everyone)[0]
+
+
+def counts(meaning: str) -> list[int]:
+    """The numbers of patients that a finding names."""
+    return [int(word) for word in meaning.split() if word.isdigit()][1:3]
+
+
+def test_options_that_mean_nothing_are_refused(run) -> None:
+    verb = [str(run.path), "--membership"]
+    for extra in (["--set", "adapter.rank=2"], ["--canaries", "7"]):
+        result = CliRunner().invoke(app, ["audit", *verb, *extra])
+        assert isinstance(result.exception, UserError)
+    result = CliRunner().invoke(app, ["audit", "demo.toml", "--reference", str(run.path)])
+    assert "without --membership" in str(result.exception)
+    result = CliRunner().invoke(app, ["audit", *verb, "--json"])
+    assert json.loads(result.stdout)["passed"] is True
