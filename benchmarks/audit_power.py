@@ -1,17 +1,18 @@
 """What `fedrx audit` catches: broken variants of the product's own code, each in a process.
 
     OMP_NUM_THREADS=1 python benchmarks/audit_power.py [--sound 100] [--out FILE]
+    python benchmarks/audit_power.py --mutant "clip off" --setting shipped --sound 0
 
 Every mutant patches the code that a hospital runs and then starts the audit as a user would, on
 the tiny backbone, at the shipped configuration (configs/hospitals-dp.toml) and with a noise
 multiplier of 1. A mutant is caught if the audit refutes the claim; the table says by which
-findings. A sound mechanism has to pass every time. `--mutant NAME --setting NAME` runs one.
+findings. A sound mechanism has to pass every time.
 """
 
 import argparse
 import io
 import json
-import subprocess
+import multiprocessing
 import sys
 import tempfile
 import time
@@ -34,6 +35,7 @@ from common.privacy.mechanism import clipping, gradients
 from common.privacy.mechanism.gradients import PrivateGradient
 from common.privacy.mechanism.noise import NoiseSource
 from common.privacy.mechanism.sampling import Units
+from common.privacy.settings import with_calibrated_noise
 from common.seeds import stream
 from common.text.batches import pack
 from common.training.gradients import StepLoss, add_unit_gradients
@@ -243,72 +245,77 @@ def audited(setting: str, *, dtype: str = "fp32", canaries: int = 0) -> dict[str
     }
 
 
-def one(mutant: str, setting: str) -> dict[str, Any]:
-    """Patch this process and run the audit."""
+def in_a_process(mutant: str, setting: str, canaries: int) -> dict[str, Any]:
+    """Audit one mutant in a process of its own, which is forked so that nothing is read twice."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(theirs, mutant, setting, canaries))
+    child.start()
+    theirs.close()
+    try:
+        result: dict[str, Any] = ours.recv()
+    except EOFError:
+        result = {"setting": setting, "passed": False, "refuted_by": {"the process": "it died"}}
+    child.join()
+    return {"mutant": mutant, **result}
+
+
+def _child(theirs: Any, mutant: str, setting: str, canaries: int) -> None:
     MUTANTS[mutant](setattr)
     dtype = "bf16" if mutant in BF16 else "fp32"
-    return {"mutant": mutant, **audited(setting, dtype=dtype)}
-
-
-def in_a_process(mutant: str, setting: str) -> dict[str, Any]:
-    """Run one mutant in a process of its own."""
-    command = [sys.executable, __file__, "--mutant", mutant, "--setting", setting]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
+    try:
+        result = audited(setting, dtype=dtype, canaries=canaries)
+    except RunFailed as error:
         # a mutant on which the product's own guards stop is caught by them
-        last = (done.stderr.strip() or "no output").splitlines()[-1]
-        stopped = {"the run itself stopped": last}
-        return {"mutant": mutant, "setting": setting, "passed": False, "refuted_by": stopped}
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+        stopped = {"the run itself stopped": str(error)}
+        result = {"setting": setting, "dtype": dtype, "passed": False, "refuted_by": stopped}
+    theirs.send(result)
 
 
-def sound(setting: str, times: int, dtype: str, canaries: int) -> dict[str, Any]:
-    """Audit the unpatched product again and again."""
-    results = [audited(setting, dtype=dtype, canaries=canaries) for _ in range(times)]
+def sound(setting: str, dtype: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sum up audits of the product as it is."""
     return {
         "setting": setting,
         "dtype": dtype,
-        "audits": times,
-        "canaries": canaries,
+        "audits": len(results),
         "passed": sum(result["passed"] for result in results),
         "refuted_by": Counter(name for result in results for name in result["refuted_by"]),
-        "figures": {
-            name: [result["figures"][name] for result in results]
-            for name in (results[0]["figures"] if results else ())
-        },
+        "figures": {name: [r["figures"][name] for r in results] for name in results[0]["figures"]},
         "seconds": round(sum(result["seconds"] for result in results), 1),
     }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the table, or one of its rows."""
+    """Run the table, or a part of it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mutant", choices=list(MUTANTS))
-    parser.add_argument("--setting", choices=list(SETTINGS))
-    parser.add_argument("--sound", type=int, default=100)
-    parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--mutant", choices=list(MUTANTS), help="default: all")
+    parser.add_argument("--setting", choices=list(SETTINGS), help="default: all")
+    parser.add_argument("--sound", type=int, default=100, help="audits of the product as it is")
+    parser.add_argument("--dtype", default="fp32", help="of the sound audits")
+    parser.add_argument("--canaries", type=int, default=100)
     parser.add_argument("--no-mutants", action="store_true")
-    parser.add_argument("--canaries", type=int, default=0, help="of the sound audits")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
-    settings = [options.setting] if options.setting else list(SETTINGS)
-    if options.mutant and options.setting:
-        print(json.dumps(one(options.mutant, options.setting)))
-        return 0
-    table: dict[str, Any] = {"mutants": [], "sound": []}
-    for setting in settings:
-        for mutant in () if options.no_mutants else [options.mutant] if options.mutant else MUTANTS:
-            row = in_a_process(mutant, setting)
+    facts = {key: value for key, value in vars(options).items() if key != "out"}
+    table: dict[str, Any] = {"options": facts, "mutants": [], "sound": []}
+    chosen = [options.mutant] if options.mutant else list(MUTANTS)
+    for setting in [options.setting] if options.setting else list(SETTINGS):
+        with_calibrated_noise(read_config(SHIPPED, SETTINGS[setting]))  # once for all forks
+        for mutant in () if options.no_mutants else chosen:
+            row = in_a_process(mutant, setting, options.canaries)
             table["mutants"].append(row)
             caught = ", ".join(row["refuted_by"]) or "NOT CAUGHT"
             print(f"{setting:8} {mutant:30} {caught}", flush=True)
             save(options.out, table)
-        if options.sound:
-            row = sound(setting, options.sound, options.dtype, options.canaries)
-            table["sound"].append(row)
-            print(f"{setting:8} sound: {row['passed']} of {row['audits']} pass", flush=True)
+        results: list[dict[str, Any]] = []
+        rows = table["sound"]
+        for number in range(options.sound):
+            results.append(audited(setting, dtype=options.dtype, canaries=options.canaries))
+            rows[:] = [row for row in rows if row["setting"] != setting]
+            rows.append(sound(setting, options.dtype, results))
             save(options.out, table)
+            if number + 1 in (options.sound // 2, options.sound):
+                print(f"{setting:8} sound: {rows[-1]['passed']} of {number + 1} pass", flush=True)
     clean = all(not row["passed"] for row in table["mutants"])
     return 0 if clean and all(r["passed"] == r["audits"] for r in table["sound"]) else 1
 

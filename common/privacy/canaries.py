@@ -145,8 +145,8 @@ def roc_area(positives: Any, negatives: Any) -> float:
 def area_with_deviation(positives: Floats, negatives: Floats) -> Area:
     """Return the ROC area and its standard deviation (DeLong, DeLong, Clarke-Pearson 1988).
 
-    >>> area_with_deviation(np.array([3.0, 2.0, 4.0]), np.array([1.0, 2.0, 0.0])).value
-    0.9444444444444444
+    >>> round(area_with_deviation(np.array([3.0, 2.0]), np.array([1.0, 2.0])).value, 3)
+    0.875
     """
     from scipy.stats import rankdata
 
