@@ -211,22 +211,29 @@ def _as_tossed(step: Step, units: Sequence[int], rate: float) -> bool:
 
 
 def _dispersion(tables: Sequence[np.ndarray[Any, Any]], rate: float) -> list[str]:
-    """Test that patients, and steps, differ as independent coins make them."""
+    """Test that patients, and steps, differ as independent coins make them.
+
+    The squares of standardised counts of n coins have mean 1 and variance 2 + (1 - 6 v) / (n v),
+    v = q (1 - q); the steps' sum is compared with the chi-square of these moments.
+    """
     from scipy.stats import chi2
 
     complaints = []
-    excess = spread = sizes = degrees = 0.0
+    variance = rate * (1 - rate)
+    excess = spread = sizes = degrees = sizes_spread = 0.0
     for table in tables:
         steps, units = table.shape
-        variance = rate * (1 - rate)
         counts = (table.sum(0) - steps * rate) ** 2 / (steps * variance)
         excess += float((counts - 1).sum())
         spread += units * (2 + (1 - 6 * variance) / (steps * variance))
         sizes += float(((table.sum(1) - units * rate) ** 2).sum() / (units * variance))
+        sizes_spread += steps * (2 + (1 - 6 * variance) / (units * variance))
         degrees += steps
     if abs(excess) > _SIGMAS * math.sqrt(spread):
         complaints.append("independence of steps")
-    if not FALSE_ALARM / 2 <= chi2.cdf(sizes, degrees) <= 1 - FALSE_ALARM / 2:
+    scale = sizes_spread / (2 * degrees)
+    tail = chi2.cdf(sizes / scale, degrees / scale)
+    if not FALSE_ALARM / 2 <= tail <= 1 - FALSE_ALARM / 2:
         complaints.append("independence of patients")
     return complaints
 
