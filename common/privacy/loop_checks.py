@@ -14,6 +14,7 @@ from torch import Tensor
 from common.model.session import Session
 from common.privacy.accounting import pld_epsilon
 from common.privacy.findings import FALSE_ALARM, Finding, noise_complaints, spread_interval
+from common.privacy.mechanism.isolation import PROVEN
 from common.privacy.mechanism.release import ARITHMETIC_SLACK, grid_for
 from common.privacy.plan import PrivacyPlan
 from common.privacy.watch import Step, Watched
@@ -238,21 +239,21 @@ def _dispersion(tables: Sequence[np.ndarray[Any, Any]], rate: float) -> list[str
     return complaints
 
 
-def pass_check(steps: Sequence[Step], *, dtype: str) -> Finding:
-    """Ask that patients have passes of their own wherever a pass would mix them.
+def pass_check(steps: Sequence[Step], session: Session) -> Finding:
+    """Ask that patients have passes of their own wherever a shared one is not proven to be sound.
 
-    In fp32 no row of a product depends on the rows beside it, and the releases taken apart say
-    whether that held.
+    Where it is, the releases taken apart say whether that held.
     """
     most = max(step.units_per_pass for step in steps)
-    shared = dtype == "fp32"
-    verdict = "sharing is sound in fp32" if shared else f"alone, as {dtype} needs"
+    where = (session.torch_device.type, session.dtype.value, session.attention.value)
+    shared, words = where in PROVEN, ", ".join(where)
+    verdict = f"sharing is sound ({words})" if shared else f"alone, as {words} needs"
     if most > 1 and not shared:
         verdict = "patients share passes that mix them"
     return Finding(
         audit="patients in one pass",
         figure=float(most),
-        meaning=f"most patients that one pass through the backbone held, in {dtype}",
+        meaning=f"most patients that one pass through the backbone held ({words})",
         null=None if shared else 1.0,
         limit=math.inf if shared else 1.0,
         passed=shared or most <= 1,

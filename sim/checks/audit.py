@@ -20,6 +20,7 @@ from common.privacy.audit import inversion_test, noise_test, one_run_audit
 from common.privacy.budget.receipts import json_number
 from common.privacy.findings import Finding
 from common.privacy.mechanism.gradients import PrivateGradient
+from common.privacy.mechanism.isolation import check_backbone
 from common.privacy.plan import PrivacyPlan
 from common.privacy.settings import is_private, plan_of, protects, with_calibrated_noise
 from common.provenance import environment
@@ -83,6 +84,7 @@ def audit(
         RunFailed: if a finding refutes the claim, after everything is written.
     """
     started = time.monotonic()
+    RunDirectory.require_new(config, directory=run_dir)
     if protects(config) and not is_private(config):
         raise UserError(
             "privacy.unit=hospital: the audit covers the release of clipped and noised gradients "
@@ -105,6 +107,7 @@ def audit(
     backbone = resolve_backbone(
         config.model.backbone, progress=lambda line: console.print(line, style="dim")
     )
+    check_backbone(backbone)
     run = RunDirectory.create(config, directory=run_dir)
     run.write_json("environment.json", environment(list(command_line)))
     run.write_status("running", stage="audit")

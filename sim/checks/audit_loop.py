@@ -107,7 +107,7 @@ def audit_loop(session: Session, config: Config, *, canaries: int) -> list[Findi
         release_check(openings, steps),
         loop_noise_check(openings, plan),
         draw_check(runs, (first, second), plan),
-        pass_check(everything, dtype=session.dtype.value),
+        pass_check(everything, session),
         ledger_check(runs, plan),
     ]
 
