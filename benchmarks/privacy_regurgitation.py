@@ -122,6 +122,15 @@ def trained(session: Session, config: Config, records: Sequence[Encoded]) -> Any
         ).b
 
 
+def save(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Write the rows so far."""
+    if options.out:
+        facts = {key: value for key, value in vars(options).items() if key != "out"}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"options": facts, "rows": rows}, indent=1, allow_nan=False)
+        options.out.write_text(text + "\n", encoding="utf-8")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Plant, train, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -200,6 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
                     "verdict": verdict,
                 }
             )
+            save(options, rows)
             decoders = rows[-1]["decoders"]
             print(
                 f"epsilon {rows[-1]['epsilon']!s:5} copies {copies}: exposure "
@@ -208,10 +218,6 @@ def main(arguments: list[str] | None = None) -> int:
                 f"grammar {decoders['grammar']['printed']} of {len(names)}: {verdict}",
                 flush=True,
             )
-    if options.out:
-        facts = {key: value for key, value in vars(options).items() if key != "out"}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"options": facts, "rows": rows}, indent=1) + "\n")
     return 0
 
 

@@ -128,6 +128,15 @@ def told_apart(
     return areas
 
 
+def save(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Write the rows so far."""
+    if options.out:
+        facts = {key: value for key, value in vars(options).items() if key != "out"}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"options": facts, "rows": rows}, indent=1, allow_nan=False)
+        options.out.write_text(text + "\n", encoding="utf-8")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Attack every cell, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -172,17 +181,13 @@ def main(arguments: list[str] | None = None) -> int:
                             "verdict": verdict,
                         }
                     rows.append(row)
+                    save(options, rows)
                     cells = " ".join(
                         f"{attack} {row[attack]['area']:.3f} "
                         f"({row[attack]['interval'][0]:.2f}-{row[attack]['interval'][1]:.2f})"
                         for attack in ("inversion", "membership")
                     )
                     print(f"{shared:8} r {rank:3} T {tokens:4} eps {target:5} {cells}", flush=True)
-    if options.out:
-        facts = {key: value for key, value in vars(options).items() if key != "out"}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"options": facts, "rows": rows}, indent=1, allow_nan=False)
-        options.out.write_text(text + "\n", encoding="utf-8")
     return 0 if all(math.isfinite(row["inversion"]["area"]) for row in rows) else 1
 
 
