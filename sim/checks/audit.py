@@ -203,7 +203,7 @@ def show(console: Console, findings: Sequence[Finding]) -> None:
             show_number(finding.figure),
             show_number(finding.null),
             show_interval(finding.interval),
-            show_number(finding.limit),
+            show_number(finding.limit, "no limit"),
             finding.verdict,
         )
         table.add_row(*cells, style=style)

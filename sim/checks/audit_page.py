@@ -62,7 +62,7 @@ def audit_blocks(claim: str, findings: Sequence[Finding]) -> list[Block]:
             show_number(one.figure),
             show_number(one.null),
             show_interval(one.interval),
-            show_number(one.limit),
+            show_number(one.limit, "no limit"),
             one.verdict if one.passed else f"FAILED: {one.verdict}",
         )
         for one in findings
@@ -116,15 +116,15 @@ def claim_of(plan: dict[str, Any], epsilon: float) -> str:
     )
 
 
-def show_number(value: float | None) -> str:
+def show_number(value: float | None, infinite: str = "infinite") -> str:
     """Format a figure.
 
-    >>> show_number(0.123456), show_number(None), show_number(float("inf"))
-    ('0.1235', '–', 'none')
+    >>> show_number(0.123456), show_number(None), show_number(float("inf"), "no limit")
+    ('0.1235', '–', 'no limit')
     """
     if value is None:
         return "–"
-    return "none" if value == float("inf") else f"{value:.4g}"
+    return infinite if value == float("inf") else f"{value:.4g}"
 
 
 def show_interval(interval: tuple[float, float] | None) -> str:
