@@ -23,6 +23,7 @@ from common.config import Config
 from common.configio import flatten, toml_scalar
 from common.errors import UserError
 from common.files import write_text
+from common.undocumented.flower import NO_UPDATE_CHECK
 from common.wire.handshake import NAME_PATTERN
 from server.strategies import check_strategy
 from sim.flower.bundle import stage_app
@@ -31,8 +32,8 @@ from sim.flower.superlink import CONNECTION
 
 VALID_DAYS = 825
 FIRST_NODE_PORT = 9094
-QUIET = """\
-export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 RAY_USAGE_STATS_ENABLED=0
+QUIET = f"""\
+export FLWR_TELEMETRY_ENABLED=0 {NO_UPDATE_CHECK}=1 RAY_USAGE_STATS_ENABLED=0
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 HF_HUB_DISABLE_TELEMETRY=1
 """
 DIRECT = f"""\

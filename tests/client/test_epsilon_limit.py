@@ -28,6 +28,7 @@ def joins(config, place, limit=7.0):
     keep_to_limit(config, {MAX_EPSILON: limit}, place)
 
 
+@pytest.mark.slow
 def test_runs_add_up_and_the_first_beyond_the_limit_is_refused(tmp_path):
     config = config_of()
     cost = epsilon(plan_of(config)).value
@@ -51,6 +52,7 @@ def test_a_lower_limit_holds_for_a_run_under_way_and_forgets_nothing(tmp_path):
     assert (tmp_path / "run" / PROMISE).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -65,6 +67,7 @@ def test_only_runs_that_protect_patients_are_joined(tmp_path, changes):
         joins(config_of(**changes), tmp_path / "run", limit=100.0)
 
 
+@pytest.mark.slow
 def test_a_useless_noise_multiplier_is_no_protection(tmp_path):
     config = config_of(privacy__target_epsilon=0.0, privacy__noise_multiplier=0.3)
     with pytest.raises(LimitReached, match="this one may spend"):

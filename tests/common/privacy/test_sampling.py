@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from scipy import stats
 
@@ -139,6 +140,7 @@ class DrawnOnce(Drawn):
         return StepLoss(loss_sum=None, label_tokens=0, packed_tokens=0)
 
 
+@pytest.mark.slow
 def test_every_step_of_the_source_takes_a_poisson_draw(make_plan, samples_of) -> None:
     samples = samples_of([4] * UNITS, range(UNITS))
     adapter = SimpleNamespace(trainable_parameters=1, flat_grad=torch.zeros(1))

@@ -31,6 +31,7 @@ def run_audit(folder: Path, printed: io.StringIO | None = None, **keys: Any) -> 
     return audit(config, console=console, command_line=command, run_dir=folder, canaries=40)
 
 
+@pytest.mark.slow
 def test_every_audit_has_a_figure_and_a_verdict(tmp_path) -> None:
     printed = io.StringIO()
     summary = run_audit(tmp_path / "run", printed)

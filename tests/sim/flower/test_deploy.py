@@ -73,7 +73,6 @@ def test_folder_of_a_deployment(tiny_config, tmp_path):
     start = (folder / "hospitals" / "north" / "start.sh").read_text()
     assert "data='/data/a b'" in start
     assert "--superlink fed.example.org:9092" in start
-    assert subprocess.run(["sh", "-n", folder / "hospitals" / "north" / "start.sh"]).returncode == 0
     assert stat.S_IMODE((folder / "authority" / "ca.key").stat().st_mode) == 0o600
     authority = x509.load_pem_x509_certificate((folder / "authority" / "ca.pem").read_bytes())
     server = x509.load_pem_x509_certificate((folder / "superlink" / "server.pem").read_bytes())
@@ -89,6 +88,13 @@ def test_folder_of_a_deployment(tiny_config, tmp_path):
             deploy(tiny_config(), tmp_path / "e", hospitals={bad: "/x"}, host="h", port=1)
 
 
+@pytest.mark.process
+def test_what_is_written_is_a_shell_script(tiny_config, tmp_path):
+    nodes = {"north": "/data/a b"}
+    folder = deploy(tiny_config(), tmp_path / "d", hospitals=nodes, host="h", port=1).parent
+    assert subprocess.run(["sh", "-n", folder / "hospitals" / "north" / "start.sh"]).returncode == 0
+
+
 def test_hospital_s_own_paths_replace_the_server_s(tiny_config):
     config = tiny_config(run__directory="/server/run")
     node = {"hospital": "north", "data": "/data/north", "folder": "/own"}
@@ -100,6 +106,7 @@ def test_hospital_s_own_paths_replace_the_server_s(tiny_config):
     assert other.run.directory != own.run.directory
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("dies", ["fedrx", "flower-supernode"])
 def test_a_hospitals_worker_and_node_end_together(tiny_config, tmp_path, processes, dies):
     """With programs in their places that only sleep, one of which dies."""
@@ -205,7 +212,7 @@ def state(run: Path) -> str:
     return json.loads(file.read_text())["state"] if file.exists() else ""
 
 
-@pytest.mark.slow
+@pytest.mark.ray
 def test_deployment_equals_the_simulation_and_survives_a_killed_node(
     dealt, tiny_config, tmp_path, processes, in_process
 ):
