@@ -19,6 +19,7 @@ def script(name: str) -> Any:
     return module
 
 
+@pytest.mark.slow
 def test_the_server_reads_few_tokens_off_b_and_more_off_a(tmp_path) -> None:
     arguments = ["--ranks", "16", "--tokens", "8,40", "--repeats", "4", "--members", "3"]
     out = tmp_path / "view.json"
@@ -38,6 +39,7 @@ def test_the_server_reads_few_tokens_off_b_and_more_off_a(tmp_path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_exposure_is_the_rank_of_what_was_planted(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("FEDRX_CACHE", str(tmp_path / "cache"))
     module = script("privacy_regurgitation")

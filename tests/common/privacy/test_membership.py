@@ -60,6 +60,7 @@ def planted(open_tiny: Any, folder: Any, **keys: Any) -> tuple[Any, Any, Any]:
     return ratios(losses[0]), ratios(losses[1]), plan_of(config) if private else None
 
 
+@pytest.mark.slow
 def test_planted_patients_stand_out_without_privacy(open_tiny, tmp_path) -> None:
     members, others, _ = planted(open_tiny, tmp_path)
     area, first, second = membership_findings(
@@ -77,6 +78,7 @@ def test_planted_patients_stand_out_without_privacy(open_tiny, tmp_path) -> None
     assert false_claim.verdict == "the claim is refuted"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sigma", "least", "most"), [(3.0, 1.5, 3.0), (12.0, 0.2, 1.0)])
 def test_planted_patients_stay_within_what_epsilon_allows(
     open_tiny, tmp_path, sigma, least, most

@@ -53,12 +53,14 @@ def refuted(session: Any, canaries: int = 24, **keys: Any) -> dict[str, str]:
     return {finding.audit: finding.verdict for finding in findings if not finding.passed}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("unit", ["patient", "admission"])
 def test_a_sound_loop_passes(open_tiny, dtype, unit) -> None:
     assert refuted(open_tiny(dtype=dtype), **{"privacy.unit": unit}) == {}
 
 
+@pytest.mark.slow
 def test_everyone_takes_part_at_rate_one(open_tiny) -> None:
     assert refuted(open_tiny(), **{"privacy.sampling-rate": 1.0}) == {}
 
@@ -84,6 +86,7 @@ def test_every_mutant_of_the_benchmark_is_here() -> None:
     assert set(power().MUTANTS) == set(CAUGHT_BY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", list(CAUGHT_BY))
 def test_a_broken_loop_is_caught(open_tiny, monkeypatch, mutant) -> None:
     module = power()
@@ -92,12 +95,14 @@ def test_a_broken_loop_is_caught(open_tiny, monkeypatch, mutant) -> None:
     assert CAUGHT_BY[mutant] in refuted(session)
 
 
+@pytest.mark.slow
 def test_draws_from_a_public_seed_are_caught_by_their_secrecy_too(open_tiny, monkeypatch) -> None:
     """Whatever the source is asked: two runs with the same seeds must not draw alike."""
     power().sampling_known(monkeypatch.setattr)
     assert "two runs with the same seeds draw alike" in refuted(open_tiny())["draws"]
 
 
+@pytest.mark.slow
 def test_without_noise_the_attack_itself_refutes_the_mechanism(open_tiny, monkeypatch) -> None:
     from common.privacy.mechanism.noise import NoiseSource
 

@@ -91,6 +91,7 @@ def test_figures_nulls_intervals_and_words_and_no_patient(run) -> None:
     assert not patients & set(text.replace(",", " ").replace(".", " ").split())
 
 
+@pytest.mark.slow
 def test_another_run_is_a_reference_if_a_and_backbone_are_the_same(run, tmp_path) -> None:
     other = finished(tmp_path / "other", **{"train.seed": 1})
     assert attack(run, references=[other.path])["references"] == 2
@@ -101,6 +102,7 @@ def test_another_run_is_a_reference_if_a_and_backbone_are_the_same(run, tmp_path
         attack(run, references=[other.path])
 
 
+@pytest.mark.slow
 def test_what_cannot_be_attacked_is_said(run, tmp_path) -> None:
     few = finished(tmp_path / "few", **{"data.synthetic-patients": 30, "data.test-fraction": 0.1})
     with pytest.raises(UserError, match="patients were held out"):
@@ -122,6 +124,7 @@ def test_a_private_run_is_held_to_its_epsilon(run) -> None:
     assert "epsilon 3" in found["claim"]
 
 
+@pytest.mark.slow
 def test_a_local_only_run_is_attacked_on_its_own_hospital(tmp_path) -> None:
     keys = {"federation.hospitals": 1, "data.synthetic-patients": 120}
     whole = finished(tmp_path / "whole", **keys)
