@@ -31,12 +31,18 @@ def run_audit(folder: Path, printed: io.StringIO | None = None, **keys: Any) -> 
     return audit(config, console=console, command_line=command, run_dir=folder, canaries=40)
 
 
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> tuple[Path, dict[str, Any], str]:
+    """The run directory, the summary and what was printed of one audit of the product as it is."""
+    folder, printed = tmp_path_factory.mktemp("audits") / "run", io.StringIO()
+    return folder, run_audit(folder, printed), printed.getvalue()
+
+
 @pytest.mark.slow
-def test_every_audit_has_a_figure_and_a_verdict(tmp_path) -> None:
-    printed = io.StringIO()
-    summary = run_audit(tmp_path / "run", printed)
+def test_every_audit_has_a_figure_and_a_verdict(sound) -> None:
+    folder, summary, printed = sound
     assert summary["passed"] is True
-    assert NOT_COVERED in " ".join(printed.getvalue().split())
+    assert NOT_COVERED in " ".join(printed.split())
     findings = {finding["audit"]: finding for finding in summary["findings"]}
     assert list(findings) == [
         "one-run audit",
@@ -60,7 +66,7 @@ def test_every_audit_has_a_figure_and_a_verdict(tmp_path) -> None:
     assert findings["inversion without privacy"]["figure"] > 0.95
     inversion = findings["inversion test"]
     assert inversion["figure"] < inversion["limit"] < 0.65
-    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    assert json.loads((folder / "summary.json").read_text()) == summary
     for finding in findings.values():
         assert finding["verdict"]
         assert finding["false_alarm"] < 1e-4
@@ -68,10 +74,11 @@ def test_every_audit_has_a_figure_and_a_verdict(tmp_path) -> None:
         assert low <= finding["figure"] <= float(high)
 
 
-def test_the_page_says_claim_attacks_outcome_and_what_is_left(tmp_path) -> None:
-    summary = run_audit(tmp_path / "run")
-    text = (tmp_path / "run" / "audit.md").read_text()
-    page = (tmp_path / "run" / "audit.html").read_text()
+@pytest.mark.slow
+def test_the_page_says_claim_attacks_outcome_and_what_is_left(sound) -> None:
+    folder, summary, _ = sound
+    text = (folder / "audit.md").read_text()
+    page = (folder / "audit.html").read_text()
     for part in ("The claim", "What was attacked", "What came out", "What is not covered"):
         assert f"## {part}" in text
         assert f"<h2>{part}</h2>" in page
@@ -82,10 +89,12 @@ def test_the_page_says_claim_attacks_outcome_and_what_is_left(tmp_path) -> None:
     assert "script" not in page
 
 
+@pytest.mark.slow
 def test_the_smallest_rank_is_audited_too(tmp_path) -> None:
     assert run_audit(tmp_path / "run", **{"adapter.rank": 2})["passed"] is True
 
 
+@pytest.mark.slow
 def test_a_quarter_of_the_noise_is_caught(tmp_path, monkeypatch) -> None:
     honest = GaussianMechanism.release
 
