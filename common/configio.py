@@ -114,6 +114,8 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Scalar]:
             )
         if key not in known:
             raise UserError(f"--set {_unknown(key, known)}", fix="use a known key")
+        if any("\ud800" <= character <= "\udfff" for character in raw):
+            raise UserError(f"--set {key} is not UTF-8 text", fix="set the terminal to UTF-8")
         values[key] = _from_text(key, raw, known[key])
     return values
 

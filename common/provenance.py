@@ -1,10 +1,10 @@
 """What ran: source digest, package versions and hardware."""
 
 import contextlib
+import datetime
 import functools
 import hashlib
 import importlib.metadata
-import os
 import platform
 import subprocess
 import sys
@@ -13,6 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from common.limits import available_cpus
+
+PROMPT_DATE = datetime.date(2024, 7, 26)
+"""What a chat template's clock says in every run's prompts, stored with the run; Llama 3's own
+templates name this day where they have no clock."""
 PACKAGES = ("client", "common", "server", "sim")
 VERSIONED = (
     *("fedrx", "flwr", "torch", "transformers", "ray", "numpy", "polars"),
@@ -88,13 +93,9 @@ def environment(command_line: list[str]) -> dict[str, Any]:
         "versions": versions,
         "git_commit": _git_commit(),
         "source_digest": source_digest(),
+        "prompt_date": PROMPT_DATE.isoformat(),
         "command_line": [Path(command_line[0]).name, *command_line[1:]] if command_line else [],
     }
-
-
-def available_cpus() -> int:
-    """Return how many CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_rss_bytes() -> int:

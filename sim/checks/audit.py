@@ -17,6 +17,7 @@ from common.model.backbone.load import resolve_backbone
 from common.model.session import Session, open_session
 from common.privacy.audit import Finding, inversion_test, noise_test, one_run_audit
 from common.privacy.mechanism.gradients import PrivateGradient
+from common.privacy.mechanism.isolation import check_backbone
 from common.privacy.plan import PrivacyPlan
 from common.privacy.settings import is_private, plan_of, protects, with_calibrated_noise
 from common.provenance import environment
@@ -72,6 +73,7 @@ def audit(
         RunFailed: if a finding refutes the claim, after everything is written.
     """
     started = time.monotonic()
+    RunDirectory.require_new(config, directory=run_dir)
     if protects(config) and not is_private(config):
         raise UserError(
             "privacy.unit=hospital: the audit covers the release of clipped and noised gradients "
@@ -94,6 +96,7 @@ def audit(
     backbone = resolve_backbone(
         config.model.backbone, progress=lambda line: console.print(line, style="dim")
     )
+    check_backbone(backbone)
     run = RunDirectory.create(config, directory=run_dir)
     run.write_json("environment.json", environment(list(command_line)))
     run.write_status("running", stage="audit")

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import psutil
 import torch
 from packaging.requirements import Requirement
 from rich.console import Console
@@ -19,10 +18,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from common.errors import FedrxError
+from common.limits import available_cpus, available_memory_bytes
 from common.model.backbone.embedded import FOLDER
 from common.model.kernels.attention import choose_attention
 from common.model.session import DTYPES, choose_device, choose_dtype
-from common.provenance import available_cpus
 from common.user_cache import fedrx_cache
 from sim.flower.superlink import superlink
 
@@ -103,7 +102,7 @@ def _processor() -> Finding:
 
 
 def _memory() -> Finding:
-    free = psutil.virtual_memory().available
+    free = available_memory_bytes()
     found = f"{free / 2**30:.1f} GiB available"
     if free < DEMO_MEMORY_BYTES:
         fix = "close programs, or try `fedrx demo --tiny`"

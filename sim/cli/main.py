@@ -1,7 +1,9 @@
 """The command ``fedrx``: the only place that prints."""
 
+import errno
 import importlib.metadata
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +37,13 @@ app = typer.Typer(
     help="Hospitals fine-tune one frozen Llama together and share only B. "
     "Research only, not for clinical use.",
 )
+
+
+PATH_ERRORS = (
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
+    *(errno.ENAMETOOLONG, errno.EROFS, errno.EINVAL, errno.ELOOP),
+)
+"""What another path mends; a full disk or a lost connection is a failure."""
 
 
 def _show_version(wanted: bool) -> None:
@@ -247,6 +256,9 @@ app.command()(cli_deploy.worker)
 
 def main() -> None:
     """Run the command line; user errors are one line and exit status 2, failed runs 1."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        # A name from outside may hold what the terminal cannot show: it is shown escaped.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(app(prog_name="fedrx", standalone_mode=False))
     except NoArgsIsHelpError as error:
@@ -258,14 +270,18 @@ def main() -> None:
     except FedrxError as error:
         print(f"fedrx: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"fedrx: {error.filename}: {error.strerror}; fix: name another path", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("fedrx: interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in PATH_ERRORS and error.filename is not None:
+            line, status = f"{error.filename}: {error.strerror}; fix: name another path", 2
+        else:
+            from sim.process.stages import unexpected
+
+            line, status = unexpected(error), 1
+        print(f"fedrx: {line}", file=sys.stderr)
+        sys.exit(status)
 
 
 def usage_line(error: ClickException) -> str:

@@ -27,6 +27,7 @@ from common.undocumented.flower import NO_UPDATE_CHECK
 from common.wire.handshake import NAME_PATTERN
 from server.strategies import check_strategy
 from sim.flower.bundle import stage_app
+from sim.flower.child_environment import LOOPBACK
 from sim.flower.superlink import CONNECTION
 
 VALID_DAYS = 825
@@ -35,6 +36,12 @@ QUIET = f"""\
 export FLWR_TELEMETRY_ENABLED=0 {NO_UPDATE_CHECK}=1 RAY_USAGE_STATS_ENABLED=0
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 HF_HUB_DISABLE_TELEMETRY=1
 """
+DIRECT = f"""\
+no_proxy="${{no_proxy:-${{NO_PROXY:-}}}}"
+[ "$no_proxy" = "*" ] || no_proxy="${{no_proxy:+$no_proxy,}}{",".join(LOOPBACK)}"
+export no_proxy NO_PROXY="$no_proxy" no_grpc_proxy="${{no_grpc_proxy:+$no_grpc_proxy,}}$no_proxy"
+"""
+"""What a host's own processes say to each other goes through no proxy."""
 WATCH = """\
 trap 'kill "$worker" "$node" 2>/dev/null || true' EXIT
 trap 'exit 143' INT TERM
@@ -127,9 +134,9 @@ def _write_certificates(folder: Path, host: str) -> str:
         .sign(authority_key, hashes.SHA384())
     )
     pem = authority.public_bytes(serialization.Encoding.PEM).decode()
-    _write_secret(folder / "authority" / "ca.key", _private_pem(authority_key))
+    write_text(folder / "authority" / "ca.key", _private_pem(authority_key))
     write_text(folder / "authority" / "ca.pem", pem)
-    _write_secret(folder / "superlink" / "server.key", _private_pem(key))
+    write_text(folder / "superlink" / "server.key", _private_pem(key))
     write_text(
         folder / "superlink" / "server.pem",
         leaf.public_bytes(serialization.Encoding.PEM).decode() + pem,
@@ -174,7 +181,7 @@ def _write_superlink(
         f"root-certificates = {toml_scalar(str(link / 'ca.pem'))}\n",
     )
     (link / "empty").mkdir()
-    head = f'{QUIET}cd "$(dirname "$0")/empty"\nexport FLWR_HOME="$PWD/../home"\n'
+    head = f'{QUIET}{DIRECT}cd "$(dirname "$0")/empty"\nexport FLWR_HOME="$PWD/../home"\n'
     _write_script(
         link / "start.sh",
         f"{head}exec flower-superlink --enable-supernode-auth --isolation subprocess "
@@ -204,7 +211,7 @@ def _write_hospital(
     public = key.public_key().public_bytes(
         serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     )
-    _write_secret(own / "node.key", openssh.decode())
+    write_text(own / "node.key", openssh.decode())
     write_text(own / "node.pub", public.decode() + "\n")
     write_text(own / "ca.pem", authority)
     for sub in ("empty", "home"):
@@ -212,7 +219,7 @@ def _write_hospital(
     quoted = shlex.quote(data)
     _write_script(
         own / "start.sh",
-        f"umask 077\n{QUIET}"
+        f"umask 077\n{QUIET}{DIRECT}"
         'cd "$(dirname "$0")/empty"\n'
         'own="$(cd .. && pwd)"\n'
         'export FLWR_HOME="$own/home"\n'
@@ -268,12 +275,6 @@ run below `runs/`).
 def _write_script(file: Path, text: str) -> None:
     write_text(file, f"#!/bin/sh\nset -eu\n{text}")
     file.chmod(0o755)
-
-
-def _write_secret(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.touch(mode=0o600)
-    file.write_text(text, encoding="utf-8")
 
 
 def _private_pem(key: ec.EllipticCurvePrivateKey) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.config import Config
 from common.configio import allowed, flatten, known_keys, toml_scalar
+from common.files import utf8
 
 HEADER = "[tool.flwr.app.config]"
 PAGE_HEAD = """\
@@ -36,9 +37,8 @@ def write_defaults(pyproject: Path) -> None:
     before, _, after = pyproject.read_text(encoding="utf-8").partition(HEADER + "\n")
     rest = after.partition("\n[")
     comment = "# written by: python -m sim.flower.run_config\n"
-    pyproject.write_text(
-        f"{before}{HEADER}\n{comment}{flower_defaults()}{rest[1]}{rest[2]}", encoding="utf-8"
-    )
+    text = f"{before}{HEADER}\n{comment}{flower_defaults()}{rest[1]}{rest[2]}"
+    pyproject.write_bytes(utf8(text))
 
 
 def keys_page() -> str:
@@ -60,4 +60,4 @@ def keys_page() -> str:
 if __name__ == "__main__":
     root = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
     write_defaults(root / "pyproject.toml")
-    (root / "configs" / "README.md").write_text(keys_page(), encoding="utf-8")
+    (root / "configs" / "README.md").write_bytes(utf8(keys_page()))

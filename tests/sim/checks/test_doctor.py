@@ -30,9 +30,7 @@ def test_what_is_short_is_named_with_its_fix(monkeypatch):
         raise FedrxError("no free port")
 
     monkeypatch.setattr(doctor, "superlink", no_superlink)
-    monkeypatch.setattr(
-        doctor.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30, total=2**31)
-    )
+    monkeypatch.setattr(doctor, "available_memory_bytes", lambda: 2**30)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: SimpleNamespace(free=2**20))
     findings = by_check()
     assert (findings["memory"].state, findings["disk"].state) == ("note", "note")

@@ -10,7 +10,7 @@ import pytest
 from flwr.common.serde import message_from_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 
-from common.provenance import available_cpus
+from common.limits import available_cpus
 
 pytestmark = pytest.mark.slow
 

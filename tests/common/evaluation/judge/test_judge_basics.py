@@ -80,7 +80,9 @@ def test_a_second_run_asks_nothing_and_gives_the_same(server, make_run, judge_co
     run = make_run(predictions(kit))
     first = judge_run(run, plan_judging(run, judge_config()))
     lines = run.lines("judge.jsonl")
-    assert judge_run(run, plan_judging(run, judge_config())) == first
+    second = judge_run(run, plan_judging(run, judge_config()))
+    assert (first.pop("invocation")["calls"], second.pop("invocation")["calls"]) == (6, 0)
+    assert second == first
     assert run.lines("judge.jsonl") == lines
     assert len(server.requests) == 6
 
