@@ -8,6 +8,7 @@ import importlib.metadata
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,25 @@ def source_digest(root: Path | None = None) -> str:
     Args:
         root: Folder of the packages; default: wherever the running code comes from.
     """
+    return sources_digest(
+        (f"{package}/{file.relative_to(folder).as_posix()}", file.read_bytes())
+        for package in PACKAGES
+        for folder in [root / package if root else _package_folder(package)]
+        for file in folder.rglob("*.py")
+    )
+
+
+def sources_digest(files: Iterable[tuple[str, bytes]]) -> str:
+    """Return sha256 over names (``client/app.py``) and contents of source files, in any order.
+
+    >>> a, b = ("client/a.py", b"1"), ("common/b.py", b"2")
+    >>> sources_digest([a, b]) == sources_digest([b, a]) != sources_digest([a])
+    True
+    """
     digest = hashlib.sha256()
-    for package in PACKAGES:
-        folder = root / package if root else _package_folder(package)
-        for file in sorted(folder.rglob("*.py")):
-            content = file.read_bytes()
-            name = f"{package}/{file.relative_to(folder).as_posix()}"
-            digest.update(f"{name}\0{len(content)}\0".encode())
-            digest.update(content)
+    for name, content in sorted(files, key=lambda file: file[0].split("/")):
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
     return digest.hexdigest()
 
 

@@ -58,10 +58,10 @@ DOCUMENTED_VARIABLES = {
 TESTS_LOOK_INTO = {
     *("flwr.cli.build", "flwr.cli.utils", "flwr.common.serde", "flwr.proto.message_pb2"),
     *("flwr.supercore.task_identity", "flwr.superlink.grid.inmemory_grid"),
-    "torch.utils._python_dispatch",
+    *("torch.utils._python_dispatch", "ray._private.resource_and_label_spec"),
     *("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "FLWR_LOCAL_CONTROL_API_PORT"),
     *("FLWR_DISABLE_UPDATE_CHECK", "RAY_worker_niceness", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"),
-    *("RAY_OVERRIDE_RESOURCES", "ray._private.resource_and_label_spec", "shutil._ntuple_diskusage"),
+    "RAY_OVERRIDE_RESOURCES",
 }
 
 

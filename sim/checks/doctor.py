@@ -17,12 +17,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from common.errors import FedrxError
+from client.bundle import check_installation
+from client.policy import POLICY, describe, read_policy
+from client.site import SITE, read_site
+from common.errors import FedrxError, UserError
 from common.limits import available_cpus, available_memory_bytes
 from common.model.backbone.embedded import FOLDER
 from common.model.kernels.attention import choose_attention
 from common.model.session import DTYPES, choose_device, choose_dtype
 from common.user_cache import fedrx_cache
+from sim.flower.proxies import nginx_command
 from sim.flower.superlink import superlink
 
 DEMO_MEMORY_BYTES = 6 * 2**30
@@ -40,13 +44,42 @@ class Finding:
     fix: str = ""
 
 
-def examine() -> list[Finding]:
-    """Run all checks; none of them changes anything or asks the network."""
+def examine(hospital: Path | None = None) -> list[Finding]:
+    """Run all checks; none of them changes anything or asks the network.
+
+    Args:
+        hospital: Folder of a deployed hospital, whose files are checked first.
+    """
     checks: list[Callable[[], Finding]] = [
         *(_python, _packages, _processor, _memory, _disk),
         *(_accelerator, _attention, _backbone, _extras, _simulation),
     ]
-    return [check() for check in checks]
+    return [*(examine_hospital(hospital) if hospital else []), *(check() for check in checks)]
+
+
+def examine_hospital(folder: Path) -> list[Finding]:
+    """Check a deployed hospital's folder, and say what its policy means."""
+    checks: list[tuple[str, Callable[[], str], str]] = [
+        ("policy", lambda: describe(read_policy(folder)), f"mend {folder / POLICY}"),
+        ("site", lambda: _site(folder), f"mend {folder / SITE}"),
+        ("code", lambda: check_installation(read_policy(folder)), "see allowed-digests"),
+        ("nginx", lambda: nginx_command(folder)[0], "apt-get install nginx-light"),
+    ]
+    return [_asked(*check) for check in checks]
+
+
+def _site(folder: Path) -> str:
+    site = read_site(folder)
+    if not Path(site.data).is_dir():
+        raise UserError(f"{SITE}: data: there is no folder {site.data}")
+    return f"hospital {site.hospital}"
+
+
+def _asked(name: str, check: Callable[[], str], fix: str) -> Finding:
+    try:
+        return Finding(check=name, state="ok", found=check())
+    except FedrxError as error:
+        return Finding(check=name, state="bad", found=str(error), fix=fix)
 
 
 def show_findings(console: Console, findings: list[Finding]) -> None:

@@ -23,8 +23,8 @@ from common.undocumented.flower import NO_UPDATE_CHECK
 from common.undocumented.ray_names import (
     HIDE_GPUS_FROM_GPULESS_WORKERS,
     LOCAL_SERVERS_LISTEN_EVERYWHERE,
-    OVERRIDE_RESOURCES,
-    RAY_SOCKET,
+    MEMORY,
+    SOCKET,
     WORKER_NICENESS,
 )
 
@@ -111,7 +111,7 @@ def child_environment(
     }
     memory = ray_memory()
     if memory:
-        environment.setdefault(OVERRIDE_RESOURCES, json.dumps(memory))
+        environment.setdefault(MEMORY, json.dumps(memory))
     return environment
 
 
@@ -196,7 +196,7 @@ def write_scripts(folder: Path, executable: str = sys.executable) -> None:
 
 def fits_socket(folder: Path) -> bool:
     """Tell whether Ray's sockets in a folder have names that the system takes."""
-    return len(os.fsencode(f"{folder}{RAY_SOCKET}")) <= LONGEST_SOCKET_BYTES
+    return len(os.fsencode(f"{folder}{SOCKET}")) <= LONGEST_SOCKET_BYTES
 
 
 def _hosts(text: str) -> list[str]:

@@ -147,7 +147,7 @@ def superlink(run: Path, port: int = 0) -> Iterator[SuperLink]:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                preexec_fn=end_with_parent if sys.platform == "linux" else None,
             )
         link = SuperLink(port=port, folder=folder, process=process, environment=environment)
         try:
@@ -313,7 +313,7 @@ def _failed(run: Path, what: str, *logs: str, otherwise: str = "") -> RunFailed:
     return RunFailed(f"{what}: {cause}; see {run / FLOWER_LOG}")
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ask Linux to end this child when its parent dies (PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 

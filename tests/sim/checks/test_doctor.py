@@ -14,6 +14,7 @@ def by_check():
     return {finding.check: finding for finding in doctor.examine()}
 
 
+@pytest.mark.ray
 def test_a_sound_machine_has_nothing_bad(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDRX_CACHE", str(tmp_path))
     findings = by_check()

@@ -14,6 +14,7 @@ import threading
 import urllib.request
 from concurrent import futures
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import httpx
@@ -27,7 +28,7 @@ from common.limits import Limits
 from sim.flower.child_environment import (
     LONGEST_SOCKET_BYTES,
     RAY_SMALLEST_STORE_BYTES,
-    RAY_SOCKET,
+    SOCKET,
     child_environment,
     ray_memory,
     without_loopback_proxy,
@@ -175,10 +176,10 @@ def check_working_folder(named: Path) -> None:
         assert not folder.is_relative_to(named)
         assert folder.is_dir()
         assert str(folder).isascii()
-        assert len(f"{folder}{RAY_SOCKET}") <= LONGEST_SOCKET_BYTES
+        assert len(f"{folder}{SOCKET}") <= LONGEST_SOCKET_BYTES
         assert folder.stat().st_mode & 0o077 == 0
         # The longest name that Ray makes there can be bound.
-        sockets = Path(f"{folder}{RAY_SOCKET}")
+        sockets = Path(f"{folder}{SOCKET}")
         sockets.parent.mkdir(parents=True)
         with socket.socket(socket.AF_UNIX) as bound:
             bound.bind(str(sockets))
@@ -233,7 +234,7 @@ def test_ray_gets_the_cgroups_memory(monkeypatch):
     monkeypatch.setattr(
         sim.flower.child_environment.shutil,
         "disk_usage",
-        lambda place: shutil._ntuple_diskusage(0, 0, GIB),
+        lambda place: SimpleNamespace(total=0, used=0, free=GIB),
     )
     resources = ray_memory()
     assert resources["object_store_memory"] == int(0.95 * GIB)

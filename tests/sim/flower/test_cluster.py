@@ -8,8 +8,6 @@ import pytest
 from sim.flower.child_environment import child_environment
 from sim.flower.superlink import free_port, script
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def cluster(tmp_path_factory):
@@ -35,6 +33,7 @@ def cluster(tmp_path_factory):
     process.wait(60)
 
 
+@pytest.mark.ray
 def test_simulation_joins_the_cluster_of_ray_address(base, laboratory, cluster):
     joined = laboratory.start("joined", environment={"RAY_ADDRESS": cluster}).wait()
     assert joined.code == 0, joined.error

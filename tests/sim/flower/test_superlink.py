@@ -12,7 +12,7 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 
 from common.limits import available_cpus
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.ray
 
 
 def messages_of(started):
