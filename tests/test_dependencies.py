@@ -19,7 +19,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 # Declared though no line of ours imports them.
 NEEDED_BY_TRANSFORMERS = {"accelerate": "reads gguf files", "gguf": "reads gguf files"}
 # Tests ask them, of the versions that Flower brings, about proxies and memory.
-WHAT_FLOWER_BRINGS = {"ray", "grpcio", "requests", "httpx"}
+WHAT_FLOWER_BRINGS = {"ray", "grpcio", "requests"}
 TOOLS = {"ruff": "ruff", "mypy": "mypy", "import-linter": "lint-imports"}
 WITHOUT_UPPER_END = {"flash-attn"}  # no CUDA machine here: what it passes with is not known
 

@@ -27,6 +27,8 @@ GATHERED = {
     "common/undocumented/torch_names.py",
     "common/undocumented/transformers_names.py",
     "common/undocumented/flower.py",
+    "common/undocumented/flower_accounts.py",
+    "common/undocumented/flower_tasks.py",
     "common/undocumented/ray_names.py",
 }
 # The modules that a library documents, for those whose behaviour ours hangs on.
@@ -58,10 +60,13 @@ DOCUMENTED_VARIABLES = {
 TESTS_LOOK_INTO = {
     *("flwr.cli.build", "flwr.cli.utils", "flwr.common.serde", "flwr.proto.message_pb2"),
     *("flwr.supercore.task_identity", "flwr.superlink.grid.inmemory_grid"),
+    *("flwr.cli.auth_plugin.oidc_cli_plugin", "flwr.common.constant"),
+    *("flwr.supercore.credential_store", "flwr.supercore.primitives.asymmetric"),
+    *("flwr.superlink.dependencies.account", "flwr.superlink.routers.fleet.router"),
     *("torch.utils._python_dispatch", "ray._private.resource_and_label_spec"),
     *("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "FLWR_LOCAL_CONTROL_API_PORT"),
     *("FLWR_DISABLE_UPDATE_CHECK", "RAY_worker_niceness", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"),
-    "RAY_OVERRIDE_RESOURCES",
+    *("RAY_OVERRIDE_RESOURCES", "shutil._ntuple_diskusage"),
 }
 
 
@@ -82,12 +87,19 @@ def undocumented(source: str) -> set[str]:
         *(n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)),
         *(n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)),
     }
+    from_ours = {
+        one.asname or one.name
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and is_ours(node.module or "")
+        for one in node.names
+    }
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and not is_ours(node.module or ""):
             found |= {f"{node.module}.{o.name}" for o in node.names if o.name.startswith("_")}
         if isinstance(node, ast.Attribute):
             private = re.fullmatch(r"_[a-zA-Z]\w*", node.attr) and node.attr not in own
             name = ast.unparse(node)
+            private = private and name.split(".")[0] not in from_ours
             if (private and node.attr not in DOCUMENTED_PRIVATE) or name == "torch.ops":
                 found.add(name)
         if isinstance(node, ast.Constant) and isinstance(node.value, str):

@@ -30,7 +30,7 @@ class SequenceRope(nn.Module):
         self.base = base
 
     def forward(
-        self, x: Tensor, position_ids: Tensor, *_: object, **__: object
+        self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Return cosine and sine, [B, T, E].
 
