@@ -12,13 +12,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flwr.cli.constant import ACCESS_TOKEN_STORE_KEY, AUTHN_TYPE_STORE_KEY, REFRESH_TOKEN_STORE_KEY
-from flwr.common.constant import ACCESS_TOKEN_KEY, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, AuthnType
-from flwr.supercore.auth.typing import AccountAuthCredentials, AccountAuthLoginDetails, AccountInfo
-from flwr.supercore.credential_store import FileCredentialStore
-from flwr.superlink.auth_plugin import ControlAuthnPlugin
-
 from common.errors import RunFailed
+from common.undocumented.flower_accounts import (
+    ACCESS_TOKEN_KEY,
+    ACCESS_TOKEN_STORE_KEY,
+    AUTHN_TYPE_STORE_KEY,
+    NOOP_ACCOUNT_NAME,
+    NOOP_FLWR_AID,
+    REFRESH_TOKEN_STORE_KEY,
+    AccountAuthCredentials,
+    AccountAuthLoginDetails,
+    AccountInfo,
+    AuthnType,
+    ControlAuthnPlugin,
+    FileCredentialStore,
+)
 
 CREDENTIALS = "credentials.yaml"
 """Flower's own file of tokens, in FLWR_HOME: its ``flwr`` command sends what is in there."""
