@@ -1,22 +1,22 @@
 """Which hospital a node is, and what it holds."""
 
 import functools
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from client.epsilon_limit import LimitReached
 from client.kept_state import own_folder
+from client.policy import POLICY, Policy, read_policy
+from client.site import KEYS, NAME
 from common.config import Config, DataConfig, PartitionConfig
-from common.configio import config_hash, settled
+from common.configio import run_digest, settled
 from common.data.partition import Hospital, assign_hospitals
 from common.data.prepare import load_samples
-from common.errors import RunFailed
+from common.errors import RunFailed, UserError
 from common.wire.handshake import NAME_PATTERN
 
-NAME = "hospital"
-"""Key of the node configuration: a deployed hospital's name."""
 SIMULATED = "num-partitions"
 """Key of the node configuration: how many nodes Flower simulates."""
 
@@ -33,19 +33,23 @@ def local_config(config: Config, node_config: Mapping[str, Any], run_id: int) ->
         run_id: Flower's run id; names the run directory of plain ``flwr run``.
 
     Raises:
-        RunFailed: if the node configuration lacks a key.
+        RunFailed: if the node configuration lacks a key, or has one that means nothing.
     """
     if SIMULATED in node_config and NAME not in node_config:
         return settled(config, run_id=run_id, nodes=int(node_config[SIMULATED]))
+    unknown = sorted(set(node_config) - KEYS)
+    if unknown:
+        raise RunFailed(
+            f"the node configuration has an unknown key {unknown[0]!r}; allowed: "
+            f"{', '.join(sorted(KEYS))}; fix: mend the SuperNode's --node-config"
+        )
     missing = [key for key in (NAME, "data", "folder") if key not in node_config]
     if missing:
         raise RunFailed(
             f"the node configuration has no {missing[0]!r}; fix: name hospital, data and folder "
             "in the SuperNode's --node-config"
         )
-    # Not Flower's run id: a federation that is started again goes on with the hospital's state.
-    place = hashlib.sha256(config.run.directory.encode()).hexdigest()[:8]
-    folder = Path(str(node_config["folder"])) / "runs" / f"{config_hash(config)}-{place}"
+    folder = Path(str(node_config["folder"])) / "runs" / run_digest(config)
     backbone = str(node_config.get("backbone", config.model.backbone))
     return replace(
         config,
@@ -53,6 +57,22 @@ def local_config(config: Config, node_config: Mapping[str, Any], run_id: int) ->
         model=replace(config.model, backbone=backbone),
         run=replace(config.run, directory=str(folder)),
     )
+
+
+def own_policy(node_config: Mapping[str, Any]) -> Policy | None:
+    """Return the policy of a deployed hospital; a simulated one has none.
+
+    Raises:
+        LimitReached: if there is no policy that can be read; the hospital's own doctor says why.
+    """
+    if NAME not in node_config:
+        return None
+    try:
+        return read_policy(Path(str(node_config["folder"])))
+    except UserError:
+        raise LimitReached(
+            f"this hospital's {POLICY} is missing or broken, so it takes part in nothing"
+        ) from None
 
 
 def hospital_of(config: Config, node_config: Mapping[str, Any]) -> Hospital:

@@ -289,6 +289,11 @@ class RunConfig:
     port: int = option(
         0, "loopback port of the simulation's SuperLink; 0: a free one", low=0, high=65535
     )
+    hospital_keys: str = option(
+        "",
+        "server's folder of the hospitals' public keys (NAME.pub): who calls itself NAME must sign "
+        "with that key; empty: names are not checked (a simulation)",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -144,10 +144,26 @@ def toml_scalar(value: Scalar) -> str:
     return repr(value)
 
 
-def config_hash(config: Config) -> str:
-    """Return a short hash of everything that decides the result (not ``run.*``)."""
+def config_digest(config: Config) -> str:
+    """Return sha256 of everything that decides the result (not ``run.*``)."""
     values = {k: v for k, v in flatten(config).items() if not k.startswith("run.")}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def config_hash(config: Config) -> str:
+    """Return the digest's first characters, for names that people read.
+
+    Short hashes collide in seconds of search: nothing that is spent may be kept under one.
+    """
+    return config_digest(config)[:8]
+
+
+def run_digest(config: Config) -> str:
+    """Return sha256 of a configuration and its run directory: which run of a server's it is.
+
+    Not Flower's run id, so that a federation that is started again is the same run.
+    """
+    return hashlib.sha256(f"{config_digest(config)} {config.run.directory}".encode()).hexdigest()
 
 
 def settled(config: Config, *, run_id: int, nodes: int | None = None) -> Config:

@@ -16,17 +16,16 @@ from common.model.backbone.load import BackboneSpec, resolve_backbone
 from common.privacy.budget.receipts import PRIVACY, privacy_summary
 from common.privacy.settings import HOSPITAL, hospital_warning, plan_of, protects
 from common.provenance import environment, peak_rss_bytes, source_digest, tensors_sha256
-from common.rundir import RunDirectory
+from common.rundir import TRAINED, RunDirectory
 from common.wire.cohort import NOT_EVALUATED
 from common.wire.contract import Fingerprints, Tensors
+from common.wire.identity import read_keys
 from server.clock import Clock
 from server.resume_check import ChangedRun
 from server.roster import Roster
 from server.rounds import Rounds
 
 ENVIRONMENT, FLOWER = "environment.json", "flower"
-TRAINED = "trained"
-"""Stage in status.json: all rounds are done and summed up."""
 
 app = ServerApp()
 
@@ -71,6 +70,7 @@ def federate(grid: Grid, config: Config, run: RunDirectory, *, clock: Clock = ti
             ),
             plan=plan_of(config) if protects(config) else None,
             clock=clock,
+            keys=read_keys(Path(config.run.hospital_keys)) if config.run.hospital_keys else None,
         ),
         clock=clock,
     )

@@ -17,6 +17,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from common.errors import FedrxError, RunFailed
 from common.wire.codecs import decode, is_lossy, wire_layout
+from common.wire.identity import NONCE, SIGNATURE
 
 Tensors = dict[str, np.ndarray[Any, Any]]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -50,7 +51,8 @@ _LONGEST_HEADER_BYTES = 256
 
 LONGEST_QUOTE, LONGEST_REASON = 100, 300
 """Characters of foreign text that reach a log; of a reason Flower's own frame takes 100."""
-_SCALARS = TO_HOSPITAL | TRAIN_REPLY | EVALUATE_REPLY | HELLO_REPLY | PRIVATE_HELLO_REPLY
+_SIGNED = frozenset({NONCE, SIGNATURE})
+_SCALARS = TO_HOSPITAL | TRAIN_REPLY | EVALUATE_REPLY | HELLO_REPLY | PRIVATE_HELLO_REPLY | _SIGNED
 
 
 class ContractError(FedrxError):

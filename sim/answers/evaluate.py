@@ -17,8 +17,10 @@ from common.files import json_line, write_text
 from common.model.session import Session
 from common.rundir import RunDirectory
 from common.training.resident_session import session_of
+from sim.process.early import check_device
 from sim.process.lock import exclusive
 from sim.process.progress import Meter
+from sim.process.stages import after_training, is_trained
 from sim.report.run_report import write_report
 from sim.report.terminal import show_summary
 
@@ -34,7 +36,7 @@ def evaluate(
     checkpoint: str | None = None,
     overrides: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """Evaluate a finished run again, and write its report anew.
+    """Evaluate a trained run again, and write its report anew; it is finished then.
 
     Args:
         run: The run's directory.
@@ -46,15 +48,21 @@ def evaluate(
         The content of summary.json.
 
     Raises:
-        UserError: If the run has not finished, another process works on it, or see
+        UserError: If the run's training is not done, another process works on it, or see
             ``evaluate_run``.
+        StageFailed: If answering or the report fails.
     """
-    state = run.status()["state"]
-    if state != "finished":
-        raise UserError(f"{run.path} is {state}", allowed="a finished run", fix="`fedrx resume` it")
-    with exclusive(run):
+    if not is_trained(run):
+        state = run.status()["state"]
+        raise UserError(f"{run.path} is {state}", allowed="a trained run", fix="`fedrx resume` it")
+    with exclusive(run), after_training(run, "the answers", "fedrx evaluate"):
         summary = evaluate_run(run, checkpoint=checkpoint, overrides=overrides, console=console)
+        summary.setdefault("seconds", summary.get("training_seconds", 0.0))
+        run.write_json("summary.json", summary)
         write_report(run)
+        status = run.status()
+        if status["state"] != "finished":
+            run.write_status("finished", **{k: status[k] for k in ("round", "step") if k in status})
     show_summary(console, run, summary)
     return summary
 
@@ -87,12 +95,9 @@ def evaluate_run(
             not those of the run, there is no such checkpoint, or nothing is held out.
     """
     config = changed_freely(run.config(), overrides, _FREE_KEYS)
+    check_device(config)
     loaded, last = run.load_checkpoint(checkpoint), run.load_checkpoint()
-    inputs = run.read_json("environment.json").get("inputs", {})
-    table, hospitals = _hospitals(config, inputs)
-    session = session_of(config)
-    _require("the backbone", session.spec.fingerprint, inputs.get("backbone"), "model.backbone")
-    _require("A", session.adapter.a_fingerprint, inputs.get("a"), "adapter.seed")
+    table, hospitals, session = reopen(run, config)
     settings = config.evaluation
     way = {"checkpoint": last.name, "settings": asdict(settings), **_compute(session)}
     # A run that plain `flwr run` made does not know its source yet.
@@ -131,6 +136,24 @@ def evaluate_run(
     summary["evaluation"] = {**found.facts, **way}
     run.write_json("summary.json", summary)
     return summary
+
+
+def reopen(run: RunDirectory, config: Config) -> tuple[SampleTable, Sequence[Hospital], Session]:
+    """Return a run's samples, its hospitals, and a session, as they were when it was trained.
+
+    Args:
+        run: The run's directory.
+        config: Its configuration, or one that differs in what cannot change them.
+
+    Raises:
+        UserError: if the data, the backbone or A are not those of the run.
+    """
+    inputs = run.read_json("environment.json").get("inputs", {})
+    table, hospitals = _hospitals(config, inputs)
+    session = session_of(config)
+    _require("the backbone", session.spec.fingerprint, inputs.get("backbone"), "model.backbone")
+    _require("A", session.adapter.a_fingerprint, inputs.get("a"), "adapter.seed")
+    return table, hospitals, session
 
 
 def _together(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:

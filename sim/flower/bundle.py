@@ -5,6 +5,7 @@ from pathlib import Path
 
 from common.files import write_text
 from common.provenance import PACKAGES, source_root
+from sim.flower.child_environment import APP
 from sim.flower.run_config import flower_defaults
 
 PYPROJECT = """\
@@ -39,7 +40,7 @@ def stage_app(folder: Path, *, version: str) -> Path:
     Returns:
         The app's folder; its name is one that Flower accepts.
     """
-    app = folder / "fedrx"
+    app = folder / APP
     root = source_root()
     for package in PACKAGES:
         for file in sorted((root / package).rglob("*.py")):

@@ -25,6 +25,7 @@ from common.rundir import RunDirectory, remove_unbegun
 from common.wire.cohort import hospital_names, sampled
 from server.strategies import check_strategy
 from sim.process.lock import exclusive
+from sim.process.stages import StageFailed
 from sim.runs.federate import federate, resolved
 from sim.runs.resume import resume
 from sim.runs.single import one_node, single
@@ -180,7 +181,10 @@ def sweep(
         for number, cell in enumerate(cells, 1):
             label = f"{number}/{len(cells)}: {cell.arm}, seed {cell.seed} {cell.part}"
             console.print(label, style="bold", markup=False)
-            summaries.append(_run(cell, folder / cell.folder, console, command_line))
+            try:
+                summaries.append(_run(cell, folder / cell.folder, console, command_line))
+            except StageFailed as error:
+                raise error.going_on("the same `fedrx sweep`") from error
     rows = [
         {"arm": arm, "runs": len(chosen), **tabulate([s for _, s in chosen])}
         for arm, chosen in _by_arm(cells, summaries).items()

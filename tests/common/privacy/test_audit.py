@@ -16,9 +16,9 @@ from common.privacy.audit import (
     noise_test,
     one_run_audit,
     p_value,
-    roc_area,
     single_release,
 )
+from common.privacy.canaries import roc_area
 from common.privacy.mechanism.gradients import PrivateGradient
 from common.privacy.mechanism.noise import NoiseSource
 from common.privacy.mechanism.release import GaussianMechanism
@@ -62,7 +62,7 @@ def test_every_release_without_noise_is_guessed_alike(make_plan) -> None:
         for _ in range(5)
     ]
     assert len({finding.figure for finding in bare}) == 1
-    assert bare[0].figure == pytest.approx(4.676, abs=0.01)  # everyone guessed rightly
+    assert bare[0].figure == pytest.approx(4.583, abs=0.01)  # everyone guessed rightly
 
 
 def test_a_claim_is_refuted_by_every_run_or_not_at_all(make_plan) -> None:
