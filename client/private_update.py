@@ -50,6 +50,7 @@ def private_update(
     server_round: int,
     folder: Path,
     on_step: Callable[[StepReport], None] | None = None,
+    guard: Guard | None = None,
 ) -> LocalResult:
     """Train one round under the plan; B and public constants are all that comes out.
 
@@ -67,11 +68,12 @@ def private_update(
         server_round: Round, from 1.
         folder: The hospital's own folder.
         on_step: Called after each step; it is told no loss.
+        guard: From ``guard_of``, where a caller watches it; opened here when None.
 
     Raises:
         BudgetExhausted: if the ledger does not pay for the round; nothing is trained then.
     """
-    guard = guard_of(config, hospital, folder)
+    guard = guard or guard_of(config, hospital, folder)
     answer = folder / f"answer-{server_round:05d}-{tensors_sha256(b)[:16]}.safetensors"
     if answer.exists():
         kept = read_tensors(answer)

@@ -24,17 +24,17 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Message
-from flwr.common.serde import (
+
+from common.errors import FedrxError, RunFailed, UserError
+from common.provenance import source_digest
+from common.undocumented.flower import (
+    ProtoContext,
+    ProtoMessage,
     context_from_proto,
     context_to_proto,
     message_from_proto,
     message_to_proto,
 )
-from flwr.proto.message_pb2 import Context as ProtoContext
-from flwr.proto.message_pb2 import Message as ProtoMessage
-
-from common.errors import FedrxError, RunFailed, UserError
-from common.provenance import source_digest
 
 LONGEST_PATH_BYTES = 100
 """Unix sockets have short names."""

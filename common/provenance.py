@@ -21,7 +21,7 @@ PROMPT_DATE = datetime.date(2024, 7, 26)
 templates name this day where they have no clock."""
 PACKAGES = ("client", "common", "server", "sim")
 VERSIONED = (
-    *("fedrx", "flwr", "torch", "transformers", "ray", "numpy", "pandas", "polars"),
+    *("fedrx", "flwr", "torch", "transformers", "ray", "numpy", "polars"),
     *("opacus", "openai", "flash-attn"),
 )
 

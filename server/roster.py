@@ -26,6 +26,7 @@ from common.wire.contract import (
 )
 from common.wire.handshake import check_hello, claimed_name
 from common.wire.identity import NONCE, Impostor, check_signature, new_nonce
+from server.clock import Clock
 from server.messages import OnMessage, exchange
 
 _log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class Failing:
     tries: int
     """How often it was asked."""
     asked_at: float
-    """When it was asked last, by ``time.monotonic``."""
+    """When it was asked last, by the clock's ``monotonic``."""
 
     def due(self, now: float) -> bool:
         """Return whether it is asked again.
@@ -98,6 +99,7 @@ class Roster:
     """After a resume: the hospitals that were admitted before it, some of which may be away."""
     known_before: int = 0
     """After a resume: ``known`` before it."""
+    clock: Clock = time
 
     @property
     def admitted(self) -> list[str]:
@@ -185,6 +187,7 @@ class Roster:
             timeout_seconds=timeout_seconds,
             names=self.names,
             on_message=on_message,
+            clock=self.clock,
         ).messages
         left_out: dict[str, str] = {}
         for node in new:
@@ -208,7 +211,7 @@ class Roster:
                 if reply is None:
                     self.mute[node] = Mute(tries=tries[node] + 1, asked_in=server_round)
                 elif reply.has_error():
-                    self.failing[node] = Failing(tries=failed + 1, asked_at=time.monotonic())
+                    self.failing[node] = Failing(tries=failed + 1, asked_at=self.clock.monotonic())
                 else:
                     self.refused[node] = (name, str(error))
                 _log.warning("%s is left out: %s", name, error)
@@ -224,7 +227,7 @@ class Roster:
         if node in self.names or node in self.refused:
             return False
         if node in self.failing:
-            return self.failing[node].due(time.monotonic())
+            return self.failing[node].due(self.clock.monotonic())
         return node not in self.mute or self.mute[node].due(server_round)
 
     def _forget(self, node: int) -> int:

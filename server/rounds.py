@@ -30,6 +30,7 @@ from common.wire.contract import (
     train_message,
 )
 from server.central_dp import HospitalPrivacyAggregator
+from server.clock import Clock
 from server.expected_replies import most_validation_tokens, private_steps, steps_expected, train_due
 from server.messages import Recorder, answered, exchange, require
 from server.privacy_account import PrivacyAccount
@@ -64,6 +65,7 @@ class Rounds:
     """With privacy on: what each hospital has spent, as the run directory tells it."""
     paces: dict[str, Pace] = field(default_factory=dict)
     """The slowest exchange so far of each kind of message."""
+    clock: Clock = time
 
     def start(self, b: Tensors) -> Tensors:
         """Run all rounds, or those after the last checkpoint, and return the last B.
@@ -92,7 +94,7 @@ class Rounds:
             self.evaluate(sent, 0)
             self._checkpoint(b, 0, aggregator, owed)
         for server_round in range(first, self.config.federation.rounds + 1):
-            started = time.monotonic()
+            started = self.clock.monotonic()
             updates = self.train(sent, server_round)
             if not aggregator.withstands(len(updates)):
                 self.run.metric(WITHSTANDS_NOTHING, len(updates), round=server_round)
@@ -100,7 +102,7 @@ class Rounds:
             owed = self.carried
             sent = self.encode(b)
             self.evaluate(sent, server_round)
-            seconds = time.monotonic() - started
+            seconds = self.clock.monotonic() - started
             self.run.metric("round-seconds", round(seconds, 3), round=server_round)
             self._checkpoint(b, server_round, aggregator, owed)
             self.run.write_status("running", round=server_round)
@@ -128,14 +130,15 @@ class Rounds:
         federation = self.config.federation
         strict = federation.mismatch == "stop"
         limit = federation.timeout_seconds or HANDSHAKE_SECONDS
-        started = time.monotonic()
+        started = self.clock.monotonic()
         while True:
             self._admit(0, strict=strict)
             sizes = {hello["of"] for hello in self.roster.hellos.values()}
             if strict and len(sizes) > 1:
                 raise RunFailed(f"the hospitals disagree on how many they are: {sorted(sizes)}")
             of = self.roster.of or self.roster.count(federation.hospitals)
-            needed, waited = min(federation.min_hospitals or of, of), time.monotonic() - started
+            needed = min(federation.min_hospitals or of, of)
+            waited = self.clock.monotonic() - started
             if self.roster.arrived >= needed:
                 break
             if waited > min(limit, RECONNECT_SECONDS) and self.roster.can_go_on(needed):
@@ -145,7 +148,7 @@ class Rounds:
                     f"{self.roster.arrived} of {federation.min_hospitals or of} hospitals are "
                     f"connected after {limit:.0f} s{self.roster.reasons}"
                 )
-            time.sleep(0.5)
+            self.clock.sleep(0.5)
         self._leave_out(self.roster.settle(of), 0)
         if not self.roster.hellos:
             raise RunFailed("every hospital was refused; metrics.jsonl has the reasons")
@@ -282,7 +285,7 @@ class Rounds:
         """
         federation = self.config.federation
         limit = federation.timeout_seconds or HANDSHAKE_SECONDS
-        deadline = time.monotonic() + limit
+        deadline = self.clock.monotonic() + limit
         while True:
             self._admit(server_round, strict=False)
             connected = self.roster.connected(self.grid.get_node_ids())
@@ -290,12 +293,12 @@ class Rounds:
             needed = self._quorum(wanted)
             if len(nodes) >= needed:
                 return nodes, needed, wanted
-            if time.monotonic() > deadline:
+            if self.clock.monotonic() > deadline:
                 raise RunFailed(
                     f"round {server_round}: {len(nodes)} hospitals are connected after "
                     f"{limit:.0f} s, the quorum is {needed} of {wanted}{self.roster.reasons}"
                 )
-            time.sleep(0.5)
+            self.clock.sleep(0.5)
 
     def _quorum(self, asked: int) -> int:
         return max(1, math.ceil(self.config.federation.quorum * asked - 1e-9))
@@ -312,7 +315,7 @@ class Rounds:
         names = self.roster.names
         steps = max(self._steps(names[node], kind, server_round) for node in nodes)
         pace = self.paces.get(kind)
-        started = time.monotonic()
+        started = self.clock.monotonic()
         replies = exchange(
             self.grid,
             dict.fromkeys(nodes, content),
@@ -321,8 +324,9 @@ class Rounds:
             or Pace.limit(pace, steps=steps, hospitals=len(nodes)),
             names=names,
             on_message=self.record(server_round),
+            clock=self.clock,
         )
-        waited = round(time.monotonic() - started, 3)
+        waited = round(self.clock.monotonic() - started, 3)
         self.run.metric(f"{kind}-exchange-seconds", waited, round=server_round)
         answers: dict[str, Answer] = {}
         failures: dict[str, str] = {}

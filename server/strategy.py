@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 from flwr.app import Message, MetricRecord, RecordDict
-from flwr.serverapp.exception import AppExitException
 
 from common.config import FederationConfig
 from common.errors import RunFailed
+from common.undocumented.flower import AppExitException
 from common.wire.contract import Tensors, Update
 from server.strategies import STRATEGIES, WEIGHT, to_record, withstands
 

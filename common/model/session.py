@@ -134,9 +134,10 @@ def choose_dtype(requested: str, device: torch.device) -> Choice[str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Choice("bf16", "the GPU computes in bf16")
         return Choice("fp32", "the GPU has no bf16 arithmetic")
-    if torch.cpu._is_amx_tile_supported():
+    able = torch.cpu.get_capabilities()
+    if able.get("amx_tile"):
         return Choice("bf16", "the processor has AMX")
-    if torch.cpu._is_avx512_bf16_supported():
+    if able.get("avx512_bf16"):
         return Choice("bf16", "the processor has AVX512-BF16")
     return Choice("fp32", "the processor has neither AMX nor AVX512-BF16")
 

@@ -9,7 +9,6 @@ from common.errors import UserError
 from common.privacy.accounting import calibrate, epsilon
 from common.privacy.plan import PrivacyPlan
 from common.training.budget import steps_in_all
-from common.wire.cohort import sampled
 
 HOSPITAL = "hospital"
 INDEPENDENT = "iid"
@@ -40,15 +39,22 @@ def plan_of(config: Config) -> PrivacyPlan:
     sampling of hospitals amplifies nothing, because the server knows whom it asked.
 
     Raises:
-        UserError: if the number of steps, or one unit's gradient, would depend on other units, if
-            a given noise multiplier misses the target, or if no noise reaches it.
+        UserError: if the number of steps, one unit's gradient, or whether one hospital takes part
+            would depend on other units, if a given noise multiplier misses the target, or if no
+            noise reaches it.
     """
-    if config.privacy.unit != HOSPITAL:
-        _refuse_dependence(config)
     if config.privacy.unit == HOSPITAL:
         federation = config.federation
-        asked = sampled(federation.fraction, federation.hospitals)
-        return _plan(config.privacy, federation.rounds, float(asked), 1.0)
+        if federation.fraction < 1:
+            raise UserError(
+                f"federation.fraction={federation.fraction:g} with privacy.unit=hospital: a fixed "
+                "number of hospitals is drawn from all names, so one hospital that leaves changes "
+                "which others take part",
+                allowed="1",
+                fix="set federation.fraction = 1: every hospital is asked in every round",
+            )
+        return _plan(config.privacy, federation.rounds, float(federation.hospitals), 1.0)
+    _refuse_dependence(config)
     privacy = config.privacy
     steps = steps_in_all(config, train_samples=0).value
     return _plan(privacy, steps, privacy.expected_batch, privacy.sampling_rate)

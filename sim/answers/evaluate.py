@@ -97,11 +97,7 @@ def evaluate_run(
     config = changed_freely(run.config(), overrides, _FREE_KEYS)
     check_device(config)
     loaded, last = run.load_checkpoint(checkpoint), run.load_checkpoint()
-    inputs = run.read_json("environment.json").get("inputs", {})
-    table, hospitals = _hospitals(config, inputs)
-    session = session_of(config)
-    _require("the backbone", session.spec.fingerprint, inputs.get("backbone"), "model.backbone")
-    _require("A", session.adapter.a_fingerprint, inputs.get("a"), "adapter.seed")
+    table, hospitals, session = reopen(run, config)
     settings = config.evaluation
     way = {"checkpoint": last.name, "settings": asdict(settings), **_compute(session)}
     # A run that plain `flwr run` made does not know its source yet.
@@ -140,6 +136,24 @@ def evaluate_run(
     summary["evaluation"] = {**found.facts, **way}
     run.write_json("summary.json", summary)
     return summary
+
+
+def reopen(run: RunDirectory, config: Config) -> tuple[SampleTable, Sequence[Hospital], Session]:
+    """Return a run's samples, its hospitals, and a session, as they were when it was trained.
+
+    Args:
+        run: The run's directory.
+        config: Its configuration, or one that differs in what cannot change them.
+
+    Raises:
+        UserError: if the data, the backbone or A are not those of the run.
+    """
+    inputs = run.read_json("environment.json").get("inputs", {})
+    table, hospitals = _hospitals(config, inputs)
+    session = session_of(config)
+    _require("the backbone", session.spec.fingerprint, inputs.get("backbone"), "model.backbone")
+    _require("A", session.adapter.a_fingerprint, inputs.get("a"), "adapter.seed")
+    return table, hospitals, session
 
 
 def _together(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:

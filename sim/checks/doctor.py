@@ -1,16 +1,18 @@
 """``fedrx doctor``: what this machine offers, and the fix for what it lacks."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from packaging.requirements import Requirement
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -96,7 +98,34 @@ def _python() -> Finding:
 def _packages() -> Finding:
     names = ("flwr", "torch", "transformers", "ray", "opacus", "polars")
     found = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    return Finding(check="packages", state="ok", found=found)
+    untested = outside_of_tested(importlib.metadata.requires("fedrx") or ())
+    if not untested:
+        return Finding(check="packages", state="ok", found=found)
+    listed = "; ".join(f"{one.name} {version} was not tested" for one, version in untested)
+    ranges = " ".join(f"'{one.name}{one.specifier}'" for one, _ in untested)
+    return Finding(check="packages", state="note", found=listed, fix=f"pip install {ranges}")
+
+
+def outside_of_tested(requirements: Iterable[str]) -> list[tuple[Requirement, str]]:
+    """Return what is installed in a version that its declared range leaves out.
+
+    The ranges end where the suite has passed, so they are the one list of what was tested.
+
+    Args:
+        requirements: As a package's metadata has them. One of an extra counts where it is
+            installed.
+
+    >>> [(str(one), version) for one, version in outside_of_tested(["pip<1", "pip>=1", "absent<1"])]
+    ... # doctest: +ELLIPSIS
+    [('pip<1', '...')]
+    """
+    found = []
+    for requirement in map(Requirement, requirements):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(requirement.name)
+            if not requirement.specifier.contains(version, prereleases=True):
+                found.append((requirement, version))
+    return found
 
 
 def _processor() -> Finding:

@@ -12,7 +12,7 @@ from click import ClickException
 from click.exceptions import NoArgsIsHelpError
 
 from common.configio import parse_overrides, read_config
-from common.errors import FedrxError
+from common.errors import FedrxError, UserError
 from common.provenance import source_root
 from sim.cli import data as cli_data
 from sim.cli import deploy as cli_deploy
@@ -143,21 +143,62 @@ def paper(
 
 @app.command()
 def audit(
-    config_file: ConfigArgument,
+    config_file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CONFIG",
+            help="A TOML file, or a shipped one, such as hospitals-dp.toml; with --membership the "
+            "folder of a finished run.",
+        ),
+    ],
     set_: SetOption = None,
     run_dir: RunDirOption = None,
+    canaries: Annotated[
+        int,
+        typer.Option(
+            "--canaries",
+            min=0,
+            help="Made-up patients of each attacked run; 0: 600 on the tiny backbone, else 120.",
+        ),
+    ] = 0,
+    membership: Annotated[
+        bool,
+        typer.Option("--membership", help="Tell a finished run's patients from others."),
+    ] = False,
+    references: Annotated[
+        list[Path] | None,
+        typer.Option("--reference", help="With --membership: a run on other patients."),
+    ] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Measure what the privacy code does against what it claims; needs no patient data.
 
-    Clipping, noise and what a release discloses are covered; how unit gradients are computed and
-    Poisson sampling are not.
+    The mechanism, and the whole path of a hospital's training under watch: draws, clipping, noise,
+    ledger, what releases disclose. With --membership a finished run is attacked instead.
     """
+    console = console_for(json_output)
+    if membership:
+        if set_ or run_dir or canaries:
+            raise UserError(
+                "--set, --run-dir and --canaries change nothing of a finished run",
+                allowed="--reference and --json beside --membership",
+                fix="leave them out",
+            )
+        from sim.checks.audit_membership import audit_membership
+        from sim.process.open_run import open_run
+
+        run = open_run(config_file)
+        found = audit_membership(run, console=console, references=references or ())
+        print_json(found, json_output)
+        return
+    if references:
+        raise UserError("--reference without --membership", fix="add --membership, and name a run")
     config = read_config(find_config(config_file), set_ or ())
     from sim.checks.audit import audit as run_audit
 
-    console = console_for(json_output)
-    summary = run_audit(config, console=console, command_line=sys.argv, run_dir=run_dir)
+    summary = run_audit(
+        config, console=console, command_line=sys.argv, run_dir=run_dir, canaries=canaries
+    )
     print_json(summary, json_output)
 
 

@@ -19,6 +19,14 @@ from pathlib import Path
 from common.errors import UserError
 from common.files import write_text
 from common.limits import available_memory_bytes, cgroup_limits
+from common.undocumented.flower import NO_UPDATE_CHECK
+from common.undocumented.ray_names import (
+    HIDE_GPUS_FROM_GPULESS_WORKERS,
+    LOCAL_SERVERS_LISTEN_EVERYWHERE,
+    MEMORY,
+    SOCKET,
+    WORKER_NICENESS,
+)
 
 RUN_VARIABLE = "FEDRX_RUN"
 """Marks every process of a run with its run directory, so that none is ever left behind."""
@@ -31,7 +39,6 @@ METADATA = ("169.254.169.254", "metadata.google.internal")
 """Ray asks there, when it starts, whether it is in a cloud; that is on the machine's own link."""
 NO_PROXY, GRPC_NO_PROXY = ("no_proxy", "NO_PROXY"), "no_grpc_proxy"
 """What urllib, requests and httpx read, and what gRPC reads before it."""
-RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
 LONGEST_SOCKET_BYTES = 107
 SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 RAY_STORE_SHARE = 0.3
@@ -60,7 +67,6 @@ def without_loopback_proxy(
 def child_environment(
     folder: Path,
     *,
-    port: int,
     run: Path,
     base: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
@@ -71,7 +77,6 @@ def child_environment(
 
     Args:
         folder: The SuperLink's working folder, from ``working_folder``.
-        port: Its loopback port.
         run: The run directory.
         base: The environment to begin with; default this process's.
     """
@@ -89,18 +94,16 @@ def child_environment(
         "TMPDIR": str(folder),
         "RAY_TMPDIR": str(folder),
         "FLWR_HOME": str(folder / "home"),
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port),
-        "FLWR_LOCAL_CONTROL_API_PORT": str(port),
         "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        NO_UPDATE_CHECK: "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "RAY_ADDRESS": base.get("RAY_ADDRESS") or "local",
         # Without this Ray's own servers listen on every interface of the machine.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1" if joins_cluster(base) else "0",
+        LOCAL_SERVERS_LISTEN_EVERYWHERE: "1" if joins_cluster(base) else "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         # Ray nices its workers by 15: on a shared machine the hospitals would starve.
-        "RAY_worker_niceness": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        WORKER_NICENESS: "0",
+        HIDE_GPUS_FROM_GPULESS_WORKERS: "0",
         # The launcher has fetched the backbone; nobody needs the hub from here on.
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -108,7 +111,7 @@ def child_environment(
     }
     memory = ray_memory()
     if memory:
-        environment.setdefault("RAY_OVERRIDE_RESOURCES", json.dumps(memory))
+        environment.setdefault(MEMORY, json.dumps(memory))
     return environment
 
 
@@ -193,7 +196,7 @@ def write_scripts(folder: Path, executable: str = sys.executable) -> None:
 
 def fits_socket(folder: Path) -> bool:
     """Tell whether Ray's sockets in a folder have names that the system takes."""
-    return len(os.fsencode(f"{folder}{RAY_SOCKET}")) <= LONGEST_SOCKET_BYTES
+    return len(os.fsencode(f"{folder}{SOCKET}")) <= LONGEST_SOCKET_BYTES
 
 
 def _hosts(text: str) -> list[str]:

@@ -20,6 +20,7 @@ from common.errors import UserError
 from common.files import write_text
 from common.privacy.settings import with_calibrated_noise
 from common.provenance import source_digest
+from common.undocumented.flower import NO_UPDATE_CHECK
 from common.wire.handshake import NAME_PATTERN
 from server.strategies import check_strategy
 from sim.flower.bundle import stage_app
@@ -38,8 +39,8 @@ from sim.flower.run_superlink import LINK, SECRET
 from sim.flower.superlink import CONNECTION
 
 FIRST_LOCAL_PORT = 9093
-QUIET = """\
-export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 RAY_USAGE_STATS_ENABLED=0
+QUIET = f"""\
+export FLWR_TELEMETRY_ENABLED=0 {NO_UPDATE_CHECK}=1 RAY_USAGE_STATS_ENABLED=0
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 HF_HUB_DISABLE_TELEMETRY=1
 """
 DIRECT = f"""\

@@ -134,7 +134,7 @@ def superlink(run: Path, port: int = 0) -> Iterator[SuperLink]:
             f'address = "127.0.0.1:{port}"\ninsecure = true\n',
         )
         write_scripts(folder)
-        environment = child_environment(folder, port=port, run=run)
+        environment = child_environment(folder, run=run)
         command = [
             *(script("flower-superlink"), "--insecure", "--simulation"),
             *("--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(port)),

@@ -35,6 +35,7 @@ def figures(tmp_path_factory):
     return json.loads(file.read_text()), done.stdout
 
 
+@pytest.mark.process
 def test_every_contestant_takes_every_workload(figures):
     found, printed = figures
     cases = {(c["who"], c["rank"], c["workload"]) for c in found["cases"]}
@@ -51,6 +52,7 @@ def test_every_contestant_takes_every_workload(figures):
     assert "not measured on a CPU" in printed
 
 
+@pytest.mark.process
 def test_agreement_with_eager_is_measured(figures):
     found, _ = figures
     for one in found["agreement_with_eager"].values():
@@ -58,6 +60,7 @@ def test_agreement_with_eager_is_measured(figures):
         assert 0 < one["gradient"] < 1e-4
 
 
+@pytest.mark.process
 def test_the_kernel_and_its_reason_are_named(figures):
     found, _ = figures
     kernel = found["cases"][0]["attention"]
@@ -65,6 +68,7 @@ def test_the_kernel_and_its_reason_are_named(figures):
     assert "CUDA" in kernel["reason"]
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_memory_is_within_ten_percent_of_the_plan_on_a_gpu(tmp_path):
     file = tmp_path / "figures.json"

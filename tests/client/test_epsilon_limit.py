@@ -49,6 +49,7 @@ def promised(folder):
     return [json.loads(line) for line in (folder / PROMISES).read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_runs_add_up_and_the_first_beyond_the_limit_is_refused(tmp_path):
     config = config_of()
     cost = epsilon(plan_of(config)).value
@@ -128,6 +129,7 @@ def test_a_promise_under_another_plan_is_neither_lowered_nor_joined(tmp_path):
     assert promised(tmp_path)[0]["epsilon"] == 6.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -66,6 +66,7 @@ def value_error(path) -> None:
     raise ValueError(f"patient 10023456 of {path}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mismatch", ["stop", "refuse"])
 @pytest.mark.parametrize("fail", ["data", "backbone", user_error, os_error, value_error])
 def test_no_path_and_no_id_leaves_a_hospital(

@@ -95,6 +95,7 @@ def killed_before_release(hospital: Hospital, b: Tensors, monkeypatch, **asked: 
     return answer
 
 
+@pytest.mark.slow
 def test_one_release_never_pays_for_two_answers(hospital, monkeypatch) -> None:
     """Round 1 from one B is released; from another B the hospital dies before it records that."""
     first = hospital.ask()

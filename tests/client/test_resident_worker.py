@@ -70,6 +70,7 @@ def request(config, **head) -> bytes:
     return line.encode() + b"\n" + b"".join(data)
 
 
+@pytest.mark.process
 def test_survives_torn_requests_and_clients_that_vanish(socket, tiny_config, tmp_path):
     config = tiny_config(run__directory=str(tmp_path / "run"))
     whole = request(config)
@@ -144,6 +145,7 @@ def query_of(config):
     return message, context
 
 
+@pytest.mark.process
 def test_answers_as_the_app_does_with_one_load(socket, tiny_config, tmp_path):
     assert stat.S_IMODE(socket.stat().st_mode) == 0o600
     config = tiny_config(run__directory=str(tmp_path / "run"))
@@ -161,6 +163,7 @@ def test_answers_as_the_app_does_with_one_load(socket, tiny_config, tmp_path):
     assert loads == [1]
 
 
+@pytest.mark.process
 def test_refuses_other_code_and_keeps_answering(socket, tiny_config, tmp_path, monkeypatch):
     config = tiny_config(run__directory=str(tmp_path / "run"))
     message, context = query_of(config)
@@ -173,6 +176,7 @@ def test_refuses_other_code_and_keeps_answering(socket, tiny_config, tmp_path, m
     assert client.resident_worker.ask(socket, "query", message, context).has_content()
 
 
+@pytest.mark.process
 def test_second_worker_on_a_socket_is_refused(socket):
     with (
         pytest.raises(UserError, match="listens on"),

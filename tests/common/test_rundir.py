@@ -192,6 +192,7 @@ print(subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True
 """
 
 
+@pytest.mark.process
 def test_the_peak_of_the_process_that_started_this_one_is_not_its_own():
     done = subprocess.run(
         [sys.executable, "-c", _PARENT],

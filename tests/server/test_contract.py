@@ -235,6 +235,7 @@ def without_the_hospital(tiny_config, in_process, cache):
     return cache["sha"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*HOSTILES, *MORE])
 def test_hostile_hospital_is_refused(kind, tiny_config, in_process, expected_sha, caplog):
     tamper, reason = {**HOSTILES, **MORE}[kind]

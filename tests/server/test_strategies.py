@@ -206,6 +206,7 @@ def test_proximal_gradient_is_that_of_the_penalty(tiny_config):
         assert abs(float(added[place]) - slope) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", sorted(set(STRATEGIES) - {"fedavg"}))
 def test_every_strategy_trains(strategy, tiny_config, in_process, caplog):
     hospitals = 5 if strategy in ("trimmed-mean", "krum") else 3

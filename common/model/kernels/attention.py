@@ -86,10 +86,9 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -
 def register() -> str:
     """Make packed attention known to transformers; returns the name to set on the model."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(_REGISTERED, _attention_forward)
-    AttentionMaskInterface.register(_REGISTERED, sdpa_mask)
+    AttentionMaskInterface.register(_REGISTERED, AttentionMaskInterface()["sdpa"])
     return _REGISTERED
 
 
@@ -126,11 +125,10 @@ def _attention_forward(
 ) -> tuple[Tensor, None]:
     """Attend as transformers asks: [1, H, T, E] in, [1, T, H, E] out."""
     if packing is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        from transformers import AttentionInterface
 
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **rest
-        )
+        own = AttentionInterface()["sdpa"]
+        return own(module, query, key, value, attention_mask, scaling=scaling, **rest)
     q_THE, k_TGE, v_TGE = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
     return attend(q_THE, k_TGE, v_TGE, scaling, packing)[None], None
 

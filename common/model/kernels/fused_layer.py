@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from common.model.kernels.attention import Packing, attend
+from common.undocumented.torch_names import silu_backward
+from common.undocumented.transformers_names import LlamaDecoderLayer
 
 # Rows that are worked on at a time on a CPU, so that fp32 intermediates stay in its cache.
 _CPU_ROWS = 256
@@ -27,18 +29,15 @@ class LeanLayer(LlamaDecoderLayer):
 
     def __init__(self, base: LlamaDecoderLayer, recompute: str) -> None:
         nn.Module.__init__(self)
-        self.hidden_size = base.hidden_size
-        self.self_attn = base.self_attn
-        self.mlp = base.mlp
-        self.input_layernorm = base.input_layernorm
-        self.post_attention_layernorm = base.post_attention_layernorm
+        # All of it, so that transformers' own forward finds what a later release adds.
+        self.__dict__.update(base.__dict__)
         self.recompute = recompute
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output, [1, T, D] for packed batches."""
         packing: Packing | None = kwargs.get("packing")
         if packing is None:
-            return cast("Tensor", super().forward(hidden_states, **kwargs))
+            return cast("Tensor", super().forward(hidden_states, *args, **kwargs))
         cos_TE, sin_TE = (t[0] for t in kwargs["position_embeddings"])
         inputs = (hidden_states[0], cos_TE, sin_TE, packing)
         if self.recompute == "all" and torch.is_grad_enabled():
@@ -157,7 +156,7 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out_TI: Tensor) -> tuple[Tensor, Tensor]:
         gate_TI, up_TI = ctx.saved_tensors
-        d_gate_TI = torch.ops.aten.silu_backward(d_out_TI * up_TI, gate_TI)
+        d_gate_TI = silu_backward(d_out_TI * up_TI, gate_TI)
         return d_gate_TI, functional.silu(gate_TI).mul_(d_out_TI)
 
 

@@ -29,7 +29,9 @@ class SequenceRope(nn.Module):
         super().__init__()
         self.base = base
 
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, position_ids: Tensor, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
         """Return cosine and sine, [B, T, E].
 
         Args:

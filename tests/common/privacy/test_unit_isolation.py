@@ -17,10 +17,11 @@ from common.model.kernels.attention import KERNELS, Packing, attend, choose_atte
 from common.model.kernels.rope import BY_LENGTH, FIXED
 from common.model.session import DTYPES, Session, open_session
 from common.privacy.mechanism import gradients
+from common.privacy.mechanism.clipping import clipped_sum
 from common.privacy.mechanism.gradients import PrivateGradient
 from common.privacy.mechanism.isolation import check_backbone, shared_passes
 from common.privacy.mechanism.noise import NoiseSource
-from common.text.batches import Encoded
+from common.text.batches import Encoded, pack
 from common.training.gradients import add_unit_gradients
 
 
@@ -58,7 +59,7 @@ def test_units_do_not_touch_each_other_on_a_real_backbone(
     session.adapter.flat.add_(noise, alpha=0.02)
     samples, plan = samples_of([90, 31, 120, 64, 77, 45], range(6)), make_plan(clip_norm=0.1)
     assert excess_without_the_first(session, samples, plan) < 1e-5
-    if dtype == "bf16" and torch.cpu._is_amx_tile_supported():
+    if dtype == "bf16" and torch.cpu.get_capabilities().get("amx_tile"):
         # the mutant: units share passes whatever the arithmetic
         shared = gradients._micro_batches
         monkeypatch.setattr(
@@ -239,3 +240,34 @@ def test_frequencies_that_follow_the_length_are_refused(
     assert kind in str(refused.value)
     with pytest.raises(UserError, match="length of the pass"):
         source(session, 0)
+
+
+class AdmissionsAdded(PrivateGradient):
+    """The mutant: the sum of a patient's admissions in place of their mean."""
+
+    def clipped_sum(self, session, drawn):
+        rows_UP = torch.zeros(len(drawn), session.adapter.trainable_parameters)
+        for row_P, members in zip(rows_UP, drawn, strict=True):
+            samples = [self.dataset[index] for index in members]
+            add_unit_gradients(session, pack(samples), [0] * len(samples), row_P[None])
+        return clipped_sum(rows_UP, self.plan.clip_norm)
+
+
+@pytest.mark.parametrize("clip_norm", [1e3, 0.1])
+def test_a_patient_who_came_three_times_weighs_what_one_visit_weighs(
+    open_tiny, samples_of, make_plan, clip_norm
+) -> None:
+    """Oracle: the mean of equal admissions is each of them, however often a patient came."""
+    session, plan = open_tiny(), make_plan(clip_norm=clip_norm)
+    (record,) = samples_of([12], [1])
+    often, once = [record] * 3, [record]
+
+    def contribution(kind: type[PrivateGradient], samples: list[Encoded]) -> torch.Tensor:
+        source = kind(samples, plan, NoiseSource(), seed=0, micro_batch=2)
+        return source.clipped_sum(session, source.units.members)
+
+    single = contribution(PrivateGradient, once)
+    assert float((contribution(PrivateGradient, often) - single).norm()) < 1e-5 * single.norm()
+    added = contribution(AdmissionsAdded, often)
+    if clip_norm > 1:  # where the clip is idle nothing but the mean keeps it at one visit's weight
+        assert float((added - 3 * single).norm()) < 1e-5 * single.norm()

@@ -14,6 +14,7 @@ import threading
 import urllib.request
 from concurrent import futures
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import httpx
@@ -27,7 +28,7 @@ from common.limits import Limits
 from sim.flower.child_environment import (
     LONGEST_SOCKET_BYTES,
     RAY_SMALLEST_STORE_BYTES,
-    RAY_SOCKET,
+    SOCKET,
     child_environment,
     ray_memory,
     without_loopback_proxy,
@@ -126,7 +127,7 @@ def test_without_the_exceptions_every_one_of_them_would(proxy, server, rpc, ask)
 
 def test_a_persons_own_exceptions_and_proxies_stay():
     base = {"NO_PROXY": "a.example,localhost", "no_grpc_proxy": "b.example", "http_proxy": "p"}
-    made = child_environment(Path("/tmp/f"), port=7, run=Path("/r"), base=base)
+    made = child_environment(Path("/tmp/f"), run=Path("/r"), base=base)
     assert made["http_proxy"] == "p"
     ray = "169.254.169.254,metadata.google.internal"
     assert made["no_proxy"] == made["NO_PROXY"] == f"a.example,localhost,127.0.0.1,::1,{ray}"
@@ -154,9 +155,9 @@ def test_a_deployments_scripts_say_the_same(tmp_path, said):
 
 
 def test_our_packages_come_before_a_persons_own_path():
-    made = child_environment(Path("/tmp/f"), port=7, run=Path("/r"), base={"PYTHONPATH": "/x:/y"})
+    made = child_environment(Path("/tmp/f"), run=Path("/r"), base={"PYTHONPATH": "/x:/y"})
     assert made["PYTHONPATH"].split(os.pathsep) == ["/tmp/f/fedrx", "/x", "/y"]
-    made = child_environment(Path("/tmp/f"), port=7, run=Path("/r"), base={})
+    made = child_environment(Path("/tmp/f"), run=Path("/r"), base={})
     assert made["PYTHONPATH"] == "/tmp/f/fedrx"
 
 
@@ -175,10 +176,10 @@ def check_working_folder(named: Path) -> None:
         assert not folder.is_relative_to(named)
         assert folder.is_dir()
         assert str(folder).isascii()
-        assert len(f"{folder}{RAY_SOCKET}") <= LONGEST_SOCKET_BYTES
+        assert len(f"{folder}{SOCKET}") <= LONGEST_SOCKET_BYTES
         assert folder.stat().st_mode & 0o077 == 0
         # The longest name that Ray makes there can be bound.
-        sockets = Path(f"{folder}{RAY_SOCKET}")
+        sockets = Path(f"{folder}{SOCKET}")
         sockets.parent.mkdir(parents=True)
         with socket.socket(socket.AF_UNIX) as bound:
             bound.bind(str(sockets))
@@ -204,7 +205,7 @@ def test_an_interpreter_that_a_shell_takes_apart_gets_a_plain_path(tmp_path):
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         folder = Path(name)
         write_scripts(folder, str(odd))
-        made = child_environment(folder, port=7, run=Path("/r"))
+        made = child_environment(folder, run=Path("/r"))
         found = shutil.which("flwr-simulation", path=made["PATH"])
         assert found == str(folder / "bin" / "flwr-simulation")
         python = Path(found).read_text().splitlines()[0].removeprefix("#!")
@@ -233,22 +234,20 @@ def test_ray_gets_the_cgroups_memory(monkeypatch):
     monkeypatch.setattr(
         sim.flower.child_environment.shutil,
         "disk_usage",
-        lambda place: shutil._ntuple_diskusage(0, 0, GIB),
+        lambda place: SimpleNamespace(total=0, used=0, free=GIB),
     )
     resources = ray_memory()
     assert resources["object_store_memory"] == int(0.95 * GIB)
     assert sum(resources.values()) == 6 * GIB
-    made = child_environment(Path("/tmp/f"), port=7, run=Path("/r"), base={})
+    made = child_environment(Path("/tmp/f"), run=Path("/r"), base={})
     assert json.loads(made["RAY_OVERRIDE_RESOURCES"]) == resources
-    own = child_environment(
-        Path("/tmp/f"), port=7, run=Path("/r"), base={"RAY_OVERRIDE_RESOURCES": "{}"}
-    )
+    own = child_environment(Path("/tmp/f"), run=Path("/r"), base={"RAY_OVERRIDE_RESOURCES": "{}"})
     assert own["RAY_OVERRIDE_RESOURCES"] == "{}"
     monkeypatch.setattr(sim.flower.child_environment, "available_memory_bytes", lambda: 2**20)
     assert ray_memory()["object_store_memory"] == RAY_SMALLEST_STORE_BYTES
     monkeypatch.setattr(sim.flower.child_environment, "cgroup_limits", Limits)
     assert ray_memory() == {}
-    made = child_environment(Path("/tmp/f"), port=7, run=Path("/r"), base={})
+    made = child_environment(Path("/tmp/f"), run=Path("/r"), base={})
     assert "RAY_OVERRIDE_RESOURCES" not in made
 
 

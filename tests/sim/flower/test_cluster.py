@@ -8,8 +8,6 @@ import pytest
 from sim.flower.child_environment import child_environment
 from sim.flower.superlink import free_port, script
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def cluster(tmp_path_factory):
@@ -35,6 +33,7 @@ def cluster(tmp_path_factory):
     process.wait(60)
 
 
+@pytest.mark.ray
 def test_simulation_joins_the_cluster_of_ray_address(base, laboratory, cluster):
     joined = laboratory.start("joined", environment={"RAY_ADDRESS": cluster}).wait()
     assert joined.code == 0, joined.error
@@ -52,7 +51,7 @@ def test_without_ray_address_a_cluster_on_the_machine_is_left_alone(tmp_path, mo
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
     def environment():
-        return child_environment(tmp_path, port=1, run=tmp_path)
+        return child_environment(tmp_path, run=tmp_path)
 
     assert environment()["RAY_ADDRESS"] == "local"
     # Ray then takes 127.0.0.1 as its node's address, and listens there alone.

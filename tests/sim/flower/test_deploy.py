@@ -76,6 +76,13 @@ def test_folder_of_a_deployment(tiny_config, tmp_path):
             deploy(tiny_config(), tmp_path / "e", hospitals={bad: "/x"}, host="h", port=1)
 
 
+@pytest.mark.process
+def test_what_is_written_is_a_shell_script(tiny_config, tmp_path):
+    nodes = {"north": "/data/a b"}
+    folder = deploy(tiny_config(), tmp_path / "d", hospitals=nodes, host="h", port=1).parent
+    assert subprocess.run(["sh", "-n", folder / "hospitals" / "north" / "start.sh"]).returncode == 0
+
+
 def test_hospital_s_own_paths_replace_the_server_s(tiny_config):
     config = tiny_config(run__directory="/server/run")
     node = {"hospital": "north", "data": "/data/north", "folder": "/own"}

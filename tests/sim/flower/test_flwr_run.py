@@ -18,7 +18,7 @@ from common.provenance import PACKAGES
 from common.rundir import RunDirectory
 from sim.flower.superlink import free_port, script
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.ray
 REPOSITORY = Path(__file__).resolve().parents[3]
 SECONDS = 900
 

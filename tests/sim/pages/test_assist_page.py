@@ -252,6 +252,7 @@ def test_text_that_utf8_cannot_hold_is_kept_escaped_and_counted(desk, ask):
     assert ask("/api/suggest", {half: half})[0] == 422
 
 
+@pytest.mark.browser
 def test_a_clinicians_way_through_the_page(browser, desk, listening, requested_urls):
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import WebDriverWait
@@ -325,6 +326,7 @@ def test_a_clinicians_way_through_the_page(browser, desk, listening, requested_u
     assert violations == []
 
 
+@pytest.mark.browser
 def test_a_stopped_program_is_named_on_the_page(browser, desk):
     from selenium.webdriver.support.ui import WebDriverWait
 

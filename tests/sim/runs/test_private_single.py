@@ -148,6 +148,7 @@ def test_killed_around_a_checkpoint_the_ledger_covers_it(
     assert Ledger(path, plan).steps == 6
 
 
+@pytest.mark.slow
 def test_one_node_calibrates(tmp_path) -> None:
     keys = {**KEYS, "privacy.noise-multiplier": 0.0, "privacy.target-epsilon": 5.0}
     config = one_node(from_flat(keys))

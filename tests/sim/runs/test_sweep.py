@@ -150,6 +150,7 @@ def test_another_experiments_result_is_refused(
     assert len(trained) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ["fa-lora", "centralised"])
 def test_the_same_experiment_is_recognised_from_anywhere(
     arm, tiny_config, trained, tmp_path, monkeypatch

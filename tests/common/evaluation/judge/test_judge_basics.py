@@ -206,6 +206,7 @@ def test_a_limit_without_prices_is_refused(make_run, judge_config, kit):
         plan_judging(run, judge_config(max_cost_usd=1.0))
 
 
+@pytest.mark.process
 def test_kill_9_loses_at_most_what_was_in_flight(server, make_run, judge_config, kit, tmp_path):
     server.behave = lambda body, n: kit.Answer(kit.verdicts(body), delay_seconds=0.05)
     run = make_run(predictions(kit, count=10))

@@ -1,0 +1,11 @@
+"""torch: operators that have no documented Python name.
+
+Seen alike in 2.11.0, 2.13.0 and 2.14.1. Without the flash pair there is no log-sum-exp of a CPU
+attention; without ``silu_backward`` the gradient of a gate takes three more passes.
+"""
+
+import torch
+
+flash_attention_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+silu_backward = torch.ops.aten.silu_backward
