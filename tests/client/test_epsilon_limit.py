@@ -240,6 +240,7 @@ def _join(folder, seed, answers, meeting) -> None:
         answers.put("refused")
 
 
+@pytest.mark.process
 def test_of_runs_that_begin_together_one_is_joined(tmp_path):
     context = multiprocessing.get_context("fork")
     answers, meeting = context.Queue(), context.Barrier(2)
