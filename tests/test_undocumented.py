@@ -27,8 +27,7 @@ GATHERED = {
     "common/undocumented/torch_names.py",
     "common/undocumented/transformers_names.py",
     "common/undocumented/flower.py",
-    "common/undocumented/flower_accounts.py",
-    "common/undocumented/flower_tasks.py",
+    "common/undocumented/flower_deployment.py",
     "common/undocumented/ray_names.py",
 }
 # The modules that a library documents, for those whose behaviour ours hangs on.
@@ -66,7 +65,11 @@ TESTS_LOOK_INTO = {
     *("torch.utils._python_dispatch", "ray._private.resource_and_label_spec"),
     *("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "FLWR_LOCAL_CONTROL_API_PORT"),
     *("FLWR_DISABLE_UPDATE_CHECK", "RAY_worker_niceness", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"),
-    *("RAY_OVERRIDE_RESOURCES", "shutil._ntuple_diskusage"),
+    "RAY_OVERRIDE_RESOURCES",
+    # a deployment, held against Flower's own routes, plug-ins and login
+    *("flwr.cli.auth_plugin.oidc_cli_plugin", "flwr.supercore.credential_store"),
+    *("flwr.superlink.dependencies.account", "flwr.superlink.routers.fleet.router"),
+    *("flwr.common.constant", "flwr.supercore.primitives.asymmetric"),
 }
 
 
