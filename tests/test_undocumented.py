@@ -56,7 +56,7 @@ DOCUMENTED_VARIABLES = {
 # in-process grid's needs, the app bundle, operators as they are dispatched.
 TESTS_LOOK_INTO = {
     *("flwr.cli.build", "flwr.cli.utils", "flwr.common.serde", "flwr.proto.message_pb2"),
-    *("flwr.supercore.task_identity", "flwr.superlink.grid.inmemory_grid"),
+    "flwr.superlink.grid.inmemory_grid",
     *("torch.utils._python_dispatch", "ray._private.resource_and_label_spec"),
     *("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "FLWR_LOCAL_CONTROL_API_PORT"),
     *("FLWR_DISABLE_UPDATE_CHECK", "RAY_worker_niceness", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"),
