@@ -58,7 +58,7 @@ DOCUMENTED_VARIABLES = {
 # in-process grid's needs, the app bundle, operators as they are dispatched.
 TESTS_LOOK_INTO = {
     *("flwr.cli.build", "flwr.cli.utils", "flwr.common.serde", "flwr.proto.message_pb2"),
-    *("flwr.supercore.task_identity", "flwr.superlink.grid.inmemory_grid"),
+    "flwr.superlink.grid.inmemory_grid",
     *("flwr.cli.auth_plugin.oidc_cli_plugin", "flwr.common.constant"),
     *("flwr.supercore.credential_store", "flwr.supercore.primitives.asymmetric"),
     *("flwr.superlink.dependencies.account", "flwr.superlink.routers.fleet.router"),

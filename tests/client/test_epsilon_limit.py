@@ -278,7 +278,6 @@ def ask(config, folder, kind="query", server_round=0, content=None, **node):
     return client.handlers.answer(kind, Message(content, 1, kind), context)
 
 
-@pytest.mark.usefixtures("task_identity")
 @pytest.mark.parametrize("text", [None, "max-epsilom = 1\n", "max-epsilon = 0\n"])
 def test_a_policy_that_cannot_be_read_lets_nobody_in(tmp_path, text):
     if text is not None:
@@ -287,7 +286,6 @@ def test_a_policy_that_cannot_be_read_lets_nobody_in(tmp_path, text):
         ask(config_of(), tmp_path)
 
 
-@pytest.mark.usefixtures("task_identity")
 @pytest.mark.parametrize("key", ["max-epsilon", "max-epsilom", "polciy"])
 def test_a_mistyped_key_of_the_node_is_refused(tmp_path, key):
     (tmp_path / POLICY).write_text("")
@@ -295,7 +293,6 @@ def test_a_mistyped_key_of_the_node_is_refused(tmp_path, key):
         ask(config_of(), tmp_path, **{key: 1.0})
 
 
-@pytest.mark.usefixtures("task_identity")
 @pytest.mark.parametrize(("kind", "number"), [("train", 3), ("train", 0), ("evaluate", 10**6)])
 def test_a_round_that_the_run_does_not_have_costs_nothing(tmp_path, monkeypatch, kind, number):
     (tmp_path / POLICY).write_text("")
@@ -305,7 +302,6 @@ def test_a_round_that_the_run_does_not_have_costs_nothing(tmp_path, monkeypatch,
         ask(config, tmp_path, kind, number)
 
 
-@pytest.mark.usefixtures("task_identity")
 def test_a_b_that_would_overflow_is_refused(tmp_path, tiny_shapes):
     (tmp_path / POLICY).write_text("")
     config = config_of(privacy__target_epsilon=0.0)
