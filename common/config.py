@@ -101,7 +101,17 @@ class ModelConfig:
     attention: str = option(
         "auto",
         "attention kernel",
-        choices=("auto", "flash-attn", "torch-flash", "sdpa", "eager"),
+        choices=("auto", "cudnn", "flash-attn", "torch-flash", "sdpa", "eager"),
+    )
+    kernels: str = option(
+        "auto",
+        "who does the elementwise work",
+        choices=("auto", "triton", "compiled", "torch"),
+    )
+    weights: str = option(
+        "bf16",
+        "format of the frozen weights: bf16 (or what train.dtype says), or fp8 on a GPU",
+        choices=("bf16", "fp8"),
     )
 
 

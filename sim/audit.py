@@ -107,6 +107,8 @@ def audit(
             dtype=train.dtype,
             attention=config.model.attention,
             threads=train.threads or None,
+            kernels=config.model.kernels,
+            weights=config.model.weights,
         )
         findings += inversion(session, plan)
     summary = {

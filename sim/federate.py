@@ -21,6 +21,8 @@ from common.evaluation.answers import choose_cases
 from common.evaluation.constrained import require_llguidance
 from common.model.attention import choose_attention
 from common.model.backbone import BackboneSpec, load_tokenizer, resolve_backbone
+from common.model.frozen import choose_weights
+from common.model.kernels import choose_kernels
 from common.model.layout import AdapterLayout, adapter_layout, adapter_spec
 from common.model.session import DTYPES, choose_device, choose_dtype
 from common.participation import check_only, check_strategy
@@ -73,6 +75,8 @@ def prepare(config: Config, console: Console) -> Preparation:
     on = torch.device(choose_device(config.train.device).value)
     arithmetic = DTYPES[choose_dtype(config.train.dtype, on).value]
     choose_attention(config.model.attention, on, arithmetic)
+    choose_kernels(config.model.kernels, on)
+    choose_weights(config.model.weights, on, arithmetic)
     table = load_samples(config.data, progress=say)
     if not table.admissions:
         raise UserError(

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.errors import UserError
+from common.model.frozen import Fp8Weight, FrozenWeight, input_gradient, product
+from common.model.kernels import Kernels
 from common.model.spec import AdapterSpec, HashedA, draw_a
 
 __all__ = ["AdaptedLinear", "Adapter", "AdapterSpec", "attach", "draw_a"]
@@ -92,32 +94,31 @@ class _AdaptedFunction(torch.autograd.Function):
         for (weight_OD, bias_O, b_OR), z_TR in zip(
             triples, z_TG.chunk(len(triples), 1), strict=True
         ):
-            y_TO = functional.linear(x_TD, weight_OD, bias_O)
+            y_TO = product(x_TD, weight_OD, bias_O)
             y_TO.addmm_(z_TR, b_OR.to(x.dtype).T, alpha=scale)
             outputs.append(y_TO.view(*x.shape[:-1], -1))
         ctx.group, ctx.shape = group, x.shape
         ctx.keeps_x = ctx.needs_input_grad[2]
-        kept = [t for weight_OD, _, b_OR in triples for t in (weight_OD, b_OR)]
-        ctx.save_for_backward(z_TG, a_GD, *([x_TD] if ctx.keeps_x else []), *kept)
+        # The weights are the modules' own, and frozen: nothing can change them in between.
+        ctx.weights = [weight_OD for weight_OD, _, _ in triples]
+        bs = [b_OR for _, _, b_OR in triples]
+        ctx.save_for_backward(z_TG, a_GD, *([x_TD] if ctx.keeps_x else []), *bs)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        z_TG, a_GD, *kept = ctx.saved_tensors
-        x_TD = kept.pop(0) if ctx.keeps_x else None
+        z_TG, a_GD, *bs = ctx.saved_tensors
+        x_TD = bs.pop(0) if ctx.keeps_x else None
         group: _Group = ctx.group
         spec = group.adapter.spec
         g_TOs = [g.reshape(-1, g.shape[-1]) for g in grads]
-        weights, bs = kept[0::2], kept[1::2]
         d_x = d_a = None
         if ctx.needs_input_grad[0] or ctx.keeps_x:
             low_TG = torch.cat(
                 [g_TO @ b_OR.to(g_TO.dtype) for g_TO, b_OR in zip(g_TOs, bs, strict=True)], 1
             )
             if ctx.needs_input_grad[0]:
-                d_x = g_TOs[0] @ weights[0]
-                for g_TO, weight_OD in zip(g_TOs[1:], weights[1:], strict=True):
-                    d_x.addmm_(g_TO, weight_OD)
+                d_x = input_gradient(list(zip(g_TOs, ctx.weights, strict=True)))
                 d_x.addmm_(low_TG, a_GD.to(d_x.dtype), alpha=spec.scale)
                 d_x = d_x.view(ctx.shape)
         capture = group.adapter.capture
@@ -149,8 +150,10 @@ class AdaptedLinear(nn.Module):
 
     def __init__(self, base: nn.Linear, key: str) -> None:
         super().__init__()
-        self.weight, self.bias = base.weight, base.bias
+        self.weight: FrozenWeight = base.weight
+        self.bias = base.bias
         self.in_features, self.out_features = base.in_features, base.out_features
+        self.dtype = base.weight.dtype
         self.key = key
         self.merged_OD: Tensor | None = None
 
@@ -159,6 +162,13 @@ class AdaptedLinear(nn.Module):
         if self.merged_OD is not None:
             return functional.linear(x, self.merged_OD, self.bias)
         return self.group.output(self, x)
+
+    def quantise(self, kernels: Kernels) -> None:
+        """Put the frozen weight into fp8."""
+        assert isinstance(self.weight, Tensor)
+        quantised = Fp8Weight.of(self.weight, kernels)
+        del self.weight
+        self.weight = quantised
 
 
 class Adapter:
@@ -205,7 +215,7 @@ class Adapter:
 
     def _bind(self, module: AdaptedLinear) -> None:
         module.lora_B = self._parameter(module.key + ".lora_B")
-        device, dtype = module.weight.device, module.weight.dtype
+        device, dtype = module.weight.device, module.dtype
         # Drawn on the meta device too: a server without weights knows A's fingerprint by it.
         drawn = draw_a(self.spec, module.key, module.in_features)
         self._initial_a.add(module.key, drawn)
@@ -310,7 +320,7 @@ class Adapter:
         with torch.no_grad():
             for module in self.modules:
                 update = self.spec.scale * (module.lora_B.float() @ module.lora_A.float())
-                module.merged_OD = (module.weight.float() + update).to(module.weight.dtype)
+                module.merged_OD = (module.weight.float() + update).to(module.dtype)
         try:
             yield
         finally:

@@ -22,7 +22,7 @@ _GPU_HOLES = 0.02
 _CPU_HOLES = 5
 _LARGEST_KEPT_BYTES = 2**25
 # Logits of one chunk of the loss, in fp32 (`common.training.loss`).
-_CHUNK_BYTES = 2**26
+_CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**29}
 _STATE_TENSORS = {"sgd": 0, "sgd-momentum": 1, "adamw": 2}
 
 
@@ -141,7 +141,7 @@ def training_footprint(
         holes = _CPU_HOLES * sum(min(buffer, _LARGEST_KEPT_BYTES) for buffer in buffers)
     # Hidden states at the labels, their gradient, and one chunk of logits.
     labelled = 3 * batch_tokens * shape.hidden * value_bytes
-    chunk = _CHUNK_BYTES * (2 + value_bytes / 4 if device == "cuda" else value_bytes / 4)
+    chunk = _CHUNK_BYTES[device] * value_bytes / 4
     return Footprint(
         weights=counts.backbone * value_bytes,
         adapter=4 * trained + (0 if adapter.mode == "lora" else value_bytes * counts.a),

@@ -4,7 +4,7 @@ Every automatic choice (device, dtype, attention kernel, recomputation) is kept 
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +15,8 @@ from common.model.attention import Packing, choose_attention, register
 from common.model.backbone import BackboneSpec, load_model, load_tokenizer
 from common.model.choice import Choice
 from common.model.falora import Adapter, AdapterSpec, attach
+from common.model.frozen import choose_weights, quantise
+from common.model.kernels import TORCH, Kernels, choose_kernels, kernels_named
 from common.model.memory import choose_recompute
 
 if TYPE_CHECKING:
@@ -40,6 +42,9 @@ class Session:
         dtype: Arithmetic of backbone and activations: ``fp32`` or ``bf16`` (B stays fp32).
         attention: Kernel of the packed batches.
         recompute: Which activations the backward pass computes again.
+        kernels: Who does the elementwise work.
+        weights: Format of the frozen weights.
+        functions: What ``kernels`` names.
     """
 
     spec: BackboneSpec
@@ -50,6 +55,9 @@ class Session:
     dtype: Choice[str]
     attention: Choice[str]
     recompute: Choice[str]
+    kernels: Choice[str] = field(default=Choice("torch", "not chosen"))
+    weights: Choice[str] = field(default=Choice("bf16", "not chosen"))
+    functions: Kernels = field(default=TORCH)
 
     @property
     def torch_device(self) -> torch.device:
@@ -160,6 +168,8 @@ def open_session(
     threads: int | None = None,
     recompute: str = "auto",
     batch_tokens: int = 0,
+    kernels: str = "auto",
+    weights: str = "bf16",
 ) -> Session:
     """Load a backbone and attach an adapter to it.
 
@@ -168,10 +178,12 @@ def open_session(
         adapter: What to attach.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto``, ``fp32`` or ``bf16``.
-        attention: ``auto``, ``flash-attn``, ``torch-flash``, ``sdpa`` or ``eager``.
+        attention: ``auto`` or one of ``attention.KERNELS``.
         threads: CPU threads of this process; None leaves them alone.
         recompute: ``auto``, ``none``, ``mlp``, ``half`` or ``all``.
         batch_tokens: Longest packed batch, for the choice of what is recomputed; 0 when unknown.
+        kernels: ``auto`` or one of ``kernels.CANDIDATES``.
+        weights: One of ``frozen.WEIGHTS``.
 
     Raises:
         UserError: If something asked for cannot be had here.
@@ -184,6 +196,8 @@ def open_session(
     dtype_choice = choose_dtype(dtype, on)
     arithmetic = DTYPES[dtype_choice.value]
     attention_choice = choose_attention(attention, on, arithmetic)
+    kernels_choice = choose_kernels(kernels, on)
+    weights_choice = choose_weights(weights, on, arithmetic)
     tokenizer = load_tokenizer(spec)
     model = load_model(spec, device=on, dtype=arithmetic)
     model.set_attn_implementation(register())
@@ -191,6 +205,9 @@ def open_session(
     from common.model import lean
 
     recompute_choice = Choice("none", "this Llama's layers are transformers' own")
+    functions = kernels_named(kernels_choice.value)
+    if weights_choice.value == "fp8":
+        quantise(model, functions)
     if lean.supported(model):
         recompute_choice = choose_recompute(
             recompute,
@@ -200,7 +217,7 @@ def open_session(
             batch_tokens=batch_tokens,
             device=on,
         )
-        lean.install(model, recompute_choice.value)
+        lean.install(model, recompute_choice.value, functions)
     return Session(
         spec=spec,
         model=model,
@@ -210,4 +227,7 @@ def open_session(
         dtype=dtype_choice,
         attention=attention_choice,
         recompute=recompute_choice,
+        kernels=kernels_choice,
+        weights=weights_choice,
+        functions=functions,
     )

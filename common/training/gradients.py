@@ -98,6 +98,7 @@ def _backward(session: Session, batch: PackedBatch, weights_N: Tensor) -> Tensor
         session.model.lm_head.weight,
         batch.labels_N,
         weights_N,
+        session.functions,
     )
     torch.autograd.backward(total)
     return losses_N

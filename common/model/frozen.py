@@ -1,0 +1,189 @@
+"""Frozen linear maps: their weight appears in the forward product and in the input's gradient.
+
+A frozen weight has no gradient of its own, so a format needs two products and nothing else. In
+fp8 (e4m3) every output row of the weight has one scale, and so has every token of an input or a
+gradient; both directions read the same quantised weight, so a gradient is that of the function
+that was computed. The rows of an input do not touch each other.
+
+Shapes: T packed tokens, D input width, O output width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from common.errors import UserError
+from common.model.choice import Choice
+from common.model.kernels import Kernels
+
+WEIGHTS = ("bf16", "fp8")
+_FP8 = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Weight:
+    """A quantised weight [O, D]: ``values * scales``."""
+
+    values_OD: Tensor
+    scales_O1: Tensor
+    """fp32."""
+    kernels: Kernels
+    """Who quantises and transposes."""
+
+    @classmethod
+    def of(cls, weight_OD: Tensor, kernels: Kernels) -> "Fp8Weight":
+        """Quantise a weight, one scale for each output."""
+        values_OD, scales_O1 = kernels.quantise(weight_OD.detach(), None)
+        return cls(values_OD=values_OD, scales_O1=scales_O1, kernels=kernels)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.values_OD.device
+
+    def float(self) -> Tensor:
+        """Return it in fp32, as it is used."""
+        return self.values_OD.float() * self.scales_O1
+
+    def product(self, x_TD: Tensor) -> Tensor:
+        """Return ``x W^T``, [T, O], in the dtype of ``x``."""
+        x_values, x_scales = self.kernels.quantise(x_TD, None)
+        return _scaled(x_values, x_scales, self.values_OD, self.scales_O1, x_TD.dtype)
+
+    def gradient(self, g_TO: Tensor) -> Tensor:
+        """Return ``g W``, [T, D]: the weight's scales go to ``g`` before it is quantised."""
+        g_values, g_scales = self.kernels.quantise(g_TO, self.scales_O1.view(-1))
+        # The product wants both operands along the summed dimension; one copy of the weight is
+        # turned when it is needed, where a second one would cost as much memory as it saved.
+        turned_DO = self.kernels.transpose(self.values_OD)
+        ones_D1 = torch.ones(len(turned_DO), 1, dtype=torch.float32, device=g_TO.device)
+        return _scaled(g_values, g_scales, turned_DO, ones_D1, g_TO.dtype)
+
+
+def _scaled(
+    left_TK: Tensor, left_T1: Tensor, right_NK: Tensor, right_N1: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return ``(left * scales) (right * scales)^T`` with fp32 accumulation, [T, N]."""
+    if left_TK.device.type == "cuda":
+        return torch._scaled_mm(
+            left_TK,
+            right_NK.T,
+            scale_a=left_T1,
+            scale_b=right_N1.view(1, -1),
+            out_dtype=dtype,
+            use_fast_accum=True,
+        )
+    product_TN = left_TK.float() @ right_NK.float().T
+    return (product_TN * left_T1 * right_N1.view(1, -1)).to(dtype)
+
+
+FrozenWeight = Tensor | Fp8Weight
+
+
+def product(x_TD: Tensor, weight: FrozenWeight, bias_O: Tensor | None) -> Tensor:
+    """Return ``x W^T + bias``, [T, O], in memory of its own."""
+    if isinstance(weight, Tensor):
+        return functional.linear(x_TD, weight, bias_O)
+    out_TO = weight.product(x_TD)
+    return out_TO if bias_O is None else out_TO.add_(bias_O)
+
+
+def input_gradient(pairs: list[tuple[Tensor, FrozenWeight]]) -> Tensor:
+    """Return the sum of ``g W`` over projections of one input, [T, D]."""
+    (first_TO, weight), *rest = pairs
+    total_TD = first_TO @ weight if isinstance(weight, Tensor) else weight.gradient(first_TO)
+    for g_TO, weight in rest:
+        if isinstance(weight, Tensor):
+            total_TD.addmm_(g_TO, weight)
+        else:
+            total_TD.add_(weight.gradient(g_TO))
+    return total_TD
+
+
+class Fp8Linear(nn.Module):
+    """A frozen linear layer in fp8; takes the place of an ``nn.Linear``."""
+
+    def __init__(self, base: nn.Linear, kernels: Kernels) -> None:
+        super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.bias = base.bias
+        self.quantised = Fp8Weight.of(base.weight, kernels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x W^T + bias``, [..., O]."""
+        out: Tensor = _frozen(x, self.quantised, self.bias)
+        return out
+
+
+class _FrozenProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Fp8Weight, bias_O: Tensor | None) -> Tensor:
+        ctx.weight, ctx.shape = weight, x.shape
+        out_TO = product(x.reshape(-1, x.shape[-1]), weight, bias_O)
+        return out_TO.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        d_x_TD = ctx.weight.gradient(g.reshape(-1, g.shape[-1]))
+        return d_x_TD.view(ctx.shape), None, None
+
+
+# torch's stubs leave Function.apply untyped.
+_frozen: Any = _FrozenProduct.apply
+
+
+def choose_weights(requested: str, device: torch.device, dtype: torch.dtype) -> Choice[str]:
+    """Choose the format of the frozen weights.
+
+    Args:
+        requested: One of ``WEIGHTS``; ``bf16`` means: in the arithmetic of the backbone.
+        device: Where the backbone is.
+        dtype: Its arithmetic.
+
+    Raises:
+        UserError: If the format cannot be had here. It is never replaced by another one: hospitals
+            that train together must compute the same function.
+    """
+    if requested not in WEIGHTS:
+        raise UserError(f"model.weights={requested!r}", allowed=", ".join(WEIGHTS))
+    if requested == "bf16":
+        name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+        return Choice(name, "as train.dtype computes")
+    obstacle = _obstacle(device, dtype)
+    if obstacle:
+        raise UserError(
+            f"model.weights={requested} cannot run here: {obstacle}", fix="set model.weights=bf16"
+        )
+    return Choice(requested, "asked for")
+
+
+def _obstacle(device: torch.device, dtype: torch.dtype) -> str:
+    if device.type != "cuda":
+        return f"fp8 products need a CUDA device, not {device.type}"
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        return "fp8 products need compute capability 8.9"
+    if dtype != torch.bfloat16:
+        return "fp8 needs train.dtype=bf16"
+    return ""
+
+
+def quantise(model: nn.Module, kernels: Kernels) -> None:
+    """Put every frozen linear map of a model's layers into fp8, in place.
+
+    Embeddings and the language-model head keep their dtype, and so do A and B.
+
+    Args:
+        model: A Llama with its adapter attached, on its device.
+        kernels: Who quantises.
+    """
+    from common.model.falora import HEAD, AdaptedLinear
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, AdaptedLinear):
+            module.quantise(kernels)
+        elif isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] not in HEAD:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, Fp8Linear(module, kernels))
