@@ -47,8 +47,16 @@ class Matcher(Protocol):
         ...
 
 
+class MovableSlots(Protocol):
+    """Keys and values by slot."""
+
+    def move(self, source: int, target: int) -> None:
+        """Copy one slot over another."""
+        ...
+
+
 @dataclass(kw_only=True)
-class _Row:
+class SlotRow:
     """A sequence in its slot."""
 
     prompt: int
@@ -121,11 +129,16 @@ def generate(
     """
     if not prompts:
         return []
+    from common.evaluation import decode_graph
+
+    how = decode_graph.GraphGeneration if decode_graph.supported(session) else SlotGeneration
     with torch.inference_mode(), session.adapter.merged():
-        return _Generation(session, prompts, max_new_tokens, batch_size, matcher, progress).run()
+        return how(session, prompts, max_new_tokens, batch_size, matcher, progress).run()
 
 
-class _Generation:
+class SlotGeneration:
+    """One call of ``generate``: rows in their slots, and the prompts that wait."""
+
     def __init__(
         self,
         session: Session,
@@ -141,32 +154,41 @@ class _Generation:
         self._ends = _end_tokens(session)
         # Longest first: the last ones, which run with few beside them, are the cheapest.
         self._waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), -i))
-        self._rows: list[_Row] = []
+        self._rows: list[SlotRow] = []
         self._results: dict[int, Generated] = {}
-        self._cache = _SlotCache(
-            session.spec.shape,
-            slots=self._slots,
-            columns=max(map(len, prompts)) + max_new_tokens,
-            like=session.model.model.embed_tokens.weight,
-        )
+        self._store = self._new_cache(self._slots, max(map(len, prompts)) + max_new_tokens)
 
     def run(self) -> list[Generated]:
+        """Generate until every prompt has its answer; returns them in the prompts' order."""
         while self._waiting or self._rows:
-            while self._waiting and len(self._rows) < self._slots:
-                self._enter(self._waiting.pop())
+            self._admit()
             if self._rows:
                 self._step()
         return [self._results[place] for place in range(len(self._prompts))]
+
+    def _new_cache(self, slots: int, columns: int) -> MovableSlots:
+        self._cache = _SlotCache(
+            self._session.spec.shape,
+            slots=slots,
+            columns=columns,
+            like=self._session.model.model.embed_tokens.weight,
+        )
+        return self._cache
+
+    def _admit(self) -> None:
+        """Give the free slots to the prompts that wait."""
+        while self._waiting and len(self._rows) < self._slots:
+            self._enter(self._waiting.pop())
 
     def _enter(self, place: int) -> None:
         """Run one prompt into the first free slot; it yields its first token."""
         ids_1T = torch.tensor([list(self._prompts[place])], device=self._session.torch_device)
         out = self._session.model.model(input_ids=ids_1T, use_cache=True)
         matcher = self._matcher() if self._matcher else None
-        row = _Row(prompt=place, length=ids_1T.shape[1], matcher=matcher)
+        row = SlotRow(prompt=place, length=ids_1T.shape[1], matcher=matcher)
         self._cache.fill(len(self._rows), out.past_key_values)
         self._rows.append(row)
-        self._take([row], out.last_hidden_state[:, -1])
+        self._take([row], self._session.model.lm_head(out.last_hidden_state[:, -1]))
 
     def _step(self) -> None:
         """Add one token to every occupied slot."""
@@ -186,11 +208,10 @@ class _Generation:
         )
         for row in rows:
             row.length += 1
-        self._take(list(rows), out.last_hidden_state[:, 0])
+        self._take(list(rows), self._session.model.lm_head(out.last_hidden_state[:, 0]))
 
-    def _take(self, rows: list[_Row], hidden_BD: Tensor) -> None:
+    def _take(self, rows: list[SlotRow], logits_BV: Tensor) -> None:
         """Choose each row's next token, and free the slots of those that end."""
-        logits_BV = self._session.model.lm_head(hidden_BD)
         chosen: list[int] = logits_BV.argmax(-1).tolist()
         for place, (row, token) in enumerate(zip(rows, chosen, strict=True)):
             if row.matcher is not None:
@@ -200,12 +221,12 @@ class _Generation:
             if token in self._ends or len(row.tokens) == self._limit:
                 self._finish(row, finished=token in self._ends)
 
-    def _finish(self, row: _Row, *, finished: bool) -> None:
+    def _finish(self, row: SlotRow, *, finished: bool) -> None:
         self._results[row.prompt] = Generated(tokens=tuple(row.tokens), finished=finished)
         slot = next(slot for slot, other in enumerate(self._rows) if other is row)
         last = self._rows.pop()
         if last is not row:
-            self._cache.move(len(self._rows), slot)
+            self._store.move(len(self._rows), slot)
             self._rows[slot] = last
         if self._progress:
             self._progress(len(self._results), len(self._prompts))

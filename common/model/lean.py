@@ -8,6 +8,7 @@ up, and the adapter's rank-wide product. Nothing else is needed while the backbo
 Shapes: T packed tokens, D hidden width, I MLP width, H heads, G key/value heads, E head width.
 """
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaFor
 from common.model.attention import Packing, attend
 from common.model.frozen import Fp8Linear
 from common.model.kernels import TORCH, Kernels
+
+KeepKeys = Callable[[int, Tensor, Tensor], None]
+"""(layer, k_TGE, v_TGE): what packed prompts leave for generation."""
 
 
 class LeanLayer(LlamaDecoderLayer):
@@ -38,18 +42,32 @@ class LeanLayer(LlamaDecoderLayer):
         if packing is None:
             return cast("Tensor", super().forward(hidden_states, **kwargs))
         cos_TE, sin_TE = (t[0] for t in kwargs["position_embeddings"])
-        inputs = (hidden_states[0], cos_TE, sin_TE, packing)
+        inputs = (hidden_states[0], cos_TE, sin_TE, packing, kwargs.get("keep"))
         if self.recompute == "all" and torch.is_grad_enabled():
             return cast("Tensor", checkpoint(self._layer, *inputs, use_reentrant=False))[None]
         return self._layer(*inputs)[None]
 
-    def _layer(self, x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, packing: Packing) -> Tensor:
-        x_TD = self._attention(x_TD, cos_TE, sin_TE, packing)
+    def _layer(
+        self,
+        x_TD: Tensor,
+        cos_TE: Tensor,
+        sin_TE: Tensor,
+        packing: Packing,
+        keep: KeepKeys | None,
+    ) -> Tensor:
+        x_TD = self._attention(x_TD, cos_TE, sin_TE, packing, keep)
         if self.recompute == "mlp" and torch.is_grad_enabled():
             return cast("Tensor", checkpoint(self._mlp, x_TD, use_reentrant=False))
         return self._mlp(x_TD)
 
-    def _attention(self, x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, packing: Packing) -> Tensor:
+    def _attention(
+        self,
+        x_TD: Tensor,
+        cos_TE: Tensor,
+        sin_TE: Tensor,
+        packing: Packing,
+        keep: KeepKeys | None,
+    ) -> Tensor:
         attention = self.self_attn
         normed_TD, x_TD = rms_norm(x_TD, self.input_layernorm, self.kernels)
         width = attention.head_dim
@@ -57,6 +75,8 @@ class LeanLayer(LlamaDecoderLayer):
         k_TGE = attention.k_proj(normed_TD).view(len(x_TD), -1, width)
         v_TGE = attention.v_proj(normed_TD).view(len(x_TD), -1, width)
         q_THE, k_TGE = _rotate(q_THE, k_TGE, cos_TE, sin_TE, self.kernels)
+        if keep is not None:
+            keep(attention.layer_idx, k_TGE, v_TGE)
         out_THE = attend(q_THE, k_TGE, v_TGE, attention.scaling, packing)
         return _add(x_TD, attention.o_proj, out_THE.reshape(len(x_TD), -1))
 

@@ -22,6 +22,7 @@ from common.model.memory import choose_recompute
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+    from common.model.lean import KeepKeys
     from common.text.batches import PackedBatch
 
 PRIMITIVES = "64"
@@ -64,8 +65,12 @@ class Session:
         """The device as torch names it."""
         return torch.device(self.device.value)
 
-    def hidden_states(self, batch: "PackedBatch") -> Tensor:
+    def hidden_states(self, batch: "PackedBatch", keep: "KeepKeys | None" = None) -> Tensor:
         """Run the backbone on a packed batch that lies on the device.
+
+        Args:
+            batch: Segments laid end to end.
+            keep: Called by each lean layer with its number, keys and values (both [T, G, E]).
 
         Returns:
             [T, D] final hidden states, before the language-model head.
@@ -79,6 +84,7 @@ class Session:
             attention_mask=packing.bounds_device.view(1, 1, 1, -1),
             use_cache=False,
             packing=packing,
+            keep=keep,
         )
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
