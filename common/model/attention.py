@@ -141,7 +141,7 @@ def _attention_forward(
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:
     if q.device.type == "cpu":
         return packed_attention(q, k, v, scaling, packing.bounds)
-    return attention_cuda.by_segment(q, k, v, scaling, packing.bounds)
+    return attention_cuda.sdpa(q, k, v, scaling, packing.bounds)
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _PROBE_TOKENS = 64
 
@@ -34,29 +33,61 @@ def by_segment(
     q_THE: Tensor,
     k_TGE: Tensor,
     v_TGE: Tensor,
-    scaling: float,
     bounds: tuple[int, ...],
+    dense: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """Attend causally with SDPA, one call for each run of segments of one length; [T, H, E]."""
+    """Attend causally, one call of a dense kernel for each run of segments of one length.
+
+    Args:
+        q_THE: Queries.
+        k_TGE: Keys.
+        v_TGE: Values.
+        bounds: S + 1 token offsets of the segments.
+        dense: Attends [N, heads, tokens, E] queries to keys and values.
+
+    Returns:
+        [T, H, E].
+    """
     runs = equal_runs(bounds)
     sizes = [count * length for count, length in runs]
     outputs = []
     split = [torch.split(t, sizes) for t in (q_THE, k_TGE, v_TGE)]
     for (count, length), *parts in zip(runs, *split, strict=True):
         q, k, v = (t.view(count, length, *t.shape[1:]).transpose(1, 2) for t in parts)
-        out = functional.scaled_dot_product_attention(
+        outputs.append(dense(q, k, v).transpose(1, 2).reshape(parts[0].shape))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def sdpa(
+    q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scaling: float, bounds: tuple[int, ...]
+) -> Tensor:
+    """Attend with whatever torch's SDPA chooses; [T, H, E]."""
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
-        outputs.append(out.transpose(1, 2).reshape(count * length, *q_THE.shape[1:]))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    return by_segment(q_THE, k_TGE, v_TGE, bounds, dense)
 
 
 def cudnn(
     q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scaling: float, bounds: tuple[int, ...]
 ) -> Tensor:
-    """Attend with cuDNN's fused kernel (Hopper and newer); [T, H, E]."""
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return by_segment(q_THE, k_TGE, v_TGE, scaling, bounds)
+    """Attend with cuDNN's fused kernel (Hopper and newer); [T, H, E].
+
+    Asked for by its own name: SDPA's way of choosing it costs the host more than the call.
+    """
+    keeps = torch.is_grad_enabled()
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found: Any = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, keeps, 0.0, True, False, scale=scaling
+        )
+        out: Tensor = found[0]
+        return out
+
+    return by_segment(q_THE, k_TGE, v_TGE, bounds, dense)
 
 
 def varlen(

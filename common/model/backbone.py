@@ -5,8 +5,10 @@ Llama built in code; anything else is a folder or a hub id of a Llama.
 """
 
 import hashlib
+import importlib.util
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,8 +132,13 @@ def load_model(
         return tiny.tiny_model().to(device=device, dtype=dtype).requires_grad_(False)
     from transformers import LlamaForCausalLM
 
+    # With accelerate, weights go from the file to a GPU without a copy on the host.
+    straight = device.type == "cuda" and importlib.util.find_spec("accelerate") is not None
+    place: dict[str, Any] = {"device_map": {"": device}} if straight else {}
     with _without_progress_bars():
-        model = LlamaForCausalLM.from_pretrained(spec.folder, dtype=dtype, local_files_only=True)
+        model = LlamaForCausalLM.from_pretrained(
+            spec.folder, dtype=dtype, local_files_only=True, **place
+        )
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -256,17 +263,22 @@ def _require_whole(file: Path) -> None:
         ) from None
 
 
-def _hash_files(files: Iterable[Path]) -> str:
+def _hash_files(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.name.encode())
-        if path.name == "config.json":
-            content = json.loads(path.read_text(encoding="utf-8"))
-            digest.update(_canonical(_essential(content)))
-        else:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+    # Shards are hashed side by side: hashing lets go of the interpreter.
+    with ThreadPoolExecutor(max_workers=len(files)) as pool:
+        for path, part in zip(files, pool.map(_hash_file, files), strict=True):
+            digest.update(path.name.encode())
+            digest.update(part)
     return digest.hexdigest()
+
+
+def _hash_file(path: Path) -> bytes:
+    """Return what one file adds: a configuration's essential content, or a shard's sha256."""
+    if path.name == "config.json":
+        return _canonical(_essential(json.loads(path.read_text(encoding="utf-8"))))
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _essential(config: dict[str, Any]) -> dict[str, Any]:

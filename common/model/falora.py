@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.errors import UserError
-from common.model.frozen import Fp8Weight, FrozenWeight, input_gradient, product
+from common.model.frozen import Fp8Weight, FrozenWeight, input_gradient, products
 from common.model.kernels import Kernels
 from common.model.spec import AdapterSpec, HashedA, draw_a
 
@@ -90,18 +90,16 @@ class _AdaptedFunction(torch.autograd.Function):
         scale = group.adapter.spec.scale
         x_TD = x.reshape(-1, x.shape[-1])
         z_TG = x_TD @ a_GD.to(x.dtype).T
+        weights, biases, bs = zip(*triples, strict=True)
+        y_TOs = products(x_TD, weights, biases)
         outputs = []
-        for (weight_OD, bias_O, b_OR), z_TR in zip(
-            triples, z_TG.chunk(len(triples), 1), strict=True
-        ):
-            y_TO = product(x_TD, weight_OD, bias_O)
+        for y_TO, b_OR, z_TR in zip(y_TOs, bs, z_TG.chunk(len(bs), 1), strict=True):
             y_TO.addmm_(z_TR, b_OR.to(x.dtype).T, alpha=scale)
             outputs.append(y_TO.view(*x.shape[:-1], -1))
         ctx.group, ctx.shape = group, x.shape
         ctx.keeps_x = ctx.needs_input_grad[2]
         # The weights are the modules' own, and frozen: nothing can change them in between.
-        ctx.weights = [weight_OD for weight_OD, _, _ in triples]
-        bs = [b_OR for _, _, b_OR in triples]
+        ctx.weights = weights
         ctx.save_for_backward(z_TG, a_GD, *([x_TD] if ctx.keeps_x else []), *bs)
         return tuple(outputs)
 

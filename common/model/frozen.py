@@ -8,8 +8,9 @@ that was computed. The rows of an input do not touch each other.
 Shapes: T packed tokens, D input width, O output width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,10 +49,9 @@ class Fp8Weight:
         """Return it in fp32, as it is used."""
         return self.values_OD.float() * self.scales_O1
 
-    def product(self, x_TD: Tensor) -> Tensor:
-        """Return ``x W^T``, [T, O], in the dtype of ``x``."""
-        x_values, x_scales = self.kernels.quantise(x_TD, None)
-        return _scaled(x_values, x_scales, self.values_OD, self.scales_O1, x_TD.dtype)
+    def product(self, x_values: Tensor, x_scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return ``x W^T``, [T, O], of a quantised ``x``."""
+        return _scaled(x_values, x_scales, self.values_OD, self.scales_O1, dtype)
 
     def gradient(self, g_TO: Tensor) -> Tensor:
         """Return ``g W``, [T, D]: the weight's scales go to ``g`` before it is quantised."""
@@ -83,15 +83,23 @@ def _scaled(
 FrozenWeight = Tensor | Fp8Weight
 
 
-def product(x_TD: Tensor, weight: FrozenWeight, bias_O: Tensor | None) -> Tensor:
-    """Return ``x W^T + bias``, [T, O], in memory of its own."""
-    if isinstance(weight, Tensor):
-        return functional.linear(x_TD, weight, bias_O)
-    out_TO = weight.product(x_TD)
-    return out_TO if bias_O is None else out_TO.add_(bias_O)
+def products(
+    x_TD: Tensor, weights: Sequence[FrozenWeight], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Return ``x W^T + bias`` of projections of one input, each [T, O] in memory of its own."""
+    outputs = []
+    quantised: tuple[Tensor, Tensor] | None = None
+    for weight, bias_O in zip(weights, biases, strict=True):
+        if isinstance(weight, Tensor):
+            outputs.append(functional.linear(x_TD, weight, bias_O))
+            continue
+        quantised = quantised or weight.kernels.quantise(x_TD, None)
+        out_TO = weight.product(*quantised, x_TD.dtype)
+        outputs.append(out_TO if bias_O is None else out_TO.add_(bias_O))
+    return outputs
 
 
-def input_gradient(pairs: list[tuple[Tensor, FrozenWeight]]) -> Tensor:
+def input_gradient(pairs: Sequence[tuple[Tensor, FrozenWeight]]) -> Tensor:
     """Return the sum of ``g W`` over projections of one input, [T, D]."""
     (first_TO, weight), *rest = pairs
     total_TD = first_TO @ weight if isinstance(weight, Tensor) else weight.gradient(first_TO)
@@ -114,25 +122,39 @@ class Fp8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x W^T + bias``, [..., O]."""
-        out: Tensor = _frozen(x, self.quantised, self.bias)
-        return out
+        if x.ndim == 2:  # as it is, so that the residual can be added in its memory
+            return shared_input(x, (self,))[0]
+        return shared_input(x.reshape(-1, x.shape[-1]), (self,))[0].view(*x.shape[:-1], -1)
 
 
-class _FrozenProduct(torch.autograd.Function):
+def shared_input(x_TD: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    """Return the outputs of frozen linear layers that read the same input, each [T, O].
+
+    One node of the graph: the input is quantised once, and its gradients are summed within the
+    products instead of by passes over memory.
+
+    Args:
+        x_TD: The input.
+        modules: ``nn.Linear`` or ``Fp8Linear``, frozen.
+    """
+    weights = [m.quantised if isinstance(m, Fp8Linear) else m.weight for m in modules]
+    biases = [module.bias for module in modules]
+    return cast("tuple[Tensor, ...]", _shared_input(x_TD, weights, biases))
+
+
+class _SharedInput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Fp8Weight, bias_O: Tensor | None) -> Tensor:
-        ctx.weight, ctx.shape = weight, x.shape
-        out_TO = product(x.reshape(-1, x.shape[-1]), weight, bias_O)
-        return out_TO.view(*x.shape[:-1], -1)
+    def forward(ctx: Any, x_TD: Tensor, weights: Any, biases: Any) -> tuple[Tensor, ...]:
+        ctx.weights = weights
+        return tuple(products(x_TD, weights, biases))
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        d_x_TD = ctx.weight.gradient(g.reshape(-1, g.shape[-1]))
-        return d_x_TD.view(ctx.shape), None, None
+    def backward(ctx: Any, *g_TOs: Tensor) -> tuple[Tensor, None, None]:
+        return input_gradient(list(zip(g_TOs, ctx.weights, strict=True))), None, None
 
 
 # torch's stubs leave Function.apply untyped.
-_frozen: Any = _FrozenProduct.apply
+_shared_input: Any = _SharedInput.apply
 
 
 def choose_weights(requested: str, device: torch.device, dtype: torch.dtype) -> Choice[str]:

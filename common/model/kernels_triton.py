@@ -285,11 +285,13 @@ def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> No
         return
     widest = max(value for name, value in constants.items() if name.startswith("block"))
     device = arguments[0].device
-    if device.type == "cuda":
+    if device.type != "cuda":  # Triton's interpreter
+        kernel[(programs,)](*arguments, **constants)
+    elif device.index == torch.cuda.current_device():
+        kernel[(programs,)](*arguments, **constants, num_warps=_warps(widest))
+    else:
         with torch.cuda.device(device):
             kernel[(programs,)](*arguments, **constants, num_warps=_warps(widest))
-    else:  # Triton's interpreter
-        kernel[(programs,)](*arguments, **constants)
 
 
 TRITON = Kernels(

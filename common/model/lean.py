@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
 
 from common.model.attention import Packing, attend
-from common.model.frozen import Fp8Linear
+from common.model.frozen import Fp8Linear, shared_input
 from common.model.kernels import TORCH, Kernels
 
+_FROZEN = (nn.Linear, Fp8Linear)
 KeepKeys = Callable[[int, Tensor, Tensor], None]
 """(layer, k_TGE, v_TGE): what packed prompts leave for generation."""
 
@@ -27,14 +28,16 @@ KeepKeys = Callable[[int, Tensor, Tensor], None]
 class LeanLayer(LlamaDecoderLayer):
     """Takes over the modules of a ``LlamaDecoderLayer``, under the same names."""
 
-    def __init__(self, base: LlamaDecoderLayer, recompute: str, kernels: Kernels) -> None:
+    def __init__(
+        self, base: LlamaDecoderLayer, recompute: str, kernels: Kernels, *, last: bool
+    ) -> None:
         nn.Module.__init__(self)
         self.hidden_size = base.hidden_size
         self.self_attn = base.self_attn
         self.mlp = base.mlp
         self.input_layernorm = base.input_layernorm
         self.post_attention_layernorm = base.post_attention_layernorm
-        self.recompute, self.kernels = recompute, kernels
+        self.recompute, self.kernels, self.last = recompute, kernels, last
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """Return the layer's output, [1, T, D] for packed batches."""
@@ -42,7 +45,8 @@ class LeanLayer(LlamaDecoderLayer):
         if packing is None:
             return cast("Tensor", super().forward(hidden_states, **kwargs))
         cos_TE, sin_TE = (t[0] for t in kwargs["position_embeddings"])
-        inputs = (hidden_states[0], cos_TE, sin_TE, packing, kwargs.get("keep"))
+        at_N = kwargs.get("at") if self.last else None
+        inputs = (hidden_states[0], cos_TE, sin_TE, packing, kwargs.get("keep"), at_N)
         if self.recompute == "all" and torch.is_grad_enabled():
             return cast("Tensor", checkpoint(self._layer, *inputs, use_reentrant=False))[None]
         return self._layer(*inputs)[None]
@@ -54,8 +58,9 @@ class LeanLayer(LlamaDecoderLayer):
         sin_TE: Tensor,
         packing: Packing,
         keep: KeepKeys | None,
+        at_N: Tensor | None,
     ) -> Tensor:
-        x_TD = self._attention(x_TD, cos_TE, sin_TE, packing, keep)
+        x_TD = self._attention(x_TD, cos_TE, sin_TE, packing, keep, at_N)
         if self.recompute == "mlp" and torch.is_grad_enabled():
             return cast("Tensor", checkpoint(self._mlp, x_TD, use_reentrant=False))
         return self._mlp(x_TD)
@@ -67,6 +72,7 @@ class LeanLayer(LlamaDecoderLayer):
         sin_TE: Tensor,
         packing: Packing,
         keep: KeepKeys | None,
+        at_N: Tensor | None,
     ) -> Tensor:
         attention = self.self_attn
         normed_TD, x_TD = rms_norm(x_TD, self.input_layernorm, self.kernels)
@@ -78,11 +84,19 @@ class LeanLayer(LlamaDecoderLayer):
         if keep is not None:
             keep(attention.layer_idx, k_TGE, v_TGE)
         out_THE = attend(q_THE, k_TGE, v_TGE, attention.scaling, packing)
-        return _add(x_TD, attention.o_proj, out_THE.reshape(len(x_TD), -1))
+        out_TF = out_THE.reshape(len(x_TD), -1)
+        if at_N is not None:
+            # Past its attention, the last layer's other tokens are read by nobody.
+            x_TD, out_TF = x_TD.index_select(0, at_N), out_TF.index_select(0, at_N)
+        return _add(x_TD, attention.o_proj, out_TF)
 
     def _mlp(self, x_TD: Tensor) -> Tensor:
         normed_TD, x_TD = rms_norm(x_TD, self.post_attention_layernorm, self.kernels)
-        gate_TI, up_TI = self.mlp.gate_proj(normed_TD), self.mlp.up_proj(normed_TD)
+        gate, up = self.mlp.gate_proj, self.mlp.up_proj
+        if normed_TD.is_cuda and all(type(one) in _FROZEN for one in (gate, up)):
+            gate_TI, up_TI = shared_input(normed_TD, (gate, up))
+        else:
+            gate_TI, up_TI = gate(normed_TD), up(normed_TD)
         return _add(x_TD, self.mlp.down_proj, _swiglu(gate_TI, up_TI, self.kernels))
 
 
@@ -98,7 +112,8 @@ def install(model: LlamaForCausalLM, recompute: str, kernels: Kernels = TORCH) -
     per_layer = {"half": ("all", "none")}.get(recompute, (recompute, recompute))
     layers = model.model.layers
     for place, layer in enumerate(layers):
-        layers[place] = LeanLayer(layer, per_layer[place % 2], kernels)
+        last = place == len(layers) - 1
+        layers[place] = LeanLayer(layer, per_layer[place % 2], kernels, last=last)
 
 
 def supported(model: LlamaForCausalLM) -> bool:
@@ -119,7 +134,7 @@ def rms_norm(x_TD: Tensor, norm: nn.Module, kernels: Kernels) -> tuple[Tensor, T
 def _add(residual_TD: Tensor, projection: nn.Module, x: Tensor) -> Tensor:
     """Return ``residual + projection(x)``, in the projection's memory where autograd allows it."""
     out_TD: Tensor = projection(x)
-    fresh = type(projection) in (nn.Linear, Fp8Linear)
+    fresh = type(projection) in _FROZEN
     return out_TD.add_(residual_TD) if fresh else residual_TD + out_TD
 
 

@@ -150,7 +150,7 @@ def validation_loss(
     with torch.no_grad():
         for samples in _packs(dataset, pack_tokens):
             batch = pack(samples).to(session.torch_device)
-            hidden_ND = session.hidden_states(batch)[batch.label_positions_N]
+            hidden_ND = session.label_states(batch)
             weights_N = torch.ones_like(batch.labels_N, dtype=torch.float32)
             _, losses_N = weighted_cross_entropy(
                 hidden_ND,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from common.model import frozen, kernels
 from common.model.backbone import resolve_backbone
 from common.model.falora import AdapterSpec
 from common.model.session import Session, open_session
@@ -61,3 +62,28 @@ def test_units_share_passes_in_fp32_only(
     source = private(samples_of([8] * 6, [0, 1, 1, 2, 2, 3]), make_plan())
     source.clipped_sum(open_tiny(dtype=dtype), [(0,), (1, 2), (3, 4), (5,)])
     assert seen == passes
+
+
+PATHS = [
+    {"kernels": "compiled"},
+    {"kernels": "triton"},
+    {"weights": "fp8"},
+    {"weights": "fp8", "kernels": "triton"},
+]
+"""What runs on a GPU only, or when asked for; each by other means here."""
+
+
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_units_do_not_touch_each_other_on_any_path(
+    open_tiny, samples_of, make_plan, monkeypatch, path
+) -> None:
+    if path.get("kernels") == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setattr(kernels, "_obstacle", lambda candidate, device: "")
+    monkeypatch.setattr(frozen, "_obstacle", lambda device, dtype: "")
+    monkeypatch.setattr(Session, "shortens", True)
+    session = open_tiny(dtype="fp32", **path)
+    noise = torch.randn(session.adapter.flat.shape, generator=torch.Generator().manual_seed(7))
+    session.adapter.flat.add_(noise, alpha=0.02)
+    samples, plan = samples_of([6, 4, 7], range(3)), make_plan(clip_norm=0.1)
+    assert excess_without_the_first(session, samples, plan) < 1e-5
