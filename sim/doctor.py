@@ -20,6 +20,8 @@ from common.errors import FedrxError
 from common.model.attention import choose_attention
 from common.model.cache import fedrx_cache
 from common.model.embedded import FOLDER
+from common.model.frozen import fp8_obstacle
+from common.model.kernels import choose_kernels
 from common.model.session import DTYPES, choose_device, choose_dtype
 from common.provenance import available_cpus
 from sim.launch import superlink
@@ -43,7 +45,7 @@ def examine() -> list[Finding]:
     """Run all checks; none of them changes anything or asks the network."""
     checks: list[Callable[[], Finding]] = [
         *(_python, _packages, _processor, _memory, _disk),
-        *(_accelerator, _attention, _backbone, _extras, _simulation),
+        *(_accelerator, _attention, _kernels, _backbone, _extras, _simulation),
     ]
     return [check() for check in checks]
 
@@ -105,6 +107,14 @@ def _attention() -> Finding:
     device = torch.device(choose_device("auto").value)
     choice = choose_attention("auto", device, DTYPES[choose_dtype("auto", device).value])
     return Finding(check="attention", state="ok", found=f"{choice.value}: {choice.reason}")
+
+
+def _kernels() -> Finding:
+    device = torch.device(choose_device("auto").value)
+    choice = choose_kernels("auto", device)
+    fp8 = fp8_obstacle(device, DTYPES[choose_dtype("auto", device).value])
+    found = f"{choice.value}: {choice.reason}; model.weights=fp8: {fp8 or 'runs here'}"
+    return Finding(check="kernels", state="ok", found=found)
 
 
 def _backbone() -> Finding:

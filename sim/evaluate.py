@@ -24,7 +24,15 @@ from sim.show import show_summary
 
 PREDICTIONS = "predictions.jsonl"
 Row = dict[str, Any]
-_FREE_KEYS = ("evaluation.", "model.attention", "train.device", "train.dtype", "train.threads")
+_FREE_KEYS = (
+    "evaluation.",
+    "model.attention",
+    "model.kernels",
+    "model.weights",
+    "train.device",
+    "train.dtype",
+    "train.threads",
+)
 
 
 def evaluate(
@@ -144,7 +152,7 @@ def _overridden(config: Config, overrides: Iterable[str]) -> Config:
     if refused:
         raise UserError(
             f"--set would change what was trained: {'; '.join(refused)}",
-            allowed="evaluation.*, model.attention, train.device, train.dtype, train.threads",
+            allowed="evaluation.*, model.attention, model.kernels, model.weights, train.device, train.dtype, train.threads",
             fix="leave it out, or train a run with it",
         )
     return changed

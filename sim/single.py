@@ -16,7 +16,13 @@ from common.model.backbone import loads
 from common.model.layout import adapter_spec
 from common.privacy.receipts import PRIVACY, privacy_summary
 from common.privacy.settings import is_private, protects, with_calibrated_noise
-from common.provenance import available_cpus, environment, peak_rss_bytes, tensors_sha256
+from common.provenance import (
+    available_cpus,
+    environment,
+    peak_device_bytes,
+    peak_rss_bytes,
+    tensors_sha256,
+)
 from common.rundir import RunDirectory
 from sim.evaluate import evaluate_run
 from sim.exclusive import exclusive, reported
@@ -134,6 +140,7 @@ def train_and_answer(
     summary |= {
         "seconds": round(training.seconds_before + time.monotonic() - started, 3),
         "peak_rss_bytes": peak_rss_bytes(),
+        "peak_device_bytes": peak_device_bytes(),
     }
     run.write_json("summary.json", summary)
     write_report(run)
@@ -181,6 +188,7 @@ def summarise(training: SingleTraining, preparation: Preparation) -> dict[str, A
         "validation_loss": [losses[step] for step in sorted(losses)],
         "training_seconds": round(training.seconds, 3),
         "peak_rss_bytes": peak_rss_bytes(),
+        "peak_device_bytes": peak_device_bytes(),
         "device": session.device.value,
         "attention": {"kernel": session.attention.value, "reason": session.attention.reason},
         "dtype": session.dtype.as_dict(),

@@ -51,7 +51,8 @@ def by_segment(
     runs = equal_runs(bounds)
     sizes = [count * length for count, length in runs]
     outputs = []
-    split = [torch.split(t, sizes) for t in (q_THE, k_TGE, v_TGE)]
+    # One run is not split: the gradient of a split is a copy.
+    split = [torch.split(t, sizes) if len(sizes) > 1 else (t,) for t in (q_THE, k_TGE, v_TGE)]
     for (count, length), *parts in zip(runs, *split, strict=True):
         q, k, v = (t.view(count, length, *t.shape[1:]).transpose(1, 2) for t in parts)
         outputs.append(dense(q, k, v).transpose(1, 2).reshape(parts[0].shape))

@@ -70,6 +70,16 @@ class BackboneSpec:
     """sha256 of configuration and weights."""
     shape: BackboneShape
 
+    def fingerprint_as(self, weights: str) -> str:
+        """Return what hospitals must agree on: fp8 weights are another function.
+
+        Args:
+            weights: Format of the frozen weights, see ``common.model.frozen``.
+        """
+        if weights != "fp8":
+            return self.fingerprint
+        return hashlib.sha256(f"{self.fingerprint} {weights}".encode()).hexdigest()
+
 
 def loads() -> int:
     """Return how many times weights were loaded in this process."""

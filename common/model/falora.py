@@ -22,7 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.errors import UserError
-from common.model.frozen import Fp8Weight, FrozenWeight, input_gradient, products
+from common.model.frozen import (
+    Fp8Weight,
+    FrozenWeight,
+    frozen_weight,
+    input_gradient,
+    products,
+)
 from common.model.kernels import Kernels
 from common.model.spec import AdapterSpec, HashedA, draw_a
 
@@ -71,33 +77,50 @@ class _Group:
             self._input = None
         return y
 
-    def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _compute(self, x: Tensor, beside: Sequence[nn.Module] = ()) -> tuple[Tensor, ...]:
         if self.adapter.spec.mode == "fa-lora":
             a_GD = self.a_GD
         else:
             a_GD = torch.cat([module.lora_A for module in self.modules])
-        per_module = [(m.weight, m.bias, m.lora_B) for m in self.modules]
-        flat = [tensor for triple in per_module for tensor in triple]
-        return cast("tuple[Tensor, ...]", _adapted(x, self, a_GD, *flat))
+        flat: list[Any] = []
+        for module in self.modules:
+            flat += [module.weight, module.bias, module.lora_B]
+        return cast("tuple[Tensor, ...]", _adapted(x, self, tuple(beside), a_GD, *flat))
+
+    def together(self, x: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
+        """Return the outputs of projections of one input, this group's and frozen ones."""
+        beside = [module for module in modules if module not in self.modules]
+        outputs = self._compute(x, beside)
+        order = [*self.modules, *beside]
+        return [outputs[order.index(module)] for module in modules]
 
 
 class _AdaptedFunction(torch.autograd.Function):
     """The adapted projections of one group as one node of the graph."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: _Group, a_GD: Tensor, *tensors: Any) -> Any:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        group: _Group,
+        beside: tuple[Any, ...],
+        a_GD: Tensor,
+        *tensors: Any,
+    ) -> Any:
         triples = [tensors[i : i + 3] for i in range(0, len(tensors), 3)]
         scale = group.adapter.spec.scale
         x_TD = x.reshape(-1, x.shape[-1])
         z_TG = x_TD @ a_GD.to(x.dtype).T
         weights, biases, bs = zip(*triples, strict=True)
-        y_TOs = products(x_TD, weights, biases)
+        weights = *weights, *map(frozen_weight, beside)
+        y_TOs = products(x_TD, weights, (*biases, *(module.bias for module in beside)))
         outputs = []
-        for y_TO, b_OR, z_TR in zip(y_TOs, bs, z_TG.chunk(len(bs), 1), strict=True):
+        for y_TO, b_OR, z_TR in zip(y_TOs, bs, z_TG.chunk(len(bs), 1), strict=False):
             y_TO.addmm_(z_TR, b_OR.to(x.dtype).T, alpha=scale)
             outputs.append(y_TO.view(*x.shape[:-1], -1))
+        outputs += [y_TO.view(*x.shape[:-1], -1) for y_TO in y_TOs[len(bs) :]]
         ctx.group, ctx.shape = group, x.shape
-        ctx.keeps_x = ctx.needs_input_grad[2]
+        ctx.keeps_x = ctx.needs_input_grad[3]
         # The weights are the modules' own, and frozen: nothing can change them in between.
         ctx.weights = weights
         ctx.save_for_backward(z_TG, a_GD, *([x_TD] if ctx.keeps_x else []), *bs)
@@ -113,7 +136,7 @@ class _AdaptedFunction(torch.autograd.Function):
         d_x = d_a = None
         if ctx.needs_input_grad[0] or ctx.keeps_x:
             low_TG = torch.cat(
-                [g_TO @ b_OR.to(g_TO.dtype) for g_TO, b_OR in zip(g_TOs, bs, strict=True)], 1
+                [g_TO @ b_OR.to(g_TO.dtype) for g_TO, b_OR in zip(g_TOs, bs, strict=False)], 1
             )
             if ctx.needs_input_grad[0]:
                 d_x = input_gradient(list(zip(g_TOs, ctx.weights, strict=True)))
@@ -121,7 +144,7 @@ class _AdaptedFunction(torch.autograd.Function):
                 d_x = d_x.view(ctx.shape)
         capture = group.adapter.capture
         d_bs: list[Tensor | None] = []
-        for module, g_TO, z_TR in zip(group.modules, g_TOs, z_TG.chunk(len(bs), 1), strict=True):
+        for module, g_TO, z_TR in zip(group.modules, g_TOs, z_TG.chunk(len(bs), 1), strict=False):
             if capture is None:
                 d_bs.append((g_TO.T @ z_TR).float().mul_(spec.scale))
             else:
@@ -132,7 +155,7 @@ class _AdaptedFunction(torch.autograd.Function):
         elif x_TD is not None and capture is not None:
             for module, low_TR in zip(group.modules, low_TG.chunk(len(bs), 1), strict=True):
                 group.adapter.add_unit_products(module.key + ".lora_A", capture, low_TR, x_TD)
-        return d_x, None, d_a, *(t for d_b in d_bs for t in (None, None, d_b))
+        return d_x, None, None, d_a, *(t for d_b in d_bs for t in (None, None, d_b))
 
 
 # torch's stubs leave Function.apply untyped.

@@ -192,6 +192,7 @@ def generation_bytes(
     columns: int,
     value_bytes: int,
     device: str,
+    weights: str = "bf16",
 ) -> int:
     """Return the memory of answering: weights, merged copies of the targets, and the cache.
 
@@ -202,12 +203,13 @@ def generation_bytes(
         columns: Longest prompt and answer, in tokens.
         value_bytes: 2 for bf16, 4 for fp32.
         device: ``cpu`` or ``cuda``.
+        weights: ``bf16`` (in ``value_bytes``) or ``fp8``.
     """
     sizes = _projections(shape)
     copies = sum(wide * high for name, (wide, high) in sizes.items() if name in adapter.targets)
     cache = 2 * shape.kv_heads * shape.head_dim * sequences * columns
-    values = count_parameters(shape, adapter).backbone + shape.layers * (copies + cache)
-    return values * value_bytes + _RUNTIME_BYTES[device]
+    frozen = weights_bytes(shape, adapter, value_bytes=value_bytes, weights=weights)
+    return frozen + shape.layers * (copies + cache) * value_bytes + _RUNTIME_BYTES[device]
 
 
 def _projections(shape: BackboneShape) -> dict[str, tuple[int, int]]:

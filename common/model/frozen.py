@@ -137,9 +137,14 @@ def shared_input(x_TD: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ..
         x_TD: The input.
         modules: ``nn.Linear`` or ``Fp8Linear``, frozen.
     """
-    weights = [m.quantised if isinstance(m, Fp8Linear) else m.weight for m in modules]
-    biases = [module.bias for module in modules]
+    weights, biases = [frozen_weight(one) for one in modules], [one.bias for one in modules]
     return cast("tuple[Tensor, ...]", _shared_input(x_TD, weights, biases))
+
+
+def frozen_weight(module: Any) -> FrozenWeight:
+    """Return what an ``nn.Linear`` or ``Fp8Linear`` multiplies by."""
+    weight: FrozenWeight = module.quantised if isinstance(module, Fp8Linear) else module.weight
+    return weight
 
 
 class _SharedInput(torch.autograd.Function):
@@ -174,7 +179,7 @@ def choose_weights(requested: str, device: torch.device, dtype: torch.dtype) -> 
     if requested == "bf16":
         name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
         return Choice(name, "as train.dtype computes")
-    obstacle = _obstacle(device, dtype)
+    obstacle = fp8_obstacle(device, dtype)
     if obstacle:
         raise UserError(
             f"model.weights={requested} cannot run here: {obstacle}", fix="set model.weights=bf16"
@@ -182,7 +187,8 @@ def choose_weights(requested: str, device: torch.device, dtype: torch.dtype) -> 
     return Choice(requested, "asked for")
 
 
-def _obstacle(device: torch.device, dtype: torch.dtype) -> str:
+def fp8_obstacle(device: torch.device, dtype: torch.dtype) -> str:
+    """Say why weights cannot be in fp8 here, or return nothing."""
     if device.type != "cuda":
         return f"fp8 products need a CUDA device, not {device.type}"
     if torch.cuda.get_device_capability(device) < (8, 9):

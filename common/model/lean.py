@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
 
 from common.model.attention import Packing, attend
+from common.model.falora import AdaptedLinear
 from common.model.frozen import Fp8Linear, shared_input
 from common.model.kernels import TORCH, Kernels
 
@@ -77,9 +78,10 @@ class LeanLayer(LlamaDecoderLayer):
         attention = self.self_attn
         normed_TD, x_TD = rms_norm(x_TD, self.input_layernorm, self.kernels)
         width = attention.head_dim
-        q_THE = attention.q_proj(normed_TD).view(len(x_TD), -1, width)
-        k_TGE = attention.k_proj(normed_TD).view(len(x_TD), -1, width)
-        v_TGE = attention.v_proj(normed_TD).view(len(x_TD), -1, width)
+        q_THE, k_TGE, v_TGE = (
+            y_TO.view(len(x_TD), -1, width)
+            for y_TO in _outputs(normed_TD, attention.q_proj, attention.k_proj, attention.v_proj)
+        )
         q_THE, k_TGE = _rotate(q_THE, k_TGE, cos_TE, sin_TE, self.kernels)
         if keep is not None:
             keep(attention.layer_idx, k_TGE, v_TGE)
@@ -92,11 +94,7 @@ class LeanLayer(LlamaDecoderLayer):
 
     def _mlp(self, x_TD: Tensor) -> Tensor:
         normed_TD, x_TD = rms_norm(x_TD, self.post_attention_layernorm, self.kernels)
-        gate, up = self.mlp.gate_proj, self.mlp.up_proj
-        if normed_TD.is_cuda and all(type(one) in _FROZEN for one in (gate, up)):
-            gate_TI, up_TI = shared_input(normed_TD, (gate, up))
-        else:
-            gate_TI, up_TI = gate(normed_TD), up(normed_TD)
+        gate_TI, up_TI = _outputs(normed_TD, self.mlp.gate_proj, self.mlp.up_proj)
         return _add(x_TD, self.mlp.down_proj, _swiglu(gate_TI, up_TI, self.kernels))
 
 
@@ -129,6 +127,32 @@ def rms_norm(x_TD: Tensor, norm: nn.Module, kernels: Kernels) -> tuple[Tensor, T
     """
     normed = _rms_norm(x_TD, norm.weight, norm.variance_epsilon, kernels)
     return cast("tuple[Tensor, Tensor]", normed)
+
+
+def projected(x_TD: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
+    """Return the outputs of projections of one input as one node of the graph.
+
+    The input is quantised once, and its gradients are summed within the products.
+
+    Args:
+        x_TD: The input.
+        modules: Frozen or adapted; all adapted ones that read this input are among them.
+    """
+    adapted = next((one for one in modules if isinstance(one, AdaptedLinear)), None)
+    if adapted is None:
+        return list(shared_input(x_TD, modules))
+    if adapted.merged_OD is not None:
+        return [module(x_TD) for module in modules]
+    return adapted.group.together(x_TD, modules)
+
+
+def _outputs(x_TD: Tensor, *modules: nn.Module) -> list[Tensor]:
+    """Return the projections of one input; on a GPU as one node.
+
+    It is the same function, but its gradients are added in another order: CPUs, whose runs are
+    compared value by value, leave the sum to autograd.
+    """
+    return projected(x_TD, modules) if x_TD.is_cuda else [module(x_TD) for module in modules]
 
 
 def _add(residual_TD: Tensor, projection: nn.Module, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.model import frozen
+from common.model import frozen, lean
 from common.model.backbone import resolve_backbone
 from common.model.falora import AdapterSpec
 from common.model.frozen import Fp8Linear, Fp8Weight, choose_weights, shared_input
@@ -25,12 +25,18 @@ def far(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def opened(monkeypatch, weights: str = "bf16", **choices: str) -> Session:
+def opened(
+    monkeypatch, weights: str = "bf16", targets=("q_proj", "v_proj"), **choices: str
+) -> Session:
     """A tiny session with a B that matters; fp8 runs here by arithmetic in fp32."""
-    monkeypatch.setattr(frozen, "_obstacle", lambda device, dtype: "")
+    monkeypatch.setattr(frozen, "fp8_obstacle", lambda device, dtype: "")
     choices = {"dtype": "fp32", **choices}
     session = open_session(
-        resolve_backbone("tiny"), AdapterSpec(), device="cpu", weights=weights, **choices
+        resolve_backbone("tiny"),
+        AdapterSpec(targets=targets),
+        device="cpu",
+        weights=weights,
+        **choices,
     )
     session.adapter.flat.copy_(0.1 * drawn(session.adapter.flat.numel()))
     return session
@@ -123,12 +129,29 @@ def test_the_last_layer_may_go_on_with_labelled_tokens_alone(monkeypatch):
     assert far(gradient(session), whole) < 1e-6
 
 
+@pytest.mark.parametrize("weights", ["bf16", "fp8"])
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("k_proj", "down_proj"), ("up_proj",)])
+def test_projections_of_one_input_as_one_node(monkeypatch, weights, targets):
+    apart = gradient(opened(monkeypatch, weights, targets=targets))
+    monkeypatch.setattr(lean, "_outputs", lambda x_TD, *modules: lean.projected(x_TD, modules))
+    session = opened(monkeypatch, weights, targets=targets)
+    assert far(gradient(session), apart) < 2e-6
+    with torch.inference_mode(), session.adapter.merged():
+        session.hidden_states(pack(samples()))
+
+
 @pytest.mark.parametrize("recompute", ["mlp", "half", "all"])
 def test_recomputation_changes_nothing(monkeypatch, recompute):
     monkeypatch.setattr(Session, "shortens", True)
     plain = gradient(opened(monkeypatch, "fp8"))
     again = gradient(opened(monkeypatch, "fp8", recompute=recompute))
     assert torch.equal(again, plain)
+
+
+def test_hospitals_must_agree_on_the_format():
+    spec = resolve_backbone("tiny")
+    assert spec.fingerprint_as("bf16") == spec.fingerprint_as("fp32") == spec.fingerprint
+    assert spec.fingerprint_as("fp8") not in (spec.fingerprint, "")
 
 
 def test_fp8_is_refused_where_it_cannot_run():

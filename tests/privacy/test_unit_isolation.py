@@ -80,7 +80,7 @@ def test_units_do_not_touch_each_other_on_any_path(
     if path.get("kernels") == "triton":
         pytest.importorskip("triton")
     monkeypatch.setattr(kernels, "_obstacle", lambda candidate, device: "")
-    monkeypatch.setattr(frozen, "_obstacle", lambda device, dtype: "")
+    monkeypatch.setattr(frozen, "fp8_obstacle", lambda device, dtype: "")
     monkeypatch.setattr(Session, "shortens", True)
     session = open_tiny(dtype="fp32", **path)
     noise = torch.randn(session.adapter.flat.shape, generator=torch.Generator().manual_seed(7))
