@@ -21,10 +21,10 @@ from common.evaluation.generate import generate
 from common.model import attention, lean
 from common.model.backbone import BackboneShape, BackboneSpec
 from common.model.choice import Choice
+from common.model.elementwise import CANDIDATES, choose_kernels, kernels_named
 from common.model.falora import AdapterSpec, attach
 from common.model.footprint import training_footprint
 from common.model.frozen import quantise
-from common.model.kernels import CANDIDATES, choose_kernels, kernels_named
 from common.model.memory import choose_recompute
 from common.model.session import DTYPES, Session, choose_device
 from common.model.tiny import tiny_config

@@ -55,10 +55,10 @@ from gpu_measure import (
 from common.config import TrainConfig
 from common.model import attention
 from common.model.backbone import BackboneShape
+from common.model.elementwise import CANDIDATES
 from common.model.falora import AdapterSpec
 from common.model.footprint import count_parameters
 from common.model.frozen import choose_weights
-from common.model.kernels import CANDIDATES
 from common.model.known_shapes import KNOWN_SHAPES
 from common.model.session import DTYPES, Session, choose_device, choose_dtype
 from common.model.tiny import tiny_config

@@ -116,7 +116,7 @@ def peak_device_bytes() -> int | None:
     """Return the peak that this process took of the GPU for tensors, in bytes; None without one."""
     import torch
 
-    if not torch.cuda.is_initialized():
+    if not torch.cuda.is_available():
         return None
     return int(torch.cuda.max_memory_allocated())
 

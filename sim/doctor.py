@@ -19,9 +19,9 @@ from rich.table import Table
 from common.errors import FedrxError
 from common.model.attention import choose_attention
 from common.model.cache import fedrx_cache
+from common.model.elementwise import choose_kernels
 from common.model.embedded import FOLDER
 from common.model.frozen import fp8_obstacle
-from common.model.kernels import choose_kernels
 from common.model.session import DTYPES, choose_device, choose_dtype
 from common.provenance import available_cpus
 from sim.launch import superlink

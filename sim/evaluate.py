@@ -152,7 +152,8 @@ def _overridden(config: Config, overrides: Iterable[str]) -> Config:
     if refused:
         raise UserError(
             f"--set would change what was trained: {'; '.join(refused)}",
-            allowed="evaluation.*, model.attention, model.kernels, model.weights, train.device, train.dtype, train.threads",
+            allowed="evaluation.*, model.attention, model.kernels, model.weights, train.device, "
+            "train.dtype, train.threads",
             fix="leave it out, or train a run with it",
         )
     return changed

@@ -21,8 +21,8 @@ from common.evaluation.answers import choose_cases
 from common.evaluation.constrained import require_llguidance
 from common.model.attention import choose_attention
 from common.model.backbone import BackboneSpec, load_tokenizer, resolve_backbone
+from common.model.elementwise import choose_kernels
 from common.model.frozen import choose_weights
-from common.model.kernels import choose_kernels
 from common.model.layout import AdapterLayout, adapter_layout, adapter_spec
 from common.model.session import DTYPES, choose_device, choose_dtype
 from common.participation import check_only, check_strategy

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.errors import UserError
+from common.model.elementwise import Kernels
 from common.model.frozen import (
     Fp8Weight,
     FrozenWeight,
@@ -29,7 +30,6 @@ from common.model.frozen import (
     input_gradient,
     products,
 )
-from common.model.kernels import Kernels
 from common.model.spec import AdapterSpec, HashedA, draw_a
 
 __all__ = ["AdaptedLinear", "Adapter", "AdapterSpec", "attach", "draw_a"]

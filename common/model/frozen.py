@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from common.errors import UserError
 from common.model.choice import Choice
-from common.model.kernels import Kernels
+from common.model.elementwise import Kernels
 
 WEIGHTS = ("bf16", "fp8")
 _FP8 = torch.float8_e4m3fn

@@ -8,7 +8,7 @@ up, and the adapter's rank-wide product. Nothing else is needed while the backbo
 Shapes: T packed tokens, D hidden width, I MLP width, H heads, G key/value heads, E head width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
 
 from common.model.attention import Packing, attend
+from common.model.elementwise import TORCH, Kernels
 from common.model.falora import AdaptedLinear
 from common.model.frozen import Fp8Linear, shared_input
-from common.model.kernels import TORCH, Kernels
 
 _FROZEN = (nn.Linear, Fp8Linear)
 KeepKeys = Callable[[int, Tensor, Tensor], None]

@@ -14,9 +14,9 @@ from common.errors import UserError
 from common.model.attention import Packing, choose_attention, register
 from common.model.backbone import BackboneSpec, load_model, load_tokenizer
 from common.model.choice import Choice
+from common.model.elementwise import TORCH, Kernels, choose_kernels, kernels_named
 from common.model.falora import Adapter, AdapterSpec, attach
 from common.model.frozen import choose_weights, quantise
-from common.model.kernels import TORCH, Kernels, choose_kernels, kernels_named
 from common.model.memory import choose_recompute
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ import torch
 from common.errors import UserError
 from common.model import frozen, lean
 from common.model.backbone import resolve_backbone
+from common.model.elementwise import TORCH
 from common.model.falora import AdapterSpec
 from common.model.frozen import Fp8Linear, Fp8Weight, choose_weights, shared_input
-from common.model.kernels import TORCH
 from common.model.session import Session, open_session
 from common.text.batches import Encoded, pack
 from common.training.gradients import BatchGradient

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.model import frozen, kernels
+from common.model import elementwise, frozen
 from common.model.backbone import resolve_backbone
 from common.model.falora import AdapterSpec
 from common.model.session import Session, open_session
@@ -79,7 +79,7 @@ def test_units_do_not_touch_each_other_on_any_path(
 ) -> None:
     if path.get("kernels") == "triton":
         pytest.importorskip("triton")
-    monkeypatch.setattr(kernels, "_obstacle", lambda candidate, device: "")
+    monkeypatch.setattr(elementwise, "_obstacle", lambda candidate, device: "")
     monkeypatch.setattr(frozen, "fp8_obstacle", lambda device, dtype: "")
     monkeypatch.setattr(Session, "shortens", True)
     session = open_tiny(dtype="fp32", **path)

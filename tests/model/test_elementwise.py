@@ -5,10 +5,10 @@ import torch
 from torch.nn import functional
 
 from common.errors import UserError
-from common.model import kernels
+from common.model import elementwise
 from common.model.backbone import resolve_backbone
+from common.model.elementwise import choose_kernels, kernels_named
 from common.model.falora import AdapterSpec
-from common.model.kernels import choose_kernels, kernels_named
 from common.model.session import open_session
 from common.text.batches import Encoded
 from common.training.gradients import BatchGradient
@@ -115,7 +115,7 @@ def test_bytes_are_transposed(found):
 @pytest.mark.parametrize("name", ["compiled", "triton"])
 def test_the_gradient_of_b_is_that_of_plain_torch(name, monkeypatch):
     needed(name)
-    monkeypatch.setattr(kernels, "_obstacle", lambda candidate, device: "")
+    monkeypatch.setattr(elementwise, "_obstacle", lambda candidate, device: "")
     data = [
         Encoded(input_ids=tuple(range(5, 5 + size)), answer_start=size // 2, unit=0)
         for size in (24, 9, 13)

@@ -99,7 +99,7 @@ def _obstacle(candidate: str, device: torch.device) -> str:
 def kernels_named(name: str) -> Kernels:
     """Return one of ``CANDIDATES``."""
     if name == "triton":
-        from common.model.kernels_triton import TRITON
+        from common.model.elementwise_triton import TRITON
 
         return TRITON
     return _compiled() if name == "compiled" else TORCH

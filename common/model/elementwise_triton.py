@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.model.kernels import FP8_LARGEST, FP8_SMALLEST_SCALE, Kernels
+from common.model.elementwise import FP8_LARGEST, FP8_SMALLEST_SCALE, Kernels
 
 try:
     import triton
