@@ -92,8 +92,8 @@ def contend(contender: str, folder: Path) -> dict[str, Any]:
         frame = pd.read_csv(folder / "hosp" / "prescriptions.csv.gz", low_memory=False)
         answer = {"rows": len(frame)}
     elif contender == "lists":
-        from common.data.mimic import find_tables, read
-        from common.data.orders import drug_lists, read_orders
+        from common.data.mimic.orders import drug_lists, read_orders
+        from common.data.mimic.tables import find_tables, read
 
         tables = find_tables(folder)
         known = read(tables["admissions"])["hadm_id"].cast(pl.Int64)

@@ -35,7 +35,7 @@ SETTINGS = {
     "evaluation.samples": 2,
     "evaluation.max-new-tokens": 8,
 }
-FEDRX = [sys.executable, "-c", "from sim.cli import main; main()"]
+FEDRX = [sys.executable, "-c", "from sim.cli.main import main; main()"]
 ROOT = Path(__file__).resolve().parents[1]
 
 

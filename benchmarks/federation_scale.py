@@ -25,7 +25,7 @@ def random_backbone(folder: Path) -> Path:
     """Write a random Llama with the tiny backbone's tokenizer: wide enough for a large B."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from common.model.tiny import tiny_tokenizer
+    from common.model.backbone.tiny import tiny_tokenizer
 
     config = LlamaConfig(
         vocab_size=1024,
@@ -49,7 +49,7 @@ def fedrx(verb: str, run: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Run one verb with the default configuration and these settings; return its summary."""
     blank = run.with_suffix(".toml")
     blank.write_text("")
-    command = [sys.executable, "-c", "from sim.cli import main; main()", verb]
+    command = [sys.executable, "-c", "from sim.cli.main import main; main()", verb]
     command += [str(blank), "--run-dir", str(run)]
     command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -23,8 +23,8 @@ from common.config import DataConfig
 from common.data.prepare import load_samples
 from common.evaluation.constrained import answer_grammar
 from common.evaluation.generate import Generated, Matcher, generate
-from common.model.backbone import resolve_backbone
-from common.model.falora import AdapterSpec
+from common.model.adapter.falora import AdapterSpec
+from common.model.backbone.load import resolve_backbone
 from common.model.session import Session, open_session
 from common.text.batches import encode
 

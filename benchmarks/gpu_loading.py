@@ -19,8 +19,8 @@ import torch
 from gpu_measure import once, random_llama, samples, wait
 
 from common.model import session as sessions
-from common.model.backbone import BackboneShape, resolve_backbone
-from common.model.falora import AdapterSpec
+from common.model.adapter.falora import AdapterSpec
+from common.model.backbone.load import BackboneShape, resolve_backbone
 from common.model.session import DTYPES, open_session
 
 TOKENS = 512

@@ -15,20 +15,21 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from common.choice import Choice
 from common.config import TrainConfig
 from common.evaluation import decode_graph
 from common.evaluation.generate import generate
-from common.model import attention, lean
-from common.model.backbone import BackboneShape, BackboneSpec
-from common.model.choice import Choice
-from common.model.elementwise import CANDIDATES, choose_kernels, kernels_named
-from common.model.falora import AdapterSpec, attach
+from common.model.adapter.falora import AdapterSpec, attach
+from common.model.backbone.load import BackboneShape, BackboneSpec
+from common.model.backbone.tiny import tiny_config
 from common.model.footprint import training_footprint
-from common.model.frozen import quantise
+from common.model.kernels import attention
+from common.model.kernels import fused_layer as lean
+from common.model.kernels.elementwise import CANDIDATES, choose_kernels, kernels_named
+from common.model.kernels.frozen import quantise
 from common.model.memory import choose_recompute
 from common.model.session import DTYPES, Session, choose_device
-from common.model.tiny import tiny_config
-from common.privacy.clipping import clipped_sum
+from common.privacy.mechanism.clipping import clipped_sum
 from common.text.batches import Encoded, pack
 from common.training.gradients import BatchGradient, add_unit_gradients
 from common.training.loop import TrainState, train

@@ -53,15 +53,15 @@ from gpu_measure import (
 )
 
 from common.config import TrainConfig
-from common.model import attention
-from common.model.backbone import BackboneShape
-from common.model.elementwise import CANDIDATES
-from common.model.falora import AdapterSpec
+from common.model.adapter.falora import AdapterSpec
+from common.model.backbone.known_shapes import KNOWN_SHAPES
+from common.model.backbone.load import BackboneShape
+from common.model.backbone.tiny import tiny_config
 from common.model.footprint import count_parameters
-from common.model.frozen import choose_weights
-from common.model.known_shapes import KNOWN_SHAPES
+from common.model.kernels import attention
+from common.model.kernels.elementwise import CANDIDATES
+from common.model.kernels.frozen import choose_weights
 from common.model.session import DTYPES, Session, choose_device, choose_dtype
-from common.model.tiny import tiny_config
 from common.text.batches import Encoded
 from common.training.loop import TrainState, train
 

@@ -18,8 +18,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from common.config import Config, JudgeConfig
-from common.evaluation.judge import judge_run
-from common.evaluation.judge_plan import plan_judging
+from common.evaluation.judge.judging import judge_run
+from common.evaluation.judge.plan import plan_judging
 from common.rundir import RunDirectory
 
 CONCURRENCY = 32

@@ -4,7 +4,7 @@
 
 Every contestant computes a gradient of B on the same samples. `ours, plain` is the non-private
 step; the private ones give every sample's gradient, clip it and add noise. In bf16 ours gives every
-unit passes of its own (see `common/privacy/gradients.py`), in fp32 units share them: `--dtype`
+unit passes of its own (see `common/privacy/mechanism/gradients.py`), in fp32 units share them: `--dtype`
 shows both. FLOPs are counted exactly (torch.utils.flop_counter); time is process CPU time on one
 thread, contestants interleaved round by round, the median of each round's ratio to that round's
 plain step. On a busy machine read the ratios, not the seconds.
@@ -35,13 +35,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 from common.config import TrainConfig
-from common.model.backbone import BackboneSpec, resolve_backbone
-from common.model.falora import AdapterSpec
+from common.model.adapter.falora import AdapterSpec
+from common.model.backbone.load import BackboneSpec, resolve_backbone
+from common.model.backbone.tiny import tiny_model
 from common.model.session import Session, open_session
-from common.model.tiny import tiny_model
-from common.privacy.clipping import clipped_sum
-from common.privacy.gradients import PrivateGradient
-from common.privacy.noise import NoiseSource
+from common.privacy.mechanism.clipping import clipped_sum
+from common.privacy.mechanism.gradients import PrivateGradient
+from common.privacy.mechanism.noise import NoiseSource
 from common.privacy.plan import PrivacyPlan
 from common.text.batches import Encoded, pack
 from common.training.gradients import BatchGradient

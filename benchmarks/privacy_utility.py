@@ -22,12 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.config import DataConfig, PartitionConfig, TrainConfig
 from common.data.partition import assign_hospitals
 from common.data.prepare import load_samples
-from common.model.backbone import resolve_backbone
-from common.model.falora import AdapterSpec
+from common.model.adapter.falora import AdapterSpec
+from common.model.backbone.load import resolve_backbone
 from common.model.session import Session, open_session
 from common.privacy.accounting import calibrate
-from common.privacy.gradients import PrivateGradient
-from common.privacy.noise import NoiseSource
+from common.privacy.mechanism.gradients import PrivateGradient
+from common.privacy.mechanism.noise import NoiseSource
 from common.privacy.plan import PrivacyPlan
 from common.text.batches import Encoded, encode
 from common.training.gradients import StepLoss

@@ -54,7 +54,7 @@ def main() -> None:
         folder = Path(name)
         alone = seconds_per_message(folder / "a", options.backbone, "", options.messages)
         socket = str(folder / "s")
-        command = [sys.executable, "-c", "from sim.cli import main; main()", "worker"]
+        command = [sys.executable, "-c", "from sim.cli.main import main; main()", "worker"]
         worker = subprocess.Popen([*command, "--socket", socket], env=ENVIRONMENT)
         try:
             while not Path(socket).exists():

@@ -30,8 +30,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from common.config import TrainConfig
-from common.model.backbone import BackboneSpec, load_tokenizer, resolve_backbone
-from common.model.falora import AdapterSpec
+from common.model.adapter.falora import AdapterSpec
+from common.model.backbone.load import BackboneSpec, load_tokenizer, resolve_backbone
 from common.model.session import Session, open_session
 from common.text.batches import Encoded, pack
 from common.training.gradients import BatchGradient

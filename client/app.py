@@ -1,7 +1,7 @@
 """Flower's ClientApp of a hospital.
 
 It imports nothing heavy: in a deployment every message is a new process, which only hands the
-message to the hospital's resident worker (``client.resident``) where the backbone is in memory.
+message to the hospital's resident worker (``client.resident_worker``) where the backbone is in memory.
 """
 
 from pathlib import Path
@@ -34,7 +34,7 @@ def evaluate(message: Message, context: Context) -> Message:
 
 def _answer(kind: str, message: Message, context: Context) -> Message:
     if WORKER in context.node_config:
-        from client.resident import ask
+        from client.resident_worker import ask
 
         return ask(Path(str(context.node_config[WORKER])), kind, message, context)
     from client.handlers import answer

@@ -1,4 +1,4 @@
-"""What a hospital answers to each kind of message: unpack, call ``client.local``, pack."""
+"""What a hospital answers to each kind of message: unpack, call ``client.local_update``, pack."""
 
 import contextlib
 import traceback
@@ -7,11 +7,8 @@ from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from client.hospital import hospital_of, local_config, private_folder
-from client.limit import LimitReached, keep_to_limit
-from client.local import evaluate, update
-from client.private import private_update
-from client.store import (
+from client.epsilon_limit import LimitReached, keep_to_limit
+from client.kept_state import (
     STEPS,
     forget_steps,
     keep,
@@ -20,12 +17,22 @@ from client.store import (
     own_folder,
     save_state,
 )
-from client.worker import backbone_spec, report_loads, session_of, tokens_of
-from common.codecs import compress, is_lossy
+from client.local_update import evaluate, update
+from client.node import hospital_of, local_config, private_folder
+from client.private_update import private_update
 from common.config import Config
 from common.configio import from_flat
 from common.errors import RunFailed, UserError
-from common.exchange import (
+from common.files import append_json_line
+from common.privacy.budget.ledger import BudgetExhausted, LedgerDoubtful
+from common.privacy.settings import is_private, plan_of, protects
+from common.provenance import source_digest
+from common.training.budget import steps_before_round
+from common.training.loop import StepReport
+from common.training.optimiser import TrainState
+from common.training.resident_session import backbone_spec, report_loads, session_of, tokens_of
+from common.wire.codecs import compress, is_lossy
+from common.wire.contract import (
     CONFIG,
     ContractError,
     Tensors,
@@ -33,13 +40,6 @@ from common.exchange import (
     read_message,
     train_reply,
 )
-from common.files import append_json_line
-from common.privacy.ledger import BudgetExhausted, LedgerDoubtful
-from common.privacy.settings import is_private, plan_of, protects
-from common.provenance import source_digest
-from common.training.budget import steps_before_round
-from common.training.loop import StepReport
-from common.training.optimiser import TrainState
 
 ERRORS = "errors.txt"
 DATA_FREE = (ContractError, BudgetExhausted, LedgerDoubtful, LimitReached)

@@ -217,7 +217,7 @@ class FederationConfig:
     )
     codec: str = option(
         "fp32",
-        "how B is written on the wire; see common.codecs",
+        "how B is written on the wire; see common.wire.codecs",
         choices=("fp32", "bf16", "int8"),
     )
     min_hospitals: int = option(0, "hospitals that must be connected before round 1; 0: all", low=0)
@@ -284,7 +284,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
-    """The LLM judge of ``fedrx judge``; see ``common.evaluation.judge``."""
+    """The LLM judge of ``fedrx judge``; see ``common.evaluation.judge.judging``."""
 
     base_url: str = option(
         "http://127.0.0.1:8000/v1", "OpenAI-compatible server; loopback keeps data on the machine"

@@ -11,15 +11,15 @@ from flwr.serverapp import Grid, ServerApp
 from common.config import Config
 from common.configio import from_flat, settled
 from common.errors import FedrxError
-from common.exchange import Fingerprints, Tensors
-from common.model.backbone import BackboneSpec, resolve_backbone
-from common.model.layout import AdapterLayout, adapter_layout, adapter_spec, initial_tensors
-from common.participation import NOT_EVALUATED
-from common.privacy.receipts import PRIVACY, privacy_summary
+from common.model.adapter.layout import AdapterLayout, adapter_layout, adapter_spec, initial_tensors
+from common.model.backbone.load import BackboneSpec, resolve_backbone
+from common.privacy.budget.receipts import PRIVACY, privacy_summary
 from common.privacy.settings import HOSPITAL, hospital_warning, plan_of, protects
 from common.provenance import environment, peak_rss_bytes, source_digest, tensors_sha256
 from common.rundir import RunDirectory
-from server.past import ChangedRun
+from common.wire.cohort import NOT_EVALUATED
+from common.wire.contract import Fingerprints, Tensors
+from server.resume_check import ChangedRun
 from server.roster import Roster
 from server.rounds import Rounds
 

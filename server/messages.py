@@ -9,8 +9,8 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from common.errors import RunFailed
-from common.exchange import LONGEST_REASON, ContractError, describe, shortened
 from common.rundir import RunDirectory
+from common.wire.contract import LONGEST_REASON, ContractError, describe, shortened
 
 POLL_SECONDS = 0.1
 PRESENCE_SECONDS = 2.0

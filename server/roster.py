@@ -12,7 +12,10 @@ from flwr.serverapp import Grid
 
 from common.config import FederationConfig
 from common.errors import RunFailed
-from common.exchange import (
+from common.privacy.plan import PrivacyPlan
+from common.seeds import stream
+from common.wire.cohort import sampled
+from common.wire.contract import (
     CONFIG,
     LONGEST_REASON,
     ContractError,
@@ -20,10 +23,7 @@ from common.exchange import (
     only_record,
     shortened,
 )
-from common.hello import check_hello, claimed_name
-from common.participation import sampled
-from common.privacy.plan import PrivacyPlan
-from common.seeds import stream
+from common.wire.handshake import check_hello, claimed_name
 from server.messages import OnMessage, exchange
 
 _log = logging.getLogger(__name__)

@@ -10,11 +10,17 @@ from typing import TypeVar
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from common.codecs import compress, decode
 from common.config import Config
 from common.configio import flatten
 from common.errors import RunFailed
-from common.exchange import (
+from common.privacy.budget.guard import LEDGER
+from common.privacy.budget.ledger import Ledger
+from common.privacy.settings import HOSPITAL
+from common.provenance import tensors_sha256
+from common.rundir import Checkpoint, RunDirectory
+from common.wire.codecs import compress, decode
+from common.wire.cohort import NOT_EVALUATED, WITHSTANDS_NOTHING, check_strategy
+from common.wire.contract import (
     ContractError,
     Shapes,
     Tensors,
@@ -23,20 +29,14 @@ from common.exchange import (
     read_train_reply,
     train_message,
 )
-from common.participation import NOT_EVALUATED, WITHSTANDS_NOTHING, check_strategy
-from common.privacy.guard import LEDGER
-from common.privacy.ledger import Ledger
-from common.privacy.settings import HOSPITAL
-from common.provenance import tensors_sha256
-from common.rundir import Checkpoint, RunDirectory
-from server.account import PrivacyAccount
-from server.due import most_validation_tokens, private_steps, steps_expected, train_due
-from server.hospital_privacy import HospitalPrivacyAggregator
+from server.central_dp import HospitalPrivacyAggregator
+from server.expected_replies import most_validation_tokens, private_steps, steps_expected, train_due
 from server.messages import Recorder, answered, exchange, require
-from server.pace import HANDSHAKE_SECONDS, RECONNECT_SECONDS, Pace
-from server.past import check_unchanged, inputs_of
+from server.privacy_account import PrivacyAccount
+from server.resume_check import check_unchanged, inputs_of
 from server.roster import Roster
 from server.strategy import Aggregator
+from server.timeouts import HANDSHAKE_SECONDS, RECONNECT_SECONDS, Pace
 
 STRATEGY, CARRIED = "strategy.", "carried."
 Answer = TypeVar("Answer")

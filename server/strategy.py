@@ -1,6 +1,6 @@
 """Aggregation: Flower's own strategies, behind our checks.
 
-Updates are checked (``common.exchange``), sorted by hospital and handed to Flower in fp64, so the
+Updates are checked (``common.wire.contract``), sorted by hospital and handed to Flower in fp64, so the
 result depends neither on the order of arrival nor on the number of workers. FedAvg over B is exact
 because A is shared: ``mean(B_k) A == mean(B_k A)``.
 """
@@ -24,8 +24,8 @@ from flwr.serverapp.strategy import (
 
 from common.config import FederationConfig
 from common.errors import RunFailed
-from common.exchange import Tensors, Update
-from common.participation import is_robust
+from common.wire.cohort import is_robust
+from common.wire.contract import Tensors, Update
 
 WEIGHT = "weight"
 _log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from typing import Any
 
 import polars as pl
 
-from common.data.admissions import Prepared
+from common.data.mimic.admissions import Prepared
 from common.errors import UserError
 
 _ENTRY = "fedrx"
@@ -26,7 +26,7 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 def cache_key(parts: Mapping[str, Any]) -> str:
     """Return a key over ``parts`` and the source of this package, so that new code reads anew."""
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
-    for module in sorted(Path(__file__).parent.glob("*.py")):
+    for module in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(module.read_bytes())
     return digest.hexdigest()[:32]
 

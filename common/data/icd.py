@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.data.mimic import find_tables, read
+from common.data.mimic.tables import find_tables, read
 from common.data.names import normalise_string
 from common.data.samples import Admission
 

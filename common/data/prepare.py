@@ -11,14 +11,14 @@ from pathlib import Path
 import polars as pl
 
 from common.config import DataConfig
-from common.data.admissions import Prepared, Progress, prepare_tables
 from common.data.cache import cache_key, load, require_writable, store, writing
-from common.data.mimic import find_tables
-from common.data.orders import CHUNK_ROWS
+from common.data.mimic.admissions import Prepared, Progress, prepare_tables
+from common.data.mimic.orders import CHUNK_ROWS
+from common.data.mimic.tables import find_tables
 from common.data.samples import Admission, SampleTable
 from common.data.source import hash_tables, source_of
-from common.data.synthesize import write_tables
-from common.model.cache import fedrx_cache
+from common.data.synthetic.write import write_tables
+from common.user_cache import fedrx_cache
 
 SYNTHETIC_PATH = "synthetic"
 

@@ -9,8 +9,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from common.data.mimic import Table, reading
-from common.data.synthesize import MANIFEST_NAME
+from common.data.mimic.tables import Table, reading
+from common.data.synthetic.write import MANIFEST_NAME
 
 SYNTHETIC, DEMO, CREDENTIALED = "synthetic", "demo", "credentialed"
 

@@ -28,7 +28,7 @@ _MOVING_ROPE = ("dynamic", "longrope")
 
 def supported(session: Session) -> bool:
     """Say whether a session's steps can be recorded: on a CUDA device, with lean layers."""
-    from common.model import lean
+    from common.model.kernels import fused_layer as lean
 
     fixed = session.model.model.rotary_emb.rope_type not in _MOVING_ROPE
     return session.torch_device.type == "cuda" and fixed and lean.supported(session.model)

@@ -21,7 +21,7 @@ from common.model.session import Session
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
-    from common.model.backbone import BackboneShape
+    from common.model.backbone.load import BackboneShape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

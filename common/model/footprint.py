@@ -7,9 +7,9 @@ the backbone, and what the allocator loses to holes.
 from dataclasses import dataclass
 
 from common.errors import UserError
-from common.model.backbone import BackboneShape
+from common.model.adapter.spec import AdapterSpec, check_rank
+from common.model.backbone.load import BackboneShape
 from common.model.memory import RECOMPUTE, saved_bytes_per_token_layer
-from common.model.spec import AdapterSpec, check_rank
 
 # Resident before the backbone is loaded: interpreter and libraries; on a GPU its context.
 _RUNTIME_BYTES = {"cpu": 410 * 2**20, "cuda": 700 * 2**20}
@@ -67,7 +67,7 @@ class Footprint:
 def count_parameters(shape: BackboneShape, adapter: AdapterSpec) -> Parameters:
     """Count the backbone's, A's and B's values.
 
-    >>> from common.model.known_shapes import KNOWN_SHAPES
+    >>> from common.model.backbone.known_shapes import KNOWN_SHAPES
     >>> llama_8b = KNOWN_SHAPES["meta-llama/Llama-3.1-8B-Instruct"]
     >>> count_parameters(llama_8b, AdapterSpec(rank=32))
     Parameters(backbone=8030261248, a=8388608, b=5242880)

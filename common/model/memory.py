@@ -1,15 +1,15 @@
 """Bytes that training keeps for the backward pass, from shapes alone, and what follows from them.
 
-The count is what the lean layer saves (`common.model.lean`); a test compares it with the tensors
+The count is what the lean layer saves (`common.model.kernels.fused_layer`); a test compares it with the tensors
 that autograd really saves.
 """
 
 import torch
 
+from common.choice import Choice
 from common.errors import UserError
-from common.model.backbone import BackboneShape
-from common.model.choice import Choice
-from common.model.falora import AdapterSpec
+from common.model.adapter.falora import AdapterSpec
+from common.model.backbone.load import BackboneShape
 
 RECOMPUTE = ("none", "mlp", "half", "all")
 # Share of the free memory that activations may take: the rest is for gradients in flight, the

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from common.choice import Choice
 from common.errors import UserError
-from common.model.attention import Packing, choose_attention, register
-from common.model.backbone import BackboneSpec, load_model, load_tokenizer
-from common.model.choice import Choice
-from common.model.elementwise import TORCH, Kernels, choose_kernels, kernels_named
-from common.model.falora import Adapter, AdapterSpec, attach
-from common.model.frozen import choose_weights, quantise
+from common.model.adapter.falora import Adapter, AdapterSpec, attach
+from common.model.backbone.load import BackboneSpec, load_model, load_tokenizer
+from common.model.kernels.attention import Packing, choose_attention, register
+from common.model.kernels.elementwise import TORCH, Kernels, choose_kernels, kernels_named
+from common.model.kernels.frozen import choose_weights, quantise
 from common.model.memory import choose_recompute
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-    from common.model.lean import KeepKeys
+    from common.model.kernels.fused_layer import KeepKeys
     from common.text.batches import PackedBatch
 
 PRIMITIVES = "64"
@@ -72,7 +72,7 @@ class Session:
         It is the same function, a fiftieth faster at 32 layers; its products round otherwise, so
         CPUs, whose runs are compared value by value, keep all tokens.
         """
-        from common.model.lean import LeanLayer
+        from common.model.kernels.fused_layer import LeanLayer
 
         return self.torch_device.type != "cpu" and type(self.model.model.layers[-1]) is LeanLayer
 
@@ -234,7 +234,7 @@ def open_session(
     model = load_model(spec, device=on, dtype=arithmetic)
     model.set_attn_implementation(register())
     attached = attach(model, adapter)
-    from common.model import lean
+    from common.model.kernels import fused_layer as lean
 
     recompute_choice = Choice("none", "this Llama's layers are transformers' own")
     functions = kernels_named(kernels_choice.value)

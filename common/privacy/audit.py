@@ -19,10 +19,10 @@ from torch import Tensor
 
 from common.model.session import Session
 from common.privacy.accounting import epsilon
-from common.privacy.clipping import clipped_sum
-from common.privacy.gradients import PrivateGradient
-from common.privacy.mechanism import GaussianMechanism, grid_for
-from common.privacy.noise import NoiseSource
+from common.privacy.mechanism.clipping import clipped_sum
+from common.privacy.mechanism.gradients import PrivateGradient
+from common.privacy.mechanism.noise import NoiseSource
+from common.privacy.mechanism.release import GaussianMechanism, grid_for
 from common.privacy.plan import PrivacyPlan
 from common.text.batches import Encoded
 

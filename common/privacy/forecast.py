@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from common.privacy.accounting import calibrate, epsilon
+from common.privacy.budget.receipts import accountant_name, json_number
 from common.privacy.plan import PrivacyPlan
-from common.privacy.receipts import accountant_name, json_number
 
 COMFORTABLE = 1.0
 """Noise over the largest possible signal, per step: above it, one step is mostly noise."""

@@ -7,10 +7,10 @@ from typing import Literal, cast
 
 from common.config import Config, PrivacyConfig
 from common.errors import UserError
-from common.participation import sampled
 from common.privacy.accounting import calibrate, epsilon
 from common.privacy.plan import PrivacyPlan, Unit
 from common.training.budget import steps_in_all
+from common.wire.cohort import sampled
 
 HOSPITAL = "hospital"
 INDEPENDENT = "iid"

@@ -2,9 +2,9 @@
 
 import math
 
+from common.choice import Choice
 from common.config import Config
 from common.errors import UserError
-from common.model.choice import Choice
 
 
 def steps_in_all(config: Config, train_samples: int) -> Choice[int]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from common.model.elementwise import TORCH, Kernels
+from common.model.kernels.elementwise import TORCH, Kernels
 
 # Logits of one chunk, in bytes of fp32: large enough for full-speed products. A GPU reads the whole
 # head for every chunk, which takes as long as the product with 300 rows.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from common.config import TrainConfig
-from common.model.falora import Adapter
+from common.model.adapter.falora import Adapter
 
 _STEP = "step"
 

@@ -14,8 +14,8 @@ from common.data.icd import Diagnosis, DiagnosisIndex
 from common.data.samples import Admission
 from common.errors import UserError
 from common.evaluation.support import SupportIndex
-from sim.assist import Desk, address, cookie_name, make_server, open_socket
-from sim.suggest import SuggestedDrug, Suggestion, Surroundings
+from sim.assist.server import Desk, address, cookie_name, make_server, open_socket
+from sim.assist.suggest import SuggestedDrug, Suggestion, Surroundings
 
 TITLES = {
     "10:I509": "Heart failure, unspecified",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sim.review import import_reviews, make_review
+from sim.answers.review import import_reviews, make_review
 
 
 @pytest.fixture

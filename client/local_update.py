@@ -1,0 +1,88 @@
+"""A hospital's local work, free of Flower: B in, B out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from client.node import HospitalData
+from client.proximal import Proximal
+from common.config import Config
+from common.model.session import Session
+from common.training.budget import steps_in_all, steps_of_round
+from common.training.gradients import BatchGradient, GradientSource
+from common.training.loop import StepReport, train, validation_loss
+from common.training.optimiser import TrainState
+from common.wire.contract import Tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalResult:
+    """What one local update gives."""
+
+    b: Tensors
+    """Updated matrices (fp32) by wire key."""
+    metrics: dict[str, float]
+    """``weight`` (training samples), ``train-loss`` (mean per label token), ``steps``,
+    ``seconds``; none of these where the gradient source tells no loss."""
+
+
+def update(
+    session: Session,
+    hospital: HospitalData,
+    b: Tensors,
+    state: TrainState,
+    config: Config,
+    *,
+    server_round: int,
+    on_step: Callable[[StepReport], None] | None = None,
+    source: GradientSource | None = None,
+) -> LocalResult:
+    """Train one hospital for one round, starting from the global B.
+
+    Args:
+        session: Resident backbone; its adapter is overwritten.
+        hospital: The hospital's tokens.
+        b: Global B by wire key.
+        state: Optimizer state and step count; updated in place.
+        config: The run's configuration.
+        server_round: Round, from 1.
+        on_step: Called after each optimizer step.
+        source: Where gradients come from; the plain batch gradient when None. A private source
+            tells no loss, and then the result has no metrics either.
+    """
+    session.adapter.load(b)
+    samples = 0 if source is not None else len(hospital.train)
+    if config.federation.strategy == "fedprox":
+        source = Proximal(
+            source=source or BatchGradient(hospital.train, config.train, hospital.name),
+            anchor_P=session.adapter.flat.clone(),
+            mu=config.federation.proximal_mu,
+        )
+    metrics = train(
+        session,
+        hospital.train,
+        config.train,
+        state,
+        steps=steps_of_round(config, samples, server_round).value,
+        schedule_steps=steps_in_all(config, samples).value,
+        stream=hospital.name,
+        on_step=on_step,
+        source=source,
+    )
+    if metrics.loss is None:
+        return LocalResult(b=session.adapter.state(), metrics={})
+    return LocalResult(
+        b=session.adapter.state(),
+        metrics={
+            "weight": float(samples),
+            "train-loss": metrics.loss.mean,
+            "steps": float(metrics.steps),
+            "seconds": metrics.seconds,
+        },
+    )
+
+
+def evaluate(session: Session, hospital: HospitalData, b: Tensors) -> dict[str, float]:
+    """Return the mean validation loss per label token and its weight (label tokens)."""
+    session.adapter.load(b)
+    loss = validation_loss(session, hospital.validation)
+    return {"loss": loss.mean, "weight": float(loss.tokens)}

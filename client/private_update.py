@@ -1,0 +1,102 @@
+"""A hospital's round under differential privacy: charged, trained, recorded, then sent."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from client.kept_state import kept_steps, save_state
+from client.local_update import LocalResult, update
+from client.node import HospitalData
+from common.config import Config
+from common.model.session import Session
+from common.privacy.budget.guard import Guard
+from common.privacy.settings import plan_of
+from common.provenance import source_digest, tensors_sha256
+from common.rundir import read_tensors, write_tensors
+from common.training.budget import steps_of_round
+from common.training.loop import StepReport
+from common.training.optimiser import TrainState
+from common.wire.contract import PUBLIC_WEIGHT, Tensors
+
+ANSWERS = "answer-*.safetensors"
+
+
+def guard_of(config: Config, hospital: HospitalData, folder: Path) -> Guard:
+    """Open a hospital's ledger and gradient source under the run's plan.
+
+    Args:
+        config: With privacy on.
+        hospital: The hospital's tokens.
+        folder: The hospital's own folder.
+    """
+    return Guard(
+        plan_of(config),
+        hospital=hospital.name,
+        dataset=hospital.train,
+        folder=folder,
+        seed=config.train.seed,
+        micro_batch=config.train.batch_size,
+        charged=1 if any(folder.glob(ANSWERS)) else 0,
+        released=kept_steps(folder),
+    )
+
+
+def private_update(
+    session: Session,
+    hospital: HospitalData,
+    b: Tensors,
+    state: TrainState,
+    config: Config,
+    *,
+    server_round: int,
+    folder: Path,
+    on_step: Callable[[StepReport], None] | None = None,
+) -> LocalResult:
+    """Train one round under the plan; B and public constants are all that comes out.
+
+    The result is kept on the hospital's disk before the ledger records its release, by digest: a
+    server that asks for the same round from the same B again gets the same answer, at no further
+    cost. An answer whose own release is not in the ledger never leaves, and neither does what its
+    steps did to the optimizer: the state is kept after the release.
+
+    Args:
+        session: Resident backbone; its adapter is overwritten.
+        hospital: The hospital's tokens.
+        b: Global B by wire key.
+        state: Optimizer state and step count; updated in place and saved.
+        config: The run's configuration.
+        server_round: Round, from 1.
+        folder: The hospital's own folder.
+        on_step: Called after each step; it is told no loss.
+
+    Raises:
+        BudgetExhausted: if the ledger does not pay for the round; nothing is trained then.
+    """
+    guard = guard_of(config, hospital, folder)
+    answer = folder / f"answer-{server_round:05d}-{tensors_sha256(b)[:16]}.safetensors"
+    if answer.exists():
+        kept = read_tensors(answer)
+        if guard.ledger.released(server_round, tensors_sha256(kept)):
+            return _result(kept, guard.ledger.steps)
+    steps = steps_of_round(config, 0, server_round).value
+    charged = guard.charge(server_round, steps)
+    result = update(
+        session,
+        hospital,
+        b,
+        state,
+        config,
+        server_round=server_round,
+        on_step=on_step,
+        source=guard.source,
+    )
+    for old in folder.glob(ANSWERS):
+        old.unlink()
+    write_tensors(answer, result.b)
+    guard.release(server_round, session, source_digest(), result=tensors_sha256(result.b))
+    if config.train.keep_state:
+        save_state(folder, state, server_round=server_round)
+    return _result(result.b, charged)
+
+
+def _result(b: Tensors, charged: int) -> LocalResult:
+    return LocalResult(b=b, metrics={"weight": PUBLIC_WEIGHT, "steps": float(charged)})

@@ -1,0 +1,156 @@
+"""A hospital's resident worker: one process that keeps the backbone over messages.
+
+In a deployment Flower starts a new process for every message (flwr issue 3670), and loading an 8B
+backbone takes minutes. The ClientApp hands its message to this worker over a unix socket that
+only its owner may open. A worker serves one source digest: code that differs from the app's is
+refused, and the backbone is kept by its name, device and dtype (``common.training.resident_session``).
+
+A request is one JSON line (kind, source digest, sizes) and two protocol buffers, message and
+context; the answer is one JSON line (error or size) and one protocol buffer. Whatever a request
+does, the worker serves the next one: a torn request is dropped, and only the type of what went
+wrong is logged.
+"""
+
+import contextlib
+import json
+import logging
+import socket
+from collections.abc import Iterator
+from io import BufferedRWPair
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message
+from flwr.common.serde import (
+    context_from_proto,
+    context_to_proto,
+    message_from_proto,
+    message_to_proto,
+)
+from flwr.proto.message_pb2 import Context as ProtoContext
+from flwr.proto.message_pb2 import Message as ProtoMessage
+
+from common.errors import FedrxError, RunFailed, UserError
+from common.provenance import source_digest
+
+LONGEST_PATH_BYTES = 100
+"""Unix sockets have short names."""
+LONGEST_HEAD_BYTES = 4096
+LARGEST_PART_BYTES = 2**31 - 1
+"""Protocol buffers are never larger."""
+STALL_SECONDS = 60.0
+"""Longest wait for the next bytes of a request, and for a reply to be taken."""
+SILENT = "the resident worker gave no answer"
+_log = logging.getLogger(__name__)
+
+
+def ask(path: Path, kind: str, message: Message, context: Context) -> Message:
+    """Let the resident worker answer a message.
+
+    Raises:
+        RunFailed: if there is no worker, it runs other code, or the hospital's work fails.
+    """
+    parts = [
+        message_to_proto(message).SerializeToString(),
+        context_to_proto(context).SerializeToString(),
+    ]
+    head = {"kind": kind, "source": source_digest(), "sizes": [len(part) for part in parts]}
+    with socket.socket(socket.AF_UNIX) as connection:
+        try:
+            connection.connect(str(path))
+        except OSError as error:
+            raise RunFailed(f"the resident worker does not answer: {error.strerror}") from None
+        try:
+            with connection.makefile("rwb") as stream:
+                _write(stream, head, parts)
+                answer: dict[str, Any] = json.loads(stream.readline())
+                data = b"" if "error" in answer else _read(stream, answer["size"])
+        except (OSError, ValueError):
+            raise RunFailed(SILENT) from None
+    if "error" in answer:
+        raise RunFailed(str(answer["error"]))
+    return message_from_proto(ProtoMessage.FromString(data))
+
+
+@contextlib.contextmanager
+def listening(path: Path) -> Iterator[socket.socket]:
+    """Open the worker's socket (mode 0600) in a folder of its own user (mode 0700).
+
+    Raises:
+        UserError: if the path is too long, or another worker listens there.
+    """
+    if len(bytes(path)) > LONGEST_PATH_BYTES:
+        raise UserError(
+            f"socket path of {len(bytes(path))} bytes",
+            allowed=f"{LONGEST_PATH_BYTES}",
+            fix="name a shorter --socket",
+        )
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with socket.socket(socket.AF_UNIX) as probe:
+        if probe.connect_ex(str(path)) == 0:
+            raise UserError(f"a worker listens on {path} already", fix="end it first")
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        path.chmod(0o600)
+        server.listen()
+        try:
+            yield server
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def serve(server: socket.socket) -> None:
+    """Answer one message after another until the process is ended."""
+    while True:
+        connection, _ = server.accept()
+        try:
+            connection.settimeout(STALL_SECONDS)
+            with connection, connection.makefile("rwb") as stream:
+                _serve_one(stream)
+        except Exception as error:  # one connection must not end the worker of all others
+            _log.warning("a request was dropped: %s", type(error).__name__)
+
+
+def _serve_one(stream: BufferedRWPair) -> None:
+    from client.handlers import answer
+
+    line = stream.readline(LONGEST_HEAD_BYTES)
+    if not line:
+        return
+    head: dict[str, Any] = json.loads(line)
+    message_size, context_size = head["sizes"]
+    message = message_from_proto(ProtoMessage.FromString(_read(stream, message_size)))
+    context = context_from_proto(ProtoContext.FromString(_read(stream, context_size)))
+    if head["source"] != source_digest():
+        error = "the resident worker runs other code than the app; restart it"
+        _write(stream, {"error": error}, [])
+        return
+    try:
+        reply = answer(head["kind"], message, context)
+    except FedrxError as failure:
+        _write(stream, {"error": str(failure)}, [])
+        return
+    data = message_to_proto(reply).SerializeToString()
+    _write(stream, {"size": len(data)}, [data])
+
+
+def _read(stream: BufferedRWPair, size: int) -> bytes:
+    """Read exactly so many bytes.
+
+    Raises:
+        ValueError: if the size is no size, or the other side ends before.
+    """
+    if type(size) is not int or not 0 <= size <= LARGEST_PART_BYTES:
+        raise ValueError("the size is not allowed")
+    data = stream.read(size)
+    if len(data) < size:
+        raise ValueError("the stream ended early")
+    return data
+
+
+def _write(stream: BufferedRWPair, head: dict[str, Any], parts: list[bytes]) -> None:
+    stream.write(json.dumps(head).encode() + b"\n")
+    for part in parts:
+        stream.write(part)
+    stream.flush()

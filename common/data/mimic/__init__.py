@@ -1,0 +1,1 @@
+"""MIMIC-IV's tables, read by header name, to one row per admission."""

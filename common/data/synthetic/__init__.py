@@ -1,0 +1,1 @@
+"""Synthetic MIMIC-IV tables with planted structure and defects."""

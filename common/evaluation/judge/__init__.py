@@ -1,0 +1,1 @@
+"""Appropriateness by LLM judges."""

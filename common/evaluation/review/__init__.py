@@ -1,0 +1,1 @@
+"""The blinded packet for clinicians, its import and its scores."""

@@ -1,0 +1,1 @@
+"""FA-LoRA: what is trained, and how it lies in memory and on the wire."""

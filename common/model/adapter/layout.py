@@ -1,0 +1,81 @@
+"""What the adapter of a backbone looks like, from shapes alone: no weights are read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from common.config import AdapterConfig
+from common.model.adapter.falora import Adapter, AdapterSpec, attach, draw_a
+from common.model.backbone.load import BackboneSpec, read_llama_config
+from common.model.backbone.tiny import tiny_config
+
+A_SUFFIX = ".lora_A"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterLayout:
+    """Wire keys with shapes, and the fingerprint of A."""
+
+    shapes: dict[str, tuple[int, ...]]
+    a_fingerprint: str
+    trainable_parameters: int
+
+
+def adapter_spec(config: AdapterConfig) -> AdapterSpec:
+    """Translate the configuration section."""
+    return AdapterSpec(
+        targets=tuple(
+            dict.fromkeys(name.strip() for name in config.targets.split(",") if name.strip())
+        ),
+        rank=config.rank,
+        alpha=config.alpha,
+        seed=config.seed,
+        initialiser=config.initialiser,
+        mode=config.mode,
+    )
+
+
+def initial_tensors(
+    shapes: Mapping[str, tuple[int, ...]], spec: AdapterSpec
+) -> dict[str, NDArray[np.float32]]:
+    """Return what training starts from: B zero, and A as drawn where A is trained too.
+
+    Args:
+        shapes: Of the trained tensors, by wire key.
+        spec: Draws A.
+    """
+    return {
+        key: draw_a(spec, key.removesuffix(A_SUFFIX), shape[1])
+        if key.endswith(A_SUFFIX)
+        else np.zeros(shape, dtype=np.float32)
+        for key, shape in shapes.items()
+    }
+
+
+def adapter_layout(backbone: BackboneSpec, spec: AdapterSpec) -> AdapterLayout:
+    """Read the adapter's layout off the backbone's shape.
+
+    A is drawn on the CPU from its seed all the same, so its fingerprint is the real one.
+    """
+    adapter = meta_adapter(backbone, spec)
+    return AdapterLayout(
+        shapes=dict(adapter.shapes),
+        a_fingerprint=adapter.a_fingerprint,
+        trainable_parameters=adapter.trainable_parameters,
+    )
+
+
+def meta_adapter(backbone: BackboneSpec, spec: AdapterSpec) -> Adapter:
+    """Attach the adapter to the backbone's shape on the meta device; its A can be drawn."""
+    from transformers import LlamaForCausalLM
+
+    if backbone.folder is None:
+        config = tiny_config()
+    else:
+        config = read_llama_config(backbone.folder, backbone.name)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    return attach(model, spec)

@@ -1,0 +1,1 @@
+"""The frozen backbone: where it comes from, its shape, its fingerprint."""

@@ -1,0 +1,1 @@
+"""Attention over packed batches, and the layer that saves little."""

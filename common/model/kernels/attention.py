@@ -1,0 +1,194 @@
+"""Attention over packed samples: no token sees another sample, on any kernel.
+
+One name, ``fedrx``, is registered with transformers. A call that carries ``packing`` is a packed
+training batch and runs on the chosen kernel; any other call is generation with a key/value cache
+and runs on transformers' own SDPA with its masks.
+
+Shapes: H query heads, G key/value heads, E head width, T packed tokens, S segments.
+"""
+
+import importlib.util
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from common.choice import Choice
+from common.errors import UserError
+from common.model.kernels import attention_cuda
+from common.model.kernels.attention_cpu import packed_attention
+
+if TYPE_CHECKING:
+    from common.text.batches import PackedBatch
+
+KERNELS = ("cudnn", "flash-attn", "torch-flash", "sdpa", "eager")
+_REGISTERED = "fedrx"
+# Mean segment length from which on cuDNN, segment by segment, beats one call over all of them.
+CUDNN_TOKENS = 1024
+_ABSENT = "package flash-attn is not installed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """Where the segments of a packed batch are, and which kernel runs on them."""
+
+    bounds: tuple[int, ...]
+    """S + 1 token offsets on the host."""
+    bounds_device: Tensor
+    """The same as int32 on the device."""
+    longest: int
+    kernel: str
+
+    @classmethod
+    def of(cls, batch: "PackedBatch", kernel: str, device: torch.device) -> "Packing":
+        """Describe one batch; the offsets are moved to the device once."""
+        bounds = batch.cu_seqlens
+        return cls(
+            bounds=bounds,
+            bounds_device=torch.tensor(bounds, dtype=torch.int32).to(device),
+            longest=max(stop - start for start, stop in itertools.pairwise(bounds)),
+            kernel=kernel,
+        )
+
+
+def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -> Choice[str]:
+    """Choose the kernel for packed batches.
+
+    Order: cuDNN (for batches of long segments; shorter ones go to the next kernel that runs
+    here), flash-attn, torch's own FlashAttention-2 (varlen), SDPA segment by segment, eager.
+
+    Args:
+        requested: ``auto`` or one of ``KERNELS``.
+        device: Where the backbone is.
+        dtype: Its arithmetic.
+
+    Raises:
+        UserError: If the requested kernel cannot run here.
+    """
+    obstacles = {kernel: _obstacle(kernel, device, dtype) for kernel in KERNELS}
+    if requested == "auto":
+        kernel = next(kernel for kernel in KERNELS if not obstacles[kernel])
+        passed = [f"{k}: {obstacles[k]}" for k in KERNELS[: KERNELS.index(kernel)]]
+        return Choice(kernel, "the fastest here" + (f" ({'; '.join(passed)})" if passed else ""))
+    if requested not in KERNELS:
+        raise UserError(f"model.attention={requested!r}", allowed=", ".join(("auto", *KERNELS)))
+    if obstacles[requested]:
+        raise UserError(
+            f"model.attention={requested} cannot run here: {obstacles[requested]}",
+            fix="set model.attention to auto"
+            + (", or pip install 'fedrx[flash-attn]'" if obstacles[requested] == _ABSENT else ""),
+        )
+    return Choice(requested, "asked for")
+
+
+def register() -> str:
+    """Make packed attention known to transformers; returns the name to set on the model."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(_REGISTERED, _attention_forward)
+    AttentionMaskInterface.register(_REGISTERED, sdpa_mask)
+    return _REGISTERED
+
+
+def _obstacle(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
+    if kernel in ("sdpa", "eager"):
+        return ""
+    if device.type != "cuda":
+        return f"needs a CUDA device, not {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bf16 or fp16, not {str(dtype).removeprefix('torch.')}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "needs compute capability 8.0"
+    if kernel == "cudnn":
+        return attention_cuda.cudnn_obstacle(device)
+    if kernel == "flash-attn" and importlib.util.find_spec("flash_attn") is None:
+        return _ABSENT
+    if kernel == "torch-flash" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return "this torch has no torch.nn.attention.varlen"
+    return ""
+
+
+def attend(q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scaling: float, packing: Packing) -> Tensor:
+    """Attend causally within each segment, on the chosen kernel; returns [T, H, E]."""
+    return _KERNEL_FUNCTIONS[packing.kernel](q_THE, k_TGE, v_TGE, scaling, packing)
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    packing: Packing | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """Attend as transformers asks: [1, H, T, E] in, [1, T, H, E] out."""
+    if packing is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **rest
+        )
+    q_THE, k_TGE, v_TGE = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
+    return attend(q_THE, k_TGE, v_TGE, scaling, packing)[None], None
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:
+    if q.device.type == "cpu":
+        return packed_attention(q, k, v, scaling, packing.bounds)
+    return attention_cuda.sdpa(q, k, v, scaling, packing.bounds)
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:
+    shared = q.shape[1] // k.shape[1]
+    tokens = torch.arange(len(q), device=q.device)
+    segments = torch.bucketize(tokens, packing.bounds_device[1:], right=True)
+    seen_TT = (segments[:, None] == segments[None, :]) & (tokens[:, None] >= tokens[None, :])
+    k, v = (t.repeat_interleave(shared, 1) for t in (k, v))
+    scores_HTT = q.transpose(0, 1) @ k.permute(1, 2, 0) * scaling
+    weights_HTT = scores_HTT.masked_fill(~seen_TT, -torch.inf).softmax(-1, dtype=torch.float32)
+    return (weights_HTT.to(q.dtype) @ v.transpose(0, 1)).transpose(0, 1)
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    out: Tensor = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        packing.bounds_device,
+        packing.bounds_device,
+        packing.longest,
+        packing.longest,
+        softmax_scale=scaling,
+        causal=True,
+    )
+    return out
+
+
+def _torch_flash(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:
+    return attention_cuda.varlen(q, k, v, scaling, packing.bounds_device, packing.longest)
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:
+    segments = len(packing.bounds) - 1
+    if packing.bounds[-1] >= CUDNN_TOKENS * segments:
+        return attention_cuda.cudnn(q, k, v, scaling, packing.bounds)
+    # Whatever has cuDNN's kernel has FlashAttention-2.
+    absent = importlib.util.find_spec("flash_attn") is None
+    return (_torch_flash if absent else _flash_attn)(q, k, v, scaling, packing)
+
+
+_KERNEL_FUNCTIONS: dict[str, Callable[[Tensor, Tensor, Tensor, float, Packing], Tensor]] = {
+    "cudnn": _cudnn,
+    "flash-attn": _flash_attn,
+    "torch-flash": _torch_flash,
+    "sdpa": _sdpa,
+    "eager": _eager,
+}

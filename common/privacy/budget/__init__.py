@@ -1,0 +1,1 @@
+"""What was spent: ledger, guard, receipts."""

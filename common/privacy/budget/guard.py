@@ -1,0 +1,100 @@
+"""What stands between a hospital's training and everything that leaves it."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.files import write_json
+from common.model.session import Session
+from common.privacy.budget.ledger import Ledger, LedgerDoubtful
+from common.privacy.budget.receipts import receipt
+from common.privacy.mechanism.gradients import PrivateGradient
+from common.privacy.mechanism.noise import NoiseSource
+from common.privacy.plan import PrivacyPlan
+from common.text.batches import Encoded
+
+LEDGER, RECEIPT = "privacy-ledger.jsonl", "privacy-receipt.json"
+
+
+class Guard:
+    """One hospital's ledger and private gradient source, for one stretch of training.
+
+    A federated round and the single-node mode between two checkpoints use it the same way:
+    ``charge``, train with ``source``, ``release``, and only then let anything out.
+
+    Args:
+        plan: A calibrated plan.
+        hospital: Public name.
+        dataset: The hospital's encoded training samples.
+        folder: The hospital's own folder.
+        seed: Of the choice among a patient's admissions.
+        micro_batch: Samples per backward pass.
+        charged: Steps that the hospital's other files prove were charged.
+        released: Steps that they prove were released.
+
+    Raises:
+        LedgerDoubtful: if the ledger is behind either of them, or behind the last receipt.
+    """
+
+    def __init__(
+        self,
+        plan: PrivacyPlan,
+        *,
+        hospital: str,
+        dataset: Sequence[Encoded],
+        folder: Path,
+        seed: int,
+        micro_batch: int,
+        charged: int = 0,
+        released: int = 0,
+    ) -> None:
+        self.hospital, self.folder, self.seed = hospital, folder, seed
+        self.ledger = Ledger(folder / LEDGER, plan)
+        last, paper = self.ledger.entries()[-1], _last_receipt(folder / RECEIPT)
+        charged, released = max(charged, paper["steps"]), max(released, paper["released_steps"])
+        if last.total_steps < charged or last.released_steps < released:
+            raise LedgerDoubtful(
+                f"privacy ledger {LEDGER} holds fewer steps than this hospital's other files: it "
+                "was removed or restored from an older copy; nothing is released"
+            )
+        self.source = PrivateGradient(
+            dataset, plan, NoiseSource(), seed=seed, micro_batch=micro_batch
+        )
+
+    def charge(self, round_number: int, steps: int) -> int:
+        """Pay for a stretch before it is trained; returns the steps charged so far.
+
+        Raises:
+            BudgetExhausted: if the plan does not pay for it.
+        """
+        if self.ledger.plan.deterministic_noise:
+            text = f"{self.seed}|{self.hospital}|{self.ledger.taken}"
+            fixed = NoiseSource(hashlib.sha256(text.encode()).digest())
+            self.source.noise, self.source.mechanism = fixed, None
+        return self.ledger.charge(round_number, steps)
+
+    def release(
+        self, round_number: int, session: Session, source_digest: str, *, result: str
+    ) -> None:
+        """Record that the stretch's result, by its digest, leaves now; renew the receipt."""
+        self.ledger.release(round_number, result)
+        self._write_receipt(session, source_digest)
+
+    def settle(self, steps: int, session: Session, source_digest: str) -> None:
+        """Record that a result with the run's first ``steps`` steps is out; renew the receipt."""
+        self.ledger.settle(steps, steps)
+        self._write_receipt(session, source_digest)
+
+    def _write_receipt(self, session: Session, source_digest: str) -> None:
+        mechanism = self.source.mechanism_for(session)
+        paper = receipt(self.hospital, self.ledger, mechanism, source_digest)
+        write_json(self.folder / RECEIPT, paper)
+
+
+def _last_receipt(receipt_file: Path) -> dict[str, int]:
+    """Return a receipt's step counts; zeros before the first."""
+    if not receipt_file.exists():
+        return {"steps": 0, "released_steps": 0}
+    found: dict[str, int] = json.loads(receipt_file.read_text(encoding="utf-8"))
+    return found

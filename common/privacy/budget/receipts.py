@@ -1,0 +1,138 @@
+"""What a hospital can show: which mechanism ran, on what terms, and what it cost."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from common.privacy.accounting import Epsilon, epsilon
+from common.privacy.budget.ledger import Ledger
+from common.privacy.mechanism.noise import noise_name
+from common.privacy.mechanism.release import GaussianMechanism
+from common.privacy.plan import PrivacyPlan
+
+PRIVACY = "privacy.jsonl"
+"""A run's public account: one line per hospital and round, see ``ledger_line``."""
+INFINITY = "infinity"
+"""JSON has no infinity; ``float(INFINITY)`` is one."""
+
+
+NOT_COVERED = (
+    "metrics of this summary are the simulation's own, on held-out patients, outside the "
+    "guarantee; the baselines among them were fitted to the training patients without privacy"
+)
+
+
+def json_number(value: float) -> float | str:
+    """Return a number that strict JSON can hold.
+
+    >>> json_number(1.5), float(json_number(math.inf))
+    (1.5, inf)
+    """
+    return value if math.isfinite(value) else INFINITY
+
+
+def ledger_line(plan: PrivacyPlan, hospital: str, round_number: int, steps: int) -> dict[str, Any]:
+    """Return one line of privacy.jsonl: public constants, and epsilon after ``steps`` steps."""
+    cost = epsilon(plan, steps)
+    return {
+        "hospital": hospital,
+        "round": round_number,
+        "sampling_rate": plan.sampling_rate,
+        "noise_multiplier": plan.sigma,
+        "clip_norm": plan.clip_norm,
+        "steps": steps,
+        "epsilon": json_number(cost.value),
+        "delta": plan.delta,
+        "unit": plan.unit,
+        "accountant": accountant_name(plan),
+    }
+
+
+def accountant_name(plan: PrivacyPlan) -> str:
+    """Return which accountants' larger figure is reported.
+
+    >>> plan = PrivacyPlan(clip_norm=1.0, noise_multiplier=1.0, sampling_rate=0.1, steps=1,
+    ...     expected_batch=1, max_admissions_per_patient=2, delta=1e-5)
+    >>> accountant_name(plan)
+    'max(opacus prv, dp-accounting pld)'
+    """
+    return f"max(opacus {plan.accountant}, dp-accounting pld)"
+
+
+def receipt(
+    hospital: str, ledger: Ledger, mechanism: GaussianMechanism, source_digest: str
+) -> dict[str, Any]:
+    """Return a hospital's machine-readable receipt for what its ledger holds.
+
+    A ledger with a single entry of deterministic noise has epsilon = infinity, whatever the plan
+    says.
+
+    Args:
+        hospital: Public name.
+        ledger: The hospital's ledger.
+        mechanism: The mechanism that released.
+        source_digest: Digest of the code that ran.
+    """
+    plan, entries = ledger.plan, ledger.entries()
+    steps = entries[-1].total_steps
+    reproducible = any(entry.deterministic for entry in entries) or not mechanism.noise.secret
+    cost = Epsilon(math.inf, math.inf, math.inf) if reproducible else epsilon(plan, steps)
+    return {
+        "hospital": hospital,
+        "mechanism": "DP-SGD on B: Poisson sampling, per-unit clipping, discrete Gaussian noise",
+        "unit": plan.unit,
+        "relation": plan.relation,
+        "sampling_rate": plan.sampling_rate,
+        "noise_multiplier": plan.sigma,
+        "clip_norm": plan.clip_norm,
+        "expected_batch": plan.expected_batch,
+        "max_admissions_per_patient": plan.max_admissions_per_patient,
+        "steps": steps,
+        "released_steps": entries[-1].released_steps,
+        "planned_steps": plan.steps,
+        "epsilon": json_number(cost.value),
+        "delta": plan.delta,
+        "accountant": accountant_name(plan),
+        "epsilon_accountant": json_number(cost.accountant),
+        "epsilon_cross_check": json_number(cost.cross_check),
+        "noise": mechanism.noise.name,
+        "noise_std": mechanism.grid.std,
+        "grid_step": mechanism.grid.step,
+        "noise_residue": mechanism.residue,
+        "parameters": mechanism.parameters,
+        "plan_sha256": plan.fingerprint,
+        "source_digest": source_digest,
+        "private": not reproducible,
+    }
+
+
+def privacy_summary(plan: PrivacyPlan, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return summary.json's ``privacy``: what the run's privacy.jsonl adds up to.
+
+    Patients are in one hospital only, so hospitals compose in parallel: epsilon is the largest.
+
+    Args:
+        plan: The run's plan.
+        lines: Lines of privacy.jsonl in the order of writing.
+    """
+    last = {line["hospital"]: line for line in lines}
+    per_hospital = [
+        {"hospital": name, "steps": last[name]["steps"], "epsilon": last[name]["epsilon"]}
+        for name in sorted(last)
+    ]
+    largest = max((float(entry["epsilon"]) for entry in per_hospital), default=0.0)
+    return {
+        "unit": plan.unit,
+        "relation": plan.relation,
+        "epsilon": json_number(largest),
+        "delta": plan.delta,
+        "accountant": accountant_name(plan),
+        "noise": noise_name(secret=not plan.deterministic_noise),
+        "noise_multiplier": plan.sigma,
+        "clip_norm": plan.clip_norm,
+        "sampling_rate": plan.sampling_rate,
+        "expected_batch": plan.expected_batch,
+        "planned_steps": plan.steps,
+        "per_hospital": per_hospital,
+        "not_covered": NOT_COVERED,
+    }

@@ -1,0 +1,1 @@
+"""Unit gradients, clipping, sampling, noise, and the release they make."""

@@ -1,0 +1,1 @@
+"""The wire contract: what a message between server and hospital may hold."""

@@ -1,0 +1,382 @@
+"""The wire contract: B and nothing else, checked on both sides.
+
+A message to a hospital holds one ArrayRecord with the B matrices and one ConfigRecord of
+allow-listed scalars. The reply holds one ArrayRecord with the same keys and one MetricRecord of
+allow-listed scalars. A never travels: both sides draw it from its seed and compare fingerprints
+in a ``query`` message before round 1.
+"""
+
+import io
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from common.errors import FedrxError, RunFailed
+from common.wire.codecs import decode, is_lossy, wire_layout
+
+Tensors = dict[str, np.ndarray[Any, Any]]
+Shapes = Mapping[str, tuple[int, ...]]
+
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+
+TO_HOSPITAL = frozenset({"round"})
+TRAIN_REPLY = frozenset({"round", "weight", "train-loss", "steps", "seconds"})
+EVALUATE_REPLY = frozenset({"round", "weight", "loss"})
+PRIVATE_TRAIN_REPLY = frozenset({"round", "weight", "steps"})
+"""With privacy on: the weight is a constant, and steps are those that the ledger has charged."""
+PUBLIC_WEIGHT = 1.0
+"""With privacy on a hospital's number of samples is private, so all hospitals weigh the same."""
+_HELLO = frozenset(
+    {
+        *("hospital", "of", "a-sha256", "backbone-sha256", "source-sha256"),
+        *("device", "dtype", "dtype-reason", "attention", "attention-reason"),
+    }
+)
+HELLO_REPLY = _HELLO | {"patients", "samples", "train-samples", "validation-samples"}
+PRIVATE_HELLO_REPLY = _HELLO | {"privacy-plan-sha256"}
+"""With privacy on no count leaves a hospital; what is compared is the plan."""
+LARGEST_SCALAR = 1e15
+"""Sums and products of such numbers stay finite."""
+_SERIALISATION = "numpy.ndarray"
+"""Flower's name for the .npy format, the only one that is read."""
+_LONGEST_HEADER_BYTES = 256
+
+
+LONGEST_QUOTE, LONGEST_REASON = 100, 300
+"""Characters of foreign text that reach a log; of a reason Flower's own frame takes 100."""
+_SCALARS = TO_HOSPITAL | TRAIN_REPLY | EVALUATE_REPLY | HELLO_REPLY | PRIVATE_HELLO_REPLY
+
+
+class ContractError(FedrxError):
+    """A message that breaks the wire contract; the text says how, never any value of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fingerprints:
+    """What must be equal on all sides before anything is trained (sha256, hexadecimal)."""
+
+    a: str
+    backbone: str
+    source: str
+
+    def check(self, hospital: str, theirs: "Fingerprints") -> None:
+        """Compare with a hospital's.
+
+        Raises:
+            RunFailed: naming the hospital, what differs, and both values.
+        """
+        for name, ours in asdict(self).items():
+            value = asdict(theirs)[name]
+            if value != ours:
+                raise RunFailed(
+                    f"{hospital}: {name} fingerprint differs: server {ours}, {hospital} {value}; "
+                    "fix: give both sides the same FedRx version, backbone and adapter settings"
+                )
+
+
+def to_record(wire: Tensors) -> ArrayRecord:
+    """Pack arrays in their wire layout (``common.wire.codecs``), keys sorted."""
+    return ArrayRecord({key: Array(np.ascontiguousarray(wire[key])) for key in sorted(wire)})
+
+
+def check_arrays(record: ArrayRecord, shapes: Shapes, codec: str = "fp32") -> Tensors:
+    """Unpack an ArrayRecord that must hold exactly the keys of ``shapes``.
+
+    Args:
+        record: What arrived.
+        shapes: Wire key -> shape, of every matrix that may travel and no other.
+        codec: How the matrices are written.
+
+    Returns:
+        The matrices in fp32.
+
+    Raises:
+        ContractError: for an unknown or missing key, a key that is not a B, a wrong shape or
+            dtype, NaN or infinity.
+    """
+    for key in record:
+        if key not in shapes:
+            kind = "is not a B matrix" if not key.endswith("lora_B") else "is unknown"
+            raise ContractError(f"key {shortened(key)!r} {kind}")
+    missing = sorted(set(shapes) - set(record))
+    if missing:
+        raise ContractError(f"key {missing[0]!r} is missing ({len(missing)} in all)")
+    tensors: Tensors = {}
+    for key, shape in shapes.items():
+        array, (dtype, layout) = record[key], wire_layout(codec, shape)
+        if array.dtype != dtype.name:
+            raise ContractError(f"{key}: dtype {shortened(array.dtype)}, expected {dtype.name}")
+        if tuple(array.shape) != layout:
+            found = shortened(str(tuple(array.shape)))
+            raise ContractError(f"{key}: shape {found}, expected {layout}")
+        try:
+            value = _unpacked(array, dtype, layout)
+        except ContractError as error:
+            raise ContractError(f"{key}: {error}") from None
+        tensors[key] = _finite(key, decode(codec, value, shape))
+    return tensors
+
+
+def _unpacked(array: Array, dtype: np.dtype[Any], layout: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """Read an array's .npy data without allocating anything that its header asks for."""
+    size = dtype.itemsize * math.prod(layout)
+    head = len(array.data) - size
+    if array.stype != _SERIALISATION or not array.data.startswith(np.lib.format.MAGIC_PREFIX):
+        raise ContractError("its data cannot be read")
+    if not 0 < head <= _LONGEST_HEADER_BYTES:
+        raise ContractError(f"its data is not {dtype.name} of shape {layout}")
+    header = io.BytesIO(array.data[:head])
+    try:
+        np.lib.format.read_magic(header)
+        found = np.lib.format.read_array_header_1_0(header)
+    except Exception:  # the header is a Python literal: broken ones fail in many ways
+        raise ContractError("its data cannot be read") from None
+    if found != (layout, False, dtype) or header.tell() != head:
+        raise ContractError(f"its data is not {dtype.name} of shape {layout}")
+    return np.frombuffer(array.data, dtype=dtype, offset=head).reshape(layout).copy()
+
+
+def _finite(key: str, value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    if not np.isfinite(value).all():
+        raise ContractError(f"{key}: holds NaN or infinity")
+    return value
+
+
+def only_record(content: RecordDict, kind: str) -> Any:
+    """Return the single record of one kind (``array``, ``metric`` or ``config``).
+
+    Raises:
+        ContractError: if there is none or more than one.
+    """
+    records = list(getattr(content, f"{kind}_records").values())
+    if len(records) != 1:
+        raise ContractError(f"{len(records)} {kind} records, expected 1")
+    return records[0]
+
+
+def check_scalars(record: Mapping[str, Any], allowed: frozenset[str]) -> dict[str, Any]:
+    """Return a record's values if its keys are exactly ``allowed`` and its numbers are small.
+
+    Raises:
+        ContractError: naming the key.
+    """
+    unknown, missing = sorted(set(record) - allowed), sorted(allowed - set(record))
+    if unknown or missing:
+        if unknown:
+            raise ContractError(f"scalar {shortened(unknown[0])!r} is not allowed")
+        raise ContractError(f"no scalar {missing[0]!r}")
+    for key, value in record.items():
+        if isinstance(value, list | bytes):
+            raise ContractError(f"scalar {key!r} is not a scalar")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ContractError(f"scalar {key!r} is not finite")
+        if isinstance(value, int | float) and abs(value) > LARGEST_SCALAR:
+            raise ContractError(f"scalar {key!r} is beyond {LARGEST_SCALAR:g}")
+    return dict(record)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """One hospital's checked reply to a train message."""
+
+    hospital: str
+    b: Tensors
+    weight: float
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Due:
+    """What the scalars of an honest train reply are known to be, without privacy."""
+
+    weight: float
+    """The training samples that the hospital told in its handshake."""
+    steps: int
+    """What it was asked for."""
+
+
+def train_message(wire: Tensors, *, server_round: int) -> RecordDict:
+    """Build the content of a train or evaluate message from the B matrices' wire arrays."""
+    return RecordDict({ARRAYS: to_record(wire), CONFIG: ConfigRecord({"round": server_round})})
+
+
+def read_message(content: RecordDict, shapes: Shapes, codec: str = "fp32") -> tuple[Tensors, int]:
+    """Check what the server sent, on the hospital's side.
+
+    Returns:
+        The B matrices (fp32) and the round.
+
+    Raises:
+        ContractError: if anything but B and the allow-listed scalars is inside.
+    """
+    _check_kinds(content, arrays=True, metrics=False, configs=True)
+    scalars = check_scalars(only_record(content, "config"), TO_HOSPITAL)
+    b = check_arrays(only_record(content, "array"), shapes, codec)
+    if type(scalars["round"]) is not int:
+        raise ContractError("scalar 'round' is not an integer")
+    return b, scalars["round"]
+
+
+def train_reply(
+    wire: Tensors, metrics: Mapping[str, float], *, private: bool = False
+) -> RecordDict:
+    """Build the content of a reply to a train message from wire arrays."""
+    allowed = PRIVATE_TRAIN_REPLY if private else TRAIN_REPLY
+    return RecordDict(
+        {ARRAYS: to_record(wire), METRICS: MetricRecord(check_scalars(metrics, allowed))}
+    )
+
+
+def evaluate_reply(metrics: Mapping[str, float]) -> RecordDict:
+    """Build the content of a reply to an evaluate message: scalars only."""
+    return RecordDict({METRICS: MetricRecord(check_scalars(metrics, EVALUATE_REPLY))})
+
+
+def read_train_reply(
+    content: RecordDict,
+    shapes: Shapes,
+    *,
+    hospital: str,
+    server_round: int,
+    charged: tuple[int, int] | None = None,
+    due: Due | None = None,
+    codec: str = "fp32",
+    base: Tensors | None = None,
+) -> Update:
+    """Check a hospital's reply, on the server's side.
+
+    Args:
+        content: What arrived.
+        shapes: Wire key -> shape.
+        hospital: Who sent it.
+        server_round: The round that was asked for.
+        charged: Under differential privacy: the least and the most steps that the hospital's
+            ledger may show, and the weight must be 1; None without it.
+        due: Without it: what weight and steps must be.
+        codec: How the matrices are written.
+        base: The B that the hospital started from; with a lossy codec it sends the change of it.
+
+    Raises:
+        ContractError: for anything but this round's B, allow-listed finite scalars, a weight that
+            is a finite positive number, and what was due.
+    """
+    _check_kinds(content, arrays=True, metrics=True, configs=False)
+    allowed = TRAIN_REPLY if charged is None else PRIVATE_TRAIN_REPLY
+    metrics = check_scalars(only_record(content, "metric"), allowed)
+    _check_round(metrics, server_round)
+    weight = _check_weight(metrics)
+    if charged is not None:
+        _check_private(metrics, *charged)
+    else:
+        _check_not_negative(metrics, "train-loss", "seconds")
+    if due is not None:
+        _check_due(metrics, due)
+    b = check_arrays(only_record(content, "array"), shapes, codec)
+    if is_lossy(codec) and base is not None:
+        b = {key: _finite(key, base[key] + change) for key, change in b.items()}
+    return Update(hospital=hospital, b=b, weight=weight, metrics=metrics)
+
+
+def read_evaluate_reply(
+    content: RecordDict, *, server_round: int, most_tokens: int
+) -> dict[str, float]:
+    """Check a hospital's reply to an evaluate message.
+
+    Args:
+        content: What arrived.
+        server_round: The round that was asked for.
+        most_tokens: The weight is a number of tokens, and no larger.
+
+    Raises:
+        ContractError: as for ``read_train_reply``; arrays are not allowed at all.
+    """
+    _check_kinds(content, arrays=False, metrics=True, configs=False)
+    metrics = check_scalars(only_record(content, "metric"), EVALUATE_REPLY)
+    _check_round(metrics, server_round)
+    _check_not_negative(metrics, "loss")
+    weight = _check_weight(metrics)
+    if weight > most_tokens or weight != int(weight):
+        raise ContractError(f"weight is not a whole number of tokens up to {most_tokens}")
+    return metrics
+
+
+def shortened(text: str, limit: int = LONGEST_QUOTE) -> str:
+    r"""Return a foreign text as one printable line of at most so many characters.
+
+    >>> shortened("two\n\x1blines"), len(shortened("x" * 1_000_000))
+    ('two lines', 100)
+    """
+    printable = "".join(c if c.isprintable() else " " for c in text[: 2 * limit])
+    line = " ".join(printable.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def describe(message: Message, tensors: Collection[str]) -> dict[str, Any]:
+    """Return what wire.jsonl records of a message: tensor names, scalar names and bytes.
+
+    Args:
+        message: In either direction; what arrives is not checked yet.
+        tensors: The names that tensors may have; of others, and of scalars that no message has,
+            only the number is told.
+    """
+    content = message.content
+    arrays = list(content.array_records.values())
+    scalars = [*content.metric_records.values(), *content.config_records.values()]
+    names = [key for record in arrays for key in record]
+    labels = [key for record in scalars for key in record]
+    unknown = sum(name not in tensors for name in names)
+    unknown += sum(label not in _SCALARS for label in labels)
+    return {
+        "tensors": sorted(name for name in names if name in tensors),
+        "scalars": sorted(label for label in labels if label in _SCALARS),
+        **({"unknown": unknown} if unknown else {}),
+        "bytes": sum(len(array.data) for record in arrays for array in record.values()),
+    }
+
+
+def _check_kinds(content: RecordDict, *, arrays: bool, metrics: bool, configs: bool) -> None:
+    expected = {"array": arrays, "metric": metrics, "config": configs}
+    for kind, wanted in expected.items():
+        count = len(getattr(content, f"{kind}_records"))
+        if count != int(wanted):
+            raise ContractError(f"{count} {kind} records, expected {int(wanted)}")
+
+
+def _check_round(metrics: Mapping[str, Any], server_round: int) -> None:
+    if metrics["round"] != server_round:
+        raise ContractError(f"answers round {metrics['round']}, expected {server_round}")
+
+
+def _check_weight(metrics: Mapping[str, Any]) -> float:
+    weight = metrics["weight"]
+    if isinstance(weight, bool) or not weight > 0:
+        raise ContractError("weight is not a finite positive number")
+    return float(weight)
+
+
+def _check_not_negative(metrics: Mapping[str, Any], *keys: str) -> None:
+    for key in keys:
+        if metrics[key] < 0:
+            raise ContractError(f"scalar {key!r} is negative")
+
+
+def _check_due(metrics: Mapping[str, Any], due: Due) -> None:
+    if metrics["weight"] != due.weight:
+        raise ContractError(f"weight is not {due.weight:g}, the training samples that it told")
+    if metrics["steps"] != due.steps:
+        raise ContractError(f"steps are not the {due.steps} that it was asked for")
+
+
+def _check_private(metrics: Mapping[str, Any], least: int, most: int) -> None:
+    if metrics["weight"] != PUBLIC_WEIGHT:
+        raise ContractError(f"weight is not {PUBLIC_WEIGHT:g}: with privacy on all weigh the same")
+    steps = metrics["steps"]
+    if isinstance(steps, bool) or not least <= steps <= most or steps != int(steps):
+        raise ContractError(
+            f"steps charged are not a whole number from {least} to {most}: "
+            "its ledger has lost entries, or belongs to another run"
+        )

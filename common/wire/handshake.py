@@ -1,0 +1,67 @@
+"""What a hospital says in the handshake, and what each value may be."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from common.wire.contract import HELLO_REPLY, PRIVATE_HELLO_REPLY, ContractError, check_scalars
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""A hospital's name: it becomes a folder's."""
+MOST_HOSPITALS = 10_000
+LONGEST_TEXT = 1_000
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_COUNTS = frozenset({"patients", "samples", "train-samples", "validation-samples"})
+
+
+def check_hello(record: Mapping[str, Any], *, private: bool) -> dict[str, Any]:
+    """Return a handshake's values if each is of its kind.
+
+    Args:
+        record: What arrived.
+        private: Whether differential privacy is on: then a plan comes, and no count.
+
+    Raises:
+        ContractError: naming the key and what it must be.
+    """
+    hello = check_scalars(record, PRIVATE_HELLO_REPLY if private else HELLO_REPLY)
+    for key, value in hello.items():
+        good, kind = _rule(key)
+        if not good(value):
+            raise ContractError(f"scalar {key!r} is not {kind}")
+    return hello
+
+
+def claimed_name(record: Mapping[str, Any]) -> str | None:
+    """Return the hospital that a handshake names, if that is a name at all.
+
+    >>> claimed_name({"hospital": "north"}), claimed_name({"hospital": " "}), claimed_name({})
+    ('north', None, None)
+    """
+    name = record.get("hospital")
+    return name if isinstance(name, str) and NAME_PATTERN.fullmatch(name) else None
+
+
+def _rule(key: str) -> tuple[Callable[[Any], bool], str]:
+    if key == "hospital":
+        return lambda value: _matches(NAME_PATTERN, value), f"a name like {NAME_PATTERN.pattern}"
+    if key.endswith("-sha256"):
+        return lambda value: _matches(_SHA256, value), "a sha256 in hexadecimal"
+    if key == "of":
+        return lambda value: _whole(value) and 1 <= value <= MOST_HOSPITALS, (
+            f"an integer from 1 to {MOST_HOSPITALS}"
+        )
+    if key in _COUNTS:
+        return lambda value: _whole(value) and value >= 0, "an integer from 0"
+    return (
+        lambda value: isinstance(value, str) and len(value) <= LONGEST_TEXT,
+        f"text of at most {LONGEST_TEXT} characters",
+    )
+
+
+def _matches(pattern: re.Pattern[str], value: Any) -> bool:
+    return isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,200 @@
+"""``fedrx evaluate``: answers of a run's adapter on held-out patients, with baselines beside."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+
+from common.config import Config
+from common.configio import differences, from_flat, parse_overrides
+from common.data.partition import Hospital, assign_hospitals
+from common.data.prepare import load_samples
+from common.data.samples import SampleTable
+from common.errors import UserError
+from common.evaluation.answers import B, choose_cases, evaluate_answers
+from common.files import json_line, write_text
+from common.model.session import Session
+from common.rundir import RunDirectory
+from common.training.resident_session import session_of
+from sim.process.lock import exclusive
+from sim.process.progress import Meter
+from sim.report.run_report import write_report
+from sim.report.terminal import show_summary
+
+PREDICTIONS = "predictions.jsonl"
+Row = dict[str, Any]
+_FREE_KEYS = (
+    "evaluation.",
+    "model.attention",
+    "model.kernels",
+    "model.weights",
+    "train.device",
+    "train.dtype",
+    "train.threads",
+)
+
+
+def evaluate(
+    run: RunDirectory,
+    *,
+    console: Console,
+    checkpoint: str | None = None,
+    overrides: Iterable[str] = (),
+) -> dict[str, Any]:
+    """Evaluate a finished run again, and write its report anew.
+
+    Args:
+        run: The run's directory.
+        console: Where progress and results are shown.
+        checkpoint: Name of a checkpoint; default the last.
+        overrides: ``key=value`` of the evaluation, see ``evaluate_run``.
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        UserError: If the run has not finished, another process works on it, or see
+            ``evaluate_run``.
+    """
+    state = run.status()["state"]
+    if state != "finished":
+        raise UserError(f"{run.path} is {state}", allowed="a finished run", fix="`fedrx resume` it")
+    with exclusive(run):
+        summary = evaluate_run(run, checkpoint=checkpoint, overrides=overrides, console=console)
+        write_report(run)
+    show_summary(console, run, summary)
+    return summary
+
+
+def evaluate_run(
+    run: RunDirectory,
+    *,
+    checkpoint: str | None = None,
+    overrides: Iterable[str] = (),
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Answer held-out admissions with a run's B, the untrained backbone and the baselines.
+
+    Writes predictions.jsonl, and ``metrics`` and ``evaluation`` in summary.json. There the last
+    checkpoint is ``fedrx``; an earlier one stands beside it under its own name, for as long as
+    the last is evaluated in the same way. A judgement of answers that are no longer there is
+    taken out.
+
+    Args:
+        run: Any run directory with a checkpoint, federated or single.
+        checkpoint: Name of a checkpoint; default the last.
+        overrides: ``key=value``; only ``evaluation.*`` and where and how to compute.
+        console: Where progress is shown, if anywhere.
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        UserError: If an override would change what was trained, the data, the backbone or A are
+            not those of the run, there is no such checkpoint, or nothing is held out.
+    """
+    config = _overridden(run.config(), overrides)
+    loaded, last = run.load_checkpoint(checkpoint), run.load_checkpoint()
+    inputs = run.read_json("environment.json").get("inputs", {})
+    table, hospitals = _hospitals(config, inputs)
+    session = session_of(config)
+    _require("the backbone", session.spec.fingerprint, inputs.get("backbone"), "model.backbone")
+    _require("A", session.adapter.a_fingerprint, inputs.get("a"), "adapter.seed")
+    settings = config.evaluation
+    way = {"checkpoint": last.name, "settings": asdict(settings), **_compute(session)}
+    # A run that plain `flwr run` made does not know its source yet.
+    summary = {"source": table.source, **run.read_json("summary.json")}
+    known = summary.get("evaluation", {})
+    beside = {key: known.get(key) for key in way} == way
+    adapters: dict[str, B | None] = {"fedrx": last.b, "untrained": None}
+    if loaded.name != last.name:
+        adapters = {loaded.name: loaded.b} if beside else {**adapters, loaded.name: loaded.b}
+    cases = len(choose_cases(hospitals, samples=settings.samples, seed=settings.seed))
+    meter = Meter(console or Console(quiet=True), "answers", cases * len(adapters))
+    names = list(adapters)
+    with meter:
+        found = evaluate_answers(
+            session,
+            hospitals,
+            config,
+            adapters,
+            progress=lambda model, done, of: meter.update(names.index(model) * of + done, model),
+        )
+    if console is not None:
+        _show(console, found.facts)
+    old = run.lines(PREDICTIONS)
+    rows = found.predictions
+    if beside:
+        rows = _together(old, rows)
+        found.facts["generation"] = {**known["generation"], **found.facts["generation"]}
+    lines = [json_line(row) for row in rows]
+    if not old or not set(map(json_line, old)) <= set(lines):
+        # These are about answers that will be gone, so they go first.
+        for about_answers in ("judge", "review"):
+            summary.pop(about_answers, None)
+        run.write_json("summary.json", summary)
+    write_text(run.path / PREDICTIONS, "".join(lines))
+    summary["metrics"] = {**(summary["metrics"] if beside else {}), **found.metrics}
+    summary["evaluation"] = {**found.facts, **way}
+    run.write_json("summary.json", summary)
+    return summary
+
+
+def _together(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """Put new rows in the place of old ones, or after them."""
+    return list({(row["case"], row["model"]): row for row in (*old, *new)}.values())
+
+
+def _overridden(config: Config, overrides: Iterable[str]) -> Config:
+    changed = from_flat(parse_overrides(overrides), base=config)
+    refused = [line for line in differences(config, changed) if not line.startswith(_FREE_KEYS)]
+    if refused:
+        raise UserError(
+            f"--set would change what was trained: {'; '.join(refused)}",
+            allowed="evaluation.*, model.attention, model.kernels, model.weights, train.device, "
+            "train.dtype, train.threads",
+            fix="leave it out, or train a run with it",
+        )
+    return changed
+
+
+def _hospitals(config: Config, inputs: dict[str, str]) -> tuple[SampleTable, Sequence[Hospital]]:
+    table = load_samples(config.data)
+    # With other data, held-out patients could be ones that were trained on.
+    _require("the data", table.digest, inputs.get("samples"), "data.path")
+    hospitals = assign_hospitals(
+        table.admissions,
+        config.partition,
+        hospitals=config.federation.hospitals,
+        data=config.data,
+    )
+    return table, hospitals
+
+
+def _require(what: str, found: str, recorded: str | None, key: str) -> None:
+    if recorded is not None and found != recorded:
+        raise UserError(
+            f"{what} is not what the run was trained with: {found[:12]}, not {recorded[:12]}",
+            fix=f"restore what {key} named",
+        )
+
+
+def _compute(session: Session) -> dict[str, Any]:
+    return {"device": session.device.value, "dtype": session.dtype.value}
+
+
+def _show(console: Console, facts: dict[str, Any]) -> None:
+    for model, one in facts["generation"].items():
+        cut = f", {one['cut_answers']} cut at evaluation.max-new-tokens" * bool(one["cut_answers"])
+        console.print(
+            f"{model}: {facts['samples']} answers, {one['tokens']} tokens in "
+            f"{one['seconds']:.1f} s{cut}",
+            style="dim",
+            highlight=False,
+        )
+    if facts["dropped_diagnoses"]:
+        console.print(
+            f"{facts['dropped_diagnoses']} diagnoses left out of prompts (train.max-length)",
+            highlight=False,
+        )

@@ -1,0 +1,144 @@
+"""``fedrx judge``: appropriateness of a run's lists by an LLM, gated by the data's use terms."""
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from common.config import JudgeConfig
+from common.configio import from_flat, parse_overrides
+from common.errors import UserError
+from common.evaluation.judge.gate import Statement
+from common.evaluation.judge.judging import judge_run
+from common.evaluation.judge.plan import JudgePlan, plan_judging
+from common.rundir import RunDirectory
+from sim.process.lock import exclusive
+from sim.process.progress import Meter
+
+
+def plan(
+    run: RunDirectory,
+    *,
+    overrides: Iterable[str] = (),
+    predicted_by: Sequence[str] = (),
+    agreement_host: str = "",
+    agreement: str = "",
+) -> JudgePlan:
+    """Check settings and data-use terms; nothing is sent.
+
+    Args:
+        run: A run with predictions.
+        overrides: ``key=value`` of the section ``judge`` alone.
+        predicted_by: Models to judge; empty for all.
+        agreement_host: The host that an agreement covers.
+        agreement: The agreement, in words.
+
+    Raises:
+        UserError: For other keys, half a statement, and see ``plan_judging``.
+    """
+    if bool(agreement_host) != bool(agreement):
+        raise UserError(
+            "--agreement-host and --agreement go together",
+            allowed="both or neither",
+            fix="state the host and the agreement that covers it",
+        )
+    statement = Statement(host=agreement_host, agreement=agreement) if agreement else None
+    return plan_judging(
+        run, judge_config(run, overrides), predicted_by=predicted_by, statement=statement
+    )
+
+
+def judge_config(run: RunDirectory, overrides: Iterable[str]) -> JudgeConfig:
+    """Return the run's ``[judge]`` section with overrides.
+
+    Raises:
+        UserError: For a key of another section: it would describe another run.
+    """
+    values = parse_overrides(overrides)
+    foreign = [key for key in values if not key.startswith("judge.")]
+    if foreign:
+        raise UserError(
+            f"--set {foreign[0]}: the run is done",
+            allowed="keys of the section judge",
+            fix="leave it out",
+        )
+    return from_flat(values, base=run.config()).judge
+
+
+def judge(run: RunDirectory, prepared: JudgePlan, *, console: Console) -> dict[str, Any]:
+    """Ask the judge with progress shown, and show the result.
+
+    Args:
+        run: The run that the plan is of.
+        prepared: From ``plan``.
+        console: Where progress and figures are shown.
+
+    Returns:
+        The ``judge`` part of summary.json.
+
+    Raises:
+        UserError: If the server refuses.
+        RunFailed: If it does not answer, or the cost limit is reached.
+    """
+    key = os.environ.get(prepared.config.api_key_env, "") if prepared.config.api_key_env else ""
+    with exclusive(run), Meter(console, "judgements", len(prepared.tasks)) as meter:
+        result = judge_run(
+            run, prepared, api_key=key, progress=lambda done, of: meter.update(done, "")
+        )
+    show_judgement(console, result)
+    return result
+
+
+def show_estimate(console: Console, figures: dict[str, Any]) -> None:
+    """Show what a dry run found."""
+    console.print(
+        f"{figures['calls']} calls to {figures['server']} ({figures['cached']} more are in the "
+        f"cache; each may need one repair)\nabout {figures['input_tokens']:,} tokens in and "
+        f"{figures['output_tokens']:,} out: {figures['cost_usd']:.2f} USD, at most "
+        f"{figures['most_usd']:.2f}; spent so far {figures['spent_usd']:.2f}\n"
+        f"data: {figures['source']}. Nothing was sent.",
+        markup=False,
+        highlight=False,
+    )
+
+
+def show_judgement(console: Console, result: dict[str, Any]) -> None:
+    """Show appropriateness by model, with everything that is not in the mean beside it."""
+    table = Table(title=f"Appropriateness by {result['model']} (research only)")
+    table.add_column("list by")
+    for name in ("suitable", "95% interval", "scored", "unscored", "no list", "empty"):
+        table.add_column(name, justify="right")
+    for model, one in result["appropriateness"].items():
+        low_high = one["interval"]
+        table.add_row(
+            model,
+            percent(one["mean"]),
+            f"{100 * low_high[0]:.1f}-{percent(low_high[1])}" if low_high else "-",
+            *(str(one[name]) for name in ("scored", "unscored", "unanswered", "empty")),
+        )
+    console.print(table)
+    agreement, usage = result["agreement"], result["usage"]
+    if agreement["drugs"]:
+        alpha = agreement["alpha"]
+        console.print(
+            f"agreement on {agreement['drugs']} drugs: unanimous "
+            f"{percent(agreement['unanimous'])}, Krippendorff's alpha "
+            f"{'-' if alpha is None else f'{alpha:.3f}'}, flip rate {percent(result['flip_rate'])}",
+            highlight=False,
+        )
+    console.print(
+        f"{usage['calls']} calls, {usage['input_tokens']:,} tokens in, "
+        f"{usage['output_tokens']:,} out, {result['cost_usd']:.4f} USD",
+        highlight=False,
+    )
+
+
+def percent(share: float | None) -> str:
+    """Write a share.
+
+    >>> percent(0.8114), percent(None)
+    ('81.1%', '-')
+    """
+    return "-" if share is None else f"{share:.1%}"

@@ -1,0 +1,244 @@
+"""``fedrx review make`` and ``fedrx review import``."""
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from common.data.names import read_drug_map
+from common.errors import UserError
+from common.evaluation.judge.gate import source_of_run
+from common.evaluation.review.packet import (
+    ORDERED,
+    Packet,
+    make_packet,
+    packet_folder,
+    packet_sha256,
+)
+from common.evaluation.review.packet_import import check_against_packet, read_review
+from common.evaluation.review.scores import Level, summarise_reviews
+from common.files import atomic_path, write_json
+from common.rundir import RunDirectory
+from sim.report.page import render
+
+
+def make_review(
+    run: RunDirectory,
+    *,
+    models: Sequence[str] = (),
+    cases: int = 0,
+    seed: int = 0,
+    include_ordered: bool = False,
+    out: Path | None = None,
+) -> Path:
+    """Write the packet's page and, into the run directory, its key.
+
+    Args:
+        run: A run with predictions.jsonl.
+        models: Whose lists are shown; empty for all.
+        cases: How many cases; 0 for all.
+        seed: Of the choice of cases and of the lists' order.
+        include_ordered: Show the true list among the others, as a control.
+        out: The page; default inside the run directory.
+
+    Returns:
+        The page.
+
+    Raises:
+        UserError: See ``make_packet``.
+    """
+    source = source_of_run(run.read_json("summary.json"), run.read_json("data.json"))
+    packet = make_packet(
+        run.lines("predictions.jsonl"),
+        source=source,
+        models=models,
+        cases=cases,
+        seed=seed,
+        include_ordered=include_ordered,
+    )
+    folder = run.path / packet_folder(packet.sha256)
+    _private_json(folder / "key.json", packet.key)
+    _private_json(folder / "packet.json", packet.shown)
+    page = out or folder / "review.html"
+    try:
+        _private(page, render_review(packet))
+    except OSError as error:
+        raise UserError(f"{page}: {error.strerror}", fix="name another --out") from None
+    return page
+
+
+def render_review(packet: Packet) -> str:
+    """Return the page: it shows the packet, and knows nothing of the key."""
+    return render(
+        "review.html",
+        styles=("base.css", "review.css"),
+        script="review.js",
+        data={"sha256": packet.sha256, "shown": packet.shown},
+    )
+
+
+def import_reviews(run: RunDirectory, files: Sequence[Path]) -> dict[str, Any]:
+    """Check downloaded reviews, keep them with the run, and score all of the packet's reviews.
+
+    A reviewer's newer file replaces the older one.
+
+    Args:
+        run: The run that the packet was made from.
+        files: All of one packet.
+
+    Returns:
+        The ``review`` part of summary.json.
+
+    Raises:
+        UserError: For a file that is damaged, of another packet, or not a review; nothing is
+            imported then.
+    """
+    read = [(file, read_review(file)) for file in files]
+    packets = {review["packet"] for _, review in read}
+    if len(packets) != 1:
+        raise UserError(
+            f"these files are of {len(packets)} packets",
+            allowed="files of one packet",
+            fix="import one packet's reviews at a time",
+        )
+    sha256 = packets.pop()
+    folder = run.path / packet_folder(sha256)
+    shown, key = _packet(run, folder, sha256)
+    predictions = run.lines("predictions.jsonl")
+    _require_same_predictions(shown, key, predictions)
+    checked = [check_against_packet(review, shown, name=file.name) for file, review in read]
+    names = [review["reviewer"].casefold() for review in checked]
+    if len(set(names)) < len(names):
+        raise UserError(
+            "two of these files are by the same reviewer",
+            fix="import the newer one, or give the reviewers different names",
+        )
+    for review in checked:
+        _private_json(folder / "reviews" / f"{_slug(review['reviewer'])}.json", review)
+    stored = sorted((folder / "reviews").glob("*.json"))
+    reviews = [json.loads(file.read_text(encoding="utf-8")) for file in stored]
+    data = run.config().data
+    summary = run.read_json("summary.json")
+    result = summarise_reviews(
+        shown,
+        key,
+        reviews,
+        predictions,
+        # An evaluation of other answers takes the judgement out of the summary.
+        run.lines("judge.jsonl") if "judge" in summary else [],
+        level=Level(
+            name=data.normalisation,
+            drug_map=read_drug_map(Path(data.drug_map)) if data.normalisation == "map" else None,
+        ),
+    )
+    write_json(run.path / "summary.json", {**summary, "review": result})
+    return result
+
+
+def _packet(run: RunDirectory, folder: Path, sha256: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    foreign = UserError(
+        f"this review is of another packet than those made from {run.path}",
+        allowed=", ".join(sorted(p.name for p in (run.path / "review").glob("*/"))) or "none made",
+        fix="name the run whose `fedrx review make` wrote the page",
+    )
+    if not re.fullmatch(r"[0-9a-f]{64}", sha256) or not (folder / "key.json").is_file():
+        raise foreign
+    shown = json.loads((folder / "packet.json").read_text(encoding="utf-8"))
+    key = json.loads((folder / "key.json").read_text(encoding="utf-8"))
+    if key["sha256"] != sha256:
+        raise foreign
+    if packet_sha256(shown) != sha256:
+        raise UserError(
+            f"{folder / 'packet.json'} was changed after the packet was made",
+            fix="restore it, or make a new packet",
+        )
+    return shown, key
+
+
+def _require_same_predictions(
+    shown: Mapping[str, Any], key: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]
+) -> None:
+    """Build the packet anew: another one means that the run was evaluated again since."""
+    with contextlib.suppress(UserError):
+        again = make_packet(
+            predictions,
+            source=shown["source"],
+            models=[model for model in key["models"] if model != ORDERED],
+            cases=len(key["cases"]),
+            seed=key["seed"],
+            include_ordered=ORDERED in key["models"],
+        )
+        if again.sha256 == key["sha256"]:
+            return
+    raise UserError(
+        "the run's predictions are not those that the packet shows",
+        fix="make a new packet, or restore predictions.jsonl",
+    )
+
+
+def _slug(reviewer: str) -> str:
+    """A file name that differs whenever the reviewers do, beyond case."""
+    name = reviewer.casefold()
+    words = re.sub(r"[^a-z0-9]+", "-", name).strip("-")[:40]
+    return f"{words}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _private(target: Path, text: str) -> None:
+    with atomic_path(target, mode=0o600) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _private_json(target: Path, value: Any) -> None:
+    _private(target, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def show_reviews(console: Console, result: dict[str, Any]) -> None:
+    """Show the scores by model, and the agreement."""
+    reviewers = len(result["reviewers"])
+    table = Table(
+        title=f"{reviewers} reviewer{'s' * (reviewers != 1)}, {result['cases']} cases "
+        f"(names equal at level {result['level']})"
+    )
+    table.add_column("list by")
+    names = ("in format", "similarity", "after review", "kept", "overall 1-5", "lists reviewed")
+    for name in names:
+        table.add_column(name, justify="right")
+    for model, one in result["models"].items():
+        table.add_row(
+            model,
+            _percent(one["format_followed"]),
+            _percent((one["similarity"] or {}).get("jaccard")),
+            _percent((one["similarity_after_review"] or {}).get("jaccard")),
+            _percent(one["kept_share"]),
+            "-" if one["overall"] is None else f"{one['overall']:.1f}",
+            str(one["lists_reviewed"]),
+        )
+    console.print(table)
+    agreement, judge = result["agreement"], result["judge"]
+    if agreement["drugs"]:
+        console.print(
+            f"reviewers on {agreement['drugs']} drugs: unanimous "
+            f"{_percent(agreement['unanimous'])}, alpha {_figure(agreement['alpha_drugs'])} "
+            f"(overall marks {_figure(agreement['alpha_overall'])})",
+            highlight=False,
+        )
+    if judge and judge["drugs"]:
+        console.print(
+            f"reviewers and judge on {judge['drugs']} drugs: agree {_percent(judge['agree'])}, "
+            f"alpha {_figure(judge['alpha'])}",
+            highlight=False,
+        )
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,314 @@
+"""``fedrx suggest``: one patient's list from a run's adapter, and what hospitals ordered before."""
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from common.config import Config
+from common.configio import differences, from_flat, parse_overrides
+from common.data.icd import (
+    Diagnosis,
+    DiagnosisIndex,
+    code_frequency,
+    public_diagnoses,
+    table_diagnoses,
+)
+from common.data.partition import assign_hospitals
+from common.data.prepare import load_samples
+from common.data.samples import Admission
+from common.errors import UserError
+from common.evaluation.answers import read_answer
+from common.evaluation.constrained import answer_grammar
+from common.evaluation.generate import generate
+from common.evaluation.judge.gate import source_of_run
+from common.evaluation.judge.rubric import distinct_drugs
+from common.evaluation.support import Support, SupportIndex
+from common.model.session import Session
+from common.rundir import RunDirectory
+from common.text.batches import encode_prompt
+from common.text.prompts import age_text
+from common.training.resident_session import session_of
+from sim.assist.patient_form import PatientRequest
+from sim.cli.options import open_run
+
+SYNTHETIC_PATH = "synthetic"
+_CODE = re.compile(r"[A-Za-z]?\d[\w.]{1,7}")
+_FREE_KEYS = (
+    *(
+        "evaluation.max-new-tokens",
+        "evaluation.constrained",
+        "model.attention",
+        "model.kernels",
+        "model.weights",
+    ),
+    *("train.device", "train.dtype", "train.threads"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuggestedDrug:
+    """One line of a suggested list."""
+
+    name: str
+    support: Support | None
+    """None where no training data is at hand, or no admission is similar."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suggestion:
+    """What the model answered."""
+
+    drugs: tuple[SuggestedDrug, ...]
+    in_format: bool
+    """False when the answer was no drug list; then there are no drugs."""
+    similar: int
+    """Training admissions that count as similar."""
+    dropped_diagnoses: int
+    """Left out of the prompt, from the end, because it would have been too long."""
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain JSON."""
+        return {
+            "drugs": [
+                {
+                    "name": drug.name,
+                    "ordered": drug.support.ordered if drug.support else None,
+                    "similar": drug.support.similar if drug.support else None,
+                }
+                for drug in self.drugs
+            ],
+            "in_format": self.in_format,
+            "similar": self.similar,
+            "dropped_diagnoses": self.dropped_diagnoses,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What is known around a run without its model: titles to search, admissions to compare."""
+
+    index: DiagnosisIndex
+    support: SupportIndex | None
+    note: str
+    """Where titles and support come from, or why there is none."""
+
+
+class Assistant:
+    """A run's adapter on its backbone, ready to answer.
+
+    Args:
+        run: Whose adapter.
+        config: Of the run, see ``assistant_config``.
+        surroundings: See ``surroundings_of``.
+        checkpoint: Name; default the last.
+
+    Raises:
+        UserError: If the backbone or A is not the run's, or there is no such checkpoint.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        config: Config,
+        *,
+        surroundings: Surroundings,
+        checkpoint: str | None = None,
+    ) -> None:
+        loaded = run.load_checkpoint(checkpoint)
+        self.checkpoint = loaded.name
+        self.surroundings = surroundings
+        self._config = config
+        self._session = session_of(config)
+        inputs = run.read_json("environment.json").get("inputs", {})
+        _require_same("the backbone", self._session.spec.fingerprint, inputs.get("backbone"))
+        _require_same("A", self._session.adapter.a_fingerprint, inputs.get("a"))
+        self._session.adapter.load(loaded.b)
+        self._one_at_a_time = threading.Lock()
+
+    def suggest(self, request: PatientRequest) -> Suggestion:
+        """Answer for one patient; deterministic."""
+        started = time.perf_counter()
+        with self._one_at_a_time:
+            text, finished, dropped = _answer(self._session, request.admission(), self._config)
+        answer = read_answer(text, finished=finished)
+        names = distinct_drugs(answer or ())
+        index = self.surroundings.support
+        supports: Sequence[Support | None] = (
+            index.support(request.codes, names) if index else [None] * len(names)
+        )
+        return Suggestion(
+            drugs=tuple(
+                SuggestedDrug(name=name, support=support)
+                for name, support in zip(names, supports, strict=True)
+            ),
+            in_format=answer is not None,
+            similar=len(index.similar(request.codes)) if index else 0,
+            dropped_diagnoses=dropped,
+            seconds=time.perf_counter() - started,
+        )
+
+
+def _answer(session: Session, admission: Admission, config: Config) -> tuple[str, bool, int]:
+    ids, dropped = encode_prompt(
+        admission, session.tokenizer, max_length_tokens=config.train.max_length
+    )
+    settings = config.evaluation
+    (answer,) = generate(
+        session,
+        [ids],
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=1,
+        matcher=answer_grammar(session) if settings.constrained else None,
+    )
+    text = session.tokenizer.decode(list(answer.tokens), skip_special_tokens=True)
+    return str(text), answer.finished, dropped
+
+
+def surroundings_of(config: Config, *, load: Callable[[Any], Any] = load_samples) -> Surroundings:
+    """Look for the run's data; without it, the public titles serve and there is no support.
+
+    Args:
+        config: Of the run.
+        load: Reads the samples.
+    """
+    try:
+        table = load(config.data)
+        hospitals = assign_hospitals(
+            table.admissions,
+            config.partition,
+            hospitals=config.federation.hospitals,
+            data=config.data,
+        )
+    except UserError:
+        index = DiagnosisIndex(public_diagnoses(), frequency={}, origin="the public ICD-10-CM")
+        note = "The run's tables are not on this machine: no support from similar admissions."
+        return Surroundings(index=index, support=None, note=note)
+    train = [admission for hospital in hospitals for admission in hospital.train]
+    known = [
+        Diagnosis(title=title, code=code)
+        for one in table.admissions
+        for title, code in zip(one.diagnoses, one.diagnosis_codes, strict=True)
+    ]
+    if config.data.path != SYNTHETIC_PATH:
+        known += table_diagnoses(Path(config.data.path).expanduser())
+    index = DiagnosisIndex(
+        known, frequency=code_frequency(train), origin=f"the titles of the {table.source} tables"
+    )
+    places = f"{len(hospitals)} training hospital{'s' * (len(hospitals) > 1)}"
+    note = (
+        f"Support: among the most similar of {len(train):,} admissions of {places} "
+        f"({table.source} data), by coded diagnoses."
+    )
+    return Surroundings(index=index, support=SupportIndex(train), note=note)
+
+
+def assistant_config(run: RunDirectory, overrides: Iterable[str] = ()) -> Config:
+    """Return the run's configuration with overrides of how to compute.
+
+    Raises:
+        UserError: If an override would change what was trained.
+    """
+    config = run.config()
+    changed = from_flat(parse_overrides(overrides), base=config)
+    refused = [line for line in differences(config, changed) if not line.startswith(_FREE_KEYS)]
+    if refused:
+        raise UserError(
+            f"--set would change what was trained: {'; '.join(refused)}",
+            allowed=", ".join(_FREE_KEYS),
+            fix="leave it out",
+        )
+    # One answer at a time needs no more than one slot.
+    return replace(changed, evaluation=replace(changed.evaluation, batch_size=1))
+
+
+def find_run(path: Path | None) -> RunDirectory:
+    """Open the named run, or the newest finished one below ``runs``.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if path is not None:
+        return open_run(path)
+    folders = sorted(Path("runs").glob("*/config.toml"), reverse=True)
+    for file in folders:
+        run = RunDirectory.open(file.parent)
+        # Audits and paper runs have no checkpoint of their own.
+        if run.status()["state"] == "finished" and run.checkpoint_names():
+            return run
+    raise UserError(
+        "there is no finished run below ./runs",
+        fix="name a run directory, or make one with `fedrx demo`",
+    )
+
+
+def about_run(run: RunDirectory, config: Config, checkpoint: str) -> dict[str, str]:
+    """Return what a page and a decision record say about the model."""
+    source = source_of_run(run.read_json("summary.json"), run.read_json("data.json"))
+    return {
+        "run": run.path.name,
+        "checkpoint": checkpoint,
+        "backbone": config.model.backbone,
+        "source": source,
+    }
+
+
+def show_suggestion(
+    console: Console,
+    run: RunDirectory,
+    request: PatientRequest,
+    suggestion: Suggestion,
+    surroundings: Surroundings,
+) -> None:
+    """Show one list on the terminal."""
+    measures = [f"{request.height_cm:g} cm"] if request.height_cm else []
+    measures += [f"{request.weight_kg:g} kg"] if request.weight_kg else []
+    measures += [f"BMI {request.bmi:.1f}"] if request.bmi else []
+    person = {"F": "woman", "M": "man"}[request.sex]
+    console.print("Research only, not for clinical use.", style="bold yellow")
+    console.print(
+        ", ".join([f"{person}, {age_text(request.age)} years", *measures]), highlight=False
+    )
+    for diagnosis in request.diagnoses:
+        label = diagnosis.label if diagnosis.code else "free text"
+        console.print(f"  {label}: {diagnosis.title}", markup=False, highlight=False)
+        if not diagnosis.code and _CODE.fullmatch(diagnosis.title):
+            console.print(
+                f"  {diagnosis.title} looks like a code, but is not in {surroundings.index.origin}"
+                ": it was read as free text",
+                style="yellow",
+                markup=False,
+                highlight=False,
+            )
+    if not suggestion.in_format:
+        console.print("The model's answer was not a drug list.", style="yellow")
+        return
+    table = Table(title=f"{len(suggestion.drugs)} suggested drugs", title_justify="left")
+    table.add_column("drug")
+    table.add_column("similar stays with it", justify="right")
+    for drug in suggestion.drugs:
+        support = drug.support
+        table.add_row(
+            Text(drug.name), f"{support.ordered} of {support.similar}" if support else "-"
+        )
+    console.print(table)
+    if suggestion.dropped_diagnoses:
+        console.print(f"{suggestion.dropped_diagnoses} diagnoses did not fit and were not read.")
+    console.print(f"{surroundings.note} Run: {run.path.name}.", style="dim", highlight=False)
+
+
+def _require_same(what: str, found: str, recorded: str | None) -> None:
+    if recorded is not None and found != recorded:
+        raise UserError(
+            f"{what} is not what the run was trained with: {found[:12]}, not {recorded[:12]}",
+            fix="restore what the run's config.toml names",
+        )

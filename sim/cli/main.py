@@ -1,0 +1,284 @@
+"""The command ``fedrx``: the only place that prints."""
+
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from click import ClickException
+from click.exceptions import NoArgsIsHelpError
+
+from common.configio import parse_overrides, read_config
+from common.errors import FedrxError
+from common.provenance import source_root
+from sim.cli import data as cli_data
+from sim.cli import deploy as cli_deploy
+from sim.cli import people as cli_people
+from sim.cli import runs as cli_runs
+from sim.cli.options import (
+    ConfigArgument,
+    JsonOption,
+    RunDirOption,
+    SetOption,
+    console_for,
+    find_config,
+    print_json,
+)
+
+app = typer.Typer(
+    name="fedrx",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    suggest_commands=False,  # click does
+    help="Hospitals fine-tune one frozen Llama together and share only B. "
+    "Research only, not for clinical use.",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fedrx {importlib.metadata.version('fedrx')}")
+        raise typer.Exit
+
+
+@app.callback()
+def fedrx(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Take what stands before the verb; its help is the application's own."""
+
+
+@app.command()
+def demo(
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="A tiny random Llama: a minute instead of minutes.")
+    ] = False,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Run the main job on synthetic data: three hospitals, a small Llama, a report."""
+    name = Path("demo-tiny.toml" if tiny else "demo.toml")
+    config = read_config(source_root() / "configs" / name, set_ or ())
+    from sim.runs.federate import federate
+
+    console = console_for(json_output)
+    print_json(
+        federate(config, console=console, command_line=sys.argv, run_dir=run_dir), json_output
+    )
+
+
+@app.command()
+def federate(
+    config_file: ConfigArgument,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Train hospitals together in a simulation (Flower on Ray)."""
+    config = read_config(find_config(config_file), set_ or ())
+    from sim.runs.federate import federate as run_federation
+
+    console = console_for(json_output)
+    summary = run_federation(config, console=console, command_line=sys.argv, run_dir=run_dir)
+    print_json(summary, json_output)
+
+
+@app.command()
+def single(
+    config_file: ConfigArgument,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Train on one node that holds everything: the paper's mode."""
+    config = read_config(find_config(config_file), set_ or ())
+    from sim.runs.single import single as run_single
+
+    console = console_for(json_output)
+    summary = run_single(config, console=console, command_line=sys.argv, run_dir=run_dir)
+    print_json(summary, json_output)
+
+
+@app.command()
+def paper(
+    scale: Annotated[
+        str, typer.Option("--scale", help="full, or small: minutes on a CPU, marked as such.")
+    ] = "full",
+    ranks: Annotated[str, typer.Option("--ranks", help="Ranks, comma-separated.")] = "16,32",
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Run the paper's experiment: both ranks, four checkpoints each, its table beside ours."""
+    from sim.runs.paper import paper as run_paper
+    from sim.runs.paper import read_ranks, scaled_config
+
+    table = run_paper(
+        scaled_config(scale, parse_overrides(set_ or ())),
+        scale=scale,
+        ranks=read_ranks(ranks),
+        console=console_for(json_output),
+        command_line=sys.argv,
+        run_dir=run_dir,
+    )
+    print_json(table, json_output)
+
+
+@app.command()
+def audit(
+    config_file: ConfigArgument,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Measure what the privacy code does against what it claims; needs no patient data.
+
+    Clipping, noise and what a release discloses are covered; how unit gradients are computed and
+    Poisson sampling are not.
+    """
+    config = read_config(find_config(config_file), set_ or ())
+    from sim.checks.audit import audit as run_audit
+
+    console = console_for(json_output)
+    summary = run_audit(config, console=console, command_line=sys.argv, run_dir=run_dir)
+    print_json(summary, json_output)
+
+
+@app.command()
+def sweep(
+    config_file: ConfigArgument,
+    arms: Annotated[
+        list[str] | None,
+        typer.Option("--arm", help="An arm of the comparison; default: all that fit."),
+    ] = None,
+    vary: Annotated[
+        list[str] | None, typer.Option("--vary", help="key=value,value: a grid beside the arms.")
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds 0, 1, ... of each arm.")] = 3,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs only.")] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Compare ways of training over seeds, in one table with intervals."""
+    from sim.runs.sweep import default_arms, plan_cells
+    from sim.runs.sweep import sweep as run_sweep
+
+    config = read_config(find_config(config_file), set_ or ())
+    console = console_for(json_output)
+    if not arms:
+        arms, reasons = default_arms(config)
+        for reason in reasons:
+            console.print(reason, style="yellow", markup=False, highlight=False)
+    cells = plan_cells(config, arms=arms, seeds=range(seeds), vary=vary or ())
+    if dry_run:
+        for cell in cells:
+            console.print(cell.folder, markup=False, highlight=False)
+        console.print(f"{len(cells)} runs")
+        return
+    folder = run_dir or Path("runs") / f"sweep-{config.run.name}"
+    print_json(run_sweep(cells, folder, console=console, command_line=sys.argv), json_output)
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Its run directory.")],
+    set_: SetOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Go on with an interrupted or killed run, to the same end."""
+    from sim.runs.resume import resume as resume_run
+
+    console = console_for(json_output)
+    print_json(resume_run(run, set_ or (), console=console, command_line=sys.argv), json_output)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder of the comparison of several runs.")
+    ] = Path("fedrx-comparison"),
+) -> None:
+    """Write the report page of a run, or one page that compares several."""
+    from common.rundir import RunDirectory
+    from sim.report.run_report import write_comparison, write_report
+    from sim.runs.paper import renew_table
+    from sim.runs.paper_table import rank_runs
+
+    named = [RunDirectory.open(path) for path in runs]
+    # A paper run has its own table; what can be compared are the runs inside.
+    opened = [one for run in named for one in rank_runs(run)]
+    if len(named) > 1:
+        page = write_comparison(opened, out)
+    else:
+        page = write_report(named[0]) if opened == named else renew_table(named[0])
+    console_for(False).print(f"report: {page.absolute()}", markup=False, highlight=False)
+
+
+@app.command()
+def doctor(json_output: JsonOption = False) -> None:
+    """Check this machine and environment, with the fix for what is missing."""
+    from dataclasses import asdict
+
+    from sim.checks.doctor import examine, show_findings
+
+    findings = examine()
+    show_findings(console_for(json_output), findings)
+    print_json([asdict(finding) for finding in findings], json_output)
+    if any(finding.state == "bad" for finding in findings):
+        raise typer.Exit(1)
+
+
+app.add_typer(cli_data.app, name="data")
+cli_runs.register(app)
+cli_people.register(app)
+app.command()(cli_deploy.deploy)
+app.command()(cli_deploy.worker)
+
+
+def main() -> None:
+    """Run the command line; user errors are one line and exit status 2, failed runs 1."""
+    try:
+        sys.exit(app(prog_name="fedrx", standalone_mode=False))
+    except NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
+    except ClickException as error:
+        print(f"fedrx: {usage_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except FedrxError as error:
+        print(f"fedrx: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"fedrx: {error.filename}: {error.strerror}; fix: name another path", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("fedrx: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def usage_line(error: ClickException) -> str:
+    """Return what is wrong with a command line, and whose help says what is right.
+
+    >>> usage_line(ClickException("Missing argument 'CONFIG'."))
+    "Missing argument 'CONFIG'; fix: fedrx --help"
+    """
+    context = getattr(error, "ctx", None)
+    verb = context.command_path if context else "fedrx"
+    message = " ".join(error.format_message().split()).rstrip(".")
+    return f"{message}; fix: {verb} --help"
+
+
+if __name__ == "__main__":
+    main()

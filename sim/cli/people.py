@@ -1,0 +1,214 @@
+"""The verbs about people and their judge: judge, review, suggest, assist."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from common.errors import UserError
+from common.rundir import RunDirectory
+from sim.cli.options import JsonOption, SetOption, console_for, open_run, print_json
+
+review_app = typer.Typer(no_args_is_help=True, help="Blinded packets for clinicians.")
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
+OptionalRun = Annotated[
+    Path | None,
+    typer.Argument(metavar="[RUN]", help="Run directory; default the newest finished below runs."),
+]
+ModelsOption = Annotated[
+    list[str] | None,
+    typer.Option("--list-by", help="Whose lists, for instance fedrx; may be repeated."),
+]
+CheckpointOption = Annotated[
+    str | None, typer.Option("--checkpoint", help="Name of a checkpoint; default the last.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command."""
+    app.command()(judge)
+    app.add_typer(review_app, name="review")
+    app.command()(suggest)
+    app.command()(assist)
+
+
+def judge(
+    run: RunArgument,
+    models: ModelsOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print calls, tokens and cost; send nothing.")
+    ] = False,
+    max_cost_usd: Annotated[
+        float | None, typer.Option("--max-cost-usd", min=0, help="Stop before it costs more.")
+    ] = None,
+    agreement_host: Annotated[
+        str, typer.Option(help="Host that an agreement lets get credentialed data.")
+    ] = "",
+    agreement: Annotated[str, typer.Option(help="That agreement; stored with the run.")] = "",
+    set_: SetOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Let an LLM judge each suggested drug: suitable or not."""
+    from common.evaluation.judge.plan import estimate
+    from sim.answers.judge import judge as ask_judge
+    from sim.answers.judge import plan, show_estimate
+
+    overrides = list(set_ or ())
+    if max_cost_usd is not None:
+        overrides.append(f"judge.max-cost-usd={max_cost_usd!r}")
+    directory = open_run(run)
+    prepared = plan(
+        directory,
+        overrides=overrides,
+        predicted_by=models or (),
+        agreement_host=agreement_host,
+        agreement=agreement,
+    )
+    console = console_for(json_output)
+    if dry_run:
+        figures = estimate(directory, prepared)
+        show_estimate(console, figures)
+        print_json(figures, json_output)
+        return
+    result = ask_judge(directory, prepared, console=console)
+    _renew_report(directory)
+    print_json(result, json_output)
+
+
+@review_app.command("make")
+def review_make(
+    run: RunArgument,
+    models: ModelsOption = None,
+    cases: Annotated[int, typer.Option(min=0, help="How many cases; 0 for all.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of cases and of the lists' order.")] = 0,
+    include_ordered: Annotated[
+        bool, typer.Option(help="Show what was really ordered among the lists, as a control.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="The page; default in RUN.")] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Write one self-contained HTML page with blinded lists."""
+    from sim.answers.review import make_review
+
+    page = make_review(
+        open_run(run),
+        models=models or (),
+        cases=cases,
+        seed=seed,
+        include_ordered=include_ordered,
+        out=out,
+    )
+    console_for(json_output).print(
+        f"page for reviewers: {page.absolute()}\nThe key to the lists stays in the run directory.",
+        markup=False,
+        highlight=False,
+    )
+    print_json({"page": str(page.absolute())}, json_output)
+
+
+@review_app.command("import")
+def review_import(
+    run: RunArgument,
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Downloaded reviews.")],
+    json_output: JsonOption = False,
+) -> None:
+    """Check and score downloaded reviews, and compare reviewers and judge."""
+    from sim.answers.review import import_reviews, show_reviews
+    from sim.process.lock import exclusive
+
+    directory = open_run(run)
+    with exclusive(directory):
+        result = import_reviews(directory, files)
+        _renew_report(directory)
+    show_reviews(console_for(json_output), result)
+    print_json(result, json_output)
+
+
+def suggest(
+    run: OptionalRun = None,
+    sex: Annotated[str, typer.Option(help="F or M.")] = "",
+    age: Annotated[str, typer.Option(help="Years.")] = "",
+    height: Annotated[str, typer.Option(help="cm; empty for unknown.")] = "",
+    weight: Annotated[str, typer.Option(help="kg; empty for unknown.")] = "",
+    diagnosis: Annotated[
+        list[str] | None,
+        typer.Option("--diagnosis", "-d", help="ICD code, title or free text; repeat in order."),
+    ] = None,
+    checkpoint: CheckpointOption = None,
+    set_: SetOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Print one patient's suggested drugs (research only, not for clinical use)."""
+    from sim.assist.patient_form import FormProblems, read_form
+    from sim.assist.suggest import (
+        Assistant,
+        assistant_config,
+        find_run,
+        show_suggestion,
+        surroundings_of,
+    )
+
+    directory = find_run(run)
+    config = assistant_config(directory, set_ or ())
+    console = console_for(json_output)
+    if run is None:
+        console.print(f"run: {directory.path}", style="dim", markup=False, highlight=False)
+    surroundings = surroundings_of(config)
+    form = {"sex": sex, "age": age, "height": height, "weight": weight, "diagnoses": diagnosis}
+    try:
+        request = read_form(form, surroundings.index)
+    except FormProblems as error:
+        raise UserError(
+            str(error), fix="for instance --sex F --age 71 --height 165 --weight 80 -d I50.9 -d I10"
+        ) from None
+    assistant = Assistant(directory, config, surroundings=surroundings, checkpoint=checkpoint)
+    suggestion = assistant.suggest(request)
+    show_suggestion(console, directory, request, suggestion, surroundings)
+    print_json({"patient": request.as_dict(), **suggestion.as_dict()}, json_output)
+
+
+def assist(
+    run: OptionalRun = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Loopback port; 0: free.")] = 0,
+    log: Annotated[
+        Path | None, typer.Option("--log", help="Decisions; default decisions.jsonl in RUN.")
+    ] = None,
+    checkpoint: CheckpointOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Serve the assist page on this machine alone (research only, not for clinical use)."""
+    from sim.assist.server import DECISIONS, Desk, address, make_server, open_socket
+    from sim.assist.suggest import Assistant, about_run, assistant_config, find_run, surroundings_of
+
+    directory = find_run(run)
+    config = assistant_config(directory, set_ or ())
+    console = console_for(False)
+    if run is None:
+        console.print(f"run: {directory.path}", style="dim", markup=False, highlight=False)
+    listening = open_socket(port)
+    console.print("loading the model ...", style="dim")
+    assistant = Assistant(
+        directory, config, surroundings=surroundings_of(config), checkpoint=checkpoint
+    )
+    desk = Desk(
+        suggester=assistant,
+        decisions=(log or directory.path / DECISIONS).absolute(),
+        about=about_run(directory, config, assistant.checkpoint),
+    )
+    lines: list[Any] = [
+        "Research only, not for clinical use. Open in a browser on this machine:",
+        address(desk, listening),
+        f"decisions: {desk.decisions}",
+        "Ctrl-C stops.",
+    ]
+    console.print("\n".join(lines), markup=False, highlight=False)
+    make_server(desk, listening).run(sockets=[listening])
+
+
+def _renew_report(run: RunDirectory) -> None:
+    """Write a run's report anew, where it has one."""
+    if (run.path / "report.md").exists():
+        from sim.report.run_report import write_report
+
+        write_report(run)

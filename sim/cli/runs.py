@@ -1,0 +1,76 @@
+"""The verbs about one run before and after it: plan, evaluate, export."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.configio import read_config
+from sim.cli.options import (
+    ConfigArgument,
+    JsonOption,
+    SetOption,
+    console_for,
+    find_config,
+    open_run,
+    print_json,
+)
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
+CheckpointOption = Annotated[
+    str | None, typer.Option("--checkpoint", help="Name of a checkpoint; default the last.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command."""
+    app.command()(plan)
+    app.command()(evaluate)
+    app.command()(export)
+
+
+def plan(
+    config_file: ConfigArgument,
+    set_: SetOption = None,
+    card_gb: Annotated[
+        float | None, typer.Option("--card-gb", min=1, help="Memory of the card to fit, in GB.")
+    ] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Say what a run would need before anything runs: memory by part, bytes, steps, epsilon."""
+    config = read_config(find_config(config_file), set_ or ())
+    from sim.checks.plan import plan as plan_run
+    from sim.checks.plan import show_plan
+
+    found = plan_run(config, card_bytes=None if card_gb is None else int(card_gb * 1e9))
+    show_plan(console_for(json_output), found)
+    print_json(found, json_output)
+
+
+def evaluate(
+    run: RunArgument,
+    checkpoint: CheckpointOption = None,
+    set_: SetOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Answer held-out patients with a checkpoint, the baselines beside."""
+    from sim.answers.evaluate import evaluate as evaluate_run
+
+    console = console_for(json_output)
+    directory = open_run(run)
+    summary = evaluate_run(directory, console=console, checkpoint=checkpoint, overrides=set_ or ())
+    print_json(summary, json_output)
+
+
+def export(
+    run: RunArgument,
+    target: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write; default RUN/adapter.")
+    ] = None,
+    checkpoint: CheckpointOption = None,
+) -> None:
+    """Write the trained adapter as PEFT loads it, with a model card."""
+    from sim.runs.export import export_run
+
+    folder = export_run(open_run(run), target, checkpoint=checkpoint)
+    console_for(False).print(f"adapter: {folder}", markup=False, highlight=False)

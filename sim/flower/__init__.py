@@ -1,0 +1,1 @@
+"""Flower as we start it: SuperLink, app bundle, deployment, worker count."""

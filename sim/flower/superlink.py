@@ -1,0 +1,342 @@
+"""Run the Flower app in a simulation that shares nothing with any other.
+
+The launcher starts its own SuperLink: in an empty directory, so that Ray cannot import another
+``client/`` from the working directory; with its own FLWR_HOME and a free loopback port, so that
+two runs never meet; with telemetry, update checks and dependency reinstalls off. It stops
+everything it started, also after Ctrl-C and after a failure, and it believes Flower's run state,
+not its exit status.
+"""
+
+import contextlib
+import ctypes
+import importlib.metadata
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from common.config import Config
+from common.configio import flatten, toml_scalar
+from common.errors import RunFailed, UserError
+from common.rundir import RunDirectory
+from server.app import TRAINED
+from sim.flower.bundle import stage_app
+
+START_SECONDS = 120.0
+STOP_SECONDS = 15.0
+CHECK_SECONDS = 10.0
+SIMULATION = "flwr-simulation"
+"""The command of Flower's that runs the server app and Ray."""
+CONNECTION = "fedrx"
+RUN_VARIABLE = "FEDRX_RUN"
+"""Marks every process of a run with its run directory, so that none is ever left behind."""
+RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
+LONGEST_SOCKET = 107
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperLink:
+    """A SuperLink of our own, ready to take a run."""
+
+    port: int
+    folder: Path
+    process: subprocess.Popen[bytes]
+    environment: dict[str, str]
+
+    def flwr(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run one ``flwr`` command against this SuperLink."""
+        return subprocess.run(
+            [script("flwr"), *arguments],
+            env=self.environment,
+            cwd=self.folder / "empty",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def state(self) -> tuple[str, str]:
+        """Return the state and its details of the only run, such as ``finished:failed``."""
+        answer = self.flwr("ls", CONNECTION, "--format", "json")
+        with contextlib.suppress(json.JSONDecodeError, KeyError, IndexError):
+            run = json.loads(answer.stdout)["runs"][0]
+            return str(run["status"]), str(run["status-details"])
+        return "unknown", answer.stderr.strip()[-500:]
+
+
+def script(name: str) -> str:
+    """Return the path of a console script of this environment."""
+    beside = Path(sysconfig.get_path("scripts")) / name
+    return str(beside) if beside.exists() else name
+
+
+def free_port(wanted: int = 0) -> int:
+    """Return a free loopback port.
+
+    Raises:
+        UserError: if ``wanted`` is not 0 and is in use.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError as error:
+            raise UserError(
+                f"run.port={wanted}: {error.strerror}",
+                allowed="a free port, or 0",
+                fix="stop what listens there, or leave run.port at 0",
+            ) from None
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def superlink(run: Path, port: int = 0) -> Iterator[SuperLink]:
+    """Start a private SuperLink in simulation mode; stop it and all it started at the end.
+
+    Args:
+        run: The run directory; marks the processes.
+        port: Loopback port; 0: a free one.
+
+    Raises:
+        UserError: if the wanted port is in use.
+        RunFailed: if it does not come up.
+    """
+    port = free_port(port)
+    with tempfile.TemporaryDirectory(prefix="fedrx-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        for sub in ("empty", "home"):
+            (folder / sub).mkdir()
+        (folder / "home" / "config.toml").write_text(
+            f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
+            f'address = "127.0.0.1:{port}"\ninsecure = true\n',
+            encoding="utf-8",
+        )
+        environment = flower_environment(folder, port, run)
+        command = [
+            *(script("flower-superlink"), "--insecure", "--simulation"),
+            *("--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(port)),
+        ]
+        with (folder / "superlink.log").open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                cwd=folder / "empty",
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            )
+        link = SuperLink(port=port, folder=folder, process=process, environment=environment)
+        try:
+            with _terminated_like_interrupted():
+                _wait_until_up(link)
+                yield link
+        except BaseException:
+            # All that a run writes is complete or absent, so nothing is lost by stopping at once.
+            end_leftovers(run)
+            raise
+        finally:
+            stop(process, run)
+
+
+def flower_environment(folder: Path, port: int, run: Path) -> dict[str, str]:
+    """Return the environment of every Flower and Ray process of a run.
+
+    ``RAY_ADDRESS`` is the person's own if it is set; otherwise Ray starts a cluster of its own
+    even where ``ray start`` has left one on the machine.
+    """
+    environment = {
+        **os.environ,
+        RUN_VARIABLE: str(run),
+        "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),
+        "FLWR_HOME": str(folder / "home"),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port),
+        "FLWR_LOCAL_CONTROL_API_PORT": str(port),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_ADDRESS": os.environ.get("RAY_ADDRESS") or "local",
+        # Without this Ray's own servers listen on every interface of the machine.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1" if joins_cluster() else "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray nices its workers by 15: on a shared machine the hospitals would starve.
+        "RAY_worker_niceness": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # The launcher has fetched the backbone; nobody needs the hub from here on.
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if len(f"{folder}{RAY_SOCKET}") <= LONGEST_SOCKET:
+        environment["RAY_TMPDIR"] = str(folder)
+    return environment
+
+
+def joins_cluster() -> bool:
+    """Return whether the simulation joins an existing Ray cluster (RAY_ADDRESS)."""
+    return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+
+
+def run_flower(
+    config: Config,
+    run: RunDirectory,
+    *,
+    workers: int,
+    gpus_per_worker: float,
+    on_tick: Callable[[], None],
+) -> None:
+    """Run the federation of ``config`` to its end.
+
+    Args:
+        config: Complete, with ``run.directory`` absolute.
+        run: The run directory that the apps write to.
+        workers: Ray actors.
+        gpus_per_worker: Share of a GPU that each actor holds.
+        on_tick: Called a few times a second, to show progress.
+
+    Raises:
+        RunFailed: if Flower does not end the run as completed, with the reason.
+    """
+    with superlink(run.path, config.run.port) as link:
+        app = stage_app(link.folder, version=importlib.metadata.version("fedrx"))
+        overrides = link.folder / "run-config.toml"
+        overrides.write_text(
+            "".join(f"{key} = {toml_scalar(value)}\n" for key, value in flatten(config).items()),
+            encoding="utf-8",
+        )
+        federation = (
+            f"num-supernodes={config.federation.hospitals} client-resources-num-cpus=1 "
+            f"client-resources-num-gpus={gpus_per_worker}"
+        )
+        if not joins_cluster():
+            federation += f" init-args-num-cpus={workers}"
+        started = link.flwr(
+            *("run", str(app), CONNECTION, "--format", "json"),
+            *("--run-config", str(overrides), "--federation-config", federation),
+        )
+        if started.returncode or '"success": true' not in started.stdout:
+            detail = (started.stdout + started.stderr).strip()[-800:]
+            raise RunFailed(f"Flower did not take the run: {detail}")
+        state, details = _watch(link, run, on_tick)
+        if state != "finished:completed":
+            log = link.flwr("log", json.loads(started.stdout)["run-id"], CONNECTION, "--show")
+            superlink_log = (link.folder / "superlink.log").read_text(errors="replace")
+            (run.path / "flower.log").write_text(f"{log.stdout}\n{superlink_log}", encoding="utf-8")
+            raise RunFailed(run.status().get("error") or f"Flower ended the run {state}: {details}")
+
+
+def stop(process: subprocess.Popen[bytes], run: Path) -> None:
+    """End a SuperLink and every process of its run: politely, then by force."""
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+    _, alive = psutil.wait_procs(processes_of(run), timeout=STOP_SECONDS / 3)
+    for member in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    end_leftovers(run)
+
+
+def processes_of(run: Path) -> list[psutil.Process]:
+    """Return the Flower and Ray processes that were started for a run directory."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and process.environ().get(RUN_VARIABLE) == str(run):
+                found.append(process)
+    return found
+
+
+def end_leftovers(run: Path) -> None:
+    """Kill what a killed launcher left behind, so that nobody else writes to the run."""
+    for _ in range(5):
+        leftovers = processes_of(run)
+        if not leftovers:
+            return
+        for process in leftovers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(leftovers, timeout=STOP_SECONDS / 5)
+
+
+def _watch(link: SuperLink, run: RunDirectory, on_tick: Callable[[], None]) -> tuple[str, str]:
+    """Wait until Flower says that the run has finished."""
+    last_check = time.monotonic()
+    while True:
+        on_tick()
+        status = run.status()
+        ended = status["state"] == "failed" or status.get("stage") == TRAINED
+        if link.process.poll() is not None:
+            return "stopped", "the SuperLink ended"
+        due = time.monotonic() - last_check > CHECK_SECONDS
+        if ended or due:
+            last_check = time.monotonic()
+            # To ask Flower costs a second of a core, which hospitals are training on.
+            state, details = link.state() if ended or not _is_simulating() else ("running", "")
+            if state.startswith("finished"):
+                return state, details
+        time.sleep(1.0 if ended else 0.25)
+
+
+def _is_simulating() -> bool:
+    """Tell whether Flower's simulation, which this process has started, is alive."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if any(Path(part).name == SIMULATION for part in child.cmdline()):
+                return True
+    return False
+
+
+def _wait_until_up(link: SuperLink) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if link.process.poll() is not None:
+            break
+        with (
+            contextlib.suppress(urllib.error.URLError, OSError),
+            urllib.request.urlopen(f"http://127.0.0.1:{link.port}/health", timeout=1) as answer,
+        ):
+            if answer.status == 200:
+                return
+        time.sleep(0.1)
+    log = (link.folder / "superlink.log").read_text(errors="replace").strip()
+    raise RunFailed(f"the SuperLink did not start: {log[-500:]}")
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to end this child when its parent dies (PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Treat SIGTERM (a batch system's end) like Ctrl-C while Flower runs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

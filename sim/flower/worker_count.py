@@ -1,0 +1,82 @@
+"""How many processes serve the hospitals of a simulation: by GPUs, or by cores and memory."""
+
+import psutil
+import torch
+
+from common.choice import Choice
+from common.config import Config
+from common.model.adapter.layout import adapter_spec
+from common.model.backbone.load import BackboneShape
+from common.model.footprint import Footprint, count_parameters, training_footprint
+from common.model.memory import RECOMPUTE
+from common.model.session import DTYPES, choose_dtype
+from common.privacy.mechanism.gradients import private_bytes
+from common.privacy.settings import is_private
+from common.provenance import available_cpus
+
+
+def training_footprints(
+    config: Config, shape: BackboneShape, *, device: str, value_bytes: int
+) -> dict[str, Footprint]:
+    """Return the memory of one worker's training step for each choice of recomputation.
+
+    Args:
+        config: What is trained, and how.
+        shape: The backbone's sizes.
+        device: ``cpu`` or ``cuda``.
+        value_bytes: 2 for bf16, 4 for fp32.
+    """
+    train, adapter = config.train, adapter_spec(config.adapter)
+    counts = count_parameters(shape, adapter)
+    trained = counts.b + (counts.a if adapter.mode == "lora" else 0)
+    momentum = train.optimizer == "sgd" and train.momentum
+    return {
+        choice: training_footprint(
+            shape,
+            adapter,
+            batch_tokens=train.batch_size * train.max_length,
+            value_bytes=value_bytes,
+            recompute=choice,
+            optimizer="sgd-momentum" if momentum else train.optimizer,
+            device=device,
+            private_bytes=private_bytes(train.batch_size, trained) if is_private(config) else 0,
+            weights=config.model.weights,
+        )
+        for choice in RECOMPUTE
+    }
+
+
+def planned_recompute(requested: str, footprints: dict[str, Footprint], memory: int) -> Choice[str]:
+    """Return what a worker is expected to recompute in so many bytes of memory."""
+    if requested != "auto":
+        return Choice(requested, "train.recompute")
+    for choice in ("none", "mlp", "all"):
+        if footprints[choice].total <= memory:
+            return Choice(choice, "the fastest that fits")
+    return Choice("all", "nothing fits; this needs the least")
+
+
+def choose_workers(
+    config: Config, shape: BackboneShape, *, memory_bytes: int | None = None
+) -> Choice[int]:
+    """Return how many Ray actors serve the hospitals; the result does not depend on it.
+
+    Args:
+        config: Complete configuration.
+        shape: The backbone's sizes.
+        memory_bytes: What all workers may take on a CPU; default what is available now.
+    """
+    if config.federation.workers:
+        return Choice(config.federation.workers, "federation.workers")
+    gpus, hospitals = torch.cuda.device_count(), config.federation.hospitals
+    if gpus and config.train.device != "cpu":
+        return Choice(min(gpus, hospitals), f"one per GPU ({gpus})")
+    memory = int(psutil.virtual_memory().available) if memory_bytes is None else memory_bytes
+    dtype = DTYPES[choose_dtype(config.train.dtype, torch.device("cpu")).value]
+    footprints = training_footprints(config, shape, device="cpu", value_bytes=dtype.itemsize)
+    each = footprints[planned_recompute(config.train.recompute, footprints, memory).value].total
+    cpus = available_cpus()
+    return Choice(
+        max(1, min(cpus, hospitals, memory // each)),
+        f"{cpus} CPUs, {hospitals} hospitals, {each / 1e9:.1f} of {memory / 1e9:.1f} GB each",
+    )

@@ -1,0 +1,165 @@
+"""Progress of long work: a bar on a terminal, else plain lines."""
+
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from common.privacy.budget.receipts import PRIVACY
+from common.rundir import RunDirectory
+
+PLAIN_SECONDS = 15.0
+
+
+class Meter:
+    """Shows how much of a known amount is done, and the time left.
+
+    Args:
+        console: Where to show it.
+        label: What is counted.
+        total: All of it.
+        done: How much was done before (a resumed run).
+    """
+
+    def __init__(self, console: Console, label: str, total: int, *, done: int = 0) -> None:
+        self.console, self.label, self.total = console, label, total
+        self._first = done
+        self._last_line = time.monotonic()
+        self._pace_from: tuple[float, int] | None = None
+        self._bar: Progress | None = None
+        self._task: Any = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn(label),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=console,
+            )
+            self._task = self._bar.add_task(label, total=total, completed=done, note="")
+
+    def __enter__(self) -> "Meter":
+        """Start showing."""
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop showing; everything seen so far stays on the screen."""
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, done: int, note: str = "") -> None:
+        """Show that ``done`` of the total are finished, with a word about it."""
+        if self._bar:
+            self._bar.update(self._task, completed=done, note=note)
+            return
+        if self._pace_from is None and done > self._first:
+            # What came before the first piece (start-up, earlier processes) tells nothing.
+            self._pace_from = time.monotonic(), done
+        if time.monotonic() - self._last_line > PLAIN_SECONDS:
+            self._last_line = time.monotonic()
+            parts = [f"{self.label} {done}/{self.total}", note, self._left(done)]
+            self.console.print(", ".join(part for part in parts if part), markup=False)
+
+    def _left(self, done: int) -> str:
+        if self._pace_from is None or done == self._pace_from[1]:
+            return ""
+        since, first = self._pace_from
+        seconds = (time.monotonic() - since) / (done - first) * (self.total - done)
+        return f"about {seconds:.0f} s left"
+
+
+class RunProgress:
+    """Shows a federation's local steps, and each round's loss or epsilon, from its run directory.
+
+    Args:
+        console: Where to show it.
+        run: The run directory that server and hospitals write to.
+        steps: Local optimizer steps of the whole run, over all hospitals.
+        rounds: Rounds of the whole run.
+    """
+
+    def __init__(self, console: Console, run: RunDirectory, *, steps: int, rounds: int) -> None:
+        self.console, self.run, self.rounds = console, run, rounds
+        self._offsets: dict[Path, int] = {}
+        self._done = 0
+        self._seen_events = self._events_bytes = 0
+        self._meter = Meter(console, "local steps", steps)
+
+    def __enter__(self) -> "RunProgress":
+        """Start showing."""
+        self._meter.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop showing; everything seen so far stays on the screen."""
+        self.tick()
+        self._meter.__exit__(kind, error, trace)
+
+    def tick(self) -> None:
+        """Read what is new and show it."""
+        for file in (self.run.path / "hospitals").glob("*/steps.jsonl"):
+            self._done += self._new_lines(file)
+        self._show_events()
+        self._meter.update(self._done)
+
+    def _new_lines(self, file: Path) -> int:
+        with file.open("rb") as lines:
+            lines.seek(self._offsets.get(file, 0))
+            content = lines.read()
+        self._offsets[file] = self._offsets.get(file, 0) + len(content)
+        return content.count(b"\n")
+
+    def _show_events(self) -> None:
+        file = self.run.path / "metrics.jsonl"
+        size = file.stat().st_size if file.exists() else 0
+        if size == self._events_bytes:
+            return
+        self._events_bytes = size
+        events = self.run.metrics()
+        for event in events[self._seen_events :]:
+            if event["name"] == "validation-loss" and "hospital" not in event:
+                moment = (
+                    "untrained" if event["round"] == 0 else f"round {event['round']}/{self.rounds}"
+                )
+                self.console.print(f"{moment}: validation loss {event['value']:.4f}")
+            elif event["name"] == "round-seconds":
+                self._show_spent(event["round"])
+            elif event["name"] == "refused":
+                self.console.print(
+                    f"round {event['round']}: {event['hospital']} refused: {event['value']}",
+                    style="yellow",
+                    markup=False,
+                )
+        self._seen_events = len(events)
+
+    def _show_spent(self, server_round: int) -> None:
+        """With privacy on no loss is told; show what the round's hospitals have spent at most."""
+        lines = [line for line in self.run.lines(PRIVACY) if line["round"] == server_round]
+        if lines:
+            spent = max(float(line["epsilon"]) for line in lines)
+            self.console.print(f"round {server_round}/{self.rounds}: epsilon {spent:.3f} spent")

@@ -1,0 +1,263 @@
+"""What ``fedrx data prepare`` and ``fedrx data describe`` do, for the command line to call.
+
+No patient's row leaves these functions: what they return and show are counts and shares.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from common.config import Config
+from common.data.partition import Hospital, assign_hospitals
+from common.data.prepare import load_samples, prepare_source, table_digest
+from common.data.samples import Admission
+from common.data.skew import drug_skew
+from common.model.backbone import embedded, tiny
+from common.seeds import stream
+from common.text.batches import encode
+from common.user_cache import fedrx_cache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MOST_TOKENISED = 2000
+"""Token lengths are read from a seeded choice of at most so many samples."""
+_UNLIMITED_TOKENS = 1 << 30
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLengths:
+    """Lengths in tokens of a choice of samples, nothing dropped, and what a limit would drop."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    max_length: int
+    longer: int
+    """Samples of the choice that lose at least one whole item at ``max_length``."""
+    dropped_diagnoses: int
+    dropped_drugs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """Everything that the text, the JSON and the page of ``describe`` show."""
+
+    data: dict[str, Any]
+    """What ``--json`` prints."""
+    hospitals: tuple[Hospital, ...]
+    lengths: TokenLengths | None
+
+
+def prepare(
+    config: Config, *, cache_dir: Path | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Prepare (or find) the cached sample table of ``data.path`` and return its counts.
+
+    Raises:
+        UserError: Tables that cannot be used as they are; nothing is left in the cache then.
+    """
+    found = prepare_source(config.data, cache_dir=cache_dir, progress=progress)
+    return {
+        **found.prepared.counts,
+        "source": found.source,
+        "digest": table_digest(found.prepared),
+    }
+
+
+def describe(
+    config: Config, *, cache_dir: Path | None = None, progress: Progress | None = None
+) -> Description:
+    """Count, deal to hospitals, and measure skew and lengths.
+
+    Raises:
+        UserError: Tables that cannot be used, or a hospital that would be empty.
+    """
+    say = progress or (lambda _: None)
+    table = load_samples(config.data, cache_dir=cache_dir, progress=progress)
+    say("dealing patients to hospitals")
+    hospitals = assign_hospitals(
+        table.admissions,
+        config.partition,
+        hospitals=config.federation.hospitals,
+        data=config.data,
+    )
+    skew = drug_skew([one.admissions for one in hospitals], seed=config.partition.seed)
+    say("counting tokens")
+    tokenizer, reason = local_tokenizer(config.model.backbone, cache_dir or fedrx_cache())
+    lengths = None
+    if tokenizer is not None:
+        lengths = token_lengths(
+            table.admissions,
+            tokenizer,
+            max_length=config.train.max_length,
+            seed=config.evaluation.seed,
+        )
+    data = {
+        **table.counts,
+        "dropped": {**table.counts["dropped"], **_missing_drops(hospitals)},
+        "source": table.source,
+        "partition": {
+            "scheme": config.partition.scheme,
+            "hospitals": [_sizes(one) for one in hospitals],
+            "skew": skew.observed,
+            "null_skew": skew.null,
+            "p_value": skew.p_value,
+        },
+        "tokens": _tokens(lengths, config.model.backbone, reason),
+    }
+    return Description(data=data, hospitals=hospitals, lengths=lengths)
+
+
+def token_lengths(
+    admissions: Sequence[Admission],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_length: int,
+    seed: int,
+) -> TokenLengths:
+    """Measure prompts and answers, whole and at ``max_length``.
+
+    Args:
+        admissions: All samples; at most ``MOST_TOKENISED`` of them are read.
+        tokenizer: The backbone's.
+        max_length: Tokens that a sample may have.
+        seed: Of the choice.
+    """
+    chosen: Sequence[Admission] = admissions
+    if len(admissions) > MOST_TOKENISED:
+        draw = stream(seed, "describe", "token-lengths")
+        places = np.sort(draw.choice(len(admissions), MOST_TOKENISED, replace=False))
+        chosen = [admissions[place] for place in places]
+    whole = [encode(one, tokenizer, max_length_tokens=_UNLIMITED_TOKENS) for one in chosen]
+    cut = [encode(one, tokenizer, max_length_tokens=max_length) for one in chosen]
+    return TokenLengths(
+        prompt=tuple(one.answer_start for one in whole),
+        answer=tuple(one.label_tokens for one in whole),
+        max_length=max_length,
+        longer=sum(bool(one.dropped_diagnoses or one.dropped_drugs) for one in cut),
+        dropped_diagnoses=sum(one.dropped_diagnoses for one in cut),
+        dropped_drugs=sum(one.dropped_drugs for one in cut),
+    )
+
+
+def local_tokenizer(backbone: str, cache_dir: Path) -> tuple["PreTrainedTokenizerBase | None", str]:
+    """Return the backbone's tokenizer if it is on this machine, else None and the reason."""
+    if backbone == "tiny":
+        return tiny.tiny_tokenizer(), ""
+    name = str(cache_dir / embedded.FOLDER) if backbone == "embedded" else backbone
+    if backbone == "embedded" and not Path(name).is_dir():
+        return None, "the embedded backbone is not in the cache yet"
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, local_files_only=True
+        )
+    except (OSError, ValueError):
+        return None, f"the tokenizer of {backbone} is not on this machine"
+    return tokenizer, ""
+
+
+def show_counts(console: Console, data: dict[str, Any]) -> None:
+    """Print the counts of ``prepare`` or ``describe`` for a person."""
+    drugs = data["drugs_per_sample"]
+    console.print(
+        f"[bold]{data['samples']:,} samples[/bold] of {data['patients']:,} patients "
+        f"(source: {data['source']}); {drugs['mean']:.2f} drugs each, "
+        f"{drugs['min']} to {drugs['max']}"
+    )
+    rows = Table("table", "rows in", "rows out", "left out because", box=None, pad_edge=False)
+    for name, number in data["rows"].items():
+        reasons = ", ".join(
+            f"{reason.split('.', 1)[1].replace('_', ' ')} {count:,}"
+            for reason, count in data["dropped"].items()
+            if reason.startswith(f"{name}.") and count
+        )
+        rows.add_row(name, f"{number:,}", f"{data['rows_out'][name]:,}", reasons)
+    console.print(rows)
+    console.print(
+        f"measured on or before admission: height {data['height']:,}, weight {data['weight']:,}, "
+        f"both {data['height_and_weight']:,}, neither {data['no_height_no_weight']:,}"
+    )
+
+
+def show_description(console: Console, description: Description) -> None:
+    """Print what ``describe`` found for a person."""
+    data = description.data
+    show_counts(console, data)
+    partition = data["partition"]
+    sizes = Table("hospital", "patients", "samples", "train", "validation", "test", box=None)
+    for one in partition["hospitals"]:
+        sizes.add_row(
+            *(str(one[key]) for key in ("name", "patients", "samples")),
+            *(str(one[key]) for key in ("train", "validation", "test")),
+        )
+    console.print(f"\npartition by {partition['scheme']}:")
+    console.print(sizes)
+    console.print(
+        f"skew (mean Jensen-Shannon divergence of drugs, bits): {partition['skew']:.3f}; "
+        f"by chance {partition['null_skew']:.3f} (p {partition['p_value']:.2f})"
+    )
+    tokens = data["tokens"]
+    if description.lengths is None:
+        console.print(f"token lengths: {tokens['reason']}")
+        return
+    console.print(
+        f"tokens ({tokens['backbone']}): prompt {tokens['prompt']['mean']:.0f} on average, "
+        f"answer {tokens['answer']['mean']:.0f}, longest sample {tokens['total']['max']:,}; "
+        f"{tokens['longer_than_max_length']:,} of {tokens['samples']:,} longer than "
+        f"train.max-length {tokens['max_length']:,}: whole items dropped: "
+        f"{tokens['dropped_diagnoses']:,} diagnoses, {tokens['dropped_drugs']:,} drugs"
+    )
+
+
+def _sizes(hospital: Hospital) -> dict[str, Any]:
+    return {
+        "name": hospital.name,
+        "patients": hospital.patients,
+        "samples": hospital.samples,
+        "train": len(hospital.train),
+        "validation": len(hospital.validation),
+        "test": len(hospital.test),
+    }
+
+
+def _missing_drops(hospitals: Sequence[Hospital]) -> dict[str, int]:
+    drops: dict[str, int] = {}
+    for one in hospitals:
+        for reason, number in one.dropped.items():
+            drops[f"samples.{reason}"] = drops.get(f"samples.{reason}", 0) + number
+    return drops
+
+
+def _tokens(lengths: TokenLengths | None, backbone: str, reason: str) -> dict[str, Any]:
+    if lengths is None:
+        return {"backbone": backbone, "samples": 0, "reason": reason}
+    total = [prompt + answer for prompt, answer in zip(lengths.prompt, lengths.answer, strict=True)]
+    return {
+        "backbone": backbone,
+        "samples": len(total),
+        "prompt": _spread(lengths.prompt),
+        "answer": _spread(lengths.answer),
+        "total": _spread(total),
+        "max_length": lengths.max_length,
+        "longer_than_max_length": lengths.longer,
+        "dropped_diagnoses": lengths.dropped_diagnoses,
+        "dropped_drugs": lengths.dropped_drugs,
+    }
+
+
+def _spread(values: Sequence[int]) -> dict[str, float | int]:
+    return {
+        "mean": float(np.mean(values)),
+        "median": float(np.median(values)),
+        "min": min(values),
+        "max": max(values),
+    }

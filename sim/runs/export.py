@@ -1,0 +1,237 @@
+"""``fedrx export``: a run's adapter as PEFT loads it, A and B, with a model card."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.config import Config
+from common.errors import UserError
+from common.files import write_json, write_text
+from common.model.adapter.falora import Adapter
+from common.model.adapter.layout import adapter_spec, meta_adapter
+from common.model.backbone.load import BackboneSpec
+from common.rundir import Checkpoint, RunDirectory, Tensors, write_tensors
+from common.training.resident_session import backbone_spec
+from sim.report.run_report import COLUMNS, NOTICE, model_name
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+CARD_FILE = "README.md"
+CARD_TITLE = "# FedRx adapter: drug lists from diagnoses"
+FOLDER = "adapter"
+_HANDLING = {
+    "synthetic": "It was trained on synthetic data and knows nothing about care.",
+    "demo": "It was trained on the MIMIC-IV Clinical Database Demo (100 patients, Open Database "
+    "License): it proves that the training works, not that its answers are good.",
+    "credentialed": "It was trained on credentialed data. Weights can reveal what they were "
+    "trained on: do not share or publish them beyond what your data use agreement allows.",
+}
+
+
+def export_run(
+    run: RunDirectory, target: Path | None = None, *, checkpoint: str | None = None
+) -> Path:
+    """Write a run's adapter in PEFT's layout, with a model card. No weights are loaded.
+
+    Args:
+        run: Any run directory with a checkpoint.
+        target: Folder to write; default ``adapter`` in the run directory. An earlier export
+            there is replaced.
+        checkpoint: Name of a checkpoint; default the last.
+
+    Returns:
+        The folder: adapter_config.json, adapter_model.safetensors (fp32), README.md.
+
+    Raises:
+        UserError: If there is no checkpoint, the target holds other files, or the backbone or A
+            are not those of the run.
+    """
+    config, loaded = run.config(), run.load_checkpoint(checkpoint)
+    folder = (target or run.path / FOLDER).expanduser().absolute()
+    if not _replaceable(folder):
+        raise UserError(
+            f"{folder} holds something else",
+            allowed="a new or empty folder, or an earlier export",
+            fix="name another folder",
+        )
+    backbone = backbone_spec(config.model.backbone)
+    adapter = meta_adapter(backbone, adapter_spec(config.adapter))
+    inputs = run.read_json("environment.json").get("inputs", {})
+    found = {"backbone": backbone.fingerprint, "a": adapter.a_fingerprint}
+    for name, value in found.items():
+        if inputs.get(name, value) != value:
+            raise UserError(
+                f"{'A' if name == 'a' else 'the backbone'} is not what the run was trained with",
+                fix="restore what model.backbone named, and this version's adapter.seed",
+            )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        written = Path(scratch) / folder.name
+        written.mkdir()
+        write_json(written / CONFIG_FILE, peft_config(config, backbone))
+        write_tensors(written / WEIGHTS_FILE, peft_tensors(adapter, loaded.b))
+        write_text(written / CARD_FILE, model_card(run, config, backbone, loaded))
+        shutil.rmtree(folder, ignore_errors=True)
+        written.rename(folder)
+    return folder
+
+
+def _replaceable(folder: Path) -> bool:
+    """Tell whether a folder is new, empty, or what an earlier export has written, and no more."""
+    if not folder.exists():
+        return True
+    names = {path.name for path in folder.iterdir()}
+    card = folder / CARD_FILE
+    ours = card.is_file() and CARD_TITLE in card.read_text(encoding="utf-8", errors="replace")
+    return not names or (ours and names <= {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE})
+
+
+def peft_config(config: Config, backbone: BackboneSpec) -> dict[str, Any]:
+    """Return adapter_config.json as PEFT's LoraConfig reads it."""
+    adapter = config.adapter
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": public_name(backbone),
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "target_modules": list(adapter_spec(adapter).targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def peft_tensors(adapter: Adapter, b: Tensors) -> Tensors:
+    """Name A and B as PEFT does.
+
+    Args:
+        adapter: Gives A, as drawn from its seed.
+        b: Trained matrices by wire key; in mode ``lora`` A is among them.
+    """
+    everything = {**({} if adapter.spec.mode == "lora" else adapter.a_state()), **b}
+    return {
+        f"base_model.model.{key}.weight": np.asarray(value, dtype=np.float32)
+        for key, value in everything.items()
+    }
+
+
+def public_name(backbone: BackboneSpec) -> str:
+    """Return the hub id, or what of a local name may leave the machine: no parent folder.
+
+    >>> from common.model.backbone.load import resolve_backbone
+    >>> public_name(resolve_backbone("tiny"))
+    'tiny'
+    """
+    return backbone.hub_id or Path(backbone.name).name
+
+
+def source_of_weights(backbone: BackboneSpec) -> str:
+    """Return what the model card's code loads: the hub id, or a place to fill in."""
+    return backbone.hub_id or f"the folder of {public_name(backbone)}"
+
+
+def model_card(
+    run: RunDirectory, config: Config, backbone: BackboneSpec, checkpoint: Checkpoint
+) -> str:
+    """Return the README of the exported adapter: what it is, what it may be used for, figures."""
+    summary = run.read_json("summary.json")
+    source = summary.get("source", "credentialed")
+    adapter, train = config.adapter, config.train
+    hospitals = len(summary.get("hospitals", [])) or config.federation.hospitals
+    where = checkpoint.facts
+    counts = [f"{name} {where[name]}" for name in ("round", "step") if name in where]
+    moment = ", ".join(counts) or "the only one"
+    lines = [
+        "---",
+        *([f"base_model: {backbone.hub_id}"] if backbone.hub_id else []),
+        "library_name: peft",
+        "tags: [lora, federated-learning, research-only]",
+        "---",
+        "",
+        CARD_TITLE,
+        "",
+        f"**{NOTICE}** {_HANDLING[source]}",
+        "",
+        (
+            "Given a patient's physical data and the diagnoses of one hospital stay, the model "
+            "lists the drugs that were ordered. Diagnoses are coded at discharge and the list is "
+            "the whole stay's orders: this reconstructs, it does not advise."
+        ),
+        "",
+        "| | |",
+        "|---|---|",
+        f"| backbone | {public_name(backbone)} |",
+        f"| backbone sha256 | `{backbone.fingerprint}` |",
+        (
+            f"| adapter | {adapter.mode}, rank {adapter.rank}, alpha {adapter.alpha:g}, "
+            f"on {', '.join(adapter_spec(adapter).targets)} |"
+        ),
+        (
+            f"| training | {hospitals} hospital(s), {train.optimizer}, learning rate "
+            f"{train.learning_rate:g}; checkpoint {checkpoint.name} ({moment}) |"
+        ),
+        *_weights_lines(config),
+        f"| data | {source} |",
+        f"| privacy | {_privacy_line(summary)} |",
+        "",
+    ]
+    if checkpoint.name == summary.get("evaluation", {}).get("checkpoint"):
+        lines += _metrics_lines(summary)
+    lines += [
+        "## Use",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'backbone = AutoModelForCausalLM.from_pretrained("{source_of_weights(backbone)}")',
+        'model = PeftModel.from_pretrained(backbone, "this folder")',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _weights_lines(config: Config) -> list[str]:
+    """Say in which format the backbone was, where it was not the one that the adapter is for."""
+    if config.model.weights != "fp8":
+        return []
+    return ["| trained on | the backbone's projections in fp8; the adapter is for bf16 weights |"]
+
+
+def _privacy_line(summary: dict[str, Any]) -> str:
+    privacy = summary.get("privacy")
+    if not privacy:
+        return "trained without differential privacy"
+    epsilon = privacy["epsilon"]
+    if epsilon is None:
+        return "no guarantee (epsilon is infinite)"
+    return f"epsilon {epsilon:.3f}, delta {privacy['delta']:g}, per {privacy['unit']}"
+
+
+def _metrics_lines(summary: dict[str, Any]) -> list[str]:
+    metrics = summary["metrics"]
+    first = next(iter(metrics.values()))
+    rows = [
+        f"| {model_name(model, summary)} | "
+        + " | ".join("–" if values[key] is None else f"{values[key]:.3f}" for key, _ in COLUMNS)
+        + " |"
+        for model, values in metrics.items()
+    ]
+    return [
+        f"## {first['samples']} held-out admissions of {first['patients']} patients",
+        "",
+        "| | " + " | ".join(name for _, name in COLUMNS) + " |",
+        "|---" * (len(COLUMNS) + 1) + "|",
+        *rows,
+        "",
+        (
+            f"Sets of drugs at the {first['level']} level, macro means; an unparseable answer "
+            "counts 0."
+        ),
+        "",
+    ]

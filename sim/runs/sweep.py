@@ -1,0 +1,285 @@
+"""``fedrx sweep``: several arms over several seeds, as one table with intervals.
+
+An arm is a way to train: what is adapted, how hospitals are aggregated, or not federated at all.
+Each arm and seed is an ordinary run below the sweep's folder; a finished one is not run again, so
+an interrupted sweep goes on where it stopped.
+"""
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import t as student
+
+from common.config import Config
+from common.configio import differences, flatten, from_flat, parse_overrides
+from common.errors import UserError
+from common.files import write_json, write_text
+from common.rundir import RunDirectory, remove_unbegun
+from common.wire.cohort import check_strategy, hospital_names, sampled
+from sim.process.lock import exclusive
+from sim.runs.federate import federate, resolved
+from sim.runs.resume import resume
+from sim.runs.single import one_node, single
+
+CENTRALISED, LOCAL_ONLY = "centralised", "local-only"
+ARMS: dict[str, dict[str, Any]] = {
+    "fa-lora": {},
+    "lora": {"adapter.mode": "lora"},
+    **{
+        name: {"federation.strategy": name}
+        for name in ("fedprox", "fedavgm", "fedadam", "fedmedian", "trimmed-mean", "krum")
+    },
+    "bf16": {"federation.codec": "bf16"},
+    "int8": {"federation.codec": "int8"},
+    "reset-state": {"train.keep-state": False},
+    CENTRALISED: {},
+    LOCAL_ONLY: {},
+}
+SEEDED = ("train.seed", "adapter.seed", "partition.seed", "federation.seed")
+RESULTLESS = ("federation.workers:",)
+"""Keys that cannot change a run's result."""
+CONFIDENCE = 0.95
+FIGURES: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
+    "F1": lambda s: s["metrics"]["fedrx"]["f1"],
+    "Jaccard": lambda s: s["metrics"]["fedrx"]["jaccard"],
+    "validation loss": lambda s: next(reversed(s["validation_loss"]), None),
+    "MB up": lambda s: s["wire"]["bytes_up"] / 1e6,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run of a sweep."""
+
+    arm: str
+    """Name of the arm, with the values that are varied beside it."""
+    seed: int
+    part: str
+    """The hospital of a local-only run; else empty."""
+    config: Config
+    federated: bool
+
+    @property
+    def folder(self) -> str:
+        """Name of the run's folder below the sweep's."""
+        parts = (self.arm, f"seed-{self.seed}", self.part)
+        return "-".join(part for part in parts if part).replace("=", "-").replace(" ", "-")
+
+
+def plan_cells(
+    config: Config, *, arms: Sequence[str], seeds: Sequence[int], vary: Sequence[str] = ()
+) -> list[Cell]:
+    """List the runs of a sweep.
+
+    Args:
+        config: What every run shares.
+        arms: Names from ``ARMS``.
+        seeds: Each sets the seeds of data order, A, partition and hospital sampling.
+        vary: ``key=value,value`` for a grid beside the arms.
+
+    Raises:
+        UserError: for an unknown arm, a key or value that is not allowed, or a robust strategy
+            that withstands nothing with so many hospitals.
+    """
+    unknown = [arm for arm in arms if arm not in ARMS]
+    if unknown:
+        raise UserError(f"--arm {unknown[0]}", allowed=" | ".join(ARMS), fix="name one of these")
+    grid = [
+        [f"{key.strip()}={value}" for value in values.split(",")]
+        for key, _, values in (text.partition("=") for text in vary)
+    ]
+    cells = []
+    for arm, point, seed in itertools.product(arms, itertools.product(*grid), seeds):
+        values = {**flatten(config), **dict.fromkeys(SEEDED, seed), **ARMS[arm]}
+        values |= parse_overrides(point)
+        name = " ".join([arm, *point])
+        _check_arm(arm, from_flat(values))
+        if arm == CENTRALISED:
+            values |= pooled_budget(from_flat(values))
+        parts = [""]
+        if arm == LOCAL_ONLY:
+            parts = hospital_names(from_flat(values).federation.hospitals)
+        cells += [
+            Cell(
+                arm=name,
+                seed=seed,
+                part=part,
+                config=from_flat({**values, "federation.only": part}),
+                federated=arm != CENTRALISED,
+            )
+            for part in parts
+        ]
+    return cells
+
+
+def default_arms(config: Config) -> tuple[list[str], list[str]]:
+    """Return the arms that make sense with a configuration, and why the others do not."""
+    arms, reasons = [], []
+    for arm, values in ARMS.items():
+        try:
+            _check_arm(arm, from_flat(values, base=config))
+            arms.append(arm)
+        except UserError as error:
+            reasons.append(f"without the arm {arm}: {error}")
+    return arms, reasons
+
+
+def pooled_budget(config: Config) -> dict[str, float]:
+    """Return the keys that let one node see as many samples as the federation's hospitals.
+
+    ``train.steps``, else ``train.epochs``, else rounds times local steps is each hospital's
+    (``common.training.budget``); the node takes those of all that a round asks.
+
+    >>> pooled_budget(from_flat({"train.steps": 100}))
+    {'train.steps': 300}
+    >>> pooled_budget(from_flat({"train.epochs": 2.0}))
+    {'train.epochs': 2.0}
+    >>> pooled_budget(Config())
+    {'train.steps': 120}
+    """
+    train, federation = config.train, config.federation
+    asked = sampled(federation.fraction, federation.hospitals)
+    if train.epochs and not train.steps:
+        return {"train.epochs": train.epochs * asked / federation.hospitals}
+    steps = train.steps or federation.rounds * federation.local_steps
+    return {"train.steps": asked * steps}
+
+
+def sweep(
+    cells: Sequence[Cell],
+    folder: Path,
+    *,
+    console: Console,
+    command_line: Sequence[str],
+) -> dict[str, Any]:
+    """Run what is not finished yet, and put everything into one table.
+
+    Args:
+        cells: From ``plan_cells``.
+        folder: The sweep's folder; sweep.json and sweep.md are written to it.
+        console: Where progress and the table are shown.
+        command_line: Stored in each run's environment.json.
+
+    Returns:
+        The content of sweep.json.
+
+    Raises:
+        UserError: if another process is at work on it, or a run in it is not the cell's.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    summaries = []
+    with exclusive(RunDirectory(folder)):
+        for number, cell in enumerate(cells, 1):
+            label = f"{number}/{len(cells)}: {cell.arm}, seed {cell.seed} {cell.part}"
+            console.print(label, style="bold", markup=False)
+            summaries.append(_run(cell, folder / cell.folder, console, command_line))
+    rows = [
+        {"arm": arm, "runs": len(chosen), **tabulate([s for _, s in chosen])}
+        for arm, chosen in _by_arm(cells, summaries).items()
+    ]
+    result = {"confidence": CONFIDENCE, "rows": rows}
+    write_json(folder / "sweep.json", result)
+    write_text(folder / "sweep.md", markdown(rows))
+    show(console, rows)
+    return result
+
+
+def tabulate(seeds: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, float | None]]:
+    """Return mean and half-width of the confidence interval of each figure over seeds.
+
+    Args:
+        seeds: For each seed its runs' summaries (several for local-only: they are averaged first).
+
+    Returns:
+        Figure -> ``mean`` and ``half_width`` (Student's t; None with one seed). A figure that a run
+        does not have (privacy lets no validation loss out) is None.
+    """
+    return {
+        name: _interval([[figure(summary) for summary in runs] for runs in seeds])
+        for name, figure in FIGURES.items()
+    }
+
+
+def _check_arm(arm: str, config: Config) -> None:
+    if arm not in (CENTRALISED, LOCAL_ONLY):
+        check_strategy(config.federation)
+
+
+def _interval(seeds: Sequence[Sequence[float | None]]) -> dict[str, float | None]:
+    known = [[value for value in runs if value is not None] for runs in seeds]
+    if [len(runs) for runs in known] != [len(runs) for runs in seeds]:
+        return {"mean": None, "half_width": None}
+    values = [statistics.fmean(runs) for runs in known]
+    half = None
+    if len(values) > 1:
+        quantile = float(student.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+        half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": statistics.fmean(values), "half_width": half}
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Render the table as markdown."""
+    lines = [
+        "| arm | seeds | " + " | ".join(FIGURES) + " |",
+        "|---|---|" + "---|" * len(FIGURES),
+        *("| " + " | ".join(_cells(row)) + " |" for row in rows),
+    ]
+    return "\n".join(lines) + f"\n\nMean ± {CONFIDENCE:.0%} interval over seeds (Student's t).\n"
+
+
+def show(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the table."""
+    table = Table("arm", "seeds", *FIGURES)
+    for row in rows:
+        table.add_row(*_cells(row))
+    console.print(table)
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    cells = [str(row["arm"]), str(row["runs"])]
+    for name in FIGURES:
+        mean, half = row[name]["mean"], row[name]["half_width"]
+        text = "–" if mean is None else f"{mean:.4g}"
+        cells.append(text if half is None else f"{text} ± {half:.2g}")
+    return cells
+
+
+def _by_arm(
+    cells: Sequence[Cell], summaries: Sequence[Mapping[str, Any]]
+) -> dict[str, list[tuple[int, list[Mapping[str, Any]]]]]:
+    grouped: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
+    for cell, summary in zip(cells, summaries, strict=True):
+        grouped.setdefault(cell.arm, {}).setdefault(cell.seed, []).append(summary)
+    return {arm: sorted(seeds.items()) for arm, seeds in grouped.items()}
+
+
+def _run(cell: Cell, folder: Path, console: Console, command_line: Sequence[str]) -> dict[str, Any]:
+    if (folder / "environment.json").exists():
+        run = RunDirectory.open(folder)
+        _check_same(cell, run)
+        if run.status()["state"] == "finished":
+            return run.read_json("summary.json")
+        return resume(folder, console=console, command_line=command_line)
+    remove_unbegun(folder)
+    start = federate if cell.federated else single
+    return start(cell.config, console=console, command_line=command_line, run_dir=folder)
+
+
+def _check_same(cell: Cell, run: RunDirectory) -> None:
+    """Refuse a run that is not the cell's, by the configurations that both run with."""
+    wanted = resolved(cell.config) if cell.federated else one_node(cell.config)
+    changed = [
+        text for text in differences(run.config(), wanted) if not text.startswith(RESULTLESS)
+    ]
+    if changed:
+        raise UserError(
+            f"{run.path} holds a run with another configuration: {'; '.join(changed)}",
+            fix="name another --run-dir, or set these keys as they were",
+        )

@@ -1,0 +1,79 @@
+"""``fedrx judge`` as it is typed."""
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from common.errors import RunFailed, UserError
+from sim.cli.people import register
+
+app = typer.Typer()
+register(app)
+
+
+def fedrx(*arguments):
+    """Return the JSON that the command prints last, or raise what it raises."""
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture
+def demo(make_run, kit):
+    lines = [kit.line(f"case-{n}", m, [f"{m} {n}"], n) for n in (1, 2) for m in ("fedrx", "other")]
+    return make_run(lines, source="demo")
+
+
+def settings(server):
+    return ["--set", f"judge.base-url={server.url}", "--set", "judge.model=m"]
+
+
+def test_dry_run_then_judge_then_nothing_left(server, demo, kit):
+    figures = fedrx("judge", demo.path, *settings(server), "--dry-run")
+    assert (figures["calls"], figures["source"]) == (4, "demo")
+    assert not server.requests
+    result = fedrx("judge", demo.path, *settings(server), "--list-by", "fedrx")
+    assert result["appropriateness"]["fedrx"]["mean"] == 1
+    assert len(server.requests) == 2
+    assert fedrx("judge", demo.path, *settings(server), "--dry-run")["calls"] == 2
+    assert demo.read_json("summary.json")["judge"] == result
+
+
+def test_the_key_comes_from_the_named_variable(server, demo, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sesame-1")
+    fedrx("judge", demo.path, *settings(server), "--set", "judge.api-key-env=MY_KEY")
+    assert "Bearer sesame-1" in server.requests[0][1]
+    assert "sesame-1" not in "".join(f.read_text() for f in demo.path.rglob("*.json*"))
+
+
+def test_a_cost_limit_from_the_command_line(server, demo):
+    prices = ["--set", "judge.output-usd-per-million=1000", "--set", "judge.max-output-tokens=1000"]
+    with pytest.raises(RunFailed, match="max-cost-usd=0.5") as caught:
+        fedrx("judge", demo.path, *settings(server), *prices, "--max-cost-usd", "0.5")
+    assert caught.value.exit_status == 1
+    assert not server.requests
+
+
+def test_credentialed_data_stays_here_unless_both_are_stated(server, make_run, kit):
+    run = make_run([kit.line("case-1", "fedrx", ["Insulin"])], source=None, name="secret")
+    abroad = ["--set", "judge.base-url=https://judge.example/v1", "--set", "judge.model=m"]
+    with pytest.raises(UserError, match="not loopback") as caught:
+        fedrx("judge", run.path, *abroad)
+    assert caught.value.exit_status == 2
+    for half in (["--agreement-host", "judge.example"], ["--agreement", "A contract of 2031"]):
+        with pytest.raises(UserError, match="go together"):
+            fedrx("judge", run.path, *abroad, *half, "--dry-run")
+    both = ["--agreement-host", "judge.example", "--agreement", "A contract of 2031"]
+    assert fedrx("judge", run.path, *abroad, *both, "--dry-run")["source"] == "credentialed"
+    with pytest.raises(UserError, match="names host"):
+        fedrx("judge", run.path, *abroad, "--agreement-host", "x.example", *both[2:], "--dry-run")
+    assert fedrx("judge", run.path, *settings(server))["judgements"]["scored"] == 1
+
+
+def test_other_sections_cannot_be_set(demo):
+    with pytest.raises(UserError, match="train.seed"):
+        fedrx("judge", demo.path, "--set", "train.seed=3")

@@ -1,0 +1,120 @@
+"""Batched generation against transformers' own generate, one prompt at a time."""
+
+import pytest
+import torch
+
+from common.evaluation import decode_graph
+from common.evaluation.generate import Generated, generate
+from common.model.adapter.falora import AdapterSpec
+from common.model.backbone.load import load_model, resolve_backbone
+from common.model.session import open_session
+
+LIMIT = 24
+
+
+@pytest.fixture(scope="module")
+def session():
+    """The tiny Llama in fp32 with a B that matters, ending now and then."""
+    spec = resolve_backbone("tiny")
+    opened = open_session(spec, AdapterSpec(rank=4, alpha=8.0), device="cpu", dtype="fp32")
+    noise = torch.randn(opened.adapter.flat.shape, generator=torch.Generator().manual_seed(0))
+    opened.adapter.flat.copy_(0.1 * noise)
+    # An untrained model never says its end token: lift it until answers end at mixed lengths.
+    direction = torch.randn(64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        opened.model.lm_head.weight[opened.tokenizer.eos_token_id] = 3.2 * direction / 8
+    return opened
+
+
+@pytest.fixture(scope="module")
+def prompts(session):
+    """Prompts of mixed lengths; every third holds the end (and padding) token inside."""
+    generator = torch.Generator().manual_seed(2)
+    made = []
+    for place in range(13):
+        length = int(torch.randint(1, 60, (1,), generator=generator))
+        ids = torch.randint(2, 1024, (length,), generator=generator).tolist()
+        if place % 3 == 0:
+            ids = [ids[0], session.tokenizer.eos_token_id, *ids]
+        made.append(ids)
+    return made
+
+
+def one_by_one(session, prompts):
+    """transformers' greedy generation on its own copy with PEFT-free merged weights."""
+    model = load_model(session.spec, device=torch.device("cpu"), dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(session.model.lm_head.weight)
+        for module in session.adapter.modules:
+            update = session.adapter.spec.scale * module.lora_B @ module.lora_A
+            model.get_submodule(module.key).weight.add_(update)
+    results = []
+    for ids in prompts:
+        out = model.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+            max_new_tokens=LIMIT,
+            do_sample=False,
+            eos_token_id=session.tokenizer.eos_token_id,
+            pad_token_id=session.tokenizer.eos_token_id,
+        )[0, len(ids) :].tolist()
+        finished = out[-1] == session.tokenizer.eos_token_id
+        results.append(Generated(tokens=tuple(out[:-1] if finished else out), finished=finished))
+    return results
+
+
+@pytest.fixture(params=["prompt by prompt", "packed prompts, steps as on a GPU"])
+def way(request, monkeypatch):
+    """How ``generate`` works; a GPU's way runs here without recording its steps."""
+    on_gpu = request.param != "prompt by prompt"
+    monkeypatch.setattr(decode_graph, "supported", lambda session: on_gpu)
+    # Some passes hold several prompts, some one; columns fall into several buckets.
+    monkeypatch.setattr(decode_graph, "PREFILL_TOKENS", 90)
+    monkeypatch.setattr(decode_graph, "COLUMNS", 16)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 32])
+def test_tokens_equal_transformers_one_by_one(session, prompts, batch_size, way):
+    expected = one_by_one(session, prompts)
+    lengths = {len(answer.tokens) for answer in expected}
+    assert {answer.finished for answer in expected} == {True, False}
+    assert len(lengths) > 3
+    seen = []
+    ours = generate(
+        session,
+        prompts,
+        max_new_tokens=LIMIT,
+        batch_size=batch_size,
+        progress=lambda done, of: seen.append((done, of)),
+    )
+    assert ours == expected
+    assert seen == [(done, len(prompts)) for done in range(1, len(prompts) + 1)]
+
+
+def test_the_adapter_speaks_and_is_left_as_it_was(session, prompts):
+    trained = generate(session, prompts, max_new_tokens=LIMIT, batch_size=4)
+    b = session.adapter.state()
+    session.adapter.flat.zero_()
+    untrained = generate(session, prompts, max_new_tokens=LIMIT, batch_size=4)
+    session.adapter.load(b)
+    assert trained != untrained
+    assert all(module.merged_OD is None for module in session.adapter.modules)
+    assert not torch.is_inference(session.adapter.flat)
+    assert generate(session, prompts, max_new_tokens=LIMIT, batch_size=4) == trained
+
+
+def test_a_matcher_chooses_in_place_of_the_argmax(session, prompts, way):
+    class OnlyEven:
+        def choose(self, logits_V, preferred):
+            allowed = logits_V.clone()
+            allowed[1::2] = -torch.inf
+            return int(allowed.argmax())
+
+    answers = generate(session, prompts, max_new_tokens=8, batch_size=4, matcher=OnlyEven)
+    tokens = [token for answer in answers for token in answer.tokens]
+    assert len(tokens) == 8 * len(prompts)
+    assert all(token % 2 == 0 for token in tokens)
+
+
+def test_no_prompts_no_answers(session):
+    assert generate(session, [], max_new_tokens=8, batch_size=4) == []

@@ -1,0 +1,267 @@
+"""The packet's blindness and seeds, what an import refuses, and figures by hand."""
+
+import hashlib
+import json
+from collections import Counter
+
+import pytest
+
+from common.config import Config
+from common.errors import UserError
+from common.evaluation.review.packet import make_packet
+from common.evaluation.review.scores import Level, summarise_reviews
+from common.rundir import RunDirectory
+from sim.answers.review import import_reviews, make_review
+
+
+def line(case, model, answer, truth=("T",)):
+    patient = {"sex": "M", "age": "50", "height_cm": None, "weight_kg": None, "bmi": None}
+    return {
+        "case": case,
+        "cluster": int(case.split("-")[1]),
+        "model": model,
+        "patient": patient,
+        "diagnoses": ["Asthma"],
+        "truth": list(truth),
+        "text": None,
+        "answer": answer,
+    }
+
+
+LINES = [line(f"case-{n}", m, [f"{m}{n}", "Z", "b"]) for n in range(60) for m in ("x", "y", "z")]
+
+
+def test_each_model_takes_each_place_about_equally_often():
+    key = make_packet(LINES, source="demo").key
+    first = Counter(case["lists"]["A"] for case in key["cases"])
+    assert set(first) == {"x", "y", "z"}
+    # 60 fair draws among three: fewer than 8 for one of them has a chance below 1 in 1000.
+    assert min(first.values()) >= 8
+
+
+def test_the_seed_decides_and_nothing_else():
+    assert make_packet(LINES, source="demo", seed=1) == make_packet(LINES, source="demo", seed=1)
+    assert make_packet(LINES, source="demo", seed=1).key != make_packet(LINES, source="demo").key
+    backwards = make_packet(LINES[::-1], source="demo", seed=1).key
+    orders = {case["case"]: case["lists"] for case in backwards["cases"]}
+    same = make_packet(LINES, source="demo", seed=1).key
+    assert orders == {case["case"]: case["lists"] for case in same["cases"]}
+
+
+def test_drugs_stand_in_alphabetical_order_once_each():
+    shown = make_packet([line("case-1", "x", ["b", "Z", "a", "B "])], source="demo").shown
+    assert shown["cases"][0]["lists"] == [{"id": "A", "drugs": ["a", "b", "Z"]}]
+
+
+def test_cases_are_chosen_by_seed():
+    chosen = [
+        [case["case"] for case in make_packet(LINES, source="demo", cases=5, seed=s).key["cases"]]
+        for s in (0, 0, 1)
+    ]
+    assert len(chosen[0]) == 5
+    assert chosen[0] == chosen[1] != chosen[2]
+    with pytest.raises(UserError, match="--cases 61"):
+        make_packet(LINES, source="demo", cases=61)
+
+
+def test_unknown_models_and_missing_predictions_are_refused():
+    with pytest.raises(UserError, match="nobody"):
+        make_packet(LINES, source="demo", models=["nobody"])
+    with pytest.raises(UserError, match="evaluate"):
+        make_packet([], source="demo")
+
+
+# From here on: two cases, two models, two reviewers, one judge.
+TWO = [
+    line("case-1", "x", ["A", "B"], ["A", "C"]),
+    line("case-1", "y", ["A"], ["A", "C"]),
+    line("case-2", "x", None, ["D"]),
+    line("case-2", "y", ["D", "E"], ["D"]),
+]
+
+
+def review(packet, reviewer, marks, *, missing=(), overall=None):
+    """``marks``: (case, model) -> marks in the shown (alphabetical) order."""
+    cases = {}
+    for case in packet.key["cases"]:
+        lists = {}
+        for label, model in case["lists"].items():
+            shown = next(c for c in packet.shown["cases"] if c["id"] == case["id"])
+            drugs = next(entry["drugs"] for entry in shown["lists"] if entry["id"] == label)
+            given = marks.get((case["case"], model), [None] * len(drugs))
+            lists[label] = {"marks": given, "missing": list(missing), "overall": overall}
+        cases[case["id"]] = {"comment": "", "lists": lists}
+    return {"packet": packet.sha256, "reviewer": reviewer, "saved": "now", "cases": cases}
+
+
+def judged(case, model, **verdicts):
+    listed = [{"drug": d, "suitable": s, "reason": ""} for d, s in verdicts.items()]
+    return {"case": case, "model": model, "verdicts": listed}
+
+
+def test_figures_by_hand():
+    packet = make_packet(TWO, source="demo", include_ordered=True)
+    k, r, u = "keep", "remove", "unsure"
+    marks = {("case-1", "x"): [k, r], ("case-1", "y"): [k], ("case-2", "y"): [k, k]}
+    others = {("case-1", "x"): [k, u], ("case-1", "y"): [k], ("case-2", "y"): [k, r]}
+    reviews = [
+        review(packet, "one", marks, overall=4),
+        review(packet, "two", others, missing=["C"], overall=4),
+    ]
+    result = summarise_reviews(
+        packet.shown,
+        packet.key,
+        reviews,
+        TWO,
+        [
+            judged("case-1", "x", a=True, B=True),
+            judged("case-1", "y", A=True),
+            judged("case-2", "y", D=False, E=True),
+            {"case": "case-2", "model": "x", "verdicts": None},
+        ],
+        level=Level(name="string"),
+    )
+    x, y, ordered = (result["models"][name] for name in ("x", "y", "ordered"))
+    assert (x["format_followed"], y["format_followed"]) == (1 / 2, 1)
+    assert x["similarity"]["jaccard"] == pytest.approx((1 / 3 + 0) / 2)
+    assert y["similarity"]["jaccard"] == pytest.approx((1 / 2 + 1 / 2) / 2)
+    assert ordered["similarity"]["jaccard"] == 1
+    # One keeps {A} of {A, C}; two keeps {A} and adds C.
+    assert x["similarity_after_review"]["jaccard"] == pytest.approx((1 / 2 + 1) / 2)
+    assert x["kept_share"] == pytest.approx((1 / 2 + 1) / 2)
+    assert x["drugs"] == {"keep": 2, "remove": 1, "unsure": 1, "unmarked": 0}
+    assert ordered["similarity_after_review"] is None
+    assert ordered["drugs"]["unmarked"] == 2 * 3
+    # Units: A kk, B ru, A kk, D kk, E kr: n = 10; observed 4 of 10 ordered pairs differ;
+    # k 7, r 2, u 1: expected (7*2 + 7*1 + 2*1) * 2 = 46 of 10 * 9.
+    agreement = result["agreement"]
+    assert agreement["alpha_drugs"] == pytest.approx(1 - (4 / 10) / (46 / 90))
+    assert agreement["unanimous"] == 3 / 5
+    assert agreement["alpha_overall"] is None
+    # Majorities: x A keep, x B remove, y A keep, y D keep; y E is a tie.
+    judge = result["judge"]
+    assert judge["drugs"] == 4
+    assert judge["keep_suitable"] == 2
+    assert (judge["keep_unsuitable"], judge["remove_suitable"]) == (1, 1)
+    assert judge["agree"] == 1 / 2
+
+
+@pytest.fixture
+def run(tmp_path):
+    directory = RunDirectory.create(Config(), directory=tmp_path / "run")
+    for record in TWO:
+        directory.append("predictions.jsonl", record)
+    directory.write_json("summary.json", {"source": "synthetic"})
+    return directory
+
+
+def write(path, content, **outer):
+    body = json.dumps(content)
+    checksum = hashlib.sha256(body.encode()).hexdigest()
+    whole = {"format": "fedrx-review-1", "sha256": checksum, "body": body, **outer}
+    path.write_text(json.dumps(whole))
+    return path
+
+
+def packet_of(run):
+    return make_packet(run.lines("predictions.jsonl"), source="synthetic")
+
+
+def test_reviews_add_up_over_imports_and_a_newer_one_replaces(run, tmp_path):
+    make_review(run)
+    packet = packet_of(run)
+    first = write(tmp_path / "a.json", review(packet, "One", {}, overall=1))
+    second = write(tmp_path / "b.json", review(packet, "Two", {}, overall=3))
+    assert import_reviews(run, [first])["models"]["y"]["overall"] == 1
+    assert import_reviews(run, [second])["models"]["y"]["overall"] == 2
+    newer = write(tmp_path / "c.json", review(packet, " one ", {}, overall=5))
+    assert import_reviews(run, [newer])["models"]["y"]["overall"] == 4
+    with pytest.raises(UserError, match="same reviewer"):
+        import_reviews(run, [first, newer])
+
+
+def change(content, *path, to):
+    *way, last = path
+    place = content
+    for step in way:
+        place = place[step]
+    place[last] = to
+    return content
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "complaint"),
+    [
+        (("cases", "1", "lists", "A", "marks", 0), "KEEP", "a mark is none of"),
+        (("cases", "1", "lists", "A", "marks", 0), ["keep"], "a mark is none of"),
+        (("cases", "1", "lists", "A", "marks"), ["keep"] * 9, "number of marks"),
+        (("cases", "1", "lists", "A", "marks"), "kk", "number of marks"),
+        (("cases", "1", "lists", "A", "overall"), 6, "overall"),
+        (("cases", "1", "lists", "A", "overall"), True, "overall"),
+        (("cases", "1", "lists", "A", "missing"), [3], "text"),
+        (("cases", "1", "lists", "A", "missing"), ["x"] * 500, "missing drugs"),
+        (("cases", "1", "lists", "C"), {}, "other lists"),
+        (("cases", "1", "lists"), None, "other lists"),
+        (("cases", "1"), None, "other lists"),
+        (("cases", "7"), {}, "cases are not"),
+        (("cases",), [], "lacks"),
+        (("reviewer",), "  ", "names no reviewer"),
+        (("reviewer",), 4, "lacks"),
+        (("packet",), "0" * 64, "another packet"),
+        (("packet",), "../../etc", "another packet"),
+    ],
+)
+def test_a_wrong_review_is_refused_and_nothing_is_imported(run, tmp_path, path, value, complaint):
+    make_review(run)
+    before = run.read_json("summary.json")
+    content = change(review(packet_of(run), "One", {}), *path, to=value)
+    with pytest.raises(UserError, match=complaint):
+        import_reviews(run, [write(tmp_path / "a.json", content)])
+    assert run.read_json("summary.json") == before
+    assert not list((run.path / "review").glob("*/reviews/*"))
+
+
+def test_a_damaged_file_is_refused(run, tmp_path):
+    make_review(run)
+    file = write(tmp_path / "a.json", review(packet_of(run), "One", {}, overall=1))
+    file.write_text(file.read_text().replace('overall\\": 1', 'overall\\": 5'))
+    with pytest.raises(UserError, match="damaged or changed"):
+        import_reviews(run, [file])
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '"x"', "nonsense", '{"format": "other"}'])
+def test_a_file_that_is_no_review_is_refused(run, tmp_path, text):
+    make_review(run)
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match="not a review"):
+        import_reviews(run, [tmp_path / "a.json"])
+
+
+def test_a_changed_packet_is_refused(run, tmp_path):
+    page = make_review(run)
+    file = write(tmp_path / "a.json", review(packet_of(run), "One", {}))
+    packet = page.parent / "packet.json"
+    packet.write_text(packet.read_text().replace("Asthma", "Gout"))
+    with pytest.raises(UserError, match="changed after the packet"):
+        import_reviews(run, [file])
+
+
+def test_other_predictions_than_the_packets_are_refused(run, tmp_path):
+    make_review(run, cases=1, seed=3, include_ordered=True)
+    packet = make_packet(TWO, source="synthetic", cases=1, seed=3, include_ordered=True)
+    file = write(tmp_path / "a.json", review(packet, "One", {}))
+    assert import_reviews(run, [file])["cases"] == 1
+    lines = [{**line, "diagnoses": ["Gout"]} for line in run.lines("predictions.jsonl")]
+    (run.path / "predictions.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    with pytest.raises(UserError, match="predictions are not those"):
+        import_reviews(run, [file])
+
+
+def test_a_judgement_counts_only_while_the_summary_has_it(run, tmp_path):
+    make_review(run)
+    marks = {("case-1", "y"): ["keep"]}
+    file = write(tmp_path / "a.json", review(packet_of(run), "One", marks))
+    run.append("judge.jsonl", judged("case-1", "y", A=True))
+    assert import_reviews(run, [file])["judge"] is None
+    run.write_json("summary.json", {**run.read_json("summary.json"), "judge": {}})
+    assert import_reviews(run, [file])["judge"]["agree"] == 1

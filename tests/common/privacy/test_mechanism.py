@@ -1,0 +1,87 @@
+"""The release and its receipt (specification tests 5, 6 and 8 at the mechanism's level)."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from common.errors import RunFailed
+from common.privacy.budget.ledger import Ledger
+from common.privacy.budget.receipts import json_number, ledger_line, receipt
+from common.privacy.mechanism.noise import NoiseSource
+from common.privacy.mechanism.release import GaussianMechanism, grid_for
+
+P = 1_000_000
+
+
+def test_released_noise_is_sigma_c_over_d(make_plan) -> None:
+    plan = make_plan(clip_norm=0.3, noise_multiplier=2.5, expected_batch=20.0)
+    signal = torch.linspace(-0.1, 0.1, P)
+    released = GaussianMechanism(plan, P, NoiseSource()).release(signal)
+    noise = (released.double() - signal.double() / 20.0) / (2.5 * 0.3 / 20.0)
+    assert released.dtype == torch.float32
+    assert stats.kstest(noise.numpy(), "norm").pvalue > 1e-6
+    # the grid adds 0.15%; both bounds are five to six standard deviations away
+    assert 0.997 < float(noise.std()) < 1.005
+    for mutant in (noise / 2, noise * math.sqrt(2), noise * 20.0):
+        assert stats.kstest(mutant.numpy(), "norm").pvalue < 1e-6
+
+
+@pytest.mark.parametrize("parameters", [1, 1000, 5_242_880])
+@pytest.mark.parametrize("sigma", [0.3, 1.0, 20.0])
+@pytest.mark.parametrize("clip_norm", [1e-4, 1.0, 300.0])
+def test_grid_covers_rounding_and_is_a_power_of_two(
+    make_plan, parameters, sigma, clip_norm
+) -> None:
+    """Two neighbouring sums, rounded, differ by at most C / D + step sqrt(P)."""
+    plan = make_plan(noise_multiplier=sigma, clip_norm=clip_norm, expected_batch=7.0)
+    grid = grid_for(plan, parameters)
+    sensitivity = clip_norm / 7.0 + grid.step * math.sqrt(parameters)
+    assert grid.std >= sigma * sensitivity
+    assert grid.std < 1.013 * plan.noise_std
+    assert math.frexp(grid.step)[0] == 0.5
+    assert 2**22 <= grid.std_steps <= 2**24
+
+
+def test_a_sum_that_is_not_finite_is_never_released(make_plan) -> None:
+    mechanism = GaussianMechanism(make_plan(), 3, NoiseSource())
+    for value in (math.inf, math.nan):
+        with pytest.raises(RunFailed):
+            mechanism.release(torch.tensor([0.0, value, 0.0]))
+    with pytest.raises(RunFailed):
+        mechanism.release(torch.zeros(4))
+
+
+def test_receipt_and_ledger_line_say_what_ran(make_plan, tmp_path) -> None:
+    plan = make_plan()
+    ledger = Ledger(tmp_path / "ledger.jsonl", plan)
+    ledger.charge(1, 10)
+    paper = receipt("hospital-1", ledger, GaussianMechanism(plan, 100, NoiseSource()), "digest")
+    line = ledger_line(plan, "hospital-1", 1, 10)
+    assert set(line) == {
+        *("hospital", "round", "sampling_rate", "noise_multiplier", "clip_norm", "steps"),
+        *("epsilon", "delta", "unit", "accountant"),
+    }
+    assert paper["epsilon"] == line["epsilon"] < 2
+    assert (paper["steps"], paper["private"], paper["source_digest"]) == (10, True, "digest")
+    needed = {"mechanism", "unit", "relation", "sampling_rate", "noise_multiplier", "clip_norm"}
+    needed |= {"expected_batch", "steps", "epsilon", "delta", "accountant", "noise"}
+    assert needed <= set(paper)
+
+
+def test_reproducible_noise_makes_every_receipt_infinite(make_plan, tmp_path) -> None:
+    fixed = NoiseSource(deterministic=b"0")
+    marked = make_plan(deterministic_noise=True)
+    ledger = Ledger(tmp_path / "marked.jsonl", marked)
+    assert (
+        float(receipt("h", ledger, GaussianMechanism(marked, 9, fixed), "")["epsilon"]) == math.inf
+    )
+    assert float(ledger_line(marked, "h", 1, 1)["epsilon"]) == math.inf
+    # a plan that hides it is found out by its source
+    hidden = make_plan()
+    ledger = Ledger(tmp_path / "hidden.jsonl", hidden)
+    ledger.charge(1, 1)
+    paper = receipt("h", ledger, GaussianMechanism(hidden, 9, fixed), "")
+    assert (float(paper["epsilon"]), paper["private"]) == (math.inf, False)
+    assert json_number(1.25) == 1.25

@@ -1,0 +1,155 @@
+"""Configuration: three forms in step, every problem named, and what is allowed."""
+
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.config import Config
+from common.configio import (
+    config_hash,
+    differences,
+    flatten,
+    from_flat,
+    known_keys,
+    parse_overrides,
+    read_config,
+    settled,
+    to_toml,
+    toml_scalar,
+)
+from common.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_pyproject_carries_the_same_keys_and_defaults_for_flower():
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    sections = table["tool"]["flwr"]["app"]["config"]
+    flat = {
+        f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()
+    }
+    assert flat == flatten(Config())
+
+
+def test_every_value_is_one_that_flower_accepts():
+    assert {type(value) for value in flatten(Config()).values()} <= {bool, int, float, str}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.toml")), ids=lambda f: f.name)
+def test_shipped_configurations_are_valid(file):
+    assert isinstance(read_config(file), Config)
+
+
+def test_written_toml_reads_back_to_the_same_configuration(tmp_path):
+    config = from_flat({"adapter.rank": 32, "data.path": 'a "b" \\ c', "train.learning-rate": 3e-5})
+    (tmp_path / "c.toml").write_text(to_toml(config, heading="two\nlines"))
+    assert read_config(tmp_path / "c.toml") == config
+
+
+@given(st.text(max_size=40))
+def test_any_text_survives_toml(text):
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        return
+    assert tomllib.loads(f"x = {toml_scalar(text)}")["x"] == text
+
+
+def test_all_problems_are_named_at_once_with_what_is_allowed():
+    with pytest.raises(UserError) as caught:
+        from_flat({"adapter.rnk": 1, "train.learning-rate": -1.0, "federation.rounds": "many"})
+    text = str(caught.value)
+    assert "adapter.rnk (did you mean adapter.rank?)" in text
+    assert "train.learning-rate=-1.0 (allowed: a number > 0 and <= 1000)" in text
+    assert "federation.rounds='many' (allowed: an integer >= 1)" in text
+    assert "3 problems" in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("adapter.rank", 0),
+        ("adapter.rank", 1.5),
+        ("adapter.rank", True),
+        ("federation.fraction", 0.0),
+        ("federation.fraction", 1.01),
+        ("train.optimizer", "lion"),
+        ("train.learning-rate", float("nan")),
+        ("train.learning-rate", float("inf")),
+        ("train.learning-rate", 1e38),
+        ("train.weight-decay", 1e38),
+        ("adapter.alpha", 1e38),
+        ("train.keep-state", 1),
+        ("data.path", 3),
+    ],
+)
+def test_a_value_outside_its_limits_is_refused(key, value):
+    with pytest.raises(UserError, match=key):
+        from_flat({key: value})
+
+
+def test_initials_and_misplaced_keys_get_a_hint():
+    with pytest.raises(UserError, match="did you mean train.learning-rate"):
+        parse_overrides(["train.lr=1"])
+    with pytest.raises(UserError, match="did you mean adapter.rank"):
+        parse_overrides(["rank=1"])
+
+
+def test_overrides_take_the_type_of_their_key():
+    values = parse_overrides(
+        ["train.keep-state=false", "adapter.rank=8", "train.learning-rate=1e-2", "run.name=x=y"]
+    )
+    assert values == {
+        "train.keep-state": False,
+        "adapter.rank": 8,
+        "train.learning-rate": 0.01,
+        "run.name": "x=y",
+    }
+    for text in ("adapter.rank", "adapter.rank=eight", "train.keep-state=perhaps"):
+        with pytest.raises(UserError):
+            parse_overrides([text])
+
+
+def test_a_broken_or_missing_file_is_one_line(tmp_path):
+    (tmp_path / "broken.toml").write_text("[train\n")
+    for name in ("broken.toml", "absent.toml"):
+        with pytest.raises(UserError) as caught:
+            read_config(tmp_path / name)
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_hash_and_differences_leave_the_run_section_out():
+    base = Config()
+    renamed = replace(base, run=replace(base.run, name="other"))
+    wider = replace(base, adapter=replace(base.adapter, rank=32))
+    assert config_hash(base) == config_hash(renamed) != config_hash(wider)
+    assert differences(base, renamed) == []
+    assert differences(base, wider) == ["adapter.rank: 16 -> 32"]
+
+
+def test_plain_flower_runs_settle_on_one_folder_and_flowers_number_of_nodes(monkeypatch, tmp_path):
+    monkeypatch.setenv("FEDRX_RUNS", str(tmp_path))
+    client, server = settled(Config(), run_id=7, nodes=2), settled(Config(), run_id=7)
+    assert client.run.directory == server.run.directory
+    assert client.federation.hospitals == 2
+    launched = replace(Config(), run=replace(Config().run, directory="/somewhere"))
+    assert settled(launched, run_id=7, nodes=2) == launched
+
+
+def test_every_key_says_what_it_means():
+    for key, entry in known_keys().items():
+        assert len(entry.metadata["meaning"]) > 5, key
+
+
+@pytest.mark.parametrize(
+    ("text", "example"),
+    [("adapter.rank=eight", "adapter.rank=16"), ("data.drop-flushes=1", "data.drop-flushes=true")],
+)
+def test_a_value_of_the_wrong_kind_is_answered_with_one_that_is_right(text, example):
+    with pytest.raises(UserError, match=f"--set {text}; .*; fix: for instance --set {example}$"):
+        parse_overrides([text])
+    parse_overrides([example])

@@ -1,0 +1,257 @@
+"""``evaluate_run`` on a run directory as a training leaves it."""
+
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import sim.answers.evaluate
+from common.config import Config
+from common.configio import from_flat
+from common.data.partition import assign_hospitals
+from common.data.prepare import load_samples
+from common.errors import UserError
+from common.rundir import RunDirectory
+from common.training.resident_session import backbone_spec, session_of
+from sim.answers.evaluate import evaluate, evaluate_run
+from sim.runs.resume import resume
+
+KEYS = {
+    "data.path": "synthetic",
+    "data.synthetic-patients": 40,
+    "model.backbone": "tiny",
+    "adapter.rank": 4,
+    "train.dtype": "fp32",
+    "train.device": "cpu",
+    "train.threads": 1,
+    "train.max-length": 1024,
+    "federation.hospitals": 2,
+    "evaluation.samples": 5,
+    "evaluation.max-new-tokens": 12,
+    "evaluation.bootstrap": 100,
+}
+
+
+def b_of(config: Config, scale: float) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(3)
+    return {
+        key: (scale * random.standard_normal(shape)).astype(np.float32)
+        for key, shape in session_of(config).adapter.shapes.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache of its own, so that tests neither read nor fill the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDRX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        backbone_spec.cache_clear()
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(cache, tmp_path_factory):
+    config = from_flat(KEYS)
+    run = RunDirectory.create(config, directory=tmp_path_factory.mktemp("runs") / "run")
+    session = session_of(config)
+    inputs = {
+        "samples": load_samples(config.data).digest,
+        "backbone": session.spec.fingerprint,
+        "a": session.adapter.a_fingerprint,
+    }
+    run.write_json("environment.json", {"inputs": inputs})
+    run.save_checkpoint("round-0001", b_of(config, 0.3), facts={"round": 1})
+    run.save_checkpoint("round-0002", b_of(config, 3.0), facts={"round": 2})
+    run.write_json("summary.json", {"rounds": 2, "judge": {"appropriateness": {}}})
+    run.write_status("finished")
+    return run
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return RunDirectory(shutil.copytree(finished.path, tmp_path / "run"))
+
+
+def test_predictions_and_metrics_stand_in_the_run(run):
+    summary = evaluate_run(run)
+    assert summary == run.read_json("summary.json")
+    assert summary["rounds"] == 2
+    assert summary["evaluation"]["checkpoint"] == "round-0002"
+    models = ["fedrx", "untrained", "popularity", "nearest_neighbours", "logistic_regression"]
+    assert list(summary["metrics"]) == models
+    rows = run.lines("predictions.jsonl")
+    assert [row["model"] for row in rows] == models * 5
+    # Recall by hand, from the rows alone.
+    for model in ("popularity", "fedrx"):
+        shares = [
+            len(set(map(str.casefold, row["truth"])) & set(map(str.casefold, row["answer"] or ())))
+            / len(set(map(str.casefold, row["truth"])))
+            for row in rows
+            if row["model"] == model
+        ]
+        assert summary["metrics"][model]["recall"] == pytest.approx(np.mean(shares))
+    assert summary["metrics"]["popularity"]["recall"] > 0
+
+
+def test_rows_are_held_out_admissions_without_their_keys(run):
+    evaluate_run(run)
+    config = run.config()
+    admissions = load_samples(config.data).admissions
+    hospitals = assign_hospitals(admissions, config.partition, hospitals=2, data=config.data)
+    held_out = {(one.diagnoses, one.drugs) for room in hospitals for one in room.test}
+    text = (run.path / "predictions.jsonl").read_text(encoding="utf-8")
+    for row in run.lines("predictions.jsonl"):
+        assert (tuple(row["diagnoses"]), tuple(row["truth"])) in held_out
+    for one in admissions:
+        assert str(one.patient) not in text
+        assert str(one.admission) not in text
+
+
+def rows_of(run, model):
+    return [row for row in run.lines("predictions.jsonl") if row["model"] == model]
+
+
+def test_an_earlier_checkpoint_stands_beside_the_last(run):
+    last = evaluate_run(run)
+    rows = run.lines("predictions.jsonl")
+    both = evaluate_run(run, checkpoint="round-0001")
+    assert both["evaluation"]["checkpoint"] == "round-0002"
+    assert list(both["evaluation"]["generation"]) == ["fedrx", "untrained", "round-0001"]
+    assert {**last["metrics"], "round-0001": both["metrics"]["round-0001"]} == both["metrics"]
+    assert run.lines("predictions.jsonl") == rows + rows_of(run, "round-0001")
+    texts = [[row["text"] for row in rows_of(run, m)] for m in ("fedrx", "round-0001")]
+    assert len(texts[1]) == 5
+    assert texts[0] != texts[1]
+    again = evaluate_run(run)
+    assert list(again["metrics"]) == list(both["metrics"])
+    assert run.lines("predictions.jsonl") == rows + rows_of(run, "round-0001")
+
+
+def test_answers_in_two_ways_do_not_stand_together(run):
+    evaluate_run(run)
+    both = evaluate_run(run, checkpoint="round-0001", overrides=["evaluation.samples=4"])
+    assert {values["samples"] for values in both["metrics"].values()} == {4}
+    assert {"fedrx", "round-0001"} < set(both["metrics"])
+    assert len(rows_of(run, "fedrx")) == len(rows_of(run, "round-0001")) == 4
+    assert "round-0001" not in evaluate_run(run)["metrics"]
+    assert not rows_of(run, "round-0001")
+
+
+def test_a_judgement_lives_as_long_as_its_answers(run):
+    assert "judge" not in evaluate_run(run)
+    judged = {**run.read_json("summary.json"), "judge": {"appropriateness": {"fedrx": {}}}}
+    run.write_json("summary.json", judged)
+    assert "judge" in evaluate_run(run)
+    assert "judge" in evaluate_run(run, checkpoint="round-0001")
+    assert "judge" not in evaluate_run(run, overrides=["evaluation.max-new-tokens=8"])
+
+
+def test_a_judgement_does_not_survive_a_kill_between_answers_and_figures(run, monkeypatch):
+    judged = {**evaluate_run(run), "judge": {"appropriateness": {"fedrx": {}}}}
+    run.write_json("summary.json", judged)
+    write = sim.answers.evaluate.write_text
+
+    def killed(*arguments):
+        write(*arguments)
+        raise KeyboardInterrupt
+
+    other = ["evaluation.max-new-tokens=8"]
+    monkeypatch.setattr(sim.answers.evaluate, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_run(run, overrides=other)
+    monkeypatch.undo()
+    assert "judge" not in evaluate_run(run, overrides=other)
+
+
+def test_constrained_answers_are_all_in_the_format(run):
+    summary = evaluate_run(run, overrides=["evaluation.constrained=true"])
+    assert summary["metrics"]["fedrx"]["output_rate"] == 1.0
+    assert summary["metrics"]["untrained"]["output_rate"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["adapter.alpha=2"], "adapter.alpha: 16.0 -> 2.0"),
+        (["data.synthetic-patients=41", "partition.seed=1"], "partition.seed"),
+    ],
+)
+def test_what_was_trained_cannot_be_overridden(run, overrides, expected):
+    with pytest.raises(UserError, match=expected):
+        evaluate_run(run, overrides=overrides)
+    assert not (run.path / "predictions.jsonl").exists()
+
+
+@pytest.mark.parametrize("what", ["samples", "backbone", "a"])
+def test_other_inputs_than_the_runs_are_refused(run, what):
+    inputs = run.read_json("environment.json")["inputs"]
+    run.write_json("environment.json", {"inputs": {**inputs, what: "0" * 64}})
+    with pytest.raises(UserError, match="not what the run was trained with"):
+        evaluate_run(run)
+
+
+def test_an_unknown_checkpoint_names_the_known_ones(run):
+    with pytest.raises(UserError, match="round-0001, round-0002"):
+        evaluate_run(run, checkpoint="round-9")
+
+
+def test_an_unfinished_run_is_not_evaluated(run):
+    run.write_status("interrupted")
+    with pytest.raises(UserError, match="interrupted"):
+        evaluate(run, console=Console(file=io.StringIO()))
+
+
+def test_answers_do_not_depend_on_the_batch(run):
+    """The rows of a batch of one, character for character."""
+    together = evaluate_run(run)
+    rows = run.lines("predictions.jsonl")
+    alone = evaluate_run(run, overrides=["evaluation.batch-size=1"])
+    assert json.dumps(run.lines("predictions.jsonl")) == json.dumps(rows)
+    assert alone["metrics"] == together["metrics"]
+
+
+@pytest.fixture
+def of_flower(run):
+    """What plain ``flwr run`` leaves: neither data.json, nor a report, nor the data's source."""
+    summary = {
+        "rounds": 2,
+        "trainable_parameters": 8,
+        "adapter": {"mode": "fa-lora", "rank": 4, "alpha": 4.0, "targets": ["q_proj"]},
+        "backbone": {"name": "tiny"},
+        "hospitals": [{"name": "hospital-1", "patients": 20, "samples": 30}],
+        "b_sha256": "ab",
+        "wire": {"tensors": ["B"], "bytes_up": 1, "bytes_down": 1},
+        "backbone_loads": 1,
+        "workers": 1,
+        "validation_loss": [],
+        "peak_rss_bytes": 1,
+        "seconds": 1.0,
+        "device": "cpu",
+        "attention": {"kernel": "sdpa", "reason": ""},
+        "dtype": {"value": "fp32", "reason": ""},
+    }
+    run.write_json("summary.json", summary)
+    run.write_json("environment.json", {"mode": "flower"})
+    return run
+
+
+def test_a_run_of_plain_flwr_is_evaluated(of_flower):
+    told = io.StringIO()
+    summary = evaluate(of_flower, console=Console(file=told, width=200))
+    assert summary["source"] == "synthetic"
+    assert "5 held-out admissions (synthetic data)" in told.getvalue()
+    page = (of_flower.path / "report.html").read_text(encoding="utf-8")
+    assert "hospital-1</td><td>20</td><td>30</td><td>–</td>" in page
+
+
+def test_a_run_of_plain_flwr_is_not_resumed(of_flower):
+    told = io.StringIO()
+    summary = resume(of_flower.path, console=Console(file=told, width=200), command_line=[])
+    assert summary["rounds"] == 2
+    assert "the run is finished" in told.getvalue()
+    of_flower.write_status("failed")
+    with pytest.raises(UserError, match="start it again with flwr"):
+        resume(of_flower.path, console=Console(quiet=True), command_line=[])

@@ -1,0 +1,165 @@
+"""The form's messages, and a whole answer of a tiny run."""
+
+import pytest
+
+from common.config import Config, DataConfig, EvaluationConfig, FederationConfig, ModelConfig
+from common.data.icd import Diagnosis, DiagnosisIndex
+from common.data.samples import Admission, SampleTable
+from common.errors import UserError
+from common.rundir import RunDirectory
+from sim.assist.patient_form import FormProblems, read_form
+from sim.assist.suggest import Assistant, assistant_config, find_run, surroundings_of
+
+INDEX = DiagnosisIndex(
+    [Diagnosis(code="10:I10", title="Essential (primary) hypertension")],
+    frequency={},
+    origin="test",
+)
+RIGHT = {"sex": "F", "age": "71", "height": "165", "weight": "80,5", "diagnoses": ["i10", "pain"]}
+
+
+def test_a_right_form():
+    request = read_form(RIGHT, INDEX)
+    admission = request.admission()
+    assert (admission.sex, admission.age, admission.height_cm) == ("F", 71, 165.0)
+    assert admission.bmi == pytest.approx(80.5 / 1.65**2)
+    assert admission.diagnoses == ("Essential (primary) hypertension", "pain")
+    assert admission.diagnosis_codes == ("10:I10",)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("sex", "", "female or male"),
+        ("sex", "x", "female or male"),
+        ("sex", None, "female or male"),
+        ("age", "", "18 to 120"),
+        ("age", "17", "18 to 120"),
+        ("age", "121", "18 to 120"),
+        ("age", "70.5", "whole years"),
+        ("age", "old", "write a number"),
+        ("age", "nan", "write a number"),
+        ("age", True, "write a number"),
+        ("age", [7], "write a number"),
+        ("height", "1.75", "Did you mean 175?"),
+        ("height", "300", "100 to 230"),
+        ("height", "-170", "100 to 230"),
+        ("height", "170 cm", "without unit"),
+        ("weight", "0", "25 to 350"),
+        ("weight", "inf", "without unit"),
+        ("diagnoses", [], "at least one"),
+        ("diagnoses", None, "at least one"),
+        ("diagnoses", "I10", "at least one"),
+        ("diagnoses", [" "], "at least one"),
+        ("diagnoses", [3], "at least one"),
+        ("diagnoses", ["x"] * 41, "at most 40"),
+        ("diagnoses", ["x" * 301], "300 characters"),
+    ],
+)
+def test_a_wrong_field_is_named_with_what_would_be_right(field, value, message):
+    with pytest.raises(FormProblems) as caught:
+        read_form({**RIGHT, field: value}, INDEX)
+    assert list(caught.value.problems) == [field]
+    assert message in caught.value.problems[field]
+
+
+def test_all_wrong_fields_are_named_at_once():
+    with pytest.raises(FormProblems) as caught:
+        read_form({}, INDEX)
+    assert set(caught.value.problems) == {"sex", "age", "diagnoses"}
+
+
+def test_measures_may_be_unknown_and_old_age_is_not_kept():
+    request = read_form({**RIGHT, "height": " ", "weight": None, "age": 93}, INDEX)
+    assert request.bmi is None
+    assert request.as_dict()["age"] == "> 89"
+
+
+def table(config):
+    admissions = tuple(
+        Admission(
+            patient=number,
+            admission=number,
+            sex="F",
+            age=60,
+            diagnoses=("Essential (primary) hypertension",),
+            diagnosis_codes=("10:I10",),
+            drugs=("Lisinopril",),
+        )
+        for number in range(40)
+    )
+    return SampleTable(admissions=admissions, counts={}, source="synthetic")
+
+
+def test_support_rests_on_training_admissions_alone():
+    config = Config(federation=FederationConfig(hospitals=2))
+    found = surroundings_of(config, load=table)
+    similar = found.support.similar(["10:I10"])
+    assert f"{len(similar)} admissions of 2 training hospitals" in found.note
+    # A fifth is held out, a tenth validates.
+    assert 20 <= len(similar) <= 36
+
+
+def test_without_the_data_titles_are_the_public_ones_and_there_is_no_support():
+    def missing(config):
+        raise UserError("gone")
+
+    found = surroundings_of(Config(), load=missing)
+    assert found.support is None
+    assert found.index.read("I50.9").title == "Heart failure, unspecified"
+    assert "not on this machine" in found.note
+
+
+@pytest.fixture
+def tiny_run(tmp_path):
+    from common.training.resident_session import close_session, session_of
+
+    config = Config(
+        model=ModelConfig(backbone="tiny"),
+        evaluation=EvaluationConfig(max_new_tokens=24, constrained=True),
+        data=DataConfig(path=str(tmp_path / "absent")),
+    )
+    run = RunDirectory.create(config, directory=tmp_path / "run")
+    close_session()
+    b = session_of(config).adapter.state()
+    run.save_checkpoint("round-0001", b, facts={})
+    run.write_status("finished")
+    yield run
+    close_session()
+
+
+def test_a_tiny_run_answers_the_same_each_time(tiny_run):
+    pytest.importorskip("llguidance")
+    config = assistant_config(tiny_run)
+    assistant = Assistant(tiny_run, config, surroundings=surroundings_of(config))
+    request = read_form(RIGHT, assistant.surroundings.index)
+    first, second = assistant.suggest(request), assistant.suggest(request)
+    assert first.drugs
+    assert first.in_format
+    assert first.drugs == second.drugs
+    assert all(drug.support is None for drug in first.drugs)
+    assert assistant.checkpoint == "round-0001"
+
+
+def test_a_run_with_another_backbone_or_a_is_refused(tiny_run):
+    config = assistant_config(tiny_run)
+    tiny_run.write_json("environment.json", {"inputs": {"backbone": "0" * 64}})
+    with pytest.raises(UserError, match="backbone is not what the run was trained with"):
+        Assistant(tiny_run, config, surroundings=surroundings_of(config))
+
+
+def test_overrides_of_what_was_trained_are_refused(tiny_run):
+    assert assistant_config(tiny_run, ["evaluation.constrained=false"])
+    with pytest.raises(UserError, match="adapter.rank"):
+        assistant_config(tiny_run, ["adapter.rank=4"])
+
+
+def test_the_newest_finished_run_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no finished run"):
+        find_run(None)
+    for name, state in (("1-a", "finished"), ("2-b", "finished"), ("3-c", "failed")):
+        run = RunDirectory.create(Config(), directory=tmp_path / "runs" / name)
+        run.save_checkpoint("round-00001", {}, facts={})
+        run.write_status(state)
+    assert find_run(None).path.name == "2-b"

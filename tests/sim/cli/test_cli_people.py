@@ -1,0 +1,110 @@
+"""``fedrx review`` and ``fedrx suggest`` as they are typed; their help and their errors."""
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from common.config import Config, DataConfig, EvaluationConfig, ModelConfig
+from common.errors import UserError
+from common.rundir import RunDirectory
+from sim.cli.people import register
+
+app = typer.Typer()
+register(app)
+
+
+def fedrx(*arguments):
+    """Return (shown to people, JSON); raise what the command raises."""
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stderr, json.loads(result.stdout)
+
+
+@pytest.fixture
+def run(tmp_path):
+    config = Config(
+        model=ModelConfig(backbone="tiny"),
+        evaluation=EvaluationConfig(max_new_tokens=16, constrained=True),
+        data=DataConfig(path=str(tmp_path / "absent")),
+    )
+    directory = RunDirectory.create(config, directory=tmp_path / "run")
+    line = {
+        "case": "case-1",
+        "cluster": 1,
+        "model": "fedrx",
+        "patient": {"sex": "F", "age": "50"},
+        "diagnoses": ["Asthma"],
+        "truth": ["Albuterol"],
+        "text": None,
+        "answer": ["Albuterol"],
+    }
+    directory.append("predictions.jsonl", line)
+    directory.write_json("summary.json", {"source": "synthetic"})
+    directory.write_status("finished")
+    return directory
+
+
+def test_every_verb_has_a_purpose_in_its_help():
+    for verb in ("judge", "review", "suggest", "assist"):
+        shown = CliRunner().invoke(app, [verb, "--help"]).output
+        assert "Usage" in shown
+    assert "not for clinical use" in CliRunner().invoke(app, ["suggest", "--help"]).output
+
+
+def test_review_make_and_a_wrong_import(run, tmp_path):
+    shown, made = fedrx("review", "make", run.path, "--out", tmp_path / "p" / "page.html")
+    assert (tmp_path / "p" / "page.html").read_text().count("Albuterol") == 1
+    assert made["page"] in shown
+    with pytest.raises(UserError, match="not a review"):
+        fedrx("review", "import", run.path, run.path / "summary.json")
+    with pytest.raises(UserError, match="check the path"):
+        fedrx("review", "import", run.path, tmp_path / "absent.json")
+
+
+def test_suggest_prints_a_list(run):
+    pytest.importorskip("llguidance")
+    from common.training.resident_session import close_session, session_of
+
+    close_session()
+    run.save_checkpoint("round-0001", session_of(run.config()).adapter.state(), facts={})
+    patient = ["--sex", "f", "--age", "95", "--height", "165", "--weight", "80"]
+    patient += ["-d", "I50.9", "-d", "lives [alone]", "-d", "Z99999"]
+    shown, result = fedrx(
+        "suggest", run.path, *patient, "-d", "I50.9", "-d", "lives [alone]", "-d", "Z99999"
+    )
+    close_session()
+    assert "not for clinical use" in shown
+    assert "woman, > 89 years, 165 cm, 80 kg, BMI 29.4" in shown
+    assert "I50.9: Heart failure, unspecified" in shown
+    assert "free text: lives [alone]" in shown
+    assert shown.count("looks like a code") == 1
+    assert "Z99999 looks like a code, but is not in the public ICD-10-CM" in shown
+    assert result["drugs"]
+    # A long name is wrapped.
+    assert result["drugs"][0]["name"].split()[0][:10] in shown
+    assert result["patient"]["diagnoses"][0]["code"] == "10:I509"
+
+
+def test_suggest_names_all_wrong_fields_before_it_loads_a_model(run):
+    with pytest.raises(UserError, match=r"Sex:.*Age:.*Diagnoses:") as caught:
+        fedrx("suggest", run.path)
+    assert caught.value.exit_status == 2
+
+
+def test_without_a_run_the_newest_with_a_model_is_taken_and_named(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = RunDirectory.create(run.config(), directory=tmp_path / "runs" / "1-model")
+    checkpoint = model.path / "checkpoints" / "round-0001"
+    checkpoint.mkdir(parents=True)
+    for name in ("b.safetensors", "facts.json"):
+        (checkpoint / name).touch()
+    audit = RunDirectory.create(run.config(), directory=tmp_path / "runs" / "2-audit")
+    for one in (model, audit):
+        one.write_status("finished")
+    result = CliRunner().invoke(app, ["suggest"])
+    assert f"run: {model.path}" in result.output
+    assert isinstance(result.exception, UserError)

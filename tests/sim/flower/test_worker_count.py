@@ -1,0 +1,70 @@
+"""How many workers a simulation gets, and what ``plan`` says of all of them together."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+import sim.flower.worker_count
+from common.configio import from_flat
+from common.model.backbone.known_shapes import shape_of
+from sim.checks.plan import plan, show_plan
+from sim.flower.worker_count import choose_workers, training_footprints
+
+KEYS = {"train.device": "cpu", "train.dtype": "fp32", "train.recompute": "all"}
+
+
+@pytest.fixture(autouse=True)
+def eight_cores(monkeypatch):
+    monkeypatch.setattr(sim.flower.worker_count, "available_cpus", lambda: 8)
+
+
+def each(keys):
+    """Bytes of one worker."""
+    footprints = training_footprints(
+        from_flat(keys), shape_of("embedded"), device="cpu", value_bytes=4
+    )
+    return footprints[keys["train.recompute"]].total
+
+
+@pytest.mark.parametrize(
+    ("hospitals", "fit", "expected"),
+    [(3, 100.0, 3), (20, 100.0, 8), (20, 4.5, 4), (3, 2.01, 2), (3, 1.0, 1), (3, 0.1, 1)],
+)
+def test_workers_by_cores_hospitals_and_memory(hospitals, fit, expected):
+    config = from_flat({**KEYS, "federation.hospitals": hospitals})
+    memory = int(fit * each(KEYS))
+    assert choose_workers(config, shape_of("embedded"), memory_bytes=memory).value == expected
+    asked = from_flat({**KEYS, "federation.hospitals": hospitals, "federation.workers": 5})
+    assert choose_workers(asked, shape_of("embedded"), memory_bytes=memory).value == 5
+
+
+def test_what_is_available_now_counts_unless_a_size_is_named(monkeypatch):
+    class Available:
+        available = int(2.5 * each(KEYS))
+
+    monkeypatch.setattr(sim.flower.worker_count.psutil, "virtual_memory", lambda: Available)
+    chosen = choose_workers(from_flat(KEYS), shape_of("embedded"))
+    assert chosen.value == 2
+    assert chosen.reason.startswith("8 CPUs, 3 hospitals, ")
+
+
+def test_a_larger_step_gets_fewer_workers():
+    memory = int(3.1 * each(KEYS))
+    for keys, expected in ((KEYS, 3), ({**KEYS, "train.recompute": "none"}, 1)):
+        chosen = choose_workers(from_flat(keys), shape_of("embedded"), memory_bytes=memory)
+        assert chosen.value == expected == min(3, max(1, memory // each(keys)))
+
+
+def test_plan_counts_all_workers_that_share_the_memory():
+    found = plan(from_flat(KEYS), card_bytes=int(3.5 * each(KEYS)))
+    total = found["memory_bytes"]["total"]
+    assert (found["workers"]["value"], found["fits"]) == (3, True)
+    assert found["spare_bytes"] == found["card_bytes"] - 3 * total
+    asked = plan(from_flat({**KEYS, "federation.workers": 4}), card_bytes=int(3.5 * each(KEYS)))
+    assert (asked["workers"]["value"], asked["fits"]) == (4, False)
+    out = io.StringIO()
+    show_plan(Console(file=out, width=200), asked)
+    assert f"4 workers (federation.workers): {4 * total / 1e9:.1f} GB together" in out.getvalue()
+    alone = plan(from_flat({**KEYS, "federation.hospitals": 1}), card_bytes=10**12)
+    assert alone["workers"]["value"] == 1

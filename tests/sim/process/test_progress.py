@@ -1,0 +1,47 @@
+"""Progress lines: the time left is judged from the first piece on."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from common.config import Config
+from common.rundir import RunDirectory
+from sim.process import progress
+from sim.process.progress import Meter, RunProgress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_time_left_ignores_start_up_and_earlier_processes(clock):
+    shown = io.StringIO()
+    meter = Meter(Console(file=shown), "local steps", 100)
+    for seconds, done in ((50, 0), (100, 40), (120, 50)):
+        clock[0] = seconds
+        meter.update(done)
+    lines = shown.getvalue().splitlines()
+    # Nothing yet; forty steps of an earlier process; then ten steps took twenty seconds.
+    assert lines == [
+        "local steps 0/100",
+        "local steps 40/100",
+        "local steps 50/100, about 100 s left",
+    ]
+
+
+def test_a_private_round_shows_epsilon_and_no_loss(tmp_path):
+    run = RunDirectory.create(Config(), directory=tmp_path / "run")
+    shown = io.StringIO()
+    with RunProgress(Console(file=shown, width=200), run, steps=4, rounds=2) as shows:
+        for place, epsilon in ((1, 1.5), (2, "inf")):
+            for hospital, spent in (("hospital-1", epsilon), ("hospital-2", 0.5)):
+                line = {"round": place, "hospital": hospital, "epsilon": spent}
+                run.append("privacy.jsonl", line)
+            run.metric("round-seconds", 2.0, round=place)
+            shows.tick()
+    lines = shown.getvalue().splitlines()
+    assert lines == ["round 1/2: epsilon 1.500 spent", "round 2/2: epsilon inf spent"]

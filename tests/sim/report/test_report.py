@@ -1,0 +1,232 @@
+"""The report: complete, offline, and silent about patients where the source asks for it."""
+
+import html
+import io
+import re
+import shutil
+
+import pytest
+from rich.console import Console
+
+from common.config import Config
+from common.configio import from_flat
+from common.errors import UserError
+from common.rundir import RunDirectory
+from sim.report.plots import loss_svg
+from sim.report.run_report import RANDOM_WEIGHTS, write_comparison, write_report
+from sim.report.terminal import show_summary
+
+
+def values(f1):
+    return {
+        "level": "string",
+        "samples": 4,
+        "patients": 3,
+        "output_rate": 1.0,
+        "precision": 0.5,
+        "recall": 0.25,
+        "jaccard": 0.2,
+        "f1": f1,
+        "length_ratio": None,
+        "oov_rate": 0.0,
+        "intervals": {"f1": [f1 - 0.1, f1 + 0.1]},
+    }
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = RunDirectory.create(Config(), directory=tmp_path / "run")
+    summary = {
+        "trainable_parameters": 3072,
+        "adapter": {"mode": "fa-lora", "rank": 16, "alpha": 16.0, "targets": ["q_proj", "v_proj"]},
+        "backbone": {"name": "tiny"},
+        "hospitals": [{"name": "hospital-1", "patients": 3, "samples": 4}],
+        "rounds": 1,
+        "b_sha256": "ab" * 32,
+        "wire": {"tensors": ["layer.lora_B"], "bytes_up": 1_000_000, "bytes_down": 2_000_000},
+        "backbone_loads": 1,
+        "workers": 1,
+        "validation_loss": [3.0, 2.0],
+        "metrics": {"fedrx": values(0.321), "popularity": values(0.456)},
+        "seconds": 12.0,
+        "peak_rss_bytes": 2**30,
+        "device": "cpu",
+        "attention": {"kernel": "sdpa", "reason": "no GPU <here>"},
+        "dtype": {"value": "fp32", "reason": "asked for"},
+        "source": "demo",
+    }
+    run.write_json("summary.json", summary)
+    for number, loss in enumerate((3.0, 2.0)):
+        run.metric("validation-loss", loss, round=number)
+        run.metric("validation-loss", loss + 0.1, round=number, hospital="hospital-1")
+    run.append(
+        "wire.jsonl",
+        {"direction": "up", "hospital": "hospital-1", "round": 1, "bytes": 1_000_000},
+    )
+    for model in ("fedrx", "untrained"):
+        run.append(
+            "predictions.jsonl",
+            {
+                "case": "case-0001",
+                "model": model,
+                "diagnoses": ["Secret, diagnosis"],
+                "truth": ["Drug | one"],
+                "answer": None,
+            },
+        )
+    return run
+
+
+def with_source(run, source):
+    run.write_json("summary.json", {**run.read_json("summary.json"), "source": source})
+
+
+def test_page_and_markdown_carry_the_same_figures(run):
+    page = html.unescape(write_report(run).read_text())
+    twin = (run.path / "report.md").read_text()
+    for text in (page, twin):
+        for figure in ("0.321 (0.22–0.42)", "0.456 (0.36–0.56)", "3,072", "ab" * 32, "1.00 MB"):
+            assert figure in text
+        assert "Research only, not for clinical use." in text
+        assert "MIMIC-IV demo" in text
+        assert "not in the format" in text
+    assert page.count("<svg") == 2
+
+
+def test_the_page_refers_to_nothing_outside_itself(run):
+    page = write_report(run).read_text()
+    assert not re.findall(r'(?:src|href)="(?!#)[^"]*"', page.replace("xlink:", ""))
+    assert "default-src 'none'" in page
+    assert "<script" not in page
+    assert "no GPU &lt;here&gt;" in page
+
+
+@pytest.mark.parametrize(("source", "shown"), [("synthetic", 1), ("demo", 1), ("credentialed", 0)])
+def test_answers_are_shown_only_where_the_source_allows_it(run, source, shown):
+    with_source(run, source)
+    page = write_report(run).read_text()
+    twin = (run.path / "report.md").read_text()
+    assert ("Secret, diagnosis" in page) == ("Secret, diagnosis" in twin) == bool(shown)
+
+
+def test_an_unknown_source_counts_as_credentialed(run):
+    summary = run.read_json("summary.json")
+    del summary["source"]
+    run.write_json("summary.json", summary)
+    assert "Secret, diagnosis" not in write_report(run).read_text()
+
+
+def test_an_unfinished_run_has_no_report(tmp_path):
+    run = RunDirectory.create(Config(), directory=tmp_path / "empty")
+    with pytest.raises(UserError, match="has not finished"):
+        write_report(run)
+    assert not (run.path / "report.html").exists()
+
+
+def test_a_comparison_puts_runs_side_by_side(run, tmp_path):
+    page = write_comparison([run, run], tmp_path / "both").read_text()
+    assert page.count("Run run") == 2
+    assert "Runs compared" in page
+
+
+@pytest.mark.parametrize(("mode", "sent"), [("fa-lora", "B only"), ("lora", "A and B only")])
+def test_what_was_sent_is_named(run, mode, sent):
+    summary = run.read_json("summary.json")
+    run.write_json("summary.json", {**summary, "adapter": {**summary["adapter"], "mode": mode}})
+    assert f"1 tensors, {sent};" in write_report(run).read_text()
+
+
+@pytest.mark.parametrize("name", ["tiny", "embedded"])
+def test_answers_of_random_weights_are_called_that(run, name):
+    run.write_json("summary.json", {**run.read_json("summary.json"), "backbone": {"name": name}})
+    summary = run.read_json("summary.json")
+    told = io.StringIO()
+    show_summary(Console(file=told, width=200), run, summary)
+    for text in (told.getvalue(), write_report(run).read_text()):
+        assert (RANDOM_WEIGHTS in html.unescape(text)) == (name == "tiny")
+
+
+@pytest.mark.parametrize(
+    ("model", "facts", "label"),
+    [
+        ("round-00001", {"rounds": 4}, "FedRx, round 1 of 4"),
+        ("step-00000004", {"scaling": {"steps": 16}}, "FedRx, step 4 of 16"),
+    ],
+)
+def test_an_earlier_checkpoints_answers_are_called_that(run, model, facts, label):
+    summary = {**run.read_json("summary.json"), **facts}
+    summary["metrics"][model] = values(0.111)
+    run.write_json("summary.json", summary)
+    told = io.StringIO()
+    show_summary(Console(file=told, width=200), run, summary)
+    page = write_report(run).read_text()
+    for text in (told.getvalue(), page, (run.path / "report.md").read_text()):
+        assert re.search(label + r"\W.*0\.111", text)
+        assert re.search(r"FedRx \(trained B\)\W.*0\.321", text)
+
+
+@pytest.mark.parametrize(("multiplier", "words"), [(0.001, "stands above"), (50.0, "drowns")])
+def test_a_private_run_ends_with_its_guarantee_and_its_verdict(run, multiplier, words):
+    run.write_config(from_flat({"privacy.noise-multiplier": multiplier}))
+    privacy = {
+        "unit": "patient",
+        "epsilon": 5.9989,
+        "delta": 1e-4,
+        "noise_multiplier": multiplier,
+    }
+    told = io.StringIO()
+    summary = {**run.read_json("summary.json"), "privacy": privacy}
+    show_summary(Console(file=told, width=200), run, summary)
+    guarantee = f"each patient: epsilon 5.999 at delta 0.0001; noise multiplier {multiplier:g}"
+    assert guarantee in told.getvalue()
+    assert re.search(f"noise over signal, per step: .*{words}", told.getvalue())
+
+
+def test_a_comparison_replaces_only_its_own_page(run, tmp_path):
+    other = RunDirectory(shutil.copytree(run.path, tmp_path / "other"))
+    page = write_comparison([run, other], tmp_path / "both")
+    before = page.read_text()
+    with pytest.raises(UserError, match="holds something else"):
+        write_comparison([other, run, run], tmp_path / "both")
+    assert page.read_text() == before
+    page.write_text("")
+    write_comparison([run, other], tmp_path / "both")
+    assert page.read_text() == before
+    with pytest.raises(UserError, match="name another --out"):
+        write_comparison([run, other], run.path)
+
+
+def test_no_hospital_s_size_stands_in_a_private_report(run):
+    hospitals = [{"name": "hospital-1", "train": 77, "validation": 78, "test": 79}]
+    run.write_json("data.json", {"hospitals": hospitals})
+    write_report(run)
+    assert "| hospital-1 | 3 | 4 | 77 | 78 | 79 |" in (run.path / "report.md").read_text()
+    privacy = {
+        **dict.fromkeys(("unit", "relation", "accountant", "noise"), "x"),
+        "epsilon": 2.0,
+        "delta": 1e-5,
+    }
+    silent = {"name": "hospital-1", "patients": None, "samples": None}
+    summary = {**run.read_json("summary.json"), "privacy": privacy, "hospitals": [silent]}
+    run.write_json("summary.json", summary)
+    run.append("privacy.jsonl", {"round": 1, "hospital": "hospital-1", "epsilon": 2.0})
+    write_report(run)
+    twin = (run.path / "report.md").read_text()
+    assert "| hospital-1 | – | – | – | – | – |" in twin
+    assert "| epsilon after round | hospital-1 |" in twin
+    assert "training patients without privacy" in twin
+
+
+def test_a_nearly_constant_loss_is_plotted_without_an_offset():
+    events = [{"round": n, "value": 7.239 + n * 1e-6} for n in range(3)]
+    assert "+7.239" not in loss_svg(events)
+    assert "7.239" in loss_svg(events)
+
+
+def test_rounds_that_lack_something_are_named(run):
+    assert "not evaluated" not in write_report(run).read_text()
+    run.metric("not-evaluated", "1 of 3 hospitals is connected", round=2)
+    run.metric("withstands-nothing", 2, round=1)
+    page = html.unescape(write_report(run).read_text())
+    assert "Round 2 was not evaluated: 1 of 3 hospitals is connected." in page
+    assert "Round 1: the strategy withstands nothing with 2 updates." in page

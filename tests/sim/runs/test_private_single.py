@@ -1,0 +1,163 @@
+"""The single-node mode under privacy: the same plan, ledger and source as a hospital's."""
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from client.node import HospitalData
+from client.private_update import private_update
+from common.configio import from_flat
+from common.privacy.budget.guard import LEDGER, RECEIPT
+from common.privacy.budget.ledger import BudgetExhausted, Ledger
+from common.privacy.settings import plan_of
+from common.rundir import RunDirectory
+from common.training.optimiser import TrainState
+from common.training.resident_session import session_of
+from sim.process.interrupt import Stopped
+from sim.runs import single_training as stepwise
+from sim.runs.single import one_node
+from sim.runs.single_training import SingleTraining
+
+KEYS: dict[str, Any] = {
+    "model.backbone": "tiny",
+    "adapter.rank": 4,
+    "train.dtype": "fp32",
+    "train.device": "cpu",
+    "train.threads": 1,
+    "train.optimizer": "adamw",
+    "federation.hospitals": 1,
+    "federation.rounds": 2,
+    "federation.local-steps": 3,
+    "train.checkpoint-steps": "3,6",
+    "privacy.noise-multiplier": 1.2,
+    "privacy.sampling-rate": 0.5,
+}
+
+
+@pytest.fixture
+def hospital(samples_of) -> HospitalData:
+    samples = tuple(samples_of((17, 5, 33, 8, 9), (1, 2, 1, 3, 4)))
+    return HospitalData(
+        name="hospital-1", patients=5, samples=5, train=samples[:4], validation=samples[4:]
+    )
+
+
+def begin(folder: Path, hospital: HospitalData, **keys: Any) -> SingleTraining:
+    config = from_flat({**KEYS, **keys})
+    run = RunDirectory(folder) if folder.exists() else RunDirectory.create(config, directory=folder)
+    training = SingleTraining(
+        run=run,
+        config=config,
+        session=session_of(config),
+        hospital=hospital,
+        console=Console(file=io.StringIO()),
+    )
+    training.restore()
+    return training
+
+
+def test_single_charges_releases_and_tells_no_loss(tmp_path, hospital) -> None:
+    training = begin(tmp_path / "run", hospital)
+    training.finish()
+    run = training.run
+    events = [line["event"] for line in run.lines(f"hospitals/hospital-1/{LEDGER}")]
+    assert events == ["open", "charge", "release", "charge", "release"]
+    lines = run.lines("privacy.jsonl")
+    assert [(line["round"], line["steps"]) for line in lines] == [(3, 3), (6, 6)]
+    paper = run.read_json(f"hospitals/hospital-1/{RECEIPT}")
+    assert paper["epsilon"] == lines[-1]["epsilon"] > lines[0]["epsilon"]
+    assert run.metrics("validation-loss") == []
+    assert {event["value"] for event in run.metrics("train-loss")} == {None}
+    assert max(np.abs(value).max() for value in run.load_checkpoint().b.values()) > 0
+
+
+def test_single_equals_a_federation_of_one(tmp_path, hospital) -> None:
+    """With reproducible noise: two checkpoints of three steps against two rounds of three."""
+    fixed = {"privacy.deterministic-noise": True}
+    training = begin(tmp_path / "single", hospital, **fixed)
+    training.finish()
+    config, session = training.config, training.session
+    b = {key: np.zeros(shape, np.float32) for key, shape in session.adapter.shapes.items()}
+    state = TrainState()
+    for number in (1, 2):
+        b = private_update(
+            session, hospital, b, state, config, server_round=number, folder=tmp_path / "hospital"
+        ).b
+    for key, value in training.run.load_checkpoint().b.items():
+        np.testing.assert_allclose(value, b[key], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("moment", [1, 2, 3, 4, 5])
+def test_an_interrupted_run_goes_on_within_its_budget(
+    tmp_path, hospital, monkeypatch, moment
+) -> None:
+    training = begin(tmp_path / "run", hospital)
+    honest = SingleTraining._log
+
+    def stop_at(self: SingleTraining, report: Any) -> None:
+        honest(self, report)
+        if report.step == moment:
+            raise Stopped(2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SingleTraining, "_log", stop_at)
+        with pytest.raises(Stopped):
+            training.finish()
+    charged = training.guard.ledger.steps
+    assert charged >= moment
+    resumed = begin(tmp_path / "run", hospital)
+    assert resumed.state.step == moment
+    resumed.finish()
+    assert resumed.guard.ledger.steps == 6
+    with pytest.raises(BudgetExhausted):
+        resumed.guard.charge(7, 1)
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_killed_around_a_checkpoint_the_ledger_covers_it(
+    tmp_path, hospital, monkeypatch, written
+) -> None:
+    """A kill just before, and just after, a checkpoint is written, but before it is settled."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*args: Any, **kwargs: Any) -> None:
+        raise Killed
+
+    training = begin(tmp_path / "run", hospital)
+    with monkeypatch.context() as patch:
+        if written:
+            patch.setattr(stepwise, "ledger_line", kill)
+            patch.setattr(type(training.guard), "settle", kill)
+        else:
+            patch.setattr(RunDirectory, "save_checkpoint", kill)
+        with pytest.raises(Killed):
+            training.finish()
+    path, plan = tmp_path / "run" / "hospitals" / "hospital-1" / LEDGER, plan_of(training.config)
+    assert Ledger(path, plan).steps == 3
+    resumed = begin(tmp_path / "run", hospital)
+    assert resumed.state.step == (3 if written else 0)
+    assert Ledger(path, plan).taken == resumed.state.step
+    resumed.finish()
+    assert Ledger(path, plan).steps == 6
+
+
+def test_one_node_calibrates(tmp_path) -> None:
+    keys = {**KEYS, "privacy.noise-multiplier": 0.0, "privacy.target-epsilon": 5.0}
+    config = one_node(from_flat(keys))
+    assert config.federation.hospitals == 1
+    assert config.privacy.noise_multiplier == plan_of(config).sigma > 0
+
+
+def test_epsilon_is_shown_at_each_checkpoint_and_no_loss(tmp_path, hospital):
+    training = begin(tmp_path / "run", hospital)
+    training.finish()
+    shown = training.console.file.getvalue()
+    assert re.findall(r"step (\d)/6: epsilon \d+\.\d{3} spent", shown) == ["3", "6"]
+    assert "loss" not in shown

@@ -1,0 +1,131 @@
+"""``fedrx resume``: what it refuses, and that one process at a time works on a run."""
+
+import pytest
+from rich.console import Console
+
+from common.configio import flatten, from_flat
+from common.errors import UserError
+from common.provenance import source_digest
+from common.rundir import RunDirectory
+from common.wire.cohort import hospital_names
+from sim.process.lock import exclusive
+from sim.runs import federate, paper, resume, single
+from sim.runs.paper_table import rank_folder
+
+QUIET = Console(quiet=True)
+KEYS = {
+    "model.backbone": "tiny",
+    "data.synthetic-patients": 30,
+    "train.dtype": "fp32",
+    "train.device": "cpu",
+    "train.threads": 1,
+}
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """An interrupted single run, as far as resuming looks at it."""
+    config = single.one_node(from_flat(KEYS))
+    run = RunDirectory.create(config, directory=tmp_path / "run")
+    facts = {
+        "mode": single.MODE,
+        "config": flatten(config),
+        "inputs": federate.fingerprints(federate.prepare(config, QUIET)),
+        "source_digest": source_digest(),
+    }
+    run.write_json("environment.json", facts)
+    run.write_status("interrupted")
+    return run
+
+
+@pytest.fixture
+def worked(monkeypatch):
+    """Replace the work on a run by a look at its lock; lists the runs that were worked on."""
+    runs = []
+
+    def look(run, *_, **__):
+        with pytest.raises(UserError, match="another process is at work"), exclusive(run):
+            pass
+        runs.append(run.path.name)
+        return {}
+
+    monkeypatch.setattr(single, "train_and_answer", look)
+    monkeypatch.setattr(federate, "train_and_answer", look)
+    monkeypatch.setattr(paper, "_answer_with_checkpoints", look)
+    return runs
+
+
+def test_a_run_goes_on_alone_and_says_that_it_was_resumed(begun, worked):
+    resume.resume(begun.path, console=QUIET, command_line=["/bin/fedrx", "resume"])
+    assert worked == ["run"]
+    (entry,) = begun.read_json("environment.json")["resumed"]
+    assert entry["command_line"] == ["fedrx", "resume"]
+
+
+@pytest.mark.parametrize("name", ["samples", "backbone", "a"])
+def test_changed_data_backbone_or_a_is_refused(name, begun, worked):
+    facts = begun.read_json("environment.json")
+    facts["inputs"][name] = "0" * 64
+    begun.write_json("environment.json", facts)
+    with pytest.raises(UserError, match=f"the run's {name} changed since it began: 0000"):
+        resume.resume(begun.path, console=QUIET, command_line=[])
+    assert worked == []
+    assert begun.read_json("environment.json") == facts
+
+
+def test_a_run_that_another_process_holds_is_not_touched(begun, worked):
+    before = {file.name: file.read_bytes() for file in begun.path.iterdir()}
+    with exclusive(begun), pytest.raises(UserError, match="another process is at work"):
+        resume.resume(begun.path, console=QUIET, command_line=[])
+    after = {file.name: file.read_bytes() for file in begun.path.iterdir()}
+    assert worked == []
+    assert {**after, ".lock": b""} == {**before, ".lock": b""}
+
+
+@pytest.mark.parametrize("verb", [single.single, federate.federate])
+def test_a_new_run_is_worked_on_alone(verb, worked, tmp_path):
+    verb(from_flat(KEYS), console=QUIET, command_line=[], run_dir=tmp_path / "run")
+    assert worked == ["run"]
+
+
+def test_a_hospital_that_is_nowhere_leaves_nothing(worked, tmp_path):
+    config = from_flat({**KEYS, "federation.only": "nosuch"})
+    with pytest.raises(UserError, match="only=nosuch; allowed: hospital-1 to hospital-3"):
+        federate.federate(config, console=QUIET, command_line=[], run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    there = from_flat({**KEYS, "federation.only": "hospital-3"})
+    federate.federate(there, console=QUIET, command_line=[], run_dir=tmp_path / "run")
+    assert worked == ["run"]
+
+
+def test_names_are_those_that_hospitals_get():
+    for count in (1, 3, 12):
+        config = from_flat({**KEYS, "data.synthetic-patients": 120, "federation.hospitals": count})
+        hospitals = federate.prepare(config, QUIET).hospitals
+        assert [one.name for one in hospitals] == hospital_names(count)
+
+
+def test_a_paper_run_and_its_ranks_are_worked_on_alone(worked, tmp_path, monkeypatch):
+    def finished(config, *, run_dir, **_):
+        RunDirectory.create(config, directory=run_dir).write_status("finished")
+
+    def table(run, *_):
+        worked.append("table")
+        with pytest.raises(UserError, match="another process is at work"), exclusive(run):
+            pass
+        return {}
+
+    monkeypatch.setattr(single, "single", finished)
+    monkeypatch.setattr(paper, "build_table", table)
+    for name in ("write_table", "show_table"):
+        monkeypatch.setattr(paper, name, lambda *_: None)
+    ranks = (16, 4)
+    paper.paper(
+        from_flat(KEYS),
+        scale="small",
+        ranks=ranks,
+        console=QUIET,
+        command_line=[],
+        run_dir=tmp_path / "run",
+    )
+    assert worked == [*map(rank_folder, ranks), "table"]

@@ -1,0 +1,297 @@
+"""``fedrx sweep``: which runs it plans, what its table says, and how it goes on."""
+
+import io
+import statistics
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+import sim.runs.sweep
+from common.errors import UserError
+from common.rundir import RunDirectory
+from common.training.budget import steps_in_all
+from sim.process.lock import exclusive
+from sim.runs.federate import resolved
+from sim.runs.single import one_node
+from sim.runs.sweep import ARMS, default_arms, markdown, plan_cells, show, sweep, tabulate
+
+QUIET = Console(file=io.StringIO(), width=200)
+
+
+def summary(f1, loss=1.0):
+    return {
+        "metrics": {"fedrx": {"f1": f1, "jaccard": f1 / 2}},
+        "validation_loss": [9.0, loss],
+        "wire": {"bytes_up": 2_000_000},
+    }
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Replace training by a run directory with a result; lists the runs that were started."""
+    started = []
+
+    def fake(resolve):
+        def start(config, *, console, command_line, run_dir):
+            run = RunDirectory.create(resolve(config), directory=run_dir)
+            started.append(run_dir.name)
+            run.write_json("environment.json", {"mode": "federation"})
+            run.write_json("summary.json", summary(0.5))
+            run.write_status("finished")
+            return summary(0.5)
+
+        return start
+
+    monkeypatch.setattr(sim.runs.sweep, "federate", fake(resolved))
+    monkeypatch.setattr(sim.runs.sweep, "single", fake(one_node))
+    return started
+
+
+def test_plan_covers_arms_grid_and_seeds(tiny_config):
+    cells = plan_cells(
+        tiny_config(), arms=["fa-lora", "lora"], seeds=[0, 1], vary=["adapter.rank=4,8"]
+    )
+    assert len(cells) == 8
+    assert len({cell.folder for cell in cells}) == 8
+    assert {cell.config.adapter.rank for cell in cells} == {4, 8}
+    assert {cell.config.adapter.mode for cell in cells if cell.arm.startswith("lora")} == {"lora"}
+    for cell in cells:
+        seeds = (cell.config.train.seed, cell.config.adapter.seed, cell.config.federation.seed)
+        assert seeds == (cell.seed,) * 3
+
+
+def test_baselines_without_federation(tiny_config):
+    """Local-only: one run per hospital. Centralised: one node, as many samples in all."""
+    config = tiny_config()
+    local = plan_cells(config, arms=["local-only"], seeds=[0])
+    assert [c.config.federation.only for c in local] == ["hospital-1", "hospital-2", "hospital-3"]
+    (central,) = plan_cells(config, arms=["centralised"], seeds=[0])
+    assert not central.federated
+    assert central.config.train.steps == 3 * 2 * 2
+
+
+def test_unknown_arm_or_key_is_a_user_error(tiny_config):
+    with pytest.raises(UserError, match="--arm nonsense"):
+        plan_cells(tiny_config(), arms=["nonsense"], seeds=[0])
+    with pytest.raises(UserError, match="did you mean adapter.rank"):
+        plan_cells(tiny_config(), arms=["lora"], seeds=[0], vary=["adapter.rnk=4"])
+
+
+def test_interval_is_student_s_over_seeds():
+    """By hand: t(0.975, 2) = 4.302653."""
+    values = [0.2, 0.3, 0.7]
+    row = tabulate([[summary(value)] for value in values])["F1"]
+    assert row["mean"] == pytest.approx(0.4)
+    assert row["half_width"] == pytest.approx(
+        4.302653 * statistics.stdev(values) / 3**0.5, rel=1e-6
+    )
+    assert tabulate([[summary(0.5)]])["F1"]["half_width"] is None
+    averaged = tabulate([[summary(0.2), summary(0.4)], [summary(0.5), summary(0.7)]])["F1"]
+    assert averaged["mean"] == pytest.approx(0.45)
+
+
+def test_sweep_runs_each_cell_once_and_writes_the_table(tiny_config, tmp_path, monkeypatch):
+    started = []
+
+    def fake(config, *, console, command_line, run_dir):
+        started.append(run_dir.name)
+        resolve = one_node if run_dir.name.startswith("centralised") else resolved
+        if run_dir.name == "lora-seed-1" and started.count("lora-seed-1") == 1:
+            raise KeyboardInterrupt
+        run = RunDirectory.create(resolve(config), directory=run_dir)
+        run.write_json("environment.json", {"mode": "federation"})
+        result = summary(0.1 * (1 + config.train.seed) + (config.adapter.mode == "lora"))
+        run.write_json("summary.json", result)
+        run.write_status("finished")
+        return result
+
+    monkeypatch.setattr(sim.runs.sweep, "federate", fake)
+    monkeypatch.setattr(sim.runs.sweep, "single", fake)
+    cells = plan_cells(tiny_config(), arms=["fa-lora", "lora", "centralised"], seeds=[0, 1])
+    console = Console(file=io.StringIO(), width=200)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(cells, tmp_path, console=console, command_line=["fedrx"])
+    result = sweep(cells, tmp_path, console=console, command_line=["fedrx"])
+    assert sorted(started) == sorted([c.folder for c in cells] + ["lora-seed-1"])
+    assert [row["arm"] for row in result["rows"]] == ["fa-lora", "lora", "centralised"]
+    assert result["rows"][1]["F1"]["mean"] == pytest.approx(1.15)
+    assert "| lora | 2 | 1.15 ± " in (tmp_path / "sweep.md").read_text()
+    other = plan_cells(tiny_config(adapter__rank=8), arms=["fa-lora"], seeds=[0])
+    with pytest.raises(UserError, match="adapter.rank"):
+        sweep(other, tmp_path, console=console, command_line=["fedrx"])
+
+
+@pytest.mark.parametrize("arm", ["fa-lora", "centralised"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data__path", "other"),
+        ("model__backbone", "other"),
+        ("federation__hospitals", 4),
+        ("train__threads", 2),
+        ("privacy__noise_multiplier", 1.5),
+    ],
+)
+def test_another_experiments_result_is_refused(
+    key, value, arm, tiny_config, trained, tmp_path, monkeypatch
+):
+    """Of one folder and two experiments, the second neither trains nor returns the first's row."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+
+    def cells(**settings):
+        return plan_cells(tiny_config(**settings), arms=[arm], seeds=[0])
+
+    sweep(cells(), tmp_path / "sweep", console=QUIET, command_line=[])
+    dotted = "train.steps" if (arm, key) == ("centralised", "federation__hospitals") else key
+    with pytest.raises(UserError, match=dotted.replace("__", ".").replace("_", "-")):
+        sweep(cells(**{key: value}), tmp_path / "sweep", console=QUIET, command_line=[])
+    assert len(trained) == 1
+
+
+@pytest.mark.parametrize("arm", ["fa-lora", "centralised"])
+def test_the_same_experiment_is_recognised_from_anywhere(
+    arm, tiny_config, trained, tmp_path, monkeypatch
+):
+    """Relative paths, automatic threads, calibrated noise, and any number of workers."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tables").mkdir()
+    settings = {"privacy__target_epsilon": 4.0, "train__threads": 0}
+    here = tiny_config(data__path="tables", **settings)
+    there = tiny_config(
+        data__path=str(tmp_path / "tables"), federation__workers=2, run__name="other", **settings
+    )
+    for config in (here, there):
+        cells = plan_cells(config, arms=[arm], seeds=[0])
+        sweep(cells, tmp_path / "sweep", console=QUIET, command_line=[])
+    assert len(trained) == 1
+
+
+def test_a_cell_that_was_killed_before_it_began_is_run(tiny_config, trained, tmp_path):
+    """Killed after config.toml and status.json; files of the user in its place stay."""
+    (cell,) = plan_cells(tiny_config(), arms=["fa-lora"], seeds=[0])
+    RunDirectory.create(cell.config, directory=tmp_path / cell.folder)
+    (tmp_path / cell.folder / ".data.json.x.part").write_text("{")
+    sweep([cell], tmp_path, console=QUIET, command_line=[])
+    assert trained == [cell.folder]
+    (other,) = plan_cells(tiny_config(), arms=["lora"], seeds=[0])
+    (tmp_path / other.folder).mkdir()
+    (tmp_path / other.folder / "precious.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        sweep([other], tmp_path, console=QUIET, command_line=[])
+    assert (tmp_path / other.folder / "precious.txt").read_text() == "mine"
+
+
+def test_an_unfinished_cell_is_resumed(tiny_config, trained, tmp_path, monkeypatch):
+    (cell,) = plan_cells(tiny_config(), arms=["fa-lora"], seeds=[0])
+    run = RunDirectory.create(resolved(cell.config), directory=tmp_path / cell.folder)
+    run.write_json("environment.json", {"mode": "federation"})
+    run.write_json("summary.json", summary(0.1))
+    run.write_status("interrupted")
+    monkeypatch.setattr(sim.runs.sweep, "resume", lambda path, **_: summary(0.75))
+    result = sweep([cell], tmp_path, console=QUIET, command_line=[])
+    assert result["rows"][0]["F1"]["mean"] == 0.75
+    assert trained == []
+
+
+def test_one_sweep_at_a_time_in_a_folder(tiny_config, trained, tmp_path):
+    cells = plan_cells(tiny_config(), arms=["fa-lora"], seeds=[0])
+    with (
+        exclusive(RunDirectory(tmp_path)),
+        pytest.raises(UserError, match="another process is at work"),
+    ):
+        sweep(cells, tmp_path, console=QUIET, command_line=[])
+    assert trained == []
+
+
+def test_a_folder_called_like_built_in_data_is_not_taken_for_it(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("synthetic", "tiny"):
+        (tmp_path / name).mkdir()
+    config = tiny_config()
+    for settled in (resolved(config), one_node(config)):
+        assert (settled.data, settled.model) == (config.data, config.model)
+    tables = replace(config, data=replace(config.data, path="./synthetic"))
+    assert resolved(tables).data.path == str(tmp_path / "synthetic")
+
+
+def test_a_drug_map_is_found_from_a_worker_s_folder(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "map.csv").write_text("name,code\n")
+    config = tiny_config(data__drug_map="map.csv")
+    for settled in (resolved(config), one_node(config)):
+        assert settled.data.drug_map == str(tmp_path / "map.csv")
+    assert resolved(tiny_config()).data.drug_map == ""
+
+
+def test_local_only_trains_on_one_hospital_alone(tiny_config, in_process):
+    """Against a plain loop on that hospital's samples: no other update enters."""
+    from client.node import encode_hospital, hospitals_of
+    from common.training.loop import TrainState, train
+    from common.training.resident_session import session_of
+
+    config = tiny_config(federation__only="hospital-2")
+    done = in_process(config)
+    assert {e["hospital"] for e in done.run.metrics("steps")} == {"hospital-2"}
+    session = session_of(config)
+    data = encode_hospital(hospitals_of(config.data, config.partition, 3)[1], session, config)
+    session.adapter.flat.zero_()
+    train(
+        session, data.train, config.train, TrainState(), steps=4, schedule_steps=4, stream=data.name
+    )
+    ours = done.run.load_checkpoint().b
+    assert max(abs(ours[k] - v).max() for k, v in session.adapter.state().items()) <= 1e-6
+
+
+def test_every_arm_is_a_valid_configuration(tiny_config):
+    config = tiny_config(federation__hospitals=5)
+    assert default_arms(config) == (list(ARMS), [])
+    assert len(plan_cells(config, arms=list(ARMS), seeds=[0])) == len(ARMS) + 4
+
+
+def test_arms_that_withstand_nothing_are_left_out_unless_named(tiny_config):
+    arms, reasons = default_arms(tiny_config())
+    assert set(ARMS) - set(arms) == {"trimmed-mean", "krum"}
+    assert [reason.split(":")[0] for reason in reasons] == [
+        "without the arm trimmed-mean",
+        "without the arm krum",
+    ]
+    with pytest.raises(UserError, match="krum"):
+        plan_cells(tiny_config(), arms=["krum"], seeds=[0])
+    krum = tiny_config(federation__strategy="krum")
+    assert len(plan_cells(krum, arms=["centralised", "local-only"], seeds=[0])) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "samples_each"),
+    [
+        ({"train__steps": 7}, 7),
+        ({"train__steps": 7, "train__epochs": 2.0}, 7),
+        ({"train__epochs": 2.0}, None),
+        ({}, 2 * 2),
+        ({"federation__hospitals": 4, "federation__fraction": 0.5}, 2 * 2),
+    ],
+)
+def test_centralised_sees_as_many_samples_as_the_hospitals(settings, samples_each, tiny_config):
+    """Steps of the hospitals together, by the rule of the training itself; epochs stay epochs."""
+    config = tiny_config(**settings)
+    (central,) = plan_cells(config, arms=["centralised"], seeds=[0])
+    asked = 2 if "federation__fraction" in settings else 3
+    per_hospital = steps_in_all(config, train_samples=100).value
+    assert per_hospital == (samples_each or 100)
+    assert steps_in_all(central.config, train_samples=300).value == asked * per_hospital
+
+
+def test_table_of_runs_without_a_validation_loss(tiny_config):
+    """Privacy lets none out, and a validation share of 0 leaves none: the figure is missing."""
+    without = {**summary(0.5), "validation_loss": []}
+    row = tabulate([[without], [without]])
+    assert row["validation loss"] == {"mean": None, "half_width": None}
+    assert row["F1"]["mean"] == 0.5
+    assert tabulate([[without], [summary(0.5)]])["validation loss"]["mean"] is None
+    rows = [{"arm": "fa-lora", "runs": 2, **row}]
+    assert "| fa-lora | 2 | 0.5 ± 0 | 0.25 ± 0 | – | 2 ± 0 |" in markdown(rows)
+    console = Console(file=io.StringIO(), width=200)
+    show(console, rows)
+    assert "–" in console.file.getvalue()
