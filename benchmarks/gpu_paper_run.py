@@ -155,7 +155,7 @@ def training(run: Run) -> None:
     attentions = [
         name
         for name in attention.KERNELS
-        if name != "eager" and not attention._obstacle(name, run.device, DTYPES[run.dtype])
+        if name != "eager" and not attention.obstacle(name, run.device, DTYPES[run.dtype])
     ]
     for name in kernels:
         one = variant(session, kernels=name, kernel=own)

@@ -4,10 +4,10 @@
 
 Every contestant computes a gradient of B on the same samples. `ours, plain` is the non-private
 step; the private ones give every sample's gradient, clip it and add noise. In bf16 ours gives every
-unit passes of its own (see `common/privacy/mechanism/gradients.py`), in fp32 units share them: `--dtype`
-shows both. FLOPs are counted exactly (torch.utils.flop_counter); time is process CPU time on one
-thread, contestants interleaved round by round, the median of each round's ratio to that round's
-plain step. On a busy machine read the ratios, not the seconds.
+unit passes of its own (see `common/privacy/mechanism/isolation.py`), in fp32 they share them:
+`--dtype` shows both. FLOPs are counted exactly (torch.utils.flop_counter); time is process CPU time
+on one thread, contestants interleaved round by round, the median of each round's ratio to that
+round's plain step. On a busy machine read the ratios, not the seconds.
 """
 
 import argparse
@@ -96,7 +96,9 @@ class Peer:
         if spec.folder is None:
             model = tiny_model().to(dtype)
         else:
-            model = LlamaForCausalLM.from_pretrained(spec.folder, dtype=dtype)
+            model = LlamaForCausalLM.from_pretrained(
+                spec.folder, dtype=dtype, trust_remote_code=False
+            )
         config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["q_proj", "v_proj"])
         self.model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
         for name, parameter in self.model.named_parameters():

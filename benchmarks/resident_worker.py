@@ -20,8 +20,8 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 MESSAGE = """
 import sys
 from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 from client.app import app
+from common.undocumented.flower import TaskIdentity
 from common.configio import flatten, from_flat
 TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 7, 1
 folder, backbone, worker = sys.argv[1:]

@@ -99,7 +99,7 @@ def peft_model(
     spec: BackboneSpec, *, dtype: torch.dtype, freeze_a: bool, compiled: bool
 ) -> torch.nn.Module:
     """Build PEFT's LoRA on transformers' model, in training mode."""
-    model = LlamaForCausalLM.from_pretrained(spec.folder, dtype=dtype)
+    model = LlamaForCausalLM.from_pretrained(spec.folder, dtype=dtype, trust_remote_code=False)
     config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["q_proj", "v_proj"])
     wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=dtype == torch.float32)
     for name, parameter in wrapped.named_parameters():
@@ -133,7 +133,9 @@ def peft_step(model: torch.nn.Module, dataset: list[Encoded]) -> Step:
 
 def first_layers(spec: BackboneSpec, layers: int, folder: Path) -> BackboneSpec:
     """Save a shallower backbone: the same shapes, for a machine short of memory or time."""
-    model = LlamaForCausalLM.from_pretrained(spec.folder, dtype=torch.bfloat16)
+    model = LlamaForCausalLM.from_pretrained(
+        spec.folder, dtype=torch.bfloat16, trust_remote_code=False
+    )
     model.model.layers = model.model.layers[:layers]
     model.config.num_hidden_layers = layers
     model.save_pretrained(folder)

@@ -1,7 +1,8 @@
 """Flower's ClientApp of a hospital.
 
 It imports nothing heavy: in a deployment every message is a new process, which only hands the
-message to the hospital's resident worker (``client.resident_worker``) where the backbone is in memory.
+message to the hospital's resident worker (``client.resident_worker``), where the backbone is in
+memory.
 """
 
 from pathlib import Path

@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from client.epsilon_limit import LimitReached, keep_to_limit
@@ -18,8 +19,9 @@ from client.kept_state import (
     save_state,
 )
 from client.local_update import evaluate, update
-from client.node import hospital_of, local_config, private_folder
+from client.node import hospital_of, local_config, own_policy, private_folder
 from client.private_update import private_update
+from client.site import NAME
 from common.config import Config
 from common.configio import from_flat
 from common.errors import RunFailed, UserError
@@ -37,9 +39,11 @@ from common.wire.contract import (
     ContractError,
     Tensors,
     evaluate_reply,
+    only_record,
     read_message,
     train_reply,
 )
+from common.wire.identity import NONCE, NONCE_PATTERN, SIGNATURE, sign
 
 ERRORS = "errors.txt"
 DATA_FREE = (ContractError, BudgetExhausted, LedgerDoubtful, LimitReached)
@@ -84,14 +88,30 @@ def hello(config: Config, message: Message, context: Context) -> RecordDict:
             "train-samples": len(hospital.train),
             "validation-samples": len(hospital.validation),
         }
+    nonce = asked_nonce(message)
+    if nonce and NAME in context.node_config:
+        folder = Path(str(context.node_config["folder"]))
+        facts[SIGNATURE] = sign(folder, nonce, context.node_id, facts)
     return RecordDict({CONFIG: ConfigRecord(dict(facts))})
+
+
+def asked_nonce(message: Message) -> str:
+    """Return the number that the server wants signed; empty if it wants none.
+
+    Raises:
+        ContractError: if it is no such number.
+    """
+    nonce = only_record(message.content, CONFIG).get(NONCE, "")
+    if nonce != "" and not (isinstance(nonce, str) and NONCE_PATTERN.fullmatch(nonce)):
+        raise ContractError(f"scalar {NONCE!r} is not 32 hexadecimal digits")
+    return nonce
 
 
 def train_round(config: Config, message: Message, context: Context) -> RecordDict:
     """Train one round from the global B."""
     hospital = hospital_of(config, context.node_config)
     session = session_of(config)
-    b, server_round = read_message(message.content, session.adapter.shapes, config.federation.codec)
+    b, server_round = received(config, message, context)
     folder = private_folder(config, hospital.name)
     private = is_private(config)
     if config.train.keep_state:
@@ -131,6 +151,22 @@ def train_round(config: Config, message: Message, context: Context) -> RecordDic
     return train_reply(wire, metrics, private=protects(config))
 
 
+def received(config: Config, message: Message, context: Context) -> tuple[Tensors, int]:
+    """Return the B and the round that the server sent, checked.
+
+    Raises:
+        ContractError: for a broken contract, or an entry beyond what the hospital's policy allows.
+    """
+    shapes = session_of(config).adapter.shapes
+    b, server_round = read_message(message.content, shapes, config.federation.codec)
+    policy = own_policy(context.node_config)
+    if policy:
+        for key, value in b.items():
+            if np.abs(value).max() > policy.max_parameter:
+                raise ContractError(f"{key}: holds an entry beyond {policy.max_parameter:g}")
+    return b, server_round
+
+
 def in_codec(config: Config, folder: Path, b: Tensors, base: Tensors, server_round: int) -> Tensors:
     """Write the updated B for the wire; with a lossy codec its change, and keep what was lost."""
     codec = config.federation.codec
@@ -149,7 +185,7 @@ def evaluate_round(config: Config, message: Message, context: Context) -> Record
         raise ContractError("with privacy on, no loss leaves a hospital")
     hospital = hospital_of(config, context.node_config)
     session = session_of(config)
-    b, server_round = read_message(message.content, session.adapter.shapes, config.federation.codec)
+    b, server_round = received(config, message, context)
     metrics = evaluate(session, tokens_of(config, hospital, session), b)
     report_loads(config)
     return evaluate_reply({"round": float(server_round), **metrics})
@@ -177,10 +213,20 @@ def answer(kind: str, message: Message, context: Context) -> Message:
     Raises:
         FedrxError: with a text that quotes no data and no path.
     """
-    config = local_config(from_flat(context.run_config), context.node_config, context.run_id)
+    sent = from_flat(context.run_config)
+    config = local_config(sent, context.node_config, context.run_id)
     try:
-        folder = own_folder(Path(config.run.directory))
-        keep_to_limit(config, context.node_config, folder)
+        own_folder(Path(config.run.directory))
+        _check_round(kind, config, message)
+        policy = own_policy(context.node_config)
+        if policy:
+            folder = Path(str(context.node_config["folder"]))
+            keep_to_limit(
+                sent,
+                policy,
+                folder,
+                patients=lambda: hospital_of(config, context.node_config).patients,
+            )
         return Message(content=HANDLERS[kind](config, message, context), reply_to=message)
     except Exception as error:
         if _may_leave(error, config):
@@ -193,6 +239,15 @@ def answer(kind: str, message: Message, context: Context) -> Message:
             where = f"{Path(place.filename).name}:{place.lineno}"
             reason = f"{type(error).__name__} at {where}; {reason}"
         raise RunFailed(reason) from None
+
+
+def _check_round(kind: str, config: Config, message: Message) -> None:
+    """Refuse a round that the run does not have, before anything is done for it."""
+    first = 1 if kind == "train" else 0
+    for record in message.content.config_records.values():
+        number = record.get("round", first)
+        if type(number) is int and not first <= number <= config.federation.rounds:
+            raise ContractError("the round is none of this run's")
 
 
 def _may_leave(error: Exception, config: Config) -> bool:

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from client.node import HospitalData
 from client.proximal import Proximal
 from common.config import Config
 from common.model.session import Session
 from common.training.budget import steps_in_all, steps_of_round
 from common.training.gradients import BatchGradient, GradientSource
+from common.training.hospital_data import HospitalData
 from common.training.loop import StepReport, train, validation_loss
 from common.training.optimiser import TrainState
 from common.wire.contract import Tensors

@@ -1,38 +1,24 @@
 """Which hospital a node is, and what it holds."""
 
 import functools
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from client.epsilon_limit import LimitReached
 from client.kept_state import own_folder
+from client.policy import POLICY, Policy, read_policy
+from client.site import KEYS, NAME
 from common.config import Config, DataConfig, PartitionConfig
-from common.configio import config_hash, settled
+from common.configio import run_digest, settled
 from common.data.partition import Hospital, assign_hospitals
 from common.data.prepare import load_samples
-from common.errors import RunFailed
-from common.model.session import Session
-from common.seeds import stream
-from common.text.batches import Encoded, encode
+from common.errors import RunFailed, UserError
 from common.wire.handshake import NAME_PATTERN
 
-NAME = "hospital"
-"""Key of the node configuration: a deployed hospital's name."""
 SIMULATED = "num-partitions"
 """Key of the node configuration: how many nodes Flower simulates."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HospitalData:
-    """One hospital's samples as tokens."""
-
-    name: str
-    patients: int
-    samples: int
-    train: tuple[Encoded, ...]
-    validation: tuple[Encoded, ...]
 
 
 def local_config(config: Config, node_config: Mapping[str, Any], run_id: int) -> Config:
@@ -47,19 +33,23 @@ def local_config(config: Config, node_config: Mapping[str, Any], run_id: int) ->
         run_id: Flower's run id; names the run directory of plain ``flwr run``.
 
     Raises:
-        RunFailed: if the node configuration lacks a key.
+        RunFailed: if the node configuration lacks a key, or has one that means nothing.
     """
     if SIMULATED in node_config and NAME not in node_config:
         return settled(config, run_id=run_id, nodes=int(node_config[SIMULATED]))
+    unknown = sorted(set(node_config) - KEYS)
+    if unknown:
+        raise RunFailed(
+            f"the node configuration has an unknown key {unknown[0]!r}; allowed: "
+            f"{', '.join(sorted(KEYS))}; fix: mend the SuperNode's --node-config"
+        )
     missing = [key for key in (NAME, "data", "folder") if key not in node_config]
     if missing:
         raise RunFailed(
             f"the node configuration has no {missing[0]!r}; fix: name hospital, data and folder "
             "in the SuperNode's --node-config"
         )
-    # Not Flower's run id: a federation that is started again goes on with the hospital's state.
-    place = hashlib.sha256(config.run.directory.encode()).hexdigest()[:8]
-    folder = Path(str(node_config["folder"])) / "runs" / f"{config_hash(config)}-{place}"
+    folder = Path(str(node_config["folder"])) / "runs" / run_digest(config)
     backbone = str(node_config.get("backbone", config.model.backbone))
     return replace(
         config,
@@ -67,6 +57,22 @@ def local_config(config: Config, node_config: Mapping[str, Any], run_id: int) ->
         model=replace(config.model, backbone=backbone),
         run=replace(config.run, directory=str(folder)),
     )
+
+
+def own_policy(node_config: Mapping[str, Any]) -> Policy | None:
+    """Return the policy of a deployed hospital; a simulated one has none.
+
+    Raises:
+        LimitReached: if there is no policy that can be read; the hospital's own doctor says why.
+    """
+    if NAME not in node_config:
+        return None
+    try:
+        return read_policy(Path(str(node_config["folder"])))
+    except UserError:
+        raise LimitReached(
+            f"this hospital's {POLICY} is missing or broken, so it takes part in nothing"
+        ) from None
 
 
 def hospital_of(config: Config, node_config: Mapping[str, Any]) -> Hospital:
@@ -100,32 +106,6 @@ def hospitals_of(
     """Read the prepared samples and deal them to hospitals; once per process."""
     table = load_samples(data)
     return assign_hospitals(table.admissions, partition, hospitals=hospitals, data=data)
-
-
-def encode_hospital(hospital: Hospital, session: Session, config: Config) -> HospitalData:
-    """Turn a hospital's training and validation samples into tokens.
-
-    ``evaluation.validation-samples`` limits the validation split by a seeded choice.
-    """
-    validation = list(hospital.validation)
-    limit = config.evaluation.validation_samples
-    if 0 < limit < len(validation):
-        generator = stream(config.evaluation.seed, "validation-samples", hospital.name)
-        chosen = sorted(generator.choice(len(validation), size=limit, replace=False).tolist())
-        validation = [validation[place] for place in chosen]
-    length = config.train.max_length
-
-    def tokens(admissions: object) -> tuple[Encoded, ...]:
-        assert isinstance(admissions, list | tuple)
-        return tuple(encode(one, session.tokenizer, max_length_tokens=length) for one in admissions)
-
-    return HospitalData(
-        name=hospital.name,
-        patients=hospital.patients,
-        samples=hospital.samples,
-        train=tokens(hospital.train),
-        validation=tokens(validation),
-    )
 
 
 def private_folder(config: Config, hospital: str) -> Path:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from client.kept_state import kept_steps, save_state
 from client.local_update import LocalResult, update
-from client.node import HospitalData
 from common.config import Config
 from common.model.session import Session
 from common.privacy.budget.guard import Guard
@@ -13,6 +12,7 @@ from common.privacy.settings import plan_of
 from common.provenance import source_digest, tensors_sha256
 from common.rundir import read_tensors, write_tensors
 from common.training.budget import steps_of_round
+from common.training.hospital_data import HospitalData
 from common.training.loop import StepReport
 from common.training.optimiser import TrainState
 from common.wire.contract import PUBLIC_WEIGHT, Tensors
@@ -50,6 +50,7 @@ def private_update(
     server_round: int,
     folder: Path,
     on_step: Callable[[StepReport], None] | None = None,
+    guard: Guard | None = None,
 ) -> LocalResult:
     """Train one round under the plan; B and public constants are all that comes out.
 
@@ -67,11 +68,12 @@ def private_update(
         server_round: Round, from 1.
         folder: The hospital's own folder.
         on_step: Called after each step; it is told no loss.
+        guard: From ``guard_of``, where a caller watches it; opened here when None.
 
     Raises:
         BudgetExhausted: if the ledger does not pay for the round; nothing is trained then.
     """
-    guard = guard_of(config, hospital, folder)
+    guard = guard or guard_of(config, hospital, folder)
     answer = folder / f"answer-{server_round:05d}-{tensors_sha256(b)[:16]}.safetensors"
     if answer.exists():
         kept = read_tensors(answer)

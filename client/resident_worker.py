@@ -3,7 +3,8 @@
 In a deployment Flower starts a new process for every message (flwr issue 3670), and loading an 8B
 backbone takes minutes. The ClientApp hands its message to this worker over a unix socket that
 only its owner may open. A worker serves one source digest: code that differs from the app's is
-refused, and the backbone is kept by its name, device and dtype (``common.training.resident_session``).
+refused, and the backbone is kept by its name, device and dtype
+(``common.training.resident_session``).
 
 A request is one JSON line (kind, source digest, sizes) and two protocol buffers, message and
 context; the answer is one JSON line (error or size) and one protocol buffer. Whatever a request
@@ -14,24 +15,26 @@ wrong is logged.
 import contextlib
 import json
 import logging
+import os
 import socket
+import stat
 from collections.abc import Iterator
 from io import BufferedRWPair
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Message
-from flwr.common.serde import (
+
+from common.errors import FedrxError, RunFailed, UserError
+from common.provenance import source_digest
+from common.undocumented.flower import (
+    ProtoContext,
+    ProtoMessage,
     context_from_proto,
     context_to_proto,
     message_from_proto,
     message_to_proto,
 )
-from flwr.proto.message_pb2 import Context as ProtoContext
-from flwr.proto.message_pb2 import Message as ProtoMessage
-
-from common.errors import FedrxError, RunFailed, UserError
-from common.provenance import source_digest
 
 LONGEST_PATH_BYTES = 100
 """Unix sockets have short names."""
@@ -44,8 +47,16 @@ SILENT = "the resident worker gave no answer"
 _log = logging.getLogger(__name__)
 
 
-def ask(path: Path, kind: str, message: Message, context: Context) -> Message:
+def ask(path: Path, kind: str, message: Message, context: Context, *, source: str = "") -> Message:
     """Let the resident worker answer a message.
+
+    Args:
+        path: The worker's socket.
+        kind: ``query``, ``train`` or ``evaluate``.
+        message: What the server sent.
+        context: Flower's.
+        source: Source digest of the bundle that came with the message; the worker refuses one that
+            is not its own. Default: this process's.
 
     Raises:
         RunFailed: if there is no worker, it runs other code, or the hospital's work fails.
@@ -54,7 +65,11 @@ def ask(path: Path, kind: str, message: Message, context: Context) -> Message:
         message_to_proto(message).SerializeToString(),
         context_to_proto(context).SerializeToString(),
     ]
-    head = {"kind": kind, "source": source_digest(), "sizes": [len(part) for part in parts]}
+    head = {
+        "kind": kind,
+        "source": source or source_digest(),
+        "sizes": [len(part) for part in parts],
+    }
     with socket.socket(socket.AF_UNIX) as connection:
         try:
             connection.connect(str(path))
@@ -77,7 +92,8 @@ def listening(path: Path) -> Iterator[socket.socket]:
     """Open the worker's socket (mode 0600) in a folder of its own user (mode 0700).
 
     Raises:
-        UserError: if the path is too long, or another worker listens there.
+        UserError: if the path is too long, another worker listens there, or something else than a
+            socket is there, which stays as it is.
     """
     if len(bytes(path)) > LONGEST_PATH_BYTES:
         raise UserError(
@@ -89,7 +105,12 @@ def listening(path: Path) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX) as probe:
         if probe.connect_ex(str(path)) == 0:
             raise UserError(f"a worker listens on {path} already", fix="end it first")
-    path.unlink(missing_ok=True)
+    if os.path.lexists(path):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise UserError(
+                f"--socket {path} is there and no socket", fix="name a file that does not exist"
+            )
+        path.unlink()
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
         path.chmod(0o600)

@@ -7,9 +7,9 @@ Reading, writing and validating live in ``common.configio``.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-T = TypeVar("T", bool, int, float, str)
+T = TypeVar("T", bound=bool | int | float | str)
 
 
 def option(
@@ -19,9 +19,10 @@ def option(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
-    choices: tuple[str, ...] = (),
 ) -> T:
-    """Declare one configuration key: default, meaning and what is allowed.
+    """Declare one configuration key: default, meaning and limits.
+
+    Where there is a choice, the key's type is a Literal that lists it.
 
     Args:
         default: Value when nobody sets the key; its type is the key's type.
@@ -29,14 +30,12 @@ def option(
         low: Smallest allowed value.
         high: Largest allowed value.
         above: The value must be strictly larger than this.
-        choices: Allowed strings.
     """
     limits: Mapping[str, Any] = {
         "meaning": meaning,
         "low": low,
         "high": high,
         "above": above,
-        "choices": choices,
     }
     value: T = field(default=default, metadata=limits)
     return value
@@ -56,17 +55,17 @@ class DataConfig:
         0, "training samples that a hospital uses, seeded choice; 0: all", low=0
     )
     drop_flushes: bool = option(True, "leave saline and heparin flushes out of the drug lists")
-    missing_height: str = option(
-        "unknown", "what to do without a height", choices=("unknown", "drop", "median")
+    missing_height: Literal["unknown", "drop", "median"] = option(
+        "unknown", "what to do without a height"
     )
-    missing_weight: str = option(
-        "unknown", "what to do without a weight", choices=("unknown", "drop", "median")
+    missing_weight: Literal["unknown", "drop", "median"] = option(
+        "unknown", "what to do without a weight"
     )
-    missing_bmi: str = option(
-        "unknown", "what to do without a BMI", choices=("unknown", "drop", "median")
+    missing_bmi: Literal["unknown", "drop", "median"] = option(
+        "unknown", "what to do without a BMI"
     )
-    normalisation: str = option(
-        "string", "level at which drug names are equal", choices=("string", "ingredient", "map")
+    normalisation: Literal["string", "ingredient", "map"] = option(
+        "string", "level at which drug names are equal"
     )
     drug_map: str = option("", "csv with columns name,code for normalisation = map")
 
@@ -75,19 +74,15 @@ class DataConfig:
 class PartitionConfig:
     """How patients are dealt to hospitals."""
 
-    scheme: str = option(
+    scheme: Literal[
         "iid",
-        "what decides a patient's hospital",
-        choices=(
-            "iid",
-            "service",
-            "admission-type",
-            "insurance",
-            "anchor-year-group",
-            "careunit",
-            "dirichlet",
-        ),
-    )
+        "service",
+        "admission-type",
+        "insurance",
+        "anchor-year-group",
+        "careunit",
+        "dirichlet",
+    ] = option("iid", "what decides a patient's hospital")
     alpha: float = option(0.5, "concentration of the dirichlet scheme", above=0)
     min_patients: int = option(1, "smallest hospital that is accepted, in patients", low=1)
     seed: int = option(0, "seed of the partition", low=0)
@@ -98,20 +93,14 @@ class ModelConfig:
     """The frozen backbone."""
 
     backbone: str = option("embedded", "`embedded`, `tiny`, a folder, or a hub id of a Llama")
-    attention: str = option(
-        "auto",
-        "attention kernel",
-        choices=("auto", "cudnn", "flash-attn", "torch-flash", "sdpa", "eager"),
+    attention: Literal["auto", "cudnn", "flash-attn", "torch-flash", "sdpa", "eager"] = option(
+        "auto", "attention kernel"
     )
-    kernels: str = option(
-        "auto",
-        "who does the elementwise work",
-        choices=("auto", "triton", "compiled", "torch"),
+    kernels: Literal["auto", "triton", "compiled", "torch"] = option(
+        "auto", "who does the elementwise work"
     )
-    weights: str = option(
-        "bf16",
-        "format of the frozen weights: bf16 (or what train.dtype says), or fp8 on a GPU",
-        choices=("bf16", "fp8"),
+    weights: Literal["bf16", "fp8"] = option(
+        "bf16", "format of the frozen weights: bf16 (or what train.dtype says), or fp8 on a GPU"
     )
 
 
@@ -119,16 +108,14 @@ class ModelConfig:
 class AdapterConfig:
     """The low-rank adapter."""
 
-    mode: str = option(
-        "fa-lora", "what is trained: B alone, or A and B", choices=("fa-lora", "lora")
-    )
+    mode: Literal["fa-lora", "lora"] = option("fa-lora", "what is trained: B alone, or A and B")
     rank: int = option(16, "rank r", low=1, high=512)
     alpha: float = option(
         16.0, "scale numerator: the update is alpha / rank * B A", above=0, high=1e6
     )
     targets: str = option("q_proj,v_proj", "adapted projections, comma-separated")
-    initialiser: str = option(
-        "kaiming-uniform", "distribution of A", choices=("kaiming-uniform", "orthonormal")
+    initialiser: Literal["kaiming-uniform", "orthonormal"] = option(
+        "kaiming-uniform", "distribution of A"
     )
     seed: int = option(0, "seed of A; every party draws the same A from it", low=0)
 
@@ -138,7 +125,7 @@ class TrainConfig:
     """The local training step, shared by hospitals and the single-node mode."""
 
     seed: int = option(0, "seed of the data order", low=0)
-    optimizer: str = option("sgd", "optimizer of B", choices=("sgd", "adamw"))
+    optimizer: Literal["sgd", "adamw"] = option("sgd", "optimizer of B")
     learning_rate: float = option(1e-3, "peak learning rate", above=0, high=1000)
     momentum: float = option(0.0, "momentum of SGD", low=0, high=0.9999)
     weight_decay: float = option(
@@ -146,8 +133,8 @@ class TrainConfig:
     )
     beta1: float = option(0.9, "first-moment decay of AdamW", low=0, high=0.9999)
     beta2: float = option(0.999, "second-moment decay of AdamW", low=0, high=0.999999)
-    schedule: str = option(
-        "constant", "learning rate over steps", choices=("constant", "linear", "cosine")
+    schedule: Literal["constant", "linear", "cosine"] = option(
+        "constant", "learning rate over steps"
     )
     warmup_steps: int = option(0, "steps of linear warm-up", low=0)
     batch_size: int = option(4, "samples per micro-batch", low=1)
@@ -163,12 +150,10 @@ class TrainConfig:
         50, "steps between the checkpoints that a killed single run goes on from; 0: none", low=0
     )
     keep_state: bool = option(True, "carry optimizer state and step count over rounds")
-    dtype: str = option("auto", "backbone arithmetic", choices=("auto", "fp32", "bf16"))
+    dtype: Literal["auto", "fp32", "bf16"] = option("auto", "backbone arithmetic")
     device: str = option("auto", "`auto`, `cpu`, `cuda` or `cuda:N`")
-    recompute: str = option(
-        "auto",
-        "activations recomputed in the backward pass",
-        choices=("auto", "none", "mlp", "half", "all"),
+    recompute: Literal["auto", "none", "mlp", "half", "all"] = option(
+        "auto", "activations recomputed in the backward pass"
     )
     threads: int = option(0, "CPU threads of one worker; 0: its share of the cores", low=0)
 
@@ -185,28 +170,25 @@ class FederationConfig:
         "those are dealt to the rounds",
         low=0,
     )
-    strategy: str = option(
-        "fedavg",
-        "aggregation",
-        choices=(
-            "fedavg",
-            "fedprox",
-            "fedavgm",
-            "fedadam",
-            "fedmedian",
-            "trimmed-mean",
-            "krum",
-        ),
-    )
+    strategy: Literal[
+        "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedmedian", "trimmed-mean", "krum"
+    ] = option("fedavg", "aggregation")
     proximal_mu: float = option(0.01, "weight of fedprox's pull to the global B", low=0)
     server_learning_rate: float = option(
-        0.0, "step of fedavgm and fedadam; 0: 1 for fedavgm, 0.01 for fedadam", low=0
+        0.0, "step of fedavgm, fedadam and fedyogi; 0: 1 for fedavgm, else 0.01", low=0
     )
     server_momentum: float = option(0.9, "momentum of fedavgm", low=0, high=0.9999)
     trim: float = option(0.2, "share that trimmed-mean cuts at each end", low=0, high=0.4999)
     malicious: int = option(1, "hospitals that krum takes for malicious", low=0)
-    weighting: str = option(
-        "samples", "weight of a hospital's update", choices=("samples", "uniform")
+    weighting: Literal["samples", "uniform"] = option("samples", "weight of a hospital's update")
+    max_weight_share: float = option(
+        3.0, "largest weight of one hospital, times the round's median weight; 0: no limit", low=0
+    )
+    max_update_norm: float = option(
+        10.0,
+        "largest change of B by one hospital, times the round's median change (L2 norm); a "
+        "hospital beyond it is refused in that round; 0: no limit",
+        low=0,
     )
     fraction: float = option(1.0, "share of the hospitals asked per round", above=0, high=1)
     only: str = option(
@@ -215,17 +197,14 @@ class FederationConfig:
     quorum: float = option(
         0.5, "share of the asked hospitals whose updates a round needs", above=0, high=1
     )
-    codec: str = option(
-        "fp32",
-        "how B is written on the wire; see common.wire.codecs",
-        choices=("fp32", "bf16", "int8"),
+    codec: Literal["fp32", "bf16", "int8"] = option(
+        "fp32", "how B is written on the wire; see common.wire.codecs"
     )
     min_hospitals: int = option(0, "hospitals that must be connected before round 1; 0: all", low=0)
-    mismatch: str = option(
+    mismatch: Literal["stop", "refuse"] = option(
         "stop",
         "what a hospital with other code, backbone or A does before round 1: it stops the run, "
         "or is refused; one that joins later is refused",
-        choices=("stop", "refuse"),
     )
     seed: int = option(0, "seed of the hospital sampling", low=0)
     workers: int = option(
@@ -255,12 +234,12 @@ class PrivacyConfig:
         0.1, "probability with which each unit enters a step", above=0, high=1
     )
     expected_batch: float = option(8.0, "public divisor of the noised gradient sum", above=0)
-    unit: str = option("patient", "what is protected", choices=("patient", "admission", "hospital"))
+    unit: Literal["patient", "admission", "hospital"] = option("patient", "what is protected")
     max_admissions_per_patient: int = option(
         4, "most admissions of a patient that are used; 0: all", low=0
     )
-    accountant: str = option(
-        "prv", "Opacus' accountant that is compared with the PLD", choices=("prv", "rdp")
+    accountant: Literal["prv", "rdp"] = option(
+        "prv", "Opacus' accountant that is compared with the PLD"
     )
     deterministic_noise: bool = option(
         False, "reproducible noise, for tests only: epsilon is infinite"
@@ -296,8 +275,8 @@ class JudgeConfig:
     timeout_seconds: float = option(120.0, "longest wait for one reply", above=0, high=86400)
     attempts: int = option(4, "tries per call when the server fails", low=1, high=20)
     max_output_tokens: int = option(4096, "longest reply in tokens", low=64)
-    response_format: str = option(
-        "auto", "ask the server for the JSON schema", choices=("auto", "json-schema", "none")
+    response_format: Literal["auto", "json-schema", "none"] = option(
+        "auto", "ask the server for the JSON schema"
     )
     input_usd_per_million: float = option(0.0, "price in USD of 1e6 prompt tokens", low=0)
     output_usd_per_million: float = option(0.0, "price in USD of 1e6 reply tokens", low=0)
@@ -315,6 +294,11 @@ class RunConfig:
     name: str = option("run", "name that appears in the run directory and report")
     port: int = option(
         0, "loopback port of the simulation's SuperLink; 0: a free one", low=0, high=65535
+    )
+    hospital_keys: str = option(
+        "",
+        "server's folder of the hospitals' public keys (NAME.pub): who calls itself NAME must sign "
+        "with that key; empty: names are not checked (a simulation)",
     )
 
 

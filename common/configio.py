@@ -12,9 +12,9 @@ import math
 import os
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from common.config import Config
 from common.errors import UserError
@@ -114,6 +114,8 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Scalar]:
             )
         if key not in known:
             raise UserError(f"--set {_unknown(key, known)}", fix="use a known key")
+        if any("\ud800" <= character <= "\udfff" for character in raw):
+            raise UserError(f"--set {key} is not UTF-8 text", fix="set the terminal to UTF-8")
         values[key] = _from_text(key, raw, known[key])
     return values
 
@@ -142,10 +144,26 @@ def toml_scalar(value: Scalar) -> str:
     return repr(value)
 
 
-def config_hash(config: Config) -> str:
-    """Return a short hash of everything that decides the result (not ``run.*``)."""
+def config_digest(config: Config) -> str:
+    """Return sha256 of everything that decides the result (not ``run.*``)."""
     values = {k: v for k, v in flatten(config).items() if not k.startswith("run.")}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def config_hash(config: Config) -> str:
+    """Return the digest's first characters, for names that people read.
+
+    Short hashes collide in seconds of search: nothing that is spent may be kept under one.
+    """
+    return config_digest(config)[:8]
+
+
+def run_digest(config: Config) -> str:
+    """Return sha256 of a configuration and its run directory: which run of a server's it is.
+
+    Not Flower's run id, so that a federation that is started again is the same run.
+    """
+    return hashlib.sha256(f"{config_digest(config)} {config.run.directory}".encode()).hexdigest()
 
 
 def settled(config: Config, *, run_id: int, nodes: int | None = None) -> Config:
@@ -167,14 +185,62 @@ def settled(config: Config, *, run_id: int, nodes: int | None = None) -> Config:
     return replace(config, federation=federation, run=replace(config.run, directory=directory))
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """List ``key: old -> new`` for every key that differs, ``run.*`` left out."""
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One key whose value differs between two configurations."""
+
+    key: str
+    old: Scalar
+    new: Scalar
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.old!r} -> {self.new!r}"
+
+
+def differences(old: Config, new: Config) -> list[Change]:
+    """Return every key that differs, ``run.*`` left out.
+
+    >>> from common.config import TrainConfig
+    >>> print(*differences(Config(), Config(train=TrainConfig(seed=3))))
+    train.seed: 0 -> 3
+    """
     before, after = flatten(old), flatten(new)
     return [
-        f"{key}: {before[key]!r} -> {after[key]!r}"
+        Change(key, before[key], after[key])
         for key in before
         if before[key] != after[key] and not key.startswith("run.")
     ]
+
+
+def changed_freely(config: Config, overrides: Iterable[str], free: tuple[str, ...]) -> Config:
+    """Apply ``key=value`` overrides of what does not decide what was trained.
+
+    Args:
+        config: A run's own.
+        overrides: As on the command line.
+        free: Keys, and sections with their dot, that may change.
+
+    Raises:
+        UserError: naming every other key that would change.
+    """
+    changed = from_flat(parse_overrides(overrides), base=config)
+    refused = [str(one) for one in differences(config, changed) if not one.key.startswith(free)]
+    if refused:
+        raise UserError(
+            f"--set would change what was trained: {'; '.join(refused)}",
+            allowed=", ".join(f"{key}*" if key.endswith(".") else key for key in free),
+            fix="leave it out, or train a run with it",
+        )
+    return changed
+
+
+def choices(entry: dataclasses.Field[Any]) -> tuple[str, ...]:
+    """Return what a key's type allows; nothing where every text is allowed.
+
+    >>> choices(known_keys()["adapter.mode"])
+    ('fa-lora', 'lora')
+    """
+    return get_args(entry.type) if get_origin(entry.type) is Literal else ()
 
 
 def _sections(config: Config) -> list[tuple[str, Any]]:
@@ -217,15 +283,16 @@ def _from_text(key: str, raw: str, entry: dataclasses.Field[Any]) -> Scalar:
     except (KeyError, ValueError):
         raise UserError(
             f"--set {key}={raw}",
-            allowed=_allowed(entry),
+            allowed=allowed(entry),
             fix=f"for instance --set {key}={str(entry.default).lower()}",
         ) from None
 
 
-def _allowed(entry: dataclasses.Field[Any]) -> str:
+def allowed(entry: dataclasses.Field[Any]) -> str:
+    """Return what a key may be set to, for people."""
     limits = entry.metadata
-    if limits["choices"]:
-        return " | ".join(limits["choices"])
+    if choices(entry):
+        return " | ".join(choices(entry))
     kind = {bool: "true | false", int: "an integer", float: "a number", str: "text"}[
         type(entry.default)
     ]
@@ -240,13 +307,13 @@ def _allowed(entry: dataclasses.Field[Any]) -> str:
 def _checked(key: str, value: object, entry: dataclasses.Field[Any]) -> Scalar:
     """Return ``value`` in the key's type, or raise ValueError with the whole complaint."""
     kind: type = type(entry.default)
-    complaint = f"{key}={value!r} (allowed: {_allowed(entry)})"
+    complaint = f"{key}={value!r} (allowed: {allowed(entry)})"
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(complaint)
     limits = entry.metadata
-    if limits["choices"] and value not in limits["choices"]:
+    if choices(entry) and value not in choices(entry):
         raise ValueError(complaint)
     if isinstance(value, int | float) and not isinstance(value, bool):
         low, above, high = limits["low"], limits["above"], limits["high"]

@@ -1,10 +1,15 @@
-"""Files that are either complete or absent."""
+r"""Files that are either complete or absent, in text that UTF-8 can hold.
+
+JSON from outside may name half of a character (a lone surrogate), which no UTF-8 file can hold.
+It is kept as its escape, ``\ud800``: where text comes in it is counted (``writable``), and
+nothing that is written fails by it (``utf8``).
+"""
 
 import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,10 +31,37 @@ def atomic_path(target: Path, *, mode: int = 0o600) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def utf8(text: str) -> bytes:
+    r"""Return text as every file of ours holds it; in JSON the escape reads back as it was.
+
+    >>> utf8("a\ud800")
+    b'a\\ud800'
+    """
+    return text.encode("utf-8", "backslashreplace")
+
+
+def writable(value: Any) -> tuple[Any, int]:
+    r"""Escape what UTF-8 cannot hold in the texts of a JSON value; count the texts that had it.
+
+    >>> writable({"note": ["fine", "half \ud83d"]})
+    ({'note': ['fine', 'half \\ud83d']}, 1)
+    """
+    if isinstance(value, str):
+        text = utf8(value).decode()
+        return text, int(text != value)
+    if isinstance(value, list | tuple):
+        parts = [writable(part) for part in value]
+        return [part for part, _ in parts], sum(count for _, count in parts)
+    if isinstance(value, Mapping):
+        pairs, count = writable([part for pair in value.items() for part in pair])
+        return dict(zip(pairs[::2], pairs[1::2], strict=True)), count
+    return value, 0
+
+
 def write_text(target: Path, text: str) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically, for its owner alone."""
     with atomic_path(target) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(utf8(text))
 
 
 def write_json(target: Path, value: Any) -> None:
@@ -37,7 +69,7 @@ def write_json(target: Path, value: Any) -> None:
     write_text(target, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def json_line(record: dict[str, Any]) -> str:
+def json_line(record: Mapping[str, Any]) -> str:
     """Render one line of a JSON-lines file; NaN and infinity are refused.
 
     >>> json_line({"a": 1}).splitlines()
@@ -55,7 +87,7 @@ def append_json_line(target: Path, record: dict[str, Any]) -> None:
         if _is_torn(file):
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(json_line(record).encode())
+        file.write(utf8(json_line(record)))
 
 
 def _is_torn(file: BinaryIO) -> bool:

@@ -1,21 +1,27 @@
 """What ran: source digest, package versions and hardware."""
 
 import contextlib
+import datetime
 import functools
 import hashlib
 import importlib.metadata
-import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from common.limits import available_cpus
+
+PROMPT_DATE = datetime.date(2024, 7, 26)
+"""What a chat template's clock says in every run's prompts, stored with the run; Llama 3's own
+templates name this day where they have no clock."""
 PACKAGES = ("client", "common", "server", "sim")
 VERSIONED = (
-    *("fedrx", "flwr", "torch", "transformers", "ray", "numpy", "pandas", "polars"),
+    *("fedrx", "flwr", "torch", "transformers", "ray", "numpy", "polars"),
     *("opacus", "openai", "flash-attn"),
 )
 
@@ -36,14 +42,25 @@ def source_digest(root: Path | None = None) -> str:
     Args:
         root: Folder of the packages; default: wherever the running code comes from.
     """
+    return sources_digest(
+        (f"{package}/{file.relative_to(folder).as_posix()}", file.read_bytes())
+        for package in PACKAGES
+        for folder in [root / package if root else _package_folder(package)]
+        for file in folder.rglob("*.py")
+    )
+
+
+def sources_digest(files: Iterable[tuple[str, bytes]]) -> str:
+    """Return sha256 over names (``client/app.py``) and contents of source files, in any order.
+
+    >>> a, b = ("client/a.py", b"1"), ("common/b.py", b"2")
+    >>> sources_digest([a, b]) == sources_digest([b, a]) != sources_digest([a])
+    True
+    """
     digest = hashlib.sha256()
-    for package in PACKAGES:
-        folder = root / package if root else _package_folder(package)
-        for file in sorted(folder.rglob("*.py")):
-            content = file.read_bytes()
-            name = f"{package}/{file.relative_to(folder).as_posix()}"
-            digest.update(f"{name}\0{len(content)}\0".encode())
-            digest.update(content)
+    for name, content in sorted(files, key=lambda file: file[0].split("/")):
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
     return digest.hexdigest()
 
 
@@ -88,13 +105,9 @@ def environment(command_line: list[str]) -> dict[str, Any]:
         "versions": versions,
         "git_commit": _git_commit(),
         "source_digest": source_digest(),
+        "prompt_date": PROMPT_DATE.isoformat(),
         "command_line": [Path(command_line[0]).name, *command_line[1:]] if command_line else [],
     }
-
-
-def available_cpus() -> int:
-    """Return how many CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_rss_bytes() -> int:

@@ -12,7 +12,9 @@
 """
 
 import datetime
+import errno
 import json
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -38,6 +40,8 @@ from common.files import (
 from common.provenance import tensors_sha256
 
 State = Literal["started", "running", "finished", "failed", "interrupted"]
+TRAINED = "trained"
+"""Stage in status.json: all rounds are done and summed up."""
 Tensors = dict[str, np.ndarray[Any, Any]]
 
 
@@ -71,8 +75,7 @@ class RunDirectory:
         Raises:
             UserError: if the directory holds files already, or cannot be made.
         """
-        if directory is None and config.run.directory:
-            directory = Path(config.run.directory)
+        directory = _named(config, directory)
         if directory is None:
             now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
             stem = Path("runs") / f"{now}-{config.run.name}-{config_hash(config)}"
@@ -81,23 +84,26 @@ class RunDirectory:
                 count += 1
                 directory = stem.with_name(f"{stem.name}-{count}")
         directory = directory.expanduser().absolute()
+        _require_new(directory)
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            occupied = any(directory.iterdir())
         except OSError as error:
-            raise UserError(
-                f"run directory {directory}: {error.strerror}", fix="name a writable --run-dir"
-            ) from None
-        if occupied:
-            raise UserError(
-                f"run directory {directory} is not empty",
-                allowed="a new or an empty folder",
-                fix="name another --run-dir, or go on with `fedrx resume`",
-            )
+            raise _unusable(directory, error) from None
         run = cls(directory)
         run.write_config(config)
         run.write_status("started")
         return run
+
+    @classmethod
+    def require_new(cls, config: Config, *, directory: Path | None = None) -> None:
+        """Check that ``create`` could make the directory; nothing is made.
+
+        Raises:
+            UserError: if a named directory holds files already, or cannot be made.
+        """
+        directory = _named(config, directory)
+        if directory is not None:
+            _require_new(directory.expanduser().absolute())
 
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":
@@ -250,6 +256,38 @@ class RunDirectory:
         if checkpoint.facts.get("b_sha256", "") not in ("", tensors_sha256(checkpoint.b)):
             raise damaged(folder.name)
         return checkpoint
+
+
+def _named(config: Config, directory: Path | None) -> Path | None:
+    """Return the run directory that the caller or the configuration names, if one does."""
+    if directory is None and config.run.directory:
+        return Path(config.run.directory)
+    return directory
+
+
+def _require_new(directory: Path) -> None:
+    try:
+        occupied = any(directory.iterdir()) if directory.exists() else False
+        # Above it, a file would be in the way, or a folder that nobody may write to.
+        above = next(place for place in (directory, *directory.parents) if place.exists())
+        if not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _unusable(directory, error) from None
+    if occupied:
+        raise UserError(
+            f"run directory {directory} is not empty",
+            allowed="a new or an empty folder",
+            fix="name another --run-dir, or go on with `fedrx resume`",
+        )
+
+
+def _unusable(directory: Path, error: OSError) -> UserError:
+    return UserError(
+        f"run directory {directory}: {error.strerror}", fix="name a writable --run-dir"
+    )
 
 
 def remove_unbegun(path: Path) -> None:

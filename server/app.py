@@ -16,16 +16,16 @@ from common.model.backbone.load import BackboneSpec, resolve_backbone
 from common.privacy.budget.receipts import PRIVACY, privacy_summary
 from common.privacy.settings import HOSPITAL, hospital_warning, plan_of, protects
 from common.provenance import environment, peak_rss_bytes, source_digest, tensors_sha256
-from common.rundir import RunDirectory
+from common.rundir import TRAINED, RunDirectory
 from common.wire.cohort import NOT_EVALUATED
 from common.wire.contract import Fingerprints, Tensors
+from common.wire.identity import read_keys
+from server.clock import Clock
 from server.resume_check import ChangedRun
 from server.roster import Roster
 from server.rounds import Rounds
 
 ENVIRONMENT, FLOWER = "environment.json", "flower"
-TRAINED = "trained"
-"""Stage in status.json: all rounds are done and summed up."""
 
 app = ServerApp()
 
@@ -47,15 +47,16 @@ def main(grid: Grid, context: Context) -> None:
         raise
 
 
-def federate(grid: Grid, config: Config, run: RunDirectory) -> None:
+def federate(grid: Grid, config: Config, run: RunDirectory, *, clock: Clock = time) -> None:
     """Shake hands, run the rounds, and write summary.json.
 
     Args:
         grid: Flower's grid.
         config: Complete configuration.
         run: A run directory that has been created.
+        clock: What waits for hospitals and measured seconds go by.
     """
-    started = time.monotonic()
+    started = clock.monotonic()
     backbone = resolve_backbone(config.model.backbone)
     layout = adapter_layout(backbone, adapter_spec(config.adapter))
     rounds = Rounds(
@@ -70,12 +71,15 @@ def federate(grid: Grid, config: Config, run: RunDirectory) -> None:
                 source=source_digest(),
             ),
             plan=plan_of(config) if protects(config) else None,
+            clock=clock,
+            keys=read_keys(Path(config.run.hospital_keys)) if config.run.hospital_keys else None,
         ),
+        clock=clock,
     )
     b = rounds.start(initial_tensors(layout.shapes, adapter_spec(config.adapter)))
     run.write_config(rounds.config)
     summary = summarise(rounds.config, run, backbone, layout, rounds.roster, b)
-    summary["seconds"] = round(time.monotonic() - started, 3)
+    summary["seconds"] = round(clock.monotonic() - started, 3)
     run.write_json("summary.json", summary)
     if run.read_json(ENVIRONMENT).get("mode") == FLOWER:
         run.write_status("finished", round=config.federation.rounds)

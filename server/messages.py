@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from common.errors import RunFailed
 from common.rundir import RunDirectory
 from common.wire.contract import LONGEST_REASON, ContractError, describe, shortened
+from server.clock import Clock
 
 POLL_SECONDS = 0.1
 PRESENCE_SECONDS = 2.0
@@ -39,6 +40,7 @@ def exchange(
     timeout_seconds: float,
     names: dict[int, str],
     on_message: OnMessage,
+    clock: Clock = time,
 ) -> Replies:
     """Send one message per node and collect the replies that arrive in time.
 
@@ -51,6 +53,7 @@ def exchange(
         timeout_seconds: Longest wait; also the messages' time to live.
         names: Node id -> hospital, for the record of messages.
         on_message: Told of every message in both directions.
+        clock: What the wait is measured by.
     """
     node_of: dict[str, int] = {}
     for node, content in contents.items():
@@ -64,7 +67,7 @@ def exchange(
     replies: dict[int, Message] = {}
     seconds: dict[int, float] = {}
     timed_out = False
-    started = last_look = time.monotonic()
+    started = last_look = clock.monotonic()
     while waiting:
         for reply in grid.pull_messages(sorted(waiting)):
             message_id = reply.metadata.reply_to_message_id
@@ -72,10 +75,10 @@ def exchange(
                 continue
             waiting.discard(message_id)
             node = node_of[message_id]
-            replies[node], seconds[node] = reply, time.monotonic() - started
+            replies[node], seconds[node] = reply, clock.monotonic() - started
             if not reply.has_error():
                 on_message(kind, "up", names.get(node, "new"), reply)
-        now = time.monotonic()
+        now = clock.monotonic()
         if waiting and now - started > timeout_seconds:
             timed_out = True
             break
@@ -83,7 +86,7 @@ def exchange(
             connected, last_look = set(grid.get_node_ids()), now
             waiting = {one for one in waiting if node_of[one] in connected}
         if waiting:
-            time.sleep(POLL_SECONDS)
+            clock.sleep(POLL_SECONDS)
     return Replies(messages=replies, seconds=seconds, timed_out=timed_out)
 
 

@@ -8,7 +8,7 @@ from common.configio import differences, from_flat
 from common.errors import RunFailed
 from common.wire.contract import Fingerprints
 
-COUNTED = "federation.hospitals:"
+COUNTED = "federation.hospitals"
 """The hospitals say how many they are; the handshake compares that."""
 
 
@@ -33,9 +33,9 @@ def check_unchanged(facts: Mapping[str, Any], config: Config, ours: Fingerprints
         ChangedRun: naming everything that differs, with both values.
     """
     changes = [
-        text
-        for text in differences(from_flat(facts["config"]), config)
-        if not text.startswith(COUNTED)
+        str(change)
+        for change in differences(from_flat(facts["config"]), config)
+        if not change.key.startswith(COUNTED)
     ]
     now = inputs_of(ours)
     changes += [

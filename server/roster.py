@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
@@ -24,6 +25,8 @@ from common.wire.contract import (
     shortened,
 )
 from common.wire.handshake import check_hello, claimed_name
+from common.wire.identity import NONCE, Impostor, check_signature, new_nonce
+from server.clock import Clock
 from server.messages import OnMessage, exchange
 
 _log = logging.getLogger(__name__)
@@ -58,7 +61,7 @@ class Failing:
     tries: int
     """How often it was asked."""
     asked_at: float
-    """When it was asked last, by ``time.monotonic``."""
+    """When it was asked last, by the clock's ``monotonic``."""
 
     def due(self, now: float) -> bool:
         """Return whether it is asked again.
@@ -76,10 +79,14 @@ class Roster:
     ours: Fingerprints
     plan: PrivacyPlan | None = None
     """With privacy on: what every hospital must have too, and no count may come with it."""
+    keys: Mapping[str, EllipticCurvePublicKey] | None = None
+    """In a deployment: hospital -> the key that its handshake must be signed with."""
     names: dict[int, str] = field(default_factory=dict)
     hellos: dict[str, dict[str, Any]] = field(default_factory=dict)
     refused: dict[int, tuple[str, str]] = field(default_factory=dict)
     """Node id -> hospital (or ``node N``) and reason; a refused node is never asked again."""
+    impostors: set[int] = field(default_factory=set)
+    """Refused nodes that are no hospital of this deployment, and count as none."""
     mute: dict[int, Mute] = field(default_factory=dict)
     """Nodes that are connected and have not answered."""
     failing: dict[int, Failing] = field(default_factory=dict)
@@ -92,6 +99,7 @@ class Roster:
     """After a resume: the hospitals that were admitted before it, some of which may be away."""
     known_before: int = 0
     """After a resume: ``known`` before it."""
+    clock: Clock = time
 
     @property
     def admitted(self) -> list[str]:
@@ -114,7 +122,8 @@ class Roster:
 
     @property
     def _names_here(self) -> set[str]:
-        return {*self.hellos, *(name for name, _ in self.refused.values())}
+        refused = {name for node, (name, _) in self.refused.items() if node not in self.impostors}
+        return {*self.hellos, *refused}
 
     def can_go_on(self, needed: int) -> bool:
         """Return whether somebody is here and enough were known before a resume."""
@@ -157,7 +166,9 @@ class Roster:
 
         Raises:
             RunFailed: if ``strict`` and a node does not answer, fails, breaks the contract,
-                carries another fingerprint, or claims the name of a connected hospital.
+                carries another fingerprint, or claims the name of a connected hospital. One
+                that has not signed with the key of the hospital that it names ends no run: it is
+                left out and never asked again, whether that hospital is here or not.
         """
         self.mute = {node: mute for node, mute in self.mute.items() if node in nodes}
         self.failing = {node: one for node, one in self.failing.items() if node in nodes}
@@ -168,23 +179,30 @@ class Roster:
             return {}
         tries = {node: self.mute[node].tries if node in self.mute else 0 for node in new}
         timeout_seconds /= 2 ** min(tries.values())
+        nonces = {node: new_nonce() for node in new}
         replies = exchange(
             grid,
-            {node: RecordDict({CONFIG: ConfigRecord({"round": 0})}) for node in new},
+            {node: self._query(nonces[node]) for node in new},
             kind="query",
             timeout_seconds=timeout_seconds,
             names=self.names,
             on_message=on_message,
+            clock=self.clock,
         ).messages
         left_out: dict[str, str] = {}
         for node in new:
             name = _name_in(replies.get(node)) or f"node {node}"
             try:
                 hello = self._checked_hello(name, replies.get(node), timeout_seconds)
+                if self.keys is not None:
+                    check_signature(self.keys, nonces[node], node, hello)
                 self._enter(node, name, hello, nodes)
                 self._forget(node)
             except RunFailed as error:
-                if strict:
+                if isinstance(error, Impostor):
+                    name = f"node {node}"  # the hospital that it names is not to blame
+                    self.impostors.add(node)
+                elif strict:
                     raise
                 left_out[name] = str(error)
                 failed = self._forget(node)
@@ -193,17 +211,23 @@ class Roster:
                 if reply is None:
                     self.mute[node] = Mute(tries=tries[node] + 1, asked_in=server_round)
                 elif reply.has_error():
-                    self.failing[node] = Failing(tries=failed + 1, asked_at=time.monotonic())
+                    self.failing[node] = Failing(tries=failed + 1, asked_at=self.clock.monotonic())
                 else:
                     self.refused[node] = (name, str(error))
                 _log.warning("%s is left out: %s", name, error)
         return left_out
 
+    def _query(self, nonce: str) -> RecordDict:
+        scalars: dict[str, int | str] = {"round": 0}
+        if self.keys is not None:
+            scalars[NONCE] = nonce
+        return RecordDict({CONFIG: ConfigRecord(dict(scalars))})
+
     def _is_asked(self, node: int, server_round: int) -> bool:
         if node in self.names or node in self.refused:
             return False
         if node in self.failing:
-            return self.failing[node].due(time.monotonic())
+            return self.failing[node].due(self.clock.monotonic())
         return node not in self.mute or self.mute[node].due(server_round)
 
     def _forget(self, node: int) -> int:
@@ -251,7 +275,8 @@ class Roster:
             raise RunFailed(f"a hospital failed in the handshake: {reason}")
         try:
             record = only_record(reply.content, "config")
-            return check_hello(record, private=self.plan is not None)
+            signed = self.keys is not None
+            return check_hello(record, private=self.plan is not None, signed=signed)
         except ContractError as error:
             raise RunFailed(f"{name}: its handshake breaks the contract: {error}") from None
 

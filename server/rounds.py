@@ -19,7 +19,7 @@ from common.privacy.settings import HOSPITAL
 from common.provenance import tensors_sha256
 from common.rundir import Checkpoint, RunDirectory
 from common.wire.codecs import compress, decode
-from common.wire.cohort import NOT_EVALUATED, WITHSTANDS_NOTHING, check_strategy
+from common.wire.cohort import NOT_EVALUATED, WITHSTANDS_NOTHING
 from common.wire.contract import (
     ContractError,
     Shapes,
@@ -30,11 +30,14 @@ from common.wire.contract import (
     train_message,
 )
 from server.central_dp import HospitalPrivacyAggregator
+from server.clock import Clock
 from server.expected_replies import most_validation_tokens, private_steps, steps_expected, train_due
 from server.messages import Recorder, answered, exchange, require
 from server.privacy_account import PrivacyAccount
 from server.resume_check import check_unchanged, inputs_of
 from server.roster import Roster
+from server.screening import outliers, with_capped_weights
+from server.strategies import check_strategy
 from server.strategy import Aggregator
 from server.timeouts import HANDSHAKE_SECONDS, RECONNECT_SECONDS, Pace
 
@@ -62,6 +65,7 @@ class Rounds:
     """With privacy on: what each hospital has spent, as the run directory tells it."""
     paces: dict[str, Pace] = field(default_factory=dict)
     """The slowest exchange so far of each kind of message."""
+    clock: Clock = time
 
     def start(self, b: Tensors) -> Tensors:
         """Run all rounds, or those after the last checkpoint, and return the last B.
@@ -90,7 +94,7 @@ class Rounds:
             self.evaluate(sent, 0)
             self._checkpoint(b, 0, aggregator, owed)
         for server_round in range(first, self.config.federation.rounds + 1):
-            started = time.monotonic()
+            started = self.clock.monotonic()
             updates = self.train(sent, server_round)
             if not aggregator.withstands(len(updates)):
                 self.run.metric(WITHSTANDS_NOTHING, len(updates), round=server_round)
@@ -98,7 +102,7 @@ class Rounds:
             owed = self.carried
             sent = self.encode(b)
             self.evaluate(sent, server_round)
-            seconds = time.monotonic() - started
+            seconds = self.clock.monotonic() - started
             self.run.metric("round-seconds", round(seconds, 3), round=server_round)
             self._checkpoint(b, server_round, aggregator, owed)
             self.run.write_status("running", round=server_round)
@@ -126,14 +130,15 @@ class Rounds:
         federation = self.config.federation
         strict = federation.mismatch == "stop"
         limit = federation.timeout_seconds or HANDSHAKE_SECONDS
-        started = time.monotonic()
+        started = self.clock.monotonic()
         while True:
             self._admit(0, strict=strict)
             sizes = {hello["of"] for hello in self.roster.hellos.values()}
             if strict and len(sizes) > 1:
                 raise RunFailed(f"the hospitals disagree on how many they are: {sorted(sizes)}")
             of = self.roster.of or self.roster.count(federation.hospitals)
-            needed, waited = min(federation.min_hospitals or of, of), time.monotonic() - started
+            needed = min(federation.min_hospitals or of, of)
+            waited = self.clock.monotonic() - started
             if self.roster.arrived >= needed:
                 break
             if waited > min(limit, RECONNECT_SECONDS) and self.roster.can_go_on(needed):
@@ -143,7 +148,7 @@ class Rounds:
                     f"{self.roster.arrived} of {federation.min_hospitals or of} hospitals are "
                     f"connected after {limit:.0f} s{self.roster.reasons}"
                 )
-            time.sleep(0.5)
+            self.clock.sleep(0.5)
         self._leave_out(self.roster.settle(of), 0)
         if not self.roster.hellos:
             raise RunFailed("every hospital was refused; metrics.jsonl has the reasons")
@@ -192,8 +197,22 @@ class Rounds:
                 continue
             for name in ("train-loss", "weight", "steps", "seconds"):
                 self.run.metric(name, update.metrics[name], round=server_round, hospital=hospital)
+        failures |= self._screened(sent, updates, server_round)
         require(len(updates), needed, wanted, server_round, failures)
-        return list(updates.values())
+        return with_capped_weights(self.config.federation, list(updates.values()))
+
+    def _screened(
+        self, sent: "Sent", updates: dict[str, Update], server_round: int
+    ) -> dict[str, str]:
+        """Take the updates out that moved B implausibly far; return the reasons by hospital."""
+        plan = self.roster.plan
+        if plan and plan.unit == HOSPITAL:  # its clip is the bound, and none may be left out
+            return {}
+        found = outliers(self.config.federation, sent.b, list(updates.values()))
+        for hospital, reason in found.items():
+            del updates[hospital]
+            self._refuse(hospital, reason, server_round)
+        return found
 
     def evaluate(self, sent: "Sent", server_round: int) -> None:
         """Ask every hospital for the loss on its validation split; log the weighted mean.
@@ -266,7 +285,7 @@ class Rounds:
         """
         federation = self.config.federation
         limit = federation.timeout_seconds or HANDSHAKE_SECONDS
-        deadline = time.monotonic() + limit
+        deadline = self.clock.monotonic() + limit
         while True:
             self._admit(server_round, strict=False)
             connected = self.roster.connected(self.grid.get_node_ids())
@@ -274,12 +293,12 @@ class Rounds:
             needed = self._quorum(wanted)
             if len(nodes) >= needed:
                 return nodes, needed, wanted
-            if time.monotonic() > deadline:
+            if self.clock.monotonic() > deadline:
                 raise RunFailed(
                     f"round {server_round}: {len(nodes)} hospitals are connected after "
                     f"{limit:.0f} s, the quorum is {needed} of {wanted}{self.roster.reasons}"
                 )
-            time.sleep(0.5)
+            self.clock.sleep(0.5)
 
     def _quorum(self, asked: int) -> int:
         return max(1, math.ceil(self.config.federation.quorum * asked - 1e-9))
@@ -296,7 +315,7 @@ class Rounds:
         names = self.roster.names
         steps = max(self._steps(names[node], kind, server_round) for node in nodes)
         pace = self.paces.get(kind)
-        started = time.monotonic()
+        started = self.clock.monotonic()
         replies = exchange(
             self.grid,
             dict.fromkeys(nodes, content),
@@ -305,8 +324,9 @@ class Rounds:
             or Pace.limit(pace, steps=steps, hospitals=len(nodes)),
             names=names,
             on_message=self.record(server_round),
+            clock=self.clock,
         )
-        waited = round(time.monotonic() - started, 3)
+        waited = round(self.clock.monotonic() - started, 3)
         self.run.metric(f"{kind}-exchange-seconds", waited, round=server_round)
         answers: dict[str, Answer] = {}
         failures: dict[str, str] = {}
@@ -318,8 +338,7 @@ class Rounds:
                 accepted.append(node)
             except ContractError as error:
                 failures[hospital] = str(error)
-                _log.warning("round %d: %s is refused: %s", server_round, hospital, error)
-                self.run.metric("refused", str(error), round=server_round, hospital=hospital)
+                self._refuse(hospital, str(error), server_round)
         if accepted:
             now = Pace(
                 seconds=max(replies.seconds[node] for node in accepted),
@@ -328,6 +347,10 @@ class Rounds:
             )
             self.paces[kind] = Pace.slower(pace, now, timed_out=replies.timed_out)
         return answers, failures
+
+    def _refuse(self, hospital: str, reason: str, server_round: int) -> None:
+        _log.warning("round %d: %s is refused: %s", server_round, hospital, reason)
+        self.run.metric("refused", reason, round=server_round, hospital=hospital)
 
     def _steps(self, hospital: str, kind: str, server_round: int) -> int:
         if kind != "train":

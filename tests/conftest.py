@@ -1,7 +1,15 @@
-"""Fixtures shared by all tests: the MIMIC-IV demo's folder and quiet processes."""
+"""What all tests share: the MIMIC-IV demo's folder, quiet processes, and the rule of the marks.
 
+What is not fast is marked by what it starts (``pyproject.toml`` lists the marks); everything
+without such a mark is marked ``fast`` here, and fails if it starts a process all the same.
+"""
+
+import _posixsubprocess
 import os
+import sys
+from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +20,88 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Triton reads this when it is imported: its interpreter runs GPU kernels where there is no GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+STARTING = {"process", "ray", "browser", "embedded"}
+"""Marks of tests that may start processes."""
+NOT_FAST = {*STARTING, "slow"}
+QUESTIONS = {"git", "lscpu", "uname"}
+"""Commands that answer at once, asked in passing: by a run, openai, joblib."""
+EVENTS = {"os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.system"}
+
+
+class ProcessGuard:
+    """Fails a test that starts a process without a mark that says so."""
+
+    def __init__(self) -> None:
+        self.watching = False
+        self.started: list[str] = []
+        sys.addaudithook(self.hear)
+        # multiprocessing's spawn raises no audit event.
+        self._fork_exec = _posixsubprocess.fork_exec
+        _posixsubprocess.fork_exec = self._watched_fork_exec
+
+    def watch(self, item: pytest.Item | None) -> None:
+        """Watch a test, unless it is marked; with None watch nothing."""
+        self.started = []
+        self.watching = item is not None and not STARTING & marks_of(item)
+
+    def hear(self, event: str, arguments: Sequence[Any]) -> None:
+        """Take what Python tells of everything that it does (an audit hook)."""
+        if self.watching and event == "subprocess.Popen":
+            command = arguments[1]
+            first = command if isinstance(command, (str, bytes, os.PathLike)) else command[0]
+            if Path(os.fsdecode(first)).name not in QUESTIONS:
+                self._refuse(os.fsdecode(first))
+        elif self.watching and event in EVENTS:
+            self._refuse(event)
+
+    def _watched_fork_exec(self, *arguments: Any) -> int:
+        if self.watching:
+            self._refuse("multiprocessing")
+        return self._fork_exec(*arguments)
+
+    def _refuse(self, what: str) -> None:
+        self.started.append(what)
+        pytest.fail(self.reason, pytrace=True)
+
+    @property
+    def reason(self) -> str:
+        """Return what is wrong with the test."""
+        marks = ", ".join(sorted(STARTING))
+        return f"starts a process ({self.started[0]}) without one of the marks {marks}"
+
+
+GUARD = ProcessGuard()
+
+
+def marks_of(item: pytest.Item) -> set[str]:
+    return {mark.name for mark in item.iter_markers()}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    for item in items:
+        if not NOT_FAST & marks_of(item):
+            item.add_marker("fast")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    GUARD.watch(item)
+    try:
+        return (yield)
+    finally:
+        GUARD.watch(None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail a test whose code has swallowed the guard's failure, or met it in another thread."""
+    report = yield
+    if report.passed and GUARD.started:
+        report.outcome, report.longrepr = "failed", GUARD.reason
+    GUARD.started.clear()
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from common.evaluation.baselines import BASELINES
 from common.evaluation.constrained import answer_grammar
 from common.evaluation.generate import Generated, generate
 from common.evaluation.metrics import Prediction, score
+from common.files import writable
 from common.model.session import Session
 from common.seeds import stream
 from common.text.batches import encode_prompt
@@ -104,12 +105,16 @@ def evaluate_answers(
                 matcher=matcher,
                 progress=_named(progress, model),
             )
+            seconds = round(time.perf_counter() - started, 3)
+            read = [_read(session, answer) for answer in generated]
+            answers[model] = [(text, drugs) for text, drugs, _ in read]
+            escaped = sum(count for _, _, count in read)
             facts["generation"][model] = {
-                "seconds": round(time.perf_counter() - started, 3),
+                "seconds": seconds,
                 "tokens": sum(len(answer.tokens) for answer in generated),
                 "cut_answers": sum(not answer.finished for answer in generated),
+                **({"escaped_names": escaped} if escaped else {}),
             }
-            answers[model] = [_read(session, answer) for answer in generated]
     finally:
         session.adapter.flat.copy_(before)
     for name, lists in _baseline_lists(hospitals, cases).items():
@@ -188,10 +193,17 @@ def read_answer(text: str, *, finished: bool) -> list[str] | None:
     >>> read_answer("Drugs:\n- Aspirin\n- Insu", finished=True)
     ['Aspirin', 'Insu']
     """
+    return _drugs(text, finished=finished)[0]
+
+
+def _drugs(text: str, *, finished: bool) -> tuple[list[str] | None, int]:
+    """Read an answer; also count the names that UTF-8 cannot hold, which are escaped again."""
     if not finished:
         whole = text.rpartition("\n")[0]
         text = whole if "\n" in whole else text
-    return parse_answer(text)
+    drugs: list[str] | None
+    drugs, escaped = writable(parse_answer(text))
+    return drugs, escaped
 
 
 def _prompts(
@@ -204,10 +216,10 @@ def _prompts(
     return [ids for ids, _ in encoded], sum(dropped for _, dropped in encoded)
 
 
-def _read(session: Session, answer: Generated) -> tuple[str, tuple[str, ...] | None]:
+def _read(session: Session, answer: Generated) -> tuple[str, tuple[str, ...] | None, int]:
     text = str(session.tokenizer.decode(list(answer.tokens), skip_special_tokens=True))
-    drugs = read_answer(text, finished=answer.finished)
-    return text, None if drugs is None else tuple(drugs)
+    drugs, escaped = _drugs(text, finished=answer.finished)
+    return text, None if drugs is None else tuple(drugs), escaped
 
 
 def _baseline_lists(

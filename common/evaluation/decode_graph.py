@@ -45,7 +45,7 @@ class StepGraphs:
     """
 
     def __init__(self, session: Session, *, slots: int, columns: int, record: bool = True) -> None:
-        self._session, self._record = session, record
+        self.session, self._record = session, record
         self._columns = -(-columns // COLUMNS) * COLUMNS
         shape, model = session.spec.shape, session.model.model
         weight = model.embed_tokens.weight
@@ -108,7 +108,7 @@ class StepGraphs:
         return graph, logits_BV
 
     def _logits(self, columns: int) -> Tensor:
-        model = self._session.model.model
+        model = self.session.model.model
         x_BD = model.embed_tokens(self._tokens_B)
         angles = self._cos_CE[self._lengths_B], self._sin_CE[self._lengths_B]
         places_C = torch.arange(columns, device=x_BD.device)
@@ -117,8 +117,8 @@ class StepGraphs:
             x_BD = self._attended(layer, kv, x_BD, angles, unseen_B11C)
             normed_BD = self._normed(x_BD, layer.post_attention_layernorm)
             gate, up = layer.mlp.gate_proj(normed_BD), layer.mlp.up_proj(normed_BD)
-            x_BD = x_BD + layer.mlp.down_proj(self._session.functions.swiglu(gate, up))
-        logits_BV: Tensor = self._session.model.lm_head(self._normed(x_BD, model.norm))
+            x_BD = x_BD + layer.mlp.down_proj(self.session.functions.swiglu(gate, up))
+        logits_BV: Tensor = self.session.model.lm_head(self._normed(x_BD, model.norm))
         return logits_BV
 
     def _attended(
@@ -135,7 +135,7 @@ class StepGraphs:
             projection(normed_BD).view(slots, -1, attention.head_dim)
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        q_BHE, k_BGE = self._session.functions.rotate(q_BHE, k_BGE, *angles, False)
+        q_BHE, k_BGE = self.session.functions.rotate(q_BHE, k_BGE, *angles, False)
         for store, fresh in zip(kv, (k_BGE, v_BGE), strict=True):
             store[self._slots_B, :, self._lengths_B] = fresh
         keys, values = (store[:, :, : unseen_B11C.shape[-1]] for store in kv)
@@ -149,7 +149,7 @@ class StepGraphs:
     def _normed(self, x_BD: Tensor, norm: nn.Module) -> Tensor:
         epsilon: Any = norm.variance_epsilon
         weight_D: Any = norm.weight
-        return self._session.functions.norm(x_BD, weight_D, epsilon)[0]
+        return self.session.functions.norm(x_BD, weight_D, epsilon)[0]
 
 
 class GraphGeneration(SlotGeneration):
@@ -158,51 +158,49 @@ class GraphGeneration(SlotGeneration):
     _graphs: StepGraphs
 
     def _new_cache(self, slots: int, columns: int) -> StepGraphs:
-        record = self._session.torch_device.type == "cuda"
-        self._graphs = StepGraphs(self._session, slots=slots, columns=columns, record=record)
+        record = self.session.torch_device.type == "cuda"
+        self._graphs = StepGraphs(self.session, slots=slots, columns=columns, record=record)
         return self._graphs
 
     def _admit(self) -> None:
         """Run the prompts that have a free slot in as few packed passes as hold them."""
-        while self._waiting and len(self._rows) < self._slots:
-            places = [self._waiting.pop()]
-            size = len(self._prompts[places[0]])
-            while self._waiting and len(self._rows) + len(places) < self._slots:
-                size += len(self._prompts[self._waiting[-1]])
+        while self.waiting and len(self.rows) < self.slots:
+            places = [self.waiting.pop()]
+            size = len(self.prompts[places[0]])
+            while self.waiting and len(self.rows) + len(places) < self.slots:
+                size += len(self.prompts[self.waiting[-1]])
                 if size > PREFILL_TOKENS:
                     break
-                places.append(self._waiting.pop())
+                places.append(self.waiting.pop())
             self._prefill(places)
 
     def _prefill(self, places: list[int]) -> None:
-        prompts = [tuple(self._prompts[place]) for place in places]
+        prompts = [tuple(self.prompts[place]) for place in places]
         batch = pack([Encoded(input_ids=ids, answer_start=len(ids), unit=0) for ids in prompts])
-        batch = batch.to(self._session.torch_device)
+        batch = batch.to(self.session.torch_device)
         lengths = torch.tensor([len(ids) for ids in prompts])
-        slots = torch.arange(len(self._rows), len(self._rows) + len(prompts))
-        slot_T = slots.repeat_interleave(lengths).to(self._session.torch_device)
+        slots = torch.arange(len(self.rows), len(self.rows) + len(prompts))
+        slot_T = slots.repeat_interleave(lengths).to(self.session.torch_device)
         at_T = batch.position_ids[0]
 
         def keep(layer: int, k_TGE: Tensor, v_TGE: Tensor) -> None:
             self._graphs.fill(layer, k_TGE, v_TGE, slot_T, at_T)
 
-        hidden_TD = self._session.hidden_states(batch, keep=keep)
+        hidden_TD = self.session.hidden_states(batch, keep=keep)
         rows = [
-            SlotRow(
-                prompt=place, length=len(ids), matcher=self._matcher() if self._matcher else None
-            )
+            SlotRow(prompt=place, length=len(ids), matcher=self.matcher() if self.matcher else None)
             for place, ids in zip(places, prompts, strict=True)
         ]
-        self._rows.extend(rows)
+        self.rows.extend(rows)
         last_B = torch.tensor(batch.cu_seqlens[1:], device=hidden_TD.device) - 1
-        self._take(rows, self._session.model.lm_head(hidden_TD[last_B]))
+        self.take(rows, self.session.model.lm_head(hidden_TD[last_B]))
 
     def _step(self) -> None:
         """Add one token to every occupied slot."""
-        rows = list(self._rows)
+        rows = list(self.rows)
         logits_BV = self._graphs.step(
             [row.tokens[-1] for row in rows], [row.length for row in rows]
         )
         for row in rows:
             row.length += 1
-        self._take(rows, logits_BV)
+        self.take(rows, logits_BV)

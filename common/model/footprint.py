@@ -6,6 +6,8 @@ the backbone, and what the allocator loses to holes.
 
 from dataclasses import dataclass
 
+import torch
+
 from common.errors import UserError
 from common.model.adapter.spec import AdapterSpec, check_rank
 from common.model.backbone.load import BackboneShape
@@ -13,6 +15,8 @@ from common.model.memory import RECOMPUTE, saved_bytes_per_token_layer
 
 # Resident before the backbone is loaded: interpreter and libraries; on a GPU its context.
 _RUNTIME_BYTES = {"cpu": 410 * 2**20, "cuda": 700 * 2**20}
+# A torch that is built for CUDA loads its libraries on a machine without a GPU too.
+_CUDA_BUILD_BYTES = 280 * 2**20
 # What the allocator loses between allocations. On the GPU a share of what comes and goes. On the
 # CPU a multiple of a layer's working buffers, as far as glibc keeps freed ones in its heap (below
 # 32 MiB; larger ones go back at once): measured on the embedded backbone over 512 to 4,096 tokens
@@ -158,7 +162,7 @@ def training_footprint(
         activations=int(activations),
         working=working,
         logits=int(logits),
-        runtime=_RUNTIME_BYTES[device],
+        runtime=_runtime_bytes(device),
         holes=int(holes),
     )
 
@@ -209,7 +213,7 @@ def generation_bytes(
     copies = sum(wide * high for name, (wide, high) in sizes.items() if name in adapter.targets)
     cache = 2 * shape.kv_heads * shape.head_dim * sequences * columns
     frozen = weights_bytes(shape, adapter, value_bytes=value_bytes, weights=weights)
-    return frozen + shape.layers * (copies + cache) * value_bytes + _RUNTIME_BYTES[device]
+    return frozen + shape.layers * (copies + cache) * value_bytes + _runtime_bytes(device)
 
 
 def _projections(shape: BackboneShape) -> dict[str, tuple[int, int]]:
@@ -224,3 +228,8 @@ def _projections(shape: BackboneShape) -> dict[str, tuple[int, int]]:
         "up_proj": (shape.hidden, shape.intermediate),
         "down_proj": (shape.intermediate, shape.hidden),
     }
+
+
+def _runtime_bytes(device: str) -> int:
+    built_for_cuda = torch.version.cuda is not None
+    return _RUNTIME_BYTES[device] + _CUDA_BUILD_BYTES * (device == "cpu" and built_for_cuda)

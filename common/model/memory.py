@@ -1,13 +1,14 @@
 """Bytes that training keeps for the backward pass, from shapes alone, and what follows from them.
 
-The count is what the lean layer saves (`common.model.kernels.fused_layer`); a test compares it with the tensors
-that autograd really saves.
+The count is what the lean layer saves (`common.model.kernels.fused_layer`); a test compares it with
+the tensors that autograd really saves.
 """
 
 import torch
 
 from common.choice import Choice
 from common.errors import UserError
+from common.limits import available_memory_bytes
 from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.load import BackboneShape
 
@@ -106,6 +107,4 @@ def choose_recompute(
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)
+    return available_memory_bytes()

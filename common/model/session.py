@@ -12,6 +12,7 @@ from torch import Tensor
 
 from common.choice import Choice
 from common.errors import UserError
+from common.limits import available_cpus
 from common.model.adapter.falora import Adapter, AdapterSpec, attach
 from common.model.backbone.load import BackboneSpec, load_model, load_tokenizer
 from common.model.kernels.attention import Packing, choose_attention, register
@@ -173,9 +174,10 @@ def choose_dtype(requested: str, device: torch.device) -> Choice[str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Choice("bf16", "the GPU computes in bf16")
         return Choice("fp32", "the GPU has no bf16 arithmetic")
-    if torch.cpu._is_amx_tile_supported():
+    able = torch.cpu.get_capabilities()
+    if able.get("amx_tile"):
         return Choice("bf16", "the processor has AMX")
-    if torch.cpu._is_avx512_bf16_supported():
+    if able.get("avx512_bf16"):
         return Choice("bf16", "the processor has AVX512-BF16")
     return Choice("fp32", "the processor has neither AMX nor AVX512-BF16")
 
@@ -211,7 +213,7 @@ def open_session(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto``, ``fp32`` or ``bf16``.
         attention: ``auto`` or one of ``attention.KERNELS``.
-        threads: CPU threads of this process; None leaves them alone.
+        threads: CPU threads of this process; None: torch's own, as far as they may be used.
         recompute: ``auto``, ``none``, ``mlp``, ``half`` or ``all``.
         batch_tokens: Longest packed batch, for the choice of what is recomputed; 0 when unknown.
         kernels: ``auto`` or one of ``kernels.CANDIDATES``.
@@ -221,8 +223,8 @@ def open_session(
         UserError: If something asked for cannot be had here.
     """
     limit_primitive_cache()
-    if threads:
-        torch.set_num_threads(threads)
+    # torch starts as many threads as the machine has cores, whatever a container or job may use.
+    torch.set_num_threads(threads or min(torch.get_num_threads(), available_cpus()))
     device_choice = choose_device(device)
     on = torch.device(device_choice.value)
     dtype_choice = choose_dtype(dtype, on)

@@ -10,7 +10,7 @@ Shapes: M canaries, P coordinates, V vocabulary, R rank.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,14 @@ from torch import Tensor
 
 from common.model.session import Session
 from common.privacy.accounting import epsilon
+from common.privacy.canaries import roc_area
+from common.privacy.findings import (
+    FALSE_ALARM,
+    Finding,
+    mean_interval,
+    noise_complaints,
+    spread_interval,
+)
 from common.privacy.mechanism.clipping import clipped_sum
 from common.privacy.mechanism.gradients import PrivateGradient
 from common.privacy.mechanism.noise import NoiseSource
@@ -26,10 +34,8 @@ from common.privacy.mechanism.release import GaussianMechanism, grid_for
 from common.privacy.plan import PrivacyPlan
 from common.text.batches import Encoded
 
-CONFIDENCE = 0.95
-FALSE_ALARM = 1e-6
-"""A correct mechanism fails the inversion test, or one check of the noise test, with at most this
-probability."""
+CONFIDENCE = 0.954
+"""Of each of three runs: all of them exceed a true claim with probability 0.046^3 < 1e-4."""
 DISCLOSED = 0.95
 """An attack that works reaches this ROC area."""
 _CHUNK_UNITS = 256
@@ -37,19 +43,6 @@ _EACH = 1 - (1 - CONFIDENCE) / 3
 
 Clip = Callable[[Tensor, float], Tensor]
 Release = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One audit's result."""
-
-    audit: str
-    figure: float
-    meaning: str
-    """What the figure is, with its unit."""
-    limit: float
-    passed: bool
-    verdict: str
 
 
 class Guesses(NamedTuple):
@@ -121,8 +114,8 @@ def one_run_audit(
     Every canary is a unit whose gradient is ``amplitude`` clip norms long and lies on a coordinate
     of its own; a fair secret coin decides whether it takes part. It goes straight into the clipped
     sum: how the model's own unit gradients are computed is not audited. The figure is the least
-    bound of ``repeats`` independent runs, each at 95%: delta allows a single run no higher
-    confidence, but all of them exceed a true claim with probability at most 0.05^repeats.
+    bound of ``repeats`` independent runs, each at ``CONFIDENCE``: delta allows a single run no
+    higher one, but all of them exceed a true claim with probability at most 0.046^repeats.
 
     Args:
         plan: A calibrated plan; audited at q = 1 and one step.
@@ -141,7 +134,10 @@ def one_run_audit(
         total_P = torch.zeros(canaries)
         for rows_UP in _canary_rows(taking_part, amplitude * plan.clip_norm):
             total_P += clip(rows_UP, plan.clip_norm)
-        bounds.append(_bound(plan, released(total_P).double().numpy(), taking_part))
+        scores_M = released(total_P).double().numpy()
+        # the score's distance from half a canary's clipped mean
+        ratios_M = scores_M - plan.clip_norm / (2 * plan.expected_batch)
+        bounds.append(bound_of(ratios_M, taking_part, plan.delta))
     bound = min(bounds)
     claim = epsilon(audited).value
     ceiling = lower_bound(Guesses(canaries, canaries, canaries), plan.delta, confidence=_EACH)
@@ -152,31 +148,37 @@ def one_run_audit(
     return Finding(
         audit="one-run audit",
         figure=bound,
-        meaning=f"lower bound on epsilon of one release at q = 1, {canaries} canaries, 95%"
-        + (f", the least of {repeats} runs" if repeats > 1 else ""),
+        meaning=f"lower bound on epsilon of one release at q = 1, {canaries} canaries, "
+        f"{CONFIDENCE:.1%}" + (f", the least of {repeats} runs" if repeats > 1 else ""),
+        null=0.0,
+        interval=(bound, math.inf),
         limit=claim,
+        false_alarm=(1 - CONFIDENCE) ** repeats,
         passed=passed,
         verdict=verdict,
     )
 
 
-def _bound(
-    plan: PrivacyPlan, scores: np.ndarray[Any, Any], taking_part: np.ndarray[Any, Any]
+def bound_of(
+    ratios: np.ndarray[Any, Any], taking_part: np.ndarray[Any, Any], delta: float
 ) -> float:
     """Return the lower bound from guesses by the sign of the claimed log-likelihood ratio.
 
-    It is the score's distance from half a canary's clipped mean; the surest guesses come first.
-    The number of guesses is fixed beforehand at three values, each held to a third of the error
-    probability.
+    The surest guesses come first. The number of guesses is fixed beforehand at three values, each
+    held to a third of the error probability.
+
+    Args:
+        ratios: Of in against out, one for each canary; or anything that grows with it.
+        taking_part: Who was in.
+        delta: Of the claim.
     """
-    ratio = scores - plan.clip_norm / (2 * plan.expected_batch)
-    right = ((ratio > 0) == taking_part)[np.argsort(-np.abs(ratio))]
+    right = ((ratios > 0) == taking_part)[np.argsort(-np.abs(ratios))]
     canaries = len(right)
     guesses = [
         Guesses(canaries, guessed, int(right[:guessed].sum()))
         for guessed in (canaries // 20, canaries // 5, canaries)
     ]
-    return max(lower_bound(one, plan.delta, confidence=_EACH) for one in guesses)
+    return max(lower_bound(one, delta, confidence=_EACH) for one in guesses)
 
 
 def _canary_rows(taking_part: np.ndarray[Any, Any], length: float) -> Iterator[Tensor]:
@@ -186,30 +188,6 @@ def _canary_rows(taking_part: np.ndarray[Any, Any], length: float) -> Iterator[T
         rows_UP = torch.zeros(len(chunk), len(taking_part))
         rows_UP[torch.arange(len(chunk)), torch.from_numpy(chunk)] = length
         yield rows_UP
-
-
-def noise_complaints(noise_SP: np.ndarray[Any, Any]) -> list[str]:
-    """Return what is wrong with noise that claims to be independent standard normal.
-
-    Args:
-        noise_SP: Releases of a zero sum over the claimed standard deviation, one row per step.
-    """
-    from scipy import stats
-
-    complaints = []
-    values = noise_SP.ravel()
-    tails = (FALSE_ALARM / 2, 1 - FALSE_ALARM / 2)
-    low, high = stats.chi2.ppf(tails, df=values.size)
-    if not low <= np.sum(values**2) <= high:
-        complaints.append("variance")
-    if stats.kstest(values[:1_000_000], "norm").pvalue < FALSE_ALARM:
-        complaints.append("shape")
-    steps, width = noise_SP.shape
-    lagged = [np.corrcoef(row[:-lag], row[lag:])[0, 1] for row in noise_SP for lag in (1, 2)]
-    across = np.corrcoef(noise_SP)[np.triu_indices(steps, 1)]
-    if np.abs([*lagged, *across]).max() > 6 / math.sqrt(width - 2):
-        complaints.append("correlation")
-    return complaints
 
 
 def noise_test(
@@ -230,12 +208,16 @@ def noise_test(
     rows = [make(empty_P).double().numpy() / claimed for _ in range(steps)]
     noise_SP = np.stack(rows)
     complaints = noise_complaints(noise_SP)
+    figure = float(noise_SP.std())
     return Finding(
         audit="noise test",
-        figure=float(noise_SP.std()),
+        figure=figure,
         meaning=f"standard deviation of {noise_SP.size} noise samples over the claim, "
         "rounding to the grid included",
+        null=1.0,
+        interval=spread_interval(figure, noise_SP.size),
         limit=1.0,
+        false_alarm=3 * FALSE_ALARM,
         passed=not complaints,
         verdict="as claimed" if not complaints else "wrong " + ", ".join(complaints),
     )
@@ -283,7 +265,10 @@ def inversion_test(
         figure=figure,
         meaning=f"mean area under the ROC curve for a record's tokens, {len(records)} records, "
         "one gradient each",
+        null=0.5 if expect_private else 1.0,
+        interval=mean_interval(areas),
         limit=limit if expect_private else DISCLOSED,
+        false_alarm=FALSE_ALARM if expect_private else 0.0,
         passed=passed,
         verdict=("near chance" if passed else "tokens are disclosed")
         if expect_private
@@ -339,17 +324,3 @@ def disclosure(session: Session, gradient_P: Tensor, tokens: Sequence[int]) -> f
 def _read_tokens(tokens: Sequence[int]) -> list[int]:
     # the last token predicts nothing and attends to nothing that is kept
     return sorted(set(tokens[:-1]))
-
-
-def roc_area(positives: Sequence[float], negatives: Sequence[float]) -> float:
-    """Return the probability that a positive scores above a negative, ties counting half.
-
-    >>> roc_area([3.0, 2.0], [1.0, 2.0])
-    0.875
-    """
-    from scipy.stats import rankdata
-
-    ranks = rankdata([*positives, *negatives])
-    count = len(positives)
-    above = ranks[:count].sum() - count * (count + 1) / 2
-    return float(above / (count * len(negatives)))

@@ -3,14 +3,12 @@
 import math
 from dataclasses import replace
 from functools import lru_cache
-from typing import Literal, cast
 
 from common.config import Config, PrivacyConfig
 from common.errors import UserError
 from common.privacy.accounting import calibrate, epsilon
-from common.privacy.plan import PrivacyPlan, Unit
+from common.privacy.plan import PrivacyPlan
 from common.training.budget import steps_in_all
-from common.wire.cohort import sampled
 
 HOSPITAL = "hospital"
 INDEPENDENT = "iid"
@@ -41,15 +39,22 @@ def plan_of(config: Config) -> PrivacyPlan:
     sampling of hospitals amplifies nothing, because the server knows whom it asked.
 
     Raises:
-        UserError: if the number of steps, or one unit's gradient, would depend on other units, if
-            a given noise multiplier misses the target, or if no noise reaches it.
+        UserError: if the number of steps, one unit's gradient, or whether one hospital takes part
+            would depend on other units, if a given noise multiplier misses the target, or if no
+            noise reaches it.
     """
-    if config.privacy.unit != HOSPITAL:
-        _refuse_dependence(config)
     if config.privacy.unit == HOSPITAL:
         federation = config.federation
-        asked = sampled(federation.fraction, federation.hospitals)
-        return _plan(config.privacy, federation.rounds, float(asked), 1.0)
+        if federation.fraction < 1:
+            raise UserError(
+                f"federation.fraction={federation.fraction:g} with privacy.unit=hospital: a fixed "
+                "number of hospitals is drawn from all names, so one hospital that leaves changes "
+                "which others take part",
+                allowed="1",
+                fix="set federation.fraction = 1: every hospital is asked in every round",
+            )
+        return _plan(config.privacy, federation.rounds, float(federation.hospitals), 1.0)
+    _refuse_dependence(config)
     privacy = config.privacy
     steps = steps_in_all(config, train_samples=0).value
     return _plan(privacy, steps, privacy.expected_batch, privacy.sampling_rate)
@@ -121,7 +126,7 @@ def hospital_warning(plan: PrivacyPlan, parameters: int) -> str:
 @lru_cache(maxsize=8)
 def _plan(privacy: PrivacyConfig, steps: int, batch: float, rate: float) -> PrivacyPlan:
     plan = PrivacyPlan(
-        unit=cast(Unit, privacy.unit),
+        unit=privacy.unit,
         clip_norm=privacy.clip_norm,
         noise_multiplier=privacy.noise_multiplier or None,
         sampling_rate=rate,
@@ -129,7 +134,7 @@ def _plan(privacy: PrivacyConfig, steps: int, batch: float, rate: float) -> Priv
         expected_batch=batch,
         max_admissions_per_patient=privacy.max_admissions_per_patient,
         delta=privacy.delta,
-        accountant=cast(Literal["prv", "rdp"], privacy.accountant),
+        accountant=privacy.accountant,
         deterministic_noise=privacy.deterministic_noise,
     )
     if plan.noise_multiplier is None:

@@ -9,12 +9,13 @@ Shapes: T packed tokens, S segments (samples), N labelled tokens.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.text.chat import prompt_tokens
 from common.text.prompts import messages, render_answer
 
 if TYPE_CHECKING:
@@ -111,10 +112,8 @@ def encode_prompt(
 
     def tokens(kept: int) -> list[int]:
         shown = replace(admission, diagnoses=admission.diagnoses[:kept])
-        encoded: Any = tokenizer.apply_chat_template(
-            messages(shown), add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        return list(encoded["input_ids"])
+        system, user = (message["content"] for message in messages(shown))
+        return prompt_tokens(tokenizer, system, user)
 
     return _fit(tokens, len(admission.diagnoses), max_length_tokens // 2)
 

@@ -107,6 +107,6 @@ def steps_before_round(config: Config, train_samples: int, server_round: int) ->
     >>> steps_before_round(Config(), 100, 3)
     20
     """
-    return sum(
-        steps_of_round(config, train_samples, earlier).value for earlier in range(1, server_round)
-    )
+    steps_of_round(config, train_samples, 1)  # raises if the rounds have no steps each
+    total = steps_in_all(config, train_samples).value
+    return total * (server_round - 1) // config.federation.rounds

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from client.node import HospitalData, encode_hospital
 from common.config import AdapterConfig, Config, ModelConfig
 from common.data.partition import Hospital
 from common.files import write_json
 from common.model.adapter.layout import adapter_spec
 from common.model.backbone.load import BackboneSpec, loads, resolve_backbone
 from common.model.session import Session, open_session
+from common.training.hospital_data import HospitalData, encode_hospital
 
 _encoded: dict[tuple[Config, str], HospitalData] = {}
 

@@ -17,6 +17,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from common.errors import FedrxError, RunFailed
 from common.wire.codecs import decode, is_lossy, wire_layout
+from common.wire.identity import NONCE, SIGNATURE
 
 Tensors = dict[str, np.ndarray[Any, Any]]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -39,6 +40,8 @@ _HELLO = frozenset(
 HELLO_REPLY = _HELLO | {"patients", "samples", "train-samples", "validation-samples"}
 PRIVATE_HELLO_REPLY = _HELLO | {"privacy-plan-sha256"}
 """With privacy on no count leaves a hospital; what is compared is the plan."""
+LARGEST_B = 1e9
+"""No training moves a value of B so far; sums of such values and their squares stay finite."""
 LARGEST_SCALAR = 1e15
 """Sums and products of such numbers stay finite."""
 _SERIALISATION = "numpy.ndarray"
@@ -48,7 +51,8 @@ _LONGEST_HEADER_BYTES = 256
 
 LONGEST_QUOTE, LONGEST_REASON = 100, 300
 """Characters of foreign text that reach a log; of a reason Flower's own frame takes 100."""
-_SCALARS = TO_HOSPITAL | TRAIN_REPLY | EVALUATE_REPLY | HELLO_REPLY | PRIVATE_HELLO_REPLY
+_SIGNED = frozenset({NONCE, SIGNATURE})
+_SCALARS = TO_HOSPITAL | TRAIN_REPLY | EVALUATE_REPLY | HELLO_REPLY | PRIVATE_HELLO_REPLY | _SIGNED
 
 
 class ContractError(FedrxError):
@@ -143,6 +147,8 @@ def _unpacked(array: Array, dtype: np.dtype[Any], layout: tuple[int, ...]) -> np
 def _finite(key: str, value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     if not np.isfinite(value).all():
         raise ContractError(f"{key}: holds NaN or infinity")
+    if value.size and np.abs(value).max() > LARGEST_B:
+        raise ContractError(f"{key}: holds a value beyond {LARGEST_B:g}")
     return value
 
 

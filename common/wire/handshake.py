@@ -5,26 +5,33 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from common.wire.contract import HELLO_REPLY, PRIVATE_HELLO_REPLY, ContractError, check_scalars
+from common.wire.identity import SIGNATURE, SIGNATURE_PATTERN
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """A hospital's name: it becomes a folder's."""
 MOST_HOSPITALS = 10_000
+MOST_COUNTED = 10**8
+"""Patients or admissions of one hospital; no country has as many a year."""
 LONGEST_TEXT = 1_000
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COUNTS = frozenset({"patients", "samples", "train-samples", "validation-samples"})
 
 
-def check_hello(record: Mapping[str, Any], *, private: bool) -> dict[str, Any]:
+def check_hello(
+    record: Mapping[str, Any], *, private: bool, signed: bool = False
+) -> dict[str, Any]:
     """Return a handshake's values if each is of its kind.
 
     Args:
         record: What arrived.
         private: Whether differential privacy is on: then a plan comes, and no count.
+        signed: Whether it was asked for a signature.
 
     Raises:
         ContractError: naming the key and what it must be.
     """
-    hello = check_scalars(record, PRIVATE_HELLO_REPLY if private else HELLO_REPLY)
+    allowed = PRIVATE_HELLO_REPLY if private else HELLO_REPLY
+    hello = check_scalars(record, allowed | {SIGNATURE} if signed else allowed)
     for key, value in hello.items():
         good, kind = _rule(key)
         if not good(value):
@@ -47,12 +54,16 @@ def _rule(key: str) -> tuple[Callable[[Any], bool], str]:
         return lambda value: _matches(NAME_PATTERN, value), f"a name like {NAME_PATTERN.pattern}"
     if key.endswith("-sha256"):
         return lambda value: _matches(_SHA256, value), "a sha256 in hexadecimal"
+    if key == SIGNATURE:
+        return lambda value: _matches(SIGNATURE_PATTERN, value), "a signature in hexadecimal"
     if key == "of":
         return lambda value: _whole(value) and 1 <= value <= MOST_HOSPITALS, (
             f"an integer from 1 to {MOST_HOSPITALS}"
         )
     if key in _COUNTS:
-        return lambda value: _whole(value) and value >= 0, "an integer from 0"
+        return lambda value: _whole(value) and 0 <= value <= MOST_COUNTED, (
+            f"an integer from 0 to {MOST_COUNTED}"
+        )
     return (
         lambda value: isinstance(value, str) and len(value) <= LONGEST_TEXT,
         f"text of at most {LONGEST_TEXT} characters",

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from common.config import Config
-from common.configio import differences, from_flat, parse_overrides
+from common.configio import changed_freely
 from common.data.partition import Hospital, assign_hospitals
 from common.data.prepare import load_samples
 from common.data.samples import SampleTable
@@ -17,8 +17,10 @@ from common.files import json_line, write_text
 from common.model.session import Session
 from common.rundir import RunDirectory
 from common.training.resident_session import session_of
+from sim.process.early import check_device
 from sim.process.lock import exclusive
 from sim.process.progress import Meter
+from sim.process.stages import after_training, is_trained
 from sim.report.run_report import write_report
 from sim.report.terminal import show_summary
 
@@ -42,7 +44,7 @@ def evaluate(
     checkpoint: str | None = None,
     overrides: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """Evaluate a finished run again, and write its report anew.
+    """Evaluate a trained run again, and write its report anew; it is finished then.
 
     Args:
         run: The run's directory.
@@ -54,15 +56,21 @@ def evaluate(
         The content of summary.json.
 
     Raises:
-        UserError: If the run has not finished, another process works on it, or see
+        UserError: If the run's training is not done, another process works on it, or see
             ``evaluate_run``.
+        StageFailed: If answering or the report fails.
     """
-    state = run.status()["state"]
-    if state != "finished":
-        raise UserError(f"{run.path} is {state}", allowed="a finished run", fix="`fedrx resume` it")
-    with exclusive(run):
+    if not is_trained(run):
+        state = run.status()["state"]
+        raise UserError(f"{run.path} is {state}", allowed="a trained run", fix="`fedrx resume` it")
+    with exclusive(run), after_training(run, "the answers", "fedrx evaluate"):
         summary = evaluate_run(run, checkpoint=checkpoint, overrides=overrides, console=console)
+        summary.setdefault("seconds", summary.get("training_seconds", 0.0))
+        run.write_json("summary.json", summary)
         write_report(run)
+        status = run.status()
+        if status["state"] != "finished":
+            run.write_status("finished", **{k: status[k] for k in ("round", "step") if k in status})
     show_summary(console, run, summary)
     return summary
 
@@ -94,13 +102,10 @@ def evaluate_run(
         UserError: If an override would change what was trained, the data, the backbone or A are
             not those of the run, there is no such checkpoint, or nothing is held out.
     """
-    config = _overridden(run.config(), overrides)
+    config = changed_freely(run.config(), overrides, _FREE_KEYS)
+    check_device(config)
     loaded, last = run.load_checkpoint(checkpoint), run.load_checkpoint()
-    inputs = run.read_json("environment.json").get("inputs", {})
-    table, hospitals = _hospitals(config, inputs)
-    session = session_of(config)
-    _require("the backbone", session.spec.fingerprint, inputs.get("backbone"), "model.backbone")
-    _require("A", session.adapter.a_fingerprint, inputs.get("a"), "adapter.seed")
+    table, hospitals, session = reopen(run, config)
     settings = config.evaluation
     way = {"checkpoint": last.name, "settings": asdict(settings), **_compute(session)}
     # A run that plain `flwr run` made does not know its source yet.
@@ -141,22 +146,27 @@ def evaluate_run(
     return summary
 
 
+def reopen(run: RunDirectory, config: Config) -> tuple[SampleTable, Sequence[Hospital], Session]:
+    """Return a run's samples, its hospitals, and a session, as they were when it was trained.
+
+    Args:
+        run: The run's directory.
+        config: Its configuration, or one that differs in what cannot change them.
+
+    Raises:
+        UserError: if the data, the backbone or A are not those of the run.
+    """
+    inputs = run.read_json("environment.json").get("inputs", {})
+    table, hospitals = _hospitals(config, inputs)
+    session = session_of(config)
+    _require("the backbone", session.spec.fingerprint, inputs.get("backbone"), "model.backbone")
+    _require("A", session.adapter.a_fingerprint, inputs.get("a"), "adapter.seed")
+    return table, hospitals, session
+
+
 def _together(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
     """Put new rows in the place of old ones, or after them."""
     return list({(row["case"], row["model"]): row for row in (*old, *new)}.values())
-
-
-def _overridden(config: Config, overrides: Iterable[str]) -> Config:
-    changed = from_flat(parse_overrides(overrides), base=config)
-    refused = [line for line in differences(config, changed) if not line.startswith(_FREE_KEYS)]
-    if refused:
-        raise UserError(
-            f"--set would change what was trained: {'; '.join(refused)}",
-            allowed="evaluation.*, model.attention, model.kernels, model.weights, train.device, "
-            "train.dtype, train.threads",
-            fix="leave it out, or train a run with it",
-        )
-    return changed
 
 
 def _hospitals(config: Config, inputs: dict[str, str]) -> tuple[SampleTable, Sequence[Hospital]]:

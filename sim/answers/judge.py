@@ -1,15 +1,16 @@
 """``fedrx judge``: appropriateness of a run's lists by an LLM, gated by the data's use terms."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from common.config import JudgeConfig
 from common.configio import from_flat, parse_overrides
-from common.errors import UserError
+from common.errors import RunFailed, UserError
 from common.evaluation.judge.gate import Statement
 from common.evaluation.judge.judging import judge_run
 from common.evaluation.judge.plan import JudgePlan, plan_judging
@@ -25,6 +26,8 @@ def plan(
     predicted_by: Sequence[str] = (),
     agreement_host: str = "",
     agreement: str = "",
+    dry_run: bool = False,
+    retry_refused: bool = False,
 ) -> JudgePlan:
     """Check settings and data-use terms; nothing is sent.
 
@@ -34,6 +37,8 @@ def plan(
         predicted_by: Models to judge; empty for all.
         agreement_host: The host that an agreement covers.
         agreement: The agreement, in words.
+        dry_run: Only the cost is asked for.
+        retry_refused: Ask again what the server did not take the last time.
 
     Raises:
         UserError: For other keys, half a statement, and see ``plan_judging``.
@@ -46,7 +51,12 @@ def plan(
         )
     statement = Statement(host=agreement_host, agreement=agreement) if agreement else None
     return plan_judging(
-        run, judge_config(run, overrides), predicted_by=predicted_by, statement=statement
+        run,
+        judge_config(run, overrides),
+        predicted_by=predicted_by,
+        statement=statement,
+        dry_run=dry_run,
+        retry_refused=retry_refused,
     )
 
 
@@ -105,34 +115,74 @@ def show_estimate(console: Console, figures: dict[str, Any]) -> None:
 
 
 def show_judgement(console: Console, result: dict[str, Any]) -> None:
-    """Show appropriateness by model, with everything that is not in the mean beside it."""
-    table = Table(title=f"Appropriateness by {result['model']} (research only)")
+    """Show appropriateness by model and judge, with what is not in the mean beside it."""
+    table = Table(title="Appropriateness (research only)")
     table.add_column("list by")
+    table.add_column("judge")
     for name in ("suitable", "95% interval", "scored", "unscored", "no list", "empty"):
         table.add_column(name, justify="right")
-    for model, one in result["appropriateness"].items():
-        low_high = one["interval"]
-        table.add_row(
-            model,
-            percent(one["mean"]),
-            f"{100 * low_high[0]:.1f}-{percent(low_high[1])}" if low_high else "-",
-            *(str(one[name]) for name in ("scored", "unscored", "unanswered", "empty")),
-        )
+    for judge, theirs in result["judges"].items():
+        for model, one in theirs["appropriateness"].items():
+            low_high = one["interval"]
+            table.add_row(
+                Text(model),
+                Text(judge),
+                percent(one["mean"]),
+                f"{100 * low_high[0]:.1f}-{percent(low_high[1])}" if low_high else "-",
+                *(str(one[name]) for name in ("scored", "unscored", "unanswered", "empty")),
+            )
     console.print(table)
-    agreement, usage = result["agreement"], result["usage"]
+    lines = [
+        f"unscored by {judge}: {problems_in_words(theirs['judgements']['problems'])}"
+        for judge, theirs in result["judges"].items()
+        if theirs["judgements"]["problems"]
+    ]
+    if escaped := result["judgements"].get("escaped_texts"):
+        lines.append(f"{escaped} texts of judges could not be written as UTF-8, and are escaped")
+    agreement = result["agreement"]
     if agreement["drugs"]:
         alpha = agreement["alpha"]
-        console.print(
+        lines.append(
             f"agreement on {agreement['drugs']} drugs: unanimous "
             f"{percent(agreement['unanimous'])}, Krippendorff's alpha "
-            f"{'-' if alpha is None else f'{alpha:.3f}'}, flip rate {percent(result['flip_rate'])}",
-            highlight=False,
+            f"{'-' if alpha is None else f'{alpha:.3f}'}, flip rate {percent(result['flip_rate'])}"
         )
-    console.print(
-        f"{usage['calls']} calls, {usage['input_tokens']:,} tokens in, "
-        f"{usage['output_tokens']:,} out, {result['cost_usd']:.4f} USD",
-        highlight=False,
+    lines += [
+        f"{when}: {usage['calls']} calls, {usage['input_tokens']:,} tokens in, "
+        f"{usage['output_tokens']:,} out, {usage['cost_usd']:.4f} USD"
+        for when, usage in (
+            ("this time", result["invocation"]),
+            ("all together", {**result["usage"], "cost_usd": result["cost_usd"]}),
+        )
+    ]
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+
+
+def require_scores(result: dict[str, Any]) -> None:
+    """Fail a judging that gave no figure at all.
+
+    Raises:
+        RunFailed: Saying why, and what to do.
+    """
+    if result["invocation"]["scored"]:
+        return
+    problems = result["invocation"]["problems"]
+    raise RunFailed(
+        f"nothing was scored: {problems_in_words(problems) or 'there is no list to judge'}"
+        + "; look at judge.model and the server, or see judge/exchanges.jsonl for the replies"
+        * bool(problems)
     )
+
+
+def problems_in_words(problems: Mapping[str, int]) -> str:
+    """Write why lists are unscored, the most frequent reason first.
+
+    >>> problems_in_words({"empty": 1, "refused: status 400": 3})
+    '3 x refused: status 400, 1 x empty'
+    """
+    ordered = sorted(problems.items(), key=lambda item: -item[1])
+    return ", ".join(f"{count} x {problem}" for problem, count in ordered)
 
 
 def percent(share: float | None) -> str:

@@ -23,7 +23,7 @@ from common.evaluation.review.packet import (
 )
 from common.evaluation.review.packet_import import check_against_packet, read_review
 from common.evaluation.review.scores import Level, summarise_reviews
-from common.files import atomic_path, write_json
+from common.files import utf8, write_json, write_text
 from common.rundir import RunDirectory
 from sim.report.page import render
 
@@ -63,11 +63,11 @@ def make_review(
         include_ordered=include_ordered,
     )
     folder = run.path / packet_folder(packet.sha256)
-    _private_json(folder / "key.json", packet.key)
-    _private_json(folder / "packet.json", packet.shown)
+    write_json(folder / "key.json", packet.key)
+    write_json(folder / "packet.json", packet.shown)
     page = out or folder / "review.html"
     try:
-        _private(page, render_review(packet))
+        write_text(page, render_review(packet))
     except OSError as error:
         raise UserError(f"{page}: {error.strerror}", fix="name another --out") from None
     return page
@@ -120,7 +120,7 @@ def import_reviews(run: RunDirectory, files: Sequence[Path]) -> dict[str, Any]:
             fix="import the newer one, or give the reviewers different names",
         )
     for review in checked:
-        _private_json(folder / "reviews" / f"{_slug(review['reviewer'])}.json", review)
+        write_json(folder / "reviews" / f"{_slug(review['reviewer'])}.json", review)
     stored = sorted((folder / "reviews").glob("*.json"))
     reviews = [json.loads(file.read_text(encoding="utf-8")) for file in stored]
     data = run.config().data
@@ -137,6 +137,8 @@ def import_reviews(run: RunDirectory, files: Sequence[Path]) -> dict[str, Any]:
             drug_map=read_drug_map(Path(data.drug_map)) if data.normalisation == "map" else None,
         ),
     )
+    if escaped := sum(review.get("escaped", 0) for review in reviews):
+        result["escaped_texts"] = escaped
     write_json(run.path / "summary.json", {**summary, "review": result})
     return result
 
@@ -186,16 +188,7 @@ def _slug(reviewer: str) -> str:
     """A file name that differs whenever the reviewers do, beyond case."""
     name = reviewer.casefold()
     words = re.sub(r"[^a-z0-9]+", "-", name).strip("-")[:40]
-    return f"{words}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-
-
-def _private(target: Path, text: str) -> None:
-    with atomic_path(target, mode=0o600) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def _private_json(target: Path, value: Any) -> None:
-    _private(target, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    return f"{words}-{hashlib.sha256(utf8(name)).hexdigest()[:8]}"
 
 
 def show_reviews(console: Console, result: dict[str, Any]) -> None:
@@ -220,6 +213,8 @@ def show_reviews(console: Console, result: dict[str, Any]) -> None:
             str(one["lists_reviewed"]),
         )
     console.print(table)
+    if escaped := result.get("escaped_texts"):
+        console.print(f"{escaped} texts could not be written as UTF-8, and are escaped")
     agreement, judge = result["agreement"], result["judge"]
     if agreement["drugs"]:
         console.print(

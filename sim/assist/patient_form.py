@@ -6,6 +6,7 @@ from typing import Any
 
 from common.data.icd import Diagnosis, DiagnosisIndex
 from common.data.samples import Admission
+from common.files import writable
 from common.text.prompts import age_text
 
 AGES = (18, 120)
@@ -143,4 +144,5 @@ def _diagnoses(
     if any(len(text) > LONGEST_TEXT for text in texts):
         problems["diagnoses"] = f"Diagnoses: at most {LONGEST_TEXT} characters each."
         return ()
-    return tuple(dict.fromkeys(index.read(text) for text in texts))
+    # A terminal passes on bytes that are no UTF-8.
+    return tuple(dict.fromkeys(index.read(text) for text in writable(texts)[0]))

@@ -23,6 +23,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 
 from common.errors import UserError
+from common.files import json_line, utf8, writable
 from sim.assist.patient_form import FormProblems, PatientRequest, read_form
 from sim.assist.suggest import Suggestion, Surroundings
 from sim.report.page import render
@@ -141,26 +142,26 @@ def make_app(desk: Desk, *, port: int) -> FastAPI:
 
     @app.post("/api/suggest")
     async def suggest(request: Request) -> Response:
-        patient = read_form(await _body(request), index)
+        patient = read_form((await _body(request))[0], index)
         suggestion = await run_in_threadpool(desk.suggester.suggest, patient)
         return JSONResponse({"id": desk.remember(patient, suggestion), **suggestion.as_dict()})
 
     @app.post("/api/decision")
     async def decide(request: Request) -> Response:
-        body = await _body(request)
+        body, escaped = await _body(request)
         asked = desk.asked.get(str(body.get("id")))
         if asked is None:
             return _problem(
                 {"decision": "This list is no longer known here. Ask for a new one, then decide."}
             )
-        record = decision_record(*asked, body)
+        record = decision_record(*asked, body) | ({"escaped_texts": escaped} if escaped else {})
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         try:
             append_private(desk.decisions, {"time": now, **desk.about, **record})
         except OSError as error:
             return _problem({"decision": f"The decision could not be stored: {error.strerror}."})
         del desk.asked[str(body["id"])]
-        return JSONResponse({"stored": str(desk.decisions)})
+        return JSONResponse({"stored": str(desk.decisions), "escaped_texts": escaped})
 
     return app
 
@@ -211,9 +212,9 @@ def append_private(target: Path, record: Mapping[str, Any]) -> None:
     """Append one JSON line to a file that only its owner can read."""
     target.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    with os.fdopen(handle, "a", encoding="utf-8") as file:
+    with os.fdopen(handle, "ab") as file:
         os.fchmod(file.fileno(), 0o600)
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.write(utf8(json_line(record)))
         file.flush()
         os.fsync(file.fileno())
 
@@ -274,7 +275,7 @@ def _refusal(request: Request, hosts: set[str], cookie: str, secret: str) -> Res
             return _refused(415, "Send JSON.")
     given = request.query_params.get("token") if entering else None
     given = given or request.cookies.get(cookie, "")
-    if not secrets.compare_digest(given.encode(), secret.encode()):
+    if not secrets.compare_digest(utf8(given), utf8(secret)):
         return _refused(403, "Open the address that `fedrx assist` printed on the terminal.")
     return None
 
@@ -287,8 +288,8 @@ def _problem(problems: Mapping[str, str]) -> Response:
     return JSONResponse({"problems": dict(problems)}, status_code=422)
 
 
-async def _body(request: Request) -> dict[str, Any]:
-    """Read a small JSON object.
+async def _body(request: Request) -> tuple[dict[str, Any], int]:
+    """Read a small JSON object; also return how many of its texts had to be escaped.
 
     Raises:
         FormProblems: If it is none.
@@ -299,9 +300,9 @@ async def _body(request: Request) -> dict[str, Any]:
         if len(content) > _LARGEST_BODY_BYTES:
             raise FormProblems({"form": "This is too long."})
     try:
-        value = json.loads(content)
+        value, escaped = writable(json.loads(content))
     except (ValueError, RecursionError):
-        value = None
+        value, escaped = None, 0
     if not isinstance(value, dict):
         raise FormProblems({"form": "This is not a form."})
-    return value
+    return value, escaped

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.config import Config
-from common.configio import differences, from_flat, parse_overrides
+from common.configio import changed_freely
 from common.data.icd import (
     Diagnosis,
     DiagnosisIndex,
@@ -37,7 +37,7 @@ from common.text.batches import encode_prompt
 from common.text.prompts import age_text
 from common.training.resident_session import session_of
 from sim.assist.patient_form import PatientRequest
-from sim.cli.options import open_run
+from sim.process.open_run import open_run
 
 SYNTHETIC_PATH = "synthetic"
 _CODE = re.compile(r"[A-Za-z]?\d[\w.]{1,7}")
@@ -218,15 +218,7 @@ def assistant_config(run: RunDirectory, overrides: Iterable[str] = ()) -> Config
     Raises:
         UserError: If an override would change what was trained.
     """
-    config = run.config()
-    changed = from_flat(parse_overrides(overrides), base=config)
-    refused = [line for line in differences(config, changed) if not line.startswith(_FREE_KEYS)]
-    if refused:
-        raise UserError(
-            f"--set would change what was trained: {'; '.join(refused)}",
-            allowed=", ".join(_FREE_KEYS),
-            fix="leave it out",
-        )
+    changed = changed_freely(run.config(), overrides, _FREE_KEYS)
     # One answer at a time needs no more than one slot.
     return replace(changed, evaluation=replace(changed.evaluation, batch_size=1))
 

@@ -1,29 +1,34 @@
 """``fedrx doctor``: what this machine offers, and the fix for what it lacks."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import psutil
 import torch
+from packaging.requirements import Requirement
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from common.errors import FedrxError
+from client.bundle import check_installation
+from client.policy import POLICY, describe, read_policy
+from client.site import SITE, read_site
+from common.errors import FedrxError, UserError
+from common.limits import available_cpus, available_memory_bytes
 from common.model.backbone.embedded import FOLDER
 from common.model.kernels.attention import choose_attention
 from common.model.kernels.elementwise import choose_kernels
 from common.model.kernels.frozen import fp8_obstacle
 from common.model.session import DTYPES, choose_device, choose_dtype
-from common.provenance import available_cpus
 from common.user_cache import fedrx_cache
+from sim.flower.proxies import nginx_command
 from sim.flower.superlink import superlink
 
 DEMO_MEMORY_BYTES = 6 * 2**30
@@ -41,13 +46,42 @@ class Finding:
     fix: str = ""
 
 
-def examine() -> list[Finding]:
-    """Run all checks; none of them changes anything or asks the network."""
+def examine(hospital: Path | None = None) -> list[Finding]:
+    """Run all checks; none of them changes anything or asks the network.
+
+    Args:
+        hospital: Folder of a deployed hospital, whose files are checked first.
+    """
     checks: list[Callable[[], Finding]] = [
         *(_python, _packages, _processor, _memory, _disk),
         *(_accelerator, _attention, _kernels, _backbone, _extras, _simulation),
     ]
-    return [check() for check in checks]
+    return [*(examine_hospital(hospital) if hospital else []), *(check() for check in checks)]
+
+
+def examine_hospital(folder: Path) -> list[Finding]:
+    """Check a deployed hospital's folder, and say what its policy means."""
+    checks: list[tuple[str, Callable[[], str], str]] = [
+        ("policy", lambda: describe(read_policy(folder)), f"mend {folder / POLICY}"),
+        ("site", lambda: _site(folder), f"mend {folder / SITE}"),
+        ("code", lambda: check_installation(read_policy(folder)), "see allowed-digests"),
+        ("nginx", lambda: nginx_command(folder)[0], "apt-get install nginx-light"),
+    ]
+    return [_asked(*check) for check in checks]
+
+
+def _site(folder: Path) -> str:
+    site = read_site(folder)
+    if not Path(site.data).is_dir():
+        raise UserError(f"{SITE}: data: there is no folder {site.data}")
+    return f"hospital {site.hospital}"
+
+
+def _asked(name: str, check: Callable[[], str], fix: str) -> Finding:
+    try:
+        return Finding(check=name, state="ok", found=check())
+    except FedrxError as error:
+        return Finding(check=name, state="bad", found=str(error), fix=fix)
 
 
 def show_findings(console: Console, findings: list[Finding]) -> None:
@@ -66,7 +100,34 @@ def _python() -> Finding:
 def _packages() -> Finding:
     names = ("flwr", "torch", "transformers", "ray", "opacus", "polars")
     found = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    return Finding(check="packages", state="ok", found=found)
+    untested = outside_of_tested(importlib.metadata.requires("fedrx") or ())
+    if not untested:
+        return Finding(check="packages", state="ok", found=found)
+    listed = "; ".join(f"{one.name} {version} was not tested" for one, version in untested)
+    ranges = " ".join(f"'{one.name}{one.specifier}'" for one, _ in untested)
+    return Finding(check="packages", state="note", found=listed, fix=f"pip install {ranges}")
+
+
+def outside_of_tested(requirements: Iterable[str]) -> list[tuple[Requirement, str]]:
+    """Return what is installed in a version that its declared range leaves out.
+
+    The ranges end where the suite has passed, so they are the one list of what was tested.
+
+    Args:
+        requirements: As a package's metadata has them. One of an extra counts where it is
+            installed.
+
+    >>> [(str(one), version) for one, version in outside_of_tested(["pip<1", "pip>=1", "absent<1"])]
+    ... # doctest: +ELLIPSIS
+    [('pip<1', '...')]
+    """
+    found = []
+    for requirement in map(Requirement, requirements):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(requirement.name)
+            if not requirement.specifier.contains(version, prereleases=True):
+                found.append((requirement, version))
+    return found
 
 
 def _processor() -> Finding:
@@ -76,7 +137,7 @@ def _processor() -> Finding:
 
 
 def _memory() -> Finding:
-    free = psutil.virtual_memory().available
+    free = available_memory_bytes()
     found = f"{free / 2**30:.1f} GiB available"
     if free < DEMO_MEMORY_BYTES:
         fix = "close programs, or try `fedrx demo --tiny`"

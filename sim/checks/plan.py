@@ -14,6 +14,7 @@ from common.choice import Choice
 from common.config import Config, FederationConfig
 from common.data.partition import assign_hospitals
 from common.data.prepare import load_samples
+from common.limits import total_memory_bytes
 from common.model.adapter.layout import adapter_spec
 from common.model.backbone.known_shapes import shape_of
 from common.model.backbone.load import BackboneShape
@@ -27,7 +28,8 @@ from common.privacy.forecast import forecast, lines
 from common.privacy.settings import plan_of, protects
 from common.training.budget import checkpoint_steps, steps_in_all, steps_of_round
 from common.wire.codecs import wire_layout
-from common.wire.cohort import check_only, check_strategy, sampled
+from common.wire.cohort import check_only, sampled
+from server.strategies import check_strategy
 from sim.flower.worker_count import choose_workers, planned_recompute, training_footprints
 
 PAPER_CARD_BYTES = 48_000_000_000
@@ -182,9 +184,7 @@ def _card(asked: int | None, device: str) -> Choice[int]:
     if asked is not None:
         return Choice(asked, f"{asked / 1e9:.0f} GB")
     if device == "cpu":
-        import psutil
-
-        size = int(psutil.virtual_memory().total)
+        size = total_memory_bytes()
         return Choice(size, f"this machine's {size / 1e9:.0f} GB")
     if torch.cuda.is_available():
         size = torch.cuda.get_device_properties(0).total_memory

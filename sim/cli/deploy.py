@@ -1,4 +1,4 @@
-"""The verbs of real deployments: ``fedrx deploy`` and ``fedrx worker``."""
+"""The verbs of real deployments: ``deploy``, ``superlink``, ``hospital`` and ``worker``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -41,6 +41,24 @@ def deploy(
     config = read_config(find_config(config_file), set_ or ())
     readme = write_deployment(config, out, hospitals=hospitals, host=host, port=port)
     console_for(False).print(f"what to do next: {readme}", markup=False, highlight=False)
+
+
+def superlink(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="`superlink` of a deployment.")],
+) -> None:
+    """Run the coordinator's SuperLink: hospitals reach Fleet, Control needs the token."""
+    from sim.flower.run_superlink import run_superlink
+
+    run_superlink(folder)
+
+
+def hospital(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The hospital's own.")],
+) -> None:
+    """Take part in federations as one hospital, under its own policy.toml."""
+    from sim.flower.run_hospital import run_hospital
+
+    run_hospital(folder, console_for(False))
 
 
 def worker(

@@ -1,7 +1,9 @@
 """The command ``fedrx``: the only place that prints."""
 
+import errno
 import importlib.metadata
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +12,7 @@ from click import ClickException
 from click.exceptions import NoArgsIsHelpError
 
 from common.configio import parse_overrides, read_config
-from common.errors import FedrxError
+from common.errors import FedrxError, UserError
 from common.provenance import source_root
 from sim.cli import data as cli_data
 from sim.cli import deploy as cli_deploy
@@ -35,6 +37,13 @@ app = typer.Typer(
     help="Hospitals fine-tune one frozen Llama together and share only B. "
     "Research only, not for clinical use.",
 )
+
+
+PATH_ERRORS = (
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
+    *(errno.ENAMETOOLONG, errno.EROFS, errno.EINVAL, errno.ELOOP),
+)
+"""What another path mends; a full disk or a lost connection is a failure."""
 
 
 def _show_version(wanted: bool) -> None:
@@ -134,21 +143,62 @@ def paper(
 
 @app.command()
 def audit(
-    config_file: ConfigArgument,
+    config_file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CONFIG",
+            help="A TOML file, or a shipped one, such as hospitals-dp.toml; with --membership the "
+            "folder of a finished run.",
+        ),
+    ],
     set_: SetOption = None,
     run_dir: RunDirOption = None,
+    canaries: Annotated[
+        int,
+        typer.Option(
+            "--canaries",
+            min=0,
+            help="Made-up patients of each attacked run; 0: 600 on the tiny backbone, else 120.",
+        ),
+    ] = 0,
+    membership: Annotated[
+        bool,
+        typer.Option("--membership", help="Tell a finished run's patients from others."),
+    ] = False,
+    references: Annotated[
+        list[Path] | None,
+        typer.Option("--reference", help="With --membership: a run on other patients."),
+    ] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Measure what the privacy code does against what it claims; needs no patient data.
 
-    Clipping, noise and what a release discloses are covered; how unit gradients are computed and
-    Poisson sampling are not.
+    The mechanism, and the whole path of a hospital's training under watch: draws, clipping, noise,
+    ledger, what releases disclose. With --membership a finished run is attacked instead.
     """
+    console = console_for(json_output)
+    if membership:
+        if set_ or run_dir or canaries:
+            raise UserError(
+                "--set, --run-dir and --canaries change nothing of a finished run",
+                allowed="--reference and --json beside --membership",
+                fix="leave them out",
+            )
+        from sim.checks.audit_membership import audit_membership
+        from sim.process.open_run import open_run
+
+        run = open_run(config_file)
+        found = audit_membership(run, console=console, references=references or ())
+        print_json(found, json_output)
+        return
+    if references:
+        raise UserError("--reference without --membership", fix="add --membership, and name a run")
     config = read_config(find_config(config_file), set_ or ())
     from sim.checks.audit import audit as run_audit
 
-    console = console_for(json_output)
-    summary = run_audit(config, console=console, command_line=sys.argv, run_dir=run_dir)
+    summary = run_audit(
+        config, console=console, command_line=sys.argv, run_dir=run_dir, canaries=canaries
+    )
     print_json(summary, json_output)
 
 
@@ -225,13 +275,18 @@ def report(
 
 
 @app.command()
-def doctor(json_output: JsonOption = False) -> None:
+def doctor(
+    hospital: Annotated[
+        Path | None, typer.Option("--hospital", help="A deployed hospital's folder: check it too.")
+    ] = None,
+    json_output: JsonOption = False,
+) -> None:
     """Check this machine and environment, with the fix for what is missing."""
     from dataclasses import asdict
 
     from sim.checks.doctor import examine, show_findings
 
-    findings = examine()
+    findings = examine(hospital)
     show_findings(console_for(json_output), findings)
     print_json([asdict(finding) for finding in findings], json_output)
     if any(finding.state == "bad" for finding in findings):
@@ -242,11 +297,16 @@ app.add_typer(cli_data.app, name="data")
 cli_runs.register(app)
 cli_people.register(app)
 app.command()(cli_deploy.deploy)
+app.command()(cli_deploy.superlink)
+app.command()(cli_deploy.hospital)
 app.command()(cli_deploy.worker)
 
 
 def main() -> None:
     """Run the command line; user errors are one line and exit status 2, failed runs 1."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        # A name from outside may hold what the terminal cannot show: it is shown escaped.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(app(prog_name="fedrx", standalone_mode=False))
     except NoArgsIsHelpError as error:
@@ -258,14 +318,18 @@ def main() -> None:
     except FedrxError as error:
         print(f"fedrx: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"fedrx: {error.filename}: {error.strerror}; fix: name another path", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("fedrx: interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in PATH_ERRORS and error.filename is not None:
+            line, status = f"{error.filename}: {error.strerror}; fix: name another path", 2
+        else:
+            from sim.process.stages import unexpected
+
+            line, status = unexpected(error), 1
+        print(f"fedrx: {line}", file=sys.stderr)
+        sys.exit(status)
 
 
 def usage_line(error: ClickException) -> str:

@@ -9,7 +9,6 @@ from rich.console import Console
 
 from common.errors import UserError
 from common.provenance import source_root
-from common.rundir import RunDirectory
 
 ConfigArgument = Annotated[
     Path,
@@ -48,26 +47,6 @@ def find_config(name: Path) -> Path:
         allowed=f"a TOML file, or a shipped one: {names}",
         fix="check the path",
     )
-
-
-def open_run(path: Path) -> RunDirectory:
-    """Open a run that has checkpoints and answers of its own.
-
-    Raises:
-        UserError: if there is none, or it is a paper run: those lie inside.
-    """
-    run = RunDirectory.open(path)
-    ranks = run.read_json("environment.json").get("ranks", [])
-    if ranks:
-        from sim.runs.paper_table import rank_folder
-
-        inside = [str(path / rank_folder(rank)) for rank in ranks]
-        raise UserError(
-            f"{path} is a paper run, with one run for each rank inside",
-            allowed=", ".join(inside),
-            fix=f"name one of them, for instance {inside[0]}",
-        )
-    return run
 
 
 def console_for(json_output: bool) -> Console:

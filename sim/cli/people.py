@@ -7,7 +7,8 @@ import typer
 
 from common.errors import UserError
 from common.rundir import RunDirectory
-from sim.cli.options import JsonOption, SetOption, console_for, open_run, print_json
+from sim.cli.options import JsonOption, SetOption, console_for, print_json
+from sim.process.open_run import open_run
 
 review_app = typer.Typer(no_args_is_help=True, help="Blinded packets for clinicians.")
 
@@ -46,13 +47,17 @@ def judge(
         str, typer.Option(help="Host that an agreement lets get credentialed data.")
     ] = "",
     agreement: Annotated[str, typer.Option(help="That agreement; stored with the run.")] = "",
+    retry_refused: Annotated[
+        bool, typer.Option("--retry-refused", help="Ask again what the server did not take.")
+    ] = False,
     set_: SetOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Let an LLM judge each suggested drug: suitable or not."""
     from common.evaluation.judge.plan import estimate
     from sim.answers.judge import judge as ask_judge
-    from sim.answers.judge import plan, show_estimate
+    from sim.answers.judge import plan, require_scores, show_estimate
+    from sim.process.stages import after_training
 
     overrides = list(set_ or ())
     if max_cost_usd is not None:
@@ -64,6 +69,8 @@ def judge(
         predicted_by=models or (),
         agreement_host=agreement_host,
         agreement=agreement,
+        dry_run=dry_run,
+        retry_refused=retry_refused,
     )
     console = console_for(json_output)
     if dry_run:
@@ -71,9 +78,11 @@ def judge(
         show_estimate(console, figures)
         print_json(figures, json_output)
         return
-    result = ask_judge(directory, prepared, console=console)
+    with after_training(directory, "the judge", "fedrx judge"):
+        result = ask_judge(directory, prepared, console=console)
     _renew_report(directory)
     print_json(result, json_output)
+    require_scores(result)
 
 
 @review_app.command("make")
@@ -209,6 +218,8 @@ def assist(
 def _renew_report(run: RunDirectory) -> None:
     """Write a run's report anew, where it has one."""
     if (run.path / "report.md").exists():
+        from sim.process.stages import after_training
         from sim.report.run_report import write_report
 
-        write_report(run)
+        with after_training(run, "the report", "fedrx report"):
+            write_report(run)

@@ -12,9 +12,9 @@ from sim.cli.options import (
     SetOption,
     console_for,
     find_config,
-    open_run,
     print_json,
 )
+from sim.process.open_run import open_run
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
 CheckpointOption = Annotated[

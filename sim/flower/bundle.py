@@ -3,7 +3,9 @@
 import shutil
 from pathlib import Path
 
+from common.files import write_text
 from common.provenance import PACKAGES, source_root
+from sim.flower.child_environment import APP
 from sim.flower.run_config import flower_defaults
 
 PYPROJECT = """\
@@ -38,7 +40,7 @@ def stage_app(folder: Path, *, version: str) -> Path:
     Returns:
         The app's folder; its name is one that Flower accepts.
     """
-    app = folder / "fedrx"
+    app = folder / APP
     root = source_root()
     for package in PACKAGES:
         for file in sorted((root / package).rglob("*.py")):
@@ -47,5 +49,5 @@ def stage_app(folder: Path, *, version: str) -> Path:
             shutil.copyfile(file, target)
     includes = ", ".join(f'"{package}/**/*.py"' for package in PACKAGES)
     text = PYPROJECT.format(version=version, includes=includes, defaults=flower_defaults())
-    (app / "pyproject.toml").write_text(text, encoding="utf-8")
+    write_text(app / "pyproject.toml", text)
     return app

@@ -17,7 +17,6 @@ import socket
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import threading
 import time
 import urllib.error
@@ -32,9 +31,17 @@ import psutil
 from common.config import Config
 from common.configio import flatten, toml_scalar
 from common.errors import RunFailed, UserError
-from common.rundir import RunDirectory
-from server.app import TRAINED
+from common.files import write_text
+from common.rundir import TRAINED, RunDirectory
 from sim.flower.bundle import stage_app
+from sim.flower.child_environment import (
+    RUN_VARIABLE,
+    child_environment,
+    joins_cluster,
+    working_folder,
+    write_scripts,
+)
+from sim.flower.flower_log import true_cause
 
 START_SECONDS = 120.0
 STOP_SECONDS = 15.0
@@ -42,10 +49,8 @@ CHECK_SECONDS = 10.0
 SIMULATION = "flwr-simulation"
 """The command of Flower's that runs the server app and Ray."""
 CONNECTION = "fedrx"
-RUN_VARIABLE = "FEDRX_RUN"
-"""Marks every process of a run with its run directory, so that none is ever left behind."""
-RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
-LONGEST_SOCKET = 107
+FLOWER_LOG = "flower.log"
+"""What Flower and Ray wrote, kept in the run directory where they failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +69,14 @@ class SuperLink:
             env=self.environment,
             cwd=self.folder / "empty",
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             check=False,
         )
+
+    def log(self) -> str:
+        """Return what the SuperLink has written."""
+        return (self.folder / "superlink.log").read_text(encoding="utf-8", errors="replace")
 
     def state(self) -> tuple[str, str]:
         """Return the state and its details of the only run, such as ``finished:failed``."""
@@ -115,16 +125,16 @@ def superlink(run: Path, port: int = 0) -> Iterator[SuperLink]:
         RunFailed: if it does not come up.
     """
     port = free_port(port)
-    with tempfile.TemporaryDirectory(prefix="fedrx-", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
+    with working_folder() as folder:
         for sub in ("empty", "home"):
             (folder / sub).mkdir()
-        (folder / "home" / "config.toml").write_text(
+        write_text(
+            folder / "home" / "config.toml",
             f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
             f'address = "127.0.0.1:{port}"\ninsecure = true\n',
-            encoding="utf-8",
         )
-        environment = flower_environment(folder, port, run)
+        write_scripts(folder)
+        environment = child_environment(folder, run=run)
         command = [
             *(script("flower-superlink"), "--insecure", "--simulation"),
             *("--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(port)),
@@ -137,12 +147,12 @@ def superlink(run: Path, port: int = 0) -> Iterator[SuperLink]:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                preexec_fn=end_with_parent if sys.platform == "linux" else None,
             )
         link = SuperLink(port=port, folder=folder, process=process, environment=environment)
         try:
             with _terminated_like_interrupted():
-                _wait_until_up(link)
+                _wait_until_up(link, run)
                 yield link
         except BaseException:
             # All that a run writes is complete or absent, so nothing is lost by stopping at once.
@@ -150,44 +160,6 @@ def superlink(run: Path, port: int = 0) -> Iterator[SuperLink]:
             raise
         finally:
             stop(process, run)
-
-
-def flower_environment(folder: Path, port: int, run: Path) -> dict[str, str]:
-    """Return the environment of every Flower and Ray process of a run.
-
-    ``RAY_ADDRESS`` is the person's own if it is set; otherwise Ray starts a cluster of its own
-    even where ``ray start`` has left one on the machine.
-    """
-    environment = {
-        **os.environ,
-        RUN_VARIABLE: str(run),
-        "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),
-        "FLWR_HOME": str(folder / "home"),
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port),
-        "FLWR_LOCAL_CONTROL_API_PORT": str(port),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "RAY_ADDRESS": os.environ.get("RAY_ADDRESS") or "local",
-        # Without this Ray's own servers listen on every interface of the machine.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1" if joins_cluster() else "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # Ray nices its workers by 15: on a shared machine the hospitals would starve.
-        "RAY_worker_niceness": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        # The launcher has fetched the backbone; nobody needs the hub from here on.
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if len(f"{folder}{RAY_SOCKET}") <= LONGEST_SOCKET:
-        environment["RAY_TMPDIR"] = str(folder)
-    return environment
-
-
-def joins_cluster() -> bool:
-    """Return whether the simulation joins an existing Ray cluster (RAY_ADDRESS)."""
-    return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
 
 
 def run_flower(
@@ -213,9 +185,9 @@ def run_flower(
     with superlink(run.path, config.run.port) as link:
         app = stage_app(link.folder, version=importlib.metadata.version("fedrx"))
         overrides = link.folder / "run-config.toml"
-        overrides.write_text(
+        write_text(
+            overrides,
             "".join(f"{key} = {toml_scalar(value)}\n" for key, value in flatten(config).items()),
-            encoding="utf-8",
         )
         federation = (
             f"num-supernodes={config.federation.hospitals} client-resources-num-cpus=1 "
@@ -228,14 +200,16 @@ def run_flower(
             *("--run-config", str(overrides), "--federation-config", federation),
         )
         if started.returncode or '"success": true' not in started.stdout:
-            detail = (started.stdout + started.stderr).strip()[-800:]
-            raise RunFailed(f"Flower did not take the run: {detail}")
+            raise _failed(run.path, "Flower did not take the run", started.stdout + started.stderr)
         state, details = _watch(link, run, on_tick)
         if state != "finished:completed":
             log = link.flwr("log", json.loads(started.stdout)["run-id"], CONNECTION, "--show")
-            superlink_log = (link.folder / "superlink.log").read_text(errors="replace")
-            (run.path / "flower.log").write_text(f"{log.stdout}\n{superlink_log}", encoding="utf-8")
-            raise RunFailed(run.status().get("error") or f"Flower ended the run {state}: {details}")
+            failure = _failed(
+                *(run.path, f"Flower ended the run {state}", log.stdout, link.log()),
+                otherwise=details,
+            )
+            told = run.status().get("error")
+            raise RunFailed(told) if told else failure
 
 
 def stop(process: subprocess.Popen[bytes], run: Path) -> None:
@@ -304,23 +278,42 @@ def _is_simulating() -> bool:
     return False
 
 
-def _wait_until_up(link: SuperLink) -> None:
+def _wait_until_up(link: SuperLink, run: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < deadline:
         if link.process.poll() is not None:
             break
         with (
             contextlib.suppress(urllib.error.URLError, OSError),
-            urllib.request.urlopen(f"http://127.0.0.1:{link.port}/health", timeout=1) as answer,
+            direct.open(f"http://127.0.0.1:{link.port}/health", timeout=1) as answer,
         ):
             if answer.status == 200:
                 return
         time.sleep(0.1)
-    log = (link.folder / "superlink.log").read_text(errors="replace").strip()
-    raise RunFailed(f"the SuperLink did not start: {log[-500:]}")
+    raise _failed(run, "the SuperLink did not start", link.log())
 
 
-def _end_with_parent() -> None:
+def _failed(run: Path, what: str, *logs: str, otherwise: str = "") -> RunFailed:
+    """Keep the logs in the run directory, and name the cause that stands in the first that has one.
+
+    Args:
+        run: The run directory; the logs go to its flower.log.
+        what: What failed.
+        logs: What Flower and Ray wrote.
+        otherwise: The reason where no log tells one; default the last line.
+    """
+    text = "\n".join(logs)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    cause = next(filter(None, map(true_cause, logs)), otherwise or "".join(lines[-1:]))
+    try:
+        write_text(run / FLOWER_LOG, text)
+    except OSError as error:
+        return RunFailed(f"{what}: {cause} ({FLOWER_LOG} could not be written: {error.strerror})")
+    return RunFailed(f"{what}: {cause}; see {run / FLOWER_LOG}")
+
+
+def end_with_parent() -> None:
     """Ask Linux to end this child when its parent dies (PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 

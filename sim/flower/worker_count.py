@@ -1,10 +1,10 @@
 """How many processes serve the hospitals of a simulation: by GPUs, or by cores and memory."""
 
-import psutil
 import torch
 
 from common.choice import Choice
 from common.config import Config
+from common.limits import available_cpus, available_memory_bytes
 from common.model.adapter.layout import adapter_spec
 from common.model.backbone.load import BackboneShape
 from common.model.footprint import Footprint, count_parameters, training_footprint
@@ -12,7 +12,6 @@ from common.model.memory import RECOMPUTE
 from common.model.session import DTYPES, choose_dtype
 from common.privacy.mechanism.gradients import private_bytes
 from common.privacy.settings import is_private
-from common.provenance import available_cpus
 
 
 def training_footprints(
@@ -71,7 +70,7 @@ def choose_workers(
     gpus, hospitals = torch.cuda.device_count(), config.federation.hospitals
     if gpus and config.train.device != "cpu":
         return Choice(min(gpus, hospitals), f"one per GPU ({gpus})")
-    memory = int(psutil.virtual_memory().available) if memory_bytes is None else memory_bytes
+    memory = available_memory_bytes() if memory_bytes is None else memory_bytes
     dtype = DTYPES[choose_dtype(config.train.dtype, torch.device("cpu")).value]
     footprints = training_footprints(config, shape, device="cpu", value_bytes=dtype.itemsize)
     each = footprints[planned_recompute(config.train.recompute, footprints, memory).value].total

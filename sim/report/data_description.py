@@ -17,7 +17,9 @@ from common.data.partition import Hospital, assign_hospitals
 from common.data.prepare import load_samples, prepare_source, table_digest
 from common.data.samples import Admission
 from common.data.skew import drug_skew
+from common.errors import UserError
 from common.model.backbone import embedded, tiny
+from common.model.backbone.tokenizer import read_tokenizer
 from common.seeds import stream
 from common.text.batches import encode
 from common.user_cache import fedrx_cache
@@ -154,15 +156,12 @@ def local_tokenizer(backbone: str, cache_dir: Path) -> tuple["PreTrainedTokenize
     name = str(cache_dir / embedded.FOLDER) if backbone == "embedded" else backbone
     if backbone == "embedded" and not Path(name).is_dir():
         return None, "the embedded backbone is not in the cache yet"
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name, local_files_only=True
-        )
-    except (OSError, ValueError):
-        return None, f"the tokenizer of {backbone} is not on this machine"
-    return tokenizer, ""
+        return read_tokenizer(name, backbone), ""
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):
+            return None, f"the tokenizer of {backbone} is not on this machine"
+        return None, error.what
 
 
 def show_counts(console: Console, data: dict[str, Any]) -> None:
@@ -182,6 +181,9 @@ def show_counts(console: Console, data: dict[str, Any]) -> None:
         )
         rows.add_row(name, f"{number:,}", f"{data['rows_out'][name]:,}", reasons)
     console.print(rows)
+    if nulls := data["null_spelled"]:
+        cells = ", ".join(f"{column} {number:,}" for column, number in nulls.items())
+        console.print(f"NULL spelled as text (NA, None, \\N ...) and read as NULL: {cells}")
     console.print(
         f"measured on or before admission: height {data['height']:,}, weight {data['weight']:,}, "
         f"both {data['height_and_weight']:,}, neither {data['no_height_no_weight']:,}"

@@ -272,17 +272,21 @@ def _judgement(summary: dict[str, Any]) -> list[Block]:
     blocks = []
     judge = summary.get("judge")
     if judge:
+        # A run that was judged by an earlier version has one judge, without its name inside.
+        judges = judge.get("judges") or {judge["model"]: judge}
         rows = tuple(
             (
                 model_name(model, summary),
+                name,
                 number(values.get("mean")),
                 str(values.get("scored", "–")),
                 str(values.get("unscored", "–")),
             )
-            for model, values in judge["appropriateness"].items()
+            for name, theirs in judges.items()
+            for model, values in theirs["appropriateness"].items()
         )
-        headers = ("", "appropriateness", "scored", "unscored")
-        note = f"Suitable drugs / all drugs, averaged over samples, judged by {judge['model']}."
+        headers = ("", "judge", "appropriateness", "scored", "unscored")
+        note = "Suitable drugs / all drugs, averaged over samples."
         blocks.append(Block(title="Judge", note=note, headers=headers, rows=rows))
     if summary.get("review"):
         blocks.append(_reviewers(summary))

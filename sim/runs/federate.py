@@ -12,19 +12,15 @@ from rich.console import Console
 
 from common.config import Config
 from common.configio import flatten
-from common.data.names import read_drug_map
 from common.data.partition import Hospital, assign_hospitals
 from common.data.prepare import load_samples
 from common.data.samples import SampleTable
 from common.errors import FedrxError, UserError
 from common.evaluation.answers import choose_cases
-from common.evaluation.constrained import require_llguidance
+from common.limits import available_cpus
 from common.model.adapter.layout import AdapterLayout, adapter_layout, adapter_spec
-from common.model.backbone.load import BackboneSpec, load_tokenizer, resolve_backbone
-from common.model.kernels.attention import choose_attention
-from common.model.kernels.elementwise import choose_kernels
-from common.model.kernels.frozen import choose_weights
-from common.model.session import DTYPES, choose_device, choose_dtype
+from common.model.backbone.load import BackboneSpec, resolve_backbone
+from common.privacy.mechanism.isolation import check_backbone
 from common.privacy.settings import (
     hospital_warning,
     is_private,
@@ -33,16 +29,19 @@ from common.privacy.settings import (
     protects,
     with_calibrated_noise,
 )
-from common.provenance import available_cpus, environment, peak_rss_bytes
+from common.provenance import environment, peak_rss_bytes
 from common.rundir import RunDirectory
 from common.training.budget import checkpoint_steps, steps_in_all, steps_of_round
-from common.wire.cohort import check_only, check_strategy
+from common.wire.cohort import check_only
+from server.strategies import check_strategy
 from sim.answers.evaluate import evaluate_run
 from sim.flower.superlink import end_leftovers, free_port, run_flower
 from sim.flower.worker_count import choose_workers
-from sim.process.lock import exclusive, reported
+from sim.process.early import check_settings
+from sim.process.lock import exclusive
 from sim.process.peak_memory import PeakMemory
 from sim.process.progress import RunProgress
+from sim.process.stages import EVALUATION, REPORT, reported
 from sim.report.run_report import write_report
 from sim.report.terminal import show_summary
 
@@ -72,11 +71,7 @@ def prepare(config: Config, console: Console) -> Preparation:
         console.print(line, style="dim", markup=False, highlight=False)
 
     free_port(config.run.port)
-    on = torch.device(choose_device(config.train.device).value)
-    arithmetic = DTYPES[choose_dtype(config.train.dtype, on).value]
-    choose_attention(config.model.attention, on, arithmetic)
-    choose_kernels(config.model.kernels, on)
-    choose_weights(config.model.weights, on, arithmetic)
+    check_settings(config)
     table = load_samples(config.data, progress=say)
     if not table.admissions:
         raise UserError(
@@ -93,12 +88,9 @@ def prepare(config: Config, console: Console) -> Preparation:
     for hospital in hospitals:
         checkpoint_steps(config, steps_in_all(config, len(hospital.train)).value)
     choose_cases(hospitals, samples=config.evaluation.samples, seed=config.evaluation.seed)
-    if config.data.normalisation == "map":
-        read_drug_map(Path(config.data.drug_map))
-    if config.evaluation.constrained:
-        require_llguidance()
     backbone = resolve_backbone(config.model.backbone, progress=say)
-    load_tokenizer(backbone)
+    if is_private(config):
+        check_backbone(backbone)
     layout = adapter_layout(backbone, adapter_spec(config.adapter))
     return Preparation(table=table, hospitals=hospitals, backbone=backbone, layout=layout)
 
@@ -128,6 +120,7 @@ def federate(
     started = time.monotonic()
     check_strategy(config.federation)
     check_only(config.federation)
+    RunDirectory.require_new(config, directory=run_dir)
     config = resolved(config)
     preparation = prepare(config, console)
     total_steps(config, preparation.hospitals)
@@ -231,11 +224,12 @@ def train_and_answer(
     summary = run.read_json("summary.json")
     summary.setdefault("training_seconds", round(time.monotonic() - started, 3))
     run.write_json("summary.json", {**summary, "source": preparation.table.source})
-    run.write_status("running", stage="evaluation", round=config.federation.rounds)
+    run.write_status("running", stage=EVALUATION, round=config.federation.rounds)
     summary = evaluate_run(run, console=console)
     summary["seconds"] = round(time.monotonic() - started, 3)
     summary["peak_rss_bytes"] = max(peak.bytes, peak_rss_bytes())
     run.write_json("summary.json", summary)
+    run.write_status("running", stage=REPORT, round=config.federation.rounds)
     write_report(run)
     run.write_status("finished", round=config.federation.rounds)
     show_summary(console, run, summary)

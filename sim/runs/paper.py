@@ -18,12 +18,14 @@ from common.provenance import environment, source_root
 from common.rundir import RunDirectory, remove_unbegun
 from common.training.resident_session import close_session, session_of
 from sim.answers.evaluate import evaluate_run
-from sim.process.lock import exclusive, reported
+from sim.process.lock import exclusive
+from sim.process.open_run import rank_folder
 from sim.process.progress import Meter
+from sim.process.stages import EVALUATION, REPORT, after_training, reported
 from sim.report.run_report import write_report
 from sim.runs import single
 from sim.runs.federate import Preparation, fingerprints, prepare
-from sim.runs.paper_table import build_table, model_of, rank_folder, show_table, write_table
+from sim.runs.paper_table import build_table, model_of, show_table, write_table
 
 MODE = "paper"
 RANKS = (16, 32)
@@ -94,6 +96,7 @@ def paper(
         UserError: before anything is written, for a rank or value that is not allowed.
     """
     started = time.monotonic()
+    RunDirectory.require_new(config, directory=run_dir)
     for rank in ranks:
         from_flat({"adapter.rank": rank}, base=config)
     config = single.one_node(config)
@@ -136,6 +139,7 @@ def go_on(
         for rank in facts["ranks"]:
             run.write_status("running", rank=rank)
             _finish_rank(run, config, rank, console, facts["command_line"])
+        run.write_status("running", stage=REPORT)
         table = _table(run)
         write_table(run, table)
         run.write_status("finished", seconds=round(time.monotonic() - started, 3))
@@ -184,7 +188,8 @@ def _finish_rank(
         started = time.monotonic()
         with exclusive(one):
             single.go_on(one, config, prepare(config, console), console, started=started)
-    with exclusive(one):
+    run.write_status("running", stage=EVALUATION, rank=rank)
+    with exclusive(one), after_training(one, "the answers", "fedrx evaluate"):
         _answer_with_checkpoints(one, config, console)
 
 

@@ -12,6 +12,7 @@ from common.config import Config
 from common.configio import differences
 from common.files import write_text
 from common.rundir import RunDirectory
+from sim.process.open_run import rank_folder
 from sim.report.html import Block, to_html, to_markdown
 from sim.report.run_report import MODEL_NAMES, NOTICE, number
 
@@ -139,7 +140,7 @@ def build_table(
         )
     return {
         "scale": runs[0]["scale"],
-        "differences": differences(paper, run.config()),
+        "differences": [str(change) for change in differences(paper, run.config())],
         "rows": rows,
         "others": others,
         "runs": runs,
@@ -158,15 +159,6 @@ def _pairs(
     ]
     pairs += [(step, None, one) for step, one in by_step.items() if step not in places]
     return [(row, one) for _, row, one in sorted(pairs, key=lambda pair: pair[0])]
-
-
-def rank_folder(rank: int) -> str:
-    """Return the folder of a rank's run inside the paper run.
-
-    >>> rank_folder(16)
-    'rank-16'
-    """
-    return f"rank-{rank}"
 
 
 def model_of(summary: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> str:

@@ -79,7 +79,7 @@ def unchanged_config(run: RunDirectory, facts: dict[str, Any], overrides: Sequen
     changes = differences(begun, read_config(run.path / "config.toml", overrides))
     if changes:
         raise UserError(
-            "a run goes on as it began; changed: " + "; ".join(changes),
+            "a run goes on as it began; changed: " + "; ".join(map(str, changes)),
             fix="undo the change, or start a new run with it",
         )
     return replace(begun, run=replace(begun.run, directory=str(run.path)))

@@ -11,21 +11,17 @@ from rich.console import Console
 from common.config import Config
 from common.configio import flatten
 from common.errors import UserError
+from common.limits import available_cpus
 from common.model.adapter.layout import adapter_spec
 from common.model.backbone.load import loads
 from common.privacy.budget.receipts import PRIVACY, privacy_summary
 from common.privacy.settings import is_private, protects, with_calibrated_noise
-from common.provenance import (
-    available_cpus,
-    environment,
-    peak_device_bytes,
-    peak_rss_bytes,
-    tensors_sha256,
-)
+from common.provenance import environment, peak_device_bytes, peak_rss_bytes, tensors_sha256
 from common.rundir import RunDirectory
 from common.training.resident_session import session_of, tokens_of
 from sim.answers.evaluate import evaluate_run
-from sim.process.lock import exclusive, reported
+from sim.process.lock import exclusive
+from sim.process.stages import EVALUATION, REPORT, reported
 from sim.report.run_report import write_report
 from sim.report.terminal import show_summary
 from sim.runs.federate import Preparation, data_facts, fingerprints, prepare, with_absolute_paths
@@ -60,6 +56,7 @@ def single(
         KeyboardInterrupt: after Ctrl-C or SIGTERM, with a checkpoint written.
     """
     started = time.monotonic()
+    RunDirectory.require_new(config, directory=run_dir)
     config = one_node(config)
     preparation = prepare(config, console)
     facts = {"mode": MODE, "config": flatten(config), "inputs": fingerprints(preparation)}
@@ -135,7 +132,7 @@ def train_and_answer(
         console.print(note, markup=False, highlight=False)
     training.finish()
     run.write_json("summary.json", summarise(training, preparation))
-    run.write_status("running", stage="evaluation", step=training.total.value)
+    run.write_status("running", stage=EVALUATION, step=training.total.value)
     summary = evaluate_run(run, console=console)
     summary |= {
         "seconds": round(training.seconds_before + time.monotonic() - started, 3),
@@ -143,6 +140,7 @@ def train_and_answer(
         "peak_device_bytes": peak_device_bytes(),
     }
     run.write_json("summary.json", summary)
+    run.write_status("running", stage=REPORT, step=training.total.value)
     write_report(run)
     run.write_status("finished", step=training.total.value)
     show_summary(console, run, summary)

@@ -17,7 +17,6 @@ import torch
 from rich.console import Console
 
 from client.local_update import evaluate
-from client.node import HospitalData
 from client.private_update import guard_of
 from common.config import Config
 from common.errors import RunFailed
@@ -29,6 +28,7 @@ from common.privacy.settings import is_private
 from common.provenance import source_digest, tensors_sha256
 from common.rundir import RunDirectory, Tensors, damaged
 from common.training.budget import checkpoint_steps, steps_in_all, steps_per_epoch
+from common.training.hospital_data import HospitalData
 from common.training.loop import StepReport, train
 from common.training.optimiser import TrainState
 from sim.process.interrupt import Stop, Stopped, deferred_stop

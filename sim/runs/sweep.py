@@ -22,8 +22,10 @@ from common.configio import differences, flatten, from_flat, parse_overrides
 from common.errors import UserError
 from common.files import write_json, write_text
 from common.rundir import RunDirectory, remove_unbegun
-from common.wire.cohort import check_strategy, hospital_names, sampled
+from common.wire.cohort import hospital_names, sampled
+from server.strategies import check_strategy
 from sim.process.lock import exclusive
+from sim.process.stages import StageFailed
 from sim.runs.federate import federate, resolved
 from sim.runs.resume import resume
 from sim.runs.single import one_node, single
@@ -43,7 +45,7 @@ ARMS: dict[str, dict[str, Any]] = {
     LOCAL_ONLY: {},
 }
 SEEDED = ("train.seed", "adapter.seed", "partition.seed", "federation.seed")
-RESULTLESS = ("federation.workers:",)
+RESULTLESS = ("federation.workers",)
 """Keys that cannot change a run's result."""
 CONFIDENCE = 0.95
 FIGURES: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
@@ -179,7 +181,10 @@ def sweep(
         for number, cell in enumerate(cells, 1):
             label = f"{number}/{len(cells)}: {cell.arm}, seed {cell.seed} {cell.part}"
             console.print(label, style="bold", markup=False)
-            summaries.append(_run(cell, folder / cell.folder, console, command_line))
+            try:
+                summaries.append(_run(cell, folder / cell.folder, console, command_line))
+            except StageFailed as error:
+                raise error.going_on("the same `fedrx sweep`") from error
     rows = [
         {"arm": arm, "runs": len(chosen), **tabulate([s for _, s in chosen])}
         for arm, chosen in _by_arm(cells, summaries).items()
@@ -276,7 +281,9 @@ def _check_same(cell: Cell, run: RunDirectory) -> None:
     """Refuse a run that is not the cell's, by the configurations that both run with."""
     wanted = resolved(cell.config) if cell.federated else one_node(cell.config)
     changed = [
-        text for text in differences(run.config(), wanted) if not text.startswith(RESULTLESS)
+        str(change)
+        for change in differences(run.config(), wanted)
+        if not change.key.startswith(RESULTLESS)
     ]
     if changed:
         raise UserError(

@@ -19,6 +19,7 @@ def source(tmp_path_factory):
     return data_folder(DataConfig(synthetic_patients=15), tmp_path_factory.mktemp("cache"))
 
 
+@pytest.mark.process
 def test_contenders_agree_at_tiny_size(source, tmp_path):
     figures = tmp_path / "figures.json"
     script = ROOT / "benchmarks" / "data_full_size.py"

@@ -37,6 +37,7 @@ def figures(tmp_path_factory):
     return json.loads(file.read_text()), done.stdout
 
 
+@pytest.mark.process
 def test_every_contestant_takes_every_workload(figures):
     found, printed = figures
     assert found["failed"] == []
@@ -54,6 +55,7 @@ def test_every_contestant_takes_every_workload(figures):
     assert "not measured on a CPU" in printed
 
 
+@pytest.mark.process
 def test_exactness_and_agreement_are_measured(figures):
     found, _ = figures
     assert found["exactness"]["tokens of graphs equal slots'"] is True
@@ -63,6 +65,7 @@ def test_exactness_and_agreement_are_measured(figures):
         assert 0 < one["gradient"] < 1e-4
 
 
+@pytest.mark.process
 def test_answers_and_first_steps_are_timed(figures):
     found, _ = figures
     rates = found["answer_tokens_per_second"]
@@ -74,6 +77,7 @@ def test_answers_and_first_steps_are_timed(figures):
         assert times[0] > 0
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_memory_is_within_three_percent_of_the_plan_on_a_gpu(tmp_path):
     file = tmp_path / "figures.json"

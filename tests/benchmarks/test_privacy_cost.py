@@ -4,9 +4,12 @@ import importlib.util
 import json
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "privacy_cost.py"
 
 
+@pytest.mark.slow
 def test_flops_of_every_contestant(capsys) -> None:
     spec = importlib.util.spec_from_file_location("privacy_cost", SCRIPT)
     assert spec is not None

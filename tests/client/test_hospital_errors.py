@@ -4,12 +4,15 @@ import logging
 import os
 import stat
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 import client.app
 import client.handlers
+from client.kept_state import own_folder
+from client.policy import POLICY
 from common.configio import flatten
 from common.errors import RunFailed, UserError
 from common.rundir import RunDirectory
@@ -24,6 +27,8 @@ def deployed(tmp_path, monkeypatch):
         {"hospital": name, "data": "synthetic", "folder": str(tmp_path / "own" / name)}
         for name in ("north", "south", "west")
     ]
+    for node in nodes:
+        agree(Path(node["folder"]), "")
     honest = client.app._answer
 
     def as_deployed(kind, message, context):
@@ -34,6 +39,13 @@ def deployed(tmp_path, monkeypatch):
     before = os.umask(0o022)
     yield nodes
     os.umask(before)
+
+
+def agree(folder, policy: str) -> None:
+    """Write a hospital's policy file, for its owner alone."""
+    file = own_folder(folder) / POLICY
+    file.touch(mode=0o600)
+    file.write_text(policy)
 
 
 def written(folder) -> str:
@@ -54,6 +66,7 @@ def value_error(path) -> None:
     raise ValueError(f"patient 10023456 of {path}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mismatch", ["stop", "refuse"])
 @pytest.mark.parametrize("fail", ["data", "backbone", user_error, os_error, value_error])
 def test_no_path_and_no_id_leaves_a_hospital(
@@ -129,6 +142,7 @@ def query(config, node) -> Message:
 
 def test_a_setting_that_cannot_be_had_is_told(tiny_config, tmp_path):
     node = {"hospital": "north", "data": "synthetic", "folder": str(tmp_path)}
+    agree(tmp_path, "")
     with pytest.raises(UserError, match="train.device=cuda:99: .* here"):
         query(tiny_config(train__device="cuda:99"), node)
 
@@ -144,7 +158,7 @@ def test_a_node_configuration_that_lacks_a_key_is_told(tiny_config, tmp_path, ke
 def test_a_hospital_s_own_limit_keeps_it_out_and_tells_why(
     deployed, tiny_config, run_main, tmp_path, caplog
 ):
-    deployed[2]["max-epsilon"] = 8
+    agree(Path(deployed[2]["folder"]), "max-epsilon = 8")
     config = tiny_config(
         run__directory=str(tmp_path / "run"),
         federation__mismatch="refuse",

@@ -9,12 +9,12 @@ import pytest
 
 import client.private_update
 from client.kept_state import load_state
-from client.node import HospitalData
 from client.private_update import private_update
 from common.configio import from_flat
 from common.privacy.budget.guard import LEDGER, RECEIPT, Guard
 from common.privacy.budget.ledger import Ledger, LedgerDoubtful
 from common.privacy.settings import plan_of
+from common.training.hospital_data import HospitalData
 from common.wire.contract import Tensors
 
 STEPS = 2
@@ -95,6 +95,7 @@ def killed_before_release(hospital: Hospital, b: Tensors, monkeypatch, **asked: 
     return answer
 
 
+@pytest.mark.slow
 def test_one_release_never_pays_for_two_answers(hospital, monkeypatch) -> None:
     """Round 1 from one B is released; from another B the hospital dies before it records that."""
     first = hospital.ask()

@@ -20,7 +20,6 @@ import client.app
 import client.node
 import client.private_update
 import common.wire.contract
-from client.node import HospitalData
 from client.private_update import private_update
 from common.config import Config, PrivacyConfig
 from common.configio import flatten, from_flat
@@ -31,6 +30,7 @@ from common.privacy.mechanism.gradients import PrivateGradient
 from common.privacy.settings import plan_of
 from common.rundir import RunDirectory
 from common.training.gradients import StepLoss
+from common.training.hospital_data import HospitalData
 from common.training.optimiser import TrainState
 from server.app import federate
 
@@ -145,6 +145,7 @@ def test_only_b_and_public_constants_are_on_the_wire(honest) -> None:
     assert leaks(seen, {key: value.shape for key, value in b.items()}) == set()
 
 
+@pytest.mark.slow
 def test_the_wire_check_finds_counts_and_losses(tmp_path, honest, monkeypatch) -> None:
     shapes = {key: value.shape for key, value in honest[2].items()}
     with monkeypatch.context() as patch:
@@ -368,6 +369,7 @@ def test_deterministic_noise_repeats_and_says_epsilon_is_infinite(
     assert '"private": false' in text
 
 
+@pytest.mark.slow
 def test_settings_refuse_what_voids_the_claim() -> None:
     with pytest.raises(UserError, match="depend on the number of samples"):
         plan_of(from_flat({**SETTINGS, "train.epochs": 1.0}))

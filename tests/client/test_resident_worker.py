@@ -70,6 +70,7 @@ def request(config, **head) -> bytes:
     return line.encode() + b"\n" + b"".join(data)
 
 
+@pytest.mark.process
 def test_survives_torn_requests_and_clients_that_vanish(socket, tiny_config, tmp_path):
     config = tiny_config(run__directory=str(tmp_path / "run"))
     whole = request(config)
@@ -144,6 +145,7 @@ def query_of(config):
     return message, context
 
 
+@pytest.mark.process
 def test_answers_as_the_app_does_with_one_load(socket, tiny_config, tmp_path):
     assert stat.S_IMODE(socket.stat().st_mode) == 0o600
     config = tiny_config(run__directory=str(tmp_path / "run"))
@@ -161,6 +163,7 @@ def test_answers_as_the_app_does_with_one_load(socket, tiny_config, tmp_path):
     assert loads == [1]
 
 
+@pytest.mark.process
 def test_refuses_other_code_and_keeps_answering(socket, tiny_config, tmp_path, monkeypatch):
     config = tiny_config(run__directory=str(tmp_path / "run"))
     message, context = query_of(config)
@@ -173,12 +176,46 @@ def test_refuses_other_code_and_keeps_answering(socket, tiny_config, tmp_path, m
     assert client.resident_worker.ask(socket, "query", message, context).has_content()
 
 
+@pytest.mark.process
 def test_second_worker_on_a_socket_is_refused(socket):
     with (
         pytest.raises(UserError, match="listens on"),
         client.resident_worker.listening(socket),
     ):
         pass
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_a_file_that_is_no_socket_stays(tmp_path, kind):
+    path, target = tmp_path / "ledger", tmp_path / "target"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "file":
+        path.write_text("spent")
+    else:
+        target.write_text("spent")
+        path.symlink_to(target)
+    with (
+        pytest.raises(UserError, match="is there and no socket"),
+        client.resident_worker.listening(path),
+    ):
+        pass
+    assert path.is_dir() if kind == "folder" else path.read_text() == "spent"
+    assert path.is_symlink() == (kind == "link")
+
+
+def test_a_socket_that_a_killed_worker_left_is_replaced(tmp_path):
+    with Socket(AF_UNIX) as left:
+        left.bind(str(tmp_path / "s"))
+    with client.resident_worker.listening(tmp_path / "s"):
+        assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == 0o600
+
+
+def test_refuses_the_bundle_of_other_code(socket, tiny_config):
+    """What the executor found in the bundle is compared with what the worker runs."""
+    message, context = query_of(tiny_config())
+    with pytest.raises(RunFailed, match="runs other code"):
+        client.resident_worker.ask(socket, "query", message, context, source="e" * 64)
 
 
 def test_without_a_worker_the_error_says_so(tiny_config, tmp_path):

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from common.config import Config
 from common.configio import (
+    Change,
+    changed_freely,
     config_hash,
     differences,
     flatten,
@@ -22,8 +24,13 @@ from common.configio import (
     toml_scalar,
 )
 from common.errors import UserError
+from sim.flower.run_config import keys_page
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_page_of_keys_is_the_configuration_s():
+    assert (ROOT / "configs" / "README.md").read_text() == keys_page()
 
 
 def test_pyproject_carries_the_same_keys_and_defaults_for_flower():
@@ -128,7 +135,7 @@ def test_hash_and_differences_leave_the_run_section_out():
     wider = replace(base, adapter=replace(base.adapter, rank=32))
     assert config_hash(base) == config_hash(renamed) != config_hash(wider)
     assert differences(base, renamed) == []
-    assert differences(base, wider) == ["adapter.rank: 16 -> 32"]
+    assert differences(base, wider) == [Change("adapter.rank", 16, 32)]
 
 
 def test_plain_flower_runs_settle_on_one_folder_and_flowers_number_of_nodes(monkeypatch, tmp_path):
@@ -153,3 +160,15 @@ def test_a_value_of_the_wrong_kind_is_answered_with_one_that_is_right(text, exam
     with pytest.raises(UserError, match=f"--set {text}; .*; fix: for instance --set {example}$"):
         parse_overrides([text])
     parse_overrides([example])
+
+
+def test_what_decides_what_was_trained_may_not_change_afterwards() -> None:
+    base = Config()
+    free = ("evaluation.", "train.device")
+    changed = changed_freely(base, ["evaluation.samples=3", "train.device=cpu"], free)
+    assert [change.key for change in differences(base, changed)] == [
+        "train.device",
+        "evaluation.samples",
+    ]
+    with pytest.raises(UserError, match=r"train\.seed: 0 -> 1; .*evaluation\.\*, train\.device"):
+        changed_freely(base, ["train.seed=1", "evaluation.samples=3"], free)

@@ -1,5 +1,6 @@
 """The run directory: nothing half-written looks finished."""
 
+import ast
 import json
 import shutil
 import stat
@@ -11,7 +12,7 @@ import pytest
 
 from common.config import Config
 from common.errors import UserError
-from common.files import append_json_line, atomic_path, read_json_lines, write_json
+from common.files import append_json_line, atomic_path, read_json_lines, write_json, write_text
 from common.provenance import source_digest, source_root, tensors_sha256
 from common.rundir import RunDirectory
 
@@ -64,6 +65,29 @@ def test_text_with_exotic_line_breaks_stays_one_line(tmp_path):
     record = {"text": "a\u2028b\u0085c\x0cd"}
     append_json_line(tmp_path / "x.jsonl", record)
     assert read_json_lines(tmp_path / "x.jsonl") == [record]
+
+
+def test_text_that_utf8_cannot_hold_is_written_and_reads_back(tmp_path):
+    """In JSON the escape is the character itself; in other text it is what a person sees."""
+    record = {"na\udc80me": "half \ud83d, whole \U0001f600"}
+    append_json_line(tmp_path / "x.jsonl", record)
+    assert read_json_lines(tmp_path / "x.jsonl") == [record]
+    write_json(tmp_path / "x.json", record)
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == record
+    write_text(tmp_path / "x.md", "half \ud83d")
+    assert (tmp_path / "x.md").read_text(encoding="utf-8") == r"half \ud83d"
+
+
+def test_one_function_turns_text_into_bytes():
+    """Everywhere else text is handed to it: what UTF-8 cannot hold is a case of one place."""
+    found = {
+        f"{path.relative_to(source_root())}:{node.lineno}"
+        for package in ("common", "client", "server", "sim")
+        for path in (source_root() / package).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr == "write_text"
+    }
+    assert found == set()
 
 
 def test_a_run_is_rerunnable_from_its_configuration(tmp_path):
@@ -168,6 +192,7 @@ print(subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True
 """
 
 
+@pytest.mark.process
 def test_the_peak_of_the_process_that_started_this_one_is_not_its_own():
     done = subprocess.run(
         [sys.executable, "-c", _PARENT],

@@ -1,6 +1,8 @@
 """Hospital-level privacy: the option, its accounting, its noise and its warning."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from common.privacy.budget.ledger import BudgetExhausted, Ledger
 from common.privacy.settings import hospital_warning, is_private, plan_of, protects
 from common.wire.contract import Update
 from server.central_dp import HospitalPrivacyAggregator
+from server.roster import Roster
 from sim.runs.single import one_node
 
 pytestmark = pytest.mark.usefixtures("task_identity")
@@ -121,3 +124,42 @@ def test_few_hospitals_come_with_a_warning() -> None:
     assert "nothing will be learnt" in hospital_warning(plan, 2_621_440)
     many = plan_of(from_flat({**keys, "federation.hospitals": 5000}))
     assert hospital_warning(many, 2_621_440) == ""
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.99])
+def test_a_share_of_the_hospitals_is_refused(fraction) -> None:
+    """The sampler draws a fixed number of all names: others come in when one hospital leaves."""
+    with pytest.raises(UserError, match="one hospital that leaves changes which others") as error:
+        plan_of(from_flat({**KEYS, "federation.fraction": fraction}))
+    assert "federation.fraction = 1" in str(error.value)
+    # with patients as the unit nothing is claimed for the sampling of hospitals
+    keys = {**KEYS, "privacy.unit": "patient", "federation.fraction": fraction}
+    whole = {**keys, "federation.fraction": 1.0}
+    assert plan_of(from_flat(keys)) == plan_of(from_flat(whole))
+
+
+def others_changed(pick: Callable[[list[str], int], set[str]], hospitals: int = 20) -> int:
+    """How many of 200 rounds ask other hospitals when hospital-01 was never there."""
+    names = [f"hospital-{number:02d}" for number in range(1, hospitals + 1)]
+    return sum(
+        pick(names, number) - {names[0]} != pick(names[1:], number) - {names[0]}
+        for number in range(200)
+    )
+
+
+def test_why_a_share_is_refused() -> None:
+    """The roster's own choice against everyone, as the neighbouring relation asks."""
+
+    def chosen(fraction: float) -> Callable[[list[str], int], set[str]]:
+        def pick(names: list[str], number: int) -> set[str]:
+            fingerprints: Any = None
+            count = len(names)
+            roster = Roster(fingerprints, remembered=frozenset(names), known_before=count, of=count)
+            federation = from_flat({**KEYS, "federation.fraction": fraction}).federation
+            nodes, _ = roster.choose(federation, number, {n: i for i, n in enumerate(names)})
+            return {names[node] for node in nodes}
+
+        return pick
+
+    assert others_changed(chosen(1.0)) == 0
+    assert others_changed(chosen(0.5)) > 190

@@ -36,6 +36,7 @@ def content(run):
     return {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", CHANGES)
 def test_changed_configuration_is_refused_and_nothing_is_written(key, finished, tiny_config):
     value, difference = CHANGES[key]

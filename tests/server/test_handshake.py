@@ -61,6 +61,7 @@ def without_the_hospital(tiny_config, in_process, cache):
     return cache["sha"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*FOREIGN, *NAMELESS])
 def test_hostile_handshake_is_refused(kind, tiny_config, in_process, others_sha):
     """Whatever stands in it: the hospital is left out, and the run is that of the others."""
@@ -117,6 +118,7 @@ def test_late_hospital_that_counts_otherwise_is_refused(tiny_config, in_process)
     assert [(at, name) for at, name, _ in done.refused()] == [(2, NAME)]
 
 
+@pytest.mark.slow
 def test_hospital_that_claims_too_few_samples_does_not_end_the_run(tiny_config, in_process):
     """With epochs the wait and the steps that are due come from the samples that it tells."""
     config = tiny_config(train__epochs=1.0)

@@ -50,6 +50,7 @@ def spent(run: RunDirectory) -> dict[str, int]:
     return {entry["hospital"]: entry["steps"] for entry in claim["per_hospital"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scalars", "reason"),
     [
@@ -165,6 +166,7 @@ def test_who_was_asked_by_a_server_that_died_is_accounted(
     assert receipt["steps"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept_lines", [0, 3])
 def test_a_ledger_that_forgot_is_refused_by_a_resumed_server(
     tiny_config, in_process, tmp_path, kept_lines
@@ -184,6 +186,7 @@ def test_a_ledger_that_forgot_is_refused_by_a_resumed_server(
     assert spent(done.run) == {"hospital-1": 8, NAME: 8, "hospital-3": 8}
 
 
+@pytest.mark.slow
 def test_bounds_come_from_what_was_told_and_never_from_what_was_assumed(
     tiny_config, tmp_path
 ) -> None:

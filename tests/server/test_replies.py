@@ -33,6 +33,7 @@ LIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LIES)
 def test_train_reply_that_lies_is_refused(kind, tiny_config, in_process):
     scalars, reason = LIES[kind]
@@ -42,6 +43,7 @@ def test_train_reply_that_lies_is_refused(kind, tiny_config, in_process):
     assert {e["hospital"] for e in done.run.metrics("weight")} == {"hospital-1", "hospital-3"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{"train__epochs": 1.0}, {"train__steps": 5}, {"train__keep_state": False}]
 )
@@ -60,6 +62,7 @@ EVALUATE_LIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EVALUATE_LIES)
 def test_evaluate_reply_that_lies_is_refused(kind, tiny_config, in_process):
     scalars, reason = EVALUATE_LIES[kind]

@@ -9,10 +9,11 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.serde import message_from_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 
-from client.node import encode_hospital, hospitals_of
+from client.node import hospitals_of
 from common.configio import flatten
 from common.errors import RunFailed
 from common.rundir import RunDirectory
+from common.training.hospital_data import encode_hospital
 from common.training.loop import TrainState, train
 from common.training.resident_session import session_of
 from server.timeouts import Pace
@@ -35,6 +36,7 @@ def killed_at(count):
     return on_message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fedavg", "fedadam"])
 def test_run_killed_anywhere_ends_in_the_same_b(strategy, tiny_config, in_process, copy_run):
     """Killed before its first, middle and last messages; the strategy's moments come back too."""
@@ -75,6 +77,7 @@ def steps_done(run):
 TORN = ("metrics.jsonl", "wire.jsonl", "privacy.jsonl", "hospitals/hospital-2/steps.jsonl")
 
 
+@pytest.mark.slow
 def test_run_with_torn_last_lines_goes_on(tiny_config, in_process, copy_run):
     """Power was lost within the last write of every file: the resumed run ends, and reads all."""
     config = tiny_config(
@@ -109,6 +112,7 @@ def test_hospital_state_is_what_makes_it_equal(tiny_config, in_process, copy_run
     assert in_process(run.config(), resume=run).sha != uninterrupted.sha
 
 
+@pytest.mark.slow
 def test_replies_in_any_order_give_the_same_b(tiny_config, in_process):
     config = tiny_config(federation__hospitals=5)
     expected = in_process(config)
@@ -202,6 +206,7 @@ def test_timeout_is_sized_from_what_was_measured(tiny_config, in_process):
     assert Pace.limit(Pace(seconds=1e5, steps=1, hospitals=1), steps=1, hospitals=1) == 43_140.0
 
 
+@pytest.mark.slow
 def test_hospitals_are_sampled_by_name_with_the_named_seed(tiny_config, in_process):
     """The same hospitals whatever the node ids; another seed chooses others; all get a turn."""
 
@@ -237,6 +242,7 @@ def foreign(message, reply):
     return Message(RecordDict({"config": ConfigRecord(hello)}), reply_to=message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fraction", "asked", "tamper"), [(0.4, 2, {}), (0.5, 3, {4: foreign})])
 def test_resumed_run_samples_as_if_the_lost_hospital_were_away(
     fraction, asked, tamper, tiny_config, in_process, tmp_path

@@ -1,7 +1,5 @@
 """How long the server waits: for answers, for who has gone, for hospitals that keep failing."""
 
-import time
-
 import pytest
 from flwr.app import Error, Message
 from flwr.common.serde import message_from_proto
@@ -11,6 +9,7 @@ import server.messages
 import server.timeouts
 from common.errors import RunFailed
 from common.rundir import RunDirectory
+from server.messages import POLL_SECONDS, PRESENCE_SECONDS
 from server.timeouts import Pace
 
 HANGING = 1
@@ -52,7 +51,7 @@ def test_hanging_hospital_never_lengthens_the_wait(
     done = in_process(config, tamper={HANGING: silent_from(first_round)})
     assert waits(done) == pytest.approx([1.0] * 3 + [0.3] * 9)
     waited = {e["round"]: e["value"] for e in done.run.metrics("train-exchange-seconds")}
-    assert all(waited[n] > 0.3 for n in range(max(first_round, 2), 5))
+    assert all(0.3 <= waited[n] <= 0.3 + POLL_SECONDS for n in range(max(first_round, 2), 5))
 
 
 def test_refused_reply_is_not_measured(tiny_config, in_process, monkeypatch):
@@ -93,17 +92,15 @@ def test_pace_comes_back_with_a_resumed_run(tiny_config, in_process, tmp_path):
     assert waits(resumed) == pytest.approx([60.0] * 3)
 
 
-def test_who_disconnects_is_not_waited_for(tiny_config, in_process, monkeypatch):
+def test_who_disconnects_is_not_waited_for(tiny_config, in_process):
     """Asked, and then gone: the round goes on without the rest of its wait."""
-    monkeypatch.setattr(server.messages, "PRESENCE_SECONDS", 0.2)
     config = tiny_config(federation__rounds=1, federation__timeout_seconds=20.0)
-    started = time.monotonic()
     done = in_process(
         config,
         tamper={HANGING: silent_from(1)},
         online=lambda index, seen: index != HANGING or seen < 1,
     )
-    assert time.monotonic() - started < 10
+    assert 0 < done.clock.now - PRESENCE_SECONDS <= 2 * POLL_SECONDS
     assert [(at, name) for at, name, _ in done.refused()] == [(1, "hospital-2")]
 
 

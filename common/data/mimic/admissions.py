@@ -10,7 +10,7 @@ import polars as pl
 from common.data.mimic.diagnoses import DiagnosisLists, diagnosis_lists
 from common.data.mimic.measures import Measures, clean_measures, measures_at_admission
 from common.data.mimic.orders import CHUNK_ROWS, DrugLists, drug_lists, read_orders
-from common.data.mimic.tables import Table, find_tables, read, times, whole_number
+from common.data.mimic.tables import Table, find_tables, read, times, whole_numbers
 from common.data.samples import UNKNOWN
 from common.errors import UserError
 
@@ -91,7 +91,15 @@ def prepare_tables(
         drugs=drugs.vocabulary,
         titles=diagnoses.titles,
         codes=diagnoses.codes,
-        counts=_counts(book, drugs, diagnoses, measures, stays, frame),
+        counts={
+            **_counts(book, drugs, diagnoses, measures, stays, frame),
+            "null_spelled": {
+                f"{table.name}.{column}": cells
+                for table in tables.values()
+                for column, cells in sorted(table.nulls.items())
+                if cells
+            },
+        },
     )
 
 
@@ -118,7 +126,11 @@ class _Book:
 
 
 def _patients(table: Table, book: _Book) -> pl.DataFrame:
-    frame = read(table, numbers=("subject_id", "anchor_age", "anchor_year"))
+    frame = read(
+        table,
+        numbers=("subject_id", "anchor_age", "anchor_year"),
+        attributes=("gender", "anchor_year_group"),
+    )
     book.rows["patients"] = frame.height
     doubled = frame.height - frame["subject_id"].n_unique()
     if doubled:
@@ -132,7 +144,9 @@ def _patients(table: Table, book: _Book) -> pl.DataFrame:
 
 
 def _stays(table: Table, patients: pl.DataFrame, book: _Book) -> pl.DataFrame:
-    frame = read(table, numbers=("subject_id", "hadm_id"))
+    frame = read(
+        table, numbers=("subject_id", "hadm_id"), attributes=("admission_type", "insurance")
+    )
     frame = times(frame, table, "admittime", required=True)
     book.rows["admissions"] = frame.height
     distinct = frame.unique()
@@ -236,14 +250,14 @@ def _attribute(
     if name not in tables:
         return pl.DataFrame(schema={"hadm_id": pl.Int64, value: pl.String})
     table = tables[name]
-    rows = read(table)
+    rows = read(table, attributes=(value,))
     book.rows[name] = rows.height
     told = rows.drop_nulls(value)
     if "eventtype" in rows.columns:
         told = told.filter(pl.col("eventtype") == _CAREUNIT_EVENT)
     placed = (
         times(told, table, time, required=False)
-        .with_columns(whole_number("hadm_id"))
+        .with_columns(whole_numbers(table, told["hadm_id"]))
         .join(known.to_frame(), on="hadm_id", how="semi")
     )
     first = placed.sort("hadm_id", time, value, nulls_last=True).unique("hadm_id", keep="first")

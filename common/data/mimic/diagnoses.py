@@ -3,12 +3,12 @@
 The same digits mean different things in ICD-9 and ICD-10, so a join on the code alone is wrong.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import polars as pl
 
-from common.data.mimic.tables import Table, read
+from common.data.mimic.tables import NULL_OF_NAMES, Table, read
 from common.errors import UserError
 
 _KEY = ["icd_code", "icd_version"]
@@ -50,7 +50,7 @@ def diagnosis_lists(table: Table, dictionary: Table, known: pl.Series) -> Diagno
         UserError: Damaged tables, ids that cannot be read, or codes that lost their leading zeros.
     """
     titles, untitled, dictionary_rows = _dictionary(dictionary)
-    coded = _coded(table)
+    coded = _coded(table, numbers=("hadm_id", "seq_num"))
     # Everything about codes is decided on distinct ones: few thousand instead of millions.
     codes = coded.group_by(_KEY).len("rows").join(titles, on=_KEY, how="left").sort(*_KEY)
     unmatched = codes.filter(pl.col("title").is_null())
@@ -88,18 +88,28 @@ def diagnosis_lists(table: Table, dictionary: Table, known: pl.Series) -> Diagno
     )
 
 
-def _coded(table: Table) -> pl.DataFrame:
-    frame = read(table, numbers=("hadm_id", "seq_num", "icd_version"))
-    return frame.with_columns(pl.col("icd_code").fill_null("").str.strip_chars())
+def _coded(table: Table, *, numbers: Sequence[str]) -> pl.DataFrame:
+    """Read a table with codes, and refuse codes that are floats: what stood there is not known."""
+    frame = read(table, numbers=(*numbers, "icd_version")).with_columns(
+        pl.col("icd_code").fill_null("").str.strip_chars()
+    )
+    floats = int(frame["icd_code"].str.ends_with(".0").sum())
+    if floats:
+        raise UserError(
+            f"{table.label}: {floats} cells of column icd_code end in .0, "
+            "as happens when a spreadsheet or data frame reads codes as numbers",
+            allowed="codes as text, without a point",
+            fix="fetch the original file; read icd_code as text",
+        )
+    return frame
 
 
 def _dictionary(table: Table) -> tuple[pl.DataFrame, dict[str, int], int]:
-    parsed = read(table, numbers=("icd_version",)).select(
-        pl.col("icd_code").fill_null("").str.strip_chars(),
-        "icd_version",
+    parsed = _coded(table, numbers=()).select(
+        *_KEY,
         pl.col("long_title").str.replace_all(r"\s+", " ").str.strip_chars().alias("title"),
     )
-    titled = parsed.filter(pl.col("title").fill_null("") != "")
+    titled = parsed.filter(~pl.col("title").fill_null("").is_in(["", NULL_OF_NAMES]))
     titles = titled.unique()
     dropped = {
         "no_title": parsed.height - titled.height,

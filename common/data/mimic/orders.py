@@ -13,14 +13,19 @@ import polars as pl
 
 from common.data.mimic.tables import (
     MORE_FIELDS,
+    NULL_OF_NAMES,
+    NULLS,
     TIME_FORMAT,
     Table,
+    bad_numbers,
     bad_times,
     bad_width,
-    moment,
+    mend,
+    midnight,
     reading,
     require_rows,
     scan,
+    was_float,
     whole_number,
 )
 from common.data.names import normalise_string
@@ -28,6 +33,7 @@ from common.data.names import normalise_string
 CHUNK_ROWS = 500_000
 _BUCKET_ROWS = 1_000_000
 _KEYS = ("hadm_id", "drug")
+_NULL_KINDS = frozenset(spelling.upper() for spelling in NULLS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +88,12 @@ def read_orders(
         on_rows: Called with the number of rows read so far.
 
     Raises:
-        UserError: A damaged or empty table, one with a row longer than its header, or start times
-            that cannot be read.
+        UserError: A damaged or empty table, one with a row longer than its header, or admission
+            numbers or start times that cannot be read.
     """
     lines = scan(table).select(
-        whole_number("hadm_id"),
+        "hadm_id",
+        whole_number("hadm_id").alias("number"),
         # One process-wide code for each text: rows are then counted and grouped by integers.
         pl.col("drug_type").fill_null("").str.strip_chars().str.to_uppercase().cast(pl.Categorical),
         pl.col("drug").fill_null("").cast(pl.Categorical),
@@ -96,7 +103,7 @@ def read_orders(
     )
     kinds: Counter[str] = Counter()
     parts: list[pl.DataFrame] = []
-    rows = lost = 0
+    rows = lost = unnumbered = 0
     with reading(table):
         for batch in lines.collect_batches(
             chunk_size=chunk_rows, maintain_order=False, engine="streaming"
@@ -104,13 +111,20 @@ def read_orders(
             rows += batch.height
             if batch[MORE_FIELDS].any():
                 raise bad_width(table)
-            kinds.update(dict(batch["drug_type"].value_counts().iter_rows()))
-            timed = _timed(batch)
-            lost += timed["start"].null_count() - timed["starttime"].null_count()
-            parts.append(_one_row_per_pair(timed))
+            for kind, number in batch["drug_type"].value_counts().iter_rows():
+                spelled = kind in _NULL_KINDS
+                table.nulls["drug_type"] += number * spelled
+                kinds["" if spelled else kind] += number
+            stays, bad = mend(table, batch["hadm_id"], batch["number"], was_float)
+            unnumbered += bad
+            starts, bad = mend(table, batch["starttime"], batch["start"], midnight)
+            lost += bad
+            parts.append(_one_row_per_pair(batch.with_columns(hadm_id=stays, start=starts)))
             if on_rows is not None:
                 on_rows(rows)
     require_rows(table, rows)
+    if unnumbered:
+        raise bad_numbers(table, "hadm_id", unnumbered)
     if lost:
         raise bad_times(table, "starttime", lost)
     return Orders(pairs=pl.concat(parts), drug_type=kinds, rows=rows)
@@ -203,13 +217,6 @@ def _rows(pairs: pl.DataFrame) -> int:
     return int(pairs["rows"].sum())
 
 
-def _timed(batch: pl.DataFrame) -> pl.DataFrame:
-    """Read the rare starts that are a date without a time; most batches have none."""
-    if batch["start"].null_count() == batch["starttime"].null_count():
-        return batch
-    return batch.with_columns(pl.col("start").fill_null(moment("starttime")))
-
-
 def _one_row_per_pair(batch: pl.DataFrame) -> pl.DataFrame:
     return (
         batch.lazy()
@@ -232,7 +239,7 @@ def _one_spelling(pairs: pl.DataFrame) -> pl.DataFrame:
 
 def _name_table(spellings: Sequence[str]) -> pl.DataFrame:
     """Number spellings and string-level names by their sorted order, not by how they came."""
-    names = [normalise_string(spelling) for spelling in spellings]
+    names = ["" if s.strip() == NULL_OF_NAMES else normalise_string(s) for s in spellings]
     ranks = {name: rank for rank, name in enumerate(sorted(set(names)))}
     uses = Counter(names)
     return pl.DataFrame(

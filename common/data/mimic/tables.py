@@ -8,9 +8,10 @@ import csv
 import gzip
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import polars as pl
@@ -33,12 +34,24 @@ OPTIONAL = ("services", "transfers")
 SUFFIXES = (".csv.gz", ".csv")
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 DATE_FORMAT = "%Y-%m-%d"
+NULL_OF_NAMES = r"\N"
+NULLS = (NULL_OF_NAMES, "NA", "None", "NULL", "null", "NaN", "nan", "NaT", "<NA>")
+"""How exports write NULL, letter by letter: databases, R, Python, pandas.
+
+They are NULL where a number, a time or an attribute stands. Drugs and diagnosis titles are names
+and never NULL in MIMIC-IV: there "NA" may be somebody's word for sodium, and only ``\\N`` is none.
+"""
 MORE_FIELDS = "more fields"
 """Column of ``scan``: what stands after a row's last column; null in a row like its header."""
 _SEARCH_DEPTH = 4
 _TOO_WIDE = ("found more fields", "column names not specified in schema")
 """What the parser says of a row longer than the header, and of a first row that is."""
 _DAMAGED_FIX = "fetch the file again and compare it with SHA256SUMS.txt"
+_REWRITTEN_FIX = (
+    "keep the file as PhysioNet ships it (a spreadsheet or data frame may have rewritten it)"
+)
+_EXACT_FLOAT = 2**53
+"""Beyond it a whole number that was once a float may be another one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +65,8 @@ class Table:
     columns: tuple[str, ...]
     header: tuple[str, ...] = ()
     """All columns of the file, in its order."""
+    nulls: Counter[str] = field(default_factory=Counter, compare=False)
+    """Cells that spelled NULL, by column, as far as the table was read."""
 
 
 def find_tables(folder: Path) -> dict[str, Table]:
@@ -96,8 +111,15 @@ def scan(table: Table) -> pl.LazyFrame:
     return rows.select(*table.columns, MORE_FIELDS)
 
 
-def read(table: Table, *, numbers: Sequence[str] = ()) -> pl.DataFrame:
+def read(
+    table: Table, *, numbers: Sequence[str] = (), attributes: Sequence[str] = ()
+) -> pl.DataFrame:
     """Read the table's columns in use as text, but ``numbers`` as int64.
+
+    Args:
+        table: The table as found.
+        numbers: Columns with a whole number in every row.
+        attributes: Columns of words that may be NULL, however that is spelled.
 
     Raises:
         UserError: A damaged file, one without rows or with a row longer than its header, or a cell
@@ -107,22 +129,66 @@ def read(table: Table, *, numbers: Sequence[str] = ()) -> pl.DataFrame:
     with reading(table):
         # Every column: only then the parser refuses a row with too many fields.
         rows = pl.scan_csv(table.path, infer_schema=False, glob=False).collect(engine="streaming")
-        frame = rows.select(table.columns).with_columns(map(whole_number, numbers))
+        frame = rows.select(table.columns)
     require_rows(table, frame.height)
-    for name in numbers:
-        bad = frame[name].null_count()
-        if bad:
-            raise UserError(
-                f"{table.label}: {bad} cells of column {name} are no whole number",
-                allowed="digits in every row",
-                fix=_DAMAGED_FIX,
-            )
-    return frame
+    frame = frame.with_columns(blank_nulls(table, frame[name]) for name in attributes)
+    return frame.with_columns(whole_numbers(table, frame[name], required=True) for name in numbers)
+
+
+def blank_nulls(table: Table, text: pl.Series) -> pl.Series:
+    """Empty the cells that spell NULL, and count them with the table."""
+    spelled = text.str.strip_chars().is_in(NULLS).fill_null(False)
+    table.nulls[text.name] += int(spelled.sum())
+    return text.set(spelled, None)
+
+
+def whole_numbers(table: Table, text: pl.Series, *, required: bool = False) -> pl.Series:
+    """Parse a text column to int64; a cell that is empty or spells NULL is null.
+
+    Raises:
+        UserError: A cell is no whole number, or null where ``required``.
+    """
+    digits = text.str.strip_chars().cast(pl.Int64, strict=False)
+    values, unreadable = mend(table, text, digits, was_float)
+    bad = values.null_count() if required else unreadable
+    if bad:
+        raise bad_numbers(table, text.name, bad, empty=bad - unreadable)
+    return values
 
 
 def whole_number(column: str) -> pl.Expr:
-    """Parse a text column to int64; null where it is no whole number."""
+    """Parse a text column to int64; null where it is not all digits."""
     return pl.col(column).str.strip_chars().cast(pl.Int64, strict=False)
+
+
+def was_float(text: pl.Series) -> pl.Series:
+    """Read whole numbers that a spreadsheet or data frame wrote as floats, where that is exact.
+
+    >>> was_float(pl.Series(["22995465.0", "7.5", "2.3E+07", "12345678901234567.0"])).to_list()
+    [22995465, None, None, None]
+    """
+    whole = text.str.strip_chars().str.extract(r"^([+-]?\d+)\.0*$").cast(pl.Int64, strict=False)
+    return whole.set(whole.abs() > _EXACT_FLOAT, None)
+
+
+def mend(
+    table: Table, text: pl.Series, parsed: pl.Series, again: Callable[[pl.Series], pl.Series]
+) -> tuple[pl.Series, int]:
+    """Look again at cells that were not parsed; most columns have none, and cost nothing here.
+
+    Args:
+        table: Where NULL's spellings are counted.
+        text: The cells.
+        parsed: What came of them at first.
+        again: Another way to read a cell.
+
+    Returns:
+        The values, and the number of cells that are neither read nor NULL.
+    """
+    if parsed.null_count() > text.null_count():
+        text = blank_nulls(table, text)
+        parsed = parsed.fill_null(again(text))
+    return parsed, parsed.null_count() - text.null_count()
 
 
 def require_rows(table: Table, rows: int) -> None:
@@ -151,22 +217,28 @@ def times(frame: pl.DataFrame, table: Table, column: str, *, required: bool) -> 
     Raises:
         UserError: A cell is in another format, or empty where ``required``.
     """
-    parsed = frame.with_columns(moment(column))
-    lost = parsed[column].null_count()
-    if not required:
-        lost -= frame[column].null_count()
+    text = frame[column]
+    first = text.str.to_datetime(TIME_FORMAT, strict=False)
+    values, unreadable = mend(table, text, first, midnight)
+    lost = values.null_count() if required else unreadable
     if lost:
         raise bad_times(table, column, lost)
-    return parsed
+    return frame.with_columns(values)
 
 
-def moment(column: str) -> pl.Expr:
-    """Parse a time, or a date as its midnight; null where it is neither."""
-    text = pl.col(column)
-    return pl.coalesce(
-        text.str.to_datetime(TIME_FORMAT, strict=False),
-        text.str.to_datetime(DATE_FORMAT, strict=False),
-    ).alias(column)
+def midnight(text: pl.Series) -> pl.Series:
+    """Parse dates as their midnight; null where a cell is none."""
+    return text.str.to_datetime(DATE_FORMAT, strict=False)
+
+
+def bad_numbers(table: Table, column: str, cells: int, *, empty: int = 0) -> UserError:
+    """Return the error for cells of a column of whole numbers that hold none."""
+    return UserError(
+        f"{table.label}: {cells} cells of column {column} are no whole number"
+        + f" ({empty} of them empty)" * bool(empty),
+        allowed="digits in every row, as in 22995465 or 22995465.0",
+        fix=_REWRITTEN_FIX,
+    )
 
 
 def bad_times(table: Table, column: str, cells: int) -> UserError:
@@ -174,7 +246,7 @@ def bad_times(table: Table, column: str, cells: int) -> UserError:
     return UserError(
         f"{table.label}: {cells} cells of column {column} are no time",
         allowed="YYYY-MM-DD HH:MM:SS",
-        fix="keep the file as PhysioNet ships it (a spreadsheet may have rewritten it)",
+        fix=_REWRITTEN_FIX,
     )
 
 

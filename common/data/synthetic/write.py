@@ -9,7 +9,6 @@ import csv
 import gzip
 import hashlib
 import io
-import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from common.data.synthetic.catalogue import GROUPS, STATUS_CODES
 from common.data.synthetic.patients import simulate
 from common.data.synthetic.rows import Tally, patient_rows
 from common.errors import UserError
+from common.files import write_json
 
 MANIFEST_NAME = "synthetic.json"
 NOTICE = "SYNTHETIC: invented patients, written by a program. No row describes a person."
@@ -122,9 +122,7 @@ def write_tables(
         planted=dict(sorted(tally.planted.items())),
         expected=tally.expected({table.split("/")[1]: w.rows for table, w in writers.items()}),
     )
-    partial = manifest_path.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
-    partial.replace(manifest_path)
+    write_json(manifest_path, asdict(manifest))
     return manifest
 
 

@@ -1,7 +1,8 @@
 """Every exchange with the judge, kept under the run directory and found by all that was sent.
 
-Only what the server answered is kept, valid or not: a resumed run goes through the same replies and
-the same repair in the same order, and pays for none twice. Failures of the server are not answers.
+What the server answered is kept, valid or not: a resumed run goes through the same replies and the
+same repair in the same order, and pays for none twice. Failures of the server are not answers, but
+a question that it refused (too long, say) is kept as refused, and so is the dialect that it wants.
 What a broken call may have cost is kept too, so that the cost limit holds over sessions.
 """
 
@@ -49,6 +50,10 @@ class Exchanges:
     lost_input_tokens: int = 0
     """What calls without an answer may have cost."""
     lost_output_tokens: int = 0
+    refused: dict[str, int] = field(default_factory=dict)
+    """Status with which a question was refused, by its first key."""
+    dialects: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By server and judge, where it is not the first choice."""
 
     def get(self, key: str) -> Exchange | None:
         """Return the exchange of this key, if there was one."""
@@ -65,7 +70,11 @@ def read_exchanges(path: Path) -> Exchanges:
     content = path.read_bytes() if path.exists() else b""
     for line in content[: content.rfind(b"\n") + 1].splitlines():
         record = json.loads(line)
-        if record.get("lost"):
+        if "refused" in record:
+            found.refused[record["key"]] = record["refused"]
+        elif "dialect" in record:
+            found.dialects[record["key"]] = record["dialect"]
+        elif record.get("lost"):
             found.lost_input_tokens += record["input_tokens"]
             found.lost_output_tokens += record["output_tokens"]
         else:
@@ -123,6 +132,17 @@ class ExchangeCache:
         self.exchanges.lost_input_tokens += input_tokens
         self.exchanges.lost_output_tokens += output_tokens
         self._append({"lost": True, "input_tokens": input_tokens, "output_tokens": output_tokens})
+
+    def put_refused(self, key: str, status: int) -> None:
+        """Keep that a question was refused."""
+        self.exchanges.refused[key] = status
+        self._append({"refused": status, "key": key})
+
+    def put_dialect(self, key: str, dialect: dict[str, Any]) -> None:
+        """Keep the dialect in which a judge answered."""
+        if self.exchanges.dialects.get(key) != dialect:
+            self.exchanges.dialects[key] = dialect
+            self._append({"dialect": dialect, "key": key})
 
     def _append(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record, ensure_ascii=True) + "\n")

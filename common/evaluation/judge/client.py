@@ -1,7 +1,8 @@
-"""One call to an OpenAI-compatible server: what is sent, what came back, and when to try again.
+"""One question to an OpenAI-compatible server: its dialect, when to try again, what came back.
 
-openai's own retries are off: waits, the Retry-After header and the cost of a broken call are
-handled here, in one place. No redirect is followed, and nothing bound for loopback meets a proxy.
+openai's own retries are off: they would hide calls that broke after they were sent, which the cost
+limit must charge, and they neither share a pause nor honour a Retry-After of more than a minute. No
+redirect is followed, and nothing bound for loopback meets a proxy.
 """
 
 import asyncio
@@ -17,63 +18,22 @@ from typing import Any
 from common.config import JudgeConfig
 from common.errors import RunFailed, UserError
 from common.evaluation.judge.cost import Meter, input_bound_tokens
+from common.evaluation.judge.dialect import Dialect, dialects
 from common.evaluation.judge.gate import Endpoint
-from common.evaluation.judge.rubric import SCHEMA
+from common.files import writable
 
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 30.0
 LONGEST_RETRY_AFTER_SECONDS = 300.0
 _LONGEST_NAME = 200
 _RETRIED_STATUS = frozenset({408, 409, 425, 429})
+_REFUSED_STATUS = frozenset({400, 413, 422})
+"""The server does not take this question; it may take others."""
 _MEANINGS = {
     401: "refuses the API key",
     403: "refuses the API key",
     404: "knows no such model or path",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dialect:
-    """What this server understands of the chat-completions interface."""
-
-    schema: bool
-    """It takes ``response_format``."""
-    limit_key: str = "max_tokens"
-
-    def body(
-        self, model: str, messages: Sequence[Mapping[str, str]], config: JudgeConfig
-    ) -> dict[str, Any]:
-        """Return everything that is sent."""
-        body: dict[str, Any] = {
-            "model": model,
-            "messages": [dict(message) for message in messages],
-            "temperature": config.temperature,
-            self.limit_key: config.max_output_tokens,
-        }
-        if self.schema:
-            body["response_format"] = {
-                "type": "json_schema",
-                "json_schema": {"name": "verdicts", "strict": True, "schema": dict(SCHEMA)},
-            }
-        return body
-
-    def without(self, complaint: str, *, fixed_schema: bool) -> "Dialect | None":
-        """Return the dialect that avoids what a 400 or 422 complains about; None if unknown."""
-        if self.limit_key == "max_tokens" and "max_completion_tokens" in complaint:
-            return replace(self, limit_key="max_completion_tokens")
-        if self.schema and not fixed_schema and _names_schema(complaint):
-            return replace(self, schema=False)
-        return None
-
-
-def dialects(config: JudgeConfig) -> list[Dialect]:
-    """Return every dialect that these settings allow, the preferred one first."""
-    schemas = {"auto": (True, False), "json-schema": (True,), "none": (False,)}
-    return [
-        Dialect(schema=schema, limit_key=key)
-        for key in ("max_tokens", "max_completion_tokens")
-        for schema in schemas[config.response_format]
-    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,33 +49,41 @@ class Reply:
     counted: bool
 
 
-class Unsupported(Exception):
-    """The server asks for another dialect."""
-
-    def __init__(self, dialect: Dialect) -> None:
-        super().__init__("the server asks for another dialect")
-        self.dialect = dialect
-
-
 class Unavailable(Exception):
     """The server failed as often as it may; ``str()`` says how the last time."""
 
 
-class _Again(Exception):
+class Refused(Exception):
+    """The server does not take this question, in any dialect.
+
+    Args:
+        status: The HTTP status; what the server said is not kept, it may quote the question.
+    """
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"refused: status {status}")
+        self.status = status
+
+
+class _Failed(Exception):
     """One failed attempt.
 
     Args:
         how: What happened, without anything that the server said.
+        status: The HTTP status, if there was one.
+        complaint: What the server said, for choosing a dialect; never shown.
         wait_seconds: What Retry-After asks for.
     """
 
-    def __init__(self, how: str, wait_seconds: float | None = None) -> None:
+    def __init__(
+        self, how: str, status: int = 0, complaint: str = "", wait_seconds: float | None = None
+    ) -> None:
         super().__init__(how)
-        self.wait_seconds = wait_seconds
+        self.status, self.complaint, self.wait_seconds = status, complaint, wait_seconds
 
 
 class JudgeClient:
-    """Sends bodies, with a shared pause when the server asks for one.
+    """Asks questions, with a shared pause when the server asks for one.
 
     Args:
         endpoint: From ``check_endpoint``.
@@ -123,6 +91,7 @@ class JudgeClient:
         api_key: Empty for none.
         meter: Where every attempt is charged.
         lost: Called with the worst-case tokens of a call that broke after it was sent.
+        kept: The dialects that judges have answered in.
     """
 
     def __init__(
@@ -133,12 +102,16 @@ class JudgeClient:
         api_key: str,
         meter: Meter,
         lost: Callable[[int, int], None],
+        kept: Mapping[str, Dialect],
     ) -> None:
         import openai
 
         self._config, self._endpoint, self._meter = config, endpoint, meter
         self._lost = lost
         self._not_before = 0.0
+        self._allowed = dialects(config)
+        self._first_answer, self._failing = asyncio.Lock(), False
+        self.kept = dict(kept)
         self._openai = openai
         self._client = openai.AsyncOpenAI(
             base_url=endpoint.url,
@@ -154,43 +127,87 @@ class JudgeClient:
         """Close all connections."""
         await self._client.close()
 
-    async def send(self, body: Mapping[str, Any], dialect: Dialect) -> Reply:
-        """Send one body until it is answered.
+    async def ask(
+        self, judge: str, asked: Sequence[Mapping[str, str]]
+    ) -> tuple[dict[str, Any], Reply]:
+        """Ask one question until it is answered; return what was sent, and the answer.
+
+        Until a judge has answered once, its questions go one by one: one finds the dialect for all.
+        (Not so at a server that fails: that is sooner known side by side.)
 
         Raises:
-            Unsupported: If the server wants another dialect.
+            Refused: If the server does not take this question.
             Unavailable: If all attempts failed.
             CostLimit: If one more attempt could pass the limit.
-            UserError: If the server refuses the call as such.
+            UserError: If the server refuses every call.
+            RunFailed: If it asks for a long wait.
         """
-        how = ""
-        for attempt in range(self._config.attempts):
+        if judge in self.kept or self._failing:
+            return await self._ask(judge, asked)
+        async with self._first_answer:
+            if judge not in self.kept:
+                return await self._ask(judge, asked)
+        return await self._ask(judge, asked)
+
+    async def _ask(
+        self, judge: str, asked: Sequence[Mapping[str, str]]
+    ) -> tuple[dict[str, Any], Reply]:
+        dialect = self.kept.get(judge, self._allowed[0])
+        failures = 0
+        while True:
             await self._pause()
+            body = dialect.body(judge, asked, self._config)
             try:
-                return await self._attempt(body, dialect)
-            except _Again as failure:
-                how = str(failure)
-                wait = failure.wait_seconds
-                if wait is not None and wait > LONGEST_RETRY_AFTER_SECONDS:
-                    raise RunFailed(
-                        f"judge server: {how}, and asks to wait {wait:.0f} s; run the same command "
-                        "again later, it goes on where it stopped"
-                    ) from None
-                if wait is not None:
-                    self._not_before = max(self._not_before, time.monotonic() + wait)
-                elif attempt + 1 < self._config.attempts:
-                    await asyncio.sleep(min(FIRST_WAIT_SECONDS * 2**attempt, LONGEST_WAIT_SECONDS))
-        raise Unavailable(how)
+                reply = await self._attempt(body)
+            except _Failed as failure:
+                # Another dialect is kept only if it is answered in: a complaint may mislead.
+                other = dialect.without(failure.complaint)
+                if other and failure.status in _REFUSED_STATUS | {500}:
+                    if other in self._allowed:
+                        dialect = other
+                        continue
+                    if judge not in self.kept:
+                        raise UserError(
+                            f"judge server {self._endpoint.named} refuses the JSON schema",
+                            fix="--set judge.response-format=auto",
+                        ) from None
+                if failure.status in _REFUSED_STATUS:
+                    raise Refused(failure.status) from None
+                failures += 1
+                self._not_before = max(self._not_before, self._wait_until(failure))
+                if failures == self._config.attempts:
+                    self._failing = True
+                    raise Unavailable(str(failure)) from None
+                last = failures == self._config.attempts - 1
+                plain = replace(dialect, schema=False)
+                if failure.status == 500 and last and judge not in self.kept:
+                    # Some servers break at response_format without saying so.
+                    dialect = plain if plain in self._allowed else dialect
+                if failure.wait_seconds is None:
+                    wait = FIRST_WAIT_SECONDS * 2 ** (failures - 1)
+                    await asyncio.sleep(min(wait, LONGEST_WAIT_SECONDS))
+            else:
+                self.kept[judge] = dialect
+                return body, reply
+
+    def _wait_until(self, failure: _Failed) -> float:
+        wait = failure.wait_seconds or 0.0
+        if wait > LONGEST_RETRY_AFTER_SECONDS:
+            raise RunFailed(
+                f"judge server: {failure}, and asks to wait {wait:.0f} s; run the same command "
+                "again later, it goes on where it stopped"
+            ) from None
+        return time.monotonic() + wait
 
     async def _pause(self) -> None:
         while (left := self._not_before - time.monotonic()) > 0:
             await asyncio.sleep(left)
 
-    async def _attempt(self, body: Mapping[str, Any], dialect: Dialect) -> Reply:
+    async def _attempt(self, body: Mapping[str, Any]) -> Reply:
         reply = None
         async with self._meter.call(body, self._config.max_output_tokens) as charge:
             try:
-                with self._failures(dialect, charge_off=lambda: setattr(charge, "due", False)):
+                with self._failures(charge_off=lambda: setattr(charge, "due", False)):
                     # openai's timeout is per read: a server that drips would never meet it.
                     async with asyncio.timeout(self._config.timeout_seconds):
                         # As extra_body, openai sends the schema as it is, without walking it.
@@ -210,59 +227,56 @@ class JudgeClient:
                     self._lost(charge.input_tokens, charge.output_tokens)
 
     @contextlib.contextmanager
-    def _failures(self, dialect: Dialect, charge_off: Callable[[], None]) -> Iterator[None]:
+    def _failures(self, charge_off: Callable[[], None]) -> Iterator[None]:
         """Translate every failure of one attempt; those that cost nothing are charged off."""
         openai = self._openai
         try:
             yield
-        except openai.APITimeoutError:
-            raise _Again("no answer in time") from None
-        except TimeoutError:
-            raise _Again("no answer in time") from None
+        except (openai.APITimeoutError, TimeoutError):
+            raise _Failed("no answer in time") from None
         except openai.APIConnectionError as error:
             if type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout"):
                 charge_off()
-                raise _Again("no connection") from None
-            raise _Again("closed connection") from None
+                raise _Failed("no connection") from None
+            raise _Failed("closed connection") from None
         except openai.APIStatusError as error:
             charge_off()
-            self._refusal(error.status_code, _complaint(error), dialect, error.response.headers)
+            status = error.status_code
+            if status < 500 and status not in _RETRIED_STATUS | _REFUSED_STATUS:
+                raise self._closed(status) from None
+            raise _Failed(
+                f"status {status}",
+                status,
+                # As it is, escapes and all: only words are looked for.
+                json.dumps(error.body, default=str) if error.body is not None else error.message,
+                retry_after_seconds(error.response.headers),
+            ) from None
 
-    def _refusal(
-        self, status: int, complaint: str, dialect: Dialect, headers: Mapping[str, str]
-    ) -> None:
-        if status >= 500 or status in _RETRIED_STATUS:
-            raise _Again(f"status {status}", retry_after_seconds(headers)) from None
-        if status in (400, 422):
-            fixed = self._config.response_format == "json-schema"
-            other = dialect.without(complaint, fixed_schema=fixed)
-            if other:
-                raise Unsupported(other) from None
+    def _closed(self, status: int) -> UserError:
         where = f"judge server {self._endpoint.named}"
         if 300 <= status < 400:
-            raise UserError(
+            return UserError(
                 f"{where} redirects elsewhere (status {status}); redirects are not followed",
                 fix="set judge.base-url to the address that answers itself",
-            ) from None
-        raise UserError(
+            )
+        return UserError(
             f"{where} {_MEANINGS.get(status, 'refuses the call')} (status {status})",
             fix="check judge.base-url (it usually ends in /v1), judge.model and the variable named "
             "by judge.api-key-env",
-        ) from None
+        )
 
     def _read(self, text: str, body: Mapping[str, Any]) -> Reply:
         """Read a completion without trusting its shape; without content the text is empty."""
         try:
-            document = json.loads(text)
+            document = json.loads(text.removeprefix("\ufeff"))
         except (ValueError, RecursionError):
             document = None
         choices = document.get("choices", 0) if isinstance(document, dict) else 0
         if not isinstance(choices, list | None):
-            raise _Again("an answer that is no chat completion")
+            raise _Failed("an answer that is no chat completion")
         choices = choices or [{}]
         choice = choices[0] if isinstance(choices[0], dict) else {}
-        message = choice.get("message")
-        content = message.get("content") if isinstance(message, dict) else None
+        cut = choice.get("finish_reason") == "length"
         usage = document.get("usage")
         usage = usage if isinstance(usage, dict) else {}
         counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
@@ -270,9 +284,9 @@ class JudgeClient:
         if not counted:
             counts = [input_bound_tokens(body), self._config.max_output_tokens]
         return Reply(
-            text=content if isinstance(content, str) else "",
-            cut=choice.get("finish_reason") == "length",
-            served_by=str(document.get("model", ""))[:_LONGEST_NAME],
+            text=_text(choice.get("message"), cut=cut),
+            cut=cut,
+            served_by=writable(str(document.get("model", "")))[0][:_LONGEST_NAME],
             input_tokens=counts[0] or 0,
             output_tokens=counts[1] or 0,
             counted=counted,
@@ -297,12 +311,21 @@ def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
     return None
 
 
-def _complaint(error: Any) -> str:
-    """What the server said, for choosing a dialect; never shown, it may quote the request."""
-    return json.dumps(error.body, default=str) if error.body is not None else str(error.message)
+def _text(message: Any, *, cut: bool) -> str:
+    """Return what a message says: a text, or parts of one; if empty, what counts as its reasoning.
 
+    A server that finds no end of the thought sends all of it as reasoning, the answer included; a
+    thought that was cut off holds drafts alone.
 
-def _names_schema(complaint: str) -> bool:
-    return any(
-        word in complaint for word in ("response_format", "json_schema", "guided", "grammar")
-    )
+    >>> _text({"content": [{"text": "a"}, {"text": "b"}]}, cut=False)
+    'ab'
+    """
+    found = message if isinstance(message, dict) else {}
+    for key in ("content", *(() if cut else ("reasoning_content", "reasoning"))):
+        value = found.get(key)
+        parts = value if isinstance(value, list) else [{"text": value}]
+        texts = [part.get("text") for part in parts if isinstance(part, dict)]
+        text = "".join(text for text in texts if isinstance(text, str))
+        if text.strip():
+            return text
+    return ""

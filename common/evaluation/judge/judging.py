@@ -3,22 +3,23 @@
 Each list of predictions.jsonl is shown to each judge ``repeats`` times. A reply that is not one
 verdict per drug is asked for once more; then the judgement is ``unscored``: counted beside the
 mean, never a number. Everything asked and answered lies in ``judge/exchanges.jsonl``, so the same
-command goes on where it was stopped, and judge.jsonl is derived from it.
+command goes on where it was stopped. judge.jsonl holds the verdicts of every judge that was asked
+about the run's present answers: a second one is written beside the first.
 """
 
 import asyncio
 import contextlib
 import datetime
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.errors import FedrxError, RunFailed
+from common.errors import FedrxError, RunFailed, UserError
 from common.evaluation.judge.cache import Exchange, ExchangeCache, exchange_key
-from common.evaluation.judge.client import JudgeClient, Unavailable, Unsupported, dialects
+from common.evaluation.judge.client import JudgeClient, Refused, Unavailable
 from common.evaluation.judge.cost import CostLimit, Meter
+from common.evaluation.judge.dialect import Dialect, dialects
 from common.evaluation.judge.gate import Statement
 from common.evaluation.judge.plan import (
     EXCHANGES,
@@ -28,20 +29,22 @@ from common.evaluation.judge.plan import (
     exchange_keys,
     first_messages,
     prices_of,
-    spent_usd,
 )
 from common.evaluation.judge.rubric import (
+    Reading,
     ReplyProblem,
     Verdict,
     read_verdicts,
     repair_messages,
 )
-from common.evaluation.judge.summary import summarise
-from common.files import atomic_path, write_json
+from common.evaluation.judge.summary import counts, summarise, usage
+from common.files import json_line, writable, write_json, write_text
 from common.rundir import RunDirectory
 
 STATEMENTS = Path("judge") / "statements.jsonl"
 _FAILURES_IN_A_ROW = 3
+_REFUSED_AT_FIRST = 10
+"""So many refusals and no answer: not the lists are wrong, but the call."""
 
 Progress = Callable[[int, int], None]
 
@@ -54,6 +57,7 @@ class _Progress:
     report: Progress | None
     done: dict[int, Judgement] = field(default_factory=dict)
     failures_in_a_row: int = 0
+    refused: int = 0
     stopped: FedrxError | None = None
     limit_reached: bool = False
 
@@ -90,14 +94,13 @@ def judge_run(
     """
     if plan.endpoint.statement:
         _keep_statement(run, plan, plan.endpoint.statement)
+    beside = _judged_before(run, plan)
     shared = _Progress(total=len(plan.tasks), report=progress)
+    prices = prices_of(plan.config)
     with ExchangeCache(run.path / EXCHANGES) as cache:
-        prices = prices_of(plan.config)
-        meter = Meter(
-            prices,
-            limit_usd=plan.config.max_cost_usd,
-            spent_usd=spent_usd(cache.exchanges, plan.config),
-        )
+        before = usage(cache.exchanges, prices)
+        limit = plan.config.max_cost_usd
+        meter = Meter(prices, limit_usd=limit, spent_usd=before["cost_usd"])
         try:
             asyncio.run(_judge_all(plan, cache, meter, shared, api_key))
         finally:
@@ -105,10 +108,23 @@ def judge_run(
                 shared.done.get(place, Judgement(task=task, verdicts=None, asked=False))
                 for place, task in enumerate(plan.tasks)
             ]
-            result = summarise(plan, judgements, cache.exchanges, prices, seed=seed)
+            scored = sum(judgement.verdicts is not None for judgement in judgements)
+            together = [*beside, *judgements]
+            after = usage(cache.exchanges, prices)
+            result = summarise(plan, together, seed=seed) | {
+                "served_by": sorted({one.served_by for one in cache.exchanges.all()}),
+                "usage": {key: after[key] for key in after if key != "cost_usd"},
+                "cost_usd": after["cost_usd"],
+                "invocation": {
+                    "judges": list(plan.judges),
+                    **counts(judgements),
+                    **{key: after[key] - before[key] for key in after},
+                },
+            }
             # A server that gave nothing does not replace what an earlier one gave.
-            if not shared.stopped or result["judgements"]["scored"]:
-                _write_lines(run.path / "judge.jsonl", judgements)
+            if not shared.stopped or scored:
+                records = [json_line(_record(j)) for j in together if j.asked]
+                write_text(run.path / "judge.jsonl", "".join(records))
                 summary = run.read_json("summary.json")
                 write_json(run.path / "summary.json", {**summary, "judge": result})
     if shared.stopped:
@@ -130,7 +146,12 @@ async def _judge_all(
     api_key: str,
 ) -> None:
     client = JudgeClient(
-        plan.endpoint, plan.config, api_key=api_key, meter=meter, lost=cache.put_lost
+        plan.endpoint,
+        plan.config,
+        api_key=api_key,
+        meter=meter,
+        lost=cache.put_lost,
+        kept=_kept_dialects(plan, cache),
     )
     session = _Session(plan, cache, client)
     queue = iter(enumerate(plan.tasks))
@@ -147,6 +168,16 @@ async def _judge_all(
             except FedrxError as error:
                 shared.stopped = shared.stopped or error
                 return
+            except Refused as refusal:
+                shared.refused += 1
+                if shared.refused >= _REFUSED_AT_FIRST and not client.kept:
+                    shared.stopped = shared.stopped or UserError(
+                        f"judge server {plan.endpoint.named} refuses the call (status "
+                        f"{refusal.status} for each of {shared.refused} lists)",
+                        fix="check judge.model, judge.max-output-tokens (it counts towards the "
+                        "server's context) and the server's log",
+                    )
+                judgement = Judgement(task=task, verdicts=None, problem=str(refusal))
             except Unavailable as failure:
                 shared.failures_in_a_row += 1
                 if shared.failures_in_a_row >= _FAILURES_IN_A_ROW:
@@ -165,8 +196,19 @@ async def _judge_all(
             for _ in range(min(plan.config.concurrency, len(plan.tasks))):
                 group.create_task(work())
     finally:
+        session.keep()
         with contextlib.suppress(Exception):
             await client.close()
+
+
+def _kept_dialects(plan: JudgePlan, cache: ExchangeCache) -> dict[str, Dialect]:
+    known = {
+        judge: Dialect(**cache.exchanges.dialects[f"{plan.endpoint.named} {judge}"])
+        for judge in plan.judges
+        if f"{plan.endpoint.named} {judge}" in cache.exchanges.dialects
+    }
+    allowed = dialects(plan.config)
+    return {judge: dialect for judge, dialect in known.items() if dialect in allowed}
 
 
 class _Session:
@@ -174,50 +216,59 @@ class _Session:
 
     def __init__(self, plan: JudgePlan, cache: ExchangeCache, client: JudgeClient) -> None:
         self._plan, self._cache, self._client = plan, cache, client
-        self._dialect = dialects(plan.config)[0]
         self._locks: dict[str, asyncio.Lock] = {}
+        self._refused: dict[str, tuple[str, int]] = {}
 
     async def judge(self, task: Task) -> Judgement:
         asked = first_messages(task)
         first = await self._exchange(task, asked)
+        keys: tuple[str, ...] = (first.key,)
         try:
-            verdicts = _verdicts(first, task)
-        except ReplyProblem as problem:
-            mended = repair_messages(asked, first.text, problem)
-            second = await self._exchange(task, mended)
-            keys = (first.key, second.key)
             try:
-                return Judgement(task=task, verdicts=_verdicts(second, task), keys=keys)
-            except ReplyProblem as last:
-                return Judgement(task=task, verdicts=None, problem=last.kind, keys=keys)
-        return Judgement(task=task, verdicts=verdicts, keys=(first.key,))
+                reading = _verdicts(first, task)
+            except ReplyProblem as problem:
+                second = await self._exchange(
+                    task, repair_messages(asked, writable(first.text)[0], problem)
+                )
+                keys = (first.key, second.key)
+                reading = _verdicts(second, task)
+        except ReplyProblem as last:
+            return Judgement(task=task, verdicts=None, problem=last.kind, keys=keys)
+        return Judgement(task=task, verdicts=reading.verdicts, keys=keys, escaped=reading.escaped)
+
+    def keep(self) -> None:
+        """Keep what was refused by a judge that answers: its lists alone were at fault."""
+        for key, (judge, status) in self._refused.items():
+            if judge in self._client.kept:
+                self._cache.put_refused(key, status)
 
     async def _exchange(self, task: Task, asked: Sequence[Mapping[str, str]]) -> Exchange:
         keys = exchange_keys(self._plan, task, asked)
         # Equal lists of two models are one question: the second waits for the first's answer.
         async with self._locks.setdefault(keys[0], asyncio.Lock()):
-            return self._known(keys) or await self._ask(task, asked)
+            made = self._cache.exchanges
+            known = next((made.by_key[key] for key in keys if key in made.by_key), None)
+            return known or await self._ask(task, asked, keys[0])
 
-    def _known(self, keys: Sequence[str]) -> Exchange | None:
-        found = (self._cache.exchanges.get(key) for key in keys)
-        return next((exchange for exchange in found if exchange), None)
+    async def _ask(self, task: Task, asked: Sequence[Mapping[str, str]], question: str) -> Exchange:
+        before = None if self._plan.retry_refused else self._cache.exchanges.refused.get(question)
+        if question in self._refused or before:
+            raise Refused(before or self._refused[question][1])
+        try:
+            body, reply = await self._client.ask(task.judge, asked)
+        except Refused as refusal:
+            self._refused[question] = task.judge, refusal.status
+            raise
+        named = self._plan.endpoint.named
+        exchange = Exchange(key=exchange_key(named, body, task.repeat), **asdict(reply))
+        self._cache.put(exchange)
+        dialect = self._client.kept[task.judge]
+        if dialect != dialects(self._plan.config)[0]:
+            self._cache.put_dialect(f"{named} {task.judge}", asdict(dialect))
+        return exchange
 
-    async def _ask(self, task: Task, asked: Sequence[Mapping[str, str]]) -> Exchange:
-        while True:
-            dialect = self._dialect
-            body = dialect.body(task.judge, asked, self._plan.config)
-            try:
-                reply = await self._client.send(body, dialect)
-            except Unsupported as other:
-                self._dialect = other.dialect
-                continue
-            key = exchange_key(self._plan.endpoint.named, body, task.repeat)
-            exchange = Exchange(key=key, **asdict(reply))
-            self._cache.put(exchange)
-            return exchange
 
-
-def _verdicts(exchange: Exchange, task: Task) -> tuple[Verdict, ...]:
+def _verdicts(exchange: Exchange, task: Task) -> Reading:
     try:
         return read_verdicts(exchange.text, task.item.drugs)
     except ReplyProblem as problem:
@@ -233,10 +284,30 @@ def _keep_statement(run: RunDirectory, plan: JudgePlan, statement: Statement) ->
     run.append(str(STATEMENTS), {**record, **asdict(statement)})
 
 
-def _write_lines(target: Path, judgements: Sequence[Judgement]) -> None:
-    with atomic_path(target, mode=0o600) as temporary:
-        records = [json.dumps(_record(j), ensure_ascii=False) + "\n" for j in judgements if j.asked]
-        temporary.write_text("".join(records), encoding="utf-8")
+def _judged_before(run: RunDirectory, plan: JudgePlan) -> list[Judgement]:
+    """Read what stays beside this plan: other judges' words on the answers that are still there."""
+    summary = run.read_json("summary.json")
+    # An evaluation of other answers takes the judgement out of the summary.
+    lines = run.lines("judge.jsonl") if "judge" in summary else []
+    stay = []
+    for line in lines:
+        item = plan.lists.get((line["case"], line["model"]))
+        server = line["server"] if "server" in line else summary["judge"].get("server", "")
+        now = line["judge"] in plan.judges and server == plan.endpoint.named
+        if item is None or (now and line["model"] in plan.models):
+            continue
+        verdicts = [Verdict(**verdict) for verdict in line["verdicts"] or ()]
+        if not verdicts or tuple(verdict.drug for verdict in verdicts) == item.drugs:
+            stay.append(
+                Judgement(
+                    task=Task(item, line["judge"], line["repeat"], server),
+                    verdicts=tuple(verdicts) or None,
+                    problem=line["problem"] or "",
+                    keys=tuple(line["exchanges"]),
+                    escaped=line.get("escaped", 0),
+                )
+            )
+    return stay
 
 
 def _record(judgement: Judgement) -> dict[str, Any]:
@@ -251,4 +322,6 @@ def _record(judgement: Judgement) -> dict[str, Any]:
         "verdicts": None if verdicts is None else [asdict(verdict) for verdict in verdicts],
         "problem": judgement.problem or None,
         "exchanges": list(judgement.keys),
+        "server": task.server,
+        **({"escaped": judgement.escaped} if judgement.escaped else {}),
     }

@@ -1,18 +1,22 @@
 """What judging a run will ask: which lists, which judges, how often, where, at what price."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.config import JudgeConfig
 from common.errors import UserError
-from common.evaluation.judge.cache import Exchanges, exchange_key, read_exchanges
-from common.evaluation.judge.client import dialects
+from common.evaluation.judge.cache import exchange_key, read_exchanges
 from common.evaluation.judge.cost import Prices, estimated_tokens
+from common.evaluation.judge.dialect import dialects
 from common.evaluation.judge.gate import Endpoint, Statement, check_endpoint, source_of_run
 from common.evaluation.judge.rubric import Verdict, distinct_drugs, messages
+from common.evaluation.judge.summary import usage
+from common.files import writable
 from common.rundir import RunDirectory
 
 EXCHANGES = Path("judge") / "exchanges.jsonl"
@@ -38,6 +42,8 @@ class Task(NamedTuple):
     item: Item
     judge: str
     repeat: int
+    server: str
+    """Two servers may call different judges by one name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +59,8 @@ class Judgement:
     """False when the run stopped before its turn."""
     keys: tuple[str, ...] = ()
     """Its exchanges in the cache; the second is the repair."""
+    escaped: int = 0
+    """Texts of the reply that UTF-8 cannot hold as they were."""
 
     @property
     def score(self) -> float | None:
@@ -66,15 +74,35 @@ class Judgement:
 class JudgePlan:
     """What judging a run asks for."""
 
-    items: tuple[Item, ...]
+    lists: Mapping[tuple[str, str], Item]
+    """Every list of the run that can be judged, by case and model."""
     unanswered: Mapping[str, int]
     """Per model: answers that were not in the format; there is no list to judge."""
     empty: Mapping[str, int]
     """Per model: answers in the format without a drug."""
-    tasks: tuple[Task, ...]
+    models: tuple[str, ...]
+    """Whose lists are judged now."""
+    judges: tuple[str, ...]
     endpoint: Endpoint
     source: str
     config: JudgeConfig
+    retry_refused: bool = False
+    """Ask again what the server did not take the last time."""
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """The lists that are judged now."""
+        return tuple(i for i in self.lists.values() if i.predicted_by in self.models)
+
+    @cached_property
+    def tasks(self) -> tuple[Task, ...]:
+        """Every list before every judge, as often as asked for."""
+        return tuple(
+            Task(item, judge, repeat, self.endpoint.named)
+            for item in self.items
+            for judge in self.judges
+            for repeat in range(self.config.repeats)
+        )
 
 
 def plan_judging(
@@ -83,6 +111,8 @@ def plan_judging(
     *,
     predicted_by: Sequence[str] = (),
     statement: Statement | None = None,
+    dry_run: bool = False,
+    retry_refused: bool = False,
 ) -> JudgePlan:
     """Read the predictions and check that they may go where the configuration sends them.
 
@@ -91,57 +121,67 @@ def plan_judging(
         config: The ``[judge]`` section.
         predicted_by: Models to judge; empty for all.
         statement: From the command line.
+        dry_run: Nothing will be sent: a judge need not be named.
+        retry_refused: Ask again what the server did not take the last time.
 
     Raises:
         UserError: Without predictions or a judge model, or if the data may not go there.
     """
     source = source_of_run(run.read_json("summary.json"), run.read_json("data.json"))
     endpoint = check_endpoint(config.base_url, source=source, statement=statement)
-    judges = [name.strip() for name in config.model.split(",") if name.strip()]
-    if not judges or len(set(judges)) < len(judges):
+    _require_prices(config)
+    lines = run.lines("predictions.jsonl")
+    present = tuple(dict.fromkeys(line["model"] for line in lines))
+    _require_predictions(run, present, predicted_by)
+    items = [item_of(line) for line in lines if line["answer"] and distinct_drugs(line["answer"])]
+    lists = Counter(line["model"] for line in lines)
+    unanswered = Counter(line["model"] for line in lines if line["answer"] is None)
+    judged = Counter(item.predicted_by for item in items)
+    return JudgePlan(
+        lists={(item.case, item.predicted_by): item for item in items},
+        unanswered={name: unanswered[name] for name in present},
+        empty={name: lists[name] - unanswered[name] - judged[name] for name in present},
+        models=tuple(name for name in present if not predicted_by or name in predicted_by),
+        judges=_judges(config, named=not dry_run),
+        endpoint=endpoint,
+        source=source,
+        config=config,
+        retry_refused=retry_refused,
+    )
+
+
+def _judges(config: JudgeConfig, *, named: bool) -> tuple[str, ...]:
+    judges = tuple(name.strip() for name in config.model.split(",") if name.strip())
+    if len(set(judges)) < len(judges) or (named and not judges):
         raise UserError(
             f"judge.model={config.model!r}",
             allowed="the judge's name on the server, or several different ones comma-separated",
             fix="--set judge.model=NAME",
         )
+    return judges or ("",)
+
+
+def _require_prices(config: JudgeConfig) -> None:
     if config.max_cost_usd and not (config.input_usd_per_million or config.output_usd_per_million):
         raise UserError(
             "judge.max-cost-usd is set, but no price",
             fix="set judge.input-usd-per-million and judge.output-usd-per-million",
         )
-    lines = run.lines("predictions.jsonl")
-    present = list(dict.fromkeys(line["model"] for line in lines))
-    unknown = [name for name in predicted_by if name not in present]
-    if not lines or unknown:
+
+
+def _require_predictions(run: RunDirectory, present: Sequence[str], wanted: Sequence[str]) -> None:
+    unknown = [name for name in wanted if name not in present]
+    if not present or unknown:
         raise UserError(
             f"{run.path} has no predictions" + (f" by {', '.join(unknown)}" if unknown else ""),
             allowed=", ".join(present),
-            fix="run `fedrx evaluate` first" if not lines else "name models of this run",
+            fix="name models of this run" if present else "run `fedrx evaluate` first",
         )
-    kept = [line for line in lines if not predicted_by or line["model"] in predicted_by]
-    items = [item_of(line) for line in kept if line["answer"] and distinct_drugs(line["answer"])]
-    names = [name for name in present if not predicted_by or name in predicted_by]
-    unanswered = {n: sum(x["answer"] is None and x["model"] == n for x in kept) for n in names}
-    all_lists = {n: sum(x["model"] == n for x in kept) for n in names}
-    judged = {n: sum(item.predicted_by == n for item in items) for n in names}
-    return JudgePlan(
-        items=tuple(items),
-        unanswered=unanswered,
-        empty={n: all_lists[n] - unanswered[n] - judged[n] for n in names},
-        tasks=tuple(
-            Task(item, judge, repeat)
-            for item in items
-            for judge in judges
-            for repeat in range(config.repeats)
-        ),
-        endpoint=endpoint,
-        source=source,
-        config=config,
-    )
 
 
 def item_of(line: Mapping[str, Any]) -> Item:
     """Take what a judge may know out of a line of predictions.jsonl."""
+    line, _ = writable(line)
     return Item(
         case=line["case"],
         cluster=line["cluster"],
@@ -163,7 +203,8 @@ def estimate(run: RunDirectory, plan: JudgePlan) -> dict[str, Any]:
     calls: dict[str, Task] = {}
     for task in plan.tasks:
         keys = exchange_keys(plan, task, first_messages(task))
-        if not any(made.get(key) for key in keys):
+        refused = keys[0] in made.refused and not plan.retry_refused
+        if not refused and not any(made.get(key) for key in keys):
             calls.setdefault(keys[0], task)
     input_tokens = output_tokens = 0
     for task in calls.values():
@@ -183,7 +224,7 @@ def estimate(run: RunDirectory, plan: JudgePlan) -> dict[str, Any]:
         "output_tokens": output_tokens,
         "cost_usd": round(prices.cost_usd(input_tokens, output_tokens), 6),
         "most_usd": round(prices.cost_usd(most_input, most_output), 6),
-        "spent_usd": round(spent_usd(made, plan.config), 6),
+        "spent_usd": round(usage(made, prices)["cost_usd"], 6),
         "max_cost_usd": plan.config.max_cost_usd,
         "server": plan.endpoint.named,
         "source": plan.source,
@@ -204,11 +245,3 @@ def exchange_keys(plan: JudgePlan, task: Task, asked: Sequence[Mapping[str, str]
 def prices_of(config: JudgeConfig) -> Prices:
     """Return the configured prices."""
     return Prices(input_usd=config.input_usd_per_million, output_usd=config.output_usd_per_million)
-
-
-def spent_usd(made: Exchanges, config: JudgeConfig) -> float:
-    """Return what all calls so far have cost, broken ones at their worst."""
-    return prices_of(config).cost_usd(
-        sum(exchange.input_tokens for exchange in made.all()) + made.lost_input_tokens,
-        sum(exchange.output_tokens for exchange in made.all()) + made.lost_output_tokens,
-    )

@@ -6,12 +6,14 @@ The judge sees the patient, the diagnoses and the list: never what was really or
 """
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.data.names import normalise_string
+from common.files import writable
 
 INSTRUCTION = """\
 You are an experienced clinical pharmacist. Review the prescriptions of one hospital stay, and \
@@ -46,13 +48,11 @@ SCHEMA: Mapping[str, Any] = {
     "additionalProperties": False,
 }
 
-LONGEST_REASON = 500
-"""Characters of a reason that are kept."""
 _SHOWN_NAMES = 20
 _PATIENT = (("Sex", "sex"), ("Age", "age"))
 _MEASURES = (("Height", "height_cm", " cm"), ("Weight", "weight_kg", " kg"), ("BMI", "bmi", ""))
-_FENCE = re.compile(r"^```[a-zA-Z]*\s*\n(.*)\n```$", re.DOTALL)
-_THOUGHT = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
+_THOUGHT_ENDS = "</think>"
+"""Many chat templates open the thought in the prompt, so that a reply shows its end alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +63,27 @@ class Verdict:
     """As in the answer, not as the judge spelled it."""
     suitable: bool
     reason: str
+    """As the judge gave it."""
+
+
+class Reading(NamedTuple):
+    """A reply that is an answer."""
+
+    verdicts: tuple[Verdict, ...]
+    escaped: int
+    """Texts of the reply that UTF-8 cannot hold as they were; see ``common.files``."""
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(strict=True)
+    drug: str
+    suitable: bool
+    reason: str
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(strict=True)
+    drugs: list[_Entry]
 
 
 class ReplyProblem(ValueError):
@@ -128,68 +149,75 @@ def repair_messages(
     return [*(dict(m) for m in asked), *answer, {"role": "user", "content": wish}]
 
 
-def read_verdicts(reply: str, drugs: Sequence[str]) -> tuple[Verdict, ...]:
+def read_verdicts(reply: str, drugs: Sequence[str]) -> Reading:
     """Check a reply and return one verdict per drug, in the order of ``drugs``.
 
-    A code fence or a leading ``<think>`` block around the object is forgiven, and names are
-    compared up to case and blanks; nothing else is.
+    What stands around the one object (thoughts, prose, a code fence, a byte order mark) is
+    forgiven, and names are compared up to case and blanks; nothing else is.
 
     Raises:
         ReplyProblem: If anything else than one verdict for each of ``drugs`` is there.
 
     >>> [v.suitable for v in read_verdicts(
-    ...     '{"drugs": [{"drug": "aspirin", "suitable": true, "reason": "MI"}]}', ["Aspirin"])]
+    ...     '{"drugs": [{"drug": "aspirin", "suitable": true, "reason": "MI"}]}', ["Aspirin"]
+    ... ).verdicts]
     [True]
     """
-    entries = _entries(reply)
+    try:
+        value, escaped = writable(_answer(reply))
+        entries = _Answer.model_validate(value).drugs
+    except (ValidationError, RecursionError):
+        raise ReplyProblem(
+            "not-the-schema",
+            'it is not {"drugs": [{"drug": text, "suitable": true or false, "reason": text}]}',
+        ) from None
     wanted = {normalise_string(drug): drug for drug in drugs}
     found: dict[str, Verdict] = {}
     foreign: list[str] = []
     for entry in entries:
-        name, suitable, reason = _fields(entry)
-        key = normalise_string(name)
+        key = normalise_string(entry.drug)
         if key not in wanted:
-            foreign.append(name)
+            foreign.append(entry.drug)
         elif key in found:
             raise ReplyProblem("repeated-drug", f"{wanted[key]!r} appears more than once")
         else:
-            found[key] = Verdict(
-                drug=wanted[key], suitable=suitable, reason=reason.strip()[:LONGEST_REASON]
-            )
+            found[key] = Verdict(drug=wanted[key], suitable=entry.suitable, reason=entry.reason)
     if foreign:
         raise ReplyProblem("foreign-drug", f"these are not in the list: {_shown(foreign)}")
     missing = [drug for key, drug in wanted.items() if key not in found]
     if missing:
         raise ReplyProblem("missing-drug", f"these are missing: {_shown(missing)}")
-    return tuple(found[key] for key in wanted)
+    return Reading(tuple(found[key] for key in wanted), escaped)
 
 
-def _entries(reply: str) -> list[Any]:
-    text = _THOUGHT.sub("", reply).strip()
-    if fenced := _FENCE.match(text):
-        text = fenced[1]
+def _answer(reply: str) -> Any:
+    """Return the one object with "drugs" in a reply, or else what the whole reply says."""
+    text = reply.strip("\ufeff \t\r\n")
     if not text:
         raise ReplyProblem("empty", "it is empty")
+    # The mark of a thought's end may also be quoted in a reason: then nothing stands after it.
+    for part in (text.rpartition(_THOUGHT_ENDS)[2], text):
+        answers = [value for value in _objects(part) if "drugs" in value]
+        if len(answers) == 1:
+            return answers[0]
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError):
-        raise ReplyProblem("not-json", "it is not one JSON object") from None
-    entries = value.get("drugs") if isinstance(value, dict) else None
-    if not isinstance(entries, list):
-        raise ReplyProblem("not-the-schema", 'it is not an object with a list "drugs"')
-    return entries
+        raise ReplyProblem("not-json", "it does not hold one JSON object") from None
 
 
-def _fields(entry: Any) -> tuple[str, bool, str]:
-    if isinstance(entry, dict):
-        name, suitable = entry.get("drug"), entry.get("suitable")
-        reason = entry.get("reason")
-        if isinstance(name, str) and isinstance(suitable, bool) and isinstance(reason, str):
-            return name, suitable, reason
-    raise ReplyProblem(
-        "not-the-schema",
-        'an entry is not {"drug": text, "suitable": true or false, "reason": text}',
-    )
+def _objects(text: str) -> Iterator[dict[str, Any]]:
+    """Find the JSON objects of a text; what one holds inside is not looked at again."""
+    decoder = json.JSONDecoder()
+    start = text.find("{")
+    while start >= 0:
+        try:
+            value, end = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            end = start + 1
+        else:
+            yield value
+        start = text.find("{", end)
 
 
 def _shown(names: Sequence[str]) -> str:

@@ -18,48 +18,78 @@ RESAMPLES = 1000
 CONFIDENCE = 0.95
 
 
-def summarise(
-    plan: "JudgePlan",
-    judgements: Sequence["Judgement"],
-    made: "Exchanges",
-    prices: "Prices",
-    *,
-    seed: int,
-) -> dict[str, Any]:
-    """Return the ``judge`` part of summary.json.
+def summarise(plan: "JudgePlan", judgements: Sequence["Judgement"], *, seed: int) -> dict[str, Any]:
+    """Return what the ``judge`` part of summary.json says of the judgements.
 
     A sample's score is the mean over its scored judgements; a sample without any is unscored. The
     mean over samples leaves unscored ones out, and says how many.
+
+    Args:
+        plan: Of the last invocation.
+        judgements: Its judgements, and those of earlier ones that stand beside them.
+        seed: Of the interval's resamples.
     """
-    asked = sum(judgement.asked for judgement in judgements)
+    names = _names(judgements)
+    of_judge: dict[str, list[Judgement]] = {name: [] for name in names.values()}
+    for judgement in judgements:
+        of_judge[names[judgement.task.judge, judgement.task.server]].append(judgement)
     return {
-        "model": plan.config.model,
+        "model": ", ".join(of_judge) or plan.config.model,
         "server": plan.endpoint.named,
         "temperature": plan.config.temperature,
         "repeats": plan.config.repeats,
         "source": plan.source,
         "agreement_stated": plan.endpoint.statement is not None,
-        "complete": asked == len(judgements),
-        "judgements": {
-            "asked": asked,
-            "scored": sum(judgement.verdicts is not None for judgement in judgements),
-            "unscored": sum(j.asked and j.verdicts is None for j in judgements),
-            "not_asked": len(judgements) - asked,
-            "repaired": sum(len(j.keys) == 2 and j.verdicts is not None for j in judgements),
-            "problems": dict(Counter(j.problem for j in judgements if j.problem)),
-        },
-        "appropriateness": {
-            model: _appropriateness(
-                [j for j in judgements if j.task.item.predicted_by == model],
-                unanswered=plan.unanswered[model],
-                empty=plan.empty[model],
-                seed=seed,
-            )
-            for model in plan.unanswered
+        "complete": all(judgement.asked for judgement in judgements),
+        "judgements": counts(judgements),
+        "appropriateness": _by_model(plan, judgements, seed),
+        "judges": {
+            name: {
+                "server": theirs[0].task.server,
+                "judgements": counts(theirs),
+                "appropriateness": _by_model(plan, theirs, seed),
+            }
+            for name, theirs in of_judge.items()
         },
         **_agreement(judgements),
-        "served_by": sorted({exchange.served_by for exchange in made.all()}),
-        **_usage(made, prices),
+    }
+
+
+def _names(judgements: Sequence["Judgement"]) -> dict[tuple[str, str], str]:
+    """Name every judge, with its server where two servers have one of that name."""
+    judges = list(dict.fromkeys((j.task.judge, j.task.server) for j in judgements))
+    often = Counter(judge for judge, _ in judges)
+    return {
+        (judge, server): f"{judge} at {server}" if often[judge] > 1 else judge
+        for judge, server in judges
+    }
+
+
+def counts(judgements: Sequence["Judgement"]) -> dict[str, Any]:
+    """Count judgements by what came of them, and the reasons of those without a score."""
+    asked = sum(judgement.asked for judgement in judgements)
+    escaped = sum(judgement.escaped for judgement in judgements)
+    return {
+        "asked": asked,
+        "scored": sum(judgement.verdicts is not None for judgement in judgements),
+        "unscored": sum(j.asked and j.verdicts is None for j in judgements),
+        "not_asked": len(judgements) - asked,
+        "repaired": sum(len(j.keys) == 2 and j.verdicts is not None for j in judgements),
+        "problems": dict(Counter(j.problem for j in judgements if j.problem)),
+        **({"escaped_texts": escaped} if escaped else {}),
+    }
+
+
+def _by_model(plan: "JudgePlan", judgements: Sequence["Judgement"], seed: int) -> dict[str, Any]:
+    of_model: dict[str, list[Judgement]] = {name: [] for name in plan.unanswered}
+    for judgement in judgements:
+        of_model[judgement.task.item.predicted_by].append(judgement)
+    return {
+        model: _appropriateness(
+            theirs, unanswered=plan.unanswered[model], empty=plan.empty[model], seed=seed
+        )
+        for model, theirs in of_model.items()
+        if theirs or model in plan.models
     }
 
 
@@ -109,13 +139,13 @@ def _interval(scores: Sequence[tuple[int, float]], seed: int) -> list[float] | N
 def _agreement(judgements: Sequence["Judgement"]) -> dict[str, Any]:
     """Alpha over all judges and repeats per drug; flips among the repeats of one judge."""
     by_drug: dict[tuple[str, str, str], list[bool]] = {}
-    by_judge: dict[tuple[str, str, str, str], list[bool]] = {}
+    by_judge: dict[tuple[str, ...], list[bool]] = {}
     for judgement in judgements:
-        item = judgement.task.item
+        item, judge, _, server = judgement.task
         for verdict in judgement.verdicts or ():
             drug = (item.case, item.predicted_by, verdict.drug)
             by_drug.setdefault(drug, []).append(verdict.suitable)
-            by_judge.setdefault((*drug, judgement.task.judge), []).append(verdict.suitable)
+            by_judge.setdefault((*drug, judge, server), []).append(verdict.suitable)
     units = [values for values in by_drug.values() if len(values) > 1]
     steady = unanimous_share(list(by_judge.values()))
     return {
@@ -128,20 +158,18 @@ def _agreement(judgements: Sequence["Judgement"]) -> dict[str, Any]:
     }
 
 
-def _usage(made: "Exchanges", prices: "Prices") -> dict[str, Any]:
-    """Everything the run's judging has taken so far, over all sessions."""
+def usage(made: "Exchanges", prices: "Prices") -> dict[str, Any]:
+    """Return what all judging of a run has taken so far, over all invocations."""
     calls = made.all()
     input_tokens = sum(exchange.input_tokens for exchange in calls)
     output_tokens = sum(exchange.output_tokens for exchange in calls)
     return {
-        "usage": {
-            "calls": len(calls),
-            "input_tokens": input_tokens,
-            "output_tokens": output_tokens,
-            "calls_without_usage": sum(not exchange.counted for exchange in calls),
-            "lost_input_tokens_at_most": made.lost_input_tokens,
-            "lost_output_tokens_at_most": made.lost_output_tokens,
-        },
+        "calls": len(calls),
+        "input_tokens": input_tokens,
+        "output_tokens": output_tokens,
+        "calls_without_usage": sum(not exchange.counted for exchange in calls),
+        "lost_input_tokens_at_most": made.lost_input_tokens,
+        "lost_output_tokens_at_most": made.lost_output_tokens,
         "cost_usd": prices.cost_usd(
             input_tokens + made.lost_input_tokens, output_tokens + made.lost_output_tokens
         ),

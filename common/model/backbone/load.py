@@ -4,11 +4,11 @@
 Llama built in code; anything else is a folder or a hub id of a Llama.
 """
 
+import functools
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from common.errors import UserError
-from common.files import write_text
 from common.model.backbone import embedded, tiny
+from common.model.backbone.llama_config import read_llama_config, tensors_of
+from common.model.backbone.tokenizer import check_tokenizer, read_tokenizer, tokenizer_facts
+from common.model.backbone.weights import check_weights, weights_digest
+from common.model.kernels import rope
 from common.user_cache import fedrx_cache
 
 if TYPE_CHECKING:
@@ -67,8 +70,10 @@ class BackboneSpec:
     hub_id: str
     """Name on the Hugging Face hub, for model cards; empty when unknown."""
     fingerprint: str
-    """sha256 of configuration and weights."""
+    """sha256 of configuration, weights, tokenizer and chat template, as they are loaded."""
     shape: BackboneShape
+    rope: str = "default"
+    """Kind of its rotary position embedding, as transformers names it."""
 
     def fingerprint_as(self, weights: str) -> str:
         """Return what hospitals must agree on: fp8 weights are another function.
@@ -104,17 +109,13 @@ def resolve_backbone(
     """
     cache_dir = cache_dir or fedrx_cache()
     if name == "tiny":
-        model = tiny.tiny_model()
-        digest = hashlib.sha256(_canonical(_essential(model.config.to_diff_dict())))
-        for key, tensor in sorted(model.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(tensor.numpy().tobytes())
+        config = tiny.tiny_config()
         return BackboneSpec(
             name=name,
             folder=None,
             hub_id="",
-            fingerprint=digest.hexdigest(),
-            shape=BackboneShape.of(model.config),
+            fingerprint=_tiny_fingerprint(),
+            shape=BackboneShape.of(config),
         )
     if name == "embedded":
         folder, hub_id = embedded.ensure_embedded(cache_dir, progress), embedded.HUB_ID
@@ -123,12 +124,21 @@ def resolve_backbone(
     else:
         folder, hub_id = _hub_folder(name), name
     config = read_llama_config(folder, name)
+    expected, optional = tensors_of(config, name)
+    files = check_weights(folder, name, expected, optional=optional)
+    tokenizer = read_tokenizer(folder, name, vocabulary=config.vocab_size)
     return BackboneSpec(
         name=name,
         folder=folder,
         hub_id=hub_id,
-        fingerprint=_fingerprint(folder, cache_dir, progress),
+        fingerprint=_fingerprint(
+            config=_read_json(folder / "config.json"),
+            weights=weights_digest(files, cache_dir, progress),
+            tokenizer=tokenizer_facts(tokenizer),
+            ends=_read_json(folder / "generation_config.json").get("eos_token_id"),
+        ),
         shape=BackboneShape.of(config),
+        rope=config.rope_parameters["rope_type"],
     )
 
 
@@ -147,8 +157,14 @@ def load_model(
     place: dict[str, Any] = {"device_map": {"": device}} if straight else {}
     with _without_progress_bars():
         model = LlamaForCausalLM.from_pretrained(
-            spec.folder, dtype=dtype, local_files_only=True, **place
+            spec.folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **place,
         )
+    rope.install(model)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -170,53 +186,11 @@ def load_tokenizer(spec: BackboneSpec) -> "PreTrainedTokenizerBase":
     """Load the tokenizer.
 
     Raises:
-        UserError: If it has no chat template or no end token.
+        UserError: If it is not what ``read_tokenizer`` asks for.
     """
     if spec.folder is None:
         return tiny.tiny_tokenizer()
-    from transformers import AutoTokenizer
-
-    tokenizer: PreTrainedTokenizerBase
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(spec.folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"model.backbone={spec.name} has no readable tokenizer",
-            fix="name a folder with tokenizer.json and tokenizer_config.json",
-        ) from None
-    if not tokenizer.chat_template or tokenizer.eos_token_id is None:
-        raise UserError(
-            f"model.backbone={spec.name}: the tokenizer has no chat template or no end token",
-            fix="use an instruction-tuned Llama",
-        )
-    return tokenizer
-
-
-def read_llama_config(folder: Path, name: str) -> "LlamaConfig":
-    """Read a folder's configuration.
-
-    Raises:
-        UserError: If there is none, or it is not a Llama's.
-    """
-    from transformers import LlamaConfig
-
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = content.get("model_type")
-    except (OSError, ValueError, AttributeError):
-        raise UserError(
-            f"model.backbone={name}: no readable config.json there",
-            allowed="`embedded`, `tiny`, a folder with a Llama, or a hub id",
-            fix="set model.backbone",
-        ) from None
-    if kind != "llama":
-        raise UserError(
-            f"model.backbone={name} is a {kind!r}, not a Llama",
-            allowed="models with model_type llama",
-            fix="set model.backbone",
-        )
-    config: LlamaConfig = LlamaConfig.from_pretrained(folder)
-    return config
+    return read_tokenizer(spec.folder, spec.name, vocabulary=spec.shape.vocabulary)
 
 
 def _hub_folder(name: str) -> Path:
@@ -238,57 +212,39 @@ def _hub_folder(name: str) -> Path:
         ) from None
 
 
-def _fingerprint(folder: Path, cache_dir: Path, progress: Callable[[str], None] | None) -> str:
-    """Hash configuration and weights; remembered by path, size and time of change."""
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise UserError(
-            f"model.backbone={folder} has no *.safetensors",
-            fix="name a folder that holds the weights in that format",
-        )
-    for file in weights:
-        _require_whole(file)
-    files = [folder / "config.json", *weights]
-    stamp = _canonical([[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
-    remembered = cache_dir / "fingerprints" / hashlib.sha256(stamp).hexdigest()
-    if remembered.is_file():
-        return remembered.read_text(encoding="ascii").strip()
-    size = sum(file.stat().st_size for file in files)
-    if progress and size > 2**31:
-        progress(f"hashing the backbone's weights ({size / 2**30:.1f} GiB), once")
-    fingerprint = _hash_files(files)
-    write_text(remembered, fingerprint + "\n")
-    return fingerprint
+def _fingerprint(**parts: Any) -> str:
+    """Hash everything that loading reads and that decides a result."""
+    parts["config"] = _essential(parts["config"])
+    return hashlib.sha256(_canonical(parts)).hexdigest()
 
 
-def _require_whole(file: Path) -> None:
-    from safetensors import SafetensorError, safe_open
+@functools.cache
+def _tiny_fingerprint() -> str:
+    model, tokenizer = tiny.tiny_model(), tiny.tiny_tokenizer()
+    check_tokenizer(tokenizer, "tiny", vocabulary=model.config.vocab_size)
+    weights = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        weights.update(key.encode())
+        weights.update(tensor.numpy().tobytes())
+    return _fingerprint(
+        config=model.config.to_diff_dict(),
+        weights=weights.hexdigest(),
+        tokenizer=tokenizer_facts(tokenizer),
+        ends=None,
+    )
 
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object; nothing where there is no file."""
     try:
-        with safe_open(file, framework="pt"):
-            pass
-    except (SafetensorError, OSError):
-        raise UserError(
-            f"model.backbone: {file} is damaged or incomplete", fix="fetch or copy it again"
-        ) from None
-
-
-def _hash_files(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    # Shards are hashed side by side: hashing lets go of the interpreter.
-    with ThreadPoolExecutor(max_workers=len(files)) as pool:
-        for path, part in zip(files, pool.map(_hash_file, files), strict=True):
-            digest.update(path.name.encode())
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def _hash_file(path: Path) -> bytes:
-    """Return what one file adds: a configuration's essential content, or a shard's sha256."""
-    if path.name == "config.json":
-        return _canonical(_essential(json.loads(path.read_text(encoding="utf-8"))))
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"model.backbone: {file} is not readable", fix="copy it again") from None
+    return content
 
 
 def _essential(config: dict[str, Any]) -> dict[str, Any]:

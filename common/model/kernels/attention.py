@@ -68,7 +68,7 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -
     Raises:
         UserError: If the requested kernel cannot run here.
     """
-    obstacles = {kernel: _obstacle(kernel, device, dtype) for kernel in KERNELS}
+    obstacles = {kernel: obstacle(kernel, device, dtype) for kernel in KERNELS}
     if requested == "auto":
         kernel = next(kernel for kernel in KERNELS if not obstacles[kernel])
         passed = [f"{k}: {obstacles[k]}" for k in KERNELS[: KERNELS.index(kernel)]]
@@ -87,14 +87,14 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -
 def register() -> str:
     """Make packed attention known to transformers; returns the name to set on the model."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(_REGISTERED, _attention_forward)
-    AttentionMaskInterface.register(_REGISTERED, sdpa_mask)
+    AttentionMaskInterface.register(_REGISTERED, AttentionMaskInterface()["sdpa"])
     return _REGISTERED
 
 
-def _obstacle(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
+def obstacle(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Say why a kernel cannot run here, or return nothing."""
     if kernel in ("sdpa", "eager"):
         return ""
     if device.type != "cuda":
@@ -129,11 +129,10 @@ def _attention_forward(
 ) -> tuple[Tensor, None]:
     """Attend as transformers asks: [1, H, T, E] in, [1, T, H, E] out."""
     if packing is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        from transformers import AttentionInterface
 
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **rest
-        )
+        own = AttentionInterface()["sdpa"]
+        return own(module, query, key, value, attention_mask, scaling=scaling, **rest)
     q_THE, k_TGE, v_TGE = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
     return attend(q_THE, k_TGE, v_TGE, scaling, packing)[None], None
 
@@ -145,14 +144,18 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> 
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:
+    # Segment by segment: in one product, a neighbour's weight of 0 times its NaN would be NaN.
     shared = q.shape[1] // k.shape[1]
-    tokens = torch.arange(len(q), device=q.device)
-    segments = torch.bucketize(tokens, packing.bounds_device[1:], right=True)
-    seen_TT = (segments[:, None] == segments[None, :]) & (tokens[:, None] >= tokens[None, :])
-    k, v = (t.repeat_interleave(shared, 1) for t in (k, v))
-    scores_HTT = q.transpose(0, 1) @ k.permute(1, 2, 0) * scaling
-    weights_HTT = scores_HTT.masked_fill(~seen_TT, -torch.inf).softmax(-1, dtype=torch.float32)
-    return (weights_HTT.to(q.dtype) @ v.transpose(0, 1)).transpose(0, 1)
+    outputs = []
+    for start, stop in itertools.pairwise(packing.bounds):
+        q_part, k_part, v_part = (t[start:stop] for t in (q, k, v))
+        k_part, v_part = (t.repeat_interleave(shared, 1) for t in (k_part, v_part))
+        scores_HTT = q_part.transpose(0, 1) @ k_part.permute(1, 2, 0) * scaling
+        future_TT = torch.ones(scores_HTT.shape[1:], dtype=torch.bool, device=q.device).triu(1)
+        weights_HTT = scores_HTT.masked_fill(future_TT, -torch.inf).softmax(-1, torch.float32)
+        out_HTE = weights_HTT.to(q.dtype) @ v_part.transpose(0, 1)
+        outputs.append(out_HTE.transpose(0, 1))
+    return torch.cat(outputs)
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.undocumented.torch_names import flash_attention_backward, flash_attention_forward
+
 _BLOCK_TOKENS = 128
-_flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def packed_attention(
@@ -48,7 +48,7 @@ class _PackedAttention(torch.autograd.Function):
         lse_HT = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
         for start, stop in itertools.pairwise(bounds):
             q_part, k_part, v_part = (_heads_first(t[start:stop]) for t in (q, k, v))
-            part, lse = _flash_forward(q_part, k_part, v_part, 0.0, True, scale=scaling)
+            part, lse = flash_attention_forward(q_part, k_part, v_part, 0.0, True, scale=scaling)
             out[start:stop] = part[0].transpose(0, 1)
             lse_HT[:, start:stop] = lse[0]
         ctx.scaling, ctx.bounds = scaling, bounds
@@ -91,7 +91,7 @@ def _torch_backward(
     shared = q.shape[1] // groups
     k_all, v_all = (t.repeat_interleave(shared, 1) for t in (k, v))
     q_part, k_part, v_part, out_part, d_part = map(_heads_first, (q, k_all, v_all, out, d_out))
-    grads = _flash_backward(
+    grads = flash_attention_backward(
         d_part, q_part, k_part, v_part, out_part, lse_HT[None], 0.0, True, scale=scaling
     )
     d_q.copy_(grads[0][0].transpose(0, 1))

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from common.undocumented.torch_names import cudnn_attention, flash_attention_cuda
+
 _PROBE_TOKENS = 64
 
 
@@ -82,9 +84,7 @@ def cudnn(
     keeps = torch.is_grad_enabled()
 
     def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        found: Any = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, keeps, 0.0, True, False, scale=scaling
-        )
+        found: Any = cudnn_attention(q, k, v, None, keeps, 0.0, True, False, scale=scaling)
         out: Tensor = found[0]
         return out
 
@@ -118,9 +118,7 @@ def _grouped_flash(
 ) -> Tensor:
     # What varlen_attn calls; the kernel groups heads, its older signature only does not say so.
     ends = (bounds_device, bounds_device, longest, longest)
-    found: Any = torch.ops.aten._flash_attention_forward(
-        q, k, v, *ends, 0.0, True, False, scale=scaling
-    )
+    found: Any = flash_attention_cuda(q, k, v, *ends, 0.0, True, False, scale=scaling)
     out: Tensor = found[0]
     return out
 

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from common.choice import Choice
 from common.errors import UserError
+from common.undocumented.torch_names import silu_backward
 
 FP8_LARGEST = 448.0
 """Of e4m3, which has no infinity."""
@@ -108,12 +109,9 @@ def kernels_named(name: str) -> Kernels:
 @cache
 def _compiled() -> Kernels:
     """Compile the pure functions; each compiles when first called, once for each dtype."""
-    from torch._dynamo import config
-
     # Packed batches have ever new lengths: after the second one a function takes any.
     compile_one: Any = torch.compile
     compiled = {name: compile_one(function, fullgraph=True) for name, function in _PURE.items()}
-    config.cache_size_limit = max(config.cache_size_limit, 32)
     return Kernels(**compiled)
 
 
@@ -156,7 +154,7 @@ def _swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
 
 
 def _swiglu_backward(d_out_TI: Tensor, gate_TI: Tensor, up_TI: Tensor) -> tuple[Tensor, Tensor]:
-    d_gate_TI = torch.ops.aten.silu_backward(d_out_TI * up_TI, gate_TI)
+    d_gate_TI = silu_backward(d_out_TI * up_TI, gate_TI)
     return d_gate_TI, functional.silu(gate_TI).mul_(d_out_TI)
 
 

@@ -19,6 +19,7 @@ from torch.nn import functional
 from common.choice import Choice
 from common.errors import UserError
 from common.model.kernels.elementwise import Kernels
+from common.undocumented.torch_names import scaled_mm
 
 WEIGHTS = ("bf16", "fp8")
 _FP8 = torch.float8_e4m3fn
@@ -68,7 +69,7 @@ def _scaled(
 ) -> Tensor:
     """Return ``(left * scales) (right * scales)^T`` with fp32 accumulation, [T, N]."""
     if left_TK.device.type == "cuda":
-        return torch._scaled_mm(
+        return scaled_mm(
             left_TK,
             right_NK.T,
             scale_a=left_T1,
@@ -120,11 +121,13 @@ class Fp8Linear(nn.Module):
         self.bias = base.bias
         self.quantised = Fp8Weight.of(base.weight, kernels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x W^T + bias``, [..., O]."""
-        if x.ndim == 2:  # as it is, so that the residual can be added in its memory
-            return shared_input(x, (self,))[0]
-        return shared_input(x.reshape(-1, x.shape[-1]), (self,))[0].view(*x.shape[:-1], -1)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``input W^T + bias``, [..., O]."""
+        if input.ndim == 2:  # as it is, so that the residual can be added in its memory
+            return shared_input(input, (self,))[0]
+        return shared_input(input.reshape(-1, input.shape[-1]), (self,))[0].view(
+            *input.shape[:-1], -1
+        )
 
 
 def shared_input(x_TD: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:

@@ -14,12 +14,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from common.model.adapter.falora import AdaptedLinear
 from common.model.kernels.attention import Packing, attend
 from common.model.kernels.elementwise import TORCH, Kernels
 from common.model.kernels.frozen import Fp8Linear, shared_input
+from common.undocumented.transformers_names import LlamaDecoderLayer
 
 _FROZEN = (nn.Linear, Fp8Linear)
 KeepKeys = Callable[[int, Tensor, Tensor], None]
@@ -33,18 +34,15 @@ class LeanLayer(LlamaDecoderLayer):
         self, base: LlamaDecoderLayer, recompute: str, kernels: Kernels, *, last: bool
     ) -> None:
         nn.Module.__init__(self)
-        self.hidden_size = base.hidden_size
-        self.self_attn = base.self_attn
-        self.mlp = base.mlp
-        self.input_layernorm = base.input_layernorm
-        self.post_attention_layernorm = base.post_attention_layernorm
+        # All of it, so that transformers' own forward finds what a later release adds.
+        self.__dict__.update(base.__dict__)
         self.recompute, self.kernels, self.last = recompute, kernels, last
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output, [1, T, D] for packed batches."""
         packing: Packing | None = kwargs.get("packing")
         if packing is None:
-            return cast("Tensor", super().forward(hidden_states, **kwargs))
+            return cast("Tensor", super().forward(hidden_states, *args, **kwargs))
         cos_TE, sin_TE = (t[0] for t in kwargs["position_embeddings"])
         at_N = kwargs.get("at") if self.last else None
         inputs = (hidden_states[0], cos_TE, sin_TE, packing, kwargs.get("keep"), at_N)

@@ -1,9 +1,7 @@
 """The private gradient source: what the training loop asks in place of a batch gradient.
 
-A unit's gradient must be a function of that unit alone. In fp32 units share a packed pass: no row
-of a product depends on the rows beside it. In bf16 it does, because kernels round and block by the
-batch's size (3% of a unit's gradient on SmolLM2-135M with AMX; the sum moved by 1.006 clip norms
-when one of 12 units left), so there every unit has passes of its own.
+A unit's gradient must be a function of that unit alone. Units share a packed pass only where that
+is proven (``common.privacy.mechanism.isolation``), and have passes of their own anywhere else.
 
 Shapes: U units of one micro-batch, P trainable parameters.
 """
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from common.model.session import Session
 from common.privacy.mechanism.clipping import clipped_sum
+from common.privacy.mechanism.isolation import check_backbone, shared_passes
 from common.privacy.mechanism.noise import NoiseSource
 from common.privacy.mechanism.release import GaussianMechanism
 from common.privacy.mechanism.sampling import Units, group_units
@@ -71,7 +70,8 @@ class PrivateGradient:
         A unit's gradient is the mean of its samples' gradients. Units stand in order, so at most
         one of them spans two micro-batches, and only its partial sum is carried.
         """
-        alone = session.dtype.value != "fp32"
+        check_backbone(session.spec)
+        alone = not shared_passes(session).value
         adapter = session.adapter
         sum_P = torch.zeros_like(adapter.flat)
         carried_P: Tensor | None = None

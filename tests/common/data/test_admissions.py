@@ -170,6 +170,7 @@ hostile = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(changed=hostile, copies=st.integers(0, 2))
 def test_rows_in_are_rows_out_and_the_reasons(write_tables, small_tables, changed, copies):

@@ -61,6 +61,7 @@ def test_what_a_person_writes(text, code, title):
     assert index().read(text) == Diagnosis(code=code, title=title)
 
 
+@pytest.mark.slow
 def test_the_public_titles_are_those_of_the_demos_dictionary(mimic_demo):
     """Editions differ by a few per cent of the codes; the titles of shared codes, by spellings."""
     official = {one.code: one.title for one in table_diagnoses(mimic_demo)}

@@ -85,6 +85,7 @@ def test_outliers_are_rejected_counted_and_replaced_by_older_values(write_tables
 day = st.integers(1, 9).map(lambda n: f"2152-03-{n:02d}")
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(day, st.integers(1, 3), st.integers(100, 400)), min_size=1, max_size=10))
 def test_latest_on_or_before_by_a_loop(write_tables, entries):

@@ -10,6 +10,7 @@ from common.data.prepare import load_samples
 from common.errors import UserError
 
 
+@pytest.mark.slow
 @given(st.text(max_size=40))
 def test_string_level_is_idempotent_and_blind_to_case_and_blanks(text):
     once = normalise_string(text)

@@ -132,6 +132,7 @@ def many_rows():
     ]
 
 
+@pytest.mark.slow
 def test_chunk_size_and_row_order_change_nothing(write_tables, many_rows):
     folder = write_tables(prescriptions=many_rows)
     whole = by_code(folder, chunk_rows=len(many_rows))
@@ -150,6 +151,7 @@ def test_buckets_give_the_same(write_tables, many_rows, monkeypatch):
     assert (lists, reasons, counts) == whole
 
 
+@pytest.mark.slow
 def test_batches_have_the_size_asked_for(write_tables, many_rows):
     seen = []
     table = find_tables(write_tables(prescriptions=many_rows))["prescriptions"]

@@ -69,6 +69,7 @@ def test_a_damaged_entry_is_written_again(write_tables, tmp_path, damage):
     assert load(entry).frame.height == len(first.admissions)
 
 
+@pytest.mark.slow
 def test_no_changed_bit_is_served(write_tables, tmp_path):
     load_samples(DataConfig(path=str(write_tables())), cache_dir=tmp_path)
     (entry,) = entries(tmp_path)
@@ -141,6 +142,7 @@ main()
 """
 
 
+@pytest.mark.process
 def test_the_command_line_says_what_to_do_about_a_full_disk(write_tables, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", SMALL_DISK, "data", "prepare", str(write_tables())],
@@ -164,6 +166,7 @@ print(load_samples(config, cache_dir=Path(sys.argv[2])).digest)
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("path", ["synthetic", None])
 def test_processes_may_prepare_at_once(write_tables, tmp_path, path):
     folder = path or str(write_tables())

@@ -175,6 +175,16 @@ def test_a_cut_answer_loses_its_last_line_only():
     assert read_answer("Sure! Here", finished=False) is None
 
 
+def test_a_name_that_utf8_cannot_hold_is_kept_escaped_and_counted(session, monkeypatch):
+    text = "Drugs:\n- half \\u{d83d}\n- Insulin\n- cut"
+    monkeypatch.setattr(session.tokenizer, "decode", lambda *args, **keys: text)
+    found = evaluate_answers(session, HOSPITALS, CONFIG, {"fedrx": None})
+    answers = [row["answer"] for row in found.predictions if row["model"] == "fedrx"]
+    assert [answer[:2] for answer in answers] == [[r"half \ud83d", "Insulin"]] * len(answers)
+    assert found.facts["generation"]["fedrx"]["escaped_names"] == len(answers) > 0
+    json.dumps(found.predictions, ensure_ascii=False).encode()
+
+
 def test_constrained_answers_are_always_in_the_format(session):
     config = replace(CONFIG, evaluation=replace(CONFIG.evaluation, constrained=True))
     generator = torch.Generator().manual_seed(4)

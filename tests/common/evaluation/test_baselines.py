@@ -170,6 +170,7 @@ def cross_validated(admissions: Sequence[Admission], baseline: Baseline, folds=N
     return score(rows, level="string", vocabulary=(), resamples=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("baseline", "expected"),
     [
@@ -198,6 +199,7 @@ def test_splitting_by_admission_would_leak(mimic_demo: Path, tmp_path: Path) -> 
     assert np.mean(leaked) == pytest.approx(0.329, abs=0.01)
 
 
+@pytest.mark.slow
 def test_diagnoses_tell_much_about_drugs_in_the_synthetic_source(tmp_path: Path) -> None:
     config = DataConfig(path="synthetic", synthetic_patients=240)
     admissions = load_samples(config, cache_dir=tmp_path).admissions

@@ -1,10 +1,17 @@
 """Batched generation against transformers' own generate, one prompt at a time."""
 
+import inspect
+import warnings
+from types import SimpleNamespace
+from unittest.mock import Mock
+
 import pytest
 import torch
+import transformers
 
 from common.evaluation import decode_graph
 from common.evaluation.generate import Generated, generate
+from common.evaluation.slots import SlotCache, cache_argument
 from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.load import load_model, resolve_backbone
 from common.model.session import open_session
@@ -118,3 +125,42 @@ def test_a_matcher_chooses_in_place_of_the_argmax(session, prompts, way):
 
 def test_no_prompts_no_answers(session):
     assert generate(session, [], max_new_tokens=8, batch_size=4) == []
+
+
+def test_nothing_that_transformers_deprecates_is_used(session, prompts):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert generate(session, prompts, max_new_tokens=4, batch_size=4)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_goes_by_the_name_that_the_forward_gives_it(name):
+    """``past_key_values`` at the low end of the range, ``cache`` from 5.24 on."""
+    forward = inspect.Signature([inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)])
+    model = SimpleNamespace(forward=Mock(__signature__=forward))
+    assert cache_argument(model) == name
+
+
+def test_a_slot_holds_what_transformers_own_cache_holds(session, prompts):
+    """A prompt in slot 1, then a token: keys and values against a ``DynamicCache``, to the bit."""
+    backbone = session.model.model
+    prompt, like = torch.tensor([prompts[0]]), backbone.embed_tokens.weight
+    columns = prompt.shape[1] + 1
+    ours = SlotCache(session.spec.shape, slots=2, columns=columns, like=like)
+    theirs = transformers.DynamicCache()
+    assert isinstance(ours, transformers.Cache)
+    name, token = cache_argument(backbone), torch.tensor([[7]])
+    with torch.inference_mode():
+        ours.expect_prompt(1)
+        assert ours.get_seq_length() == 0
+        backbone(input_ids=prompt, use_cache=True, **{name: ours})
+        assert ours.get_seq_length() == prompt.shape[1]
+        backbone(input_ids=prompt, use_cache=True, **{name: theirs})
+        ours.move(1, 0)
+        ours.expect_tokens(torch.tensor([prompt.shape[1]]), prompt.shape[1])
+        backbone(input_ids=token, use_cache=True, **{name: ours})
+        backbone(input_ids=token, use_cache=True, **{name: theirs})
+    for here, there in zip(ours.layers, theirs.layers, strict=True):
+        assert torch.equal(here.keys[:1], there.keys)
+        assert torch.equal(here.values[:1], there.values)
+        assert torch.equal(here.keys[1, :, :-1], there.keys[0, :, :-1])

@@ -265,3 +265,24 @@ def test_a_judgement_counts_only_while_the_summary_has_it(run, tmp_path):
     assert import_reviews(run, [file])["judge"] is None
     run.write_json("summary.json", {**run.read_json("summary.json"), "judge": {}})
     assert import_reviews(run, [file])["judge"]["agree"] == 1
+
+
+def test_text_that_utf8_cannot_hold_is_kept_escaped_and_counted(run, tmp_path):
+    """A browser writes half a character as its JSON escape."""
+    make_review(run)
+    content = review(packet_of(run), "Dr \ud83d", {}, missing=["half \udc00 drug"])
+    result = import_reviews(run, [write(tmp_path / "a.json", content)])
+    # The name, and the drug in each of the three lists (one answer was none).
+    assert result["escaped_texts"] == 4
+    assert result["reviewers"] == [r"Dr \ud83d"]
+    (stored,) = (run.path / "review").glob("*/reviews/*.json")
+    assert r"half \\udc00 drug" in stored.read_text(encoding="utf-8")
+    assert import_reviews(run, [write(tmp_path / "a.json", content)]) == result
+    broken = write(tmp_path / "b.json", content, body="{\ud800}")
+    with pytest.raises(UserError, match="damaged"):
+        import_reviews(run, [broken])
+
+
+def test_a_list_that_utf8_cannot_hold_can_be_reviewed(run):
+    run.append("predictions.jsonl", line("case-3", "x", ["half \ud83d"]))
+    assert r"half \ud83d" in make_review(run).read_text(encoding="utf-8")

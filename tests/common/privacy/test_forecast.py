@@ -19,6 +19,7 @@ def test_the_forecast_tells_the_plans_own_figures(make_plan) -> None:
     assert len(lines(outlook)) == 3
 
 
+@pytest.mark.slow
 def test_advice_is_true_at_equal_epsilon(make_plan) -> None:
     plan = calibrate(make_plan(noise_multiplier=None), 3.0)
     before = plan.noise_to_signal(P)

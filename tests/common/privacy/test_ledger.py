@@ -96,6 +96,7 @@ def covered(folder: Path, plan: PrivacyPlan) -> bool:
     return spent(folder, plan) >= 10 * len(sent)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_at_any_moment_the_ledger_covers_what_was_sent(tmp_path, make_plan, moment) -> None:
     plan = make_plan()
@@ -107,6 +108,7 @@ def test_killed_at_any_moment_the_ledger_covers_what_was_sent(tmp_path, make_pla
     assert epsilon(plan, spent(tmp_path, plan)).value >= before
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("mutant", [CHARGED_LATE, IN_MEMORY])
 def test_the_check_rejects_charging_late_and_charging_in_memory(
     tmp_path, make_plan, mutant
@@ -115,6 +117,7 @@ def test_the_check_rejects_charging_late_and_charging_in_memory(
     assert not covered(tmp_path, make_plan())
 
 
+@pytest.mark.process
 def test_rounds_in_one_process_cost_what_they_cost_in_many(tmp_path, make_plan) -> None:
     plan, one, many = make_plan(), tmp_path / "one", tmp_path / "many"
     for folder in (one, many):

@@ -186,6 +186,7 @@ def test_seeds_do_not_determine_the_noise() -> None:
     assert not unpredictable(lambda: NoiseSource(deterministic=b"7").gaussian(1000, STD))
 
 
+@pytest.mark.process
 def test_a_forked_process_does_not_repeat_the_noise() -> None:
     source = NoiseSource()
     reader, writer = os.pipe()

@@ -75,6 +75,7 @@ def test_every_field_changes_the_fingerprint(make_plan) -> None:
     assert len(prints | {make_plan().fingerprint}) == len(others) + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rate", "steps", "target"),
     [(0.1, 40, 3.0), (1.0, 10, 2.0), (0.01, 100, 0.1), (0.01, 100, 0.105), (0.01, 100, 0.03)],

@@ -1,16 +1,19 @@
 """Poisson sampling of units (specification test 7, first half)."""
 
 import itertools
+import random
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from scipy import stats
 
 from common.privacy.mechanism.gradients import PrivateGradient
 from common.privacy.mechanism.noise import NoiseSource
 from common.privacy.mechanism.sampling import Units, group_units
+from common.seeds import stream
 from common.training.gradients import StepLoss
 
 Q = 0.2
@@ -137,6 +140,7 @@ class DrawnOnce(Drawn):
         return StepLoss(loss_sum=None, label_tokens=0, packed_tokens=0)
 
 
+@pytest.mark.slow
 def test_every_step_of_the_source_takes_a_poisson_draw(make_plan, samples_of) -> None:
     samples = samples_of([4] * UNITS, range(UNITS))
     adapter = SimpleNamespace(trainable_parameters=1, flat_grad=torch.zeros(1))
@@ -156,3 +160,52 @@ def test_every_step_of_the_source_takes_a_poisson_draw(make_plan, samples_of) ->
     with np.errstate(invalid="ignore"):
         assert not is_poisson(table(Everyone))
         assert not is_poisson(table(DrawnOnce))
+
+
+def drawn_with_seeds_set(make_plan, samples_of, kind: type[Drawn]) -> list[list[int]]:
+    """Who enters 30 steps, with every seed that a server can know set beforehand."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    adapter = SimpleNamespace(trainable_parameters=1, flat_grad=torch.zeros(1))
+    session: Any = SimpleNamespace(adapter=adapter)
+    plan = make_plan(sampling_rate=0.5)
+    source = kind(samples_of([4] * UNITS, range(UNITS)), plan, NoiseSource(), seed=0, micro_batch=4)
+    seen = []
+    for step in range(30):
+        source(session, step)
+        seen.append(source.last)
+    return seen
+
+
+class PublicSeed(Drawn):
+    """The mutant: Poisson draws, flawless but for their seed, which the server knows."""
+
+    def __call__(self, session: Any, step: int) -> StepLoss:
+        chosen = stream(0, "poisson", step).random(len(self.units)) < self.plan.sampling_rate
+        self.clipped_sum(session, [self.units.members[i] for i in np.flatnonzero(chosen)])
+        return StepLoss(loss_sum=None, label_tokens=0, packed_tokens=0)
+
+
+class GlobalSeed(Drawn):
+    """The mutant: torch's own generator."""
+
+    def __call__(self, session: Any, step: int) -> StepLoss:
+        chosen = torch.rand(len(self.units)).numpy() < self.plan.sampling_rate
+        self.clipped_sum(session, [self.units.members[i] for i in np.flatnonzero(chosen)])
+        return StepLoss(loss_sum=None, label_tokens=0, packed_tokens=0)
+
+
+def test_the_draw_is_secret(make_plan, samples_of) -> None:
+    """Amplification holds only against those who do not know who was drawn.
+
+    Two sources with every seed alike agree on 1,200 fair coins with probability 2^-1200.
+    """
+
+    def repeats(kind: type[Drawn]) -> bool:
+        first = drawn_with_seeds_set(make_plan, samples_of, kind)
+        return first == drawn_with_seeds_set(make_plan, samples_of, kind)
+
+    assert not repeats(Drawn)
+    for mutant in (PublicSeed, GlobalSeed):
+        assert repeats(mutant)

@@ -96,6 +96,7 @@ def test_bytes_of_a_real_message_against_lora_in_fp32(codec, goal):
     assert carried <= size <= carried + 20_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["fp32", "bf16", "int8"])
 def test_federation_trains_resumes_and_tells_its_bytes(codec, tiny_config, in_process, copy_run):
     config = tiny_config(federation__codec=codec, federation__rounds=3)

@@ -128,6 +128,7 @@ def tiny_run(tmp_path):
     close_session()
 
 
+@pytest.mark.slow
 def test_a_tiny_run_answers_the_same_each_time(tiny_run):
     pytest.importorskip("llguidance")
     config = assistant_config(tiny_run)

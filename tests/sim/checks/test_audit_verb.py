@@ -12,7 +12,8 @@ from rich.console import Console
 from common.configio import from_flat
 from common.errors import RunFailed, UserError
 from common.privacy.mechanism.release import GaussianMechanism
-from sim.checks.audit import COVERAGE, audit
+from sim.checks.audit import audit
+from sim.checks.audit_page import NOT_COVERED, QUESTIONS
 
 KEYS: dict[str, Any] = {
     "model.backbone": "tiny",
@@ -26,19 +27,35 @@ KEYS: dict[str, Any] = {
 def run_audit(folder: Path, printed: io.StringIO | None = None, **keys: Any) -> dict[str, Any]:
     console = Console(file=printed or io.StringIO())
     config = from_flat({**KEYS, **keys})
-    return audit(config, console=console, command_line=["fedrx", "audit"], run_dir=folder)
+    command = ["fedrx", "audit"]
+    return audit(config, console=console, command_line=command, run_dir=folder, canaries=40)
 
 
-def test_every_audit_has_a_figure_and_a_verdict(tmp_path) -> None:
-    printed = io.StringIO()
-    summary = run_audit(tmp_path / "run", printed)
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> tuple[Path, dict[str, Any], str]:
+    """The run directory, the summary and what was printed of one audit of the product as it is."""
+    folder, printed = tmp_path_factory.mktemp("audits") / "run", io.StringIO()
+    return folder, run_audit(folder, printed), printed.getvalue()
+
+
+@pytest.mark.slow
+def test_every_audit_has_a_figure_and_a_verdict(sound) -> None:
+    folder, summary, printed = sound
     assert summary["passed"] is True
-    assert COVERAGE in " ".join(printed.getvalue().split())
+    assert NOT_COVERED in " ".join(printed.split())
     findings = {finding["audit"]: finding for finding in summary["findings"]}
     assert list(findings) == [
         "one-run audit",
         "one-run audit, control without noise",
         "noise test",
+        "one-run audit of the loop",
+        "membership in the loop",
+        "membership in the loop, control without noise",
+        "releases taken apart",
+        "noise in the loop",
+        "draws",
+        "patients in one pass",
+        "ledger",
         "inversion without privacy",
         "inversion test",
     ]
@@ -49,13 +66,35 @@ def test_every_audit_has_a_figure_and_a_verdict(tmp_path) -> None:
     assert findings["inversion without privacy"]["figure"] > 0.95
     inversion = findings["inversion test"]
     assert inversion["figure"] < inversion["limit"] < 0.65
-    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    for finding in findings.values():
+        assert finding["verdict"]
+        assert finding["false_alarm"] < 1e-4
+        low, high = finding["interval"] or (finding["figure"],) * 2
+        assert low <= finding["figure"] <= float(high)
 
 
+@pytest.mark.slow
+def test_the_page_says_claim_attacks_outcome_and_what_is_left(sound) -> None:
+    folder, summary, _ = sound
+    text = (folder / "audit.md").read_text()
+    page = (folder / "audit.html").read_text()
+    for part in ("The claim", "What was attacked", "What came out", "What is not covered"):
+        assert f"## {part}" in text
+        assert f"<h2>{part}</h2>" in page
+    for finding in summary["findings"]:
+        assert QUESTIONS[finding["audit"]] in text
+        assert finding["verdict"] in text
+    assert "All 13 attacks and checks came out as the claim says" in text
+    assert "script" not in page
+
+
+@pytest.mark.slow
 def test_the_smallest_rank_is_audited_too(tmp_path) -> None:
     assert run_audit(tmp_path / "run", **{"adapter.rank": 2})["passed"] is True
 
 
+@pytest.mark.slow
 def test_a_quarter_of_the_noise_is_caught(tmp_path, monkeypatch) -> None:
     honest = GaussianMechanism.release
 

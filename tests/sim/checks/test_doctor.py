@@ -1,7 +1,9 @@
 """What a machine lacks is found, with its fix, and a sound one passes."""
 
+import importlib.metadata
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from common.errors import FedrxError
@@ -12,6 +14,7 @@ def by_check():
     return {finding.check: finding for finding in doctor.examine()}
 
 
+@pytest.mark.ray
 def test_a_sound_machine_has_nothing_bad(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDRX_CACHE", str(tmp_path))
     findings = by_check()
@@ -28,12 +31,33 @@ def test_what_is_short_is_named_with_its_fix(monkeypatch):
         raise FedrxError("no free port")
 
     monkeypatch.setattr(doctor, "superlink", no_superlink)
-    monkeypatch.setattr(
-        doctor.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30, total=2**31)
-    )
+    monkeypatch.setattr(doctor, "available_memory_bytes", lambda: 2**30)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: SimpleNamespace(free=2**20))
     findings = by_check()
     assert (findings["memory"].state, findings["disk"].state) == ("note", "note")
     assert "FEDRX_CACHE" in findings["disk"].fix
     assert findings["simulation"].state == "bad"
     assert "no free port" in findings["simulation"].found + findings["simulation"].fix
+
+
+@pytest.mark.parametrize(
+    ("installed", "fix"),
+    [("5.24.9", None), ("5.25.0", "upper"), ("5.16.1", "lower"), ("5.25.0rc1", "upper")],
+)
+def test_a_version_outside_of_what_was_tested_is_named(monkeypatch, installed, fix):
+    """Against the ranges in the package's metadata: within, beyond, below."""
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        doctor.importlib.metadata,
+        "version",
+        lambda name: installed if name == "transformers" else version(name),
+    )
+    declared = {"fedrx": ["transformers>=5.17,<5.25", "absent<1; extra == 'more'"]}
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", declared.__getitem__)
+    finding = doctor._packages()
+    if fix is None:
+        assert finding.state == "ok"
+    else:
+        assert finding.state == "note"
+        assert finding.found == f"transformers {installed} was not tested"
+        assert finding.fix == "pip install 'transformers<5.25,>=5.17'"

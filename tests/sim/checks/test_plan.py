@@ -153,6 +153,7 @@ def test_epochs_count_the_largest_hospital(monkeypatch):
     assert plan(config)["steps"] == 2 * 5
 
 
+@pytest.mark.slow
 def test_privacy_stands_in_the_plan():
     config = from_flat(
         {"privacy.noise-multiplier": 1.0, "privacy.sampling-rate": 0.1, "train.device": "cpu"}
@@ -163,6 +164,7 @@ def test_privacy_stands_in_the_plan():
     assert more >= config.train.batch_size * 4 * found["parameters"]["b"]
 
 
+@pytest.mark.slow
 def test_noise_is_weighed_against_everything_that_is_trained():
     keys = {"model.backbone": "tiny", "privacy.noise-multiplier": 1.0}
     for mode in ("fa-lora", "lora"):
@@ -173,6 +175,7 @@ def test_noise_is_weighed_against_everything_that_is_trained():
         assert found["privacy"]["noise_to_signal"] == pytest.approx(by_hand)
 
 
+@pytest.mark.slow
 def test_hospital_level_privacy_stands_in_the_plan_too():
     config = from_flat(
         {

@@ -89,6 +89,7 @@ def test_suggest_prints_a_list(run):
     assert result["patient"]["diagnoses"][0]["code"] == "10:I509"
 
 
+@pytest.mark.slow
 def test_suggest_names_all_wrong_fields_before_it_loads_a_model(run):
     with pytest.raises(UserError, match=r"Sex:.*Age:.*Diagnoses:") as caught:
         fedrx("suggest", run.path)

@@ -30,6 +30,7 @@ def fedrx(*arguments, cwd):
     )
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -96,6 +97,7 @@ def test_what_cannot_run_here_leaves_nothing(verb, overrides, words, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.process
 def test_a_backbone_that_is_no_llama_is_refused(tmp_path):
     other = tmp_path / "bert"
     other.mkdir()
@@ -108,6 +110,7 @@ def test_a_backbone_that_is_no_llama_is_refused(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("damage", ["no tokenizer", "half the weights"])
 def test_a_damaged_backbone_is_refused_before_anything_runs(damage, tmp_path):
     from common.model.backbone import tiny
@@ -124,6 +127,7 @@ def test_a_damaged_backbone_is_refused_before_anything_runs(damage, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.process
 def test_help_names_every_verb_from_any_folder(tmp_path):
     text = fedrx("--help", cwd=tmp_path).stdout
     for verb in ("demo", "federate", "single", "paper", "resume", "data", "plan", "evaluate"):
@@ -132,6 +136,7 @@ def test_help_names_every_verb_from_any_folder(tmp_path):
         assert f" {verb} " in text
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -149,6 +154,7 @@ def test_a_wrong_command_line_is_one_line_too(arguments, line, tmp_path):
     assert not result.stdout
 
 
+@pytest.mark.process
 def test_the_help_of_arguments_is_shown(tmp_path):
     text = " ".join(fedrx("federate", "--help", cwd=tmp_path).stdout.replace("│", "").split())
     assert "A TOML file, or a shipped one" in text
@@ -157,5 +163,6 @@ def test_the_help_of_arguments_is_shown(tmp_path):
     assert "Run directory" in fedrx("suggest", "--help", cwd=tmp_path).stdout
 
 
+@pytest.mark.process
 def test_the_version_is_told(tmp_path):
     assert fedrx("--version", cwd=tmp_path).stdout == f"fedrx {version('fedrx')}\n"

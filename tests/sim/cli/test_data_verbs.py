@@ -118,6 +118,7 @@ def test_prepare_returns_counts_and_shows_them(cache):
     assert "unknown admission" in stream.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hospitals", [1, 14])
 def test_page_and_plots(cache, tmp_path, hospitals):
     found = describe(
@@ -138,6 +139,7 @@ def test_page_and_plots(cache, tmp_path, hospitals):
     assert not re.search(r"(src|href)=[\"']?https?://", text)
 
 
+@pytest.mark.slow
 def test_nothing_shown_tells_who_was_there(description, tmp_path):
     text = write_page(description, tmp_path).read_text() + json.dumps(description.data)
     for hospital in description.hospitals:
@@ -145,6 +147,7 @@ def test_nothing_shown_tells_who_was_there(description, tmp_path):
             assert not re.search(rf"\b({one.patient}|{one.admission})\b", text)
 
 
+@pytest.mark.slow
 def test_equal_input_gives_an_equal_page(description, tmp_path):
     pages = [write_page(description, tmp_path / name).read_bytes() for name in ("a", "b")]
     assert pages[0] == pages[1]

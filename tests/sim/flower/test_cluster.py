@@ -5,9 +5,8 @@ import subprocess
 
 import pytest
 
-from sim.flower.superlink import flower_environment, free_port, script
-
-pytestmark = pytest.mark.slow
+from sim.flower.child_environment import child_environment
+from sim.flower.superlink import free_port, script
 
 
 @pytest.fixture
@@ -34,6 +33,7 @@ def cluster(tmp_path_factory):
     process.wait(60)
 
 
+@pytest.mark.ray
 def test_simulation_joins_the_cluster_of_ray_address(base, laboratory, cluster):
     joined = laboratory.start("joined", environment={"RAY_ADDRESS": cluster}).wait()
     assert joined.code == 0, joined.error
@@ -49,9 +49,13 @@ def test_simulation_joins_the_cluster_of_ray_address(base, laboratory, cluster):
 def test_without_ray_address_a_cluster_on_the_machine_is_left_alone(tmp_path, monkeypatch):
     """Ray itself would join the last ``ray start`` of the machine unasked."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert flower_environment(tmp_path, 1, tmp_path)["RAY_ADDRESS"] == "local"
+
+    def environment():
+        return child_environment(tmp_path, run=tmp_path)
+
+    assert environment()["RAY_ADDRESS"] == "local"
     # Ray then takes 127.0.0.1 as its node's address, and listens there alone.
-    assert flower_environment(tmp_path, 1, tmp_path)["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+    assert environment()["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert flower_environment(tmp_path, 1, tmp_path)["RAY_ADDRESS"] == "10.0.0.1:6379"
-    assert flower_environment(tmp_path, 1, tmp_path)["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "1"
+    assert environment()["RAY_ADDRESS"] == "10.0.0.1:6379"
+    assert environment()["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "1"

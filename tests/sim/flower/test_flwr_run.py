@@ -18,7 +18,7 @@ from common.provenance import PACKAGES
 from common.rundir import RunDirectory
 from sim.flower.superlink import free_port, script
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.ray
 REPOSITORY = Path(__file__).resolve().parents[3]
 SECONDS = 900
 
@@ -144,7 +144,7 @@ def test_stale_superlink_with_other_code_is_found_out(tiny_config, tmp_path, flo
     shutil.copytree(
         REPOSITORY / "client", stale / "client", ignore=shutil.ignore_patterns("__pycache__")
     )
-    old = stale / "client" / "local.py"
+    old = stale / "client" / "local_update.py"
     old.write_text(old.read_text() + "\n# an older line\n")
     started = flower(stale)
     app = checkout(tmp_path)

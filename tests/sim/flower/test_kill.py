@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.ray
 
 
 def handshake_begun(run):

@@ -10,15 +10,20 @@ import pytest
 from flwr.common.serde import message_from_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 
-from common.provenance import available_cpus
+from common.limits import available_cpus
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.ray
 
 
 def messages_of(started):
     for file in sorted(started.spy.glob("message-*.bin")):
         direction = file.stem.split("-")[-1]
         yield direction, message_from_proto(ProtoMessage.FromString(file.read_bytes()))
+
+
+def port_of(processes):
+    superlink = next(p["argv"] for p in processes if "--simulation" in p["argv"])
+    return superlink[superlink.index("--port") + 1]
 
 
 def test_run_finishes_beside_decoys(base):
@@ -157,7 +162,8 @@ def test_two_runs_side_by_side_do_not_meet(base, laboratory):
         assert started.code == 0, started.error
     assert [started.summary["workers"] for started in pair] == [1, 3]
     assert [started.summary["backbone_loads"] for started in pair] == [1, 3]
-    for name in ("FLWR_HOME", "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "RAY_TMPDIR"):
+    assert len({port_of(started.processes()) for started in pair}) == 2
+    for name in ("FLWR_HOME", "RAY_TMPDIR"):
         values = [
             {p["environment"].get(name) for p in started.processes()} - {None} for started in pair
         ]
@@ -216,8 +222,9 @@ def test_busy_port_is_one_line_and_status_two(laboratory):
 
 def test_given_port_is_used(laboratory, base):
     """The port of the run is the one that Flower listens on."""
-    ports = {p["environment"].get("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT") for p in base.processes()}
-    port = (ports - {None}).pop()
-    argv = next(p["argv"] for p in base.processes() if "--simulation" in p["argv"])
-    assert port in argv
-    assert "127.0.0.1" in argv
+    port = port_of(base.processes())
+    ours = [p["argv"] for p in base.processes() if "FEDRX_RUN" in p["environment"]]
+    superlink = next(argv for argv in ours if "--simulation" in argv)
+    assert superlink[superlink.index("--host") + 1] == "127.0.0.1"
+    simulation = next(argv for argv in ours if any("flwr-simulation" in part for part in argv))
+    assert any(part.endswith(f"127.0.0.1:{port}") for part in simulation), simulation

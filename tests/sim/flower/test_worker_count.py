@@ -40,10 +40,9 @@ def test_workers_by_cores_hospitals_and_memory(hospitals, fit, expected):
 
 
 def test_what_is_available_now_counts_unless_a_size_is_named(monkeypatch):
-    class Available:
-        available = int(2.5 * each(KEYS))
-
-    monkeypatch.setattr(sim.flower.worker_count.psutil, "virtual_memory", lambda: Available)
+    monkeypatch.setattr(
+        sim.flower.worker_count, "available_memory_bytes", lambda: int(2.5 * each(KEYS))
+    )
     chosen = choose_workers(from_flat(KEYS), shape_of("embedded"))
     assert chosen.value == 2
     assert chosen.reason.startswith("8 CPUs, 3 hospitals, ")

@@ -240,6 +240,19 @@ def test_a_decision_is_stored_once_and_privately(desk, ask):
     assert stat.S_IMODE(desk.decisions.stat().st_mode) == 0o600
 
 
+def test_text_that_utf8_cannot_hold_is_kept_escaped_and_counted(desk, ask):
+    half = "half \ud83d"
+    identity = json.loads(ask("/api/suggest", {**FORM, "diagnoses": [half]})[2])["id"]
+    assert desk.suggester.asked[0].diagnoses[0].title == r"half \ud83d"
+    status, answer = decide(ask, identity, added=[half], note=half)
+    assert (status, answer["escaped_texts"]) == (200, 2)
+    record = json.loads(desk.decisions.read_bytes())
+    assert (record["added"], record["note"]) == ([r"half \ud83d"], r"half \ud83d")
+    assert record["escaped_texts"] == 2
+    assert ask("/api/suggest", {half: half})[0] == 422
+
+
+@pytest.mark.browser
 def test_a_clinicians_way_through_the_page(browser, desk, listening, requested_urls):
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import WebDriverWait
@@ -313,6 +326,7 @@ def test_a_clinicians_way_through_the_page(browser, desk, listening, requested_u
     assert violations == []
 
 
+@pytest.mark.browser
 def test_a_stopped_program_is_named_on_the_page(browser, desk):
     from selenium.webdriver.support.ui import WebDriverWait
 

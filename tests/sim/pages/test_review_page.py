@@ -61,6 +61,7 @@ def downloaded(folder):
     raise AssertionError("nothing was downloaded")
 
 
+@pytest.mark.browser
 def test_mark_reload_download_import(browser, run, tmp_path, requested_urls):
     from selenium.webdriver.common.keys import Keys
 
@@ -131,6 +132,7 @@ def test_mark_reload_download_import(browser, run, tmp_path, requested_urls):
     assert not [e for e in browser.get_log("browser") if e["level"] == "SEVERE"]
 
 
+@pytest.mark.browser
 def test_nothing_in_the_page_runs_or_reaches_the_network(browser, run, listener, requested_urls):
     """Markup in names stays text, and even a script inside the page gets nothing out."""
     url, asked = listener

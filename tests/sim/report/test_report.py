@@ -81,6 +81,7 @@ def with_source(run, source):
     run.write_json("summary.json", {**run.read_json("summary.json"), "source": source})
 
 
+@pytest.mark.slow
 def test_page_and_markdown_carry_the_same_figures(run):
     page = html.unescape(write_report(run).read_text())
     twin = (run.path / "report.md").read_text()

@@ -9,11 +9,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from client.node import HospitalData
 from common.config import Config
 from common.configio import from_flat
 from common.rundir import RunDirectory
 from common.text.batches import Encoded
+from common.training.hospital_data import HospitalData
 from common.training.resident_session import session_of
 from sim.runs.single_training import SingleTraining
 

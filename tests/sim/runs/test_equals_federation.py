@@ -47,6 +47,7 @@ def federated(config, hospital, folder):
     return b
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys",
     [

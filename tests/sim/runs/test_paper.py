@@ -92,6 +92,7 @@ def test_the_shipped_configuration_is_the_papers():
     assert config.data.train_samples / train.batch_size * train.epochs == PAPER[3].steps
 
 
+@pytest.mark.slow
 def test_every_checkpoint_of_every_rank_is_answered(finished):
     run, table = finished
     assert table == run.read_json("summary.json")
@@ -219,6 +220,7 @@ def test_report_on_a_paper_run_writes_into_it(finished, monkeypatch, tmp_path, c
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_interrupted_paper_run_goes_on(finished, tmp_path, monkeypatch):
     _, table = finished
     single = sim.runs.paper.single.single

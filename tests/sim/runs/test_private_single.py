@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from client.node import HospitalData
 from client.private_update import private_update
 from common.configio import from_flat
 from common.privacy.budget.guard import LEDGER, RECEIPT
 from common.privacy.budget.ledger import BudgetExhausted, Ledger
 from common.privacy.settings import plan_of
 from common.rundir import RunDirectory
+from common.training.hospital_data import HospitalData
 from common.training.optimiser import TrainState
 from common.training.resident_session import session_of
 from sim.process.interrupt import Stopped
@@ -148,6 +148,7 @@ def test_killed_around_a_checkpoint_the_ledger_covers_it(
     assert Ledger(path, plan).steps == 6
 
 
+@pytest.mark.slow
 def test_one_node_calibrates(tmp_path) -> None:
     keys = {**KEYS, "privacy.noise-multiplier": 0.0, "privacy.target-epsilon": 5.0}
     config = one_node(from_flat(keys))

@@ -9,8 +9,8 @@ from common.provenance import source_digest
 from common.rundir import RunDirectory
 from common.wire.cohort import hospital_names
 from sim.process.lock import exclusive
+from sim.process.open_run import rank_folder
 from sim.runs import federate, paper, resume, single
-from sim.runs.paper_table import rank_folder
 
 QUIET = Console(quiet=True)
 KEYS = {

@@ -83,6 +83,7 @@ def go_on_in(path: pathlib.Path, like: SingleTraining) -> SingleTraining:
     return training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys",
     [{"train.optimizer": "sgd", "train.momentum": 0.9}, {"train.optimizer": "adamw"}],

@@ -89,6 +89,7 @@ def killed_run(config_file: Path, path: Path) -> None:
     assert first.exists()
 
 
+@pytest.mark.process
 def test_summary_has_what_scripts_read(whole):
     run, summary = whole
     assert summary == run.read_json("summary.json")
@@ -109,7 +110,7 @@ def test_summary_has_what_scripts_read(whole):
     assert (run.path / "report.md").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_kill_9_and_resume_end_in_the_same_b(whole, config_file, tmp_path):
     path, quiet = tmp_path / "killed", Console(quiet=True)
     killed_run(config_file, path)
@@ -132,7 +133,7 @@ def test_kill_9_and_resume_end_in_the_same_b(whole, config_file, tmp_path):
     assert resume(path, console=quiet, command_line=[]) == summary
 
 
-@pytest.mark.slow
+@pytest.mark.ray
 def test_a_real_federation_of_one_hospital_gives_the_same_b(whole, config_file, tmp_path):
     """Flower's SuperLink, Ray and messages in between: 2 rounds of 5 steps against 10 steps."""
     path = tmp_path / "federation"

@@ -150,6 +150,7 @@ def test_another_experiments_result_is_refused(
     assert len(trained) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ["fa-lora", "centralised"])
 def test_the_same_experiment_is_recognised_from_anywhere(
     arm, tiny_config, trained, tmp_path, monkeypatch
@@ -227,7 +228,8 @@ def test_a_drug_map_is_found_from_a_worker_s_folder(tiny_config, tmp_path, monke
 
 def test_local_only_trains_on_one_hospital_alone(tiny_config, in_process):
     """Against a plain loop on that hospital's samples: no other update enters."""
-    from client.node import encode_hospital, hospitals_of
+    from client.node import hospitals_of
+    from common.training.hospital_data import encode_hospital
     from common.training.loop import TrainState, train
     from common.training.resident_session import session_of
 

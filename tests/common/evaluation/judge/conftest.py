@@ -32,6 +32,8 @@ class Answer:
     close: bool = False
     """Hang up in the middle of the body."""
     finish: str = "stop"
+    message: dict[str, Any] = field(default_factory=dict)
+    """More of the message, or other content."""
     usage: dict[str, int] | None = field(
         default_factory=lambda: {"prompt_tokens": 100, "completion_tokens": 20}
     )
@@ -92,7 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
         content = answer.raw
         if content is None:
             choice = {"index": 0, "finish_reason": answer.finish}
-            message = {"role": "assistant", "content": answer.text}
+            message = {"role": "assistant", "content": answer.text, **answer.message}
             document = {"id": "x", "object": "chat.completion", "model": "m", "created": 0}
             document["choices"] = [{**choice, "message": message}]
             content = json.dumps({**document, "usage": answer.usage}).encode()

@@ -80,7 +80,9 @@ def test_a_second_run_asks_nothing_and_gives_the_same(server, make_run, judge_co
     run = make_run(predictions(kit))
     first = judge_run(run, plan_judging(run, judge_config()))
     lines = run.lines("judge.jsonl")
-    assert judge_run(run, plan_judging(run, judge_config())) == first
+    second = judge_run(run, plan_judging(run, judge_config()))
+    assert (first.pop("invocation")["calls"], second.pop("invocation")["calls"]) == (6, 0)
+    assert second == first
     assert run.lines("judge.jsonl") == lines
     assert len(server.requests) == 6
 
@@ -204,6 +206,7 @@ def test_a_limit_without_prices_is_refused(make_run, judge_config, kit):
         plan_judging(run, judge_config(max_cost_usd=1.0))
 
 
+@pytest.mark.process
 def test_kill_9_loses_at_most_what_was_in_flight(server, make_run, judge_config, kit, tmp_path):
     server.behave = lambda body, n: kit.Answer(kit.verdicts(body), delay_seconds=0.05)
     run = make_run(predictions(kit, count=10))

@@ -77,3 +77,44 @@ def test_credentialed_data_stays_here_unless_both_are_stated(server, make_run, k
 def test_other_sections_cannot_be_set(demo):
     with pytest.raises(UserError, match="train.seed"):
         fedrx("judge", demo.path, "--set", "train.seed=3")
+
+
+def test_a_dry_run_needs_no_model(server, demo):
+    figures = fedrx("judge", demo.path, "--dry-run")
+    assert (figures["calls"], figures["cached"]) == (4, 0)
+    with pytest.raises(UserError, match="judge.model"):
+        fedrx("judge", demo.path)
+
+
+def test_nothing_scored_is_a_failure_with_its_reasons(server, demo, kit):
+    server.behave = lambda body, n: kit.Answer("no")
+    result = CliRunner().invoke(app, ["judge", str(demo.path), *settings(server)])
+    assert isinstance(result.exception, RunFailed)
+    assert result.exception.exit_status == 1
+    assert "nothing was scored: 4 x not-json" in str(result.exception)
+    assert "unscored by m: 4 x not-json" in result.output
+    assert demo.read_json("summary.json")["judge"]["judgements"]["unscored"] == 4
+    # One verdict is enough.
+    server.behave = lambda body, n: kit.Answer(kit.verdicts(body))
+    fedrx("judge", demo.path, *settings(server)[:3], "judge.model=other")
+
+
+def test_the_terminal_tells_reasons_judges_and_what_this_time_took(server, demo, kit):
+    server.behave = lambda body, n: (
+        kit.Answer("nonsense")
+        if kit.listed(body) == ["fedrx 1"]
+        else kit.Answer(kit.verdicts(body))
+    )
+    arguments = ["judge", str(demo.path), "--set", f"judge.base-url={server.url}"]
+    for name in ("[red]one", "two"):
+        result = CliRunner().invoke(app, [*arguments, "--set", f"judge.model={name}"])
+        assert result.exit_code == 0
+    for text in ("[red]one", "two", "unscored by [red]one: 1 x not-json", "this time: 5 calls"):
+        assert text in result.output
+    assert "all together: 10 calls" in result.output
+
+
+def test_an_empty_run_of_lists_is_a_failure(server, make_run, kit):
+    run = make_run([kit.line("case-1", "fedrx", None)])
+    with pytest.raises(RunFailed, match="there is no list to judge"):
+        fedrx("judge", run.path, *settings(server))

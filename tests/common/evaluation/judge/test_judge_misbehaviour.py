@@ -225,7 +225,7 @@ def test_nobody_listening_is_one_line(make_run, judge_config, kit, quick):
         judge_run(run, plan_judging(run, config))
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 400])
+@pytest.mark.parametrize("status", [401, 403, 404, 405])
 def test_a_refusal_ends_the_command_with_the_fix(server, run, judge_config, kit, status):
     server.behave = lambda body, n: kit.Answer(status=status, raw=b'{"error": "secret-echo"}')
     with pytest.raises(UserError, match="judge.model") as caught:

@@ -56,8 +56,8 @@ def transformers_serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
         process.wait(timeout=20)
 
 
+@pytest.mark.process
 @pytest.mark.embedded
-@pytest.mark.slow
 def test_a_real_server_is_asked_and_its_replies_are_checked(transformers_serve, make_run, kit):
     url, model = transformers_serve
     run = make_run([kit.line("case-1", "fedrx", ["Insulin", "Heparin"])], source="credentialed")

@@ -1,0 +1,206 @@
+"""The weights in a backbone's folder: which files are loaded, whether all is there, their hash.
+
+The checks read the safetensors headers alone, so a 15 GiB folder takes milliseconds.
+"""
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from common.errors import UserError
+from common.files import write_text
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WHOLE_NUMBERS_ARE = "weights in fp32, fp16 or bf16"
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_QUANTISED = re.compile(
+    r"\.(qweight|qzeros|scales|g_idx|SCB|CB|weight_(scale|packed|zero_point)(_inv)?|input_scale"
+    r"|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*))$"
+)
+_HARMLESS = "rotary_emb.inv_freq"
+"""Old Llamas carry their rotary frequencies as tensors; the configuration says them anyway."""
+_SETTLED_NANOSECONDS = 2_000_000_000
+"""A file that changed later than this ago may change again within one tick of its clock."""
+
+
+def check_weights(
+    folder: Path, name: str, expected: Mapping[str, Sequence[int]], *, optional: Collection[str]
+) -> tuple[Path, ...]:
+    """Find the weight files that loading reads, and hold their headers against a model.
+
+    Args:
+        folder: The backbone's folder.
+        name: The backbone as the configuration names it.
+        expected: Shape of every tensor of the model.
+        optional: Tensors that may be absent (a tied head).
+
+    Returns:
+        The files, sorted by name.
+
+    Raises:
+        UserError: If a file is missing or damaged, or a tensor is missing, unknown, misshapen,
+            twice there, elsewhere than the index says, or not of floating-point numbers.
+    """
+    places = _weight_map(folder, name)
+    files = sorted({folder / file for file in places.values()} or {folder / SINGLE})
+    headers = {file: _header(file, name) for file in files}
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    for header in headers.values():
+        for tensor, facts in header.items():
+            if tensor in found:
+                raise _refusal(name, f"{tensor} is in two files", fix="fetch the folder again")
+            found[tensor] = facts
+    moved = [t for t, file in places.items() if t not in headers[folder / file]]
+    _refuse_listed(name, moved, f"the file that {INDEX} names for it lacks")
+    if any(_QUANTISED.search(t) for t in found):
+        raise quantised(name, "")
+    _refuse_listed(name, [t for t in expected if t not in found and t not in optional], "lacks")
+    unknown = [t for t in found if t not in expected and not t.endswith(_HARMLESS)]
+    _refuse_listed(name, unknown, "a Llama of this configuration does not have")
+    for tensor, (shape, kind) in found.items():
+        if tensor in expected and shape != tuple(expected[tensor]):
+            raise _refusal(
+                name,
+                f"{tensor} is {list(shape)}, and config.json asks for {list(expected[tensor])}",
+                fix="bring weights and config.json of one model together",
+            )
+        if kind not in _FLOATS:
+            raise quantised(name, kind)
+    return tuple(files)
+
+
+def quantised(name: str, how: str) -> UserError:
+    """Return the refusal of a quantised checkpoint.
+
+    >>> print(quantised("folder", "gptq"))
+    model.backbone=folder is quantised (gptq); allowed: weights in fp32, fp16 or bf16; fix: \
+name the model that it was quantised from
+    """
+    return UserError(
+        f"model.backbone={name} is quantised" + (f" ({how})" if how else ""),
+        allowed=WHOLE_NUMBERS_ARE,
+        fix="name the model that it was quantised from",
+    )
+
+
+def weights_digest(
+    files: Sequence[Path], cache_dir: Path, progress: Callable[[str], None] | None = None
+) -> str:
+    """Return sha256 over names and contents of the weight files.
+
+    Remembered by path, inode, size and both times of change: the time of the inode's change cannot
+    be set back, so other content with the old size and date is hashed anew.
+
+    Args:
+        files: From ``check_weights``.
+        cache_dir: Where digests are remembered.
+        progress: Called with one line when it takes long.
+
+    Raises:
+        UserError: If a file changes meanwhile.
+    """
+    stamp, newest = _stamp(files)
+    remembered = cache_dir / "fingerprints" / hashlib.sha256(stamp).hexdigest()
+    if remembered.is_file():
+        return remembered.read_text(encoding="ascii").strip()
+    size = sum(file.stat().st_size for file in files)
+    if progress and size > 2**31:
+        progress(f"hashing the backbone's weights ({size / 2**30:.1f} GiB), once")
+    began = time.time_ns()
+    digest = hashlib.sha256()
+    # Shards are hashed side by side: hashing lets go of the interpreter.
+    with ThreadPoolExecutor(max_workers=len(files)) as pool:
+        for path, part in zip(files, pool.map(_hash_file, files), strict=True):
+            digest.update(path.name.encode())
+            digest.update(part)
+    if _stamp(files)[0] != stamp:
+        raise UserError(
+            f"model.backbone: the weights in {files[0].parent} changed while they were read",
+            fix="wait until they are written, then start again",
+        )
+    if began - newest > _SETTLED_NANOSECONDS:
+        write_text(remembered, digest.hexdigest() + "\n")
+    return digest.hexdigest()
+
+
+def _hash_file(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _stamp(files: Sequence[Path]) -> tuple[bytes, int]:
+    """Return what identifies the files' state on this disk, and the latest change (ns)."""
+    facts = [(str(file.resolve()), file.stat()) for file in files]
+    state = [[p, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for p, s in facts]
+    newest = max(s.st_ctime_ns for _, s in facts)
+    return json.dumps(["weights", state]).encode(), newest
+
+
+def _weight_map(folder: Path, name: str) -> dict[str, str]:
+    """Return tensor -> file of a sharded folder; empty where one file holds all."""
+    if (folder / SINGLE).is_file():
+        return {}
+    try:
+        places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        if not places or not all(isinstance(file, str) for file in places.values()):
+            raise ValueError
+    except FileNotFoundError:
+        raise _refusal(
+            name,
+            f"there is neither {SINGLE} nor {INDEX}",
+            fix="name a folder that holds the weights in that format",
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise _refusal(name, f"{INDEX} is not readable", fix="fetch or copy it again") from None
+    gone = sorted({file for file in places.values() if not (folder / file).is_file()})
+    if gone:
+        lost = [tensor for tensor, file in places.items() if file in gone]
+        raise _refusal(
+            name,
+            f"{_some(gone)} is missing, and with it {_some(lost)}",
+            fix="fetch or copy it again",
+        )
+    return dict(places)
+
+
+def _header(file: Path, name: str) -> dict[str, tuple[tuple[int, ...], str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as content:
+            names = content.keys()
+            slices = {tensor: content.get_slice(tensor) for tensor in names}
+            return {t: (tuple(s.get_shape()), str(s.get_dtype())) for t, s in slices.items()}
+    except (SafetensorError, OSError):
+        raise _refusal(
+            name, f"{file.name} is damaged or incomplete", fix="fetch or copy it again"
+        ) from None
+
+
+def _refuse_listed(name: str, tensors: Sequence[str], verdict: str) -> None:
+    if not tensors:
+        return
+    subject = "the folder lacks " if verdict == "lacks" else f"{verdict} "
+    raise _refusal(
+        name,
+        subject + _some(tensors),
+        fix="fetch the folder again, with config.json and weights of one model",
+    )
+
+
+def _refusal(name: str, what: str, *, fix: str) -> UserError:
+    return UserError(f"model.backbone={name}: {what}", fix=fix)
+
+
+def _some(names: Sequence[str]) -> str:
+    """Name up to three, and count the rest.
+
+    >>> _some(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

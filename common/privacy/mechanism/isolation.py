@@ -1,0 +1,42 @@
+"""What a private step asks of the backbone: a unit's gradient depends on that unit alone.
+
+That includes what is not a number: a neighbour that overflows must not reach across. Where this is
+proven by test, units share passes; anywhere else every unit has passes of its own.
+"""
+
+from common.choice import Choice
+from common.errors import UserError
+from common.model.backbone.load import BackboneSpec
+from common.model.kernels.rope import FIXED
+from common.model.session import Session
+
+PROVEN = frozenset({("cpu", "fp32", "sdpa"), ("cpu", "fp32", "eager")})
+"""Device, arithmetic and kernel under which the isolation test holds for shared passes."""
+
+
+def shared_passes(session: Session) -> Choice[bool]:
+    """Say whether units may share a packed pass, and why.
+
+    In bf16 they may not: kernels round and block by the batch's size (3% of a unit's gradient on
+    SmolLM2-135M with AMX; the sum moved by 1.006 clip norms when one of 12 units left).
+    """
+    where = (session.torch_device.type, session.dtype.value, session.attention.value)
+    if where in PROVEN:
+        return Choice(True, f"no row depends on another ({', '.join(where)}: tested)")
+    return Choice(False, f"rows may depend on their neighbours ({', '.join(where)})")
+
+
+def check_backbone(backbone: BackboneSpec) -> None:
+    """Refuse a backbone whose result for a token follows from more than the tokens before it.
+
+    Raises:
+        UserError: naming the setting and the reason.
+    """
+    if backbone.rope not in FIXED:
+        raise UserError(
+            f"model.backbone={backbone.name} with privacy on: its rotary frequencies "
+            f"(rope_type={backbone.rope}) depend on the length of the pass, so a token's result "
+            "is not a function of the tokens before it",
+            allowed=f"rope_type {', '.join(FIXED)}",
+            fix="use another Llama, or set rope_type in its config.json",
+        )

@@ -1,0 +1,46 @@
+"""One hospital's samples as tokens."""
+
+from dataclasses import dataclass
+
+from common.config import Config
+from common.data.partition import Hospital
+from common.model.session import Session
+from common.seeds import stream
+from common.text.batches import Encoded, encode
+
+
+@dataclass(frozen=True, kw_only=True)
+class HospitalData:
+    """One hospital's samples as tokens."""
+
+    name: str
+    patients: int
+    samples: int
+    train: tuple[Encoded, ...]
+    validation: tuple[Encoded, ...]
+
+
+def encode_hospital(hospital: Hospital, session: Session, config: Config) -> HospitalData:
+    """Turn a hospital's training and validation samples into tokens.
+
+    ``evaluation.validation-samples`` limits the validation split by a seeded choice.
+    """
+    validation = list(hospital.validation)
+    limit = config.evaluation.validation_samples
+    if 0 < limit < len(validation):
+        generator = stream(config.evaluation.seed, "validation-samples", hospital.name)
+        chosen = sorted(generator.choice(len(validation), size=limit, replace=False).tolist())
+        validation = [validation[place] for place in chosen]
+    length = config.train.max_length
+
+    def tokens(admissions: object) -> tuple[Encoded, ...]:
+        assert isinstance(admissions, list | tuple)
+        return tuple(encode(one, session.tokenizer, max_length_tokens=length) for one in admissions)
+
+    return HospitalData(
+        name=hospital.name,
+        patients=hospital.patients,
+        samples=hospital.samples,
+        train=tokens(hospital.train),
+        validation=tokens(validation),
+    )

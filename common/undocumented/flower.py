@@ -1,0 +1,31 @@
+"""Flower: its protocol buffers, who runs a task, and its strategies' errors.
+
+Seen alike in 1.41.0 and 1.42.0. Beside ``common.wire.contract`` the only module of ``common`` that
+imports Flower; nothing in ``common`` imports it.
+"""
+
+from flwr.common.serde import (
+    context_from_proto,
+    context_to_proto,
+    message_from_proto,
+    message_to_proto,
+)
+from flwr.proto.message_pb2 import Context as ProtoContext
+from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.serverapp.exception import AppExitException
+from flwr.supercore.task_identity import TaskIdentity
+
+__all__ = [
+    "NO_UPDATE_CHECK",
+    "AppExitException",
+    "ProtoContext",
+    "ProtoMessage",
+    "TaskIdentity",
+    "context_from_proto",
+    "context_to_proto",
+    "message_from_proto",
+    "message_to_proto",
+]
+
+NO_UPDATE_CHECK = "FLWR_DISABLE_UPDATE_CHECK"
+"""``1``: the commands do not ask for newer releases."""

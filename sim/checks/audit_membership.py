@@ -1,0 +1,127 @@
+"""``fedrx audit RUN --membership``: can a run's patients be told from others by its model alone?"""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from common.data.partition import Hospital
+from common.errors import UserError
+from common.model.adapter.layout import initial_tensors
+from common.model.session import Session
+from common.privacy.membership import membership_findings, patient_losses, ratios
+from common.rundir import RunDirectory, Tensors
+from common.text.batches import Encoded, encode
+from sim.answers.evaluate import reopen
+from sim.checks.audit import plain, show
+from sim.checks.audit_page import claim_of, write_audit_page
+from sim.process.lock import exclusive
+
+MEMBERSHIP = "membership.json"
+FEWEST = 10
+"""Patients on either side below which nothing is said."""
+
+
+def audit_membership(
+    run: RunDirectory, *, console: Console, references: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """Attack a finished run: patients it was trained on against those it held out.
+
+    Patients are dealt to training and held-out splits by a hash of their own, so that neither side
+    differs from the other but by training. Writes membership.json and the page; both hold figures
+    of the whole only.
+
+    Args:
+        run: A finished run, private or not.
+        console: Where findings are shown.
+        references: Finished runs of the same backbone and A on other patients (another hospital's
+            local-only run, say): their adapters are reference models beside the untrained one.
+
+    Returns:
+        The content of membership.json.
+
+    Raises:
+        UserError: if the run has not finished, too few patients are on one side, data or backbone
+            are not those of the run, or a reference has another A.
+    """
+    started = time.monotonic()
+    state = run.status()["state"]
+    if state != "finished":
+        raise UserError(f"{run.path} is {state}", allowed="a finished run", fix="`fedrx resume` it")
+    config = run.config()
+    with exclusive(run):
+        table, hospitals, session = reopen(run, config)
+        adapter = session.adapter
+        models: list[Tensors] = [
+            run.load_checkpoint().b,
+            initial_tensors(adapter.shapes, adapter.spec),
+            *(_reference(path, session) for path in references),
+        ]
+        only = config.federation.only
+        trained = [one for one in hospitals if only in ("", one.name)]
+        inside, outside = _records(trained, session, config.train.max_length)
+        members, _ = patient_losses(session, inside, models)
+        outsiders, _ = patient_losses(session, outside, models)
+        for count, what in ((len(members), "trained on"), (len(outsiders), "held out")):
+            if count < FEWEST:
+                raise UserError(
+                    f"{count} patients were {what}",
+                    allowed=f"at least {FEWEST} on either side",
+                    fix="use more patients, or a larger data.test-fraction",
+                )
+        privacy = run.read_json("summary.json").get("privacy")
+        epsilon = float(privacy["epsilon"]) if privacy else math.inf
+        delta = float(privacy["delta"]) if privacy else 0.0
+        findings = membership_findings(
+            ratios(members),
+            ratios(outsiders),
+            epsilon=epsilon,
+            delta=delta,
+            references=len(models) - 1,
+        )
+        claim = "Nothing was claimed: the run has no differential privacy."
+        if privacy:
+            terms = {"unit": privacy["unit"], "delta": delta, "steps": privacy["planned_steps"]}
+            claim = claim_of(terms, epsilon)
+        claim += " This audit read the run's own patients; its figures are of all of them together."
+        result = {
+            "claim": claim,
+            "source": table.source,
+            "references": len(models) - 1,
+            "findings": [plain(finding) for finding in findings],
+            "passed": all(finding.passed for finding in findings),
+            "seconds": round(time.monotonic() - started, 3),
+        }
+        run.write_json(MEMBERSHIP, result)
+        page = write_audit_page(run, claim, findings)
+    show(console, findings)
+    console.print(f"page: {page}", markup=False, highlight=False)
+    return result
+
+
+def _reference(path: Path, session: Session) -> Tensors:
+    other = RunDirectory.open(path)
+    found = other.read_json("environment.json").get("inputs", {})
+    ours = {"a": session.adapter.a_fingerprint, "backbone": session.spec.fingerprint}
+    for key, what in (("a", "A"), ("backbone", "backbone")):
+        if found.get(key) != ours[key]:
+            raise UserError(
+                f"{path} was trained with another {what} than the run",
+                allowed="references with the run's own backbone and A",
+                fix="leave it out, or train it with the same model and adapter sections",
+            )
+    return other.load_checkpoint().b
+
+
+def _records(
+    hospitals: Sequence[Hospital], session: Session, max_length: int
+) -> tuple[list[Encoded], list[Encoded]]:
+    def tokens(admissions: Sequence[Any]) -> list[Encoded]:
+        return [encode(one, session.tokenizer, max_length_tokens=max_length) for one in admissions]
+
+    inside = [record for one in hospitals for record in tokens(one.train)]
+    outside = [record for one in hospitals for record in tokens((*one.validation, *one.test))]
+    return inside, outside

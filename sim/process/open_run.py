@@ -1,0 +1,33 @@
+"""A run directory that a verb is given: opened, or refused with what to name instead."""
+
+from pathlib import Path
+
+from common.errors import UserError
+from common.rundir import RunDirectory
+
+
+def open_run(path: Path) -> RunDirectory:
+    """Open a run that has checkpoints and answers of its own.
+
+    Raises:
+        UserError: if there is none, or it is a paper run: those lie inside.
+    """
+    run = RunDirectory.open(path)
+    ranks = run.read_json("environment.json").get("ranks", [])
+    if ranks:
+        inside = [str(path / rank_folder(rank)) for rank in ranks]
+        raise UserError(
+            f"{path} is a paper run, with one run for each rank inside",
+            allowed=", ".join(inside),
+            fix=f"name one of them, for instance {inside[0]}",
+        )
+    return run
+
+
+def rank_folder(rank: int) -> str:
+    """Return the folder of a rank's run inside the paper run.
+
+    >>> rank_folder(16)
+    'rank-16'
+    """
+    return f"rank-{rank}"

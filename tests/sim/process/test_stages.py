@@ -1,0 +1,374 @@
+"""What a run says when something fails after training: what is done, what failed, how to go on."""
+
+import errno
+import io
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import sim.answers.evaluate
+import sim.cli.main
+import sim.process.stages
+import sim.runs.federate
+import sim.runs.paper
+import sim.runs.resume
+import sim.runs.single
+import sim.runs.sweep
+from common.config import Config
+from common.configio import from_flat
+from common.errors import RunFailed, UserError
+from common.rundir import RunDirectory
+from sim.process.lock import exclusive
+from sim.process.stages import (
+    ERROR_LOG,
+    EVALUATION,
+    REPORT,
+    TRAINED,
+    TRAINING,
+    StageFailed,
+    after_training,
+    is_trained,
+    reported,
+)
+
+NEWER_LIBRARY = TypeError("update() got an unexpected keyword argument 'kwargs'")
+FULL_DISK = OSError(errno.ENOSPC, "No space left on device", "predictions.jsonl")
+
+
+def silent() -> Console:
+    return Console(file=io.StringIO(), width=400)
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDirectory:
+    """A run whose training is done, in a folder that a shell must quote."""
+    made = RunDirectory.create(Config(), directory=tmp_path / "a run [1]")
+    made.write_json("data.json", {"source": "synthetic"})
+    made.save_checkpoint("round-00004", {"b": np.zeros((1, 1), np.float32)}, facts={"round": 4})
+    made.write_json("summary.json", {"b_sha256": "0" * 64, "source": "synthetic"})
+    return made
+
+
+def fail(run, error, stage, console=None, **facts):
+    run.write_status("running", stage=stage, **facts)
+    with pytest.raises(RunFailed) as caught, reported(run, console or silent(), lambda: facts):
+        raise error
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("error", [NEWER_LIBRARY, FULL_DISK, MemoryError(), RunFailed("no answer")])
+@pytest.mark.parametrize(
+    ("stage", "what"), [(TRAINED, "answers"), (EVALUATION, "answers"), (REPORT, "report")]
+)
+def test_a_failure_after_training_is_one_line_with_all_that_counts(run, error, stage, what):
+    line = fail(run, error, stage, round=4)
+    b = run.path / "checkpoints" / "round-00004" / "b.safetensors"
+    assert b.is_file()
+    assert line.startswith(f"training is done, B is in {b}; the {what} failed: ")
+    assert line.endswith(f"; go on with: fedrx resume {shlex.quote(str(run.path))}")
+    assert "\n" not in line
+    status = run.status()
+    assert (status["state"], status["stage"], status["round"]) == ("failed", stage, 4)
+    assert status["error"] in line
+    if isinstance(error, RunFailed):
+        assert "no answer" in line
+        assert not (run.path / ERROR_LOG).exists()
+        return
+    log = run.path / ERROR_LOG
+    assert f"traceback in {log}" in line
+    assert log.stat().st_mode & 0o077 == 0
+    assert "Traceback (most recent call last)" in log.read_text()
+    assert type(error).__name__ in line
+
+
+def test_wrong_input_found_after_training_is_a_failure_of_the_run_too(run):
+    line = fail(run, UserError("the data is not what the run was trained with"), EVALUATION)
+    assert line.startswith("training is done, ")
+    with pytest.raises(RunFailed) as caught, reported(run, silent()):
+        raise UserError("x")
+    assert caught.value.exit_status == 1
+
+
+def test_a_failure_in_training_goes_to_the_log_and_names_the_resumption(run):
+    run.write_status("running", round=2)
+    with pytest.raises(StageFailed) as caught, reported(run, silent()):
+        raise FULL_DISK
+    line = str(caught.value)
+    assert line.startswith("training failed: OSError: No space left on device: predictions.jsonl;")
+    assert line.endswith(f"fedrx resume {shlex.quote(str(run.path))}")
+    assert run.status()["stage"] == TRAINING
+    with pytest.raises(RunFailed, match="^below the quorum$"), reported(run, silent()):
+        raise RunFailed("below the quorum")
+
+
+def test_where_not_even_the_log_can_be_written_the_line_still_comes(run, monkeypatch, tmp_path):
+    """A disk without room: status.json stays as it was, the traceback goes elsewhere."""
+
+    def full(*args, **keys):
+        raise FULL_DISK
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr(sim.process.stages.tempfile, "tempdir", str(elsewhere))
+    run.write_status("running", stage=EVALUATION)
+    before = (run.path / "status.json").read_text()
+    monkeypatch.setattr("common.rundir.write_json", full)
+    (run.path / ERROR_LOG).mkdir()  # as good as a file that cannot be opened
+    with pytest.raises(StageFailed) as caught, reported(run, silent()):
+        raise FULL_DISK
+    (log,) = elsewhere.iterdir()
+    assert f"traceback in {log}" in str(caught.value)
+    assert "No space left" in log.read_text()
+    assert (run.path / "status.json").read_text() == before
+    log.unlink()
+    monkeypatch.setattr(sim.process.stages.tempfile, "mkstemp", full)
+    with (
+        pytest.raises(StageFailed, match="traceback could not be written"),
+        reported(run, silent()),
+    ):
+        raise FULL_DISK
+
+
+@pytest.mark.parametrize("source", ["credentialed", "synthetic"])
+def test_texts_that_may_quote_credentialed_data_stay_in_the_log(run, source):
+    run.write_json("data.json", {"source": source})
+    line = fail(run, ValueError("Furosemide 40 mg of somebody"), EVALUATION)
+    assert ("Furosemide" in line) == (source == "synthetic")
+    assert ("Furosemide" in json.dumps(run.status())) == (source == "synthetic")
+    assert "ValueError" in line
+    assert "Furosemide" in (run.path / ERROR_LOG).read_text()
+
+
+def test_a_finished_run_stays_finished(run):
+    run.write_status("finished", round=4)
+    with pytest.raises(StageFailed), reported(run, silent()):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+    assert run.status()["state"] == "finished"
+
+
+def test_a_run_around_others_names_its_own_command(run, tmp_path):
+    outer = RunDirectory.create(Config(), directory=tmp_path / "outer")
+    inner = fail(run, NEWER_LIBRARY, EVALUATION)
+    with pytest.raises(StageFailed) as caught, reported(outer, silent()), reported(run, silent()):
+        raise NEWER_LIBRARY
+    line = str(caught.value)
+    assert line.partition("; go on with: ")[2] == f"fedrx resume {outer.path}"
+    assert line.partition("; go on with: ")[0] == inner.partition("; go on with: ")[0]
+    assert outer.status()["state"] == run.status()["state"] == "failed"
+
+
+def test_a_sweep_names_itself(run, tmp_path, monkeypatch):
+    def broken(*args, **keys):
+        raise StageFailed("training is done", command="fedrx resume cell")
+
+    monkeypatch.setattr(sim.runs.sweep, "_run", broken)
+    cells = sim.runs.sweep.plan_cells(Config(), arms=["fa-lora"], seeds=[0])
+    with pytest.raises(StageFailed, match="go on with: the same `fedrx sweep`$"):
+        sim.runs.sweep.sweep(cells, tmp_path / "sweep", console=silent(), command_line=())
+
+
+@pytest.mark.parametrize(("what", "verb"), [("the judge", "judge"), ("the report", "report")])
+def test_verbs_on_a_trained_run_say_the_same(run, what, verb):
+    with pytest.raises(StageFailed) as caught, after_training(run, what, f"fedrx {verb}"):
+        raise NEWER_LIBRARY
+    line = str(caught.value)
+    assert line.startswith("training is done, B is in ")
+    assert f"{what} failed: TypeError: update() got" in line
+    assert line.endswith(f"; go on with: fedrx {verb} {shlex.quote(str(run.path))}")
+    with pytest.raises(UserError, match="^mendable$"), after_training(run, what, verb):
+        raise UserError("mendable")
+
+
+def test_an_interruption_keeps_the_stage(run):
+    console = silent()
+    run.write_status("running", stage=EVALUATION)
+    with pytest.raises(KeyboardInterrupt), reported(run, console):
+        raise KeyboardInterrupt
+    assert run.status()["state"] == "interrupted"
+    assert run.status()["stage"] == EVALUATION
+    assert f"fedrx resume {shlex.quote(str(run.path))}" in console.file.getvalue()
+
+
+def test_only_a_summed_up_training_counts_as_done(run):
+    for state, facts, expected in (
+        ("running", {}, False),
+        ("failed", {"stage": TRAINING}, False),
+        ("failed", {"stage": EVALUATION}, True),
+        ("failed", {"stage": REPORT}, True),
+        ("finished", {}, True),
+    ):
+        run.write_status(state, **facts)
+        assert is_trained(run) is expected
+    run.write_json("summary.json", {})
+    assert not is_trained(run)
+
+
+TINY = {
+    "data.synthetic-patients": 40,
+    "model.backbone": "tiny",
+    "adapter.rank": 2,
+    "train.steps": 2,
+    "train.max-length": 128,
+    "train.batch-size": 1,
+    "train.dtype": "fp32",
+    "train.device": "cpu",
+    "train.threads": 1,
+    "evaluation.samples": 1,
+    "evaluation.max-new-tokens": 8,
+    "evaluation.validation-samples": 1,
+}
+
+
+def command(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    """Run the command line in this process."""
+    monkeypatch.setattr(sys, "argv", ["fedrx", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        sim.cli.main.main()
+    out, error = capsys.readouterr()
+    return int(ended.value.code or 0), out, error
+
+
+def test_single_fails_in_its_answers_and_goes_on(tmp_path, monkeypatch, capsys):
+    """The whole way of a run: failing answers, exit 1 in one line, then both commands go on."""
+    config = tmp_path / "c.toml"
+    config.write_text("")
+    folder = tmp_path / "run"
+    sets = [part for key, value in TINY.items() for part in ("--set", f"{key}={value}")]
+
+    def newer(*args, **keys):
+        raise NEWER_LIBRARY
+
+    with monkeypatch.context() as broken:
+        broken.setattr(sim.answers.evaluate, "evaluate_answers", newer)
+        code, _, error = command(
+            broken, capsys, "single", str(config), "--run-dir", str(folder), *sets
+        )
+    run = RunDirectory.open(folder)
+    assert code == 1
+    assert "Traceback" not in error
+    assert error.splitlines()[-1].startswith("fedrx: training is done, B is in ")
+    assert (run.status()["state"], run.status()["stage"]) == ("failed", EVALUATION)
+    trained = run.read_json("summary.json")["b_sha256"]
+
+    with monkeypatch.context() as broken:
+        broken.setattr(sim.runs.single, "write_report", newer)
+        code, _, error = command(broken, capsys, "resume", str(folder))
+    assert code == 1
+    assert "the report failed: TypeError" in error.splitlines()[-1]
+    assert run.status()["stage"] == REPORT
+
+    code, out, error = command(monkeypatch, capsys, "evaluate", str(folder), "--json")
+    assert code == 0, error
+    assert json.loads(out)["b_sha256"] == trained
+    assert run.status()["state"] == "finished"
+    assert (folder / "report.html").exists()
+    assert command(monkeypatch, capsys, "resume", str(folder))[0] == 0
+
+
+def test_an_unexpected_error_outside_of_a_run_is_a_line_and_a_log(tmp_path, monkeypatch, capsys):
+    def broken(*args, **keys):
+        raise NEWER_LIBRARY
+
+    monkeypatch.setattr(sim.process.stages.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("sim.checks.doctor.examine", broken)
+    code, _, error = command(monkeypatch, capsys, "doctor")
+    assert code == 1
+    (line,) = error.splitlines()
+    assert line.startswith("fedrx: TypeError at test_stages.py:")
+    log = Path(line.rpartition("traceback in ")[2])
+    assert "unexpected keyword argument" in log.read_text()
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.ENOENT, 2), (errno.ENOSPC, 1)])
+def test_a_wrong_path_is_input_and_a_full_disk_is_a_failure(
+    tmp_path, monkeypatch, capsys, number, status
+):
+    def broken(*args, **keys):
+        raise OSError(number, "no", "/x/file")
+
+    monkeypatch.setattr(sim.process.stages.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("sim.checks.doctor.examine", broken)
+    code, _, error = command(monkeypatch, capsys, "doctor")
+    assert code == status
+    assert len(error.splitlines()) == 1
+    assert "/x/file" in error
+
+
+class Touched(Exception):
+    """Data or weights were read although the answer was known."""
+
+
+@pytest.mark.parametrize(
+    ("verb", "values", "said"),
+    [
+        ("single", {}, "is not empty"),
+        ("federate", {}, "is not empty"),
+        ("paper", {}, "is not empty"),
+        ("single", {"train.device": "cuda:99"}, "train.device=cuda:99"),
+        ("federate", {"train.device": "cuda:99"}, "train.device=cuda:99"),
+        ("paper", {"train.device": "cuda:99"}, "train.device=cuda:99"),
+        ("single", {"adapter.targets": "q_porj"}, "q_porj"),
+        ("federate", {"adapter.targets": "q_porj"}, "q_porj"),
+        ("federate", {"model.attention": "flash-attn"}, "model.attention"),
+        ("single", {"data.normalisation": "map", "data.drug-map": "absent.csv"}, "absent.csv"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_data_and_weights(
+    tmp_path, monkeypatch, verb, values, said
+):
+    def touched(*args, **keys):
+        raise Touched
+
+    monkeypatch.setattr(sim.runs.federate, "load_samples", touched)
+    monkeypatch.setattr(sim.runs.federate, "resolve_backbone", touched)
+    folder = tmp_path / "run"
+    if said == "is not empty":
+        folder.mkdir()
+        (folder / "precious").write_text("")
+    config = from_flat({**TINY, **values})
+    common = {"console": silent(), "command_line": (), "run_dir": folder}
+    with pytest.raises(UserError, match=said):
+        if verb == "paper":
+            sim.runs.paper.paper(config, scale="small", ranks=(2,), **common)
+        else:
+            {"single": sim.runs.single.single, "federate": sim.runs.federate.federate}[verb](
+                config, **common
+            )
+    assert not folder.exists() or [file.name for file in folder.iterdir()] == ["precious"]
+
+
+def test_a_folder_is_checked_by_its_configuration_alone(tmp_path, monkeypatch):
+    """A backbone's folder that is no Llama, or a rank beyond its width, needs no hashing."""
+    monkeypatch.setattr(
+        sim.runs.federate, "load_samples", lambda *a, **k: pytest.fail("data was read")
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    config = from_flat({**TINY, "model.backbone": str(tmp_path)})
+    with pytest.raises(UserError, match="not a Llama"):
+        sim.runs.federate.prepare(config, silent())
+
+
+def test_evaluate_refuses_a_device_before_it_reads_data(run, monkeypatch):
+    run.write_status("finished")
+    monkeypatch.setattr(
+        sim.answers.evaluate, "load_samples", lambda *a: pytest.fail("data was read")
+    )
+    with pytest.raises(UserError, match="cuda:99"):
+        sim.answers.evaluate.evaluate(run, console=silent(), overrides=["train.device=cuda:99"])
+    with exclusive(run):
+        pass
+
+
+def test_a_run_directory_that_cannot_be_made_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Not a directory"):
+        RunDirectory.require_new(Config(), directory=tmp_path / "file" / "run")
+    with pytest.raises(UserError, match="Not a directory"):
+        RunDirectory.require_new(Config(), directory=tmp_path / "file")
+    RunDirectory.require_new(Config(), directory=tmp_path / "new" / "run")
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,105 @@
+"""The rule of the marks: what starts a process says so, and what is fast covers every package."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from types import ModuleType
+
+import pytest
+
+from common.provenance import PACKAGES, source_root
+
+COMMAND = [sys.executable, "-c", ""]
+
+
+def fork():
+    if os.fork() == 0:
+        os._exit(0)
+
+
+def by_multiprocessing(method):
+    process = multiprocessing.get_context(method).Process(target=print)
+    return process.start
+
+
+STARTS = {
+    "a command": lambda: subprocess.run(COMMAND),
+    "a shell": lambda: os.system("true"),
+    "a fork": fork,
+    "posix_spawn": lambda: os.posix_spawn(sys.executable, COMMAND, os.environ),
+    "spawn": by_multiprocessing("spawn"),
+    "fork": by_multiprocessing("fork"),
+}
+
+
+@pytest.mark.xfail(raises=pytest.fail.Exception, strict=True)
+@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS)
+def test_unmarked_test_that_starts_a_process_fails(start):
+    start()
+
+
+def in_a_thread():
+    """As a server under test might."""
+    thread = threading.Thread(target=swallowed)
+    thread.start()
+    thread.join()
+
+
+def swallowed():
+    with suppress(BaseException):
+        subprocess.run(COMMAND)
+
+
+@pytest.mark.parametrize("start", [swallowed, in_a_thread])
+def test_swallowed_failure_fails_the_test_at_its_end(start, request):
+    passed = pytest.CallInfo.from_call(lambda: None, "call")
+    make = request.node.ihook.pytest_runtest_makereport
+    assert make(item=request.node, call=passed).passed
+    start()
+    report = make(item=request.node, call=passed)
+    assert report.failed
+    assert "starts a process" in report.longrepr
+
+
+@pytest.mark.process
+def test_marked_test_may_start_one():
+    assert subprocess.run(COMMAND).returncode == 0
+
+
+def test_a_question_is_no_process():
+    """A run asks git for its commit."""
+    subprocess.run(["git", "--version"], check=True, capture_output=True)
+
+
+def named_by(module):
+    """Return the modules that a test file names, and the packages around them."""
+    values = vars(module).values()
+    names = [
+        v.__name__ if isinstance(v, ModuleType) else getattr(v, "__module__", "") for v in values
+    ]
+    parts = [str(name).split(".") for name in names]
+    return {".".join(one[:length]) for one in parts for length in range(1, len(one) + 1)}
+
+
+def test_fast_tests_cover_every_package(request):
+    """Each folder of code has a fast test that is no doctest and names something in it."""
+    config = request.config
+    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS or config.option.keyword:
+        pytest.skip("not all tests were collected")
+    modules = {
+        item.module
+        for item in request.session.items
+        if item.get_closest_marker("fast") and not isinstance(item, pytest.DoctestItem)
+    }
+    covered = set().union(*map(named_by, modules))
+    root = source_root()
+    packages = {
+        ".".join(file.parent.relative_to(root).parts)
+        for package in PACKAGES
+        for file in (root / package).rglob("__init__.py")
+    }
+    assert len(packages) > len(PACKAGES)
+    assert packages - covered == set()
