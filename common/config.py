@@ -95,8 +95,14 @@ class ModelConfig:
     """The frozen backbone."""
 
     backbone: str = option("embedded", "`embedded`, `tiny`, a folder, or a hub id of a Llama")
-    attention: Literal["auto", "flash-attn", "torch-flash", "sdpa", "eager"] = option(
+    attention: Literal["auto", "cudnn", "flash-attn", "torch-flash", "sdpa", "eager"] = option(
         "auto", "attention kernel"
+    )
+    kernels: Literal["auto", "triton", "compiled", "torch"] = option(
+        "auto", "who does the elementwise work"
+    )
+    weights: Literal["bf16", "fp8"] = option(
+        "bf16", "format of the frozen weights: bf16 (or what train.dtype says), or fp8 on a GPU"
     )
 
 

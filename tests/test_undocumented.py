@@ -35,7 +35,13 @@ DOCUMENTED = {
     "flwr": {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy"},
     "ray": {"ray"},
     "torch": {
-        *("torch", "torch.autograd.graph", "torch.nn", "torch.nn.attention.varlen"),
+        *(
+            "torch",
+            "torch.autograd.graph",
+            "torch.nn",
+            "torch.nn.attention.varlen",
+            "torch.profiler",
+        ),
         *("torch.nn.functional", "torch.utils.checkpoint", "torch.utils.flop_counter"),
     },
     "transformers": {"transformers", "transformers.utils"},

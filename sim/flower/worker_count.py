@@ -39,6 +39,7 @@ def training_footprints(
             optimizer="sgd-momentum" if momentum else train.optimizer,
             device=device,
             private_bytes=private_bytes(train.batch_size, trained) if is_private(config) else 0,
+            weights=config.model.weights,
         )
         for choice in RECOMPUTE
     }
