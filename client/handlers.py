@@ -48,7 +48,14 @@ from common.wire.identity import NONCE, NONCE_PATTERN, SIGNATURE, sign
 ERRORS = "errors.txt"
 DATA_FREE = (ContractError, BudgetExhausted, LedgerDoubtful, LimitReached)
 """Errors whose texts are made of public constants alone."""
-SETTINGS = ("adapter.", "federation.", "model.attention", "train.")
+SETTINGS = (
+    "adapter.",
+    "federation.",
+    "model.attention",
+    "model.kernels",
+    "model.weights",
+    "train.",
+)
 """A user's error that begins with such a key quotes what the server sent, and nothing local."""
 Handler = Callable[[Config, Message, Context], RecordDict]
 
@@ -61,7 +68,9 @@ def hello(config: Config, message: Message, context: Context) -> RecordDict:
     facts: dict[str, str | int] = {
         "hospital": hospital.name,
         "a-sha256": session.adapter.a_fingerprint,
-        "backbone-sha256": backbone_spec(config.model.backbone).fingerprint,
+        "backbone-sha256": backbone_spec(config.model.backbone).fingerprint_as(
+            session.weights.value
+        ),
         "source-sha256": source_digest(),
         "of": config.federation.hospitals,
         "device": session.device.value,

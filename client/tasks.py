@@ -12,7 +12,7 @@ import httpx
 from flwr.app import Context, Error, Message
 
 from common.errors import FedrxError
-from common.undocumented.flower_tasks import (
+from common.undocumented.flower_deployment import (
     AcquireTaskRequest,
     ErrorCode,
     HeartbeatSender,

@@ -27,8 +27,7 @@ GATHERED = {
     "common/undocumented/torch_names.py",
     "common/undocumented/transformers_names.py",
     "common/undocumented/flower.py",
-    "common/undocumented/flower_accounts.py",
-    "common/undocumented/flower_tasks.py",
+    "common/undocumented/flower_deployment.py",
     "common/undocumented/ray_names.py",
 }
 # The modules that a library documents, for those whose behaviour ours hangs on.
@@ -36,7 +35,13 @@ DOCUMENTED = {
     "flwr": {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy"},
     "ray": {"ray"},
     "torch": {
-        *("torch", "torch.autograd.graph", "torch.nn", "torch.nn.attention.varlen"),
+        *(
+            "torch",
+            "torch.autograd.graph",
+            "torch.nn",
+            "torch.nn.attention.varlen",
+            "torch.profiler",
+        ),
         *("torch.nn.functional", "torch.utils.checkpoint", "torch.utils.flop_counter"),
     },
     "transformers": {"transformers", "transformers.utils"},
@@ -59,14 +64,18 @@ DOCUMENTED_VARIABLES = {
 # in-process grid's needs, the app bundle, operators as they are dispatched.
 TESTS_LOOK_INTO = {
     *("flwr.cli.build", "flwr.cli.utils", "flwr.common.serde", "flwr.proto.message_pb2"),
-    *("flwr.supercore.task_identity", "flwr.superlink.grid.inmemory_grid"),
+    "flwr.superlink.grid.inmemory_grid",
     *("flwr.cli.auth_plugin.oidc_cli_plugin", "flwr.common.constant"),
     *("flwr.supercore.credential_store", "flwr.supercore.primitives.asymmetric"),
     *("flwr.superlink.dependencies.account", "flwr.superlink.routers.fleet.router"),
     *("torch.utils._python_dispatch", "ray._private.resource_and_label_spec"),
     *("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "FLWR_LOCAL_CONTROL_API_PORT"),
     *("FLWR_DISABLE_UPDATE_CHECK", "RAY_worker_niceness", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"),
-    *("RAY_OVERRIDE_RESOURCES", "shutil._ntuple_diskusage"),
+    "RAY_OVERRIDE_RESOURCES",
+    # a deployment, held against Flower's own routes, plug-ins and login
+    *("flwr.cli.auth_plugin.oidc_cli_plugin", "flwr.supercore.credential_store"),
+    *("flwr.superlink.dependencies.account", "flwr.superlink.routers.fleet.router"),
+    *("flwr.common.constant", "flwr.supercore.primitives.asymmetric"),
 }
 
 

@@ -4,7 +4,7 @@ Every automatic choice (device, dtype, attention kernel, recomputation) is kept 
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,11 +16,14 @@ from common.limits import available_cpus
 from common.model.adapter.falora import Adapter, AdapterSpec, attach
 from common.model.backbone.load import BackboneSpec, load_model, load_tokenizer
 from common.model.kernels.attention import Packing, choose_attention, register
+from common.model.kernels.elementwise import TORCH, Kernels, choose_kernels, kernels_named
+from common.model.kernels.frozen import choose_weights, quantise
 from common.model.memory import choose_recompute
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+    from common.model.kernels.fused_layer import KeepKeys
     from common.text.batches import PackedBatch
 
 PRIMITIVES = "64"
@@ -41,6 +44,9 @@ class Session:
         dtype: Arithmetic of backbone and activations: ``fp32`` or ``bf16`` (B stays fp32).
         attention: Kernel of the packed batches.
         recompute: Which activations the backward pass computes again.
+        kernels: Who does the elementwise work.
+        weights: Format of the frozen weights.
+        functions: What ``kernels`` names.
     """
 
     spec: BackboneSpec
@@ -51,17 +57,49 @@ class Session:
     dtype: Choice[str]
     attention: Choice[str]
     recompute: Choice[str]
+    kernels: Choice[str] = field(default=Choice("torch", "not chosen"))
+    weights: Choice[str] = field(default=Choice("bf16", "not chosen"))
+    functions: Kernels = field(default=TORCH)
 
     @property
     def torch_device(self) -> torch.device:
         """The device as torch names it."""
         return torch.device(self.device.value)
 
-    def hidden_states(self, batch: "PackedBatch") -> Tensor:
+    @property
+    def shortens(self) -> bool:
+        """Whether the last layer goes on with the labelled tokens alone.
+
+        It is the same function, a fiftieth faster at 32 layers; its products round otherwise, so
+        CPUs, whose runs are compared value by value, keep all tokens.
+        """
+        from common.model.kernels.fused_layer import LeanLayer
+
+        return self.torch_device.type != "cpu" and type(self.model.model.layers[-1]) is LeanLayer
+
+    def label_states(self, batch: "PackedBatch") -> Tensor:
+        """Run the backbone; returns [N, D] final hidden states where a label is predicted."""
+        if self.shortens:
+            return self.hidden_states(batch, at=batch.label_positions_N)
+        return self.hidden_states(batch)[batch.label_positions_N]
+
+    def hidden_states(
+        self,
+        batch: "PackedBatch",
+        *,
+        keep: "KeepKeys | None" = None,
+        at: Tensor | None = None,
+    ) -> Tensor:
         """Run the backbone on a packed batch that lies on the device.
 
+        Args:
+            batch: Segments laid end to end.
+            keep: Called by each lean layer with its number, keys and values (both [T, G, E]).
+            at: [N] packed indices, each at most once, of the tokens that are wanted (lean layers
+                only); all when None.
+
         Returns:
-            [T, D] final hidden states, before the language-model head.
+            [T, D] (with ``at``: [N, D]) final hidden states, before the language-model head.
         """
         packing = Packing.of(batch, self.attention.value, self.torch_device)
         out = self.model.model(
@@ -72,6 +110,8 @@ class Session:
             attention_mask=packing.bounds_device.view(1, 1, 1, -1),
             use_cache=False,
             packing=packing,
+            keep=keep,
+            at=at,
         )
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
@@ -162,6 +202,8 @@ def open_session(
     threads: int | None = None,
     recompute: str = "auto",
     batch_tokens: int = 0,
+    kernels: str = "auto",
+    weights: str = "bf16",
 ) -> Session:
     """Load a backbone and attach an adapter to it.
 
@@ -170,10 +212,12 @@ def open_session(
         adapter: What to attach.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto``, ``fp32`` or ``bf16``.
-        attention: ``auto``, ``flash-attn``, ``torch-flash``, ``sdpa`` or ``eager``.
+        attention: ``auto`` or one of ``attention.KERNELS``.
         threads: CPU threads of this process; None: torch's own, as far as they may be used.
         recompute: ``auto``, ``none``, ``mlp``, ``half`` or ``all``.
         batch_tokens: Longest packed batch, for the choice of what is recomputed; 0 when unknown.
+        kernels: ``auto`` or one of ``kernels.CANDIDATES``.
+        weights: One of ``frozen.WEIGHTS``.
 
     Raises:
         UserError: If something asked for cannot be had here.
@@ -186,6 +230,8 @@ def open_session(
     dtype_choice = choose_dtype(dtype, on)
     arithmetic = DTYPES[dtype_choice.value]
     attention_choice = choose_attention(attention, on, arithmetic)
+    kernels_choice = choose_kernels(kernels, on)
+    weights_choice = choose_weights(weights, on, arithmetic)
     tokenizer = load_tokenizer(spec)
     model = load_model(spec, device=on, dtype=arithmetic)
     model.set_attn_implementation(register())
@@ -193,6 +239,9 @@ def open_session(
     from common.model.kernels import fused_layer as lean
 
     recompute_choice = Choice("none", "this Llama's layers are transformers' own")
+    functions = kernels_named(kernels_choice.value)
+    if weights_choice.value == "fp8":
+        quantise(model, functions)
     if lean.supported(model):
         recompute_choice = choose_recompute(
             recompute,
@@ -202,7 +251,7 @@ def open_session(
             batch_tokens=batch_tokens,
             device=on,
         )
-        lean.install(model, recompute_choice.value)
+        lean.install(model, recompute_choice.value, functions)
     return Session(
         spec=spec,
         model=model,
@@ -212,4 +261,7 @@ def open_session(
         dtype=dtype_choice,
         attention=attention_choice,
         recompute=recompute_choice,
+        kernels=kernels_choice,
+        weights=weights_choice,
+        functions=functions,
     )

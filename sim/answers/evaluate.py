@@ -26,7 +26,15 @@ from sim.report.terminal import show_summary
 
 PREDICTIONS = "predictions.jsonl"
 Row = dict[str, Any]
-_FREE_KEYS = ("evaluation.", "model.attention", "train.device", "train.dtype", "train.threads")
+_FREE_KEYS = (
+    "evaluation.",
+    "model.attention",
+    "model.kernels",
+    "model.weights",
+    "train.device",
+    "train.dtype",
+    "train.threads",
+)
 
 
 def evaluate(

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import RunFailed
-from common.undocumented.flower_accounts import (
+from common.undocumented.flower_deployment import (
     ACCESS_TOKEN_KEY,
     ACCESS_TOKEN_STORE_KEY,
     AUTHN_TYPE_STORE_KEY,
     NOOP_ACCOUNT_NAME,
     NOOP_FLWR_AID,
     REFRESH_TOKEN_STORE_KEY,
+    SUPERLINK_COMMAND,
     AccountAuthCredentials,
     AccountAuthLoginDetails,
     AccountInfo,
@@ -95,7 +96,7 @@ def main() -> None:
     """Start the SuperLink."""
     address = sys.argv.pop(1)
     account = TokenAccount(read_token(Path(os.environ["FLWR_HOME"]), address))
-    command = importlib.import_module("flwr.superlink.cli.flower_superlink")
+    command = importlib.import_module(SUPERLINK_COMMAND)
     if not hasattr(command, _LOADER):
         raise RunFailed("this version of Flower has no account authentication to fill in")
     setattr(command, _LOADER, lambda: account)

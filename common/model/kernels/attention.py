@@ -8,26 +8,26 @@ Shapes: H query heads, G key/value heads, E head width, T packed tokens, S segme
 """
 
 import importlib.util
-import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from common.choice import Choice
 from common.errors import UserError
+from common.model.kernels import attention_cuda
 from common.model.kernels.attention_cpu import packed_attention
 
 if TYPE_CHECKING:
     from common.text.batches import PackedBatch
 
-KERNELS = ("flash-attn", "torch-flash", "sdpa", "eager")
+KERNELS = ("cudnn", "flash-attn", "torch-flash", "sdpa", "eager")
 _REGISTERED = "fedrx"
+# Mean segment length from which on cuDNN, segment by segment, beats one call over all of them.
+CUDNN_TOKENS = 1024
 _ABSENT = "package flash-attn is not installed"
 
 
@@ -57,7 +57,8 @@ class Packing:
 def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -> Choice[str]:
     """Choose the kernel for packed batches.
 
-    Order: flash-attn, torch's own FlashAttention-2 (varlen), SDPA segment by segment, eager.
+    Order: cuDNN (for batches of long segments; shorter ones go to the next kernel that runs
+    here), flash-attn, torch's own FlashAttention-2 (varlen), SDPA segment by segment, eager.
 
     Args:
         requested: ``auto`` or one of ``KERNELS``.
@@ -67,7 +68,7 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -
     Raises:
         UserError: If the requested kernel cannot run here.
     """
-    obstacles = {kernel: _obstacle(kernel, device, dtype) for kernel in KERNELS}
+    obstacles = {kernel: obstacle(kernel, device, dtype) for kernel in KERNELS}
     if requested == "auto":
         kernel = next(kernel for kernel in KERNELS if not obstacles[kernel])
         passed = [f"{k}: {obstacles[k]}" for k in KERNELS[: KERNELS.index(kernel)]]
@@ -92,7 +93,8 @@ def register() -> str:
     return _REGISTERED
 
 
-def _obstacle(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
+def obstacle(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Say why a kernel cannot run here, or return nothing."""
     if kernel in ("sdpa", "eager"):
         return ""
     if device.type != "cuda":
@@ -101,6 +103,8 @@ def _obstacle(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
         return f"needs bf16 or fp16, not {str(dtype).removeprefix('torch.')}"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "needs compute capability 8.0"
+    if kernel == "cudnn":
+        return attention_cuda.cudnn_obstacle(device)
     if kernel == "flash-attn" and importlib.util.find_spec("flash_attn") is None:
         return _ABSENT
     if kernel == "torch-flash" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
@@ -136,19 +140,7 @@ def _attention_forward(
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:
     if q.device.type == "cpu":
         return packed_attention(q, k, v, scaling, packing.bounds)
-    outputs = []
-    for start, stop in itertools.pairwise(packing.bounds):
-        q_part, k_part, v_part = (t[start:stop].transpose(0, 1)[None] for t in (q, k, v))
-        out = functional.scaled_dot_product_attention(
-            q_part,
-            k_part,
-            v_part,
-            is_causal=True,
-            scale=scaling,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        outputs.append(out[0].transpose(0, 1))
-    return torch.cat(outputs)
+    return attention_cuda.sdpa(q, k, v, scaling, packing.bounds)
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:
@@ -184,37 +176,20 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packin
 
 
 def _torch_flash(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    arguments = _varlen_arguments()
-    if "enable_gqa" not in arguments:
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    varlen: Any = varlen_attn
-    out: Tensor = varlen(
-        q,
-        k,
-        v,
-        packing.bounds_device,
-        packing.bounds_device,
-        packing.longest,
-        packing.longest,
-        scale=scaling,
-        **arguments,
-    )
-    return out
+    return attention_cuda.varlen(q, k, v, scaling, packing.bounds_device, packing.longest)
 
 
-@cache
-def _varlen_arguments() -> dict[str, Any]:
-    """Return the causal and grouped-query arguments under this torch's names."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    names = inspect.signature(varlen_attn).parameters
-    causal = {"is_causal": True} if "is_causal" in names else {"window_size": (-1, 0)}
-    return causal | ({"enable_gqa": True} if "enable_gqa" in names else {})
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:
+    segments = len(packing.bounds) - 1
+    if packing.bounds[-1] >= CUDNN_TOKENS * segments:
+        return attention_cuda.cudnn(q, k, v, scaling, packing.bounds)
+    # Whatever has cuDNN's kernel has FlashAttention-2.
+    absent = importlib.util.find_spec("flash_attn") is None
+    return (_torch_flash if absent else _flash_attn)(q, k, v, scaling, packing)
 
 
 _KERNEL_FUNCTIONS: dict[str, Callable[[Tensor, Tensor, Tensor, float, Packing], Tensor]] = {
+    "cudnn": _cudnn,
     "flash-attn": _flash_attn,
     "torch-flash": _torch_flash,
     "sdpa": _sdpa,

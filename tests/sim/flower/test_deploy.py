@@ -27,6 +27,7 @@ from sim.flower.deploy import deploy
 from sim.flower.run_hospital import run_hospital
 
 
+@pytest.mark.process
 def test_folder_of_a_deployment(tiny_config, tmp_path):
     """A hospital gets its own key and the authority's certificate, and nobody else's secrets."""
     readme = deploy(

@@ -102,6 +102,7 @@ def processes(tmp_path):
     one.stop()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("dies", ["fedrx worker", "flower-supernode", "nginx"])
 def test_a_hospitals_processes_end_together(tiny_config, tmp_path, processes, monkeypatch, dies):
     """With programs in their places that only sleep, one of which dies."""
@@ -259,6 +260,7 @@ client = ClientApp()
 
 
 @needs_nginx
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_stranger_commands_nobody(deployment, tmp_path):
     """With the authority's certificate alone: no run, no registration, no list, on either port."""
@@ -291,6 +293,7 @@ def test_a_stranger_commands_nobody(deployment, tmp_path):
 
 
 @needs_nginx
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_hospital_s_certificate_opens_fleet_alone(deployment, tmp_path):
     """With a hospital's own certificate: nothing but Fleet's paths is passed on."""
@@ -326,6 +329,7 @@ def test_a_hospital_s_certificate_opens_fleet_alone(deployment, tmp_path):
 
 
 @needs_nginx
+@pytest.mark.process
 @pytest.mark.slow
 def test_deployment_equals_the_simulation_and_survives_a_killed_node(
     deployment, in_process, tmp_path
