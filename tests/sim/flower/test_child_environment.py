@@ -251,6 +251,7 @@ def test_ray_gets_the_cgroups_memory(monkeypatch):
     assert "RAY_OVERRIDE_RESOURCES" not in made
 
 
+@pytest.mark.process
 def test_ray_reads_what_it_is_given(monkeypatch):
     """Ray's own reader takes memory and object store from that variable, and CPUs from the call."""
     from ray._private.resource_and_label_spec import ResourceAndLabelSpec
