@@ -65,6 +65,7 @@ def test_runs_add_up_and_the_first_beyond_the_limit_is_refused(tmp_path):
     assert sum(one["epsilon"] for one in promised(tmp_path)) <= 7
 
 
+@pytest.mark.slow
 def test_deltas_add_up_too(tmp_path):
     """A delta of 0.1 pays for whole patients: epsilon alone would call forty such runs free."""
     trick = config_of(
@@ -88,6 +89,7 @@ def test_deltas_add_up_too(tmp_path):
         joins(config_of(train__seed=3, **small), tmp_path, max_delta=None)
 
 
+@pytest.mark.slow
 def test_the_delta_of_a_large_hospital_is_below_a_tenth_of_a_patient(tmp_path):
     with pytest.raises(LimitReached, match="1e-10 to 1e-07"):
         joins(config_of(privacy__delta=1e-6), tmp_path, max_delta=None, patients=lambda: 364_627)
@@ -106,6 +108,7 @@ def test_a_lower_limit_holds_for_a_run_under_way_and_forgets_nothing(tmp_path):
     assert (tmp_path / PROMISES).read_bytes() == before
 
 
+@pytest.mark.slow
 def test_promises_are_kept_by_the_whole_digest(tmp_path, monkeypatch):
     """With a short hash that is the same for everybody, nothing is overwritten."""
     monkeypatch.setattr("common.configio.config_hash", lambda config: "0" * 8)

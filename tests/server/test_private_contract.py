@@ -127,6 +127,7 @@ def test_a_lost_reply_is_accounted_at_its_worst(tiny_config, in_process, lost_ro
     assert told[NAME] == receipt["epsilon"] == claim["epsilon"]
 
 
+@pytest.mark.slow
 def test_a_hospital_that_was_asked_once_and_left_is_accounted(tiny_config, in_process) -> None:
     def mute(message: Message, reply: Message) -> Message | None:
         return None if message.metadata.message_type == "train" else reply

@@ -157,6 +157,7 @@ def mixing_eager(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packi
 POISONS = [not_a_number, infinite, square_overflows, product_overflows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize(
     ("dtype", "layers"), [("fp32", "lean"), ("fp32", "transformers"), ("bf16", "lean")]
@@ -282,6 +283,7 @@ PATHS = [
 """What runs on a GPU only, or when asked for; each by other means here."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS, ids=str)
 def test_units_do_not_touch_each_other_on_any_path(
     open_tiny, samples_of, make_plan, monkeypatch, path

@@ -93,6 +93,7 @@ def test_hospital_s_own_paths_replace_the_server_s(tiny_config):
     assert other.run.directory != own.run.directory
 
 
+@pytest.mark.slow
 def test_a_private_deployment_states_its_noise(tiny_config, tmp_path):
     """So that no hospital has to calibrate it, and all of them agree to one configuration."""
     config = tiny_config(privacy__target_epsilon=6.0, privacy__sampling_rate=0.5)

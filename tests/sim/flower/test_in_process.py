@@ -38,6 +38,7 @@ def test_a_whole_run_to_its_report(short, tmp_path):
     assert {line["kind"] for line in wire} == {"query", "train", "evaluate"}
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_b(short, tmp_path, monkeypatch):
     whole = started(short, tmp_path / "whole")
     from client import handlers
