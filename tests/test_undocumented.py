@@ -201,7 +201,11 @@ def test_what_is_documented_or_our_own_is_not_taken_for_one():
 
 
 # Modules of ours in the place of others.
-STANDS_FOR = {"AdaptedLinear": nn.Linear.forward, "SequenceRope": LlamaRotaryEmbedding.forward}
+STANDS_FOR = {
+    "AdaptedLinear": nn.Linear.forward,
+    "Fp8Linear": nn.Linear.forward,
+    "SequenceRope": LlamaRotaryEmbedding.forward,
+}
 
 
 @cache

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from common.evaluation.generate import SlotGeneration, SlotRow
+from common.model.kernels.rope import BY_LENGTH
 from common.model.session import Session
 from common.text.batches import Encoded, pack
 
@@ -22,15 +23,13 @@ COLUMNS = 256
 """Width of a bucket; each is recorded once."""
 PREFILL_TOKENS = 8192
 """Longest packed pass over prompts (one longer prompt goes alone)."""
-# Their angles depend on the length of what is attended to, so no table of them can be made.
-_MOVING_ROPE = ("dynamic", "longrope")
 
 
 def supported(session: Session) -> bool:
     """Say whether a session's steps can be recorded: on a CUDA device, with lean layers."""
     from common.model.kernels import fused_layer as lean
 
-    fixed = session.model.model.rotary_emb.rope_type not in _MOVING_ROPE
+    fixed = session.spec.rope not in BY_LENGTH  # else no table of their angles can be made
     return session.torch_device.type == "cuda" and fixed and lean.supported(session.model)
 
 
