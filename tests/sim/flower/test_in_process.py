@@ -26,9 +26,9 @@ def short(tiny_config):
 
 
 def test_a_whole_run_to_its_report(short, tmp_path):
-    """No process is started: this test has no mark, so the guard would fail it."""
+    """No process is started: none of this test's marks allows one, so the guard would fail it."""
     summary = started(short, tmp_path / "run")
-    assert summary["workers"] == summary["backbone_loads"] == 1
+    assert summary["workers"] == 1
     assert summary["validation_loss"][-1] < summary["validation_loss"][0]
     assert "fedrx" in summary["metrics"]
     status = json.loads((tmp_path / "run" / "status.json").read_text())
