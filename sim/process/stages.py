@@ -80,7 +80,7 @@ def reported(
     except Exception as error:
         failure = _failure(run, error)
         # On a full disk the old status stays; the line is what counts.
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, FedrxError):
             if run.status()["state"] != "finished":
                 told = failure.what if isinstance(failure, StageFailed) else str(failure)
                 run.write_status("failed", stage=_stage(run), **where(), error=told)
@@ -134,7 +134,7 @@ def _failure(run: RunDirectory, error: Exception) -> FedrxError:
 
 def _stage(run: RunDirectory) -> str:
     """Return the stage that a run is in; of a finished one the report was the last."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, FedrxError):
         status = run.status()
         return REPORT if status["state"] == "finished" else str(status.get("stage", TRAINING))
     return TRAINING
@@ -147,7 +147,7 @@ def _kept(run: RunDirectory) -> str:
 
 
 def _source(run: RunDirectory) -> str:
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, FedrxError):
         return source_of_run(run.read_json("summary.json"), run.read_json("data.json"))
     return CREDENTIALED
 
