@@ -4,6 +4,7 @@ Every automatic choice (device, dtype, attention kernel, recomputation) is kept 
 """
 
 import os
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
 PRIMITIVES = "64"
 """Compiled products that oneDNN keeps; one step needs about 20."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_ASKED = "asked for"
+_GPU_HAS_IT, _GPU_HAS_NOT = "the GPU computes in bf16", "the GPU has no bf16 arithmetic"
+_AMX, _AVX = "the processor has AMX", "the processor has AVX512-BF16"
+_NEITHER = "the processor has neither AMX nor AVX512-BF16"
+DTYPE_REASONS = frozenset({_ASKED, _GPU_HAS_IT, _GPU_HAS_NOT, _AMX, _AVX, _NEITHER})
+"""Every reason that ``choose_dtype`` can give: they travel, and nothing else does."""
 
 
 @dataclass(kw_only=True)
@@ -125,21 +132,30 @@ def choose_dtype(requested: str, device: torch.device) -> Choice[str]:
         UserError: If it is neither ``auto``, ``fp32`` nor ``bf16``.
     """
     if requested in DTYPES:
-        return Choice(requested, "asked for")
+        return Choice(requested, _ASKED)
     if requested != "auto":
         raise UserError(
             f"train.dtype={requested!r}", allowed="auto, fp32, bf16", fix="set train.dtype"
         )
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return Choice("bf16", "the GPU computes in bf16")
-        return Choice("fp32", "the GPU has no bf16 arithmetic")
+            return Choice("bf16", _GPU_HAS_IT)
+        return Choice("fp32", _GPU_HAS_NOT)
     able = torch.cpu.get_capabilities()
     if able.get("amx_tile"):
-        return Choice("bf16", "the processor has AMX")
+        return Choice("bf16", _AMX)
     if able.get("avx512_bf16"):
-        return Choice("bf16", "the processor has AVX512-BF16")
-    return Choice("fp32", "the processor has neither AMX nor AVX512-BF16")
+        return Choice("bf16", _AVX)
+    return Choice("fp32", _NEITHER)
+
+
+def is_device(name: str) -> bool:
+    """Tell whether ``choose_device`` can return this.
+
+    >>> is_device("cuda:1"), is_device("cpu:0"), is_device("cuda:1 and more")
+    (True, False, False)
+    """
+    return re.fullmatch(r"cpu|cuda(:[0-9]{1,2})?", name, re.ASCII) is not None
 
 
 def limit_primitive_cache() -> None:

@@ -28,7 +28,12 @@ if TYPE_CHECKING:
 
 KERNELS = ("flash-attn", "torch-flash", "sdpa", "eager")
 _REGISTERED = "fedrx"
+ASKED, FASTEST = "asked for", "the fastest here"
 _ABSENT = "package flash-attn is not installed"
+_NOT_CUDA = "needs a CUDA device, not cpu"
+_NOT_HALF = "needs bf16 or fp16, not float32"
+_TOO_OLD = "needs compute capability 8.0"
+_NO_VARLEN = "this torch has no torch.nn.attention.varlen"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +76,7 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -
     if requested == "auto":
         kernel = next(kernel for kernel in KERNELS if not obstacles[kernel])
         passed = [f"{k}: {obstacles[k]}" for k in KERNELS[: KERNELS.index(kernel)]]
-        return Choice(kernel, "the fastest here" + (f" ({'; '.join(passed)})" if passed else ""))
+        return Choice(kernel, FASTEST + (f" ({'; '.join(passed)})" if passed else ""))
     if requested not in KERNELS:
         raise UserError(f"model.attention={requested!r}", allowed=", ".join(("auto", *KERNELS)))
     if obstacles[requested]:
@@ -80,7 +85,24 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -
             fix="set model.attention to auto"
             + (", or pip install 'fedrx[flash-attn]'" if obstacles[requested] == _ABSENT else ""),
         )
-    return Choice(requested, "asked for")
+    return Choice(requested, ASKED)
+
+
+@cache
+def attention_reasons() -> frozenset[str]:
+    """Return every reason that ``choose_attention`` can give: they travel, and nothing else does.
+
+    >>> "asked for" in attention_reasons(), "because I say so" in attention_reasons()
+    (True, False)
+    """
+    common = (_NOT_CUDA, _NOT_HALF, _TOO_OLD)
+    flash_attn = [f"flash-attn: {reason}" for reason in (*common, _ABSENT)]
+    torch_flash = [f"torch-flash: {reason}" for reason in (*common, _NO_VARLEN)]
+    passed = [
+        *flash_attn,
+        *("; ".join(pair) for pair in itertools.product(flash_attn, torch_flash)),
+    ]
+    return frozenset({ASKED, FASTEST, *(f"{FASTEST} ({reasons})" for reasons in passed)})
 
 
 def register() -> str:
@@ -96,15 +118,15 @@ def _obstacle(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
     if kernel in ("sdpa", "eager"):
         return ""
     if device.type != "cuda":
-        return f"needs a CUDA device, not {device.type}"
+        return _NOT_CUDA
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"needs bf16 or fp16, not {str(dtype).removeprefix('torch.')}"
+        return _NOT_HALF
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return "needs compute capability 8.0"
+        return _TOO_OLD
     if kernel == "flash-attn" and importlib.util.find_spec("flash_attn") is None:
         return _ABSENT
     if kernel == "torch-flash" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return "this torch has no torch.nn.attention.varlen"
+        return _NO_VARLEN
     return ""
 
 
