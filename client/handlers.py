@@ -24,7 +24,7 @@ from client.private_update import private_update
 from client.site import NAME
 from common.config import Config
 from common.configio import from_flat
-from common.errors import RunFailed, UserError
+from common.errors import DiskFull, RunFailed, UserError
 from common.files import append_json_line
 from common.privacy.budget.ledger import BudgetExhausted, LedgerDoubtful
 from common.privacy.settings import is_private, plan_of, protects
@@ -46,7 +46,7 @@ from common.wire.contract import (
 from common.wire.identity import NONCE, NONCE_PATTERN, SIGNATURE, sign
 
 ERRORS = "errors.txt"
-DATA_FREE = (ContractError, BudgetExhausted, LedgerDoubtful, LimitReached)
+DATA_FREE = (ContractError, BudgetExhausted, LedgerDoubtful, LimitReached, DiskFull)
 """Errors whose texts are made of public constants alone."""
 SETTINGS = ("adapter.", "federation.", "model.attention", "train.")
 """A user's error that begins with such a key quotes what the server sent, and nothing local."""
