@@ -12,7 +12,8 @@ rank wide; A's is a sum of (B^T g) x^T, whose rows lie in the span of x itself.
   the mean over a record's tokens.
 
 The figure is the area under the ROC curve, 0.5 being chance, with a 95% interval over patients or
-steps; epsilon is that of the one release at delta 1e-4. Reported whichever way it falls.
+steps; epsilon is that of the one release at delta 1e-4. Reported whichever way it falls; of so many
+intervals one in forty lies above chance by accident.
 """
 
 import argparse

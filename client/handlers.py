@@ -22,6 +22,7 @@ from client.local_update import evaluate, update
 from client.node import hospital_of, local_config, own_policy, private_folder
 from client.private_update import private_update
 from client.site import NAME
+from common.choice import travelling_reason
 from common.config import Config
 from common.configio import from_flat
 from common.errors import DiskFull, RunFailed, UserError
@@ -48,7 +49,14 @@ from common.wire.identity import NONCE, NONCE_PATTERN, SIGNATURE, sign
 ERRORS = "errors.txt"
 DATA_FREE = (ContractError, BudgetExhausted, LedgerDoubtful, LimitReached, DiskFull)
 """Errors whose texts are made of public constants alone."""
-SETTINGS = ("adapter.", "federation.", "model.attention", "train.")
+SETTINGS = (
+    "adapter.",
+    "federation.",
+    "model.attention",
+    "model.kernels",
+    "model.weights",
+    "train.",
+)
 """A user's error that begins with such a key quotes what the server sent, and nothing local."""
 Handler = Callable[[Config, Message, Context], RecordDict]
 
@@ -61,14 +69,16 @@ def hello(config: Config, message: Message, context: Context) -> RecordDict:
     facts: dict[str, str | int] = {
         "hospital": hospital.name,
         "a-sha256": session.adapter.a_fingerprint,
-        "backbone-sha256": backbone_spec(config.model.backbone).fingerprint,
+        "backbone-sha256": backbone_spec(config.model.backbone).fingerprint_as(
+            session.weights.value
+        ),
         "source-sha256": source_digest(),
         "of": config.federation.hospitals,
         "device": session.device.value,
         "dtype": session.dtype.value,
         "dtype-reason": session.dtype.reason,
         "attention": session.attention.value,
-        "attention-reason": session.attention.reason,
+        "attention-reason": travelling_reason(session.attention.reason),
     }
     if protects(config):
         facts["privacy-plan-sha256"] = plan_of(config).fingerprint

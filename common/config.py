@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+IN_PROCESS = "in-process"
+"""Value of ``run.backend``: no SuperLink and no Ray."""
 T = TypeVar("T", bound=bool | int | float | str)
 
 
@@ -93,8 +95,14 @@ class ModelConfig:
     """The frozen backbone."""
 
     backbone: str = option("embedded", "`embedded`, `tiny`, a folder, or a hub id of a Llama")
-    attention: Literal["auto", "flash-attn", "torch-flash", "sdpa", "eager"] = option(
+    attention: Literal["auto", "cudnn", "flash-attn", "torch-flash", "sdpa", "eager"] = option(
         "auto", "attention kernel"
+    )
+    kernels: Literal["auto", "triton", "compiled", "torch"] = option(
+        "auto", "who does the elementwise work"
+    )
+    weights: Literal["bf16", "fp8"] = option(
+        "bf16", "format of the frozen weights: bf16 (or what train.dtype says), or fp8 on a GPU"
     )
 
 
@@ -286,6 +294,9 @@ class RunConfig:
 
     directory: str = option("", "run directory; empty: runs/<time>-<name>-<hash> below the cwd")
     name: str = option("run", "name that appears in the run directory and report")
+    backend: Literal["ray", "in-process"] = option(
+        "ray", "what runs the hospitals of a simulation: Flower on Ray, or this process alone"
+    )
     port: int = option(
         0, "loopback port of the simulation's SuperLink; 0: a free one", low=0, high=65535
     )

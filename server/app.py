@@ -73,7 +73,9 @@ def federate(grid: Grid, config: Config, run: RunDirectory, *, clock: Clock = ti
         shapes=layout.shapes,
         roster=Roster(
             ours=Fingerprints(
-                a=layout.a_fingerprint, backbone=backbone.fingerprint, source=source_digest()
+                a=layout.a_fingerprint,
+                backbone=backbone.fingerprint_as(config.model.weights),
+                source=source_digest(),
             ),
             plan=plan_of(config) if protects(config) else None,
             clock=clock,

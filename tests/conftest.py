@@ -18,6 +18,8 @@ pytest_plugins = ["federation_fixtures", "privacy_fixtures"]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Triton reads this when it is imported: its interpreter runs GPU kernels where there is no GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 STARTING = {"process", "ray", "browser", "embedded"}
 """Marks of tests that may start processes."""

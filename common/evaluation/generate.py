@@ -42,8 +42,16 @@ class Matcher(Protocol):
         ...
 
 
+class MovableSlots(Protocol):
+    """Keys and values by slot."""
+
+    def move(self, source: int, target: int) -> None:
+        """Copy one slot over another."""
+        ...
+
+
 @dataclass(kw_only=True)
-class _Row:
+class SlotRow:
     """A sequence in its slot."""
 
     prompt: int
@@ -80,11 +88,16 @@ def generate(
     """
     if not prompts:
         return []
+    from common.evaluation import decode_graph
+
+    how = decode_graph.GraphGeneration if decode_graph.supported(session) else SlotGeneration
     with torch.inference_mode(), session.adapter.merged():
-        return _Generation(session, prompts, max_new_tokens, batch_size, matcher, progress).run()
+        return how(session, prompts, max_new_tokens, batch_size, matcher, progress).run()
 
 
-class _Generation:
+class SlotGeneration:
+    """One call of ``generate``: rows in their slots, and the prompts that wait."""
+
     def __init__(
         self,
         session: Session,
@@ -94,46 +107,55 @@ class _Generation:
         matcher: Callable[[], Matcher] | None,
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        self._session, self._prompts, self._limit = session, prompts, max_new_tokens
-        self._matcher, self._progress = matcher, progress
-        self._slots = min(batch_size, len(prompts))
+        self.session, self.prompts, self._limit = session, prompts, max_new_tokens
+        self.matcher, self._progress = matcher, progress
+        self.slots = min(batch_size, len(prompts))
         self._ends = _end_tokens(session)
         # Longest first: the last ones, which run with few beside them, are the cheapest.
-        self._waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), -i))
-        self._rows: list[_Row] = []
+        self.waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), -i))
+        self.rows: list[SlotRow] = []
         self._results: dict[int, Generated] = {}
+        self._store = self._new_cache(self.slots, max(map(len, prompts)) + max_new_tokens)
+
+    def run(self) -> list[Generated]:
+        """Generate until every prompt has its answer; returns them in the prompts' order."""
+        while self.waiting or self.rows:
+            self._admit()
+            if self.rows:
+                self._step()
+        return [self._results[place] for place in range(len(self.prompts))]
+
+    def _new_cache(self, slots: int, columns: int) -> MovableSlots:
         # transformers is imported when something is generated, not when help is asked for.
         from common.evaluation.slots import SlotCache, cache_argument
 
-        self._cache_argument = cache_argument(session.model.model)
+        self._cache_argument = cache_argument(self.session.model.model)
         self._cache = SlotCache(
-            session.spec.shape,
-            slots=self._slots,
-            columns=max(map(len, prompts)) + max_new_tokens,
-            like=session.model.model.embed_tokens.weight,
+            self.session.spec.shape,
+            slots=slots,
+            columns=columns,
+            like=self.session.model.model.embed_tokens.weight,
         )
+        return self._cache
 
-    def run(self) -> list[Generated]:
-        while self._waiting or self._rows:
-            while self._waiting and len(self._rows) < self._slots:
-                self._enter(self._waiting.pop())
-            if self._rows:
-                self._step()
-        return [self._results[place] for place in range(len(self._prompts))]
+    def _admit(self) -> None:
+        """Give the free slots to the prompts that wait."""
+        while self.waiting and len(self.rows) < self.slots:
+            self._enter(self.waiting.pop())
 
     def _enter(self, place: int) -> None:
         """Run one prompt into the first free slot; it yields its first token."""
-        ids_1T = torch.tensor([list(self._prompts[place])], device=self._session.torch_device)
-        self._cache.expect_prompt(len(self._rows))
+        ids_1T = torch.tensor([list(self.prompts[place])], device=self.session.torch_device)
+        self._cache.expect_prompt(len(self.rows))
         hidden_1TD = self._pass(input_ids=ids_1T)
-        matcher = self._matcher() if self._matcher else None
-        row = _Row(prompt=place, length=ids_1T.shape[1], matcher=matcher)
-        self._rows.append(row)
-        self._take([row], hidden_1TD[:, -1])
+        matcher = self.matcher() if self.matcher else None
+        row = SlotRow(prompt=place, length=ids_1T.shape[1], matcher=matcher)
+        self.rows.append(row)
+        self.take([row], self.session.model.lm_head(hidden_1TD[:, -1]))
 
     def _step(self) -> None:
         """Add one token to every occupied slot."""
-        device, rows = self._session.torch_device, self._rows
+        device, rows = self.session.torch_device, self.rows
         longest = max(row.length for row in rows)
         lengths_B = torch.tensor([row.length for row in rows], device=device)
         last_B1 = torch.tensor([[row.tokens[-1]] for row in rows], device=device)
@@ -147,17 +169,16 @@ class _Generation:
         )
         for row in rows:
             row.length += 1
-        self._take(list(rows), hidden_B1D[:, 0])
+        self.take(list(rows), self.session.model.lm_head(hidden_B1D[:, 0]))
 
     def _pass(self, **inputs: Tensor) -> Tensor:
         """Run the backbone on the cache; returns the hidden state of every token."""
         named = {**inputs, self._cache_argument: self._cache}
-        hidden: Tensor = self._session.model.model(**named, use_cache=True).last_hidden_state
+        hidden: Tensor = self.session.model.model(**named, use_cache=True).last_hidden_state
         return hidden
 
-    def _take(self, rows: list[_Row], hidden_BD: Tensor) -> None:
+    def take(self, rows: list[SlotRow], logits_BV: Tensor) -> None:
         """Choose each row's next token, and free the slots of those that end."""
-        logits_BV = self._session.model.lm_head(hidden_BD)
         chosen: list[int] = logits_BV.argmax(-1).tolist()
         for place, (row, token) in enumerate(zip(rows, chosen, strict=True)):
             if row.matcher is not None:
@@ -167,15 +188,15 @@ class _Generation:
             if token in self._ends or len(row.tokens) == self._limit:
                 self._finish(row, finished=token in self._ends)
 
-    def _finish(self, row: _Row, *, finished: bool) -> None:
+    def _finish(self, row: SlotRow, *, finished: bool) -> None:
         self._results[row.prompt] = Generated(tokens=tuple(row.tokens), finished=finished)
-        slot = next(slot for slot, other in enumerate(self._rows) if other is row)
-        last = self._rows.pop()
+        slot = next(slot for slot, other in enumerate(self.rows) if other is row)
+        last = self.rows.pop()
         if last is not row:
-            self._cache.move(len(self._rows), slot)
-            self._rows[slot] = last
+            self._store.move(len(self.rows), slot)
+            self.rows[slot] = last
         if self._progress:
-            self._progress(len(self._results), len(self._prompts))
+            self._progress(len(self._results), len(self.prompts))
 
 
 def _end_tokens(session: Session) -> frozenset[int]:

@@ -22,11 +22,14 @@ _CUDA_BUILD_BYTES = 280 * 2**20
 # 32 MiB; larger ones go back at once): measured on the embedded backbone over 512 to 4,096 tokens
 # in bf16 with each choice of recomputation, and at 1,024 and 2,048 in fp32 with none and all. The
 # peak of one and the same step varied by up to a quarter.
-_GPU_HOLES = 0.02
+_GPU_HOLES = 0.01
 _CPU_HOLES = 5
 _LARGEST_KEPT_BYTES = 2**25
 # Logits of one chunk of the loss, in fp32 (`common.training.loss`).
-_CHUNK_BYTES = 2**26
+_CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**29}
+# Buffers of the MLP's and of the hidden width that live at the peak of the backward pass; on a GPU
+# measured on Llama-3.1-8B's shape (benchmarks/results/gpu_paper_run.json).
+_WORKING_BUFFERS = {"cpu": (4, 6), "cuda": (3, 4)}
 _STATE_TENSORS = {"sgd": 0, "sgd-momentum": 1, "adamw": 2}
 
 
@@ -112,6 +115,7 @@ def training_footprint(
     optimizer: str,
     device: str,
     private_bytes: int = 0,
+    weights: str = "bf16",
 ) -> Footprint:
     """Return the memory of a training step on a packed batch.
 
@@ -124,6 +128,7 @@ def training_footprint(
         optimizer: ``sgd``, ``sgd-momentum`` or ``adamw``.
         device: ``cpu`` or ``cuda``.
         private_bytes: What differential privacy holds beside the gradient.
+        weights: ``bf16`` (in ``value_bytes``) or ``fp8``.
     """
     counts = count_parameters(shape, adapter)
     trained = counts.b + (counts.a if adapter.mode == "lora" else 0)
@@ -135,27 +140,51 @@ def training_footprint(
     # What is computed again is held for one layer at a time.
     again = {"none": 0.0, "mlp": saved["none"] - saved["mlp"]}
     activations = shape.layers * saved[recompute] + again.get(recompute, saved["none"])
-    # Backward through the MLP: four buffers of its width; norms, residual and projections.
-    buffers = [batch_tokens * value_bytes * shape.intermediate] * 4
-    buffers += [batch_tokens * value_bytes * shape.hidden] * 6
+    # Backward through the MLP: buffers of its width; norms, residual and projections.
+    wide, narrow = _WORKING_BUFFERS[device]
+    buffers = [batch_tokens * value_bytes * shape.intermediate] * wide
+    buffers += [batch_tokens * value_bytes * shape.hidden] * narrow
     working = sum(buffers)
-    if device == "cuda":
-        holes = _GPU_HOLES * (activations + working)
-    else:
-        holes = _CPU_HOLES * sum(min(buffer, _LARGEST_KEPT_BYTES) for buffer in buffers)
     # Hidden states at the labels, their gradient, and one chunk of logits.
     labelled = 3 * batch_tokens * shape.hidden * value_bytes
-    chunk = _CHUNK_BYTES * (2 + value_bytes / 4 if device == "cuda" else value_bytes / 4)
+    logits = labelled + _CHUNK_BYTES[device] * value_bytes / 4
+    if device == "cuda":
+        holes = _GPU_HOLES * (activations + working)
+        # The chunk is gone when the layers' backward begins.
+        logits = max(0, logits - working)
+    else:
+        holes = _CPU_HOLES * sum(min(buffer, _LARGEST_KEPT_BYTES) for buffer in buffers)
     return Footprint(
-        weights=counts.backbone * value_bytes,
+        weights=weights_bytes(shape, adapter, value_bytes=value_bytes, weights=weights),
         adapter=4 * trained + (0 if adapter.mode == "lora" else value_bytes * counts.a),
         gradients=4 * trained + private_bytes,
         optimizer=4 * trained * _STATE_TENSORS[optimizer],
         activations=int(activations),
         working=working,
-        logits=int(labelled + chunk),
+        logits=int(logits),
         runtime=_runtime_bytes(device),
         holes=int(holes),
+    )
+
+
+def weights_bytes(
+    shape: BackboneShape, adapter: AdapterSpec, *, value_bytes: int, weights: str
+) -> int:
+    """Return what the frozen backbone takes.
+
+    Args:
+        shape: The backbone's sizes.
+        adapter: What is attached.
+        value_bytes: 2 for bf16, 4 for fp32.
+        weights: ``bf16`` (in ``value_bytes``) or ``fp8``: a byte for each weight of a layer's
+            projections, and a scale in fp32 for each of their outputs.
+    """
+    whole = count_parameters(shape, adapter).backbone * value_bytes
+    if weights != "fp8":
+        return whole
+    sizes = _projections(shape).values()
+    return whole - shape.layers * sum(
+        wide * high * (value_bytes - 1) - 4 * high for wide, high in sizes
     )
 
 
@@ -167,6 +196,7 @@ def generation_bytes(
     columns: int,
     value_bytes: int,
     device: str,
+    weights: str = "bf16",
 ) -> int:
     """Return the memory of answering: weights, merged copies of the targets, and the cache.
 
@@ -177,12 +207,13 @@ def generation_bytes(
         columns: Longest prompt and answer, in tokens.
         value_bytes: 2 for bf16, 4 for fp32.
         device: ``cpu`` or ``cuda``.
+        weights: ``bf16`` (in ``value_bytes``) or ``fp8``.
     """
     sizes = _projections(shape)
     copies = sum(wide * high for name, (wide, high) in sizes.items() if name in adapter.targets)
     cache = 2 * shape.kv_heads * shape.head_dim * sequences * columns
-    values = count_parameters(shape, adapter).backbone + shape.layers * (copies + cache)
-    return values * value_bytes + _runtime_bytes(device)
+    frozen = weights_bytes(shape, adapter, value_bytes=value_bytes, weights=weights)
+    return frozen + shape.layers * (copies + cache) * value_bytes + _runtime_bytes(device)
 
 
 def _projections(shape: BackboneShape) -> dict[str, tuple[int, int]]:

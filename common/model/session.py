@@ -4,35 +4,31 @@ Every automatic choice (device, dtype, attention kernel, recomputation) is kept 
 """
 
 import os
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from common.choice import Choice
+from common.choice import AMX, ASKED, AVX, GPU_HAS_BF16, GPU_LACKS_BF16, NEITHER, Choice
 from common.errors import UserError
 from common.limits import available_cpus
 from common.model.adapter.falora import Adapter, AdapterSpec, attach
 from common.model.backbone.load import BackboneSpec, load_model, load_tokenizer
 from common.model.kernels.attention import Packing, choose_attention, register
+from common.model.kernels.elementwise import TORCH, Kernels, choose_kernels, kernels_named
+from common.model.kernels.frozen import choose_weights, quantise
 from common.model.memory import choose_recompute
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+    from common.model.kernels.fused_layer import KeepKeys
     from common.text.batches import PackedBatch
 
 PRIMITIVES = "64"
 """Compiled products that oneDNN keeps; one step needs about 20."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_ASKED = "asked for"
-_GPU_HAS_IT, _GPU_HAS_NOT = "the GPU computes in bf16", "the GPU has no bf16 arithmetic"
-_AMX, _AVX = "the processor has AMX", "the processor has AVX512-BF16"
-_NEITHER = "the processor has neither AMX nor AVX512-BF16"
-DTYPE_REASONS = frozenset({_ASKED, _GPU_HAS_IT, _GPU_HAS_NOT, _AMX, _AVX, _NEITHER})
-"""Every reason that ``choose_dtype`` can give: they travel, and nothing else does."""
 
 
 @dataclass(kw_only=True)
@@ -48,6 +44,9 @@ class Session:
         dtype: Arithmetic of backbone and activations: ``fp32`` or ``bf16`` (B stays fp32).
         attention: Kernel of the packed batches.
         recompute: Which activations the backward pass computes again.
+        kernels: Who does the elementwise work.
+        weights: Format of the frozen weights.
+        functions: What ``kernels`` names.
     """
 
     spec: BackboneSpec
@@ -58,17 +57,49 @@ class Session:
     dtype: Choice[str]
     attention: Choice[str]
     recompute: Choice[str]
+    kernels: Choice[str] = field(default=Choice("torch", "not chosen"))
+    weights: Choice[str] = field(default=Choice("bf16", "not chosen"))
+    functions: Kernels = field(default=TORCH)
 
     @property
     def torch_device(self) -> torch.device:
         """The device as torch names it."""
         return torch.device(self.device.value)
 
-    def hidden_states(self, batch: "PackedBatch") -> Tensor:
+    @property
+    def shortens(self) -> bool:
+        """Whether the last layer goes on with the labelled tokens alone.
+
+        It is the same function, a fiftieth faster at 32 layers; its products round otherwise, so
+        CPUs, whose runs are compared value by value, keep all tokens.
+        """
+        from common.model.kernels.fused_layer import LeanLayer
+
+        return self.torch_device.type != "cpu" and type(self.model.model.layers[-1]) is LeanLayer
+
+    def label_states(self, batch: "PackedBatch") -> Tensor:
+        """Run the backbone; returns [N, D] final hidden states where a label is predicted."""
+        if self.shortens:
+            return self.hidden_states(batch, at=batch.label_positions_N)
+        return self.hidden_states(batch)[batch.label_positions_N]
+
+    def hidden_states(
+        self,
+        batch: "PackedBatch",
+        *,
+        keep: "KeepKeys | None" = None,
+        at: Tensor | None = None,
+    ) -> Tensor:
         """Run the backbone on a packed batch that lies on the device.
 
+        Args:
+            batch: Segments laid end to end.
+            keep: Called by each lean layer with its number, keys and values (both [T, G, E]).
+            at: [N] packed indices, each at most once, of the tokens that are wanted (lean layers
+                only); all when None.
+
         Returns:
-            [T, D] final hidden states, before the language-model head.
+            [T, D] (with ``at``: [N, D]) final hidden states, before the language-model head.
         """
         packing = Packing.of(batch, self.attention.value, self.torch_device)
         out = self.model.model(
@@ -79,6 +110,8 @@ class Session:
             attention_mask=packing.bounds_device.view(1, 1, 1, -1),
             use_cache=False,
             packing=packing,
+            keep=keep,
+            at=at,
         )
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
@@ -132,30 +165,21 @@ def choose_dtype(requested: str, device: torch.device) -> Choice[str]:
         UserError: If it is neither ``auto``, ``fp32`` nor ``bf16``.
     """
     if requested in DTYPES:
-        return Choice(requested, _ASKED)
+        return Choice(requested, ASKED)
     if requested != "auto":
         raise UserError(
             f"train.dtype={requested!r}", allowed="auto, fp32, bf16", fix="set train.dtype"
         )
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return Choice("bf16", _GPU_HAS_IT)
-        return Choice("fp32", _GPU_HAS_NOT)
+            return Choice("bf16", GPU_HAS_BF16)
+        return Choice("fp32", GPU_LACKS_BF16)
     able = torch.cpu.get_capabilities()
     if able.get("amx_tile"):
-        return Choice("bf16", _AMX)
+        return Choice("bf16", AMX)
     if able.get("avx512_bf16"):
-        return Choice("bf16", _AVX)
-    return Choice("fp32", _NEITHER)
-
-
-def is_device(name: str) -> bool:
-    """Tell whether ``choose_device`` can return this.
-
-    >>> is_device("cuda:1"), is_device("cpu:0"), is_device("cuda:1 and more")
-    (True, False, False)
-    """
-    return re.fullmatch(r"cpu|cuda(:[0-9]{1,2})?", name, re.ASCII) is not None
+        return Choice("bf16", AVX)
+    return Choice("fp32", NEITHER)
 
 
 def limit_primitive_cache() -> None:
@@ -178,6 +202,8 @@ def open_session(
     threads: int | None = None,
     recompute: str = "auto",
     batch_tokens: int = 0,
+    kernels: str = "auto",
+    weights: str = "bf16",
 ) -> Session:
     """Load a backbone and attach an adapter to it.
 
@@ -186,10 +212,12 @@ def open_session(
         adapter: What to attach.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto``, ``fp32`` or ``bf16``.
-        attention: ``auto``, ``flash-attn``, ``torch-flash``, ``sdpa`` or ``eager``.
+        attention: ``auto`` or one of ``attention.KERNELS``.
         threads: CPU threads of this process; None: torch's own, as far as they may be used.
         recompute: ``auto``, ``none``, ``mlp``, ``half`` or ``all``.
         batch_tokens: Longest packed batch, for the choice of what is recomputed; 0 when unknown.
+        kernels: ``auto`` or one of ``kernels.CANDIDATES``.
+        weights: One of ``frozen.WEIGHTS``.
 
     Raises:
         UserError: If something asked for cannot be had here.
@@ -202,6 +230,8 @@ def open_session(
     dtype_choice = choose_dtype(dtype, on)
     arithmetic = DTYPES[dtype_choice.value]
     attention_choice = choose_attention(attention, on, arithmetic)
+    kernels_choice = choose_kernels(kernels, on)
+    weights_choice = choose_weights(weights, on, arithmetic)
     tokenizer = load_tokenizer(spec)
     model = load_model(spec, device=on, dtype=arithmetic)
     model.set_attn_implementation(register())
@@ -209,6 +239,9 @@ def open_session(
     from common.model.kernels import fused_layer as lean
 
     recompute_choice = Choice("none", "this Llama's layers are transformers' own")
+    functions = kernels_named(kernels_choice.value)
+    if weights_choice.value == "fp8":
+        quantise(model, functions)
     if lean.supported(model):
         recompute_choice = choose_recompute(
             recompute,
@@ -218,7 +251,7 @@ def open_session(
             batch_tokens=batch_tokens,
             device=on,
         )
-        lean.install(model, recompute_choice.value)
+        lean.install(model, recompute_choice.value, functions)
     return Session(
         spec=spec,
         model=model,
@@ -228,4 +261,7 @@ def open_session(
         dtype=dtype_choice,
         attention=attention_choice,
         recompute=recompute_choice,
+        kernels=kernels_choice,
+        weights=weights_choice,
+        functions=functions,
     )

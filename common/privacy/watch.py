@@ -75,10 +75,10 @@ class WatchedSession(Session):
 
     on_pass: Callable[[PackedBatch], None]
 
-    def hidden_states(self, batch: PackedBatch) -> Tensor:
+    def hidden_states(self, batch: PackedBatch, **which: Any) -> Tensor:
         """Run the backbone, and tell."""
         self.on_pass(batch)
-        return super().hidden_states(batch)
+        return super().hidden_states(batch, **which)
 
 
 class WatchedNoise(NoiseSource):

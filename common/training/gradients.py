@@ -82,8 +82,10 @@ def add_unit_gradients(
     Returns:
         [S] fp32 token-mean loss of each segment. A private run must not release it.
     """
+    # Counted where the batch lies: on a GPU, counting waits for everything before it.
+    counts_S = torch.bincount(batch.label_segments_N, minlength=batch.segments)
+    tokens_S = counts_S.float().to(session.torch_device)
     batch = batch.to(session.torch_device)
-    tokens_S = torch.bincount(batch.label_segments_N, minlength=batch.segments).float()
     weights_N = (1.0 / tokens_S)[batch.label_segments_N]
     with session.adapter.unit_gradients(batch.cu_seqlens, rows, out_UP):
         losses_N = _backward(session, batch, weights_N)
@@ -92,12 +94,12 @@ def add_unit_gradients(
 
 def _backward(session: Session, batch: PackedBatch, weights_N: Tensor) -> Tensor:
     """Run one forward and backward pass; returns the token losses [N]."""
-    hidden_TD = session.hidden_states(batch)
     total, losses_N = weighted_cross_entropy(
-        hidden_TD[batch.label_positions_N],
+        session.label_states(batch),
         session.model.lm_head.weight,
         batch.labels_N,
         weights_N,
+        session.functions,
     )
     torch.autograd.backward(total)
     return losses_N

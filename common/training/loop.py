@@ -150,10 +150,14 @@ def validation_loss(
     with torch.no_grad():
         for samples in _packs(dataset, pack_tokens):
             batch = pack(samples).to(session.torch_device)
-            hidden_ND = session.hidden_states(batch)[batch.label_positions_N]
+            hidden_ND = session.label_states(batch)
             weights_N = torch.ones_like(batch.labels_N, dtype=torch.float32)
             _, losses_N = weighted_cross_entropy(
-                hidden_ND, session.model.lm_head.weight, batch.labels_N, weights_N
+                hidden_ND,
+                session.model.lm_head.weight,
+                batch.labels_N,
+                weights_N,
+                session.functions,
             )
             parts.append((float(losses_N.sum(dtype=torch.float64)), losses_N.numel()))
     return _total(parts)

@@ -56,6 +56,8 @@ def _session(
         threads=threads or None,
         recompute=recompute,
         batch_tokens=batch_tokens,
+        kernels=model.kernels,
+        weights=model.weights,
     )
 
 

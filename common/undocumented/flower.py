@@ -4,6 +4,7 @@ Seen alike in 1.41.0 and 1.42.0. Beside ``common.wire.contract`` the only module
 imports Flower; nothing in ``common`` imports it.
 """
 
+from flwr.app import Message
 from flwr.common.serde import (
     context_from_proto,
     context_to_proto,
@@ -25,7 +26,14 @@ __all__ = [
     "context_to_proto",
     "message_from_proto",
     "message_to_proto",
+    "set_message_id",
 ]
 
 NO_UPDATE_CHECK = "FLWR_DISABLE_UPDATE_CHECK"
 """``1``: the commands do not ask for newer releases."""
+
+
+def set_message_id(message: Message, message_id: str) -> str:
+    """Give a message its id, as Flower's grids do when they send it, and return it."""
+    message.metadata.__dict__["_message_id"] = message_id
+    return message_id

@@ -4,8 +4,13 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from common.model.kernels.attention import KERNELS, attention_reasons
-from common.model.session import DTYPE_REASONS, DTYPES, is_device
+from common.choice import (
+    DTYPE_NAMES,
+    DTYPE_REASONS,
+    KERNEL_NAMES,
+    attention_reasons,
+    is_device,
+)
 from common.wire.contract import HELLO_REPLY, PRIVATE_HELLO_REPLY, ContractError, check_scalars
 from common.wire.identity import SIGNATURE, SIGNATURE_PATTERN
 
@@ -16,9 +21,9 @@ MOST_COUNTED = 10**8
 """Patients or admissions of one hospital; no country has as many a year."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CHOICES: dict[str, Callable[[], Collection[str]]] = {
-    "dtype": lambda: DTYPES,
+    "dtype": lambda: DTYPE_NAMES,
     "dtype-reason": lambda: DTYPE_REASONS,
-    "attention": lambda: KERNELS,
+    "attention": lambda: KERNEL_NAMES,
     "attention-reason": attention_reasons,
 }
 """A text of a hospital's own choosing could carry anything: these are known beforehand."""

@@ -26,7 +26,15 @@ from sim.process.stages import after_training, is_trained
 from sim.report.run_report import write_report
 from sim.report.terminal import show_summary
 
-_FREE_KEYS = ("evaluation.", "model.attention", "train.device", "train.dtype", "train.threads")
+_FREE_KEYS = (
+    "evaluation.",
+    "model.attention",
+    "model.kernels",
+    "model.weights",
+    "train.device",
+    "train.dtype",
+    "train.threads",
+)
 
 
 def evaluate(

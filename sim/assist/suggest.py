@@ -42,7 +42,13 @@ from sim.process.open_run import open_run
 SYNTHETIC_PATH = "synthetic"
 _CODE = re.compile(r"[A-Za-z]?\d[\w.]{1,7}")
 _FREE_KEYS = (
-    *("evaluation.max-new-tokens", "evaluation.constrained", "model.attention"),
+    *(
+        "evaluation.max-new-tokens",
+        "evaluation.constrained",
+        "model.attention",
+        "model.kernels",
+        "model.weights",
+    ),
     *("train.device", "train.dtype", "train.threads"),
 )
 

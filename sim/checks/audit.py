@@ -119,6 +119,8 @@ def audit(
         device=train.device,
         dtype=train.dtype,
         attention=config.model.attention,
+        kernels=config.model.kernels,
+        weights=config.model.weights,
         threads=train.threads or None,
     )
     default = LOOP_CANARIES if config.model.backbone == "tiny" else LOOP_CANARIES_LARGE

@@ -24,6 +24,8 @@ from common.errors import FedrxError, UserError
 from common.limits import available_cpus, available_memory_bytes
 from common.model.backbone.embedded import FOLDER
 from common.model.kernels.attention import choose_attention
+from common.model.kernels.elementwise import choose_kernels
+from common.model.kernels.frozen import fp8_obstacle
 from common.model.session import DTYPES, choose_device, choose_dtype
 from common.user_cache import fedrx_cache
 from sim.flower.proxies import nginx_command
@@ -52,7 +54,7 @@ def examine(hospital: Path | None = None) -> list[Finding]:
     """
     checks: list[Callable[[], Finding]] = [
         *(_python, _packages, _processor, _memory, _disk),
-        *(_accelerator, _attention, _backbone, _extras, _simulation),
+        *(_accelerator, _attention, _kernels, _backbone, _extras, _simulation),
     ]
     return [*(examine_hospital(hospital) if hospital else []), *(check() for check in checks)]
 
@@ -166,6 +168,14 @@ def _attention() -> Finding:
     device = torch.device(choose_device("auto").value)
     choice = choose_attention("auto", device, DTYPES[choose_dtype("auto", device).value])
     return Finding(check="attention", state="ok", found=f"{choice.value}: {choice.reason}")
+
+
+def _kernels() -> Finding:
+    device = torch.device(choose_device("auto").value)
+    choice = choose_kernels("auto", device)
+    fp8 = fp8_obstacle(device, DTYPES[choose_dtype("auto", device).value])
+    found = f"{choice.value}: {choice.reason}; model.weights=fp8: {fp8 or 'runs here'}"
+    return Finding(check="kernels", state="ok", found=found)
 
 
 def _backbone() -> Finding:

@@ -76,6 +76,7 @@ def plan(config: Config, *, card_bytes: int | None = None) -> dict[str, Any]:
         columns=train.max_length // 2 + config.evaluation.max_new_tokens,
         value_bytes=value_bytes,
         device=device,
+        weights=config.model.weights,
     )
     workers = Choice(1, "one node, or one worker per GPU")
     if device == "cpu" and federation.hospitals > 1:

@@ -19,6 +19,7 @@ from sim.cli import deploy as cli_deploy
 from sim.cli import people as cli_people
 from sim.cli import runs as cli_runs
 from sim.cli.options import (
+    BackendOption,
     ConfigArgument,
     JsonOption,
     RunDirOption,
@@ -26,6 +27,7 @@ from sim.cli.options import (
     console_for,
     find_config,
     print_json,
+    with_backend,
 )
 
 app = typer.Typer(
@@ -71,11 +73,12 @@ def demo(
     ] = False,
     set_: SetOption = None,
     run_dir: RunDirOption = None,
+    backend: BackendOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Run the main job on synthetic data: three hospitals, a small Llama, a report."""
     name = Path("demo-tiny.toml" if tiny else "demo.toml")
-    config = read_config(source_root() / "configs" / name, set_ or ())
+    config = read_config(source_root() / "configs" / name, with_backend(set_, backend))
     from sim.runs.federate import federate
 
     console = console_for(json_output)
@@ -89,10 +92,11 @@ def federate(
     config_file: ConfigArgument,
     set_: SetOption = None,
     run_dir: RunDirOption = None,
+    backend: BackendOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Train hospitals together in a simulation (Flower on Ray)."""
-    config = read_config(find_config(config_file), set_ or ())
+    config = read_config(find_config(config_file), with_backend(set_, backend))
     from sim.runs.federate import federate as run_federation
 
     console = console_for(json_output)

@@ -24,6 +24,12 @@ SetOption = Annotated[
 RunDirOption = Annotated[
     Path | None, typer.Option("--run-dir", help="New folder for everything the run writes.")
 ]
+BackendOption = Annotated[
+    str | None,
+    typer.Option(
+        "--backend", help="ray: Flower on Ray; in-process: this process alone, for a debugger."
+    ),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON, last, on standard output.")
 ]
@@ -47,6 +53,15 @@ def find_config(name: Path) -> Path:
         allowed=f"a TOML file, or a shipped one: {names}",
         fix="check the path",
     )
+
+
+def with_backend(overrides: list[str] | None, backend: str | None) -> list[str]:
+    """Return the overrides with ``--backend`` among them.
+
+    >>> with_backend(["adapter.rank=4"], "in-process")
+    ['adapter.rank=4', 'run.backend=in-process']
+    """
+    return [*(overrides or ()), *([f"run.backend={backend}"] if backend else ())]
 
 
 def console_for(json_output: bool) -> Console:

@@ -12,13 +12,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flwr.cli.constant import ACCESS_TOKEN_STORE_KEY, AUTHN_TYPE_STORE_KEY, REFRESH_TOKEN_STORE_KEY
-from flwr.common.constant import ACCESS_TOKEN_KEY, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, AuthnType
-from flwr.supercore.auth.typing import AccountAuthCredentials, AccountAuthLoginDetails, AccountInfo
-from flwr.supercore.credential_store import FileCredentialStore
-from flwr.superlink.auth_plugin import ControlAuthnPlugin
-
 from common.errors import RunFailed
+from common.undocumented.flower_deployment import (
+    ACCESS_TOKEN_KEY,
+    ACCESS_TOKEN_STORE_KEY,
+    AUTHN_TYPE_STORE_KEY,
+    NOOP_ACCOUNT_NAME,
+    NOOP_FLWR_AID,
+    REFRESH_TOKEN_STORE_KEY,
+    SUPERLINK_COMMAND,
+    AccountAuthCredentials,
+    AccountAuthLoginDetails,
+    AccountInfo,
+    AuthnType,
+    ControlAuthnPlugin,
+    FileCredentialStore,
+)
 
 CREDENTIALS = "credentials.yaml"
 """Flower's own file of tokens, in FLWR_HOME: its ``flwr`` command sends what is in there."""
@@ -87,7 +96,7 @@ def main() -> None:
     """Start the SuperLink."""
     address = sys.argv.pop(1)
     account = TokenAccount(read_token(Path(os.environ["FLWR_HOME"]), address))
-    command = importlib.import_module("flwr.superlink.cli.flower_superlink")
+    command = importlib.import_module(SUPERLINK_COMMAND)
     if not hasattr(command, _LOADER):
         raise RunFailed("this version of Flower has no account authentication to fill in")
     setattr(command, _LOADER, lambda: account)

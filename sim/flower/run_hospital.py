@@ -24,6 +24,7 @@ from client.site import SOCKET, Site, read_site
 from client.tasks import answer_tasks
 from common.configio import toml_scalar
 from common.errors import RunFailed
+from sim.flower.child_environment import ask_loopback_directly
 from sim.flower.children import Children
 from sim.flower.proxies import nginx_command
 from sim.flower.run_superlink import flower_quiet
@@ -44,6 +45,7 @@ def run_hospital(folder: Path, console: Console) -> None:
         ForeignCode: if the policy names other code than is installed.
         RunFailed: when one of the processes ends.
     """
+    ask_loopback_directly()
     folder = folder.absolute()
     site, policy = read_site(folder), read_policy(folder)
     digest = check_installation(policy)

@@ -12,6 +12,7 @@ import httpx
 from client.policy import Typed, read_model
 from client.site import Port
 from common.errors import RunFailed
+from common.undocumented.flower import NO_UPDATE_CHECK
 from sim.flower import guarded_superlink
 from sim.flower.child_environment import without_loopback_proxy
 from sim.flower.children import Children
@@ -44,7 +45,7 @@ def flower_quiet(folder: Path) -> dict[str, str]:
         "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),
         "FLWR_HOME": str(folder / "home"),
         "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        NO_UPDATE_CHECK: "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -3,7 +3,7 @@
 import torch
 
 from common.choice import Choice
-from common.config import Config
+from common.config import IN_PROCESS, Config
 from common.limits import available_cpus, available_memory_bytes
 from common.model.adapter.layout import adapter_spec
 from common.model.backbone.load import BackboneShape
@@ -39,6 +39,7 @@ def training_footprints(
             optimizer="sgd-momentum" if momentum else train.optimizer,
             device=device,
             private_bytes=private_bytes(train.batch_size, trained) if is_private(config) else 0,
+            weights=config.model.weights,
         )
         for choice in RECOMPUTE
     }
@@ -64,6 +65,8 @@ def choose_workers(
         shape: The backbone's sizes.
         memory_bytes: What all workers may take on a CPU; default what is available now.
     """
+    if config.run.backend == IN_PROCESS:
+        return Choice(1, "this process alone (run.backend)")
     if config.federation.workers:
         return Choice(config.federation.workers, "federation.workers")
     gpus, hospitals = torch.cuda.device_count(), config.federation.hospitals

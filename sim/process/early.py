@@ -12,6 +12,8 @@ from common.model.adapter.layout import adapter_spec, meta_adapter
 from common.model.backbone.known_shapes import KNOWN_SHAPES, shape_of
 from common.model.backbone.load import BackboneSpec, load_tokenizer
 from common.model.kernels.attention import choose_attention
+from common.model.kernels.elementwise import choose_kernels
+from common.model.kernels.frozen import choose_weights
 from common.model.session import DTYPES, choose_device, choose_dtype
 
 _UNREAD = "not read yet"
@@ -38,7 +40,10 @@ def check_device(config: Config) -> None:
         UserError: naming the key that cannot be had here.
     """
     on = torch.device(choose_device(config.train.device).value)
-    choose_attention(config.model.attention, on, DTYPES[choose_dtype(config.train.dtype, on).value])
+    arithmetic = DTYPES[choose_dtype(config.train.dtype, on).value]
+    choose_attention(config.model.attention, on, arithmetic)
+    choose_kernels(config.model.kernels, on)
+    choose_weights(config.model.weights, on, arithmetic)
 
 
 def _check_backbone(config: Config) -> None:

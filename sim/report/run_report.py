@@ -139,6 +139,16 @@ def run_blocks(run: RunDirectory) -> list[Block]:
     return blocks
 
 
+def peak_memory(summary: dict[str, Any]) -> str:
+    """Say how much memory a run took, on the host and on a GPU.
+
+    >>> peak_memory({"peak_rss_bytes": 2**30, "peak_device_bytes": 2**32})
+    '1.00 GiB, on the GPU 4.00 GiB'
+    """
+    sizes = [("", summary["peak_rss_bytes"]), ("on the GPU ", summary.get("peak_device_bytes"))]
+    return ", ".join(f"{where}{size / 2**30:.2f} GiB" for where, size in sizes if size)
+
+
 def _what_ran(run: RunDirectory, summary: dict[str, Any]) -> Block:
     config = run.config()
     adapter, train = summary["adapter"], config.train
@@ -154,7 +164,7 @@ def _what_ran(run: RunDirectory, summary: dict[str, Any]) -> Block:
         ("attention", f"{summary['attention']['kernel']} ({summary['attention']['reason']})"),
         ("backbone loads, workers", f"{summary['backbone_loads']}, {summary['workers']}"),
         ("time", f"{summary['seconds']:.0f} s"),
-        ("peak memory", f"{summary['peak_rss_bytes'] / 2**30:.2f} GiB"),
+        ("peak memory", peak_memory(summary)),
         ("sha256 of B", str(summary["b_sha256"])),
     ]
     rows += [("scaled", note) for note in summary.get("scaling", {}).get("notes", [])]

@@ -16,6 +16,7 @@ from sim.report.run_report import (
     megabytes,
     model_name,
     number,
+    peak_memory,
     with_interval,
 )
 
@@ -62,8 +63,7 @@ def show_summary(console: Console, run: RunDirectory, summary: dict[str, Any]) -
             highlight=False,
         )
     console.print(
-        f"{summary['seconds']:.0f} s, peak memory {summary['peak_rss_bytes'] / 2**30:.2f} GiB",
-        highlight=False,
+        f"{summary['seconds']:.0f} s, peak memory {peak_memory(summary)}", highlight=False
     )
     console.print(f"report: {run.path / 'report.html'}", markup=False, highlight=False)
 

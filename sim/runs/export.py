@@ -177,6 +177,7 @@ def model_card(
             f"| training | {hospitals} hospital(s), {train.optimizer}, learning rate "
             f"{train.learning_rate:g}; checkpoint {checkpoint.name} ({moment}) |"
         ),
+        *_weights_lines(config),
         f"| data | {source} |",
         f"| privacy | {_privacy_line(summary)} |",
         "",
@@ -196,6 +197,13 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _weights_lines(config: Config) -> list[str]:
+    """Say in which format the backbone was, where it was not the one that the adapter is for."""
+    if config.model.weights != "fp8":
+        return []
+    return ["| trained on | the backbone's projections in fp8; the adapter is for bf16 weights |"]
 
 
 def _privacy_line(summary: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from common.config import Config
+from common.config import IN_PROCESS, Config
 from common.configio import flatten
 from common.data.partition import Hospital, assign_hospitals
 from common.data.prepare import load_samples
@@ -35,6 +35,7 @@ from common.training.budget import checkpoint_steps, steps_in_all, steps_of_roun
 from common.wire.cohort import check_only
 from server.strategies import check_strategy
 from sim.answers.evaluate import evaluate_run
+from sim.flower.in_process import run_in_process
 from sim.flower.superlink import end_leftovers, free_port, run_flower
 from sim.flower.worker_count import choose_workers
 from sim.process.early import check_settings
@@ -214,13 +215,16 @@ def train_and_answer(
                 progress.tick()
                 peak.tick()
 
-            run_flower(
-                config,
-                run,
-                workers=config.federation.workers,
-                gpus_per_worker=gpus_per_worker(config, config.federation.workers),
-                on_tick=on_tick,
-            )
+            if config.run.backend == IN_PROCESS:
+                run_in_process(config, on_tick=on_tick)
+            else:
+                run_flower(
+                    config,
+                    run,
+                    workers=config.federation.workers,
+                    gpus_per_worker=gpus_per_worker(config, config.federation.workers),
+                    on_tick=on_tick,
+                )
     summary = run.read_json("summary.json")
     summary.setdefault("training_seconds", round(time.monotonic() - started, 3))
     run.write_json("summary.json", {**summary, "source": preparation.table.source})

@@ -16,7 +16,7 @@ from common.model.adapter.layout import adapter_spec
 from common.model.backbone.load import loads
 from common.privacy.budget.receipts import PRIVACY, privacy_summary
 from common.privacy.settings import is_private, protects, with_calibrated_noise
-from common.provenance import environment, peak_rss_bytes, tensors_sha256
+from common.provenance import environment, peak_device_bytes, peak_rss_bytes, tensors_sha256
 from common.rundir import RunDirectory
 from common.training.resident_session import session_of, tokens_of
 from sim.answers.evaluate import evaluate_run
@@ -137,6 +137,7 @@ def train_and_answer(
     summary |= {
         "seconds": round(training.seconds_before + time.monotonic() - started, 3),
         "peak_rss_bytes": peak_rss_bytes(),
+        "peak_device_bytes": peak_device_bytes(),
     }
     run.write_json("summary.json", summary)
     run.write_status("running", stage=REPORT, step=training.total.value)
@@ -185,6 +186,7 @@ def summarise(training: SingleTraining, preparation: Preparation) -> dict[str, A
         "validation_loss": [losses[step] for step in sorted(losses)],
         "training_seconds": round(training.seconds, 3),
         "peak_rss_bytes": peak_rss_bytes(),
+        "peak_device_bytes": peak_device_bytes(),
         "device": session.device.value,
         "attention": {"kernel": session.attention.value, "reason": session.attention.reason},
         "dtype": session.dtype.as_dict(),

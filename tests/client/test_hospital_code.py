@@ -72,6 +72,7 @@ def test_what_is_no_bundle_is_refused(bundle, monkeypatch):
         check_bundle(bundle)
 
 
+@pytest.mark.process
 def test_a_bundle_is_read_without_importing_or_writing_anything(app, tmp_path):
     """In a process of its own, from a bundle whose every module would leave a mark."""
     marked, mark = tmp_path / "fedrx", tmp_path / "ran"

@@ -34,8 +34,6 @@ from common.training.hospital_data import HospitalData
 from common.training.optimiser import TrainState
 from server.app import federate
 
-pytestmark = pytest.mark.usefixtures("task_identity")
-
 ROUNDS, STEPS = 2, 2
 SETTINGS: dict[str, Any] = {
     "data.path": "synthetic",
@@ -133,7 +131,7 @@ def leaks(seen: list[tuple[str, Message]], shapes: dict[str, tuple[int, ...]]) -
 
 
 @pytest.fixture(scope="module")
-def honest(tmp_path_factory, task_identity):
+def honest(tmp_path_factory):
     return run_federation(tmp_path_factory.mktemp("runs") / "honest")
 
 

@@ -211,6 +211,7 @@ def test_a_socket_that_a_killed_worker_left_is_replaced(tmp_path):
         assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == 0o600
 
 
+@pytest.mark.process
 def test_refuses_the_bundle_of_other_code(socket, tiny_config):
     """What the executor found in the bundle is compared with what the worker runs."""
     message, context = query_of(tiny_config())

@@ -17,8 +17,6 @@ from server.central_dp import HospitalPrivacyAggregator
 from server.roster import Roster
 from sim.runs.single import one_node
 
-pytestmark = pytest.mark.usefixtures("task_identity")
-
 KEYS = {
     "privacy.unit": "hospital",
     "privacy.noise-multiplier": 2.0,

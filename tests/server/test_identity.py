@@ -63,6 +63,7 @@ def test_honest_hospitals_are_admitted(config, in_process):
     assert "unknown" not in str(asked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("away", [False, True])
 @pytest.mark.parametrize("mismatch", ["stop", "refuse"])
 def test_a_hospital_that_takes_another_s_name_is_refused(

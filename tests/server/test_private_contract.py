@@ -88,6 +88,7 @@ def test_the_weight_and_steps_that_a_private_reply_may_have() -> None:
             read(**bad)
 
 
+@pytest.mark.slow
 def test_a_private_federation_aggregates_uniformly(tiny_config, in_process, monkeypatch) -> None:
     """Whatever federation.weighting says, and even if weights got past the check."""
     aggregator_of = Rounds._aggregator
@@ -112,6 +113,7 @@ def test_a_private_federation_aggregates_uniformly(tiny_config, in_process, monk
     assert means == [0.5, 0.75]  # the second: without privacy the weights count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost_round", [1, 2])
 def test_a_lost_reply_is_accounted_at_its_worst(tiny_config, in_process, lost_round) -> None:
     config = tiny_config(**PRIVATE)
@@ -125,6 +127,7 @@ def test_a_lost_reply_is_accounted_at_its_worst(tiny_config, in_process, lost_ro
     assert told[NAME] == receipt["epsilon"] == claim["epsilon"]
 
 
+@pytest.mark.slow
 def test_a_hospital_that_was_asked_once_and_left_is_accounted(tiny_config, in_process) -> None:
     def mute(message: Message, reply: Message) -> Message | None:
         return None if message.metadata.message_type == "train" else reply

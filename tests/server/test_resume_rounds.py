@@ -156,6 +156,7 @@ def test_reset_state_starts_a_new_optimizer_on_the_next_batches(tiny_config, in_
     assert not list(federated.run.path.glob("hospitals/*/state-*"))
 
 
+@pytest.mark.slow
 def test_below_quorum_the_run_fails_and_the_last_checkpoint_stays(
     tiny_config, in_process, tmp_path
 ):
@@ -344,6 +345,7 @@ def mute_until(answers_at):
     return tamper
 
 
+@pytest.mark.slow
 def test_mute_node_costs_the_whole_wait_once(tiny_config, in_process):
     """It is connected and never answers: asked in ever fewer rounds, with ever shorter waits."""
     config = impatient(tiny_config, rounds=7, needed=2)

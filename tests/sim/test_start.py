@@ -44,6 +44,7 @@ def fedrx(*path: Path, code: str = COMMAND, cwd: Path) -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.process
 def test_ours_are_used_though_others_come_first(others):
     """Both from PYTHONPATH and from the working directory; not even their first line is run."""
     for package in PACKAGES:
@@ -55,6 +56,7 @@ def test_ours_are_used_though_others_come_first(others):
     assert "a wrong package" in bare.stderr  # the control: the others do come first
 
 
+@pytest.mark.process
 def test_one_that_is_imported_already_is_named_with_its_path(others, tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text("import common\n")

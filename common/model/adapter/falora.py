@@ -23,6 +23,14 @@ from torch.nn import functional
 
 from common.errors import UserError
 from common.model.adapter.spec import AdapterSpec, HashedA, draw_a
+from common.model.kernels.elementwise import Kernels
+from common.model.kernels.frozen import (
+    Fp8Weight,
+    FrozenWeight,
+    frozen_weight,
+    input_gradient,
+    products,
+)
 
 __all__ = ["AdaptedLinear", "Adapter", "AdapterSpec", "attach", "draw_a"]
 HEAD = {"lm_head"}
@@ -69,60 +77,74 @@ class _Group:
             self._input = None
         return y
 
-    def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _compute(self, x: Tensor, beside: Sequence[nn.Module] = ()) -> tuple[Tensor, ...]:
         if self.adapter.spec.mode == "fa-lora":
             a_GD = self.a_GD
         else:
             a_GD = torch.cat([module.lora_A for module in self.modules])
-        per_module = [(m.weight, m.bias, m.lora_B) for m in self.modules]
-        flat = [tensor for triple in per_module for tensor in triple]
-        return cast("tuple[Tensor, ...]", _adapted(x, self, a_GD, *flat))
+        flat: list[Any] = []
+        for module in self.modules:
+            flat += [module.weight, module.bias, module.lora_B]
+        return cast("tuple[Tensor, ...]", _adapted(x, self, tuple(beside), a_GD, *flat))
+
+    def together(self, x: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
+        """Return the outputs of projections of one input, this group's and frozen ones."""
+        beside = [module for module in modules if module not in self.modules]
+        outputs = self._compute(x, beside)
+        order = [*self.modules, *beside]
+        return [outputs[order.index(module)] for module in modules]
 
 
 class _AdaptedFunction(torch.autograd.Function):
     """The adapted projections of one group as one node of the graph."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: _Group, a_GD: Tensor, *tensors: Any) -> Any:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        group: _Group,
+        beside: tuple[Any, ...],
+        a_GD: Tensor,
+        *tensors: Any,
+    ) -> Any:
         triples = [tensors[i : i + 3] for i in range(0, len(tensors), 3)]
         scale = group.adapter.spec.scale
         x_TD = x.reshape(-1, x.shape[-1])
         z_TG = x_TD @ a_GD.to(x.dtype).T
+        weights, biases, bs = zip(*triples, strict=True)
+        weights = *weights, *map(frozen_weight, beside)
+        y_TOs = products(x_TD, weights, (*biases, *(module.bias for module in beside)))
         outputs = []
-        for (weight_OD, bias_O, b_OR), z_TR in zip(
-            triples, z_TG.chunk(len(triples), 1), strict=True
-        ):
-            y_TO = functional.linear(x_TD, weight_OD, bias_O)
+        for y_TO, b_OR, z_TR in zip(y_TOs, bs, z_TG.chunk(len(bs), 1), strict=False):
             y_TO.addmm_(z_TR, b_OR.to(x.dtype).T, alpha=scale)
             outputs.append(y_TO.view(*x.shape[:-1], -1))
+        outputs += [y_TO.view(*x.shape[:-1], -1) for y_TO in y_TOs[len(bs) :]]
         ctx.group, ctx.shape = group, x.shape
-        ctx.keeps_x = ctx.needs_input_grad[2]
-        kept = [t for weight_OD, _, b_OR in triples for t in (weight_OD, b_OR)]
-        ctx.save_for_backward(z_TG, a_GD, *([x_TD] if ctx.keeps_x else []), *kept)
+        ctx.keeps_x = ctx.needs_input_grad[3]
+        # The weights are the modules' own, and frozen: nothing can change them in between.
+        ctx.weights = weights
+        ctx.save_for_backward(z_TG, a_GD, *([x_TD] if ctx.keeps_x else []), *bs)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        z_TG, a_GD, *kept = ctx.saved_tensors
-        x_TD = kept.pop(0) if ctx.keeps_x else None
+        z_TG, a_GD, *bs = ctx.saved_tensors
+        x_TD = bs.pop(0) if ctx.keeps_x else None
         group: _Group = ctx.group
         spec = group.adapter.spec
         g_TOs = [g.reshape(-1, g.shape[-1]) for g in grads]
-        weights, bs = kept[0::2], kept[1::2]
         d_x = d_a = None
         if ctx.needs_input_grad[0] or ctx.keeps_x:
             low_TG = torch.cat(
-                [g_TO @ b_OR.to(g_TO.dtype) for g_TO, b_OR in zip(g_TOs, bs, strict=True)], 1
+                [g_TO @ b_OR.to(g_TO.dtype) for g_TO, b_OR in zip(g_TOs, bs, strict=False)], 1
             )
             if ctx.needs_input_grad[0]:
-                d_x = g_TOs[0] @ weights[0]
-                for g_TO, weight_OD in zip(g_TOs[1:], weights[1:], strict=True):
-                    d_x.addmm_(g_TO, weight_OD)
+                d_x = input_gradient(list(zip(g_TOs, ctx.weights, strict=True)))
                 d_x.addmm_(low_TG, a_GD.to(d_x.dtype), alpha=spec.scale)
                 d_x = d_x.view(ctx.shape)
         capture = group.adapter.capture
         d_bs: list[Tensor | None] = []
-        for module, g_TO, z_TR in zip(group.modules, g_TOs, z_TG.chunk(len(bs), 1), strict=True):
+        for module, g_TO, z_TR in zip(group.modules, g_TOs, z_TG.chunk(len(bs), 1), strict=False):
             if capture is None:
                 d_bs.append((g_TO.T @ z_TR).float().mul_(spec.scale))
             else:
@@ -133,7 +155,7 @@ class _AdaptedFunction(torch.autograd.Function):
         elif x_TD is not None and capture is not None:
             for module, low_TR in zip(group.modules, low_TG.chunk(len(bs), 1), strict=True):
                 group.adapter.add_unit_products(module.key + ".lora_A", capture, low_TR, x_TD)
-        return d_x, None, d_a, *(t for d_b in d_bs for t in (None, None, d_b))
+        return d_x, None, None, d_a, *(t for d_b in d_bs for t in (None, None, d_b))
 
 
 # torch's stubs leave Function.apply untyped.
@@ -149,8 +171,10 @@ class AdaptedLinear(nn.Module):
 
     def __init__(self, base: nn.Linear, key: str) -> None:
         super().__init__()
-        self.weight, self.bias = base.weight, base.bias
+        self.weight: FrozenWeight = base.weight
+        self.bias = base.bias
         self.in_features, self.out_features = base.in_features, base.out_features
+        self.dtype = base.weight.dtype
         self.key = key
         self.merged_OD: Tensor | None = None
 
@@ -159,6 +183,13 @@ class AdaptedLinear(nn.Module):
         if self.merged_OD is not None:
             return functional.linear(input, self.merged_OD, self.bias)
         return self.group.output(self, input)
+
+    def quantise(self, kernels: Kernels) -> None:
+        """Put the frozen weight into fp8."""
+        assert isinstance(self.weight, Tensor)
+        quantised = Fp8Weight.of(self.weight, kernels)
+        del self.weight
+        self.weight = quantised
 
 
 class Adapter:
@@ -205,7 +236,7 @@ class Adapter:
 
     def _bind(self, module: AdaptedLinear) -> None:
         module.lora_B = self._parameter(module.key + ".lora_B")
-        device, dtype = module.weight.device, module.weight.dtype
+        device, dtype = module.weight.device, module.dtype
         # Drawn on the meta device too: a server without weights knows A's fingerprint by it.
         drawn = draw_a(self.spec, module.key, module.in_features)
         self._initial_a.add(module.key, drawn)
@@ -310,7 +341,7 @@ class Adapter:
         with torch.no_grad():
             for module in self.modules:
                 update = self.spec.scale * (module.lora_B.float() @ module.lora_A.float())
-                module.merged_OD = (module.weight.float() + update).to(module.weight.dtype)
+                module.merged_OD = (module.weight.float() + update).to(module.dtype)
         try:
             yield
         finally:

@@ -6,6 +6,7 @@ Llama built in code; anything else is a folder or a hub id of a Llama.
 
 import functools
 import hashlib
+import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,6 +75,16 @@ class BackboneSpec:
     rope: str = "default"
     """Kind of its rotary position embedding, as transformers names it."""
 
+    def fingerprint_as(self, weights: str) -> str:
+        """Return what hospitals must agree on: fp8 weights are another function.
+
+        Args:
+            weights: Format of the frozen weights, see ``common.model.kernels.frozen``.
+        """
+        if weights != "fp8":
+            return self.fingerprint
+        return hashlib.sha256(f"{self.fingerprint} {weights}".encode()).hexdigest()
+
 
 def loads() -> int:
     """Return how many times weights were loaded in this process."""
@@ -141,6 +152,9 @@ def load_model(
         return tiny.tiny_model().to(device=device, dtype=dtype).requires_grad_(False)
     from transformers import LlamaForCausalLM
 
+    # With accelerate, weights go from the file to a GPU without a copy on the host.
+    straight = device.type == "cuda" and importlib.util.find_spec("accelerate") is not None
+    place: dict[str, Any] = {"device_map": {"": device}} if straight else {}
     with _without_progress_bars():
         model = LlamaForCausalLM.from_pretrained(
             spec.folder,
@@ -148,6 +162,7 @@ def load_model(
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
+            **place,
         )
     rope.install(model)
     return model.to(device).eval().requires_grad_(False)

@@ -8,32 +8,36 @@ Shapes: H query heads, G key/value heads, E head width, T packed tokens, S segme
 """
 
 import importlib.util
-import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from common.choice import Choice
+from common.choice import (
+    ASKED,
+    CAPABILITY_8,
+    FASTEST,
+    KERNEL_NAMES,
+    NO_FLASH_ATTN,
+    NO_VARLEN,
+    NOT_CUDA,
+    NOT_HALF,
+    Choice,
+)
 from common.errors import UserError
+from common.model.kernels import attention_cuda
 from common.model.kernels.attention_cpu import packed_attention
 
 if TYPE_CHECKING:
     from common.text.batches import PackedBatch
 
-KERNELS = ("flash-attn", "torch-flash", "sdpa", "eager")
+KERNELS = KERNEL_NAMES
 _REGISTERED = "fedrx"
-ASKED, FASTEST = "asked for", "the fastest here"
-_ABSENT = "package flash-attn is not installed"
-_NOT_CUDA = "needs a CUDA device, not cpu"
-_NOT_HALF = "needs bf16 or fp16, not float32"
-_TOO_OLD = "needs compute capability 8.0"
-_NO_VARLEN = "this torch has no torch.nn.attention.varlen"
+# Mean segment length from which on cuDNN, segment by segment, beats one call over all of them.
+CUDNN_TOKENS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +66,8 @@ class Packing:
 def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -> Choice[str]:
     """Choose the kernel for packed batches.
 
-    Order: flash-attn, torch's own FlashAttention-2 (varlen), SDPA segment by segment, eager.
+    Order: cuDNN (for batches of long segments; shorter ones go to the next kernel that runs
+    here), flash-attn, torch's own FlashAttention-2 (varlen), SDPA segment by segment, eager.
 
     Args:
         requested: ``auto`` or one of ``KERNELS``.
@@ -72,7 +77,7 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -
     Raises:
         UserError: If the requested kernel cannot run here.
     """
-    obstacles = {kernel: _obstacle(kernel, device, dtype) for kernel in KERNELS}
+    obstacles = {kernel: obstacle(kernel, device, dtype) for kernel in KERNELS}
     if requested == "auto":
         kernel = next(kernel for kernel in KERNELS if not obstacles[kernel])
         passed = [f"{k}: {obstacles[k]}" for k in KERNELS[: KERNELS.index(kernel)]]
@@ -83,26 +88,13 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -
         raise UserError(
             f"model.attention={requested} cannot run here: {obstacles[requested]}",
             fix="set model.attention to auto"
-            + (", or pip install 'fedrx[flash-attn]'" if obstacles[requested] == _ABSENT else ""),
+            + (
+                ", or pip install 'fedrx[flash-attn]'"
+                if obstacles[requested] == NO_FLASH_ATTN
+                else ""
+            ),
         )
     return Choice(requested, ASKED)
-
-
-@cache
-def attention_reasons() -> frozenset[str]:
-    """Return every reason that ``choose_attention`` can give: they travel, and nothing else does.
-
-    >>> "asked for" in attention_reasons(), "because I say so" in attention_reasons()
-    (True, False)
-    """
-    common = (_NOT_CUDA, _NOT_HALF, _TOO_OLD)
-    flash_attn = [f"flash-attn: {reason}" for reason in (*common, _ABSENT)]
-    torch_flash = [f"torch-flash: {reason}" for reason in (*common, _NO_VARLEN)]
-    passed = [
-        *flash_attn,
-        *("; ".join(pair) for pair in itertools.product(flash_attn, torch_flash)),
-    ]
-    return frozenset({ASKED, FASTEST, *(f"{FASTEST} ({reasons})" for reasons in passed)})
 
 
 def register() -> str:
@@ -114,19 +106,22 @@ def register() -> str:
     return _REGISTERED
 
 
-def _obstacle(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
+def obstacle(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Say why a kernel cannot run here, or return nothing."""
     if kernel in ("sdpa", "eager"):
         return ""
     if device.type != "cuda":
-        return _NOT_CUDA
+        return NOT_CUDA
     if dtype not in (torch.bfloat16, torch.float16):
-        return _NOT_HALF
+        return NOT_HALF
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return _TOO_OLD
+        return CAPABILITY_8
+    if kernel == "cudnn":
+        return attention_cuda.cudnn_obstacle(device)
     if kernel == "flash-attn" and importlib.util.find_spec("flash_attn") is None:
-        return _ABSENT
+        return NO_FLASH_ATTN
     if kernel == "torch-flash" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return _NO_VARLEN
+        return NO_VARLEN
     return ""
 
 
@@ -158,19 +153,7 @@ def _attention_forward(
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:
     if q.device.type == "cpu":
         return packed_attention(q, k, v, scaling, packing.bounds)
-    outputs = []
-    for start, stop in itertools.pairwise(packing.bounds):
-        q_part, k_part, v_part = (t[start:stop].transpose(0, 1)[None] for t in (q, k, v))
-        out = functional.scaled_dot_product_attention(
-            q_part,
-            k_part,
-            v_part,
-            is_causal=True,
-            scale=scaling,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        outputs.append(out[0].transpose(0, 1))
-    return torch.cat(outputs)
+    return attention_cuda.sdpa(q, k, v, scaling, packing.bounds)
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:
@@ -206,37 +189,20 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packin
 
 
 def _torch_flash(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    arguments = _varlen_arguments()
-    if "enable_gqa" not in arguments:
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    varlen: Any = varlen_attn
-    out: Tensor = varlen(
-        q,
-        k,
-        v,
-        packing.bounds_device,
-        packing.bounds_device,
-        packing.longest,
-        packing.longest,
-        scale=scaling,
-        **arguments,
-    )
-    return out
+    return attention_cuda.varlen(q, k, v, scaling, packing.bounds_device, packing.longest)
 
 
-@cache
-def _varlen_arguments() -> dict[str, Any]:
-    """Return the causal and grouped-query arguments under this torch's names."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    names = inspect.signature(varlen_attn).parameters
-    causal = {"is_causal": True} if "is_causal" in names else {"window_size": (-1, 0)}
-    return causal | ({"enable_gqa": True} if "enable_gqa" in names else {})
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:
+    segments = len(packing.bounds) - 1
+    if packing.bounds[-1] >= CUDNN_TOKENS * segments:
+        return attention_cuda.cudnn(q, k, v, scaling, packing.bounds)
+    # Whatever has cuDNN's kernel has FlashAttention-2.
+    absent = importlib.util.find_spec("flash_attn") is None
+    return (_torch_flash if absent else _flash_attn)(q, k, v, scaling, packing)
 
 
 _KERNEL_FUNCTIONS: dict[str, Callable[[Tensor, Tensor, Tensor, float, Packing], Tensor]] = {
+    "cudnn": _cudnn,
     "flash-attn": _flash_attn,
     "torch-flash": _torch_flash,
     "sdpa": _sdpa,

@@ -5,33 +5,38 @@ transformers' ``LlamaDecoderLayer.forward`` on the same modules. What a layer sa
 backward pass, per token and in bf16: two norms' inputs, q, k, v, the attention's output, gate and
 up, and the adapter's rank-wide product. Nothing else is needed while the backbone is frozen.
 
-Shapes: T packed tokens, D hidden width, I MLP width, H heads, E head width, F = E / 2.
+Shapes: T packed tokens, D hidden width, I MLP width, H heads, G key/value heads, E head width.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM
 
+from common.model.adapter.falora import AdaptedLinear
 from common.model.kernels.attention import Packing, attend
-from common.undocumented.torch_names import silu_backward
+from common.model.kernels.elementwise import TORCH, Kernels
+from common.model.kernels.frozen import Fp8Linear, shared_input
 from common.undocumented.transformers_names import LlamaDecoderLayer
 
-# Rows that are worked on at a time on a CPU, so that fp32 intermediates stay in its cache.
-_CPU_ROWS = 256
+_FROZEN = (nn.Linear, Fp8Linear)
+KeepKeys = Callable[[int, Tensor, Tensor], None]
+"""(layer, k_TGE, v_TGE): what packed prompts leave for generation."""
 
 
 class LeanLayer(LlamaDecoderLayer):
     """Takes over the modules of a ``LlamaDecoderLayer``, under the same names."""
 
-    def __init__(self, base: LlamaDecoderLayer, recompute: str) -> None:
+    def __init__(
+        self, base: LlamaDecoderLayer, recompute: str, kernels: Kernels, *, last: bool
+    ) -> None:
         nn.Module.__init__(self)
         # All of it, so that transformers' own forward finds what a later release adds.
         self.__dict__.update(base.__dict__)
-        self.recompute = recompute
+        self.recompute, self.kernels, self.last = recompute, kernels, last
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output, [1, T, D] for packed batches."""
@@ -39,46 +44,72 @@ class LeanLayer(LlamaDecoderLayer):
         if packing is None:
             return cast("Tensor", super().forward(hidden_states, *args, **kwargs))
         cos_TE, sin_TE = (t[0] for t in kwargs["position_embeddings"])
-        inputs = (hidden_states[0], cos_TE, sin_TE, packing)
+        at_N = kwargs.get("at") if self.last else None
+        inputs = (hidden_states[0], cos_TE, sin_TE, packing, kwargs.get("keep"), at_N)
         if self.recompute == "all" and torch.is_grad_enabled():
             return cast("Tensor", checkpoint(self._layer, *inputs, use_reentrant=False))[None]
         return self._layer(*inputs)[None]
 
-    def _layer(self, x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, packing: Packing) -> Tensor:
-        x_TD = self._attention(x_TD, cos_TE, sin_TE, packing)
+    def _layer(
+        self,
+        x_TD: Tensor,
+        cos_TE: Tensor,
+        sin_TE: Tensor,
+        packing: Packing,
+        keep: KeepKeys | None,
+        at_N: Tensor | None,
+    ) -> Tensor:
+        x_TD = self._attention(x_TD, cos_TE, sin_TE, packing, keep, at_N)
         if self.recompute == "mlp" and torch.is_grad_enabled():
             return cast("Tensor", checkpoint(self._mlp, x_TD, use_reentrant=False))
         return self._mlp(x_TD)
 
-    def _attention(self, x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, packing: Packing) -> Tensor:
+    def _attention(
+        self,
+        x_TD: Tensor,
+        cos_TE: Tensor,
+        sin_TE: Tensor,
+        packing: Packing,
+        keep: KeepKeys | None,
+        at_N: Tensor | None,
+    ) -> Tensor:
         attention = self.self_attn
-        normed_TD, x_TD = rms_norm(x_TD, self.input_layernorm)
+        normed_TD, x_TD = rms_norm(x_TD, self.input_layernorm, self.kernels)
         width = attention.head_dim
-        q_THE = attention.q_proj(normed_TD).view(len(x_TD), -1, width)
-        k_TGE = attention.k_proj(normed_TD).view(len(x_TD), -1, width)
-        v_TGE = attention.v_proj(normed_TD).view(len(x_TD), -1, width)
-        q_THE, k_TGE = rotate(q_THE, cos_TE, sin_TE), rotate(k_TGE, cos_TE, sin_TE)
+        q_THE, k_TGE, v_TGE = (
+            y_TO.view(len(x_TD), -1, width)
+            for y_TO in _outputs(normed_TD, attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        q_THE, k_TGE = _rotate(q_THE, k_TGE, cos_TE, sin_TE, self.kernels)
+        if keep is not None:
+            keep(attention.layer_idx, k_TGE, v_TGE)
         out_THE = attend(q_THE, k_TGE, v_TGE, attention.scaling, packing)
-        return _add(x_TD, attention.o_proj, out_THE.reshape(len(x_TD), -1))
+        out_TF = out_THE.reshape(len(x_TD), -1)
+        if at_N is not None:
+            # Past its attention, the last layer's other tokens are read by nobody.
+            x_TD, out_TF = x_TD.index_select(0, at_N), out_TF.index_select(0, at_N)
+        return _add(x_TD, attention.o_proj, out_TF)
 
     def _mlp(self, x_TD: Tensor) -> Tensor:
-        normed_TD, x_TD = rms_norm(x_TD, self.post_attention_layernorm)
-        gate_TI, up_TI = self.mlp.gate_proj(normed_TD), self.mlp.up_proj(normed_TD)
-        return _add(x_TD, self.mlp.down_proj, swiglu(gate_TI, up_TI))
+        normed_TD, x_TD = rms_norm(x_TD, self.post_attention_layernorm, self.kernels)
+        gate_TI, up_TI = _outputs(normed_TD, self.mlp.gate_proj, self.mlp.up_proj)
+        return _add(x_TD, self.mlp.down_proj, _swiglu(gate_TI, up_TI, self.kernels))
 
 
-def install(model: LlamaForCausalLM, recompute: str) -> None:
+def install(model: LlamaForCausalLM, recompute: str, kernels: Kernels = TORCH) -> None:
     """Put lean layers in the place of transformers' layers, sharing every module.
 
     Args:
         model: A frozen Llama.
         recompute: ``none``; ``mlp`` (each layer's MLP half); ``half`` (every second layer whole);
             ``all`` (every layer whole).
+        kernels: Who does the elementwise work.
     """
     per_layer = {"half": ("all", "none")}.get(recompute, (recompute, recompute))
     layers = model.model.layers
     for place, layer in enumerate(layers):
-        layers[place] = LeanLayer(layer, per_layer[place % 2])
+        last = place == len(layers) - 1
+        layers[place] = LeanLayer(layer, per_layer[place % 2], kernels, last=last)
 
 
 def supported(model: LlamaForCausalLM) -> bool:
@@ -87,100 +118,89 @@ def supported(model: LlamaForCausalLM) -> bool:
     return config.hidden_act in ("silu", "swish") and not config.attention_dropout
 
 
-def rms_norm(x_TD: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+def rms_norm(x_TD: Tensor, norm: nn.Module, kernels: Kernels) -> tuple[Tensor, Tensor]:
     """Return the normed input, and the input itself for the residual way.
 
     Handing ``x`` through the same node lets its two gradients be added while they are in cache.
     """
-    return cast("tuple[Tensor, Tensor]", _rms_norm(x_TD, norm.weight, norm.variance_epsilon))
+    normed = _rms_norm(x_TD, norm.weight, norm.variance_epsilon, kernels)
+    return cast("tuple[Tensor, Tensor]", normed)
 
 
-def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
-    """Return ``silu(gate) * up``; saves its two inputs and nothing else."""
-    return cast("Tensor", _swiglu(gate_TI, up_TI))
+def projected(x_TD: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
+    """Return the outputs of projections of one input as one node of the graph.
+
+    The input is quantised once, and its gradients are summed within the products.
+
+    Args:
+        x_TD: The input.
+        modules: Frozen or adapted; all adapted ones that read this input are among them.
+    """
+    adapted = next((one for one in modules if isinstance(one, AdaptedLinear)), None)
+    if adapted is None:
+        return list(shared_input(x_TD, modules))
+    if adapted.merged_OD is not None:
+        return [module(x_TD) for module in modules]
+    return adapted.group.together(x_TD, modules)
 
 
-def rotate(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    """Apply rotary position embeddings (Su et al., 2021), halves rotated against each other."""
-    return cast("Tensor", _rotate(x_THE, cos_TE, sin_TE))
+def _outputs(x_TD: Tensor, *modules: nn.Module) -> list[Tensor]:
+    """Return the projections of one input; on a GPU as one node.
+
+    It is the same function, but its gradients are added in another order: CPUs, whose runs are
+    compared value by value, leave the sum to autograd.
+    """
+    return projected(x_TD, modules) if x_TD.is_cuda else [module(x_TD) for module in modules]
 
 
 def _add(residual_TD: Tensor, projection: nn.Module, x: Tensor) -> Tensor:
     """Return ``residual + projection(x)``, in the projection's memory where autograd allows it."""
     out_TD: Tensor = projection(x)
-    return out_TD.add_(residual_TD) if type(projection) is nn.Linear else residual_TD + out_TD
-
-
-def _row_blocks(x: Tensor) -> range:
-    return range(0, len(x), _CPU_ROWS if x.device.type == "cpu" else max(1, len(x)))
+    fresh = type(projection) in _FROZEN
+    return out_TD.add_(residual_TD) if fresh else residual_TD + out_TD
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        out_TD = torch.empty_like(x_TD)
-        rstd_T1 = torch.empty(len(x_TD), 1, dtype=torch.float32, device=x_TD.device)
-        blocks = _row_blocks(x_TD)
-        for start in blocks:
-            rows = slice(start, start + blocks.step)
-            wide = x_TD[rows].float()
-            mean_square = wide.square().mean(1, keepdim=True)
-            rstd_T1[rows] = mean_square.add_(epsilon).rsqrt_()
-            # transformers rounds to the input's dtype before the weight; so do we.
-            torch.mul((wide * rstd_T1[rows]).to(x_TD.dtype), weight_D, out=out_TD[rows])
+    def forward(
+        ctx: Any, x_TD: Tensor, weight_D: Tensor, epsilon: float, kernels: Kernels
+    ) -> tuple[Tensor, Tensor]:
+        out_TD, rstd_T1 = kernels.norm(x_TD, weight_D, epsilon)
+        ctx.kernels = kernels
         ctx.save_for_backward(x_TD, rstd_T1, weight_D)
         return out_TD, x_TD.view_as(x_TD)
 
     @staticmethod
     def backward(ctx: Any, d_out_TD: Tensor, d_x_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, rstd_T1, weight_D = ctx.saved_tensors
-        total_TD = torch.empty_like(x_TD)
-        blocks = _row_blocks(x_TD)
-        for start in blocks:
-            rows = slice(start, start + blocks.step)
-            normed = x_TD[rows] * rstd_T1[rows]
-            d_normed = (d_out_TD[rows] * weight_D).float()
-            inner = (d_normed * normed).mean(1, keepdim=True)
-            d_normed.addcmul_(normed, inner, value=-1.0).mul_(rstd_T1[rows])
-            torch.add(d_normed, d_x_TD[rows], out=d_normed)
-            total_TD[rows] = d_normed
-        return total_TD, None, None
+        return ctx.kernels.norm_backward(d_out_TD, d_x_TD, *ctx.saved_tensors), None, None, None
 
 
 class _SwiGlu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_TI: Tensor, up_TI: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_TI: Tensor, up_TI: Tensor, kernels: Kernels) -> Tensor:
+        ctx.kernels = kernels
         ctx.save_for_backward(gate_TI, up_TI)
-        return functional.silu(gate_TI).mul_(up_TI)
+        return kernels.swiglu(gate_TI, up_TI)
 
     @staticmethod
-    def backward(ctx: Any, d_out_TI: Tensor) -> tuple[Tensor, Tensor]:
-        gate_TI, up_TI = ctx.saved_tensors
-        d_gate_TI = silu_backward(d_out_TI * up_TI, gate_TI)
-        return d_gate_TI, functional.silu(gate_TI).mul_(d_out_TI)
+    def backward(ctx: Any, d_out_TI: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *ctx.kernels.swiglu_backward(d_out_TI, *ctx.saved_tensors), None
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, q_THE: Tensor, k_TGE: Tensor, cos_TE: Tensor, sin_TE: Tensor, kernels: Kernels
+    ) -> tuple[Tensor, Tensor]:
+        ctx.kernels = kernels
         ctx.save_for_backward(cos_TE, sin_TE)
-        return _rotated(x_THE, cos_TE, sin_TE)
+        return kernels.rotate(q_THE, k_TGE, cos_TE, sin_TE, False)
 
     @staticmethod
-    def backward(ctx: Any, d_out_THE: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, d_q_THE: Tensor, d_k_TGE: Tensor) -> tuple[Tensor | None, ...]:
         cos_TE, sin_TE = ctx.saved_tensors
-        # A rotation's transpose is the rotation by the opposite angle.
-        return _rotated(d_out_THE, cos_TE, -sin_TE), None, None
-
-
-def _rotated(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    half = x_THE.shape[-1] // 2
-    cos_T1F, sin_T1F = cos_TE[:, None, :half], sin_TE[:, None, :half]
-    first, second = x_THE[..., :half], x_THE[..., half:]
-    out_THE = torch.empty_like(x_THE)
-    torch.mul(first, cos_T1F, out=out_THE[..., :half]).addcmul_(second, sin_T1F, value=-1.0)
-    torch.mul(second, cos_T1F, out=out_THE[..., half:]).addcmul_(first, sin_T1F)
-    return out_THE
+        d_q_THE, d_k_TGE = ctx.kernels.rotate(d_q_THE, d_k_TGE, cos_TE, sin_TE, True)
+        return d_q_THE, d_k_TGE, None, None, None
 
 
 # torch's stubs leave Function.apply untyped.

@@ -77,6 +77,7 @@ order_rows = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(rows=order_rows, drop_flushes=st.booleans(), chunk_rows=st.sampled_from([1, 7, 1000]))
 def test_equals_a_loop_over_the_rows(write_tables, rows, drop_flushes, chunk_rows):

@@ -112,6 +112,7 @@ def test_a_backslash_n_is_no_name(write_tables, small, tmp_path):
     assert found.counts["dropped"]["d_icd_diagnoses.no_title"] == 1
 
 
+@pytest.mark.slow
 def test_the_demo_spells_no_null_and_says_the_same_in_floats(mimic_demo, tmp_path):
     """Every whole number of every table as a data frame with a gap would write it."""
     expected = samples(mimic_demo, tmp_path)

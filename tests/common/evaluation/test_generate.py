@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from common.evaluation import decode_graph
 from common.evaluation.generate import Generated, generate
 from common.evaluation.slots import SlotCache, cache_argument
 from common.model.adapter.falora import AdapterSpec
@@ -69,8 +70,18 @@ def one_by_one(session, prompts):
     return results
 
 
+@pytest.fixture(params=["prompt by prompt", "packed prompts, steps as on a GPU"])
+def way(request, monkeypatch):
+    """How ``generate`` works; a GPU's way runs here without recording its steps."""
+    on_gpu = request.param != "prompt by prompt"
+    monkeypatch.setattr(decode_graph, "supported", lambda session: on_gpu)
+    # Some passes hold several prompts, some one; columns fall into several buckets.
+    monkeypatch.setattr(decode_graph, "PREFILL_TOKENS", 90)
+    monkeypatch.setattr(decode_graph, "COLUMNS", 16)
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 32])
-def test_tokens_equal_transformers_one_by_one(session, prompts, batch_size):
+def test_tokens_equal_transformers_one_by_one(session, prompts, batch_size, way):
     expected = one_by_one(session, prompts)
     lengths = {len(answer.tokens) for answer in expected}
     assert {answer.finished for answer in expected} == {True, False}
@@ -99,7 +110,7 @@ def test_the_adapter_speaks_and_is_left_as_it_was(session, prompts):
     assert generate(session, prompts, max_new_tokens=LIMIT, batch_size=4) == trained
 
 
-def test_a_matcher_chooses_in_place_of_the_argmax(session, prompts):
+def test_a_matcher_chooses_in_place_of_the_argmax(session, prompts, way):
     class OnlyEven:
         def choose(self, logits_V, preferred):
             allowed = logits_V.clone()

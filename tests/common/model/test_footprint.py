@@ -1,5 +1,6 @@
 """Counts against transformers' and PEFT-like layouts, memory against a measured process."""
 
+import json
 import statistics
 import subprocess
 import sys
@@ -88,6 +89,40 @@ def test_parts_follow_the_configuration():
         for choice in ("none", "half", "mlp", "all")
     ]
     assert less == sorted(less, reverse=True)
+
+
+def test_fp8_takes_a_byte_for_a_projections_weight():
+    shape, spec = shape_of(LLAMA_8B), AdapterSpec()
+    sizes = {"batch_tokens": 8192, "recompute": "none", "value_bytes": 2, "device": "cuda"}
+    bf16, fp8 = (
+        training_footprint(shape, spec, optimizer="sgd", weights=weights, **sizes).weights
+        for weights in ("bf16", "fp8")
+    )
+    with torch.device("meta"):
+        layer = LlamaForCausalLM(config_of(shape)).model.layers[0]
+    projections = [one for one in layer.modules() if isinstance(one, torch.nn.Linear)]
+    saved = sum(one.weight.numel() - 4 * one.out_features for one in projections)
+    assert bf16 - fp8 == 32 * saved
+
+
+def test_a_step_on_a_gpu_is_planned_within_3_percent():
+    """Against the peak that was measured on a card, 4 x 2048 and mixed lengths."""
+    results = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
+    measured = json.loads((results / "gpu_paper_run.json").read_text())["cases"]
+    seen = [case for case in measured if case["who"] == "ours" and case["kernels"] != "torch"]
+    assert {case["weights"] for case in seen} == {"bf16", "fp8"}
+    for case in seen:
+        planned = training_footprint(
+            shape_of(LLAMA_8B),
+            AdapterSpec(),
+            batch_tokens=sum(case["lengths"]),
+            value_bytes=2,
+            recompute="none",
+            optimizer="sgd",
+            device="cuda",
+            weights=case["weights"],
+        )
+        assert abs((planned.total - planned.runtime) / case["peak_bytes"] - 1) < 0.03, case
 
 
 def test_answering_holds_weights_copies_and_cache():

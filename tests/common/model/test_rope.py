@@ -104,6 +104,7 @@ def worst_difference(session, twin) -> float:
     return worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_equals_one_by_one(opened, tiny_with, kind, monkeypatch):
     def twin():

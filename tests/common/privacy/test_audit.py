@@ -39,6 +39,7 @@ def test_one_run_audit_believes_the_real_mechanism(make_plan) -> None:
     assert "no power" in one_run_audit(make_plan(noise_multiplier=0.5), canaries=M).verdict
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", [1.0, 1.5])
 def test_one_run_audit_refutes_broken_mechanisms(make_plan, sigma) -> None:
     plan = make_plan(noise_multiplier=sigma)

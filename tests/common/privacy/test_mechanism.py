@@ -15,6 +15,7 @@ from common.privacy.mechanism.release import GaussianMechanism, grid_for
 P = 1_000_000
 
 
+@pytest.mark.slow
 def test_released_noise_is_sigma_c_over_d(make_plan) -> None:
     plan = make_plan(clip_norm=0.3, noise_multiplier=2.5, expected_batch=20.0)
     signal = torch.linspace(-0.1, 0.1, P)

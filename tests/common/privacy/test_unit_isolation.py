@@ -12,7 +12,7 @@ from common.choice import Choice
 from common.errors import UserError
 from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.load import resolve_backbone
-from common.model.kernels import attention
+from common.model.kernels import attention, elementwise, frozen
 from common.model.kernels.attention import KERNELS, Packing, attend, choose_attention
 from common.model.kernels.rope import BY_LENGTH, FIXED
 from common.model.session import DTYPES, Session, open_session
@@ -157,6 +157,7 @@ def mixing_eager(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packi
 POISONS = [not_a_number, infinite, square_overflows, product_overflows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize(
     ("dtype", "layers"), [("fp32", "lean"), ("fp32", "transformers"), ("bf16", "lean")]
@@ -271,3 +272,29 @@ def test_a_patient_who_came_three_times_weighs_what_one_visit_weighs(
     added = contribution(AdmissionsAdded, often)
     if clip_norm > 1:  # where the clip is idle nothing but the mean keeps it at one visit's weight
         assert float((added - 3 * single).norm()) < 1e-5 * single.norm()
+
+
+PATHS = [
+    pytest.param({"kernels": "compiled"}, marks=pytest.mark.process),
+    {"kernels": "triton"},
+    {"weights": "fp8"},
+    {"weights": "fp8", "kernels": "triton"},
+]
+"""What runs on a GPU only, or when asked for; each by other means here."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_units_do_not_touch_each_other_on_any_path(
+    open_tiny, samples_of, make_plan, monkeypatch, path
+) -> None:
+    if path.get("kernels") == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setattr(elementwise, "_obstacle", lambda candidate, device: "")
+    monkeypatch.setattr(frozen, "fp8_obstacle", lambda device, dtype: "")
+    monkeypatch.setattr(Session, "shortens", True)
+    session = open_tiny(dtype="fp32", **path)
+    noise = torch.randn(session.adapter.flat.shape, generator=torch.Generator().manual_seed(7))
+    session.adapter.flat.add_(noise, alpha=0.02)
+    samples, plan = samples_of([6, 4, 7], range(3)), make_plan(clip_norm=0.1)
+    assert excess_without_the_first(session, samples, plan) < 1e-5

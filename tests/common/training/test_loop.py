@@ -175,6 +175,7 @@ def test_cut_in_rounds_or_resumed_equals_uninterrupted_bit_for_bit(optimizer, th
     assert torch.equal(whole.adapter.flat, pieces.adapter.flat)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_same_seed_same_b_other_seed_other_b(dtype):
     def b_hash(seed):

@@ -9,7 +9,7 @@ from common.training.loss import weighted_cross_entropy
 
 @pytest.mark.parametrize("rows_per_chunk", [1, 3, 1000])
 def test_loss_and_gradient_equal_torchs(rows_per_chunk, monkeypatch):
-    monkeypatch.setattr(loss_module, "_CHUNK_BYTES", rows_per_chunk * 4 * 53)
+    monkeypatch.setitem(loss_module._CHUNK_BYTES, "cpu", rows_per_chunk * 4 * 53)
     torch.manual_seed(0)
     hidden = torch.randn(17, 8, requires_grad=True)
     head = torch.randn(53, 8)
@@ -38,7 +38,7 @@ def test_no_tensor_of_tokens_by_vocabulary_is_made(monkeypatch):
                 largest = max(largest, out.numel())
             return out
 
-    monkeypatch.setattr(loss_module, "_CHUNK_BYTES", 4 * 4 * 500)
+    monkeypatch.setitem(loss_module._CHUNK_BYTES, "cpu", 4 * 4 * 500)
     hidden = torch.randn(64, 8, requires_grad=True)
     head, labels = torch.randn(500, 8), torch.randint(0, 500, (64,))
     with Watch():

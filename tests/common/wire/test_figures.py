@@ -1,5 +1,6 @@
 """What a scalar can carry: as many digits as are shown, and texts that are known beforehand."""
 
+import contextlib
 import itertools
 import math
 from decimal import ROUND_HALF_EVEN, Decimal
@@ -10,8 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.model.kernels import attention
-from common.model.session import DTYPE_REASONS, choose_dtype, is_device
+from common.choice import (
+    DTYPE_NAMES,
+    DTYPE_REASONS,
+    OTHER_GRADIENT,
+    attention_reasons,
+    is_device,
+    travelling_reason,
+)
+from common.errors import UserError
+from common.model.kernels import attention, attention_cuda
+from common.model.session import DTYPES, choose_dtype
 from common.wire.contract import (
     ContractError,
     evaluate_reply,
@@ -101,22 +111,25 @@ def test_every_reason_for_a_kernel_is_known_beforehand(monkeypatch):
     machines = itertools.product(
         ("cpu", "cuda"),
         (torch.float32, torch.bfloat16),
-        ((7, 5), (9, 0)),
+        ((7, 5), (8, 0), (9, 0)),
+        ("", OTHER_GRADIENT, "tried, and refused (No engine (found))"),
         (set(), {"flash_attn"}, {"torch.nn.attention.varlen"}),
         ("auto", *attention.KERNELS),
     )
-    for device, dtype, capability, packages, asked in machines:
+    for device, dtype, capability, probed, packages, asked in machines:
         found = lambda name, packages=packages: name if name in packages else None  # noqa: E731
         monkeypatch.setattr(attention.importlib.util, "find_spec", found)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-        try:
+        monkeypatch.setattr(attention_cuda, "_probe", lambda *_, probed=probed: probed)
+        with contextlib.suppress(UserError):
             choice = attention.choose_attention(asked, torch.device(device), dtype)
-        except attention.UserError:
-            continue
-        given_reasons.add(choice.reason)
-    assert given_reasons <= attention.attention_reasons()
-    assert len(given_reasons) == 7
-    assert len(attention.attention_reasons()) == 2 + 4 + 16
+            given_reasons.add(choice.reason)
+    known = attention_reasons()
+    assert {one for one in given_reasons if "No engine" not in one} <= known
+    travelled = {travelling_reason(one) for one in given_reasons}
+    assert travelled <= known
+    assert {one for one in given_reasons if "No engine" in one}  # these lose their end
+    assert len(travelled) >= 10
 
 
 def test_every_reason_for_a_dtype_is_known_beforehand(monkeypatch):
@@ -128,6 +141,7 @@ def test_every_reason_for_a_dtype_is_known_beforehand(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda able=able, **_: able)
         given_reasons.add(choose_dtype("auto", torch.device("cuda")).reason)
     assert given_reasons == DTYPE_REASONS
+    assert set(DTYPES) == set(DTYPE_NAMES)
 
 
 @pytest.mark.parametrize("name", ["cpu\n", "CPU", "cuda:", "cuda:123", "cuda:١", "mps", ""])

@@ -221,6 +221,17 @@ def test_no_kill_leaves_a_digest_of_other_answers(run, monkeypatch):
     assert len(read_answers(run)) == 25
     assert "answers_sha256" in evaluate_run(run)["evaluation"]
 
+    def late(*arguments):  # the answers are there, their figures are not
+        write_bytes(*arguments)
+        raise KeyboardInterrupt
+
+    write_bytes = common.evaluation.answers_file.write_bytes
+    monkeypatch.setattr(common.evaluation.answers_file, "write_bytes", late)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_run(run, overrides=["evaluation.samples=4"])
+    monkeypatch.undo()
+    assert len(read_answers(run)) == 20
+
 
 def test_constrained_answers_are_all_in_the_format(run):
     summary = evaluate_run(run, overrides=["evaluation.constrained=true"])

@@ -100,6 +100,7 @@ def test_support_rests_on_training_admissions_alone():
     assert 20 <= len(similar) <= 36
 
 
+@pytest.mark.slow
 def test_without_the_data_titles_are_the_public_ones_and_there_is_no_support():
     def missing(config):
         raise UserError("gone")

@@ -114,6 +114,7 @@ def test_without_noise_the_attack_itself_refutes_the_mechanism(open_tiny, monkey
     assert found["membership in the loop"] == "more than the claimed mechanism discloses"
 
 
+@pytest.mark.slow
 def test_the_rest_of_an_opened_release_is_the_noise(open_tiny) -> None:
     """Oracle: a hospital of nobody releases noise alone."""
     session, config = open_tiny(), from_flat(KEYS)

@@ -196,7 +196,7 @@ def test_what_a_person_reads_names_the_verdict():
     out = io.StringIO()
     show_plan(Console(file=out, width=200), plan(read_config(PAPER), card_bytes=48_000_000_000))
     text = out.getvalue()
-    assert "fits 48 GB: +4." in text
+    assert "fits 48 GB: +5." in text
     assert "B 2,621,440" in text
     assert "4,875 steps" in text
 

@@ -65,6 +65,7 @@ def test_review_make_and_a_wrong_import(run, tmp_path):
         fedrx("review", "import", run.path, tmp_path / "absent.json")
 
 
+@pytest.mark.slow
 def test_suggest_prints_a_list(run):
     pytest.importorskip("llguidance")
     from common.training.resident_session import close_session, session_of

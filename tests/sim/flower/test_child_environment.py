@@ -20,6 +20,7 @@ import grpc
 import httpx
 import pytest
 import requests
+from rich.console import Console
 
 import sim.flower.child_environment
 from common.config import Config
@@ -36,6 +37,8 @@ from sim.flower.child_environment import (
     write_scripts,
 )
 from sim.flower.deploy import deploy
+from sim.flower.run_hospital import run_hospital
+from sim.flower.run_superlink import flower_quiet
 from sim.flower.superlink import script
 
 GIB = 2**30
@@ -135,11 +138,11 @@ def test_a_persons_own_exceptions_and_proxies_stay():
     assert without_loopback_proxy(base | {"no_proxy": "*"})["NO_PROXY"] == "*"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("said", ["", "a.example", "*"])
 def test_a_deployments_scripts_say_the_same(tmp_path, said):
     deploy(Config(), tmp_path / "d", hospitals={"north": "/data"}, host="fl.example.org", port=9092)
-    scripts = ["superlink/start.sh", "superlink/run.sh", "superlink/register.sh"]
-    for name in (*scripts, "hospitals/north/start.sh"):
+    for name in ("superlink/run.sh", "superlink/register.sh"):
         text = (tmp_path / "d" / name).read_text()
         head = text[: text.index("\ncd ")]
         done = subprocess.run(
@@ -152,6 +155,17 @@ def test_a_deployments_scripts_say_the_same(tmp_path, said):
         first, second, rpc = done.stdout.strip().split("|")
         assert first == second == without_loopback_proxy({"NO_PROXY": said})["no_proxy"]
         assert rpc.split(",")[-3:] == ["127.0.0.1", "localhost", "::1"] or said == "*"
+
+
+def test_a_hospitals_processes_ask_loopback_directly(tmp_path, monkeypatch):
+    """The verb itself, and what it starts; here the folder is empty, so it ends there."""
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.setenv(name, "a.example")
+    with pytest.raises(UserError):
+        run_hospital(tmp_path, Console(quiet=True))
+    for told in (os.environ, flower_quiet(tmp_path)):
+        for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+            assert told[name].split(",")[:4] == ["a.example", "127.0.0.1", "localhost", "::1"]
 
 
 def test_our_packages_come_before_a_persons_own_path():
@@ -251,6 +265,7 @@ def test_ray_gets_the_cgroups_memory(monkeypatch):
     assert "RAY_OVERRIDE_RESOURCES" not in made
 
 
+@pytest.mark.process
 def test_ray_reads_what_it_is_given(monkeypatch):
     """Ray's own reader takes memory and object store from that variable, and CPUs from the call."""
     from ray._private.resource_and_label_spec import ResourceAndLabelSpec

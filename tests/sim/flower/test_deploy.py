@@ -50,7 +50,6 @@ def test_folder_of_a_deployment(tiny_config, tmp_path):
     own = folder / "hospitals" / "north"
     assert read_site(own).data == "/data/a b"
     assert "proxy_pass https://fed.example.org:9092;" in (own / "nginx.conf").read_text()
-    assert subprocess.run(["sh", "-n", own / "start.sh"]).returncode == 0
     for secret in ("server.key", "superexec.secret", "home/credentials.yaml"):
         assert stat.S_IMODE((folder / "superlink" / secret).stat().st_mode) == 0o600
     assert stat.S_IMODE((folder / "authority" / "ca.key").stat().st_mode) == 0o600
@@ -94,6 +93,7 @@ def test_hospital_s_own_paths_replace_the_server_s(tiny_config):
     assert other.run.directory != own.run.directory
 
 
+@pytest.mark.slow
 def test_a_private_deployment_states_its_noise(tiny_config, tmp_path):
     """So that no hospital has to calibrate it, and all of them agree to one configuration."""
     config = tiny_config(privacy__target_epsilon=6.0, privacy__sampling_rate=0.5)

@@ -102,6 +102,7 @@ def processes(tmp_path):
     one.stop()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("dies", ["fedrx worker", "flower-supernode", "nginx"])
 def test_a_hospitals_processes_end_together(tiny_config, tmp_path, processes, monkeypatch, dies):
     """With programs in their places that only sleep, one of which dies."""
@@ -258,8 +259,8 @@ client = ClientApp()
 }
 
 
+@pytest.mark.ray
 @needs_nginx
-@pytest.mark.slow
 def test_a_stranger_commands_nobody(deployment, tmp_path):
     """With the authority's certificate alone: no run, no registration, no list, on either port."""
     mark, app = tmp_path / "ran", tmp_path / "foreign"
@@ -290,8 +291,8 @@ def test_a_stranger_commands_nobody(deployment, tmp_path):
     assert '"POST /v1/control/register-node HTTP/1.1" 401' in log
 
 
+@pytest.mark.ray
 @needs_nginx
-@pytest.mark.slow
 def test_a_hospital_s_certificate_opens_fleet_alone(deployment, tmp_path):
     """With a hospital's own certificate: nothing but Fleet's paths is passed on."""
     context = ssl.create_default_context(cafile=str(deployment.link / "ca.pem"))
@@ -325,8 +326,8 @@ def test_a_hospital_s_certificate_opens_fleet_alone(deployment, tmp_path):
     assert f'"CN={own.name}" SUCCESS POST /v1/control/start-run 403' in log
 
 
+@pytest.mark.ray
 @needs_nginx
-@pytest.mark.slow
 def test_deployment_equals_the_simulation_and_survives_a_killed_node(
     deployment, in_process, tmp_path
 ):

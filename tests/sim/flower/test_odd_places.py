@@ -63,7 +63,7 @@ def environment_in(folder: Path) -> Path:
     return folder / "bin" / "python"
 
 
-@pytest.mark.slow
+@pytest.mark.ray
 def test_the_tiny_demo_runs_in_odd_places_behind_a_proxy_beside_other_packages(
     tmp_path, fake_proxy
 ):

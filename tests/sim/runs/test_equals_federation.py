@@ -6,7 +6,6 @@ rounds) and the server's own aggregation; every round starts from what came out 
 
 import numpy as np
 import pytest
-from flwr.supercore.task_identity import TaskIdentity
 
 from client.kept_state import load_state, save_state
 from client.local_update import update
@@ -19,13 +18,6 @@ SGD = {"train.optimizer": "sgd", "train.momentum": 0.9, "train.weight-decay": 0.
 ADAMW = {"train.optimizer": "adamw", "train.weight-decay": 0.1}
 DECAY = {"train.schedule": "cosine", "train.warmup-steps": 3, "train.max-grad-norm": 0.5}
 LINEAR = {"train.schedule": "linear", "train.warmup-steps": 2, "train.accumulation": 2}
-
-
-@pytest.fixture(autouse=True)
-def _task(monkeypatch):
-    """Flower wants to know whose messages these are."""
-    for name in ("_task_id", "_run_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
 
 
 def federated(config, hospital, folder):

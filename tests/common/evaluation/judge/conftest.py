@@ -84,13 +84,15 @@ class _Handler(BaseHTTPRequestHandler):
             server.in_flight += 1
             server.most_in_flight = max(server.most_in_flight, server.in_flight)
         try:
-            self._answer(server.behave(json.loads(content), number))
+            answer = server.behave(json.loads(content), number)
+            time.sleep(answer.delay_seconds)
         finally:
+            # Before the answer is sent: whoever has it may call again at once.
             with server.lock:
                 server.in_flight -= 1
+        self._answer(answer)
 
     def _answer(self, answer: Answer) -> None:
-        time.sleep(answer.delay_seconds)
         content = answer.raw
         if content is None:
             choice = {"index": 0, "finish_reason": answer.finish}

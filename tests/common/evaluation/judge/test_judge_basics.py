@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -118,7 +119,17 @@ def test_equal_lists_for_one_patient_are_asked_once(server, make_run, judge_conf
 
 
 def test_calls_run_side_by_side_up_to_the_limit(server, make_run, judge_config, kit):
-    server.behave = lambda body, n: kit.Answer(kit.verdicts(body), delay_seconds=0.05)
+    """After the first call nobody is answered before six ask at once; a seventh has a moment."""
+    six = threading.Event()
+
+    def behave(body, number):
+        if server.in_flight == 6:
+            six.set()
+        if number:
+            six.wait(4)
+        return kit.Answer(kit.verdicts(body), delay_seconds=0.05)
+
+    server.behave = behave
     run = make_run(predictions(kit, count=12))
     judge_run(run, plan_judging(run, judge_config(concurrency=6)))
     assert server.most_in_flight == 6

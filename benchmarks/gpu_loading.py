@@ -1,0 +1,66 @@
+"""From a process's start to its first step on a backbone in a folder; for `gpu_paper_run.py`.
+
+python benchmarks/gpu_loading.py FOLDER CACHE DEVICE DTYPE      (what the parent starts)
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import psutil
+import torch
+from gpu_measure import once, random_llama, samples, wait
+
+from common.model import session as sessions
+from common.model.adapter.falora import AdapterSpec
+from common.model.backbone.load import BackboneShape, resolve_backbone
+from common.model.session import DTYPES, open_session
+
+TOKENS = 512
+
+
+def write(shape: BackboneShape, device: torch.device, dtype: str, folder: Path) -> float:
+    """Save random weights as a backbone in shards of 5 GB; returns the seconds it took."""
+    before = time.perf_counter()
+    model = random_llama(shape, device, DTYPES[dtype])
+    model.save_pretrained(folder / "backbone", max_shard_size="5GB")
+    return time.perf_counter() - before
+
+
+def first_step(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Start a process on a saved backbone; returns the seconds at which it had done what."""
+    places = [str(folder / "backbone"), str(folder / "cache"), options.device, options.dtype]
+    done = subprocess.run(
+        [sys.executable, __file__, *places], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main(folder: str, cache: str, device: str, dtype: str) -> None:
+    """Open the folder as a run does, take a step, and print when each part was done."""
+    started = psutil.Process().create_time()
+    seconds = {"imports": time.time() - started}
+    spec = resolve_backbone(folder, cache_dir=Path(cache))
+    seconds["fingerprint"] = time.time() - started
+    # The folder has weights and no tokenizer: tokens are drawn, never decoded.
+    sessions.load_tokenizer = lambda spec: None  # type: ignore[assignment,return-value]
+    session = open_session(spec, AdapterSpec(), device=device, dtype=dtype)
+    seconds["open"] = time.time() - started
+    once(session, samples([TOKENS], spec.shape.vocabulary))
+    wait(session.torch_device)
+    seconds["first step"] = time.time() - started
+    print(json.dumps({**seconds, "load_average": os.getloadavg()[0]}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

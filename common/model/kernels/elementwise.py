@@ -1,0 +1,292 @@
+"""Elementwise work of a step behind one seam: plain torch, torch.compile, or Triton kernels.
+
+A ``Kernels`` holds the arithmetic and no autograd: what is saved for the backward pass is decided
+once, by the functions that call it (`common.model.kernels.fused_layer`, `common.training.loss`), so
+every candidate saves the same.
+
+Shapes: T packed tokens, D hidden width, I MLP width, H heads, G key/value heads, E head width,
+F = E / 2, R rows, V vocabulary.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from common.choice import Choice
+from common.errors import UserError
+from common.undocumented.torch_names import silu_backward
+
+FP8_LARGEST = 448.0
+"""Of e4m3, which has no infinity."""
+FP8_SMALLEST_SCALE = 1e-30
+"""So that a row of zeros stays one."""
+CANDIDATES = ("triton", "compiled", "torch")
+
+# Rows that are worked on at a time on a CPU, so that fp32 intermediates stay in its cache.
+_CPU_ROWS = 256
+# Bytes of fp32 logits that a CPU works on at a time, for the same reason.
+_CPU_ROWS_BYTES = 2**21
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """The elementwise functions of a training step, forward and backward."""
+
+    norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    """(x_TD, weight_D, epsilon) -> RMS-normed [T, D], 1 / RMS [T, 1] in fp32."""
+    norm_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    """(d_out_TD, d_residual_TD, x_TD, rstd_T1, weight_D) -> gradient of x, both ways added."""
+    swiglu: Callable[[Tensor, Tensor], Tensor]
+    """(gate_TI, up_TI) -> silu(gate) * up."""
+    swiglu_backward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    """(d_out_TI, gate_TI, up_TI) -> gradients of gate and up."""
+    rotate: Callable[[Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+    """(q_THE, k_TGE, cos_TE, sin_TE, back) -> both rotated, by the opposite angle if ``back``."""
+    losses: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    """(logits_RV, labels_R1, weights_R1) -> cross-entropies [R] in fp32; with weights, the
+    weighted gradient takes the logits' place."""
+    quantise: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+    """(x_TD, factors_D) -> x (times the factors) as e4m3 [T, D] and its scales [T, 1] in fp32."""
+    transpose: Callable[[Tensor], Tensor]
+    """One-byte values [O, D] -> [D, O], contiguous."""
+
+
+def choose_kernels(requested: str, device: torch.device) -> Choice[str]:
+    """Choose who does the elementwise work.
+
+    Args:
+        requested: ``auto`` or one of ``CANDIDATES``.
+        device: Where the backbone is.
+
+    Raises:
+        UserError: If what is asked for cannot run here.
+
+    >>> choose_kernels("auto", torch.device("cpu")).value
+    'torch'
+    """
+    if requested == "auto":
+        if device.type != "cuda":
+            return Choice("torch", "blocked for a CPU's cache")
+        obstacle = _obstacle("triton", device)
+        if obstacle:
+            return Choice("torch", f"triton: {obstacle}")
+        return Choice("triton", "one pass over memory for each function")
+    if requested not in CANDIDATES:
+        raise UserError(f"model.kernels={requested!r}", allowed=", ".join(("auto", *CANDIDATES)))
+    obstacle = _obstacle(requested, device)
+    if obstacle:
+        raise UserError(
+            f"model.kernels={requested} cannot run here: {obstacle}",
+            fix="set model.kernels to auto",
+        )
+    return Choice(requested, "asked for")
+
+
+def _obstacle(candidate: str, device: torch.device) -> str:
+    if candidate == "triton":
+        if device.type != "cuda":
+            return f"needs a CUDA device, not {device.type}"
+        if importlib.util.find_spec("triton") is None:
+            return "package triton is not installed"
+    return ""
+
+
+def kernels_named(name: str) -> Kernels:
+    """Return one of ``CANDIDATES``."""
+    if name == "triton":
+        from common.model.kernels.elementwise_triton import TRITON
+
+        return TRITON
+    return _compiled() if name == "compiled" else TORCH
+
+
+@cache
+def _compiled() -> Kernels:
+    """Compile the pure functions; each compiles when first called, once for each dtype."""
+    # Packed batches have ever new lengths: after the second one a function takes any.
+    compile_one: Any = torch.compile
+    compiled = {name: compile_one(function, fullgraph=True) for name, function in _PURE.items()}
+    return Kernels(**compiled)
+
+
+def _row_blocks(x: Tensor) -> range:
+    return range(0, len(x), _CPU_ROWS if x.device.type == "cpu" else max(1, len(x)))
+
+
+def _norm(x_TD: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    out_TD = torch.empty_like(x_TD)
+    rstd_T1 = torch.empty(len(x_TD), 1, dtype=torch.float32, device=x_TD.device)
+    blocks = _row_blocks(x_TD)
+    for start in blocks:
+        rows = slice(start, start + blocks.step)
+        wide = x_TD[rows].float()
+        mean_square = wide.square().mean(1, keepdim=True)
+        rstd_T1[rows] = mean_square.add_(epsilon).rsqrt_()
+        # transformers rounds to the input's dtype before the weight; so do we.
+        torch.mul((wide * rstd_T1[rows]).to(x_TD.dtype), weight_D, out=out_TD[rows])
+    return out_TD, rstd_T1
+
+
+def _norm_backward(
+    d_out_TD: Tensor, d_x_TD: Tensor, x_TD: Tensor, rstd_T1: Tensor, weight_D: Tensor
+) -> Tensor:
+    total_TD = torch.empty_like(x_TD)
+    blocks = _row_blocks(x_TD)
+    for start in blocks:
+        rows = slice(start, start + blocks.step)
+        normed = x_TD[rows] * rstd_T1[rows]
+        d_normed = (d_out_TD[rows] * weight_D).float()
+        inner = (d_normed * normed).mean(1, keepdim=True)
+        d_normed.addcmul_(normed, inner, value=-1.0).mul_(rstd_T1[rows])
+        torch.add(d_normed, d_x_TD[rows], out=d_normed)
+        total_TD[rows] = d_normed
+    return total_TD
+
+
+def _swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
+    return functional.silu(gate_TI).mul_(up_TI)
+
+
+def _swiglu_backward(d_out_TI: Tensor, gate_TI: Tensor, up_TI: Tensor) -> tuple[Tensor, Tensor]:
+    d_gate_TI = silu_backward(d_out_TI * up_TI, gate_TI)
+    return d_gate_TI, functional.silu(gate_TI).mul_(d_out_TI)
+
+
+def _rotate(
+    q_THE: Tensor, k_TGE: Tensor, cos_TE: Tensor, sin_TE: Tensor, back: bool
+) -> tuple[Tensor, Tensor]:
+    # A rotation's transpose is the rotation by the opposite angle.
+    sin_TE = -sin_TE if back else sin_TE
+    return _rotated(q_THE, cos_TE, sin_TE), _rotated(k_TGE, cos_TE, sin_TE)
+
+
+def _rotated(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    half = x_THE.shape[-1] // 2
+    cos_T1F, sin_T1F = cos_TE[:, None, :half], sin_TE[:, None, :half]
+    first, second = x_THE[..., :half], x_THE[..., half:]
+    out_THE = torch.empty_like(x_THE)
+    torch.mul(first, cos_T1F, out=out_THE[..., :half]).addcmul_(second, sin_T1F, value=-1.0)
+    torch.mul(second, cos_T1F, out=out_THE[..., half:]).addcmul_(first, sin_T1F)
+    return out_THE
+
+
+def _losses(logits_CV: Tensor, labels_C1: Tensor, weights_C1: Tensor | None) -> Tensor:
+    rows = len(logits_CV)
+    if logits_CV.device.type == "cpu":
+        rows = max(1, _CPU_ROWS_BYTES // (4 * logits_CV.shape[1]))
+    losses_C = torch.empty(len(logits_CV), dtype=torch.float32, device=logits_CV.device)
+    for start in range(0, len(logits_CV), max(1, rows)):
+        some = slice(start, start + rows)
+        losses_C[some] = _losses_of_rows(
+            logits_CV[some], labels_C1[some], None if weights_C1 is None else weights_C1[some]
+        )
+    return losses_C
+
+
+def _losses_of_rows(logits_RV: Tensor, labels_R1: Tensor, weights_R1: Tensor | None) -> Tensor:
+    wide_RV = logits_RV.float()
+    softmax_RV = wide_RV.softmax(1)
+    # The log-sum-exp, read off where the softmax is largest and so cannot have underflown.
+    peak_R1, where_R1 = softmax_RV.max(1, keepdim=True)
+    lse_R1 = wide_RV.gather(1, where_R1) - peak_R1.log()
+    losses_R = (lse_R1 - wide_RV.gather(1, labels_R1)).squeeze(1)
+    if weights_R1 is not None:
+        softmax_RV.scatter_add_(1, labels_R1, -torch.ones_like(weights_R1))
+        torch.mul(softmax_RV, weights_R1, out=wide_RV)
+        logits_RV.copy_(wide_RV)
+    return losses_R
+
+
+def _quantise(x_TD: Tensor, factors_D: Tensor | None) -> tuple[Tensor, Tensor]:
+    wide_TD = x_TD.float() if factors_D is None else x_TD.float() * factors_D
+    scales_T1 = (wide_TD.abs().amax(1, keepdim=True) / FP8_LARGEST).clamp_min(FP8_SMALLEST_SCALE)
+    values_TD = (wide_TD / scales_T1).clamp(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn)
+    return values_TD, scales_T1
+
+
+def _transpose(values_OD: Tensor) -> Tensor:
+    return values_OD.view(torch.uint8).T.contiguous().view(values_OD.dtype)
+
+
+TORCH = Kernels(
+    norm=_norm,
+    norm_backward=_norm_backward,
+    swiglu=_swiglu,
+    swiglu_backward=_swiglu_backward,
+    rotate=_rotate,
+    losses=_losses,
+    quantise=_quantise,
+    transpose=_transpose,
+)
+"""Plain torch operations; on a CPU in blocks that stay in its cache."""
+
+
+def _pure_norm(x_TD: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    wide_TD = x_TD.float()
+    rstd_T1 = (wide_TD.square().mean(1, keepdim=True) + epsilon).rsqrt()
+    return (wide_TD * rstd_T1).to(x_TD.dtype) * weight_D, rstd_T1
+
+
+def _pure_norm_backward(
+    d_out_TD: Tensor, d_x_TD: Tensor, x_TD: Tensor, rstd_T1: Tensor, weight_D: Tensor
+) -> Tensor:
+    normed_TD, d_normed_TD = x_TD.float() * rstd_T1, d_out_TD.float() * weight_D.float()
+    inner_T1 = (d_normed_TD * normed_TD).mean(1, keepdim=True)
+    return ((d_normed_TD - normed_TD * inner_T1) * rstd_T1 + d_x_TD.float()).to(x_TD.dtype)
+
+
+def _pure_swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
+    return (functional.silu(gate_TI.float()) * up_TI.float()).to(gate_TI.dtype)
+
+
+def _pure_swiglu_backward(
+    d_out_TI: Tensor, gate_TI: Tensor, up_TI: Tensor
+) -> tuple[Tensor, Tensor]:
+    gate, up, d_out = gate_TI.float(), up_TI.float(), d_out_TI.float()
+    share = torch.sigmoid(gate)
+    d_gate = d_out * up * share * (1.0 + gate * (1.0 - share))
+    return d_gate.to(gate_TI.dtype), (d_out * gate * share).to(up_TI.dtype)
+
+
+def _pure_rotate(
+    q_THE: Tensor, k_TGE: Tensor, cos_TE: Tensor, sin_TE: Tensor, back: bool
+) -> tuple[Tensor, Tensor]:
+    half = q_THE.shape[-1] // 2
+    cos_T1F, sin_T1F = cos_TE[:, None, :half].float(), sin_TE[:, None, :half].float()
+    if back:
+        sin_T1F = -sin_T1F
+    rotated = []
+    for x_THE in (q_THE, k_TGE):
+        first, second = x_THE[..., :half].float(), x_THE[..., half:].float()
+        halves = [first * cos_T1F - second * sin_T1F, second * cos_T1F + first * sin_T1F]
+        rotated.append(torch.cat(halves, -1).to(x_THE.dtype))
+    return rotated[0], rotated[1]
+
+
+def _pure_losses(logits_RV: Tensor, labels_R1: Tensor, weights_R1: Tensor | None) -> Tensor:
+    wide_RV = logits_RV.float()
+    lse_R1 = wide_RV.logsumexp(1, keepdim=True)
+    losses_R = (lse_R1 - wide_RV.gather(1, labels_R1)).squeeze(1)
+    if weights_R1 is not None:
+        columns_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
+        hit_RV = (columns_V[None] == labels_R1).float()
+        logits_RV.copy_(((wide_RV - lse_R1).exp() - hit_RV) * weights_R1)
+    return losses_R
+
+
+_PURE = {
+    "norm": _pure_norm,
+    "norm_backward": _pure_norm_backward,
+    "swiglu": _pure_swiglu,
+    "swiglu_backward": _pure_swiglu_backward,
+    "rotate": _pure_rotate,
+    "losses": _pure_losses,
+    "quantise": _quantise,
+    "transpose": _transpose,
+}

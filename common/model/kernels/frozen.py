@@ -1,0 +1,220 @@
+"""Frozen linear maps: their weight appears in the forward product and in the input's gradient.
+
+A frozen weight has no gradient of its own, so a format needs two products and nothing else. In
+fp8 (e4m3) every output row of the weight has one scale, and so has every token of an input or a
+gradient; both directions read the same quantised weight, so a gradient is that of the function
+that was computed. The rows of an input do not touch each other.
+
+Shapes: T packed tokens, D input width, O output width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from common.choice import Choice
+from common.errors import UserError
+from common.model.kernels.elementwise import Kernels
+from common.undocumented.torch_names import scaled_mm
+
+WEIGHTS = ("bf16", "fp8")
+_FP8 = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Weight:
+    """A quantised weight [O, D]: ``values * scales``."""
+
+    values_OD: Tensor
+    scales_O1: Tensor
+    """fp32."""
+    kernels: Kernels
+    """Who quantises and transposes."""
+
+    @classmethod
+    def of(cls, weight_OD: Tensor, kernels: Kernels) -> "Fp8Weight":
+        """Quantise a weight, one scale for each output."""
+        values_OD, scales_O1 = kernels.quantise(weight_OD.detach(), None)
+        return cls(values_OD=values_OD, scales_O1=scales_O1, kernels=kernels)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.values_OD.device
+
+    def float(self) -> Tensor:
+        """Return it in fp32, as it is used."""
+        return self.values_OD.float() * self.scales_O1
+
+    def product(self, x_values: Tensor, x_scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return ``x W^T``, [T, O], of a quantised ``x``."""
+        return _scaled(x_values, x_scales, self.values_OD, self.scales_O1, dtype)
+
+    def gradient(self, g_TO: Tensor) -> Tensor:
+        """Return ``g W``, [T, D]: the weight's scales go to ``g`` before it is quantised."""
+        g_values, g_scales = self.kernels.quantise(g_TO, self.scales_O1.view(-1))
+        # The product wants both operands along the summed dimension; one copy of the weight is
+        # turned when it is needed, where a second one would cost as much memory as it saved.
+        turned_DO = self.kernels.transpose(self.values_OD)
+        ones_D1 = torch.ones(len(turned_DO), 1, dtype=torch.float32, device=g_TO.device)
+        return _scaled(g_values, g_scales, turned_DO, ones_D1, g_TO.dtype)
+
+
+def _scaled(
+    left_TK: Tensor, left_T1: Tensor, right_NK: Tensor, right_N1: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return ``(left * scales) (right * scales)^T`` with fp32 accumulation, [T, N]."""
+    if left_TK.device.type == "cuda":
+        return scaled_mm(
+            left_TK,
+            right_NK.T,
+            scale_a=left_T1,
+            scale_b=right_N1.view(1, -1),
+            out_dtype=dtype,
+            use_fast_accum=True,
+        )
+    product_TN = left_TK.float() @ right_NK.float().T
+    return (product_TN * left_T1 * right_N1.view(1, -1)).to(dtype)
+
+
+FrozenWeight = Tensor | Fp8Weight
+
+
+def products(
+    x_TD: Tensor, weights: Sequence[FrozenWeight], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Return ``x W^T + bias`` of projections of one input, each [T, O] in memory of its own."""
+    outputs = []
+    quantised: tuple[Tensor, Tensor] | None = None
+    for weight, bias_O in zip(weights, biases, strict=True):
+        if isinstance(weight, Tensor):
+            outputs.append(functional.linear(x_TD, weight, bias_O))
+            continue
+        quantised = quantised or weight.kernels.quantise(x_TD, None)
+        out_TO = weight.product(*quantised, x_TD.dtype)
+        outputs.append(out_TO if bias_O is None else out_TO.add_(bias_O))
+    return outputs
+
+
+def input_gradient(pairs: Sequence[tuple[Tensor, FrozenWeight]]) -> Tensor:
+    """Return the sum of ``g W`` over projections of one input, [T, D]."""
+    (first_TO, weight), *rest = pairs
+    total_TD = first_TO @ weight if isinstance(weight, Tensor) else weight.gradient(first_TO)
+    for g_TO, weight in rest:
+        if isinstance(weight, Tensor):
+            total_TD.addmm_(g_TO, weight)
+        else:
+            total_TD.add_(weight.gradient(g_TO))
+    return total_TD
+
+
+class Fp8Linear(nn.Module):
+    """A frozen linear layer in fp8; takes the place of an ``nn.Linear``."""
+
+    def __init__(self, base: nn.Linear, kernels: Kernels) -> None:
+        super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.bias = base.bias
+        self.quantised = Fp8Weight.of(base.weight, kernels)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``input W^T + bias``, [..., O]."""
+        if input.ndim == 2:  # as it is, so that the residual can be added in its memory
+            return shared_input(input, (self,))[0]
+        return shared_input(input.reshape(-1, input.shape[-1]), (self,))[0].view(
+            *input.shape[:-1], -1
+        )
+
+
+def shared_input(x_TD: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    """Return the outputs of frozen linear layers that read the same input, each [T, O].
+
+    One node of the graph: the input is quantised once, and its gradients are summed within the
+    products instead of by passes over memory.
+
+    Args:
+        x_TD: The input.
+        modules: ``nn.Linear`` or ``Fp8Linear``, frozen.
+    """
+    weights, biases = [frozen_weight(one) for one in modules], [one.bias for one in modules]
+    return cast("tuple[Tensor, ...]", _shared_input(x_TD, weights, biases))
+
+
+def frozen_weight(module: Any) -> FrozenWeight:
+    """Return what an ``nn.Linear`` or ``Fp8Linear`` multiplies by."""
+    weight: FrozenWeight = module.quantised if isinstance(module, Fp8Linear) else module.weight
+    return weight
+
+
+class _SharedInput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weights: Any, biases: Any) -> tuple[Tensor, ...]:
+        ctx.weights = weights
+        return tuple(products(x_TD, weights, biases))
+
+    @staticmethod
+    def backward(ctx: Any, *g_TOs: Tensor) -> tuple[Tensor, None, None]:
+        return input_gradient(list(zip(g_TOs, ctx.weights, strict=True))), None, None
+
+
+# torch's stubs leave Function.apply untyped.
+_shared_input: Any = _SharedInput.apply
+
+
+def choose_weights(requested: str, device: torch.device, dtype: torch.dtype) -> Choice[str]:
+    """Choose the format of the frozen weights.
+
+    Args:
+        requested: One of ``WEIGHTS``; ``bf16`` means: in the arithmetic of the backbone.
+        device: Where the backbone is.
+        dtype: Its arithmetic.
+
+    Raises:
+        UserError: If the format cannot be had here. It is never replaced by another one: hospitals
+            that train together must compute the same function.
+    """
+    if requested not in WEIGHTS:
+        raise UserError(f"model.weights={requested!r}", allowed=", ".join(WEIGHTS))
+    if requested == "bf16":
+        name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+        return Choice(name, "as train.dtype computes")
+    obstacle = fp8_obstacle(device, dtype)
+    if obstacle:
+        raise UserError(
+            f"model.weights={requested} cannot run here: {obstacle}", fix="set model.weights=bf16"
+        )
+    return Choice(requested, "asked for")
+
+
+def fp8_obstacle(device: torch.device, dtype: torch.dtype) -> str:
+    """Say why weights cannot be in fp8 here, or return nothing."""
+    if device.type != "cuda":
+        return f"fp8 products need a CUDA device, not {device.type}"
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        return "fp8 products need compute capability 8.9"
+    if dtype != torch.bfloat16:
+        return "fp8 needs train.dtype=bf16"
+    return ""
+
+
+def quantise(model: nn.Module, kernels: Kernels) -> None:
+    """Put every frozen linear map of a model's layers into fp8, in place.
+
+    Embeddings and the language-model head keep their dtype, and so do A and B.
+
+    Args:
+        model: A Llama with its adapter attached, on its device.
+        kernels: Who quantises.
+    """
+    from common.model.adapter.falora import HEAD, AdaptedLinear
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, AdaptedLinear):
+            module.quantise(kernels)
+        elif isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] not in HEAD:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, Fp8Linear(module, kernels))

@@ -1,0 +1,75 @@
+"""``--backend in-process``: the same run without SuperLink and Ray; the guard of marks holds it."""
+
+import io
+import json
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from common.errors import RunFailed
+from sim.cli.options import with_backend
+from sim.runs.federate import federate
+from sim.runs.resume import resume
+
+QUIET = Console(file=io.StringIO())
+
+
+def started(config, folder):
+    config = replace(config, run=replace(config.run, backend="in-process"))
+    return federate(config, console=QUIET, command_line=["fedrx"], run_dir=folder)
+
+
+@pytest.fixture
+def short(tiny_config):
+    return tiny_config(evaluation__samples=2, evaluation__max_new_tokens=8)
+
+
+def test_a_whole_run_to_its_report(short, tmp_path):
+    """No process is started: none of this test's marks allows one, so the guard would fail it."""
+    summary = started(short, tmp_path / "run")
+    assert summary["workers"] == 1
+    assert summary["validation_loss"][-1] < summary["validation_loss"][0]
+    assert "fedrx" in summary["metrics"]
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "finished"
+    assert (tmp_path / "run" / "report.html").exists()
+    wire = [json.loads(line) for line in (tmp_path / "run" / "wire.jsonl").open()]
+    assert {line["kind"] for line in wire} == {"query", "train", "evaluate"}
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_to_the_same_b(short, tmp_path, monkeypatch):
+    whole = started(short, tmp_path / "whole")
+    from client import handlers
+
+    def fails(config, message, context):
+        if message.content["config"]["round"] == 2:
+            raise KeyboardInterrupt
+        return handlers.train_round(config, message, context)
+
+    monkeypatch.setitem(handlers.HANDLERS, "train", fails)
+    with pytest.raises(KeyboardInterrupt):
+        started(short, tmp_path / "cut")
+    monkeypatch.undo()
+    again = resume(tmp_path / "cut", console=QUIET, command_line=["fedrx"])
+    assert again["b_sha256"] == whole["b_sha256"]
+
+
+def test_a_failing_federation_is_a_failed_run(short, tmp_path, monkeypatch):
+    from client import handlers
+
+    monkeypatch.setitem(handlers.HANDLERS, "train", lambda *_: 1 / 0)
+    with pytest.raises(RunFailed, match="0 of 3 hospitals answered"):
+        started(short, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+
+
+@pytest.mark.ray
+def test_b_is_that_of_ray(base, laboratory, tmp_path):
+    assert started(laboratory.config, tmp_path / "run")["b_sha256"] == base.summary["b_sha256"]
+
+
+def test_the_option_is_a_key():
+    assert with_backend(None, "in-process") == ["run.backend=in-process"]
+    assert with_backend(["train.seed=1"], None) == ["train.seed=1"]
