@@ -55,6 +55,23 @@ def test_other_a_or_backbone_is_refused(name, finished, tiny_config):
         start_again(finished, tiny_config(federation__rounds=1))
 
 
+@pytest.mark.parametrize("part", ["b.safetensors", "extra.safetensors", "facts.json"])
+def test_one_flipped_bit_of_the_last_checkpoint_is_refused(part, tiny_config, in_process):
+    """The strategy's moments are in ``extra``: with others a resumed run ends in another B."""
+    config = tiny_config(federation__rounds=1, federation__strategy="fedadam")
+    done = in_process(config)
+    file = done.run.path / "checkpoints" / "round-00001" / part
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(
+        RunFailed, match="^checkpoint round-00001 is damaged, was altered"
+    ) as caught:
+        start_again(done, config)
+    assert "\n" not in str(caught.value)
+    assert done.run.status()["state"] == "failed"
+
+
 def test_unchanged_configuration_goes_on(finished, tiny_config):
     """Under another name, and told another number of hospitals: they say how many they are."""
     sha = finished.sha
