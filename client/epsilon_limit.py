@@ -13,7 +13,7 @@ from client.policy import Policy
 from common.config import Config
 from common.configio import config_digest, run_digest
 from common.errors import RunFailed
-from common.files import json_line
+from common.files import json_line, needing_room
 from common.privacy.accounting import epsilon, rdp_epsilon
 from common.privacy.settings import is_private, plan_of
 from common.training.budget import steps_in_all
@@ -183,7 +183,8 @@ def _promises(
     file: Path,
 ) -> Iterator[tuple[dict[str, Promise], Callable[[Promise], None]]]:
     """Hold the promises' file; yield what it says, by run, and how to add a line, synced."""
-    handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+    with needing_room(PROMISES):
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         text = os.pread(handle, os.fstat(handle).st_size, 0).decode("utf-8", errors="replace")
@@ -194,9 +195,10 @@ def _promises(
         def append(one: Promise) -> None:
             os.ftruncate(handle, len(whole.encode()))
             line = json_line(one._asdict()).encode()
-            if os.write(handle, line) != len(line):
-                raise LimitReached(f"{PROMISES}: short write; nothing is released")
-            os.fsync(handle)
+            with needing_room(PROMISES):
+                if os.write(handle, line) != len(line):
+                    raise LimitReached(f"{PROMISES}: short write; nothing is released")
+                os.fsync(handle)
 
         yield known, append
     finally:

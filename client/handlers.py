@@ -22,9 +22,10 @@ from client.local_update import evaluate, update
 from client.node import hospital_of, local_config, own_policy, private_folder
 from client.private_update import private_update
 from client.site import NAME
+from common.choice import travelling_reason
 from common.config import Config
 from common.configio import from_flat
-from common.errors import RunFailed, UserError
+from common.errors import DiskFull, RunFailed, UserError
 from common.files import append_json_line
 from common.privacy.budget.ledger import BudgetExhausted, LedgerDoubtful
 from common.privacy.settings import is_private, plan_of, protects
@@ -46,7 +47,7 @@ from common.wire.contract import (
 from common.wire.identity import NONCE, NONCE_PATTERN, SIGNATURE, sign
 
 ERRORS = "errors.txt"
-DATA_FREE = (ContractError, BudgetExhausted, LedgerDoubtful, LimitReached)
+DATA_FREE = (ContractError, BudgetExhausted, LedgerDoubtful, LimitReached, DiskFull)
 """Errors whose texts are made of public constants alone."""
 SETTINGS = (
     "adapter.",
@@ -77,7 +78,7 @@ def hello(config: Config, message: Message, context: Context) -> RecordDict:
         "dtype": session.dtype.value,
         "dtype-reason": session.dtype.reason,
         "attention": session.attention.value,
-        "attention-reason": session.attention.reason,
+        "attention-reason": travelling_reason(session.attention.reason),
     }
     if protects(config):
         facts["privacy-plan-sha256"] = plan_of(config).fingerprint

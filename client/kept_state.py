@@ -1,12 +1,14 @@
-"""What a hospital keeps over rounds: optimizer state, per round, on its own disk."""
+"""What a hospital keeps over rounds: optimizer state, per round, on its own disk.
+
+Each file carries its digest; one that was altered is refused, and with it the round.
+"""
 
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
-from common.files import json_line, read_json_lines, write_text
-from common.rundir import Tensors, read_tensors, write_tensors
+from common.files import json_line, needing_room, read_json_lines, write_text
+from common.tensor_files import Tensors, read_tensors, write_tensors
 from common.training.optimiser import TrainState
 
 STEPS = "steps.jsonl"
@@ -17,8 +19,9 @@ KEPT_ROUNDS = 2
 def own_folder(folder: Path) -> Path:
     """Return a folder that its owner alone may read; make it, and those above it, if missing."""
     missing = [one for one in (folder, *folder.parents) if not one.exists()]
-    for one in reversed(missing):
-        one.mkdir(mode=0o700, exist_ok=True)
+    with needing_room("a folder of the hospital's own"):
+        for one in reversed(missing):
+            one.mkdir(mode=0o700, exist_ok=True)
     return folder
 
 
@@ -38,7 +41,8 @@ def save_state(folder: Path, state: TrainState, *, server_round: int) -> None:
 
 def kept_steps(folder: Path) -> int:
     """Return the most steps that a kept state has taken; 0 if none is kept."""
-    return max((_step(file) for file in _kept(folder, "state")), default=0)
+    kept = (read_tensors(file) for file in _kept(folder, "state"))
+    return max((int(tensors["step"]) for tensors in kept), default=0)
 
 
 def load_kept(folder: Path, name: str, *, before_round: int) -> Tensors:
@@ -59,7 +63,8 @@ def forget_steps(folder: Path, *, from_round: int) -> None:
 
     Without a log an empty one is made, which its owner alone may read.
     """
-    (folder / STEPS).touch(mode=0o600)
+    with needing_room(STEPS):
+        (folder / STEPS).touch(mode=0o600)
     lines = read_json_lines(folder / STEPS)
     kept = [line for line in lines if line["round"] < from_round]
     text = "".join(json_line(line) for line in kept)
@@ -73,9 +78,3 @@ def _kept(folder: Path, name: str) -> list[Path]:
 
 def _round(file: Path) -> int:
     return int(file.stem.rpartition("-")[2])
-
-
-def _step(state: Path) -> int:
-    """Read the step alone; the optimizer's tensors may be large."""
-    with safe_open(state, framework="numpy") as file:
-        return int(file.get_tensor("step").item())

@@ -10,7 +10,7 @@ from common.model.session import Session
 from common.privacy.budget.guard import Guard
 from common.privacy.settings import plan_of
 from common.provenance import source_digest, tensors_sha256
-from common.rundir import read_tensors, write_tensors
+from common.tensor_files import read_tensors, write_tensors
 from common.training.budget import steps_of_round
 from common.training.hospital_data import HospitalData
 from common.training.loop import StepReport

@@ -1,6 +1,9 @@
 """Automatic choices that say why."""
 
+import itertools
+import re
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -20,3 +23,56 @@ class Choice(Generic[T]):
     def as_dict(self) -> dict[str, object]:
         """Return both for JSON."""
         return asdict(self)
+
+
+KERNEL_NAMES = ("cudnn", "flash-attn", "torch-flash", "sdpa", "eager")
+DTYPE_NAMES = ("fp32", "bf16")
+ASKED, FASTEST = "asked for", "the fastest here"
+GPU_HAS_BF16, GPU_LACKS_BF16 = "the GPU computes in bf16", "the GPU has no bf16 arithmetic"
+AMX, AVX = "the processor has AMX", "the processor has AVX512-BF16"
+NEITHER = "the processor has neither AMX nor AVX512-BF16"
+DTYPE_REASONS = frozenset({ASKED, GPU_HAS_BF16, GPU_LACKS_BF16, AMX, AVX, NEITHER})
+"""Every reason for a dtype: they travel, and no other text does."""
+NO_FLASH_ATTN = "package flash-attn is not installed"
+NOT_CUDA = "needs a CUDA device, not cpu"
+NOT_HALF = "needs bf16 or fp16, not float32"
+CAPABILITY_8, CAPABILITY_9 = "needs compute capability 8.0", "needs compute capability 9.0"
+OTHER_GRADIENT = "tried, and the gradient of the keys has another shape"
+NO_VARLEN = "this torch has no torch.nn.attention.varlen"
+
+
+@cache
+def attention_reasons() -> frozenset[str]:
+    """Return the reasons for an attention kernel that travel; no other text does.
+
+    >>> "asked for" in attention_reasons(), "because I say so" in attention_reasons()
+    (True, False)
+    """
+    common = (NOT_CUDA, NOT_HALF, CAPABILITY_8)
+    cudnn = [f"cudnn: {reason}" for reason in (*common, CAPABILITY_9, OTHER_GRADIENT)]
+    flash_attn = [f"flash-attn: {reason}" for reason in (*common, NO_FLASH_ATTN)]
+    torch_flash = [f"torch-flash: {reason}" for reason in (*common, NO_VARLEN)]
+    passed = [
+        "; ".join(chain)
+        for kernels in ((cudnn,), (cudnn, flash_attn), (cudnn, flash_attn, torch_flash))
+        for chain in itertools.product(*kernels)
+    ]
+    return frozenset({ASKED, FASTEST, *(f"{FASTEST} ({one})" for one in passed)})
+
+
+def travelling_reason(reason: str) -> str:
+    """Return a reason for a kernel as it may travel: what torch says of a refused one stays here.
+
+    >>> travelling_reason("the fastest here (cudnn: tried, and refused (no engine))")
+    'the fastest here'
+    """
+    return reason if reason in attention_reasons() else reason.partition(" (")[0]
+
+
+def is_device(name: str) -> bool:
+    """Tell whether a device can be chosen under this name.
+
+    >>> is_device("cuda:1"), is_device("cpu:0"), is_device("cuda:1 and more")
+    (True, False, False)
+    """
+    return re.fullmatch(r"cpu|cuda(:[0-9]{1,2})?", name, re.ASCII) is not None

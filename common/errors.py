@@ -40,3 +40,7 @@ def _rebuild_user_error(what: str, allowed: str, fix: str) -> UserError:
 
 class RunFailed(FedrxError):
     """A run that started and could not be finished (exit status 1)."""
+
+
+class DiskFull(RunFailed):
+    """A file that could not be written for want of room; the text names it without its folder."""

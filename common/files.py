@@ -6,6 +6,7 @@ nothing that is written fails by it (``utf8``).
 """
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
@@ -13,22 +14,54 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from common.errors import DiskFull
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A full disk, a full quota, a file beyond the limit of its process."""
+
+
+@contextlib.contextmanager
+def needing_room(name: str) -> Iterator[None]:
+    """Turn what a full disk raises into one line that names the file, and no folder.
+
+    Args:
+        name: The file's own name; the line may leave a hospital.
+
+    Raises:
+        DiskFull: if there is no room.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise DiskFull(
+            f"{name} cannot be written: {os.strerror(error.errno)}; fix: make room on the disk"
+        ) from error
+
 
 @contextlib.contextmanager
 def atomic_path(target: Path, *, mode: int = 0o600) -> Iterator[Path]:
-    """Yield a temporary path beside ``target`` that replaces it only when the block succeeds."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(mode)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Yield a temporary path beside ``target`` that replaces it only when the block succeeds.
+
+    Raises:
+        DiskFull: if there is no room.
+    """
+    with needing_room(target.name):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            dir=target.parent, prefix=f".{target.name}.", suffix=".part"
+        )
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.chmod(mode)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def utf8(text: str) -> bytes:
@@ -58,15 +91,29 @@ def writable(value: Any) -> tuple[Any, int]:
     return value, 0
 
 
+def write_bytes(target: Path, content: bytes) -> None:
+    """Write a file atomically, for its owner alone.
+
+    Raises:
+        DiskFull: if there is no room.
+    """
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_text(target: Path, text: str) -> None:
     """Write a text file atomically, for its owner alone."""
-    with atomic_path(target) as temporary:
-        temporary.write_bytes(utf8(text))
+    write_bytes(target, utf8(text))
+
+
+def json_document(value: Any) -> str:
+    """Render one JSON document for people and programs; NaN and infinity are refused."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_json(target: Path, value: Any) -> None:
     """Write one JSON document atomically; NaN and infinity are refused, not written."""
-    write_text(target, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(target, json_document(value))
 
 
 def json_line(record: Mapping[str, Any]) -> str:
@@ -82,8 +129,11 @@ def append_json_line(target: Path, record: dict[str, Any]) -> None:
     """Append one JSON object as one line, in a single write.
 
     A last line that a crash has torn is removed first, so only one process may write to a file.
+
+    Raises:
+        DiskFull: if there is no room; what was there before stays readable.
     """
-    with target.open("a+b") as file:
+    with needing_room(target.name), target.open("a+b") as file:
         if _is_torn(file):
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)

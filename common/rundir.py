@@ -6,13 +6,14 @@
 - ``status.json``: state, last round
 - ``metrics.jsonl``: one JSON object per event
 - ``wire.jsonl``: one JSON object per message: direction, hospital, tensors, bytes
-- ``checkpoints/NAME/``: b.safetensors and what resuming needs; names sort in time
+- ``checkpoints/NAME/``: b.safetensors and what resuming needs, with its digests; names sort in time
 - ``hospitals/NAME/``: what stays in a hospital: optimizer state, step metrics
 - ``summary.json``: the run's figures for scripts
 """
 
 import datetime
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -22,27 +23,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
-
 from common.config import Config
 from common.configio import config_hash, read_config, to_toml
-from common.errors import RunFailed, UserError
+from common.errors import DiskFull, UserError
 from common.files import (
     append_json_line,
-    atomic_path,
+    json_document,
     json_line,
+    needing_room,
     read_json_lines,
+    utf8,
+    write_bytes,
     write_json,
     write_text,
 )
 from common.provenance import tensors_sha256
+from common.tensor_files import Altered, Tensors, content_sha256, read_tensors, write_tensors
 
 State = Literal["started", "running", "finished", "failed", "interrupted"]
 TRAINED = "trained"
 """Stage in status.json: all rounds are done and summed up."""
-Tensors = dict[str, np.ndarray[Any, Any]]
+_SHA256 = "sha256"
+"""Key of facts.json: what the checkpoint's parts were when they were written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,15 +195,24 @@ class RunDirectory:
     def save_checkpoint(
         self, name: str, b: Tensors, *, facts: Mapping[str, Any], extra: Tensors | None = None
     ) -> Path:
-        """Write ``checkpoints/name``; it appears complete or not at all."""
+        """Write ``checkpoints/name``; it appears complete or not at all.
+
+        Raises:
+            DiskFull: if there is no room; the checkpoints before it stay.
+        """
         folder = self.path / "checkpoints" / name
         temporary = folder.with_name(f".{name}.part")
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        write_tensors(temporary / "b.safetensors", b)
-        if extra:
-            write_tensors(temporary / "extra.safetensors", extra)
-        write_json(temporary / "facts.json", dict(facts))
+        with needing_room(name):
+            temporary.mkdir(parents=True)
+        try:
+            write_tensors(temporary / "b.safetensors", b)
+            if extra:
+                write_tensors(temporary / "extra.safetensors", extra)
+            write_bytes(temporary / "facts.json", _sealed(facts, _digests(b, extra or {})))
+        except DiskFull:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         if folder.exists():
             self.remove_checkpoint(name)
         temporary.rename(folder)
@@ -221,8 +232,13 @@ class RunDirectory:
         )
 
     def checkpoint_facts(self, name: str) -> dict[str, Any]:
-        """Read what a checkpoint says about itself."""
-        return self.read_json(f"checkpoints/{name}/facts.json")
+        """Read what a checkpoint says about itself.
+
+        Raises:
+            Altered: if that is not what was written.
+        """
+        facts, _ = _unsealed(self.path / "checkpoints" / name / "facts.json")
+        return facts
 
     def remove_checkpoint(self, name: str) -> None:
         """Remove one checkpoint; it disappears at once."""
@@ -236,7 +252,7 @@ class RunDirectory:
 
         Raises:
             UserError: if there is none of that name.
-            RunFailed: if it is damaged.
+            Altered: if a part of it is not what was written.
         """
         names = self.checkpoint_names()
         if not names or (name is not None and name not in names):
@@ -246,19 +262,43 @@ class RunDirectory:
                 fix="name one of these, or run the training first",
             )
         folder = self.path / "checkpoints" / (name or names[-1])
-        extra = folder / "extra.safetensors"
+        extra_file = folder / "extra.safetensors"
+        facts, digests = _unsealed(folder / "facts.json")
         try:
-            checkpoint = Checkpoint(
-                name=folder.name,
-                b=load_file(folder / "b.safetensors"),
-                extra=load_file(extra) if extra.exists() else {},
-                facts=json.loads((folder / "facts.json").read_text(encoding="utf-8")),
-            )
-        except (OSError, ValueError, SafetensorError):
+            b = read_tensors(folder / "b.safetensors")
+            extra = read_tensors(extra_file) if extra_file.exists() else {}
+        except Altered:
             raise damaged(folder.name) from None
-        if checkpoint.facts.get("b_sha256", "") not in ("", tensors_sha256(checkpoint.b)):
+        if _digests(b, extra) != digests or facts.get("b_sha256", "") not in (
+            "",
+            tensors_sha256(b),
+        ):
             raise damaged(folder.name)
-        return checkpoint
+        return Checkpoint(name=folder.name, b=b, extra=extra, facts=facts)
+
+
+def _digests(b: Tensors, extra: Tensors) -> dict[str, str]:
+    return {"b": content_sha256(b), "extra": content_sha256(extra)}
+
+
+def _sealed(facts: Mapping[str, Any], digests: Mapping[str, str]) -> bytes:
+    """Render facts.json: the facts, the digests of the tensors beside it, and its own."""
+    own = hashlib.sha256(utf8(json_document([dict(facts), dict(digests)]))).hexdigest()
+    return utf8(json_document({**facts, _SHA256: {**digests, "facts": own}}))
+
+
+def _unsealed(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the facts and digests that ``_sealed`` rendered, if they are still the same bytes."""
+    try:
+        content = file.read_bytes()
+        facts = json.loads(content)
+        digests = facts.pop(_SHA256)
+        del digests["facts"]
+        if _sealed(facts, digests) == content:
+            return facts, digests
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        pass
+    raise damaged(file.parent.name)
 
 
 def _read_object(file: Path) -> dict[str, Any]:
@@ -321,18 +361,9 @@ def remove_unbegun(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def damaged(checkpoint: str) -> RunFailed:
+def damaged(checkpoint: str) -> Altered:
     """Return the error of a checkpoint that cannot be read or is not what was written."""
-    return RunFailed(f"checkpoint {checkpoint} is damaged: remove it, and resume again")
-
-
-def write_tensors(target: Path, tensors: Tensors) -> None:
-    """Write a safetensors file atomically."""
-    with atomic_path(target) as temporary:
-        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary)
-
-
-def read_tensors(source: Path) -> Tensors:
-    """Read a safetensors file."""
-    tensors: Tensors = load_file(source)
-    return tensors
+    return Altered(
+        f"checkpoint {checkpoint} is damaged, was altered, or is an earlier FedRx's, which kept no "
+        "digests: it is not used; fix: remove it, and resume from the one before, or start anew"
+    )

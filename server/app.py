@@ -1,5 +1,6 @@
 """Flower's ServerApp: read the configuration, run the rounds, write what came out."""
 
+import contextlib
 import time
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from common.config import Config
 from common.configio import from_flat, settled
-from common.errors import FedrxError
+from common.errors import DiskFull, FedrxError
 from common.model.adapter.layout import AdapterLayout, adapter_layout, adapter_spec, initial_tensors
 from common.model.backbone.load import BackboneSpec, resolve_backbone
 from common.privacy.budget.receipts import PRIVACY, privacy_summary
@@ -40,11 +41,17 @@ def main(grid: Grid, context: Context) -> None:
     except ChangedRun:
         raise
     except FedrxError as error:
-        run.write_status("failed", error=str(error))
+        _note_failure(run, str(error))
         raise
     except BaseException as error:
-        run.write_status("failed", error=f"{type(error).__name__}: {error}")
+        _note_failure(run, f"{type(error).__name__}: {error}")
         raise
+
+
+def _note_failure(run: RunDirectory, reason: str) -> None:
+    """Say so in status.json; on a full disk the old status stays, and the error alone tells."""
+    with contextlib.suppress(OSError, DiskFull):
+        run.write_status("failed", error=reason)
 
 
 def federate(grid: Grid, config: Config, run: RunDirectory, *, clock: Clock = time) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from common.choice import Choice
+from common.choice import AMX, ASKED, AVX, GPU_HAS_BF16, GPU_LACKS_BF16, NEITHER, Choice
 from common.errors import UserError
 from common.limits import available_cpus
 from common.model.adapter.falora import Adapter, AdapterSpec, attach
@@ -165,21 +165,21 @@ def choose_dtype(requested: str, device: torch.device) -> Choice[str]:
         UserError: If it is neither ``auto``, ``fp32`` nor ``bf16``.
     """
     if requested in DTYPES:
-        return Choice(requested, "asked for")
+        return Choice(requested, ASKED)
     if requested != "auto":
         raise UserError(
             f"train.dtype={requested!r}", allowed="auto, fp32, bf16", fix="set train.dtype"
         )
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return Choice("bf16", "the GPU computes in bf16")
-        return Choice("fp32", "the GPU has no bf16 arithmetic")
+            return Choice("bf16", GPU_HAS_BF16)
+        return Choice("fp32", GPU_LACKS_BF16)
     able = torch.cpu.get_capabilities()
     if able.get("amx_tile"):
-        return Choice("bf16", "the processor has AMX")
+        return Choice("bf16", AMX)
     if able.get("avx512_bf16"):
-        return Choice("bf16", "the processor has AVX512-BF16")
-    return Choice("fp32", "the processor has neither AMX nor AVX512-BF16")
+        return Choice("bf16", AVX)
+    return Choice("fp32", NEITHER)
 
 
 def limit_primitive_cache() -> None:

@@ -20,7 +20,7 @@ from scipy.stats import norm
 from common.model.session import Session
 from common.privacy.canaries import area_with_deviation
 from common.privacy.findings import FALSE_ALARM, Finding
-from common.rundir import Tensors
+from common.tensor_files import Tensors
 from common.text.batches import Encoded, pack
 from common.training.loss import weighted_cross_entropy
 

@@ -17,6 +17,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from common.errors import FedrxError, RunFailed
 from common.wire.codecs import decode, is_lossy, wire_layout
+from common.wire.figures import fault_of, rounded
 from common.wire.identity import NONCE, SIGNATURE
 
 Tensors = dict[str, np.ndarray[Any, Any]]
@@ -27,6 +28,8 @@ ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 TO_HOSPITAL = frozenset({"round"})
 TRAIN_REPLY = frozenset({"round", "weight", "train-loss", "steps", "seconds"})
 EVALUATE_REPLY = frozenset({"round", "weight", "loss"})
+FIGURES = frozenset({"train-loss", "loss", "seconds"})
+"""What a hospital measures: it travels rounded (``common.wire.figures``)."""
 PRIVATE_TRAIN_REPLY = frozenset({"round", "weight", "steps"})
 """With privacy on: the weight is a constant, and steps are those that the ledger has charged."""
 PUBLIC_WEIGHT = 1.0
@@ -232,14 +235,19 @@ def train_reply(
 ) -> RecordDict:
     """Build the content of a reply to a train message from wire arrays."""
     allowed = PRIVATE_TRAIN_REPLY if private else TRAIN_REPLY
-    return RecordDict(
-        {ARRAYS: to_record(wire), METRICS: MetricRecord(check_scalars(metrics, allowed))}
-    )
+    return RecordDict({ARRAYS: to_record(wire), METRICS: _metric_record(metrics, allowed)})
 
 
 def evaluate_reply(metrics: Mapping[str, float]) -> RecordDict:
     """Build the content of a reply to an evaluate message: scalars only."""
-    return RecordDict({METRICS: MetricRecord(check_scalars(metrics, EVALUATE_REPLY))})
+    return RecordDict({METRICS: _metric_record(metrics, EVALUATE_REPLY)})
+
+
+def _metric_record(metrics: Mapping[str, float], allowed: frozenset[str]) -> MetricRecord:
+    scalars = check_scalars(metrics, allowed)
+    return MetricRecord(
+        {key: rounded(value) if key in FIGURES else value for key, value in scalars.items()}
+    )
 
 
 def read_train_reply(
@@ -268,17 +276,15 @@ def read_train_reply(
 
     Raises:
         ContractError: for anything but this round's B, allow-listed finite scalars, a weight that
-            is a finite positive number, and what was due.
+            is a finite positive number, figures that are rounded, and what was due.
     """
     _check_kinds(content, arrays=True, metrics=True, configs=False)
     allowed = TRAIN_REPLY if charged is None else PRIVATE_TRAIN_REPLY
-    metrics = check_scalars(only_record(content, "metric"), allowed)
+    metrics = _checked_metrics(content, allowed)
     _check_round(metrics, server_round)
     weight = _check_weight(metrics)
     if charged is not None:
         _check_private(metrics, *charged)
-    else:
-        _check_not_negative(metrics, "train-loss", "seconds")
     if due is not None:
         _check_due(metrics, due)
     b = check_arrays(only_record(content, "array"), shapes, codec)
@@ -301,9 +307,8 @@ def read_evaluate_reply(
         ContractError: as for ``read_train_reply``; arrays are not allowed at all.
     """
     _check_kinds(content, arrays=False, metrics=True, configs=False)
-    metrics = check_scalars(only_record(content, "metric"), EVALUATE_REPLY)
+    metrics = _checked_metrics(content, EVALUATE_REPLY)
     _check_round(metrics, server_round)
-    _check_not_negative(metrics, "loss")
     weight = _check_weight(metrics)
     if weight > most_tokens or weight != int(weight):
         raise ContractError(f"weight is not a whole number of tokens up to {most_tokens}")
@@ -364,10 +369,16 @@ def _check_weight(metrics: Mapping[str, Any]) -> float:
     return float(weight)
 
 
-def _check_not_negative(metrics: Mapping[str, Any], *keys: str) -> None:
-    for key in keys:
-        if metrics[key] < 0:
-            raise ContractError(f"scalar {key!r} is negative")
+def _checked_metrics(content: RecordDict, allowed: frozenset[str]) -> dict[str, Any]:
+    """Return a reply's scalars: floats alone, and what was measured as precisely as is shown."""
+    metrics = check_scalars(only_record(content, "metric"), allowed)
+    for key, value in metrics.items():
+        fault = "is not a float" if type(value) is not float else ""
+        if key in FIGURES:
+            fault = fault or fault_of(value)
+        if fault:
+            raise ContractError(f"scalar {key!r} {fault}")
+    return metrics
 
 
 def _check_due(metrics: Mapping[str, Any], due: Due) -> None:

@@ -1,9 +1,16 @@
 """What a hospital says in the handshake, and what each value may be."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from common.choice import (
+    DTYPE_NAMES,
+    DTYPE_REASONS,
+    KERNEL_NAMES,
+    attention_reasons,
+    is_device,
+)
 from common.wire.contract import HELLO_REPLY, PRIVATE_HELLO_REPLY, ContractError, check_scalars
 from common.wire.identity import SIGNATURE, SIGNATURE_PATTERN
 
@@ -12,8 +19,14 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MOST_HOSPITALS = 10_000
 MOST_COUNTED = 10**8
 """Patients or admissions of one hospital; no country has as many a year."""
-LONGEST_TEXT = 1_000
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_CHOICES: dict[str, Callable[[], Collection[str]]] = {
+    "dtype": lambda: DTYPE_NAMES,
+    "dtype-reason": lambda: DTYPE_REASONS,
+    "attention": lambda: KERNEL_NAMES,
+    "attention-reason": attention_reasons,
+}
+"""A text of a hospital's own choosing could carry anything: these are known beforehand."""
 _COUNTS = frozenset({"patients", "samples", "train-samples", "validation-samples"})
 
 
@@ -64,10 +77,10 @@ def _rule(key: str) -> tuple[Callable[[Any], bool], str]:
         return lambda value: _whole(value) and 0 <= value <= MOST_COUNTED, (
             f"an integer from 0 to {MOST_COUNTED}"
         )
-    return (
-        lambda value: isinstance(value, str) and len(value) <= LONGEST_TEXT,
-        f"text of at most {LONGEST_TEXT} characters",
-    )
+    if key == "device":
+        return lambda value: isinstance(value, str) and is_device(value), "a device"
+    choices = _CHOICES[key]()
+    return lambda value: isinstance(value, str) and value in choices, "one that FedRx gives"
 
 
 def _matches(pattern: re.Pattern[str], value: Any) -> bool:

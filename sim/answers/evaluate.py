@@ -13,9 +13,11 @@ from common.data.prepare import load_samples
 from common.data.samples import SampleTable
 from common.errors import UserError
 from common.evaluation.answers import B, choose_cases, evaluate_answers
-from common.files import json_line, write_text
+from common.evaluation.answers_file import ANSWERS_SHA256, Row, read_answers, write_answers
+from common.files import json_line
 from common.model.session import Session
 from common.rundir import RunDirectory
+from common.tensor_files import Altered
 from common.training.resident_session import session_of
 from sim.process.early import check_device
 from sim.process.lock import exclusive
@@ -24,8 +26,6 @@ from sim.process.stages import after_training, is_trained
 from sim.report.run_report import write_report
 from sim.report.terminal import show_summary
 
-PREDICTIONS = "predictions.jsonl"
-Row = dict[str, Any]
 _FREE_KEYS = (
     "evaluation.",
     "model.attention",
@@ -110,7 +110,13 @@ def evaluate_run(
     way = {"checkpoint": last.name, "settings": asdict(settings), **_compute(session)}
     # A run that plain `flwr run` made does not know its source yet.
     summary = {"source": table.source, **run.read_json("summary.json")}
-    known = summary.get("evaluation", {})
+    known, old = summary.get("evaluation", {}), []
+    try:
+        old = read_answers(run)
+    except Altered as error:
+        known = {}
+        if console is not None:
+            console.print(f"{error}: all is answered anew", style="yellow", markup=False)
     beside = {key: known.get(key) for key in way} == way
     adapters: dict[str, B | None] = {"fedrx": last.b, "untrained": None}
     if loaded.name != last.name:
@@ -128,7 +134,6 @@ def evaluate_run(
         )
     if console is not None:
         _show(console, found.facts)
-    old = run.lines(PREDICTIONS)
     rows = found.predictions
     if beside:
         rows = _together(old, rows)
@@ -139,9 +144,9 @@ def evaluate_run(
         for about_answers in ("judge", "review"):
             summary.pop(about_answers, None)
         run.write_json("summary.json", summary)
-    write_text(run.path / PREDICTIONS, "".join(lines))
+    digest = write_answers(run, rows)
     summary["metrics"] = {**(summary["metrics"] if beside else {}), **found.metrics}
-    summary["evaluation"] = {**found.facts, **way}
+    summary["evaluation"] = {**found.facts, **way, ANSWERS_SHA256: digest}
     run.write_json("summary.json", summary)
     return summary
 

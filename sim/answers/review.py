@@ -13,6 +13,7 @@ from rich.table import Table
 
 from common.data.names import read_drug_map
 from common.errors import UserError
+from common.evaluation.answers_file import read_answers
 from common.evaluation.judge.gate import source_of_run
 from common.evaluation.review.packet import (
     ORDERED,
@@ -55,7 +56,7 @@ def make_review(
     """
     source = source_of_run(run.read_json("summary.json"), run.read_json("data.json"))
     packet = make_packet(
-        run.lines("predictions.jsonl"),
+        read_answers(run),
         source=source,
         models=models,
         cases=cases,
@@ -110,7 +111,7 @@ def import_reviews(run: RunDirectory, files: Sequence[Path]) -> dict[str, Any]:
     sha256 = packets.pop()
     folder = run.path / packet_folder(sha256)
     shown, key = _packet(run, folder, sha256)
-    predictions = run.lines("predictions.jsonl")
+    predictions = read_answers(run)
     _require_same_predictions(shown, key, predictions)
     checked = [check_against_packet(review, shown, name=file.name) for file, review in read]
     names = [review["reviewer"].casefold() for review in checked]

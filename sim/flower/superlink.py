@@ -30,7 +30,7 @@ import psutil
 
 from common.config import Config
 from common.configio import flatten, toml_scalar
-from common.errors import RunFailed, UserError
+from common.errors import DiskFull, RunFailed, UserError
 from common.files import write_text
 from common.rundir import TRAINED, RunDirectory
 from sim.flower.bundle import stage_app
@@ -308,8 +308,8 @@ def _failed(run: Path, what: str, *logs: str, otherwise: str = "") -> RunFailed:
     cause = next(filter(None, map(true_cause, logs)), otherwise or "".join(lines[-1:]))
     try:
         write_text(run / FLOWER_LOG, text)
-    except OSError as error:
-        return RunFailed(f"{what}: {cause} ({FLOWER_LOG} could not be written: {error.strerror})")
+    except (OSError, DiskFull) as error:
+        return RunFailed(f"{what}: {cause} ({getattr(error, 'strerror', None) or error})")
     return RunFailed(f"{what}: {cause}; see {run / FLOWER_LOG}")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from common.errors import FedrxError, RunFailed, UserError
+from common.errors import DiskFull, FedrxError, RunFailed, UserError
 from common.evaluation.judge.gate import CREDENTIALED, source_of_run
 from common.rundir import TRAINED, RunDirectory
 
@@ -74,7 +74,8 @@ def reported(
     try:
         yield
     except KeyboardInterrupt:
-        run.write_status("interrupted", stage=_stage(run), **where())
+        with contextlib.suppress(OSError, ValueError, FedrxError):
+            run.write_status("interrupted", stage=_stage(run), **_facts(where))
         console.print(f"go on with: {resume_command(run)}", markup=False, highlight=False)
         raise
     except Exception as error:
@@ -83,7 +84,7 @@ def reported(
         with contextlib.suppress(OSError, ValueError, FedrxError):
             if run.status()["state"] != "finished":
                 told = failure.what if isinstance(failure, StageFailed) else str(failure)
-                run.write_status("failed", stage=_stage(run), **where(), error=told)
+                run.write_status("failed", stage=_stage(run), **_facts(where), error=told)
         if failure is error:
             raise
         raise failure from error
@@ -124,12 +125,19 @@ def _failure(run: RunDirectory, error: Exception) -> FedrxError:
     stage = _stage(run)
     if stage in AFTER_TRAINING:
         what = f"{_kept(run)}; {AFTER_TRAINING[stage]} failed"
-    elif isinstance(error, FedrxError):
+    elif isinstance(error, FedrxError) and not isinstance(error, DiskFull):
         return error
     else:
         what = "training failed"
     text = f"{what}: {_described(run, error, _source(run))}"
     return StageFailed(text, command=resume_command(run))
+
+
+def _facts(where: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return how far a run has come, if that can still be read."""
+    with contextlib.suppress(OSError, ValueError, FedrxError):
+        return where()
+    return {}
 
 
 def _stage(run: RunDirectory) -> str:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from common.data.names import normalise_string
 from common.data.partition import SPLITS, Hospital
+from common.files import utf8, write_bytes
 from sim.report.data_description import Description, TokenLengths
 
 TOP_DRUGS = 15
@@ -49,11 +50,11 @@ def write_page(description: Description, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     drawings = []
     for name, (title, figure) in figures.items():
-        _replace(folder / f"{name}.png", _rendered(figure, "png"))
+        write_bytes(folder / f"{name}.png", _rendered(figure, "png"))
         svg = _rendered(figure, "svg").decode()
         drawings.append(f"<h2>{title}</h2>\n{svg[svg.index('<svg') :]}")
     page = folder / "index.html"
-    _replace(page, _page(description, drawings).encode())
+    write_bytes(page, utf8(_page(description, drawings)))
     return page
 
 
@@ -192,12 +193,6 @@ def _rendered(figure: Figure, kind: str) -> bytes:
     with rc_context({"svg.hashsalt": "fedrx"}):
         figure.savefig(stream, format=kind, dpi=130, metadata=metadata)
     return stream.getvalue()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def _page(description: Description, drawings: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """A report's blocks as one HTML page that refers to nothing outside itself, or as markdown."""
 
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,12 @@ STYLE = (
     ".wide{overflow-x:auto;font-size:13px}.wide td{overflow-wrap:break-word;min-width:2.5rem}"
     ".cases td,.cases th{text-align:left}"
 )
+
+_SPECIAL = re.compile(r"[\\`*\[\]|~#$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+"""What markdown reads as markup anywhere; an underscore within a word is none."""
+_LIST_MARK = re.compile(r"^([0-9]{0,9})([-+.)])(?=\s|-|$)")
+"""What begins a list or a rule at the start of a line."""
+_WORLD_WIDE = re.compile(r"\b(www)\.", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,17 +67,39 @@ def to_html(title: str, blocks: Sequence[Block]) -> str:
 
 def to_markdown(title: str, blocks: Sequence[Block]) -> str:
     """Render blocks as markdown; plots stay on the page."""
-    parts = [f"# {title}"]
+    parts = [f"# {markdown_text(title)}"]
     for block in blocks:
         if block.title:
-            parts.append(f"## {block.title}")
+            parts.append(f"## {markdown_text(block.title)}")
         if block.note:
-            parts.append(f"**{block.note}**" if block.warning else block.note)
+            note = markdown_text(block.note)
+            parts.append(f"**{note}**" if block.warning else note)
         if block.rows:
-            lines = [block.headers, ("---",) * len(block.headers), *block.rows]
-            parts.append("\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines))
+            parts.append(markdown_table(block.headers, block.rows))
     return "\n\n".join(parts) + "\n"
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    r"""Render a table of plain texts.
+
+    >>> print(markdown_table(["drug", "F1"], [["a|b", "0.5"]]))
+    | drug | F1 |
+    |---|---|
+    | a\|b | 0.5 |
+    """
+    lines = ["| " + " | ".join(map(markdown_text, line)) + " |" for line in (headers, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(headers), *lines[1:]])
+
+
+def markdown_text(text: str) -> str:
+    r"""Return a text so that markdown shows it as it is, on one line: no markup, HTML, or link.
+
+    >>> print(markdown_text("1|2 <b> [x](y) a_b"), markdown_text("# 1"), markdown_text("1. a"))
+    1\|2 &lt;b&gt; \[x\](y) a_b \# 1 1\. a
+    """
+    line = html.escape(" ".join(text.split()), quote=False)
+    line = _SPECIAL.sub(r"\\\g<0>", line)
+    line = _LIST_MARK.sub(r"\1\\\2", line)
+    # Many renderers make links of bare addresses, of pages and of people.
+    line = line.replace("://", "&#58;//").replace("@", "&#64;")
+    return _WORLD_WIDE.sub(r"\1&#46;", line)

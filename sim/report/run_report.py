@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.evaluation.answers_file import read_answers
 from common.files import write_json, write_text
 from common.rundir import RunDirectory
 from common.wire.cohort import NOT_EVALUATED, WITHSTANDS_NOTHING
@@ -317,7 +318,7 @@ def _reviewers(summary: dict[str, Any]) -> Block:
 
 
 def _samples(run: RunDirectory) -> list[Block]:
-    answers = [r for r in run.lines("predictions.jsonl") if r["model"] == "fedrx"]
+    answers = [r for r in read_answers(run) if r["model"] == "fedrx"]
     rows = []
     for row in answers[:SAMPLE_CASES]:
         answer = "not in the format" if row["answer"] is None else "; ".join(row["answer"])

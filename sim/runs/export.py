@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save
 
 from common.config import Config
 from common.errors import UserError
-from common.files import write_json, write_text
+from common.files import write_bytes, write_json, write_text
 from common.model.adapter.falora import Adapter
 from common.model.adapter.layout import adapter_spec, meta_adapter
 from common.model.backbone.load import BackboneSpec
-from common.rundir import Checkpoint, RunDirectory, Tensors, write_tensors
+from common.rundir import Checkpoint, RunDirectory
+from common.tensor_files import Tensors
 from common.training.resident_session import backbone_spec
+from sim.report.html import markdown_text
 from sim.report.run_report import COLUMNS, NOTICE, model_name
 
 CONFIG_FILE = "adapter_config.json"
@@ -72,7 +75,7 @@ def export_run(
         written = Path(scratch) / folder.name
         written.mkdir()
         write_json(written / CONFIG_FILE, peft_config(config, backbone))
-        write_tensors(written / WEIGHTS_FILE, peft_tensors(adapter, loaded.b))
+        write_bytes(written / WEIGHTS_FILE, save(peft_tensors(adapter, loaded.b)))
         write_text(written / CARD_FILE, model_card(run, config, backbone, loaded))
         shutil.rmtree(folder, ignore_errors=True)
         written.rename(folder)
@@ -114,7 +117,7 @@ def peft_tensors(adapter: Adapter, b: Tensors) -> Tensors:
     """
     everything = {**({} if adapter.spec.mode == "lora" else adapter.a_state()), **b}
     return {
-        f"base_model.model.{key}.weight": np.asarray(value, dtype=np.float32)
+        f"base_model.model.{key}.weight": np.asarray(value, dtype=np.float32, order="C")
         for key, value in everything.items()
     }
 
@@ -164,7 +167,7 @@ def model_card(
         "",
         "| | |",
         "|---|---|",
-        f"| backbone | {public_name(backbone)} |",
+        f"| backbone | {markdown_text(public_name(backbone))} |",
         f"| backbone sha256 | `{backbone.fingerprint}` |",
         (
             f"| adapter | {adapter.mode}, rank {adapter.rank}, alpha {adapter.alpha:g}, "
@@ -217,7 +220,7 @@ def _metrics_lines(summary: dict[str, Any]) -> list[str]:
     metrics = summary["metrics"]
     first = next(iter(metrics.values()))
     rows = [
-        f"| {model_name(model, summary)} | "
+        f"| {markdown_text(model_name(model, summary))} | "
         + " | ".join("–" if values[key] is None else f"{values[key]:.3f}" for key, _ in COLUMNS)
         + " |"
         for model, values in metrics.items()

@@ -13,7 +13,7 @@ from common.config import Config
 from common.configio import flatten, from_flat, read_config
 from common.errors import UserError
 from common.evaluation.answers import evaluate_answers
-from common.files import json_line, write_text
+from common.evaluation.answers_file import ANSWERS_SHA256, read_answers, write_answers
 from common.provenance import environment, source_root
 from common.rundir import RunDirectory, remove_unbegun
 from common.training.resident_session import close_session, session_of
@@ -220,9 +220,9 @@ def _answer_with_checkpoints(run: RunDirectory, config: Config, console: Console
             {name: run.load_checkpoint(name).b for name in names},
             progress=lambda model, done, of: meter.update(names.index(model) * of + done, model),
         )
-    rows = [row for row in run.lines("predictions.jsonl") if row["model"] not in names]
+    rows = [row for row in read_answers(run) if row["model"] not in names]
     rows += [row for row in evaluation.predictions if row["model"] in names]
-    write_text(run.path / "predictions.jsonl", "".join(json_line(row) for row in rows))
+    summary["evaluation"][ANSWERS_SHA256] = write_answers(run, rows)
     summary["metrics"] |= {name: evaluation.metrics[name] for name in names}
     run.write_json("summary.json", summary)
     write_report(run)

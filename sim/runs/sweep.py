@@ -26,6 +26,7 @@ from common.wire.cohort import hospital_names, sampled
 from server.strategies import check_strategy
 from sim.process.lock import exclusive
 from sim.process.stages import StageFailed
+from sim.report.html import markdown_table
 from sim.runs.federate import federate, resolved
 from sim.runs.resume import resume
 from sim.runs.single import one_node, single
@@ -231,12 +232,8 @@ def _interval(seeds: Sequence[Sequence[float | None]]) -> dict[str, float | None
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Render the table as markdown."""
-    lines = [
-        "| arm | seeds | " + " | ".join(FIGURES) + " |",
-        "|---|---|" + "---|" * len(FIGURES),
-        *("| " + " | ".join(_cells(row)) + " |" for row in rows),
-    ]
-    return "\n".join(lines) + f"\n\nMean ± {CONFIDENCE:.0%} interval over seeds (Student's t).\n"
+    table = markdown_table(("arm", "seeds", *FIGURES), [_cells(row) for row in rows])
+    return f"{table}\n\nMean ± {CONFIDENCE:.0%} interval over seeds (Student's t).\n"
 
 
 def show(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -11,6 +11,7 @@ import client.private_update
 from client.kept_state import load_state
 from client.private_update import private_update
 from common.configio import from_flat
+from common.errors import RunFailed
 from common.privacy.budget.guard import LEDGER, RECEIPT, Guard
 from common.privacy.budget.ledger import Ledger, LedgerDoubtful
 from common.privacy.settings import plan_of
@@ -131,6 +132,20 @@ def test_an_answer_that_was_changed_on_the_disk_is_not_served(hospital) -> None:
     client.private_update.write_tensors(answer, {key: value + 1 for key, value in b.items()})
     assert not same(hospital.ask(), {key: value + 1 for key, value in b.items()})
     assert hospital.paid()
+
+
+@pytest.mark.parametrize("kind", ["answer", "state"])
+def test_one_flipped_bit_in_what_a_private_hospital_keeps_is_refused(hospital, kind) -> None:
+    """Nothing is charged, trained or sent for it."""
+    hospital.ask()
+    charged, left = hospital.ledger, len(hospital.left)
+    (file,) = hospital.folder.glob(f"{kind}-*")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(RunFailed, match=rf"^{file.name} is damaged"):
+        hospital.ask()
+    assert (hospital.ledger, len(hospital.left)) == (charged, left)
 
 
 @pytest.mark.parametrize("evidence", ["receipt", "state", "answer", "all"])

@@ -15,6 +15,7 @@ from common.errors import UserError
 from common.files import append_json_line, atomic_path, read_json_lines, write_json, write_text
 from common.provenance import source_digest, source_root, tensors_sha256
 from common.rundir import RunDirectory
+from common.tensor_files import Altered
 
 
 def b_of(value):
@@ -154,6 +155,24 @@ def test_a_checkpoint_without_one_of_its_files_does_not_count(missing, tmp_path)
     (run.path / "checkpoints" / "round-00002" / missing).unlink()
     assert run.checkpoint_names() == ["round-00001"]
     assert run.load_checkpoint().facts == {"round": 1}
+
+
+def test_any_flipped_bit_of_the_facts_is_refused(tmp_path):
+    """A bit of every byte, spaces and capitals (1e-05, 1E-05) included; both readers."""
+    run = RunDirectory.create(Config(), directory=tmp_path / "run")
+    facts = {"round": 1, "seconds": 1e-05, "hospitals": ["größe"], "paces": {"train": {}}}
+    folder = run.save_checkpoint("round-00001", b_of(1), facts=facts, extra=b_of(-1))
+    assert run.load_checkpoint().facts == run.checkpoint_facts("round-00001") == facts
+    file = folder / "facts.json"
+    content = file.read_bytes()
+    for place, byte in enumerate(content):
+        flipped = bytearray(content)
+        flipped[place] = byte ^ (32 if byte in b"eg " else 1 << place % 8)
+        file.write_bytes(flipped)
+        with pytest.raises(Altered, match="^checkpoint round-00001 is damaged"):
+            run.checkpoint_facts("round-00001")
+    with pytest.raises(Altered, match="^checkpoint round-00001 is damaged"):
+        run.load_checkpoint()
 
 
 def test_a_checkpoint_that_is_written_again_is_never_half_there(tmp_path, monkeypatch):

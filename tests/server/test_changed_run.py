@@ -1,6 +1,5 @@
 """A run directory goes on as it began, or stays as it is, however the server was started."""
 
-import json
 import re
 from dataclasses import replace
 
@@ -49,12 +48,28 @@ def test_changed_configuration_is_refused_and_nothing_is_written(key, finished, 
 @pytest.mark.parametrize("name", ["a", "backbone"])
 def test_other_a_or_backbone_is_refused(name, finished, tiny_config):
     """The same configuration, but what it names is not what it was."""
-    folder = finished.run.path / "checkpoints" / "round-00001"
-    facts = json.loads((folder / "facts.json").read_text())
-    facts["inputs"][name] = "e" * 64
-    (folder / "facts.json").write_text(json.dumps(facts))
+    kept = finished.run.load_checkpoint("round-00001")
+    facts = {**kept.facts, "inputs": {**kept.facts["inputs"], name: "e" * 64}}
+    finished.run.save_checkpoint(kept.name, kept.b, facts=facts, extra=kept.extra)
     with pytest.raises(RunFailed, match=f"changed: {name} fingerprint: {'e' * 64} -> "):
         start_again(finished, tiny_config(federation__rounds=1))
+
+
+@pytest.mark.parametrize("part", ["b.safetensors", "extra.safetensors", "facts.json"])
+def test_one_flipped_bit_of_the_last_checkpoint_is_refused(part, tiny_config, in_process):
+    """The strategy's moments are in ``extra``: with others a resumed run ends in another B."""
+    config = tiny_config(federation__rounds=1, federation__strategy="fedadam")
+    done = in_process(config)
+    file = done.run.path / "checkpoints" / "round-00001" / part
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(
+        RunFailed, match="^checkpoint round-00001 is damaged, was altered"
+    ) as caught:
+        start_again(done, config)
+    assert "\n" not in str(caught.value)
+    assert done.run.status()["state"] == "failed"
 
 
 def test_unchanged_configuration_goes_on(finished, tiny_config):

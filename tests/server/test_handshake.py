@@ -38,7 +38,11 @@ FOREIGN = {
     "samples as a truth": ({"samples": True}, "'samples' is not an integer"),
     "of as a truth": ({"of": True}, "'of' is not an integer"),
     "a digest that is none": ({"a-sha256": 7}, "'a-sha256' is not a sha256"),
-    "a reason without end": ({"dtype-reason": "x" * 1001}, "'dtype-reason' is not text"),
+    "a reason of its own": ({"dtype-reason": "the processor is"}, "'dtype-reason' is not one"),
+    "another reason": ({"attention-reason": "asked  for"}, "'attention-reason' is not one"),
+    "a dtype of its own": ({"dtype": "fp33"}, "'dtype' is not one"),
+    "a kernel of its own": ({"attention": ["sdpa"]}, "'attention' is not a scalar"),
+    "a device of its own": ({"device": "cuda:4711"}, "'device' is not a device"),
 }
 NAMELESS = {
     "no name": {"hospital": ""},

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from common.errors import UserError
+from common.files import needing_room
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,5 +146,6 @@ class ExchangeCache:
             self._append({"dialect": dialect, "key": key})
 
     def _append(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, ensure_ascii=True) + "\n")
-        self._file.flush()
+        with needing_room("the judge's answers"):
+            self._file.write(json.dumps(record, ensure_ascii=True) + "\n")
+            self._file.flush()

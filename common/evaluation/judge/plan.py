@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from common.config import JudgeConfig
 from common.errors import UserError
+from common.evaluation.answers_file import read_answers
 from common.evaluation.judge.cache import exchange_key, read_exchanges
 from common.evaluation.judge.cost import Prices, estimated_tokens
 from common.evaluation.judge.dialect import dialects
@@ -130,7 +131,7 @@ def plan_judging(
     source = source_of_run(run.read_json("summary.json"), run.read_json("data.json"))
     endpoint = check_endpoint(config.base_url, source=source, statement=statement)
     _require_prices(config)
-    lines = run.lines("predictions.jsonl")
+    lines = read_answers(run)
     present = tuple(dict.fromkeys(line["model"] for line in lines))
     _require_predictions(run, present, predicted_by)
     items = [item_of(line) for line in lines if line["answer"] and distinct_drugs(line["answer"])]

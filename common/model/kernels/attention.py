@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from common.choice import Choice
+from common.choice import (
+    ASKED,
+    CAPABILITY_8,
+    FASTEST,
+    KERNEL_NAMES,
+    NO_FLASH_ATTN,
+    NO_VARLEN,
+    NOT_CUDA,
+    NOT_HALF,
+    Choice,
+)
 from common.errors import UserError
 from common.model.kernels import attention_cuda
 from common.model.kernels.attention_cpu import packed_attention
@@ -24,11 +34,10 @@ from common.model.kernels.attention_cpu import packed_attention
 if TYPE_CHECKING:
     from common.text.batches import PackedBatch
 
-KERNELS = ("cudnn", "flash-attn", "torch-flash", "sdpa", "eager")
+KERNELS = KERNEL_NAMES
 _REGISTERED = "fedrx"
 # Mean segment length from which on cuDNN, segment by segment, beats one call over all of them.
 CUDNN_TOKENS = 1024
-_ABSENT = "package flash-attn is not installed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,16 +81,20 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -
     if requested == "auto":
         kernel = next(kernel for kernel in KERNELS if not obstacles[kernel])
         passed = [f"{k}: {obstacles[k]}" for k in KERNELS[: KERNELS.index(kernel)]]
-        return Choice(kernel, "the fastest here" + (f" ({'; '.join(passed)})" if passed else ""))
+        return Choice(kernel, FASTEST + (f" ({'; '.join(passed)})" if passed else ""))
     if requested not in KERNELS:
         raise UserError(f"model.attention={requested!r}", allowed=", ".join(("auto", *KERNELS)))
     if obstacles[requested]:
         raise UserError(
             f"model.attention={requested} cannot run here: {obstacles[requested]}",
             fix="set model.attention to auto"
-            + (", or pip install 'fedrx[flash-attn]'" if obstacles[requested] == _ABSENT else ""),
+            + (
+                ", or pip install 'fedrx[flash-attn]'"
+                if obstacles[requested] == NO_FLASH_ATTN
+                else ""
+            ),
         )
-    return Choice(requested, "asked for")
+    return Choice(requested, ASKED)
 
 
 def register() -> str:
@@ -98,17 +111,17 @@ def obstacle(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
     if kernel in ("sdpa", "eager"):
         return ""
     if device.type != "cuda":
-        return f"needs a CUDA device, not {device.type}"
+        return NOT_CUDA
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"needs bf16 or fp16, not {str(dtype).removeprefix('torch.')}"
+        return NOT_HALF
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return "needs compute capability 8.0"
+        return CAPABILITY_8
     if kernel == "cudnn":
         return attention_cuda.cudnn_obstacle(device)
     if kernel == "flash-attn" and importlib.util.find_spec("flash_attn") is None:
-        return _ABSENT
+        return NO_FLASH_ATTN
     if kernel == "torch-flash" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return "this torch has no torch.nn.attention.varlen"
+        return NO_VARLEN
     return ""
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from common.choice import CAPABILITY_9, OTHER_GRADIENT
 from common.undocumented.torch_names import cudnn_attention, flash_attention_cuda
 
 _PROBE_TOKENS = 64
@@ -126,7 +127,7 @@ def _grouped_flash(
 def cudnn_obstacle(device: torch.device) -> str:
     """Say why cuDNN's kernel cannot run here, or return nothing."""
     if torch.cuda.get_device_capability(device) < (9, 0):
-        return "needs compute capability 9.0"
+        return CAPABILITY_9
     return _probe("cudnn", device)
 
 
@@ -159,7 +160,7 @@ def _probe(kernel: str, device: torch.device) -> str:
     except (RuntimeError, TypeError, AttributeError) as error:
         return f"tried, and refused ({str(error).splitlines()[0][:80]})"
     if k.grad is None or k.grad.shape != k.shape:
-        return "tried, and the gradient of the keys has another shape"
+        return OTHER_GRADIENT
     return ""
 
 

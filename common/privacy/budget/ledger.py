@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import RunFailed, UserError
+from common.files import needing_room
 from common.privacy.plan import PrivacyPlan
 
 
@@ -175,7 +176,8 @@ class Ledger:
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
-        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        with needing_room(self.path.name):
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield handle
@@ -210,11 +212,12 @@ class Ledger:
         size = os.fstat(handle).st_size
         torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
         line = ("\n" if torn else "") + json.dumps(dataclasses.asdict(entry)) + "\n"
-        if os.write(handle, line.encode()) != len(line):
-            raise LedgerDoubtful(
-                f"privacy ledger {self.path.name}: short write; nothing is released"
-            )
-        os.fsync(handle)
+        with needing_room(self.path.name):
+            if os.write(handle, line.encode()) != len(line):
+                raise LedgerDoubtful(
+                    f"privacy ledger {self.path.name}: short write; nothing is released"
+                )
+            os.fsync(handle)
         return entry
 
     def _read(self, handle: int) -> list[Entry]:

@@ -8,15 +8,20 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import common.evaluation.answers_file
 import sim.answers.evaluate
-from common.config import Config
+from common.config import Config, JudgeConfig
 from common.configio import from_flat
 from common.data.partition import assign_hospitals
 from common.data.prepare import load_samples
 from common.errors import UserError
+from common.evaluation.answers_file import read_answers
+from common.evaluation.judge.plan import plan_judging
 from common.rundir import RunDirectory
+from common.tensor_files import Altered
 from common.training.resident_session import backbone_spec, session_of
 from sim.answers.evaluate import evaluate, evaluate_run
+from sim.answers.review import make_review
 from sim.runs.resume import resume
 
 KEYS = {
@@ -152,18 +157,80 @@ def test_a_judgement_lives_as_long_as_its_answers(run):
 def test_a_judgement_does_not_survive_a_kill_between_answers_and_figures(run, monkeypatch):
     judged = {**evaluate_run(run), "judge": {"appropriateness": {"fedrx": {}}}}
     run.write_json("summary.json", judged)
-    write = sim.answers.evaluate.write_text
+    write = sim.answers.evaluate.write_answers
 
     def killed(*arguments):
         write(*arguments)
         raise KeyboardInterrupt
 
     other = ["evaluation.max-new-tokens=8"]
-    monkeypatch.setattr(sim.answers.evaluate, "write_text", killed)
+    monkeypatch.setattr(sim.answers.evaluate, "write_answers", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate_run(run, overrides=other)
     monkeypatch.undo()
     assert "judge" not in evaluate_run(run, overrides=other)
+
+
+def flip_a_letter(run):
+    """One bit of the answers' file, as a disk or a hand may flip it; it stays JSON."""
+    file = run.path / "predictions.jsonl"
+    content = bytearray(file.read_bytes())
+    content[content.index(b"case-") + 1] ^= 1
+    file.write_bytes(content)
+
+
+def test_altered_answers_are_neither_judged_nor_reviewed_nor_reported(run):
+    evaluate_run(run)
+    assert len(read_answers(run)) == 25
+    flip_a_letter(run)
+    for read in (
+        lambda: read_answers(run),
+        lambda: plan_judging(run, JudgeConfig(), dry_run=True),
+        lambda: make_review(run),
+    ):
+        with pytest.raises(Altered, match=r"^predictions.jsonl is damaged or was altered: it is"):
+            read()
+
+
+def test_altered_answers_are_answered_anew(run):
+    """With all beside them: nothing of the altered file stays, also not a judgement."""
+    evaluate_run(run)
+    both = evaluate_run(run, checkpoint="round-0001")
+    rows = run.lines("predictions.jsonl")
+    run.write_json("summary.json", {**both, "judge": {"appropriateness": {"fedrx": {}}}})
+    flip_a_letter(run)
+    shown = io.StringIO()
+    again = evaluate_run(run, console=Console(file=shown, width=400))
+    assert "was altered" in shown.getvalue()
+    assert "judge" not in again
+    assert read_answers(run) == [row for row in rows if row["model"] != "round-0001"]
+    assert list(again["metrics"]) == [name for name in both["metrics"] if name != "round-0001"]
+
+
+def test_no_kill_leaves_a_digest_of_other_answers(run, monkeypatch):
+    """Between answers and figures nothing is promised, so nothing is refused."""
+    evaluate_run(run)
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common.evaluation.answers_file, "write_bytes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_run(run, overrides=["evaluation.max-new-tokens=8"])
+    monkeypatch.undo()
+    assert len(read_answers(run)) == 25
+    assert "answers_sha256" in evaluate_run(run)["evaluation"]
+
+    def late(*arguments):  # the answers are there, their figures are not
+        write_bytes(*arguments)
+        raise KeyboardInterrupt
+
+    write_bytes = common.evaluation.answers_file.write_bytes
+    monkeypatch.setattr(common.evaluation.answers_file, "write_bytes", late)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_run(run, overrides=["evaluation.samples=4"])
+    monkeypatch.undo()
+    assert len(read_answers(run)) == 20
 
 
 def test_constrained_answers_are_all_in_the_format(run):

@@ -22,7 +22,9 @@ import sim.runs.sweep
 from common.config import Config
 from common.configio import from_flat
 from common.errors import RunFailed, UserError
+from common.files import write_bytes
 from common.rundir import RunDirectory
+from common.tensor_files import Altered
 from sim.process.lock import exclusive
 from sim.process.stages import (
     ERROR_LOG,
@@ -104,6 +106,70 @@ def test_a_failure_in_training_goes_to_the_log_and_names_the_resumption(run):
     assert run.status()["stage"] == TRAINING
     with pytest.raises(RunFailed, match="^below the quorum$"), reported(run, silent()):
         raise RunFailed("below the quorum")
+
+
+def full_at(monkeypatch, *names):
+    """Let the disk be full for files of these names, temporary ones included."""
+    write = Path.write_bytes
+
+    def full(self, content):
+        if any(name in self.name for name in names):
+            raise OSError(errno.ENOSPC, "No space left on device", str(self))
+        return write(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+
+
+@pytest.mark.parametrize(
+    ("stage", "file", "what"),
+    [
+        (TRAINING, "b.safetensors", "training failed"),
+        (EVALUATION, "predictions.jsonl", "the answers failed"),
+        (REPORT, "report.html", "the report failed"),
+    ],
+)
+@pytest.mark.parametrize("status_too", [False, True])
+def test_a_full_disk_is_one_line_and_needs_no_traceback(
+    run, monkeypatch, stage, file, what, status_too
+):
+    """At any stage; status.json says so where that can be written, else it stays as it was."""
+    run.write_status("running", stage=stage)
+    before = run.status()
+    full_at(monkeypatch, file, *(["status.json"] if status_too else []))
+    with pytest.raises(StageFailed) as caught, reported(run, silent()):
+        write_bytes(run.path / file, b"x")
+    line = str(caught.value)
+    assert f"{what}: {file} cannot be written: No space left on device; fix: make room" in line
+    assert line.endswith(f"; go on with: fedrx resume {shlex.quote(str(run.path))}")
+    assert "\n" not in line
+    assert not (run.path / ERROR_LOG).exists()
+    assert run.status() == before if status_too else run.status()["state"] == "failed"
+
+
+def test_ctrl_c_on_a_full_disk_is_still_an_interruption(run, monkeypatch):
+    console = silent()
+    full_at(monkeypatch, "status.json")
+    with pytest.raises(KeyboardInterrupt), reported(run, console):
+        raise KeyboardInterrupt
+    assert "go on with: fedrx resume" in console.file.getvalue()
+
+
+def test_a_run_whose_last_checkpoint_was_altered_says_so_and_fails(run):
+    """Also where how far it has come can no longer be read."""
+
+    def where():
+        return {"round": run.checkpoint_facts("round-00004")["round"]}
+
+    assert where() == {"round": 4}
+    (run.path / "checkpoints" / "round-00004" / "facts.json").write_text("{}")
+    run.write_status("running", round=4)
+    with (
+        pytest.raises(Altered, match="^checkpoint round-00004 is damaged"),
+        reported(run, silent(), where),
+    ):
+        run.load_checkpoint()
+    assert run.status()["state"] == "failed"
+    assert "round-00004 is damaged" in run.status()["error"]
 
 
 def test_where_not_even_the_log_can_be_written_the_line_still_comes(run, monkeypatch, tmp_path):

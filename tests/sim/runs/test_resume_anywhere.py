@@ -5,6 +5,7 @@ at that moment leaves on the disk.
 """
 
 import io
+import json
 import os
 import pathlib
 import shutil
@@ -16,6 +17,7 @@ import pytest
 from rich.console import Console
 
 import common.rundir
+import common.tensor_files
 import sim.runs.single_training
 from common.errors import RunFailed
 from common.provenance import tensors_sha256
@@ -118,11 +120,9 @@ def test_a_resumed_run_needs_the_optimizers_state(configure, begin, tmp_path):
     cut = tmp_path / "cut"
     shutil.copytree(whole.run.path, cut)
     RunDirectory(cut).remove_checkpoint("step-00000008")
-    extra = cut / "checkpoints" / "step-00000004" / "extra.safetensors"
-    tensors = common.rundir.read_tensors(extra)
-    common.rundir.write_tensors(
-        extra, {k: v if k == "step" else np.zeros_like(v) for k, v in tensors.items()}
-    )
+    kept = RunDirectory(cut).load_checkpoint("step-00000004")
+    extra = {k: v if k == "step" else np.zeros_like(v) for k, v in kept.extra.items()}
+    RunDirectory(cut).save_checkpoint(kept.name, kept.b, facts=kept.facts, extra=extra)
     assert b_hash(go_on_in(cut, whole)) != b_hash(begin(whole.config))
 
 
@@ -234,18 +234,39 @@ def test_a_validation_loss_that_is_not_finite_fails_the_run(configure, begin, mo
     assert training.run.load_checkpoint().name == "step-00000003"
 
 
-@pytest.mark.parametrize("damage", ["value", "cut", "no-state"])
+def flip_one_bit(file, place):
+    """Flip the lowest bit of the byte at a share of the file's length."""
+    content = bytearray(file.read_bytes())
+    content[int(place * len(content))] ^= 1
+    file.write_bytes(content)
+
+
+PARTS = ("b.safetensors", "extra.safetensors", "facts.json")
+
+
+@pytest.mark.parametrize(
+    "damage", ["value", "cut", "no-state", "another-state", "no-digests", *PARTS]
+)
 def test_a_damaged_checkpoint_is_refused(configure, begin, damage):
-    training = begin(configure(KEYS))
+    training = begin(configure({**KEYS, "train.optimizer": "adamw"}))
     training.finish()
     folder = training.run.path / "checkpoints" / "step-00000008"
     if damage == "value":
-        b = common.rundir.read_tensors(folder / "b.safetensors")
+        b = common.tensor_files.read_tensors(folder / "b.safetensors")
         b[min(b)][0, 0] += 1
-        common.rundir.write_tensors(folder / "b.safetensors", b)
+        common.tensor_files.write_tensors(folder / "b.safetensors", b)
     if damage == "cut":
         content = (folder / "b.safetensors").read_bytes()
         (folder / "b.safetensors").write_bytes(content[: len(content) // 2])
+    if damage == "another-state":  # whole in itself, and not this checkpoint's
+        before = folder.with_name("step-00000004")
+        shutil.copy(before / "extra.safetensors", folder / "extra.safetensors")
+    if damage == "no-digests":  # as it was written before there were any
+        facts = json.loads((folder / "facts.json").read_text())
+        del facts["sha256"]
+        (folder / "facts.json").write_text(json.dumps(facts))
+    if damage in PARTS:
+        flip_one_bit(folder / damage, 0.9)
     if damage == "no-state":
         (folder / "extra.safetensors").unlink()
     with pytest.raises(RunFailed, match="step-00000008 is damaged"):

@@ -1,0 +1,69 @@
+"""Safetensors files that carry the digest of what they hold, so that an altered one is refused.
+
+The digest covers names, dtypes, shapes and bytes, and stands in the file's own metadata: one file,
+replaced as a whole, which every reader of safetensors can still read.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from common.errors import RunFailed
+from common.files import write_bytes
+
+Tensors = dict[str, np.ndarray[Any, Any]]
+_DIGEST = "sha256"
+
+
+class Altered(RunFailed):
+    """A file that is not what was written: a damaged disk, another hand, an earlier FedRx."""
+
+
+def content_sha256(tensors: Tensors) -> str:
+    """Return sha256 of tensors as they are, keys sorted: key, dtype, shape, bytes.
+
+    >>> a = {"step": np.array(1)}
+    >>> content_sha256(a) == content_sha256({"step": np.array(1.0)})
+    False
+    """
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        value = np.ascontiguousarray(tensors[key])
+        shape = "x".join(map(str, tensors[key].shape))
+        digest.update(f"{key}\0{value.dtype.str}\0{shape}\0".encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()
+
+
+def write_tensors(target: Path, tensors: Tensors) -> None:
+    """Write a safetensors file with its digest, atomically.
+
+    Raises:
+        DiskFull: if there is no room.
+    """
+    whole = {key: np.asarray(value, order="C") for key, value in tensors.items()}
+    write_bytes(target, save(whole, metadata={_DIGEST: content_sha256(whole)}))
+
+
+def read_tensors(source: Path) -> Tensors:
+    """Read a file that ``write_tensors`` wrote.
+
+    Raises:
+        Altered: if it cannot be read, or is not what was written.
+    """
+    try:
+        with safe_open(source, framework="numpy") as file:
+            told = (file.metadata() or {}).get(_DIGEST)
+            tensors: Tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError):
+        told, tensors = None, {}
+    if told != content_sha256(tensors):
+        raise Altered(
+            f"{source.name} is damaged, was altered, or is an earlier FedRx's, which kept no "
+            "digest: it is not used; fix: bring the file back, or start a new run"
+        )
+    return tensors
