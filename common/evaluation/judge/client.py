@@ -115,14 +115,22 @@ class JudgeClient:
         self._first_answer, self._failing = asyncio.Lock(), False
         self.kept = dict(kept)
         self._openai = openai
+        try:
+            http = openai.DefaultAsyncHttpxClient(
+                trust_env=not endpoint.loopback, follow_redirects=False
+            )
+        except (ImportError, ValueError):
+            raise UserError(
+                "judge: the proxy that the environment names cannot be used",
+                allowed="an http:// or https:// proxy",
+                fix="set https_proxy, and unset all_proxy",
+            ) from None
         self._client = openai.AsyncOpenAI(
             base_url=endpoint.url,
             api_key=api_key or "none",
             max_retries=0,
             timeout=config.timeout_seconds,
-            http_client=openai.DefaultAsyncHttpxClient(
-                trust_env=not endpoint.loopback, follow_redirects=False
-            ),
+            http_client=http,
         )
 
     async def close(self) -> None:

@@ -203,12 +203,16 @@ def _hub_folder(name: str) -> Path:
             return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
         except LocalEntryNotFoundError:
             return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    # ImportError: httpx cannot speak to a SOCKS proxy that the environment names.
+    except (
+        *(HFValidationError, HfHubHTTPError, LocalEntryNotFoundError),
+        *(OSError, ImportError),
+    ) as error:
         raise UserError(
             f"model.backbone={name}: neither a folder nor a model that could be fetched "
             f"({type(error).__name__})",
             allowed="`embedded`, `tiny`, a folder with a Llama, or a hub id",
-            fix="check the name, the network, and for gated models `hf auth login`",
+            fix="check the name, the network and its proxy, and for gated models `hf auth login`",
         ) from None
 
 

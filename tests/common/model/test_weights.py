@@ -190,6 +190,17 @@ def test_json_too_deep_to_read_is_not_readable(tmp_path, save_tiny, file):
         resolve_backbone(str(folder), cache_dir=tmp_path / "cache")
 
 
+def test_a_hub_behind_a_proxy_that_cannot_be_used_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", no_socks)
+    with pytest.raises(UserError, match=r"ImportError.*proxy"):
+        resolve_backbone("someone/llama", cache_dir=tmp_path)
+
+
+def no_socks(*args, **keys) -> None:
+    """What httpx says of a SOCKS proxy."""
+    raise ImportError("socksio")
+
+
 def test_the_same_size_and_date_do_not_fool_it(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "_SETTLED_NANOSECONDS", 0)
     file, cache = tmp_path / "model.safetensors", tmp_path / "cache"

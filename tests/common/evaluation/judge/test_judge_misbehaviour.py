@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -285,3 +286,11 @@ def test_a_proxy_in_the_environment_gets_nothing(
     judge_run(run, plan_judging(run, judge_config()))
     assert len(server.requests) == 1
     assert not other_server.requests
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "gopher://127.0.0.1:1"])
+def test_a_proxy_that_cannot_be_used_is_named(monkeypatch, judge_config, proxy):
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    far = SimpleNamespace(url="https://judge.example/v1", loopback=False)
+    with pytest.raises(UserError, match="proxy that the environment names"):
+        judge_client.JudgeClient(far, judge_config(), api_key="", meter=None, lost=None, kept={})
