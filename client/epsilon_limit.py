@@ -16,6 +16,7 @@ from common.errors import RunFailed
 from common.files import json_line, needing_room
 from common.privacy.accounting import epsilon, rdp_epsilon
 from common.privacy.settings import is_private, plan_of
+from common.training.budget import steps_in_all
 
 PROMISES = "privacy-promises.jsonl"
 """One line per run that was joined; only ever appended to."""
@@ -109,6 +110,24 @@ def _check_bounds(sent: Config, policy: Policy) -> None:
     for name, value, most in bounds:
         if value > most:
             raise LimitReached(f"{name} = {value:g}; this hospital allows at most {most:g}")
+
+
+def keep_to_steps(sent: Config, policy: Policy, train_samples: int) -> None:
+    """Hold a run that counts in epochs to ``max-steps``: how many steps follows from the samples.
+
+    Args:
+        sent: The run's configuration.
+        policy: The hospital's own.
+        train_samples: Of this hospital; 0 for a private step, which does not depend on them.
+
+    Raises:
+        LimitReached: if the run takes more steps; the text tells no count of this hospital.
+    """
+    if steps_in_all(sent, train_samples).value > policy.max_steps:
+        raise LimitReached(
+            f"train.epochs = {sent.train.epochs:g} takes more optimizer steps here than this "
+            f"hospital allows ({policy.max_steps:g})"
+        )
 
 
 def _check_private(sent: Config, policy: Policy, largest_delta: float) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from client.epsilon_limit import LimitReached, keep_to_limit
+from client.epsilon_limit import LimitReached, keep_to_limit, keep_to_steps
 from client.kept_state import (
     STEPS,
     forget_steps,
@@ -115,6 +115,9 @@ def train_round(config: Config, message: Message, context: Context) -> RecordDic
     b, server_round = received(config, message, context)
     folder = private_folder(config, hospital.name)
     private = is_private(config)
+    policy = own_policy(context.node_config)
+    if policy and not private:
+        keep_to_steps(config, policy, len(hospital.train))
     if config.train.keep_state:
         state = load_state(folder, before_round=server_round)
     else:

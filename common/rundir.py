@@ -137,8 +137,7 @@ class RunDirectory:
 
     def status(self) -> dict[str, Any]:
         """Read status.json."""
-        value: dict[str, Any] = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
-        return value
+        return _read_object(self.path / "status.json")
 
     def write_json(self, name: str, value: Any) -> None:
         """Write one JSON document atomically."""
@@ -147,10 +146,7 @@ class RunDirectory:
     def read_json(self, name: str) -> dict[str, Any]:
         """Read one JSON document; an absent file is an empty object."""
         file = self.path / name
-        if not file.exists():
-            return {}
-        value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return value
+        return _read_object(file) if file.exists() else {}
 
     def metric(self, name: str, value: float | str | None, **labels: Any) -> None:
         """Append one event to metrics.jsonl (labels: round, hospital, split, step, seconds)."""
@@ -159,7 +155,7 @@ class RunDirectory:
 
     def metrics(self, name: str | None = None) -> list[dict[str, Any]]:
         """Read metrics.jsonl, optionally only the events called ``name``."""
-        records = read_json_lines(self.path / "metrics.jsonl")
+        records = self.lines("metrics.jsonl")
         return [r for r in records if name is None or r["name"] == name]
 
     def forget_metrics(
@@ -180,8 +176,15 @@ class RunDirectory:
         append_json_line(self.path / file, record)
 
     def lines(self, file: str) -> list[dict[str, Any]]:
-        """Read a JSON-lines file of the run."""
-        return read_json_lines(self.path / file)
+        """Read a JSON-lines file of the run.
+
+        Raises:
+            UserError: if a complete line of it is no JSON.
+        """
+        try:
+            return read_json_lines(self.path / file)
+        except ValueError:
+            raise _damaged_file(self.path / file) from None
 
     def hospital(self, name: str) -> Path:
         """Return (and make) the folder of what stays in a hospital."""
@@ -296,6 +299,23 @@ def _unsealed(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass
     raise damaged(file.parent.name)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """Read a JSON object of the run; each was written whole, so another content is damage."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise _damaged_file(file) from None
+    if not isinstance(value, dict):
+        raise _damaged_file(file)
+    return value
+
+
+def _damaged_file(file: Path) -> UserError:
+    return UserError(
+        f"{file} is damaged: it is not the JSON that was written", fix="bring it back from a copy"
+    )
 
 
 def _named(config: Config, directory: Path | None) -> Path | None:

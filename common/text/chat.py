@@ -52,6 +52,7 @@ def prompt_text(tokenizer: "PreTrainedTokenizerBase", system: str, user: str) ->
     ):
         try:
             text = _render(tokenizer, messages)
+            text.encode()  # half a character has no tokens
         # A template runs on whatever it was written for: any exception is its failure.
         except Exception as error:
             failure = error

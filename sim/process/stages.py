@@ -142,7 +142,7 @@ def _facts(where: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def _stage(run: RunDirectory) -> str:
     """Return the stage that a run is in; of a finished one the report was the last."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, FedrxError):
         status = run.status()
         return REPORT if status["state"] == "finished" else str(status.get("stage", TRAINING))
     return TRAINING
@@ -155,7 +155,7 @@ def _kept(run: RunDirectory) -> str:
 
 
 def _source(run: RunDirectory) -> str:
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, FedrxError):
         return source_of_run(run.read_json("summary.json"), run.read_json("data.json"))
     return CREDENTIALED
 

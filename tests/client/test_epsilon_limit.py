@@ -315,6 +315,16 @@ def test_a_b_that_would_overflow_is_refused(tmp_path, tiny_shapes):
         ask(config, tmp_path, "train", content=content)
 
 
+def test_epochs_do_not_pass_the_most_steps(tmp_path, tiny_shapes, monkeypatch):
+    """How many steps an epoch has the hospital alone knows: it counts before it trains."""
+    (tmp_path / POLICY).write_text("max-steps = 60\n")
+    monkeypatch.setattr(client.handlers, "update", lambda *args, **keys: 1 / 0)
+    config = config_of(privacy__target_epsilon=0.0, train__epochs=50.0, data__synthetic_patients=20)
+    b = {key: np.zeros(shape, np.float32) for key, shape in tiny_shapes(config).items()}
+    with pytest.raises(LimitReached, match=r"train.epochs = 50 .* allows \(60\)$"):
+        ask(config, tmp_path, "train", content=train_message(b, server_round=1))
+
+
 @pytest.fixture
 def tiny_shapes():
     from common.model.adapter.layout import adapter_layout, adapter_spec

@@ -119,6 +119,20 @@ def test_two_runs_in_one_second_get_two_folders(tmp_path, monkeypatch):
     assert all(path.parent == tmp_path / "runs" for path in paths)
 
 
+@pytest.mark.parametrize("content", ['{"a": [1,\n', "[]", "", "[" * 100_000])
+def test_a_damaged_file_of_a_run_is_one_line_with_its_name(tmp_path, content):
+    run = RunDirectory.create(Config(), directory=tmp_path / "run")
+    readers = {
+        "status.json": run.status,
+        "summary.json": lambda: run.read_json("summary.json"),
+        **({"metrics.jsonl": run.metrics} if content.endswith("\n") else {}),
+    }
+    for name, reader in readers.items():
+        (run.path / name).write_text(content)
+        with pytest.raises(UserError, match=f"{name} is damaged"):
+            reader()
+
+
 def test_checkpoints_sort_in_time_and_half_written_ones_do_not_count(tmp_path):
     run = RunDirectory.create(Config(), directory=tmp_path / "run")
     for number in (2, 10, 1):

@@ -35,7 +35,9 @@ SUFFIXES = (".csv.gz", ".csv")
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 DATE_FORMAT = "%Y-%m-%d"
 NULL_OF_NAMES = r"\N"
-NULLS = (NULL_OF_NAMES, "NA", "None", "NULL", "null", "NaN", "nan", "NaT", "<NA>")
+OFFICE = ("N/A", "n/a", "#N/A", "(null)")
+"""What spreadsheets and database clients show for NULL, and write."""
+NULLS = (NULL_OF_NAMES, "NA", "None", "NULL", "null", "NaN", "nan", "NaT", "<NA>", *OFFICE)
 """How exports write NULL, letter by letter: databases, R, Python, pandas.
 
 They are NULL where a number, a time or an attribute stands. Drugs and diagnosis titles are names

@@ -26,6 +26,8 @@ FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 30.0
 LONGEST_RETRY_AFTER_SECONDS = 300.0
 _LONGEST_NAME = 200
+_MOST_TOKENS = 10**9
+"""No call takes as many: a larger count is none, and its price would not fit a number."""
 _RETRIED_STATUS = frozenset({408, 409, 425, 429})
 _REFUSED_STATUS = frozenset({400, 413, 422})
 """The server does not take this question; it may take others."""
@@ -280,7 +282,7 @@ class JudgeClient:
         usage = document.get("usage")
         usage = usage if isinstance(usage, dict) else {}
         counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
-        counted = all(type(count) is int and count >= 0 for count in counts)
+        counted = all(type(count) is int and 0 <= count <= _MOST_TOKENS for count in counts)
         if not counted:
             counts = [input_bound_tokens(body), self._config.max_output_tokens]
         return Reply(
@@ -303,7 +305,7 @@ def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
     with contextlib.suppress(ValueError):
         seconds = float(value)
         return max(0.0, seconds) if seconds < float("inf") else None
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
         moment = email.utils.parsedate_to_datetime(value)
         if moment.tzinfo is None:
             moment = moment.replace(tzinfo=datetime.UTC)

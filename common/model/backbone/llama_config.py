@@ -40,7 +40,7 @@ def read_llama_config(folder: Path, name: str) -> "LlamaConfig":
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = content.get("model_type")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         raise UserError(
             f"model.backbone={name}: no readable config.json there",
             allowed="`embedded`, `tiny`, a folder with a Llama, or a hub id",

@@ -135,7 +135,7 @@ def resolve_backbone(
             config=_read_json(folder / "config.json"),
             weights=weights_digest(files, cache_dir, progress),
             tokenizer=tokenizer_facts(tokenizer),
-            ends=_read_json(folder / "generation_config.json").get("eos_token_id"),
+            ends=_end_tokens(folder / "generation_config.json"),
         ),
         shape=BackboneShape.of(config),
         rope=config.rope_parameters["rope_type"],
@@ -242,9 +242,24 @@ def _read_json(file: Path) -> dict[str, Any]:
             raise TypeError
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         raise UserError(f"model.backbone: {file} is not readable", fix="copy it again") from None
     return content
+
+
+def _end_tokens(file: Path) -> Any:
+    """Read what answers end at besides the tokenizer's end token: a number, several or none."""
+    ends = _read_json(file).get("eos_token_id")
+    if any(
+        type(end) is not int
+        for end in (ends if isinstance(ends, list) else [0 if ends is None else ends])
+    ):
+        raise UserError(
+            f"model.backbone: {file} has an eos_token_id that is no token",
+            allowed="a whole number, or a list of them",
+            fix="copy it again",
+        )
+    return ends
 
 
 def _essential(config: dict[str, Any]) -> dict[str, Any]:

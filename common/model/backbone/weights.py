@@ -154,7 +154,7 @@ def _weight_map(folder: Path, name: str) -> dict[str, str]:
             f"there is neither {SINGLE} nor {INDEX}",
             fix="name a folder that holds the weights in that format",
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _refusal(name, f"{INDEX} is not readable", fix="fetch or copy it again") from None
     gone = sorted({file for file in places.values() if not (folder / file).is_file()})
     if gone:

@@ -66,7 +66,7 @@ NULLABLE = {
 }
 
 
-@pytest.mark.parametrize("spelling", [*NULLS, " NA "])
+@pytest.mark.parametrize("spelling", [*NULLS, " NA ", "N/A", "n/a", "#N/A", "(null)"])
 def test_a_null_is_null_however_it_is_spelled_and_is_counted(
     write_tables, small, tmp_path, spelling
 ):

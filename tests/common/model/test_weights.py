@@ -171,6 +171,25 @@ def test_the_fingerprint_covers_what_is_loaded_and_nothing_else(tmp_path, save_t
     assert resolve_backbone(str(folder), cache_dir=cache).fingerprint != first
 
 
+@pytest.mark.parametrize("ends", ["a", True, [1, [2]], [1, None], {}, 1.5])
+def test_an_end_that_is_no_token_is_refused(tmp_path, save_tiny, ends):
+    """Such an end would stop the answers after hours of training."""
+    folder = save_tiny(tmp_path / "llama")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(UserError, match="eos_token_id that is no token"):
+        resolve_backbone(str(folder), cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", INDEX])
+def test_json_too_deep_to_read_is_not_readable(tmp_path, save_tiny, file):
+    folder = save_tiny(tmp_path / "llama")
+    if file == INDEX:
+        (folder / "model.safetensors").unlink()
+    (folder / file).write_text("[" * 100_000)
+    with pytest.raises(UserError, match="readable"):
+        resolve_backbone(str(folder), cache_dir=tmp_path / "cache")
+
+
 def test_the_same_size_and_date_do_not_fool_it(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "_SETTLED_NANOSECONDS", 0)
     file, cache = tmp_path / "model.safetensors", tmp_path / "cache"

@@ -56,6 +56,7 @@ def test_without_a_system_role_the_user_says_it(template):
         ("{{ messages.gone.deeper }}", "UndefinedError"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{{ raise_exception('no') }}", "TemplateError"),
+        ("\ud800" + PLAIN, "UnicodeEncodeError"),
         ("<answer>", "leaves out"),
         ("{{ messages[0]['content'] if messages[0]['role'] == 'system' }}<answer>", "leaves out"),
         ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "leaves out"),

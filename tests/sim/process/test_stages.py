@@ -438,3 +438,10 @@ def test_a_run_directory_that_cannot_be_made_is_refused_at_once(tmp_path):
         RunDirectory.require_new(Config(), directory=tmp_path / "file")
     RunDirectory.require_new(Config(), directory=tmp_path / "new" / "run")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_damaged_status_does_not_hide_what_failed(tmp_path):
+    run = RunDirectory.create(Config(), directory=tmp_path / "run")
+    (run.path / "status.json").write_text("{")
+    with pytest.raises(StageFailed, match="training failed: .*no room"), reported(run, Console()):
+        raise OSError(28, "no room")

@@ -90,6 +90,8 @@ ODD_COMPLETIONS = {
     "no message": b'{"choices": [{}]}',
     "odd choice": b'{"choices": [3]}',
     "odd usage": b'{"choices": [{"message": {"content": ""}}], "usage": {"prompt_tokens": "9"}}',
+    "huge usage": b'{"choices": [{"message": {"content": ""}}], "usage": {"prompt_tokens": 1%s, '
+    b'"completion_tokens": 1}}' % (b"0" * 400),
 }
 
 
@@ -130,7 +132,7 @@ def test_a_date_in_retry_after_is_read():
 
     seconds = judge_client.retry_after_seconds({"retry-after": formatdate(time.time() + 30)})
     assert 28 <= seconds <= 31
-    for text in ("", "soon", "nan", "inf"):
+    for text in ("", "soon", "nan", "inf", f"Mon, 01 Jan {'9' * 20} 00:00:00 GMT"):
         assert judge_client.retry_after_seconds({"retry-after": text}) is None
     assert judge_client.retry_after_seconds({"retry-after": "-3"}) == 0
 
