@@ -30,7 +30,7 @@ LIES = {
     "steps below zero": ({"steps": -5.0}, "steps are not the 2"),
     "seconds below zero": ({"seconds": -1.0}, "'seconds' is negative"),
     "a loss below zero": ({"train_loss": -3.0}, "'train-loss' is negative"),
-    "a message in a loss": ({"train_loss": 3.0 + 2**-40}, "'train-loss' is not rounded to 6"),
+    "a message in a loss": ({"train_loss": 3.0 + 2**-40}, "'train-loss' is not rounded to 8"),
 }
 
 
@@ -56,7 +56,7 @@ def test_honest_replies_are_what_was_due(settings, tiny_config, in_process):
 
 EVALUATE_LIES = {
     "a loss below zero": ({"loss": -1.0}, "'loss' is negative"),
-    "a message in a loss": ({"loss": 3.0 + 2**-40}, "'loss' is not rounded to 6"),
+    "a message in a loss": ({"loss": 3.0 + 2**-40}, "'loss' is not rounded to 8"),
     "more tokens than there can be": ({"weight": 2 * 192 + 1.0}, "tokens up to 384"),
     "half a token": ({"weight": lambda w: w - 0.5}, "whole number of tokens"),
     "no token": ({"weight": 0.0}, "finite positive"),
