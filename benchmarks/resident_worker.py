@@ -21,7 +21,7 @@ MESSAGE = """
 import sys
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from client.app import app
-from common.undocumented.flower import TaskIdentity
+from common.wire.undocumented_flower import TaskIdentity
 from common.configio import flatten, from_flat
 TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 7, 1
 folder, backbone, worker = sys.argv[1:]

@@ -27,7 +27,7 @@ from flwr.app import Context, Message
 
 from common.errors import FedrxError, RunFailed, UserError
 from common.provenance import source_digest
-from common.undocumented.flower import (
+from common.wire.undocumented_flower import (
     ProtoContext,
     ProtoMessage,
     context_from_proto,

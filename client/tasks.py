@@ -12,7 +12,7 @@ import httpx
 from flwr.app import Context, Error, Message
 
 from common.errors import FedrxError
-from common.undocumented.flower_deployment import (
+from common.wire.undocumented_deployment import (
     AcquireTaskRequest,
     ErrorCode,
     HeartbeatSender,

@@ -13,8 +13,8 @@ from flwr.app import Message, MetricRecord, RecordDict
 
 from common.config import FederationConfig
 from common.errors import RunFailed
-from common.undocumented.flower import AppExitException
 from common.wire.contract import Tensors, Update
+from common.wire.undocumented_flower import AppExitException
 from server.strategies import STRATEGIES, WEIGHT, to_record, withstands
 
 _log = logging.getLogger(__name__)

@@ -26,8 +26,8 @@ PACKAGES = ("common", "client", "server", "sim")
 GATHERED = {
     "common/undocumented/torch_names.py",
     "common/undocumented/transformers_names.py",
-    "common/undocumented/flower.py",
-    "common/undocumented/flower_deployment.py",
+    "common/wire/undocumented_flower.py",
+    "common/wire/undocumented_deployment.py",
     "common/undocumented/ray_names.py",
 }
 # The modules that a library documents, for those whose behaviour ours hangs on.

@@ -19,7 +19,6 @@ from pathlib import Path
 from common.errors import UserError
 from common.files import write_text
 from common.limits import available_memory_bytes, cgroup_limits
-from common.undocumented.flower import NO_UPDATE_CHECK
 from common.undocumented.ray_names import (
     HIDE_GPUS_FROM_GPULESS_WORKERS,
     LOCAL_SERVERS_LISTEN_EVERYWHERE,
@@ -27,6 +26,7 @@ from common.undocumented.ray_names import (
     SOCKET,
     WORKER_NICENESS,
 )
+from common.wire.undocumented_flower import NO_UPDATE_CHECK
 
 RUN_VARIABLE = "FEDRX_RUN"
 """Marks every process of a run with its run directory, so that none is ever left behind."""

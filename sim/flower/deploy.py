@@ -20,8 +20,8 @@ from common.errors import UserError
 from common.files import write_text
 from common.privacy.settings import with_calibrated_noise
 from common.provenance import source_digest
-from common.undocumented.flower import NO_UPDATE_CHECK
 from common.wire.handshake import NAME_PATTERN
+from common.wire.undocumented_flower import NO_UPDATE_CHECK
 from server.strategies import check_strategy
 from sim.flower.bundle import stage_app
 from sim.flower.certificates import (

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import RunFailed
-from common.undocumented.flower_deployment import (
+from common.wire.undocumented_deployment import (
     ACCESS_TOKEN_KEY,
     ACCESS_TOKEN_STORE_KEY,
     AUTHN_TYPE_STORE_KEY,

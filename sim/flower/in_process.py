@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 import client.app
 from common.config import Config
 from common.configio import flatten
-from common.undocumented.flower import (
+from common.wire.undocumented_flower import (
     ProtoMessage,
     TaskIdentity,
     message_from_proto,

@@ -12,7 +12,7 @@ import httpx
 from client.policy import Typed, read_model
 from client.site import Port
 from common.errors import RunFailed
-from common.undocumented.flower import NO_UPDATE_CHECK
+from common.wire.undocumented_flower import NO_UPDATE_CHECK
 from sim.flower import guarded_superlink
 from sim.flower.child_environment import without_loopback_proxy
 from sim.flower.children import Children

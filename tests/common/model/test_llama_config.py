@@ -104,7 +104,8 @@ def test_rotary_settings_that_are_not_known(refusal, parameters, words):
 def test_neutral_settings_are_taken(folder, set_config):
     set_config(folder, sliding_window=None, use_sliding_window=False, is_causal=True)
     set_config(folder, partial_rotary_factor=1.0, attention_bias=False, quantization_config=None)
-    resolve_backbone(str(folder), cache_dir=folder.parent / "cache")
+    taken = resolve_backbone(str(folder), cache_dir=folder.parent / "cache")
+    assert taken.rope == "default"
 
 
 def test_a_shape_that_gives_no_llama(refusal):

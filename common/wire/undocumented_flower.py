@@ -1,7 +1,7 @@
 """Flower: its protocol buffers, who runs a task, and its strategies' errors.
 
-Seen alike in 1.41.0 and 1.42.0. Beside ``common.wire.contract`` the only module of ``common`` that
-imports Flower; nothing in ``common`` imports it.
+Seen alike in 1.41.0 and 1.42.0. What other libraries do not document is in ``common.undocumented``;
+this lies here because only ``common.wire`` may import Flower.
 """
 
 from flwr.app import Message
