@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+from scipy import integrate, stats
 
 from client.local_update import update
 from client.private_update import private_update
@@ -126,7 +126,7 @@ def test_several_references_are_averaged_as_likelihoods() -> None:
 def test_the_largest_area_is_that_of_randomised_response(cost) -> None:
     """Oracle: the ROC of randomised response, the worst pure mechanism, by its three corners."""
     low = 1 / (1 + math.exp(cost))
-    area = np.trapezoid([0, 1 - low, 1], [0, low, 1])
+    area = integrate.trapezoid([0, 1 - low, 1], [0, low, 1])
     assert largest_area(cost, 0.0) == pytest.approx(area)
     assert largest_area(cost, 0.01) == pytest.approx(area + 0.01)
 
