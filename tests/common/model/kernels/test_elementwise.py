@@ -66,6 +66,7 @@ def test_rotation_and_its_transpose(found):
     angles = torch.cat([angles, angles], 1)
     cos, sin = angles.cos(), angles.sin()
     outputs = found.rotate(q, k, cos, sin, False)
+    assert [out.shape for out in outputs] == [q.shape, k.shape]
     for x, out in zip((q, k), outputs, strict=True):
         first, second = x.double().chunk(2, -1)
         turned = torch.cat([-second, first], -1)
