@@ -28,4 +28,5 @@ def test_a_record_is_read_back_as_it_was_written() -> None:
 def test_another_file_is_refused_without_its_values(content: str) -> None:
     with pytest.raises(UserError, match=r"^visit\.json: ") as refused:
         Visit.read(content, what="visit.json")
-    assert "secret" not in str(refused.value) and "\n" not in str(refused.value)
+    assert "secret" not in str(refused.value)
+    assert "\n" not in str(refused.value)
