@@ -104,7 +104,7 @@ def contend(contender: str, folder: Path) -> dict[str, Any]:
         from common.data.prepare import prepare_source
 
         found = prepare_source(DataConfig(path=str(folder)), cache_dir=folder.parent / "cache")
-        counts = found.prepared.counts
+        counts = found.prepared.counts.as_json()
         answer = {"samples": counts["samples"], "pairs": counts["pairs_clean"]}
     seconds = time.perf_counter() - started
     return {

@@ -1,6 +1,5 @@
 """A deployed hospital's own limit on what all runs together may spend on its patients."""
 
-import fcntl
 import json
 import math
 import os
@@ -13,7 +12,7 @@ from client.policy import Policy
 from common.config import Config
 from common.configio import config_digest, run_digest
 from common.errors import RunFailed
-from common.files import json_line, needing_room
+from common.files import json_line, locked, needing_room
 from common.privacy.accounting import epsilon, rdp_epsilon
 from common.privacy.settings import is_private, plan_of
 from common.training.budget import steps_in_all
@@ -183,10 +182,7 @@ def _promises(
     file: Path,
 ) -> Iterator[tuple[dict[str, Promise], Callable[[Promise], None]]]:
     """Hold the promises' file; yield what it says, by run, and how to add a line, synced."""
-    with needing_room(PROMISES):
-        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with locked(file) as handle:
         text = os.pread(handle, os.fstat(handle).st_size, 0).decode("utf-8", errors="replace")
         # A last line without its end was torn by a crash, and nothing was released for it.
         whole = text[: text.rfind("\n") + 1]
@@ -201,8 +197,6 @@ def _promises(
                 os.fsync(handle)
 
         yield known, append
-    finally:
-        os.close(handle)
 
 
 def _promise(line: str) -> Promise:

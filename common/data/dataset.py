@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import Config
-from common.data.mimic.admissions import Progress
 from common.data.partition import Hospital, assign_hospitals
 from common.data.prepare import load_samples
-from common.data.samples import Admission, SampleTable
+from common.data.samples import Admission, Progress, SampleTable
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from common.data.mimic.tables import find_tables, read
 from common.data.names import normalise_string
 from common.data.samples import Admission
 
@@ -116,20 +114,6 @@ def public_diagnoses() -> list[Diagnosis]:
         Diagnosis(title=icd.get_description(code), code=f"10:{code}")
         for code in dict.fromkeys(icd.get_all_codes(False))
         if icd.is_leaf(code)
-    ]
-
-
-def table_diagnoses(folder: Path) -> list[Diagnosis]:
-    """Return all titles of a MIMIC-IV folder's d_icd_diagnoses.
-
-    Raises:
-        UserError: If there is no such table, or it cannot be read.
-    """
-    frame = read(find_tables(folder)["d_icd_diagnoses"]).drop_nulls()
-    rows = zip(frame["icd_code"], frame["icd_version"], frame["long_title"], strict=True)
-    return [
-        Diagnosis(title=" ".join(title.split()), code=f"{version.strip()}:{code.strip()}")
-        for code, version, title in rows
     ]
 
 

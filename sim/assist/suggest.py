@@ -20,9 +20,9 @@ from common.data.icd import (
     DiagnosisIndex,
     code_frequency,
     public_diagnoses,
-    table_diagnoses,
 )
 from common.data.samples import Admission
+from common.data.sources import titles_of
 from common.errors import UserError
 from common.evaluation.answers import read_answer
 from common.evaluation.constrained import answer_grammar
@@ -38,7 +38,6 @@ from common.training.resident_session import session_of
 from sim.assist.patient_form import PatientRequest
 from sim.process.open_run import open_run
 
-SYNTHETIC_PATH = "synthetic"
 _CODE = re.compile(r"[A-Za-z]?\d[\w.]{1,7}")
 _FREE_KEYS = (
     *(
@@ -194,8 +193,7 @@ def surroundings_of(
         for one in data.samples.admissions
         for title, code in zip(one.diagnoses, one.diagnosis_codes, strict=True)
     ]
-    if config.data.path != SYNTHETIC_PATH:
-        known += table_diagnoses(Path(config.data.path).expanduser())
+    known += titles_of(config.data)
     index = DiagnosisIndex(
         known, frequency=code_frequency(train), origin=f"the titles of the {data.source} tables"
     )

@@ -1,6 +1,6 @@
 """``fedrx data``: from tables to samples, counts and synthetic tables."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -66,7 +66,7 @@ def synthesize(
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same files.")] = 0,
     json_output: JsonOption = False,
 ) -> None:
-    """Write synthetic MIMIC-IV tables with planted defects, and a manifest of them."""
+    """Write synthetic MIMIC-IV tables with planted defects, and a manifest of their hashes."""
     from common.data.synthetic.write import write_tables
 
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -82,4 +82,4 @@ def synthesize(
         markup=False,
         highlight=False,
     )
-    print_json(asdict(manifest), json_output)
+    print_json(manifest.as_json(), json_output)

@@ -17,8 +17,9 @@ from typing import Any
 
 from rich.console import Console
 
+from common.data.handling import CREDENTIALED, handling_of
 from common.errors import DiskFull, FedrxError, RunFailed, UserError
-from common.evaluation.judge.gate import CREDENTIALED, source_of_run
+from common.evaluation.judge.gate import source_of_run
 from common.rundir import TRAINED, RunDirectory
 
 TRAINING, EVALUATION, REPORT = "training", "evaluation", "report"
@@ -167,7 +168,7 @@ def _described(run: RunDirectory | None, error: Exception, source: str) -> str:
     kind = type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         text = f"{kind}: {error.strerror}" + (f": {error.filename}" if error.filename else "")
-    elif source == CREDENTIALED:
+    elif not handling_of(source).is_open:
         frames = traceback.extract_tb(error.__traceback__)
         where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
         text = f"{kind}{where}"

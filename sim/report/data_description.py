@@ -68,7 +68,7 @@ def prepare(
     """
     found = prepare_source(config.data, cache_dir=cache_dir, progress=progress)
     return {
-        **found.prepared.counts,
+        **found.prepared.counts.as_json(),
         "source": found.source,
         "digest": table_digest(found.prepared),
     }
@@ -85,6 +85,7 @@ def describe(
     say = progress or (lambda _: None)
     opened = open_hospitals(config, cache_dir=cache_dir, progress=progress)
     table, hospitals = opened.samples, opened.hospitals
+    counts = table.counts.as_json()
     skew = drug_skew([one.admissions for one in hospitals], seed=config.partition.seed)
     say("counting tokens")
     tokenizer, reason = local_tokenizer(config.model.backbone, cache_dir or fedrx_cache())
@@ -97,8 +98,8 @@ def describe(
             seed=config.evaluation.seed,
         )
     data = {
-        **table.counts,
-        "dropped": {**table.counts["dropped"], **_missing_drops(hospitals)},
+        **counts,
+        "dropped": {**counts["dropped"], **_missing_drops(hospitals)},
         "source": table.source,
         "partition": {
             "scheme": config.partition.scheme,

@@ -13,6 +13,7 @@ from rich.console import Console
 from common.config import IN_PROCESS, Config
 from common.configio import flatten
 from common.data.dataset import Dataset, open_hospitals
+from common.data.handling import handling_of
 from common.data.partition import Hospital
 from common.errors import FedrxError
 from common.evaluation.answers import choose_cases
@@ -171,7 +172,7 @@ def go_on(
         try:
             return train_and_answer(run, config, preparation, console, started=started)
         except FedrxError:
-            if preparation.data.source != "credentialed":
+            if handling_of(preparation.data.source).is_open:
                 show_tracebacks(run, earlier)
             raise
 
@@ -309,7 +310,7 @@ def data_facts(preparation: Preparation) -> dict[str, Any]:
     return {
         "source": table.source,
         "file_hashes": table.file_hashes,
-        "counts": {name: value for name, value in table.counts.items() if name != "age"},
+        "counts": {name: value for name, value in table.counts.as_json().items() if name != "age"},
         "hospitals": [
             {
                 "name": hospital.name,

@@ -1,17 +1,25 @@
 """From tables to one row per admission, with every dropped row counted under its reason."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
 from common.data.mimic.diagnoses import DiagnosisLists, diagnosis_lists
 from common.data.mimic.measures import Measures, clean_measures, measures_at_admission
 from common.data.mimic.orders import CHUNK_ROWS, DrugLists, drug_lists, read_orders
-from common.data.mimic.tables import Table, find_tables, read, times, whole_numbers
-from common.data.samples import UNKNOWN
+from common.data.mimic.tables import find_tables
+from common.data.samples import (
+    UNKNOWN,
+    BmiCheck,
+    Counts,
+    Lengths,
+    Outliers,
+    Prepared,
+    Progress,
+    Range,
+)
+from common.data.tables import Table, read, times, whole_numbers
 from common.errors import UserError
 
 OLDEST_SHOWN_AGE = 89
@@ -19,20 +27,6 @@ PLAUSIBLE_AGE = (0, 120)
 """Inclusive limits; outside is a typing error, and the admission is dropped and counted."""
 _CAREUNIT_EVENT = "admit"
 _MOST_ORPHANS = 0.5
-
-Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """Samples in columns; lists hold indices into the vocabularies."""
-
-    frame: pl.DataFrame
-    """One row per sample, in the order of patient and time; columns as in ``Admission``."""
-    drugs: tuple[str, ...]
-    titles: tuple[str, ...]
-    codes: tuple[str, ...]
-    counts: Mapping[str, Any]
 
 
 def prepare_tables(
@@ -91,15 +85,7 @@ def prepare_tables(
         drugs=drugs.vocabulary,
         titles=diagnoses.titles,
         codes=diagnoses.codes,
-        counts={
-            **_counts(book, drugs, diagnoses, measures, stays, frame),
-            "null_spelled": {
-                f"{table.name}.{column}": cells
-                for table in tables.values()
-                for column, cells in sorted(table.nulls.items())
-                if cells
-            },
-        },
+        counts=_counts(book, tables, drugs, diagnoses, measures, stays, frame),
     )
 
 
@@ -308,45 +294,48 @@ def _sample_columns(complete: pl.DataFrame) -> pl.DataFrame:
 
 def _counts(
     book: _Book,
+    tables: Mapping[str, Table],
     drugs: DrugLists,
     diagnoses: DiagnosisLists,
     measures: Measures,
     stays: pl.DataFrame,
     frame: pl.DataFrame,
-) -> dict[str, Any]:
+) -> Counts:
     lengths = frame["drugs"].list.len()
     tall, heavy = frame["height_cm"].is_not_null(), frame["weight_kg"].is_not_null()
-    kinds = ("MAIN", "BASE", "ADDITIVE")
-    return {
-        "rows": book.rows,
-        "rows_out": book.out,
-        "drug_type": dict.fromkeys(kinds, 0) | book.drug_type,
+    return Counts(
+        rows=book.rows,
+        rows_out=book.out,
+        drug_type=dict.fromkeys(("MAIN", "BASE", "ADDITIVE"), 0) | book.drug_type,
         **drugs.counts,
-        "samples": frame.height,
-        "patients": frame["patient"].n_unique(),
-        "drugs_per_sample": {
-            "mean": float(lengths.sum()) / frame.height,
-            "min": _whole(lengths.min()),
-            "max": _whole(lengths.max()),
+        samples=frame.height,
+        patients=frame["patient"].n_unique(),
+        drugs_per_sample=Lengths(mean=int(lengths.sum()) / frame.height, **_range(lengths)),
+        diagnosis_rows_joined=diagnoses.joined,
+        diagnosis_rows_unmatched=diagnoses.unmatched,
+        age_differs_from_anchor=int((stays["age"] != stays["anchor_age"]).sum()),
+        age_over_89=int((stays["age"] > OLDEST_SHOWN_AGE).sum()),
+        age=Range(**_range(stays["age"])),
+        height=int(tall.sum()),
+        weight=int(heavy.sum()),
+        height_and_weight=int((tall & heavy).sum()),
+        no_height_no_weight=int((~tall & ~heavy).sum()),
+        outliers=Outliers(**measures.outliers),
+        bmi_check=BmiCheck(
+            triples=measures.bmi_triples, within_one=measures.bmi_triples_within_one
+        ),
+        dropped=book.flat(),
+        null_spelled={
+            f"{table.name}.{column}": cells
+            for table in tables.values()
+            for column, cells in sorted(table.nulls.items())
+            if cells
         },
-        "diagnosis_rows_joined": diagnoses.joined,
-        "diagnosis_rows_unmatched": diagnoses.unmatched,
-        "age_differs_from_anchor": int((stays["age"] != stays["anchor_age"]).sum()),
-        "age_over_89": int((stays["age"] > OLDEST_SHOWN_AGE).sum()),
-        "age": {"min": _whole(stays["age"].min()), "max": _whole(stays["age"].max())},
-        "height": int(tall.sum()),
-        "weight": int(heavy.sum()),
-        "height_and_weight": int((tall & heavy).sum()),
-        "no_height_no_weight": int((~tall & ~heavy).sum()),
-        "outliers": measures.outliers,
-        "bmi_check": {
-            "triples": measures.bmi_triples,
-            "within_one": measures.bmi_triples_within_one,
-        },
-        "dropped": book.flat(),
-    }
+    )
 
 
-def _whole(value: object) -> int:
-    assert isinstance(value, int)
-    return value
+def _range(numbers: pl.Series) -> dict[str, int]:
+    low, high = numbers.min(), numbers.max()
+    assert isinstance(low, int)
+    assert isinstance(high, int)
+    return {"min": low, "max": high}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from common.data.mimic.tables import NULL_OF_NAMES, Table, read
+from common.data.tables import NULL_OF_NAMES, Table, read
 from common.errors import UserError
 
 _KEY = ["icd_code", "icd_version"]

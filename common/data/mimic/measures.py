@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from common.data.mimic.tables import Table, read, times
+from common.data.tables import Table, read, times
 
 KINDS = {
     "height": ("Height (Inches)", "height_cm"),

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from common.data.mimic.tables import (
+from common.data.names import normalise_string
+from common.data.tables import (
     MORE_FIELDS,
     NULL_OF_NAMES,
     NULLS,
@@ -28,7 +29,6 @@ from common.data.mimic.tables import (
     was_float,
     whole_number,
 )
-from common.data.names import normalise_string
 
 CHUNK_ROWS = 500_000
 _BUCKET_ROWS = 1_000_000
@@ -104,13 +104,13 @@ def read_orders(
     kinds: Counter[str] = Counter()
     parts: list[pl.DataFrame] = []
     rows = lost = unnumbered = 0
-    with reading(table):
+    with reading(table.label):
         for batch in lines.collect_batches(
             chunk_size=chunk_rows, maintain_order=False, engine="streaming"
         ):
             rows += batch.height
             if batch[MORE_FIELDS].any():
-                raise bad_width(table)
+                raise bad_width(table.label)
             for kind, number in batch["drug_type"].value_counts().iter_rows():
                 spelled = kind in _NULL_KINDS
                 table.nulls["drug_type"] += number * spelled

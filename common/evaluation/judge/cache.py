@@ -6,18 +6,18 @@ a question that it refused (too long, say) is kept as refused, and so is the dia
 What a broken call may have cost is kept too, so that the cost limit holds over sessions.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from common.errors import UserError
-from common.files import needing_room
+from common.files import locked, needing_room
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,19 +96,17 @@ class ExchangeCache:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        self._file = os.fdopen(handle, "r+", encoding="utf-8")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise UserError(
-                "another `fedrx judge` is at work on this run",
-                fix="wait for it, or end it; what it has paid for is kept",
-            ) from None
+        busy = UserError(
+            "another `fedrx judge` is at work on this run",
+            fix="wait for it, or end it; what it has paid for is kept",
+        )
+        self._held = ExitStack()
+        handle = self._held.enter_context(locked(path, refusal=busy))
+        self._file = self._held.enter_context(
+            os.fdopen(handle, "a", encoding="utf-8", closefd=False)
+        )
         self.exchanges = read_exchanges(path)
         self._file.truncate(path.read_bytes().rfind(b"\n") + 1)
-        self._file.seek(0, os.SEEK_END)
 
     def __enter__(self) -> "ExchangeCache":
         """Hold the file."""
@@ -121,7 +119,7 @@ class ExchangeCache:
         trace: TracebackType | None,
     ) -> None:
         """Let the file go."""
-        self._file.close()
+        self._held.close()
 
     def put(self, exchange: Exchange) -> None:
         """Keep an exchange, written before this returns."""

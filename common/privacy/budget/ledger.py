@@ -7,17 +7,14 @@ attempt: the first one's result never left the hospital.
 """
 
 import dataclasses
-import fcntl
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.errors import RunFailed, UserError
-from common.files import needing_room
+from common.files import locked, needing_room
 from common.privacy.plan import PrivacyPlan
 
 
@@ -71,7 +68,7 @@ class Ledger:
         _ = plan.sigma
         self.path, self.plan = path, plan
         path.parent.mkdir(parents=True, exist_ok=True)
-        with self._locked() as handle:
+        with locked(self.path) as handle:
             entries = self._read(handle)
             if not entries:
                 entries = [self._append(handle, entries, event="open")]
@@ -80,7 +77,7 @@ class Ledger:
 
     def entries(self) -> list[Entry]:
         """Return every entry."""
-        with self._locked() as handle:
+        with locked(self.path) as handle:
             return self._read(handle)
 
     @property
@@ -104,7 +101,7 @@ class Ledger:
         Raises:
             BudgetExhausted: if the plan does not pay for them; nothing is recorded then.
         """
-        with self._locked() as handle:
+        with locked(self.path) as handle:
             entries = self._untouched(handle)
             needed = self._used + steps
             if steps < 0 or needed > self.plan.steps:
@@ -145,7 +142,7 @@ class Ledger:
         Raises:
             RunFailed: if the ledger was not charged for that many.
         """
-        with self._locked() as handle:
+        with locked(self.path) as handle:
             entries = self._untouched(handle)
             if steps > entries[-1].total_steps:
                 raise RunFailed(f"privacy ledger: {steps} steps were not charged")
@@ -173,16 +170,6 @@ class Ledger:
                 f"privacy ledger {self.path.name}: another process uses it; nothing is released"
             )
         return entries
-
-    @contextmanager
-    def _locked(self) -> Iterator[int]:
-        with needing_room(self.path.name):
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield handle
-        finally:
-            os.close(handle)
 
     def _append(
         self,
