@@ -92,7 +92,8 @@ def contend(contender: str, folder: Path) -> dict[str, Any]:
         frame = pd.read_csv(folder / "hosp" / "prescriptions.csv.gz", low_memory=False)
         answer = {"rows": len(frame)}
     elif contender == "lists":
-        from common.data.mimic.orders import drug_lists, read_orders
+        from common.data.cleaning.orders import drug_lists
+        from common.data.mimic.orders import read_orders
         from common.data.mimic.tables import find_tables, read
 
         tables = find_tables(folder)
