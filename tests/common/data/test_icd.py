@@ -3,6 +3,7 @@
 import pytest
 
 from common.data.icd import Diagnosis, DiagnosisIndex, public_diagnoses
+from common.data.mimic.source import MimicIV
 
 
 def index(frequency=None):
