@@ -94,7 +94,8 @@ def contend(contender: str, folder: Path) -> dict[str, Any]:
     elif contender == "lists":
         from common.data.cleaning.orders import drug_lists
         from common.data.mimic.orders import read_orders
-        from common.data.mimic.tables import find_tables, read
+        from common.data.mimic.tables import find_tables
+        from common.data.tables import read
 
         tables = find_tables(folder)
         known = read(tables["admissions"])["hadm_id"].cast(pl.Int64)

@@ -34,7 +34,7 @@ class Book:
     def __init__(self) -> None:
         self.rows: dict[str, int] = {}
         self.out: dict[str, int] = {}
-        self.dropped: dict[str, int] = {}
+        self.dropped: dict[str, dict[str, int]] = {}
         self.drug_type: dict[str, int] = {}
 
     def read(self, table: str, rows: int) -> None:
@@ -42,10 +42,8 @@ class Book:
         self.rows[table] = rows
 
     def drop(self, table: str, reasons: Mapping[str, int]) -> None:
-        """Count rows that were left out, by reason."""
-        for reason, number in reasons.items():
-            key = f"{table}.{reason}"
-            self.dropped[key] = self.dropped.get(key, 0) + number
+        """Count rows that were left out, each reason once."""
+        self.dropped.setdefault(table, {}).update(reasons)
 
     def keep(self, table: str, rows: int) -> None:
         """Count the rows, or items of lists, that are in use."""
@@ -136,7 +134,11 @@ def assemble(
         bmi_check=BmiCheck(
             triples=measures.bmi_triples, within_one=measures.bmi_triples_within_one
         ),
-        dropped=book.dropped,
+        dropped={
+            f"{table}.{reason}": number
+            for table, reasons in book.dropped.items()
+            for reason, number in reasons.items()
+        },
         null_spelled=dict(null_spelled),
     )
     return Prepared(
