@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from typing import Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
-from pydantic_core import ErrorDetails
 
 from common.data.icd import Diagnosis, DiagnosisIndex
 from common.data.samples import Admission
@@ -116,11 +115,11 @@ def read_form(form: Mapping[str, object], index: DiagnosisIndex) -> PatientReque
     try:
         return PatientRequest.model_validate(form, context=index)
     except ValidationError as error:
-        raise FormProblems(dict(_problems(error.errors(include_url=False)))) from None
+        raise FormProblems(dict(_problems(error))) from None
 
 
-def _problems(errors: Iterable[ErrorDetails]) -> Iterable[tuple[str, str]]:
-    for error in errors:
+def _problems(wrong: ValidationError) -> Iterable[tuple[str, str]]:
+    for error in wrong.errors(include_url=False):
         field, value = str(error["loc"][0]), error["input"]
         right = WHAT_IS_RIGHT.get(field, "add at least one.")
         if error["type"] in _NO_NUMBER:
