@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.config import Config
-from common.data.partition import ATTRIBUTES, Hospital, assign_hospitals
-from common.data.prepare import load_samples, prepare_source, table_digest
+from common.data.dataset import open_hospitals
+from common.data.partition import ATTRIBUTES, Hospital
+from common.data.prepare import prepare_source, table_digest
 from common.data.samples import Admission, SampleTable
 from common.data.skew import drug_skew
 from common.errors import UserError
@@ -84,14 +85,8 @@ def describe(
         UserError: Tables that cannot be used, or a hospital that would be empty.
     """
     say = progress or (lambda _: None)
-    table = load_samples(config.data, cache_dir=cache_dir, progress=progress)
-    say("dealing patients to hospitals")
-    hospitals = assign_hospitals(
-        table.admissions,
-        config.partition,
-        hospitals=config.federation.hospitals,
-        data=config.data,
-    )
+    opened = open_hospitals(config, cache_dir=cache_dir, progress=progress)
+    table, hospitals = opened.samples, opened.hospitals
     sizes = [_sizes(one) for one in hospitals]
     if config.partition.scheme in ATTRIBUTES:
         groups = _group_counts(table, hospitals, config.partition.scheme)
