@@ -1,5 +1,6 @@
 """What a source's tag allows: what may leave the machine, and what stands on every artefact."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 SYNTHETIC, DEMO, CREDENTIALED = "synthetic", "demo", "credentialed"
@@ -39,24 +40,24 @@ HANDLING: dict[str, Handling] = {
 """By tag, the freest first."""
 
 
-def handling_of(tag: str) -> Handling:
+def handling_of(tag: object) -> Handling:
     """Return the rules of a tag; an unknown one counts as credentialed.
 
-    >>> handling_of("demo").is_open, handling_of("somebody's").is_open
-    (True, False)
+    >>> handling_of("demo").is_open, handling_of("somebody's").is_open, handling_of(None).is_open
+    (True, False, False)
     """
-    return HANDLING.get(tag, HANDLING[CREDENTIALED])
+    return HANDLING[_known(tag)]
 
 
-def strictest(tags: list[str]) -> str:
+def strictest(tags: Iterable[object]) -> str:
     """Return the tag whose rules hold for data of all of them; of none, and in doubt, credentialed.
 
     >>> strictest(["synthetic", "demo"]), strictest(["demo", "?"]), strictest([])
     ('demo', 'credentialed', 'credentialed')
     """
     order = list(HANDLING)
-    return max(
-        (tag if tag in HANDLING else CREDENTIALED for tag in tags),
-        key=order.index,
-        default=CREDENTIALED,
-    )
+    return max(map(_known, tags), key=order.index, default=CREDENTIALED)
+
+
+def _known(tag: object) -> str:
+    return tag if isinstance(tag, str) and tag in HANDLING else CREDENTIALED

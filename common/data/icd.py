@@ -22,12 +22,14 @@ class Diagnosis:
 
     @property
     def label(self) -> str:
-        """The code as people write it, with the version where it is not ICD-10.
+        """The code as people write it, with the version where it is not ICD-10; no ICD, no label.
 
         >>> Diagnosis(title="", code="10:E119").label, Diagnosis(title="", code="9:4019").label
         ('E11.9', '401.9 (ICD-9)')
         """
         version, _, code = self.code.partition(":")
+        if version not in ("9", "10"):
+            return ""
         whole = 4 if version == "9" and code.startswith("E") else 3
         dotted = f"{code[:whole]}.{code[whole:]}" if len(code) > whole else code
         return f"{dotted} (ICD-9)" if version == "9" else dotted

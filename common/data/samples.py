@@ -41,6 +41,8 @@ class Admission:
     insurance: str = UNKNOWN
     anchor_year_group: str = UNKNOWN
     careunit: str = UNKNOWN
+    site: str = UNKNOWN
+    """The hospital that the data names; it deals patients, and is shown nowhere."""
 
 
 class Range(Record):

@@ -56,7 +56,7 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def titles(self, folder: Path) -> list[Diagnosis]:
+    def titles(self, folder: Path, config: DataConfig) -> list[Diagnosis]:
         """Return the diagnoses that the source has a title for, beyond those of its samples."""
 
 

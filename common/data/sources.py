@@ -3,12 +3,14 @@
 from pathlib import Path
 
 from common.config import DataConfig
+from common.data.eicu.source import EICU
 from common.data.icd import Diagnosis
+from common.data.meds.source import Meds
 from common.data.mimic.source import MimicIV
 from common.data.source import Source
 from common.data.synthetic.source import Synthetic
 
-SOURCES: tuple[Source, ...] = (Synthetic(), MimicIV())
+SOURCES: tuple[Source, ...] = (Synthetic(), Meds(), EICU(), MimicIV())
 """In the order in which they are asked; the last is taken for what nobody claims."""
 
 
@@ -27,4 +29,5 @@ def titles_of(config: DataConfig) -> list[Diagnosis]:
     Raises:
         UserError: Its tables cannot be read.
     """
-    return source_for(config.path).titles(Path(config.path).expanduser().absolute())
+    folder = Path(config.path).expanduser().absolute()
+    return source_for(config.path).titles(folder, config)

@@ -72,10 +72,12 @@ class SupportIndex:
 
 
 def category(code: str) -> str:
-    """Return the category of a code: what stands before the dot.
+    """Return the category of a code: what stands before the dot; of what is no ICD, all of it.
 
     >>> category("10:E119"), category("9:4019"), category("9:E8788")
     ('10:E11', '9:401', '9:E878')
     """
     version, _, digits = code.partition(":")
+    if version not in ("9", "10"):
+        return code
     return f"{version}:{digits[: 4 if version == '9' and digits.startswith('E') else 3]}"

@@ -11,10 +11,14 @@ from common.configio import from_flat, parse_overrides
 from common.errors import UserError
 from sim.cli.options import JsonOption, SetOption, console_for, print_json
 
-app = typer.Typer(no_args_is_help=True, help="MIMIC-IV or synthetic tables to samples.")
+app = typer.Typer(no_args_is_help=True, help="MIMIC-IV, MEDS, eICU or synthetic data to samples.")
 
 DirArgument = Annotated[
-    str, typer.Argument(metavar="DIR", help="Folder that holds hosp/, or `synthetic`.")
+    str,
+    typer.Argument(
+        metavar="DIR",
+        help="Folder of MIMIC-IV (it holds hosp/), of a MEDS data set or of eICU, or `synthetic`.",
+    ),
 ]
 
 

@@ -330,7 +330,12 @@ def with_absolute_paths(config: Config) -> Config:
     data, model = config.data, config.model
     return replace(
         config,
-        data=replace(data, path=_absolute(data.path), drug_map=_absolute(data.drug_map)),
+        data=replace(
+            data,
+            path=_absolute(data.path),
+            meds_codes=_absolute(data.meds_codes),
+            drug_map=_absolute(data.drug_map),
+        ),
         model=replace(model, backbone=_absolute(model.backbone)),
     )
 

@@ -86,8 +86,9 @@ class MimicIV(Source):
             folder, drop_flushes=config.drop_flushes, chunk_rows=chunk_rows, progress=progress
         )
 
-    def titles(self, folder: Path) -> list[Diagnosis]:
+    def titles(self, folder: Path, config: DataConfig) -> list[Diagnosis]:
         """Return all titles of d_icd_diagnoses."""
+        del config
         frame = read(find_tables(folder)["d_icd_diagnoses"]).drop_nulls()
         rows = zip(frame["icd_code"], frame["icd_version"], frame["long_title"], strict=True)
         return [

@@ -50,7 +50,7 @@ def _check_root(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(
             f"data.path={folder} is not a folder",
-            allowed="a MIMIC-IV folder that holds hosp/, or synthetic",
+            allowed="a folder of MIMIC-IV (it holds hosp/), MEDS or eICU, or synthetic",
             fix="set data.path",
         )
     if (folder / "hosp").is_dir():
@@ -63,7 +63,7 @@ def _check_root(folder: Path) -> None:
     below = sorted(_folders_with_hosp(folder))
     raise UserError(
         f"data.path={folder} holds no hosp/",
-        allowed="the folder of one MIMIC-IV version",
+        allowed="the folder of one MIMIC-IV version, of a MEDS data set, or of eICU's tables",
         fix=f"use data.path={' or '.join(map(str, below[:3]))}"
         if below
         else "fetch MIMIC-IV or its demo from PhysioNet, or set data.path=synthetic",

@@ -31,7 +31,7 @@ class Synthetic(MimicIV):
                 )
         return folder
 
-    def titles(self, folder: Path) -> list[Diagnosis]:
+    def titles(self, folder: Path, config: DataConfig) -> list[Diagnosis]:
         """Return none: every title of the catalogue is in some sample."""
-        del folder
+        del folder, config
         return []
