@@ -263,7 +263,22 @@ class EvaluationConfig:
     )
     batch_size: int = option(16, "answers generated at once", low=1)
     max_new_tokens: int = option(256, "longest answer in tokens", low=8)
-    constrained: bool = option(False, "decode under the answer's grammar (needs llguidance)")
+    method: Literal["generate", "score"] = option(
+        "generate",
+        "how a list comes about: written by the model, or every name of the formulary scored and "
+        "the ranking cut at a threshold chosen on validation patients",
+    )
+    decoding: Literal["greedy", "grammar", "formulary"] = option(
+        "greedy",
+        "what may be written: anything, the answer's grammar (needs llguidance), or each name of "
+        "the formulary once",
+    )
+    formulary: str = option(
+        "", "file of drug names, one a line; empty: what each hospital's training split holds"
+    )
+    threshold_samples: int = option(
+        64, "validation samples per hospital that choose the threshold of scores; 0: all", low=0
+    )
     bootstrap: int = option(1000, "resamples of the confidence intervals", low=100)
     seed: int = option(0, "seed of sample choice and bootstrap", low=0)
 
