@@ -102,6 +102,11 @@ class Ranker:
         """What is run to score them."""
         return score_plan(self.trie)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that scoring runs beyond a prompt."""
+        return len(self.trie.header) + sum(len(one.tokens) for one in self.plan.passes)
+
     def matcher(self) -> FormularyMatcher:
         """Return what holds one generated answer to the formulary."""
         return FormularyMatcher(self.trie)

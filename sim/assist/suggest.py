@@ -43,7 +43,7 @@ _CODE = re.compile(r"[A-Za-z]?\d[\w.]{1,7}")
 _FREE_KEYS = (
     *(
         "evaluation.max-new-tokens",
-        "evaluation.constrained",
+        "evaluation.decoding",
         "model.attention",
         "model.kernels",
         "model.weights",
@@ -167,7 +167,7 @@ def _answer(session: Session, admission: Admission, config: Config) -> tuple[str
         [ids],
         max_new_tokens=settings.max_new_tokens,
         batch_size=1,
-        matcher=answer_grammar(session) if settings.constrained else None,
+        matcher=answer_grammar(session) if settings.decoding == "grammar" else None,
     )
     text = session.tokenizer.decode(list(answer.tokens), skip_special_tokens=True)
     return str(text), answer.finished, dropped

@@ -8,6 +8,7 @@ import torch
 from common.config import Config
 from common.data.names import read_drug_map
 from common.evaluation.constrained import require_llguidance
+from common.evaluation.formulary import read_formulary
 from common.model.adapter.layout import adapter_spec, meta_adapter
 from common.model.backbone.known_shapes import KNOWN_SHAPES, shape_of
 from common.model.backbone.load import BackboneSpec, load_tokenizer
@@ -28,8 +29,10 @@ def check_settings(config: Config) -> None:
     check_device(config)
     if config.data.normalisation == "map":
         read_drug_map(Path(config.data.drug_map))
-    if config.evaluation.constrained:
+    if config.evaluation.method == "generate" and config.evaluation.decoding == "grammar":
         require_llguidance()
+    if config.evaluation.formulary:
+        read_formulary(Path(config.evaluation.formulary).expanduser())
     _check_backbone(config)
 
 
