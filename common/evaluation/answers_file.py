@@ -33,9 +33,9 @@ class Patient(Record):
     sex: str
     age: str
     """As printed, see ``common.text.prompts.age_text``."""
-    height_cm: float | None
-    weight_kg: float | None
-    bmi: float | None
+    height_cm: float | None = None
+    weight_kg: float | None = None
+    bmi: float | None = None
 
 
 class Prediction(Record):
