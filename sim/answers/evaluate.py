@@ -1,15 +1,13 @@
 """``fedrx evaluate``: answers of a run's adapter on held-out patients, with baselines beside."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
 
 from common.config import Config
 from common.configio import changed_freely
-from common.data.partition import Hospital, assign_hospitals
-from common.data.prepare import load_samples
-from common.data.samples import SampleTable
+from common.data.dataset import Dataset, open_hospitals
 from common.errors import UserError
 from common.evaluation.answers import B, choose_cases, evaluate_answers
 from common.evaluation.answers_file import Evaluation, Facts
@@ -79,6 +77,7 @@ def evaluate_run(
     checkpoint: str | None = None,
     overrides: Iterable[str] = (),
     console: Console | None = None,
+    data: Dataset | None = None,
 ) -> dict[str, Any]:
     """Answer held-out admissions with a run's B, the untrained backbone and the baselines.
 
@@ -92,6 +91,7 @@ def evaluate_run(
         checkpoint: Name of a checkpoint; default the last.
         overrides: ``key=value``; only ``evaluation.*`` and where and how to compute.
         console: Where progress is shown, if anywhere.
+        data: The run's, where it is open already.
 
     Returns:
         The content of summary.json.
@@ -103,7 +103,7 @@ def evaluate_run(
     config = changed_freely(run.config(), overrides, _FREE_KEYS)
     check_device(config)
     loaded, last = run.load_checkpoint(checkpoint), run.load_checkpoint()
-    table, hospitals, session = reopen(run, config)
+    data, session = reopen(run, config, data)
     settings = config.evaluation
     way = (last.name, settings, session.device.value, session.dtype.value)
     known = None
@@ -116,12 +116,12 @@ def evaluate_run(
     adapters: dict[str, B | None] = {"fedrx": last.b, "untrained": None}
     if loaded.name != last.name:
         adapters = {loaded.name: loaded.b} if beside else {**adapters, loaded.name: loaded.b}
-    cases = len(choose_cases(hospitals, samples=settings.samples, seed=settings.seed))
+    cases = len(choose_cases(data.hospitals, samples=settings.samples, seed=settings.seed))
     names = list(adapters)
     with Meter(console or Console(quiet=True), "answers", cases * len(adapters)) as meter:
         found = evaluate_answers(
             session,
-            hospitals,
+            data.hospitals,
             config,
             adapters,
             checkpoint=last.name,
@@ -130,40 +130,32 @@ def evaluate_run(
     if console is not None:
         _show(console, found.facts)
     # A run that plain `flwr run` made does not know its source yet.
-    summary = {"source": table.source, **run.read_json("summary.json")}
+    summary = {"source": data.source, **run.read_json("summary.json")}
     (beside.beside(found) if beside else found).write(run, summary)
     return summary
 
 
-def reopen(run: RunDirectory, config: Config) -> tuple[SampleTable, Sequence[Hospital], Session]:
-    """Return a run's samples, its hospitals, and a session, as they were when it was trained.
+def reopen(
+    run: RunDirectory, config: Config, data: Dataset | None = None
+) -> tuple[Dataset, Session]:
+    """Return a run's data and a session, as they were when it was trained.
 
     Args:
         run: The run's directory.
         config: Its configuration, or one that differs in what cannot change them.
+        data: The run's, where it is open already.
 
     Raises:
         UserError: if the data, the backbone or A are not those of the run.
     """
     inputs = run.read_json("environment.json").get("inputs", {})
-    table, hospitals = _hospitals(config, inputs)
+    data = data or open_hospitals(config)
+    # With other data, held-out patients could be ones that were trained on.
+    _require("the data", data.digest, inputs.get("samples"), "data.path")
     session = session_of(config)
     _require("the backbone", session.spec.fingerprint, inputs.get("backbone"), "model.backbone")
     _require("A", session.adapter.a_fingerprint, inputs.get("a"), "adapter.seed")
-    return table, hospitals, session
-
-
-def _hospitals(config: Config, inputs: dict[str, str]) -> tuple[SampleTable, Sequence[Hospital]]:
-    table = load_samples(config.data)
-    # With other data, held-out patients could be ones that were trained on.
-    _require("the data", table.digest, inputs.get("samples"), "data.path")
-    hospitals = assign_hospitals(
-        table.admissions,
-        config.partition,
-        hospitals=config.federation.hospitals,
-        data=config.data,
-    )
-    return table, hospitals
+    return data, session
 
 
 def _require(what: str, found: str, recorded: str | None, key: str) -> None:
