@@ -6,22 +6,22 @@ hospital's baselines on its own: no hospital's data helps another's baseline.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config import Config
-from common.data.names import read_drug_map
+from common.config import Config, EvaluationConfig
 from common.data.partition import Hospital
 from common.data.samples import Admission
 from common.errors import UserError
+from common.evaluation.answers_file import Evaluation, Facts, Generation, Patient, Prediction
 from common.evaluation.baselines import BASELINES
 from common.evaluation.constrained import answer_grammar
 from common.evaluation.generate import Generated, generate
-from common.evaluation.metrics import Prediction, score
+from common.evaluation.metrics import drug_map_of, score
 from common.files import writable
 from common.model.session import Session
 from common.seeds import stream
@@ -44,16 +44,15 @@ class Case:
     admission: Admission
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """What an evaluation found."""
+class Answer(NamedTuple):
+    """One answer to one case."""
 
-    metrics: dict[str, dict[str, Any]]
-    """By model and baseline, plain JSON; see ``common.evaluation.metrics``."""
-    predictions: list[dict[str, Any]]
-    """Rows of predictions.jsonl; no ids, no dates."""
-    facts: dict[str, Any]
-    """How the answers came about: seconds, tokens, answers cut at the limit."""
+    text: str | None
+    """What the model wrote; None of a baseline."""
+    drugs: tuple[str, ...] | None
+    """None: the text is not in the format."""
+    escaped: int = 0
+    """Names that UTF-8 cannot hold."""
 
 
 def evaluate_answers(
@@ -62,6 +61,7 @@ def evaluate_answers(
     config: Config,
     adapters: Mapping[str, B | None],
     *,
+    checkpoint: str = "",
     progress: Progress | None = None,
 ) -> Evaluation:
     """Answer held-out admissions with every adapter and baseline, and score them.
@@ -71,6 +71,7 @@ def evaluate_answers(
         hospitals: All of them; their test splits are answered.
         config: Sections ``evaluation``, ``train.max_length`` and ``data.normalisation`` are read.
         adapters: What to answer with, by the name in the results; None is the untrained backbone.
+        checkpoint: The run's last one, which names the evaluation.
         progress: Called after every generated answer.
 
     Raises:
@@ -78,16 +79,13 @@ def evaluate_answers(
     """
     settings = config.evaluation
     cases = choose_cases(hospitals, samples=settings.samples, seed=settings.seed)
-    prompts, dropped = _prompts(session, cases, config.train.max_length)
-    matcher = answer_grammar(session) if settings.constrained else None
-    answers: dict[str, list[tuple[str | None, tuple[str, ...] | None]]] = {}
-    facts: dict[str, Any] = {
-        "samples": len(cases),
-        "constrained": settings.constrained,
-        "settings": asdict(settings),
-        "dropped_diagnoses": dropped,
-        "generation": {},
-    }
+    encoded = [
+        encode_prompt(case.admission, session.tokenizer, max_length_tokens=config.train.max_length)
+        for case in cases
+    ]
+    prompts = [ids for ids, _ in encoded]
+    answers: dict[str, list[Answer]] = {}
+    generation: dict[str, Generation] = {}
     before = session.adapter.flat.clone()
     try:
         for model, b in adapters.items():
@@ -96,56 +94,80 @@ def evaluate_answers(
                 session.adapter.flat.zero_()
             else:
                 session.adapter.load(b)
-            started = time.perf_counter()
-            generated = generate(
-                session,
-                prompts,
-                max_new_tokens=settings.max_new_tokens,
-                batch_size=settings.batch_size,
-                matcher=matcher,
-                progress=_named(progress, model),
-            )
-            seconds = round(time.perf_counter() - started, 3)
-            read = [_read(session, answer) for answer in generated]
-            answers[model] = [(text, drugs) for text, drugs, _ in read]
-            escaped = sum(count for _, _, count in read)
-            facts["generation"][model] = {
-                "seconds": seconds,
-                "tokens": sum(len(answer.tokens) for answer in generated),
-                "cut_answers": sum(not answer.finished for answer in generated),
-                **({"escaped_names": escaped} if escaped else {}),
-            }
+            told = None if progress is None else partial(progress, model)
+            answers[model], generation[model] = decode(session, prompts, settings, progress=told)
     finally:
         session.adapter.flat.copy_(before)
-    for name, lists in _baseline_lists(hospitals, cases).items():
-        answers[name] = [(None, drugs) for drugs in lists]
-    drug_map = (
-        read_drug_map(Path(config.data.drug_map)) if config.data.normalisation == "map" else None
-    )
+    answers |= _baseline_answers(hospitals, cases)
+    drug_map = drug_map_of(config.data)
     vocabulary = {drug for one in hospitals for sample in one.train for drug in sample.drugs}
-    metrics = {
-        model: score(
-            [
-                Prediction(
-                    case=case.name, cluster=case.cluster, truth=case.admission.drugs, answer=answer
-                )
-                for case, (_, answer) in zip(cases, given, strict=True)
-            ],
-            level=config.data.normalisation,
-            vocabulary=vocabulary,
-            drug_map=drug_map,
-            resamples=settings.bootstrap,
-            seed=settings.seed,
-        ).to_dict()
+    rows = {
+        model: [_row(case, model, one) for case, one in zip(cases, given, strict=True)]
         for model, given in answers.items()
     }
-    rows = [
-        _row(case, model, text, answer)
-        for place, case in enumerate(cases)
-        for model, given in answers.items()
-        for text, answer in (given[place],)
-    ]
-    return Evaluation(metrics=metrics, predictions=rows, facts=facts)
+    return Evaluation(
+        facts=Facts(
+            samples=len(cases),
+            constrained=settings.constrained,
+            settings=settings,
+            dropped_diagnoses=sum(dropped for _, dropped in encoded),
+            generation=generation,
+            checkpoint=checkpoint,
+            device=session.device.value,
+            dtype=session.dtype.value,
+        ),
+        metrics={
+            model: score(
+                of_model,
+                level=config.data.normalisation,
+                vocabulary=vocabulary,
+                drug_map=drug_map,
+                resamples=settings.bootstrap,
+                seed=settings.seed,
+            ).to_dict()
+            for model, of_model in rows.items()
+        },
+        predictions=[row for of_case in zip(*rows.values(), strict=True) for row in of_case],
+    )
+
+
+def decode(
+    session: Session,
+    prompts: Sequence[Sequence[int]],
+    settings: EvaluationConfig,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[Answer], Generation]:
+    """Answer prompts with the session's present adapter, in the way that the settings name.
+
+    Another way of decoding is chosen here.
+
+    Args:
+        session: Backbone and adapter.
+        prompts: Token ids.
+        settings: Section ``evaluation``.
+        progress: Called with (answers so far, all answers).
+
+    Raises:
+        UserError: If the constrained decoder is not there.
+    """
+    started = time.perf_counter()
+    generated = generate(
+        session,
+        prompts,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        matcher=answer_grammar(session) if settings.constrained else None,
+        progress=progress,
+    )
+    seconds = round(time.perf_counter() - started, 3)
+    answers = [_read(session, one) for one in generated]
+    return answers, Generation(
+        seconds=seconds,
+        tokens=sum(len(one.tokens) for one in generated),
+        cut_answers=sum(not one.finished for one in generated),
+        escaped_names=sum(one.escaped for one in answers),
+    )
 
 
 def choose_cases(hospitals: Sequence[Hospital], *, samples: int, seed: int) -> list[Case]:
@@ -206,59 +228,43 @@ def _drugs(text: str, *, finished: bool) -> tuple[list[str] | None, int]:
     return drugs, escaped
 
 
-def _prompts(
-    session: Session, cases: Sequence[Case], max_length: int
-) -> tuple[list[list[int]], int]:
-    encoded = [
-        encode_prompt(case.admission, session.tokenizer, max_length_tokens=max_length)
-        for case in cases
-    ]
-    return [ids for ids, _ in encoded], sum(dropped for _, dropped in encoded)
-
-
-def _read(session: Session, answer: Generated) -> tuple[str, tuple[str, ...] | None, int]:
+def _read(session: Session, answer: Generated) -> Answer:
     text = str(session.tokenizer.decode(list(answer.tokens), skip_special_tokens=True))
     drugs, escaped = _drugs(text, finished=answer.finished)
-    return text, None if drugs is None else tuple(drugs), escaped
+    return Answer(text, None if drugs is None else tuple(drugs), escaped)
 
 
-def _baseline_lists(
+def _baseline_answers(
     hospitals: Sequence[Hospital], cases: Sequence[Case]
-) -> dict[str, list[tuple[str, ...]]]:
-    lists: dict[str, list[tuple[str, ...]]] = {name: [()] * len(cases) for name in BASELINES}
+) -> dict[str, list[Answer]]:
+    """Let every baseline answer; another one is added to ``BASELINES``."""
+    answers = {name: [Answer(None, ())] * len(cases) for name in BASELINES}
     for number, hospital in enumerate(hospitals):
         places = [place for place, case in enumerate(cases) if case.hospital == number]
         asked = [cases[place].admission for place in places]
         for name, baseline in BASELINES.items():
-            if asked:
-                for place, drugs in zip(places, baseline(hospital.train, asked), strict=True):
-                    lists[name][place] = drugs
-    return lists
+            for place, drugs in zip(
+                places, baseline(hospital.train, asked) if asked else (), strict=True
+            ):
+                answers[name][place] = Answer(None, drugs)
+    return answers
 
 
-def _named(progress: Progress | None, model: str) -> Callable[[int, int], None] | None:
-    if progress is None:
-        return None
-    return lambda done, of: progress(model, done, of)
-
-
-def _row(
-    case: Case, model: str, text: str | None, answer: tuple[str, ...] | None
-) -> dict[str, Any]:
+def _row(case: Case, model: str, answer: Answer) -> Prediction:
     one = case.admission
-    return {
-        "case": case.name,
-        "cluster": case.cluster,
-        "model": model,
-        "patient": {
-            "sex": one.sex,
-            "age": age_text(one.age),
-            "height_cm": one.height_cm,
-            "weight_kg": one.weight_kg,
-            "bmi": one.bmi,
-        },
-        "diagnoses": list(one.diagnoses),
-        "truth": list(one.drugs),
-        "text": text,
-        "answer": None if answer is None else list(answer),
-    }
+    return Prediction(
+        case=case.name,
+        cluster=case.cluster,
+        model=model,
+        patient=Patient(
+            sex=one.sex,
+            age=age_text(one.age),
+            height_cm=one.height_cm,
+            weight_kg=one.weight_kg,
+            bmi=one.bmi,
+        ),
+        diagnoses=one.diagnoses,
+        truth=one.drugs,
+        text=answer.text,
+        answer=answer.drugs,
+    )

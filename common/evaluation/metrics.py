@@ -20,12 +20,15 @@ Conventions, pinned down:
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import JsonValue
 
-from common.data.names import normalise
+from common.config import DataConfig
+from common.data.names import normalise, read_drug_map
 from common.seeds import stream
 
 METRICS = (
@@ -55,17 +58,20 @@ _RATIOS = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prediction:
+class Answered(Protocol):
     """One admission's true and predicted drugs."""
 
-    case: str
-    """Name of the case in predictions.jsonl; no patient or admission id."""
-    cluster: int
-    """Which admissions share a patient; only equality counts."""
-    truth: tuple[str, ...]
-    answer: tuple[str, ...] | None
-    """None: the answer was not in the format."""
+    @property
+    def cluster(self) -> int:
+        """Which admissions share a patient; only equality counts."""
+
+    @property
+    def truth(self) -> Collection[str]:
+        """What was ordered."""
+
+    @property
+    def answer(self) -> Collection[str] | None:
+        """None: the answer was not in the format."""
 
 
 class Estimate(NamedTuple):
@@ -95,7 +101,7 @@ class Metrics:
         """Return one metric over all samples."""
         return self.estimates[name].value
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, JsonValue]:
         """Return plain JSON: metrics by name, ``intervals`` and ``parsed_only`` beside."""
         return {
             "level": self.level,
@@ -111,7 +117,7 @@ class Metrics:
 
 
 def score(
-    predictions: Sequence[Prediction],
+    predictions: Sequence[Answered],
     *,
     level: str,
     vocabulary: Collection[str],
@@ -171,6 +177,15 @@ def score(
     )
 
 
+def drug_map_of(data: DataConfig) -> dict[str, tuple[str, ...]] | None:
+    """Return the map that level ``map`` needs; None at other levels.
+
+    Raises:
+        UserError: See ``read_drug_map``.
+    """
+    return read_drug_map(Path(data.drug_map)) if data.normalisation == "map" else None
+
+
 def normalised_set(
     names: Collection[str], *, level: str, drug_map: Mapping[str, tuple[str, ...]] | None = None
 ) -> frozenset[str]:
@@ -182,7 +197,7 @@ def normalised_set(
     return frozenset(item for name in names for item in normalise(name, level, drug_map))
 
 
-def _values(estimates: Mapping[str, Estimate]) -> dict[str, float | None]:
+def _values(estimates: Mapping[str, Estimate]) -> dict[str, JsonValue]:
     return {name: estimate.value for name, estimate in estimates.items()}
 
 
