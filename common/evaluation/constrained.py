@@ -52,7 +52,7 @@ def require_llguidance() -> None:
     if importlib.util.find_spec("llguidance") is None:
         raise UserError(
             "evaluation.decoding=grammar needs the package llguidance",
-            fix="pip install 'fedrx[constrained]', or set evaluation.decoding to greedy or formulary",
+            fix="pip install 'fedrx[constrained]', or set evaluation.decoding to formulary",
         )
 
 

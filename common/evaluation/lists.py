@@ -1,4 +1,4 @@
-"""How a list comes about: written by the model, freely or held to a grammar or formulary, or scored.
+"""How a list comes about: written, freely or held to a grammar or formulary, or scored.
 
 Every hospital answers with its own formulary, and cuts scored lists where its own validation
 patients say (``common.evaluation.ranking``).
@@ -63,9 +63,7 @@ class ListMaker:
         UserError: If what it names cannot be had: the grammar's package, a formulary, its file.
     """
 
-    def __init__(
-        self, session: "Session", hospitals: Sequence["Hospital"], config: Config
-    ) -> None:
+    def __init__(self, session: "Session", hospitals: Sequence["Hospital"], config: Config) -> None:
         self._session, self._hospitals = session, hospitals
         self._settings = config.evaluation
         self._rankers: list[Ranker] = []

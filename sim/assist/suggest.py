@@ -24,11 +24,11 @@ from common.data.icd import (
 )
 from common.data.samples import Admission
 from common.errors import UserError
-from common.evaluation.answers import read_answer
 from common.evaluation.constrained import answer_grammar
 from common.evaluation.generate import generate
 from common.evaluation.judge.gate import source_of_run
 from common.evaluation.judge.rubric import distinct_drugs
+from common.evaluation.lists import read_answer
 from common.evaluation.support import Support, SupportIndex
 from common.model.session import Session
 from common.rundir import RunDirectory
