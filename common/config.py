@@ -66,10 +66,10 @@ class DataConfig:
     missing_bmi: Literal["unknown", "drop", "median"] = option(
         "unknown", "what to do without a BMI"
     )
-    normalisation: Literal["string", "ingredient", "map"] = option(
+    normalisation: Literal["string", "ingredient", "map", "atc-3", "atc-4"] = option(
         "string", "level at which drug names are equal"
     )
-    drug_map: str = option("", "csv with columns name,code for normalisation = map")
+    drug_map: str = option("", "csv with columns name,code for normalisation = map, atc-3, atc-4")
     drug_order: Literal["first-start", "name", "shuffled"] = option(
         "first-start",
         "order of the drugs in training: by first start in the stay, by name, or a new random one "
@@ -275,6 +275,9 @@ class EvaluationConfig:
     )
     formulary: str = option(
         "", "file of drug names, one a line; empty: what each hospital's training split holds"
+    )
+    interactions: str = option(
+        "", "csv of interacting drugs (DDInter's, or columns drug_a,drug_b) for the rate of them"
     )
     threshold_samples: int = option(
         64, "validation samples per hospital that choose the threshold of scores; 0: all", low=0

@@ -17,6 +17,7 @@ from common.data.samples import Admission
 from common.errors import UserError
 from common.evaluation.answers_file import Evaluation, Facts, Generation, Patient, Prediction
 from common.evaluation.baselines import BASELINES
+from common.evaluation.figures import Compared, figures
 from common.evaluation.lists import Answer, ListMaker, Prompts
 from common.evaluation.metrics import drug_map_of, score
 from common.model.session import Session
@@ -87,11 +88,22 @@ def evaluate_answers(
         session.adapter.flat.copy_(before)
     answers |= _baseline_answers(hospitals, cases)
     drug_map = drug_map_of(config.data)
-    vocabulary = {drug for one in hospitals for sample in one.train for drug in sample.drugs}
+    vocabulary = frozenset(
+        drug for one in hospitals for sample in one.train for drug in sample.drugs
+    )
     rows = {
         model: [_row(case, model, one) for case, one in zip(cases, given, strict=True)]
         for model, given in answers.items()
     }
+    beside = figures(
+        rows,
+        {model: [one.ranking for one in given] for model, given in answers.items()},
+        Compared(
+            config=config,
+            hospitals=[hospitals[case.hospital].name for case in cases],
+            vocabulary=vocabulary,
+        ),
+    )
     return Evaluation(
         facts=Facts(
             samples=len(cases),
@@ -112,6 +124,7 @@ def evaluate_answers(
                 resamples=settings.bootstrap,
                 seed=settings.seed,
             ).to_dict()
+            | beside[model]
             for model, of_model in rows.items()
         },
         predictions=[row for of_case in zip(*rows.values(), strict=True) for row in of_case],

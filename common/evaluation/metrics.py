@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from common.config import DataConfig
-from common.data.names import normalise, read_drug_map
+from common.data.names import ATC_CHARACTERS, normalise, read_drug_map
 from common.seeds import stream
 
 METRICS = (
@@ -177,13 +177,72 @@ def score(
     )
 
 
+def f1_by_admission(
+    predictions: Sequence[Answered],
+    *,
+    level: str,
+    drug_map: Mapping[str, tuple[str, ...]] | None = None,
+) -> list[float]:
+    """Return the F1 of every admission; an answer that is not in the format has 0."""
+    place = _COLUMNS.index("f1")
+    return [
+        _measure(
+            normalised_set(one.truth, level=level, drug_map=drug_map),
+            None
+            if one.answer is None
+            else normalised_set(one.answer, level=level, drug_map=drug_map),
+            frozenset(),
+        )[place]
+        for one in predictions
+    ]
+
+
+def interval_of_mean(
+    values: Sequence[float],
+    clusters: Sequence[int],
+    *,
+    resamples: int,
+    seed: int,
+    confidence: float = 0.95,
+) -> Estimate:
+    """Return a mean and its interval by percentile bootstrap over patients.
+
+    Args:
+        values: One for each admission; of a paired comparison, the difference.
+        clusters: Which admissions share a patient.
+        resamples: 0 for no interval.
+        seed: Of the bootstrap; equal seeds and patients see equal resamples.
+        confidence: Mass of the interval.
+
+    >>> interval_of_mean([1.0, 1.0, 0.0], [1, 1, 2], resamples=200, seed=0)
+    Estimate(value=0.6666666666666666, low=0.0, high=1.0)
+
+    Raises:
+        ValueError: No values.
+    """
+    if not len(values):
+        raise ValueError("no values to average")
+    _, cluster_n = np.unique(clusters, return_inverse=True)
+    patients = int(cluster_n.max()) + 1
+    table_nm = np.column_stack([values, np.ones(len(values))])
+    value = float(table_nm[:, 0].mean())
+    if not resamples or patients == 1:
+        return Estimate(value, None, None)
+    drawn_rm = _resampled_sums(_by_cluster(table_nm, cluster_n, patients), resamples, seed)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(drawn_rm[:, 0] / drawn_rm[:, 1], [tail, 1 - tail]).tolist()
+    return Estimate(value, low, high)
+
+
 def drug_map_of(data: DataConfig) -> dict[str, tuple[str, ...]] | None:
-    """Return the map that level ``map`` needs; None at other levels.
+    """Return the map that level ``map`` and the ATC levels need; None at other levels.
 
     Raises:
         UserError: See ``read_drug_map``.
     """
-    return read_drug_map(Path(data.drug_map)) if data.normalisation == "map" else None
+    if data.normalisation not in ("map", *ATC_CHARACTERS):
+        return None
+    return read_drug_map(Path(data.drug_map), data.normalisation)
 
 
 def normalised_set(

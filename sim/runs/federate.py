@@ -331,7 +331,11 @@ def with_absolute_paths(config: Config) -> Config:
         config,
         data=replace(data, path=_absolute(data.path), drug_map=_absolute(data.drug_map)),
         model=replace(model, backbone=_absolute(model.backbone)),
-        evaluation=replace(evaluation, formulary=_absolute(evaluation.formulary)),
+        evaluation=replace(
+            evaluation,
+            formulary=_absolute(evaluation.formulary),
+            interactions=_absolute(evaluation.interactions),
+        ),
     )
 
 
