@@ -8,7 +8,7 @@ import csv
 import gzip
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -103,6 +103,16 @@ def blank_nulls(table: Table, text: pl.Series) -> pl.Series:
     spelled = text.str.strip_chars().is_in(NULLS).fill_null(False)
     table.nulls[text.name] += int(spelled.sum())
     return text.set(spelled, None)
+
+
+def spelled_nulls(tables: Mapping[str, Table]) -> dict[str, int]:
+    """Return the cells that spelled NULL, by ``table.column``, as far as the tables were read."""
+    return {
+        f"{table.name}.{column}": cells
+        for table in tables.values()
+        for column, cells in sorted(table.nulls.items())
+        if cells
+    }
 
 
 def whole_numbers(table: Table, text: pl.Series, *, required: bool = False) -> pl.Series:

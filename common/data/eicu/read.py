@@ -7,7 +7,6 @@ title. A diagnosis without a code counts by its words.
 """
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 
 import polars as pl
@@ -32,6 +31,7 @@ from common.data.tables import (
     reading,
     require_rows,
     scan,
+    spelled_nulls,
     whole_numbers,
 )
 from common.errors import UserError
@@ -78,17 +78,8 @@ def prepare_tables(folder: Path, *, drop_flushes: bool, progress: Progress) -> P
         drugs=drugs,
         measures=measures,
         folder=folder,
-        null_spelled=_nulls(tables),
+        null_spelled=spelled_nulls(tables),
     )
-
-
-def _nulls(tables: Mapping[str, Table]) -> dict[str, int]:
-    return {
-        f"{table.name}.{column}": cells
-        for table in tables.values()
-        for column, cells in sorted(table.nulls.items())
-        if cells
-    }
 
 
 def _units(table: Table, book: Book) -> pl.DataFrame:

@@ -19,7 +19,7 @@ from common.data.mimic.diagnoses import read_diagnoses
 from common.data.mimic.orders import CHUNK_ROWS, read_orders
 from common.data.mimic.tables import find_tables
 from common.data.samples import Prepared, Progress
-from common.data.tables import Table, read, times, whole_numbers
+from common.data.tables import Table, read, spelled_nulls, times, whole_numbers
 from common.errors import UserError
 
 _CAREUNIT_EVENT = "admit"
@@ -70,12 +70,7 @@ def prepare_tables(
         drugs=drugs,
         measures=measures,
         folder=folder,
-        null_spelled={
-            f"{table.name}.{column}": cells
-            for table in tables.values()
-            for column, cells in sorted(table.nulls.items())
-            if cells
-        },
+        null_spelled=spelled_nulls(tables),
     )
 
 
