@@ -18,7 +18,7 @@ from common.training.resident_session import session_of
 from sim.process.early import check_device
 from sim.process.progress import Meter
 
-_FREE_KEYS = (
+FREE_KEYS = (
     "evaluation.",
     "model.attention",
     "model.kernels",
@@ -58,7 +58,7 @@ def evaluate_run(
         UserError: If an override would change what was trained, the data, the backbone or A are
             not those of the run, there is no such checkpoint, or nothing is held out.
     """
-    config = changed_freely(run.config(), overrides, _FREE_KEYS)
+    config = changed_freely(run.config(), overrides, FREE_KEYS)
     check_device(config)
     loaded, last = run.load_checkpoint(checkpoint), run.load_checkpoint()
     data, session = reopen(run, config, data)

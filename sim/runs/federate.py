@@ -69,9 +69,9 @@ class Federation(Kind):
         end_leftovers(run.directory.path)
         earlier = len(tracebacks(run.directory))
         try:
-            run.seconds_before = seconds_before(run.directory)
-            if not trained(run.directory, run.config):
-                train_rounds(run)
+            rounds = run.directory.metrics("round-seconds")
+            run.seconds_before = float(sum(event["value"] for event in rounds))
+            train_rounds(run)
             return run.directory.summary()
         except FedrxError:
             told = tracebacks(run.directory)[earlier:].rstrip()
@@ -114,17 +114,6 @@ def resolved(config: Config) -> Config:
     """
     config = with_absolute_paths(with_calibrated_noise(config))
     return replace(config, train=replace(config.train, threads=threads_per_worker(config)))
-
-
-def trained(directory: RunDirectory, config: Config) -> bool:
-    """Return whether all rounds of a run are done and summed up."""
-    return bool(directory.summary().b_sha256) and last_round(directory) == config.federation.rounds
-
-
-def seconds_before(directory: RunDirectory) -> float:
-    """Return what earlier processes spent on a run: its training, or the rounds that count."""
-    rounds = sum(event["value"] for event in directory.metrics("round-seconds"))
-    return directory.summary().training_seconds or float(rounds)
 
 
 def last_round(directory: RunDirectory) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from common.config import Config
-from common.configio import differences, flatten, from_flat, read_config
+from common.configio import changed_freely, differences, flatten, from_flat, read_config
 from common.errors import UserError
 from common.provenance import (
     environment,
@@ -24,7 +24,7 @@ from common.provenance import (
 )
 from common.records import Inputs, Mode, Record, RunRecord, Summary
 from common.rundir import ENVIRONMENT, RUN, SUMMARY, RunDirectory
-from sim.answers.evaluate import evaluate_run
+from sim.answers.evaluate import FREE_KEYS, evaluate_run
 from sim.process.lock import exclusive
 from sim.process.peak_memory import PeakMemory
 from sim.report.run_report import write_report
@@ -72,20 +72,23 @@ class Kind:
 
     def work(self, run: "Run") -> Record:
         """Do all that is left: training, answers, report."""
-        summary = self.train(run).having(source=run.preparation.data.source)
-        if summary.training_seconds is None:
-            summary = summary.having(training_seconds=round(run.seconds, 3))
-        directory = run.directory
-        directory.write_json(SUMMARY, summary)
+        directory, console, data = run.directory, run.console, run.preparation.data
+        if is_trained(directory):
+            run.seconds_before = directory.summary().training_seconds or 0.0
+        else:
+            summary = self.train(run).having(source=data.source)
+            if summary.training_seconds is None:
+                summary = summary.having(training_seconds=round(run.seconds, 3))
+            directory.write_json(SUMMARY, summary)
         run.enter(EVALUATION)
-        evaluate_run(directory, console=run.console, data=run.preparation.data)
+        evaluate_run(directory, overrides=run.overrides, console=console, data=data)
         summary = directory.summary()
         peaks: dict[str, int | None] = {"peak_rss_bytes": max(run.peak.bytes, peak_rss_bytes())}
         if "peak_device_bytes" in summary.model_fields_set:  # trained in this process
             peaks["peak_device_bytes"] = peak_device_bytes()
         directory.write_json(SUMMARY, summary.having(seconds=round(run.seconds, 3), **peaks))
         run.enter(REPORT)
-        return _finish(directory, run.console, self.place(directory))
+        return _finish(directory, console, self.place(directory))
 
 
 @dataclass
@@ -102,6 +105,8 @@ class Run:
     command_line: Sequence[str]
     started: float
     """When this process began to work on it, by ``time.monotonic``."""
+    overrides: Sequence[str] = ()
+    """How its answers are made, otherwise than it began."""
     seconds_before: float = 0.0
     """Spent by earlier processes."""
     peak: PeakMemory = field(default_factory=PeakMemory)
@@ -188,7 +193,8 @@ def resume(
 
     Args:
         path: Its run directory.
-        overrides: ``key=value``; a value other than the run's own is refused.
+        overrides: ``key=value``; once training is done, of how answers are made; before, a value
+            other than the run's own is refused.
         kinds: Of runs that can be gone on with.
         console: Where progress and results are shown.
         command_line: Added to environment.json.
@@ -211,7 +217,10 @@ def resume(
     if record is None or not record.resumable:
         raise UserError(f"{directory.path} has no run that can be resumed", fix="start it again")
     (kind,) = (one for one in (make() for make in kinds) if one.mode == record.mode)
-    config = _unchanged_config(directory, record, overrides)
+    answering = state != "finished" and is_trained(directory)
+    config = _unchanged_config(directory, record, () if answering else overrides)
+    if answering:
+        changed_freely(config, overrides, FREE_KEYS)
     if state == "finished" and not kind.renewed:
         console.print("the run is finished: nothing to do")
         return directory.read_json(SUMMARY)
@@ -221,7 +230,8 @@ def resume(
         if preparation:
             require_same_inputs(record.inputs, preparation)
         _note_resumption(directory, command_line, console)
-        run = Run(kind, directory, record, config, preparation, console, command_line, started)
+        known = (kind, directory, record, config, preparation, console, command_line, started)
+        run = Run(*known, overrides=overrides if answering else ())
         return run.live(inside=inside).result.as_json()
 
 

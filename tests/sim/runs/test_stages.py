@@ -322,10 +322,22 @@ def test_single_fails_in_its_answers_and_goes_on(tmp_path, monkeypatch, capsys):
     assert (run.status()["state"], run.status()["stage"]) == ("failed", EVALUATION)
     trained = run.read_json("summary.json")["b_sha256"]
 
+    # With other settings of the answers, and with these alone; no step is taken again.
+    steps = (folder / "metrics.jsonl").read_bytes()
+    code, _, error = command(monkeypatch, capsys, "resume", str(folder), "--set", "train.seed=4")
+    assert code == 2
+    assert "--set would change what was trained: train.seed: 0 -> 4" in error
     with monkeypatch.context() as broken:
         broken.setattr(sim.runs.lifecycle, "write_report", newer)
-        code, _, error = command(broken, capsys, "resume", str(folder))
+        broken.setattr(sim.runs.single, "SingleTraining", newer)
+        code, _, error = command(
+            broken, capsys, "resume", str(folder), "--set", "evaluation.max-new-tokens=4"
+        )
     assert code == 1
+    assert (folder / "metrics.jsonl").read_bytes() == steps
+    told = run.summary().evaluation["settings"]
+    assert (told["max_new_tokens"], told["samples"]) == (4, 1)
+    assert run.config().evaluation.max_new_tokens == 8
     assert "the report failed: TypeError" in error.splitlines()[-1]
     assert run.status()["stage"] == REPORT
 
