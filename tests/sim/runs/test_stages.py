@@ -331,12 +331,12 @@ def test_single_fails_in_its_answers_and_goes_on(tmp_path, monkeypatch, capsys):
         broken.setattr(sim.runs.lifecycle, "write_report", newer)
         broken.setattr(sim.runs.single, "SingleTraining", newer)
         code, _, error = command(
-            broken, capsys, "resume", str(folder), "--set", "evaluation.max-new-tokens=4"
+            broken, capsys, "resume", str(folder), "--set", "evaluation.max-new-tokens=9"
         )
     assert code == 1
     assert (folder / "metrics.jsonl").read_bytes() == steps
     told = run.summary().evaluation["settings"]
-    assert (told["max_new_tokens"], told["samples"]) == (4, 1)
+    assert (told["max_new_tokens"], told["samples"]) == (9, 1)
     assert run.config().evaluation.max_new_tokens == 8
     assert "the report failed: TypeError" in error.splitlines()[-1]
     assert run.status()["stage"] == REPORT
