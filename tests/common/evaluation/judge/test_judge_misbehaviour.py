@@ -8,6 +8,7 @@ import pytest
 
 from common.errors import RunFailed, UserError
 from common.evaluation.judge import client as judge_client
+from common.evaluation.judge.cache import Exchanges
 from common.evaluation.judge.judging import judge_run
 from common.evaluation.judge.plan import plan_judging
 
@@ -289,8 +290,11 @@ def test_a_proxy_in_the_environment_gets_nothing(
 
 
 @pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "gopher://127.0.0.1:1"])
-def test_a_proxy_that_cannot_be_used_is_named(monkeypatch, judge_config, proxy):
+def test_a_proxy_that_cannot_be_used_is_named(monkeypatch, judge_config, tmp_path, proxy):
     monkeypatch.setenv("ALL_PROXY", proxy)
-    far = SimpleNamespace(url="https://judge.example/v1", loopback=False)
+    url = "https://judge.example/v1"
+    far = SimpleNamespace(url=url, named=url, loopback=False)
     with pytest.raises(UserError, match="proxy that the environment names"):
-        judge_client.JudgeClient(far, judge_config(), api_key="", meter=None, lost=None, kept={})
+        judge_client.JudgeClient(
+            far, judge_config(), api_key="", meter=None, exchanges=Exchanges(tmp_path / "x")
+        )
