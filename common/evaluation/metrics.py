@@ -155,12 +155,14 @@ def score(
             for one in predictions
         ]
     )
-    _, cluster = np.unique([one.cluster for one in predictions], return_inverse=True)
     parsed = table[:, _COLUMNS.index("parsed")] == 1
-    patients = int(cluster.max()) + 1
-    sums_km = _by_cluster(np.hstack([table, table * parsed[:, None]]), cluster, patients)
-    # Both sets of metrics see the same resamples, and one patient has none.
-    drawn_rm = _resampled_sums(sums_km, resamples, seed) if resamples and patients > 1 else None
+    # Both sets of metrics see the same resamples.
+    sums_km, drawn_rm = resampled_sums(
+        np.hstack([table, table * parsed[:, None]]),
+        [one.cluster for one in predictions],
+        resamples=resamples,
+        random=stream(seed, "bootstrap"),
+    )
     overall, among_parsed = (
         _estimates(sums_km[:, half], None if drawn_rm is None else drawn_rm[:, half], confidence)
         for half in (slice(len(_COLUMNS)), slice(len(_COLUMNS), None))
@@ -168,7 +170,7 @@ def score(
     return Metrics(
         level=level,
         samples=len(predictions),
-        patients=patients,
+        patients=len(sums_km),
         parsed=int(parsed.sum()),
         confidence=confidence,
         resamples=resamples,
@@ -279,23 +281,43 @@ def _measure(
     )
 
 
-def _by_cluster(
-    table_nm: NDArray[np.float64], cluster_n: NDArray[np.intp], clusters: int
-) -> NDArray[np.float64]:
-    sums_km = np.zeros((clusters, table_nm.shape[1]))
-    np.add.at(sums_km, cluster_n, table_nm)
-    return sums_km
+def resampled_sums(
+    table_nm: NDArray[np.float64],
+    patients: Sequence[int],
+    *,
+    resamples: int,
+    random: np.random.Generator,
+) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+    """Return the column sums of each patient, and those of every resample of patients.
 
+    Args:
+        table_nm: One row per admission (N, M).
+        patients: Whose admission each row is.
+        resamples: How many; 0 for none.
+        random: Draws them.
 
-def _resampled_sums(sums_km: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
-    """Return the column sums of every resample of patients (resamples, M), some at a time."""
-    random = stream(seed, "bootstrap")
-    clusters = len(sums_km)
-    shares = np.full(clusters, 1 / clusters)
+    Returns:
+        (patients, M), and (resamples, M): None without resamples, or with one patient alone.
+    """
+    names, place_n = np.unique(patients, return_inverse=True)
+    sums_km = np.zeros((len(names), table_nm.shape[1]))
+    np.add.at(sums_km, place_n, table_nm)
+    if not resamples or len(names) < 2:
+        return sums_km, None
+    shares = np.full(len(names), 1 / len(names))
     sizes = [
         min(_RESAMPLES_AT_ONCE, resamples - s) for s in range(0, resamples, _RESAMPLES_AT_ONCE)
     ]
-    return np.concatenate([random.multinomial(clusters, shares, size) @ sums_km for size in sizes])
+    return sums_km, np.concatenate(
+        [random.multinomial(len(names), shares, size) @ sums_km for size in sizes]
+    )
+
+
+def interval(values_r: NDArray[np.float64], confidence: float) -> list[float]:
+    """Return the percentiles between which this share of the resamples lies."""
+    tail = (1 - confidence) / 2
+    bounds: list[float] = np.quantile(values_r, [tail, 1 - tail]).tolist()
+    return bounds
 
 
 def _estimates(
@@ -313,10 +335,7 @@ def _estimates(
         if drawn_rm is not None:
             # A resample without any denominator has no value of its own.
             usable_rm = drawn_rm[drawn_rm[:, below] > 0]
-            tail = (1 - confidence) / 2
             if len(usable_rm):
-                low, high = np.quantile(
-                    usable_rm[:, above] / usable_rm[:, below], [tail, 1 - tail]
-                ).tolist()
+                low, high = interval(usable_rm[:, above] / usable_rm[:, below], confidence)
         found[name] = Estimate(value, low, high)
     return found

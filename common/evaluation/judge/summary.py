@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.evaluation.agreement import krippendorff_alpha, unanimous_share
+from common.evaluation.metrics import interval, resampled_sums
 from common.seeds import stream
 
 if TYPE_CHECKING:
@@ -121,17 +122,15 @@ def _appropriateness(
 
 def _interval(scores: Sequence[tuple[int, float]], seed: int) -> list[float] | None:
     """Percentile bootstrap over patients; None with fewer than two of them."""
-    patients, place_n = np.unique([patient for patient, _ in scores], return_inverse=True)
-    if len(patients) < 2:
+    if not scores:
         return None
-    sums_k2 = np.zeros((len(patients), 2))
-    np.add.at(sums_k2, place_n, [(score, 1.0) for _, score in scores])
-    shares = np.full(len(patients), 1 / len(patients))
-    drawn_r2 = stream(seed, "judge-bootstrap").multinomial(len(patients), shares, RESAMPLES)
-    means_r = (drawn_r2 @ sums_k2)[:, 0] / (drawn_r2 @ sums_k2)[:, 1]
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means_r, [tail, 1 - tail]).tolist()
-    return [low, high]
+    _, drawn_r2 = resampled_sums(
+        np.array([(score, 1.0) for _, score in scores]),
+        [patient for patient, _ in scores],
+        resamples=RESAMPLES,
+        random=stream(seed, "judge-bootstrap"),
+    )
+    return None if drawn_r2 is None else interval(drawn_r2[:, 0] / drawn_r2[:, 1], CONFIDENCE)
 
 
 def _agreement(judgements: Sequence["Judgement"]) -> dict[str, Any]:
@@ -158,17 +157,19 @@ def _agreement(judgements: Sequence["Judgement"]) -> dict[str, Any]:
 
 def usage(made: "Exchanges", prices: "Prices") -> dict[str, Any]:
     """Return what all judging of a run has taken so far, over all invocations."""
-    calls = made.all()
+    calls = made.by_key.values()
     input_tokens = sum(exchange.input_tokens for exchange in calls)
     output_tokens = sum(exchange.output_tokens for exchange in calls)
+    lost_input_tokens = sum(call.input_tokens for call in made.lost)
+    lost_output_tokens = sum(call.output_tokens for call in made.lost)
     return {
         "calls": len(calls),
         "input_tokens": input_tokens,
         "output_tokens": output_tokens,
         "calls_without_usage": sum(not exchange.counted for exchange in calls),
-        "lost_input_tokens_at_most": made.lost_input_tokens,
-        "lost_output_tokens_at_most": made.lost_output_tokens,
+        "lost_input_tokens_at_most": lost_input_tokens,
+        "lost_output_tokens_at_most": lost_output_tokens,
         "cost_usd": prices.cost_usd(
-            input_tokens + made.lost_input_tokens, output_tokens + made.lost_output_tokens
+            input_tokens + lost_input_tokens, output_tokens + lost_output_tokens
         ),
     }
