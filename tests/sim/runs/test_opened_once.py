@@ -38,5 +38,5 @@ def test_single_hashes_the_tables_once(tmp_path, monkeypatch):
     summary = single(
         config, console=Console(file=io.StringIO()), command_line=(), run_dir=tmp_path / "run"
     )
-    assert summary.metrics["fedrx"]["samples"] == 2
+    assert summary.metrics["fedrx"].samples == 2
     assert len(hashed) == 1

@@ -64,7 +64,7 @@ def test_describe_federate_single_and_suggest(config: Config, tmp_path: Path) ->
     alone = single(config, console=quiet(), command_line=(), run_dir=tmp_path / "single")
     for summary in (together, alone):
         assert summary.source == "credentialed"
-        assert summary.metrics["fedrx"]["samples"] == 2
+        assert summary.metrics["fedrx"].samples == 2
     run = RunDirectory.open(tmp_path / "federated")
     own = assistant_config(run)
     surroundings = surroundings_of(own)
