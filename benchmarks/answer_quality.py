@@ -34,21 +34,20 @@ from common.training.resident_session import close_session, session_of, tokens_o
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL_SEVEN = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
-SHUFFLED = ("data.drug-order=shuffled", f"adapter.targets={ALL_SEVEN}")
+SHUFFLED = ("data.drug-order=shuffled", f"adapter.targets={ALL_SEVEN}", "adapter.rank=16")
 DEMO, HOSPITALS = "demo.toml", "hospitals.toml"
+STEPS_64 = ("federation.rounds=4", "federation.local-steps=16")
+STEPS_128 = ("federation.rounds=8", "federation.local-steps=16")
+BEFORE = (
+    *("data.drug-order=first-start", "adapter.targets=q_proj,v_proj", "adapter.rank=16"),
+    *("train.learning-rate=1e-2", *STEPS_64),
+)
 TRIALS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "as shipped before": (DEMO, ("adapter.targets=q_proj,v_proj", "train.learning-rate=1e-2")),
-    "shuffled": (DEMO, (*SHUFFLED, "train.learning-rate=1e-2", "federation.local-steps=16")),
-    "rate 3e-2": (DEMO, (*SHUFFLED, "train.learning-rate=3e-2", "federation.local-steps=16")),
-    "steps 128": (
-        DEMO,
-        (
-            *SHUFFLED,
-            "train.learning-rate=3e-2",
-            "federation.rounds=8",
-            "federation.local-steps=16",
-        ),
-    ),
+    "before": (DEMO, BEFORE),
+    "shuffled": (DEMO, (*SHUFFLED, "train.learning-rate=1e-2", *STEPS_64)),
+    "rate-3e-2": (DEMO, (*SHUFFLED, "train.learning-rate=3e-2", *STEPS_64)),
+    "steps-128": (DEMO, (*SHUFFLED, "train.learning-rate=3e-2", *STEPS_128)),
+    "rank-32": (DEMO, (*SHUFFLED, "train.learning-rate=3e-2", "adapter.rank=32", *STEPS_64)),
 }
 """Name -> configuration file and what differs from it."""
 METHODS = {

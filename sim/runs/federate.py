@@ -16,6 +16,7 @@ from common.data.dataset import Dataset, open_hospitals
 from common.data.partition import Hospital
 from common.errors import FedrxError
 from common.evaluation.answers import choose_cases
+from common.evaluation.lists import check_lists
 from common.limits import available_cpus
 from common.model.adapter.layout import AdapterLayout, adapter_layout, adapter_spec
 from common.model.backbone.load import BackboneSpec, resolve_backbone
@@ -75,6 +76,7 @@ def prepare(config: Config, console: Console) -> Preparation:
     for hospital in data.hospitals:
         checkpoint_steps(config, steps_in_all(config, len(hospital.train)).value)
     choose_cases(data.hospitals, samples=config.evaluation.samples, seed=config.evaluation.seed)
+    check_lists(data.hospitals, config)
     backbone = resolve_backbone(config.model.backbone, progress=say)
     if is_private(config):
         check_backbone(backbone)
