@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.limits import available_cpus
 from common.model.adapter.layout import adapter_spec
 from common.model.backbone.load import loads
-from common.privacy.budget.receipts import PRIVACY, privacy_summary
+from common.privacy.budget.receipts import privacy_lines, privacy_summary
 from common.privacy.settings import is_private, protects, with_calibrated_noise
 from common.provenance import environment, peak_device_bytes, peak_rss_bytes, tensors_sha256
 from common.rundir import RunDirectory
@@ -155,7 +155,7 @@ def summarise(training: SingleTraining, preparation: Preparation) -> dict[str, A
     guard = training.guard
     privacy = {}
     if guard:
-        privacy["privacy"] = privacy_summary(guard.ledger.plan, run.lines(PRIVACY))
+        privacy["privacy"] = privacy_summary(guard.ledger.plan, privacy_lines(run))
     checkpoints = [{"name": name, **run.checkpoint_facts(name)} for name in run.checkpoint_names()]
     return {
         "mode": MODE,
