@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import socket
 import stat
 import threading
 import time
@@ -50,13 +51,14 @@ class Stub:
         supports = self.surroundings.support.support(request.codes, DRUGS)
         return Suggestion(
             drugs=tuple(
-                SuggestedDrug(name=name, support=support)
-                for name, support in zip(DRUGS, supports, strict=True)
+                SuggestedDrug(name=name, support=support, confidence=sure)
+                for name, support, sure in zip(DRUGS, supports, (0.724, 0.5, None), strict=True)
             ),
             in_format=True,
             similar=4,
             dropped_diagnoses=0,
             seconds=0.1,
+            ends="the model ended it",
         )
 
 
@@ -190,6 +192,30 @@ def test_nonsense_gets_a_message(ask, body):
     assert json.loads(text)["problems"]["form"]
 
 
+@pytest.mark.parametrize("path", ["/api/suggest", "/api/decision"])
+@pytest.mark.parametrize(
+    "body", [b'["secret"]', b'{"sex": "secret', b'{"id": 7, "note": ["secret"], "age": "secret"}']
+)
+def test_what_was_typed_is_never_quoted(ask, path, body):
+    """FastAPI's own answer to a wrong body quotes it."""
+    status, _, text = ask(path, body)
+    assert status == 422
+    assert list(json.loads(text)) == ["problems"]
+    assert "secret" not in text
+
+
+def test_a_body_of_no_known_length_is_not_read(desk, listening):
+    port = listening.getsockname()[1]
+    cookie = f"{cookie_name(port)}={desk.secret}"
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as sent:
+        sent.sendall(
+            f"POST /api/suggest HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nCookie: {cookie}\r\n"
+            "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+        )
+        assert b" 422 " in sent.recv(100)
+    assert not desk.suggester.asked
+
+
 def test_wrong_fields_come_back_by_name(ask):
     status, _, text = ask("/api/suggest", {**FORM, "age": "seventy", "height": "1.7"})
     assert status == 422
@@ -300,7 +326,9 @@ def test_a_clinicians_way_through_the_page(browser, desk, listening, requested_u
     assert (asked.sex, asked.age, asked.height_cm, asked.weight_kg) == ("F", 71, 165.0, 80.0)
 
     assert [name.text for name in find(".drug .name")] == list(DRUGS)
-    assert "3 of 4" in find(".support")[0].text
+    assert "72% confident · 3 of 4" in find(".support")[0].text
+    assert "confident" not in find(".support")[2].text
+    assert find("#ends")[0].text == "Why it ends there: the model ended it."
     assert "1 of 4" in find(".support")[1].text
     find('.drug [data-value="keep"]')[0].click()
     find('.drug [data-value="remove"]')[1].click()
