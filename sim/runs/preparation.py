@@ -9,6 +9,7 @@ from rich.console import Console
 from common.config import Config
 from common.data.dataset import Dataset, open_hospitals
 from common.evaluation.answers import choose_cases
+from common.evaluation.lists import check_lists
 from common.model.adapter.layout import AdapterLayout, adapter_layout, adapter_spec
 from common.model.backbone.load import BackboneSpec, resolve_backbone
 from common.privacy.mechanism.isolation import check_backbone
@@ -47,6 +48,7 @@ def prepare(config: Config, console: Console) -> Preparation:
     for hospital in data.hospitals:
         checkpoint_steps(config, steps_in_all(config, len(hospital.train)).value)
     choose_cases(data.hospitals, samples=config.evaluation.samples, seed=config.evaluation.seed)
+    check_lists(data.hospitals, config)
     backbone = resolve_backbone(config.model.backbone, progress=say)
     if is_private(config):
         check_backbone(backbone)
