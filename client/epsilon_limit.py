@@ -1,9 +1,5 @@
 """A deployed hospital's own limit on what all runs together may spend on its patients."""
 
-<<<<<<< HEAD
-import json
-=======
->>>>>>> main
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -16,11 +12,7 @@ from client.policy import Policy
 from common.config import Config
 from common.configio import config_digest, run_digest
 from common.errors import RunFailed
-<<<<<<< HEAD
-from common.files import json_line, locked, needing_room
-=======
 from common.files import json_line, locked
->>>>>>> main
 from common.privacy.accounting import epsilon, rdp_epsilon
 from common.privacy.budget.synced import append, read
 from common.privacy.settings import is_private, plan_of
@@ -198,11 +190,7 @@ def _promises(
 ) -> Iterator[tuple[dict[str, Promise], Callable[[Promise], None]]]:
     """Hold the promises' file; yield what it says, by run, and how to add a line, synced."""
     with locked(file) as handle:
-<<<<<<< HEAD
-        text = os.pread(handle, os.fstat(handle).st_size, 0).decode("utf-8", errors="replace")
-=======
         text = read(handle)
->>>>>>> main
         # A last line without its end was torn by a crash, and nothing was released for it.
         whole = text[: text.rfind("\n") + 1]
         known = {one.run: one for one in map(_promise, whole.splitlines())}
@@ -211,11 +199,7 @@ def _promises(
             os.ftruncate(handle, len(whole.encode()))
             append(handle, json_line(one.as_json()), file, LimitReached, PROMISES)
 
-<<<<<<< HEAD
-        yield known, append
-=======
         yield known, write
->>>>>>> main
 
 
 def _promise(line: str) -> Promise:
