@@ -186,9 +186,7 @@ def _join(
                 fix="set data.meds-codes to a file with the codes of this data set",
             )
     used = sum(number for kind, number in rows.items() if kind != "events")
-    book.read("events", rows["events"])
-    book.drop("events", {"other_code": rows["events"] - used})
-    book.keep("events", used)
+    book.add("events", rows["events"], {"other_code": rows["events"] - used}, used)
     stays = _known_stays(parts, codes, book)
     known = stays["hadm_id"]
     diagnoses = _diagnoses(parts, titles, known, book, codes)
@@ -198,10 +196,8 @@ def _join(
     )
     book.drug_type = dict(orders.drug_type)
     drugs = drug_lists(orders, known, drop_flushes=drop_flushes)
-    book.read("drugs", rows["drug"])
-    book.drop("drugs", drugs.dropped)
     refuse_orphans("drugs", drugs.dropped["unknown_admission"], rows["drug"], "an admission")
-    book.keep("drugs", items(drugs.lists["drugs"]))
+    book.add("drugs", rows["drug"], drugs.dropped, items(drugs.lists["drugs"]))
     for kind, found in parts.attributes.items():
         stays = stays.join(_first(pl.concat(found), kind, known, book), on="hadm_id", how="left")
     if not stays[SITE].drop_nulls().len():
@@ -259,10 +255,8 @@ def _diagnoses(
         _part(codes.diagnosis, 1).alias("icd_code"),
     )
     lists = diagnosis_lists(coded, match_titles(coded, titles), known)
-    book.read("diagnoses", lists.rows)
-    book.drop("diagnoses", lists.dropped)
     refuse_orphans("diagnoses", lists.dropped["unknown_admission"], lists.rows, "an admission")
-    book.keep("diagnoses", items(lists.lists["diagnoses"]))
+    book.add("diagnoses", lists.rows, lists.dropped, items(lists.lists["diagnoses"]))
     return lists
 
 
@@ -281,9 +275,12 @@ def _measures(parts: _Parts, codes: Codes, book: Book) -> Measures:
     )
     patients = pl.concat(parts.births)["subject_id"].unique()
     measures = clean_measures(found, patients)
-    book.read("measures", events.height)
-    book.drop("measures", {"no_time": events.height - timed.height, **measures.dropped})
-    book.keep("measures", measures.rows.height)
+    book.add(
+        "measures",
+        events.height,
+        {"no_time": events.height - timed.height, **measures.dropped},
+        measures.rows.height,
+    )
     return measures
 
 
@@ -291,9 +288,7 @@ def _one_each(events: pl.DataFrame, table: str, book: Book) -> pl.DataFrame:
     first = events.sort("subject_id", "time", "code", nulls_last=True).unique(
         "subject_id", keep="first", maintain_order=True
     )
-    book.read(table, events.height)
-    book.drop(table, {"duplicate": events.height - first.height})
-    book.keep(table, first.height)
+    book.add(table, events.height, {"duplicate": events.height - first.height}, first.height)
     return first
 
 
@@ -302,14 +297,12 @@ def _first(found: pl.DataFrame, kind: str, known: pl.Series, book: Book) -> pl.D
     told = found.drop_nulls(kind)
     placed = told.join(known.to_frame(), on="hadm_id", how="semi")
     first = placed.unique("hadm_id", keep="first", maintain_order=True)
-    book.read(kind, found.height)
     unused = {
         "not_in_use": found.height - told.height,
         "unknown_admission": told.height - placed.height,
         "later": placed.height - first.height,
     }
-    book.drop(kind, unused)
-    book.keep(kind, first.height)
+    book.add(kind, found.height, unused, first.height)
     return first
 
 
