@@ -21,7 +21,7 @@ from common.data.cleaning.diagnoses import DiagnosisLists, diagnosis_lists, matc
 from common.data.cleaning.measures import CM_PER_INCH, KG_PER_POUND, Measures, clean_measures
 from common.data.cleaning.orders import Orders, drug_lists, one_row_per_pair
 from common.data.meds.codes import Codes
-from common.data.meds.events import find_shards, read_shard, read_titles, split_code
+from common.data.meds.events import CODES_FILE, find_shards, read_shard, read_titles, split_code
 from common.data.samples import Prepared, Progress
 from common.errors import UserError
 
@@ -29,6 +29,8 @@ UNITS = {"in": 1.0, "cm": 1 / CM_PER_INCH, "lb": 1.0, "kg": 1 / KG_PER_POUND, "k
 """Factor to the units of the cleaning rules."""
 NO_NAME = "UNK"
 """How MEDS extractions write a part that was NULL."""
+_LINES = 10
+"""Lines of progress at most."""
 _FIX = "check the codes (data.meds-codes) and the extraction"
 
 
@@ -63,12 +65,12 @@ def prepare_events(
         UserError: Shards that cannot be used as they are, or without an event of a needed kind.
     """
     files = find_shards(folder)
+    shards = {label: path for label, path in files.items() if label != CODES_FILE}
     titles = read_titles(folder, codes)
     parts, seen = _Parts(), pl.Series("subject_id", [], pl.Int64)
-    for label, path in files.items():
-        if not label.startswith("data/"):
-            continue
-        progress(f"reading {label}")
+    for place, (label, path) in enumerate(shards.items()):
+        if place % -(-len(shards) // _LINES) == 0:
+            progress(f"reading events: shard {place + 1} of {len(shards)}")
         events, total = read_shard(label, path, codes)
         subjects = events["subject_id"].unique()
         if subjects.is_in(seen.implode()).any():
