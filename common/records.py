@@ -195,6 +195,8 @@ class Summary(Record):
     validation_loss: tuple[float | None, ...] = ()
     seconds: float = 0.0
     training_seconds: float | None = None
+    start_seconds: dict[str, float] = {}
+    """Of a federation on Ray: by phase, until the first message to train."""
     peak_rss_bytes: int = 0
     peak_device_bytes: int | None = None
     device: str = ""

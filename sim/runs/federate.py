@@ -71,8 +71,9 @@ class Federation(Kind):
         try:
             rounds = run.directory.metrics("round-seconds")
             run.seconds_before = float(sum(event["value"] for event in rounds))
-            train_rounds(run)
-            return run.directory.summary()
+            start = train_rounds(run)
+            summary = run.directory.summary()
+            return summary.having(start_seconds=start) if start else summary
         except FedrxError:
             told = tracebacks(run.directory)[earlier:].rstrip()
             if told and run.preparation.data.source != "credentialed":
@@ -80,8 +81,8 @@ class Federation(Kind):
             raise
 
 
-def train_rounds(run: Run) -> None:
-    """Run the rounds that are left, with progress shown and memory sampled."""
+def train_rounds(run: Run) -> dict[str, float]:
+    """Run the rounds that are left, with progress shown; return the seconds of their start."""
     config, directory = run.config, run.directory
     directory.write_status("started", round=last_round(directory))
     shutil.rmtree(directory.path / "workers", ignore_errors=True)
@@ -104,7 +105,9 @@ def train_rounds(run: Run) -> None:
                 workers=workers,
                 gpus_per_worker=gpus_per_worker(config, workers),
                 on_tick=on_tick,
+                on_phase=progress.phase,
             )
+    return progress.start_seconds
 
 
 def resolved(config: Config) -> Config:
