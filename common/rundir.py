@@ -35,6 +35,7 @@ from common.files import (
     read_json_lines,
     utf8,
     write_bytes,
+    write_bytes_or_over,
     write_json,
     write_text,
 )
@@ -160,9 +161,10 @@ class RunDirectory:
         return Summary.read(self.read_json(SUMMARY), what=str(self.path / SUMMARY))
 
     def write_status(self, state: State, **facts: Any) -> None:
-        """Replace status.json; ``updated`` is UTC."""
+        """Replace status.json, also on a full disk; ``updated`` is UTC."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        write_json(self.path / "status.json", {"state": state, "updated": now, **facts})
+        content = json_document({"state": state, "updated": now, **facts})
+        write_bytes_or_over(self.path / "status.json", utf8(content))
 
     def status(self) -> dict[str, Any]:
         """Read status.json."""
