@@ -10,6 +10,7 @@ from common.config import Config
 from common.configio import flatten, from_flat
 from common.data.dataset import Dataset, open_hospitals
 from common.evaluation.answers import choose_cases
+from common.evaluation.lists import check_lists
 from common.model.adapter.layout import AdapterLayout, adapter_layout, adapter_spec
 from common.model.backbone.load import BackboneSpec, resolve_backbone
 from common.privacy.mechanism.isolation import check_backbone
@@ -22,7 +23,7 @@ from sim.process.early import check_settings
 BUILT_IN = ("synthetic", "embedded", "tiny")
 """Data and backbones that are no folders, even where a folder has their name."""
 PATHS = (
-    *("data.path", "data.drug-map", "model.backbone"),
+    *("data.path", "data.meds-codes", "data.drug-map", "model.backbone"),
     *("evaluation.formulary", "evaluation.interactions"),
 )
 
@@ -52,6 +53,7 @@ def prepare(config: Config, console: Console) -> Preparation:
     for hospital in data.hospitals:
         checkpoint_steps(config, steps_in_all(config, len(hospital.train)).value)
     choose_cases(data.hospitals, samples=config.evaluation.samples, seed=config.evaluation.seed)
+    check_lists(data.hospitals, config)
     backbone = resolve_backbone(config.model.backbone, progress=say)
     if is_private(config):
         check_backbone(backbone)
@@ -74,7 +76,7 @@ def data_facts(preparation: Preparation) -> Mapping[str, object]:
     return {
         "source": table.source,
         "file_hashes": table.file_hashes,
-        "counts": {name: value for name, value in table.counts.items() if name != "age"},
+        "counts": {name: value for name, value in table.counts.as_json().items() if name != "age"},
         "hospitals": [
             {
                 "name": hospital.name,
