@@ -135,10 +135,7 @@ class RunDirectory:
         return read_config(self.path / "config.toml")
 
     def record(self) -> RunRecord | None:
-        """Read run.json; of a run made before there was one, what environment.json tells of it.
-
-        None where the run was ended before it began.
-        """
+        """Read run.json, else what environment.json tells; None of a run that never began."""
         content = self.read_json(RUN)
         if content.get("schema_version", SCHEMA) != SCHEMA:
             raise UserError(

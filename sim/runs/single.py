@@ -12,9 +12,7 @@ from common.model.backbone.load import loads
 from common.privacy.budget.receipts import privacy_lines, privacy_summary
 from common.privacy.settings import is_private, protects, with_calibrated_noise
 from common.provenance import peak_device_bytes, peak_rss_bytes, tensors_sha256
-from common.records import (
-    Summary,
-)
+from common.records import Summary
 from common.rundir import SUMMARY, RunDirectory
 from common.training.resident_session import session_of, tokens_of
 from sim.runs.lifecycle import Kind, Run, start
