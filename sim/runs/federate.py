@@ -71,8 +71,6 @@ class Federation(Kind):
         end_leftovers(run.directory.path)
         earlier = len(tracebacks(run.directory))
         try:
-            rounds = run.directory.metrics("round-seconds")
-            run.seconds_before = float(sum(event["value"] for event in rounds))
             start = train_rounds(run)
             summary = run.directory.summary()
             return summary.having(start_seconds=start) if start else summary
