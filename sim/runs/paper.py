@@ -189,10 +189,12 @@ def _answer_with_checkpoints(run: RunDirectory, console: Console, data: Dataset)
     own.
     """
     summary = run.summary()
-    way = (summary.checkpoints[-1].name, run.config().evaluation)
+    way, renewed = (summary.checkpoints[-1].name, run.config().evaluation), False
     for checkpoint in summary.checkpoints:
         known = Evaluation.read(run)
         answered = known is not None and known.facts.way[:2] == way
         if not answered or model_of(summary, checkpoint) not in run.summary().metrics:
             evaluate_run(run, checkpoint=checkpoint.name, console=console, data=data)
-    write_report(run)
+            renewed = True
+    if renewed:
+        write_report(run)
