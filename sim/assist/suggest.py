@@ -135,6 +135,11 @@ class Assistant:
         self._session.adapter.load(loaded.b)
         self._one_at_a_time = threading.Lock()
 
+    @property
+    def busy(self) -> bool:
+        """Whether somebody is being answered."""
+        return self._one_at_a_time.locked()
+
     def suggest(self, request: PatientRequest) -> Suggestion:
         """Answer for one patient; deterministic."""
         started = time.perf_counter()
