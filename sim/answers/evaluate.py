@@ -1,20 +1,16 @@
 """``fedrx evaluate``: answers of a run's adapter on held-out patients, with baselines beside."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
 
 from common.config import Config
 from common.configio import changed_freely
-from common.data.partition import Hospital, assign_hospitals
-from common.data.prepare import load_samples
-from common.data.samples import SampleTable
+from common.data.dataset import Dataset, open_hospitals
 from common.errors import UserError
 from common.evaluation.answers import B, choose_cases, evaluate_answers
-from common.evaluation.answers_file import ANSWERS_SHA256, Row, read_answers, write_answers
-from common.files import json_line
+from common.evaluation.answers_file import Evaluation, Facts
 from common.model.session import Session
 from common.rundir import RunDirectory
 from common.tensor_files import Altered
@@ -81,6 +77,7 @@ def evaluate_run(
     checkpoint: str | None = None,
     overrides: Iterable[str] = (),
     console: Console | None = None,
+    data: Dataset | None = None,
 ) -> dict[str, Any]:
     """Answer held-out admissions with a run's B, the untrained backbone and the baselines.
 
@@ -94,6 +91,7 @@ def evaluate_run(
         checkpoint: Name of a checkpoint; default the last.
         overrides: ``key=value``; only ``evaluation.*`` and where and how to compute.
         console: Where progress is shown, if anywhere.
+        data: The run's, where it is open already.
 
     Returns:
         The content of summary.json.
@@ -105,86 +103,59 @@ def evaluate_run(
     config = changed_freely(run.config(), overrides, _FREE_KEYS)
     check_device(config)
     loaded, last = run.load_checkpoint(checkpoint), run.load_checkpoint()
-    table, hospitals, session = reopen(run, config)
+    data, session = reopen(run, config, data)
     settings = config.evaluation
-    way = {"checkpoint": last.name, "settings": asdict(settings), **_compute(session)}
-    # A run that plain `flwr run` made does not know its source yet.
-    summary = {"source": table.source, **run.read_json("summary.json")}
-    known, old = summary.get("evaluation", {}), []
+    way = (last.name, settings, session.device.value, session.dtype.value)
+    known = None
     try:
-        old = read_answers(run)
+        known = Evaluation.read(run)
     except Altered as error:
-        known = {}
         if console is not None:
             console.print(f"{error}: all is answered anew", style="yellow", markup=False)
-    beside = {key: known.get(key) for key in way} == way
+    beside = known if known and known.facts.way == way else None
     adapters: dict[str, B | None] = {"fedrx": last.b, "untrained": None}
     if loaded.name != last.name:
         adapters = {loaded.name: loaded.b} if beside else {**adapters, loaded.name: loaded.b}
-    cases = len(choose_cases(hospitals, samples=settings.samples, seed=settings.seed))
-    meter = Meter(console or Console(quiet=True), "answers", cases * len(adapters))
+    cases = len(choose_cases(data.hospitals, samples=settings.samples, seed=settings.seed))
     names = list(adapters)
-    with meter:
+    with Meter(console or Console(quiet=True), "answers", cases * len(adapters)) as meter:
         found = evaluate_answers(
             session,
-            hospitals,
+            data.hospitals,
             config,
             adapters,
+            checkpoint=last.name,
             progress=lambda model, done, of: meter.update(names.index(model) * of + done, model),
         )
     if console is not None:
         _show(console, found.facts)
-    rows = found.predictions
-    if beside:
-        rows = _together(old, rows)
-        found.facts["generation"] = {**known["generation"], **found.facts["generation"]}
-    lines = [json_line(row) for row in rows]
-    if not old or not set(map(json_line, old)) <= set(lines):
-        # These are about answers that will be gone, so they go first.
-        for about_answers in ("judge", "review"):
-            summary.pop(about_answers, None)
-        run.write_json("summary.json", summary)
-    digest = write_answers(run, rows)
-    summary["metrics"] = {**(summary["metrics"] if beside else {}), **found.metrics}
-    summary["evaluation"] = {**found.facts, **way, ANSWERS_SHA256: digest}
-    run.write_json("summary.json", summary)
+    # A run that plain `flwr run` made does not know its source yet.
+    summary = {"source": data.source, **run.read_json("summary.json")}
+    (beside.beside(found) if beside else found).write(run, summary)
     return summary
 
 
-def reopen(run: RunDirectory, config: Config) -> tuple[SampleTable, Sequence[Hospital], Session]:
-    """Return a run's samples, its hospitals, and a session, as they were when it was trained.
+def reopen(
+    run: RunDirectory, config: Config, data: Dataset | None = None
+) -> tuple[Dataset, Session]:
+    """Return a run's data and a session, as they were when it was trained.
 
     Args:
         run: The run's directory.
         config: Its configuration, or one that differs in what cannot change them.
+        data: The run's, where it is open already.
 
     Raises:
         UserError: if the data, the backbone or A are not those of the run.
     """
     inputs = run.read_json("environment.json").get("inputs", {})
-    table, hospitals = _hospitals(config, inputs)
+    data = data or open_hospitals(config)
+    # With other data, held-out patients could be ones that were trained on.
+    _require("the data", data.digest, inputs.get("samples"), "data.path")
     session = session_of(config)
     _require("the backbone", session.spec.fingerprint, inputs.get("backbone"), "model.backbone")
     _require("A", session.adapter.a_fingerprint, inputs.get("a"), "adapter.seed")
-    return table, hospitals, session
-
-
-def _together(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """Put new rows in the place of old ones, or after them."""
-    return list({(row["case"], row["model"]): row for row in (*old, *new)}.values())
-
-
-def _hospitals(config: Config, inputs: dict[str, str]) -> tuple[SampleTable, Sequence[Hospital]]:
-    table = load_samples(config.data)
-    # With other data, held-out patients could be ones that were trained on.
-    _require("the data", table.digest, inputs.get("samples"), "data.path")
-    hospitals = assign_hospitals(
-        table.admissions,
-        config.partition,
-        hospitals=config.federation.hospitals,
-        data=config.data,
-    )
-    return table, hospitals
+    return data, session
 
 
 def _require(what: str, found: str, recorded: str | None, key: str) -> None:
@@ -195,21 +166,16 @@ def _require(what: str, found: str, recorded: str | None, key: str) -> None:
         )
 
 
-def _compute(session: Session) -> dict[str, Any]:
-    return {"device": session.device.value, "dtype": session.dtype.value}
-
-
-def _show(console: Console, facts: dict[str, Any]) -> None:
-    for model, one in facts["generation"].items():
-        cut = f", {one['cut_answers']} cut at evaluation.max-new-tokens" * bool(one["cut_answers"])
+def _show(console: Console, facts: Facts) -> None:
+    for model, one in facts.generation.items():
+        cut = f", {one.cut_answers} cut at evaluation.max-new-tokens" * bool(one.cut_answers)
         console.print(
-            f"{model}: {facts['samples']} answers, {one['tokens']} tokens in "
-            f"{one['seconds']:.1f} s{cut}",
+            f"{model}: {facts.samples} answers, {one.tokens} tokens in {one.seconds:.1f} s{cut}",
             style="dim",
             highlight=False,
         )
-    if facts["dropped_diagnoses"]:
+    if facts.dropped_diagnoses:
         console.print(
-            f"{facts['dropped_diagnoses']} diagnoses left out of prompts (train.max-length)",
+            f"{facts.dropped_diagnoses} diagnoses left out of prompts (train.max-length)",
             highlight=False,
         )

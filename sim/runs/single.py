@@ -123,7 +123,7 @@ def train_and_answer(
 ) -> dict[str, Any]:
     """Do what is left of a run; each part leaves its result in the run directory."""
     session = session_of(config)
-    hospital = tokens_of(config, preparation.hospitals[0], session)
+    hospital = tokens_of(config, preparation.data.hospitals[0], session)
     training = SingleTraining(
         run=run, config=config, session=session, hospital=hospital, console=console
     )
@@ -133,7 +133,7 @@ def train_and_answer(
     training.finish()
     run.write_json("summary.json", summarise(training, preparation))
     run.write_status("running", stage=EVALUATION, step=training.total.value)
-    summary = evaluate_run(run, console=console)
+    summary = evaluate_run(run, console=console, data=preparation.data)
     summary |= {
         "seconds": round(training.seconds_before + time.monotonic() - started, 3),
         "peak_rss_bytes": peak_rss_bytes(),
@@ -150,7 +150,7 @@ def train_and_answer(
 def summarise(training: SingleTraining, preparation: Preparation) -> dict[str, Any]:
     """Return summary.json before the answers: the keys of a federation's, and the steps."""
     run, config, session = training.run, training.config, training.session
-    adapter, hospital = config.adapter, preparation.hospitals[0]
+    adapter, hospital = config.adapter, preparation.data.hospitals[0]
     losses = {event["step"]: event["value"] for event in run.metrics("validation-loss")}
     guard = training.guard
     privacy = {}
@@ -190,7 +190,7 @@ def summarise(training: SingleTraining, preparation: Preparation) -> dict[str, A
         "device": session.device.value,
         "attention": {"kernel": session.attention.value, "reason": session.attention.reason},
         "dtype": session.dtype.as_dict(),
-        "source": preparation.table.source,
+        "source": preparation.data.source,
     }
 
 
