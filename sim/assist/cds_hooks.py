@@ -14,6 +14,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, Protocol
 from uuid import UUID, uuid4
 
@@ -22,7 +23,9 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from common.config import Config
 from common.data.icd import DiagnosisIndex
+from common.evaluation.interactions import Interactions, interacting, read_interactions
 from common.files import writable
 from sim.assist.fhir import BadResource, Chart, Missing, draft_order, is_ordered, read_chart
 from sim.assist.patient_form import FormProblems, read_form
@@ -101,13 +104,28 @@ class HookRequest(BaseModel):
     prefetch: dict[str, Any] | None = None
 
 
+def routes_of_run(suggester: Suggester, config: Config) -> APIRouter:
+    """Return the routes, with the interactions that a run's configuration names.
+
+    Raises:
+        UserError: if their file cannot be read.
+    """
+    file = config.evaluation.interactions
+    interactions = read_interactions(Path(file).expanduser()) if file else None
+    return cds_routes(suggester, interactions=interactions)
+
+
 def cds_routes(
-    suggester: Suggester, *, today: Callable[[], datetime.date] = datetime.date.today
+    suggester: Suggester,
+    *,
+    interactions: Interactions | None = None,
+    today: Callable[[], datetime.date] = datetime.date.today,
 ) -> APIRouter:
     """Return the routes of discovery and of both services.
 
     Args:
         suggester: The model.
+        interactions: Drugs that should not be ordered together; None: no card names any.
         today: For a patient's age.
     """
     router, answering = APIRouter(prefix=PREFIX), threading.Lock()
@@ -123,7 +141,7 @@ def cds_routes(
         body = await request.body()
         try:
             cards = await run_in_threadpool(
-                answer, service, body, suggester, answering=answering, today=today()
+                answer, service, body, suggester, answering, interactions, today()
             )
         except Missing as problem:
             return _refused(412, f"{problem}; fix: prefetch {' and '.join(_PREFETCH)}")
@@ -142,8 +160,8 @@ def answer(
     service: str,
     body: bytes,
     suggester: Suggester,
-    *,
     answering: threading.Lock,
+    interactions: Interactions | None,
     today: datetime.date,
 ) -> list[dict[str, Any]]:
     """Return the cards of one request.
@@ -153,6 +171,7 @@ def answer(
         body: JSON as it came.
         suggester: The model.
         answering: Held while it answers a request of these services.
+        interactions: As for ``cds_routes``.
         today: For the patient's age.
 
     Raises:
@@ -172,7 +191,7 @@ def answer(
     finally:
         if free:
             answering.release()
-    return cards_of(suggestion, chart, context.patient_id)
+    return cards_of(suggestion, chart, context.patient_id, interactions)
 
 
 def read_request(service: str, body: bytes) -> tuple[HookRequest, Context]:
@@ -231,15 +250,20 @@ def chart_of(
     return chart
 
 
-def cards_of(suggestion: Suggestion, chart: Chart, patient_id: str) -> list[dict[str, Any]]:
-    """Return the cards of one list: a suggestion for each drug that is not ordered yet."""
+def cards_of(
+    suggestion: Suggestion, chart: Chart, patient_id: str, interactions: Interactions | None
+) -> list[dict[str, Any]]:
+    """Return the cards of one list: a suggestion for each drug that is not ordered yet.
+
+    Where interactions are known, a second card warns of those with a suggested drug.
+    """
     if not suggestion.in_format:
         return [card("No drugs are suggested", ["The model's answer was no drug list."])]
     fresh = [drug for drug in suggestion.drugs if not is_ordered(drug.name, chart.ordered)]
     details = list(chart.notes)
     if len(fresh) < len(suggestion.drugs):
-        had = len(suggestion.drugs) - len(fresh)
-        details.append(f"{had} of {len(suggestion.drugs)} suggested drugs are ordered already.")
+        count = len(suggestion.drugs) - len(fresh)
+        details.append(f"{count} of {len(suggestion.drugs)} suggested drugs are ordered already.")
     if suggestion.dropped_diagnoses:
         details.append(f"{suggestion.dropped_diagnoses} diagnoses did not fit and were not read.")
     if not fresh:
@@ -260,7 +284,15 @@ def cards_of(suggestion: Suggestion, chart: Chart, patient_id: str) -> list[dict
         for drug in fresh
     ]
     shown = card(f"{drugs} that hospitals ordered for like diagnoses", details)
-    return [{**shown, "suggestions": suggestions, "selectionBehavior": "any"}]
+    cards = [{**shown, "suggestions": suggestions, "selectionBehavior": "any"}]
+    new = [drug.name for drug in fresh]
+    had = [" and ".join(sorted(order)) for order in chart.ordered]
+    pairs = interacting([*new, *had], interactions) if interactions else []
+    if warned := [pair for pair in pairs if not {*pair}.isdisjoint(new)]:
+        lines = [f"- {_plain(a)} with {_plain(b)}" for a, b in warned]
+        title = f"Interactions with suggested drugs: {len(warned)}"
+        cards.append({**card(title, ["\n".join(lines)]), "indicator": "warning"})
+    return cards
 
 
 def evidence(drug: SuggestedDrug) -> str:
@@ -281,6 +313,15 @@ def card(summary: str, details: list[str]) -> dict[str, Any]:
         "indicator": "info",
         "source": {"label": f"FedRx. {NOTICE}"},
     }
+
+
+def _plain(text: str) -> str:
+    r"""Return text that Markdown shows as it is.
+
+    >>> _plain("*Drug* <b>")
+    '\\*Drug\\* \\<b\\>'
+    """
+    return re.sub(r"([^\w\s])", r"\\\1", " ".join(text.split()))
 
 
 def _failed(resource: object) -> bool:

@@ -44,6 +44,7 @@ _FREE_KEYS = (
     *(
         "evaluation.max-new-tokens",
         "evaluation.decoding",
+        "evaluation.interactions",
         "model.attention",
         "model.kernels",
         "model.weights",

@@ -6,17 +6,18 @@ import json
 import logging
 import re
 import threading
-from types import SimpleNamespace
 from uuid import UUID
 
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from common.config import Config, EvaluationConfig
 from common.data.icd import Diagnosis, DiagnosisIndex
 from common.evaluation.support import Support
-from sim.assist.cds_hooks import NOTICE, SERVICES, cds_routes
-from sim.assist.suggest import SuggestedDrug, Suggestion
+from sim.assist.cds_hooks import LARGEST_BODY_BYTES, NOTICE, SERVICES, cds_routes, routes_of_run
+from sim.assist.server import Desk, make_app
+from sim.assist.suggest import SuggestedDrug, Suggestion, Surroundings
 
 pytest.importorskip("fhir.resources.R4B")
 
@@ -111,7 +112,7 @@ class Stub:
     def __init__(self):
         rows = [Diagnosis(code=code, title=title) for code, title in TITLES.items()]
         index = DiagnosisIndex(rows, frequency={}, origin="test titles")
-        self.surroundings = SimpleNamespace(index=index)
+        self.surroundings = Surroundings(index=index, support=None, note="")
         self.busy = False
         self.asked = []
         self.answer = self.list_of(*self.drugs)
@@ -375,6 +376,28 @@ def test_an_unknown_service_is_named(client):
     assert all(name in reply.text for name in SERVICES)
 
 
+def test_interactions_with_a_suggested_drug_are_a_warning(model, tmp_path):
+    """Of three pairs: one is suggested, one is with an order, one is among the orders alone."""
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text(
+        "drug_a,drug_b\naspirin,furosemide\nwarfarin,aspirin\nwarfarin,digoxin\n", "utf-8"
+    )
+    app = FastAPI()
+    config = Config(evaluation=EvaluationConfig(interactions=str(pairs)))
+    app.include_router(routes_of_run(model, config))
+    request = patient_view()
+    request["prefetch"]["medications"] = bundle(order("Warfarin 5 mg Tab"), order("Digoxin"))
+    with TestClient(app) as client:
+        first, second = cards(call(client, request))
+        assert [one["label"] for one in first["suggestions"]] == list(model.drugs)
+        assert second["indicator"] == "warning"
+        assert second["summary"].startswith("Interactions with suggested drugs: 2 ")
+        lines = [line for line in second["detail"].splitlines() if line.startswith("- ")]
+        assert lines == ["- Furosemide with Aspirin", "- Aspirin with warfarin"]
+        model.answer = model.list_of("Digoxin", "Metoprolol")
+        assert len(cards(call(client, request))) == 1
+
+
 def test_an_answer_that_is_no_list_is_said(client, model):
     model.answer = model.list_of(in_format=False)
     (card,) = cards(call(client, patient_view()))
@@ -434,3 +457,80 @@ def test_nothing_of_a_patient_is_logged(client, model, caplog, capfd):
         assert "lives alone" not in text
         assert "1288992" not in text
     assert "a CDS service failed: ValueError" in caplog.text
+
+
+PORT = 8080
+
+
+@pytest.fixture
+def served(model, tmp_path):
+    """The page's application with the services in it, and its secret."""
+    desk = Desk(suggester=model, decisions=tmp_path / "decisions.jsonl", about={})
+    app = make_app(desk, port=PORT, services=cds_routes(model, today=lambda: TODAY))
+    with TestClient(app, base_url=f"http://127.0.0.1:{PORT}") as client:
+        yield client, desk.secret
+
+
+def send(served, **headers):
+    client, secret = served
+    usual = {"authorization": f"Bearer {secret}", "content-type": "application/json"}
+    chosen = {k: v for k, v in {**usual, **headers}.items() if v is not None}
+    body = json.dumps(patient_view())
+    return client.post("/cds-services/fedrx-patient-view", content=body, headers=chosen)
+
+
+def test_the_services_are_beside_the_page(served, model):
+    client, _ = served
+    assert client.get("/cds-services").status_code == 200
+    reply = send(served)
+    assert reply.headers["cache-control"] == "no-store"
+    assert cards(reply)[0]["suggestions"]
+    assert client.get("/").status_code == 403
+    assert send(served, authorization=f"bearer {served[1]}").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"authorization": None}, 401),
+        ({"authorization": "Bearer wrong"}, 401),
+        ({"authorization": "Bearer "}, 401),
+        ({"authorization": "Basic SECRET"}, 401),
+        ({"authorization": None, "cookie": f"fedrx-assist-{PORT}=SECRET"}, 401),
+        ({"host": "hospital.example:8080"}, 421),
+        ({"origin": "http://evil.example"}, 403),
+        ({"sec-fetch-site": "cross-site"}, 403),
+        ({"content-type": "text/plain"}, 415),
+        ({"content-length": str(LARGEST_BODY_BYTES + 1)}, 422),
+        ({"content-length": None, "transfer-encoding": "chunked"}, 422),
+    ],
+)
+def test_who_may_not_ask_is_refused(served, model, headers, status):
+    headers = {
+        key: value.replace("SECRET", served[1]) if isinstance(value, str) else value
+        for key, value in headers.items()
+    }
+    client, secret = served
+    request = client.build_request(
+        "POST", "/cds-services/fedrx-patient-view", content=json.dumps(patient_view())
+    )
+    usual = {"authorization": f"Bearer {secret}", "content-type": "application/json"}
+    for key, value in {**usual, **headers}.items():
+        if value is None:
+            request.headers.pop(key, None)
+        else:
+            request.headers[key] = value
+    assert client.send(request).status_code == status
+    assert not model.asked
+
+
+def test_a_chart_may_be_longer_than_a_form(served, model):
+    request = patient_view()
+    request["prefetch"]["conditions"]["entry"] *= 400
+    client, secret = served
+    body = json.dumps(request).encode()
+    assert 64 * 1024 < len(body) < LARGEST_BODY_BYTES
+    headers = {"authorization": f"Bearer {secret}", "content-type": "application/json"}
+    reply = client.post("/cds-services/fedrx-patient-view", content=body, headers=headers)
+    assert cards(reply)[0]["suggestions"]
+    assert client.post("/api/suggest", content=body, headers=headers).status_code == 422
