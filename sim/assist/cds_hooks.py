@@ -264,6 +264,8 @@ def cards_of(
     if len(fresh) < len(suggestion.drugs):
         count = len(suggestion.drugs) - len(fresh)
         details.append(f"{count} of {len(suggestion.drugs)} suggested drugs are ordered already.")
+    if suggestion.ends:
+        details.append(f"Why the list ends there: {_plain(suggestion.ends)}.")
     if suggestion.dropped_diagnoses:
         details.append(f"{suggestion.dropped_diagnoses} diagnoses did not fit and were not read.")
     if not fresh:
@@ -296,10 +298,17 @@ def cards_of(
 
 
 def evidence(drug: SuggestedDrug) -> str:
-    """Return what speaks for a drug, in brackets; empty where nothing is known."""
-    if drug.support is None:
-        return ""
-    return f" ({drug.support.ordered} of {drug.support.similar} similar stays had it)"
+    """Return what speaks for a drug, in brackets; empty where nothing is known.
+
+    >>> evidence(SuggestedDrug(name="Furosemide", support=None, confidence=0.514))
+    ' (confidence 51%)'
+    """
+    known = []
+    if drug.confidence is not None:
+        known.append(f"confidence {drug.confidence:.0%}")
+    if drug.support is not None:
+        known.append(f"{drug.support.ordered} of {drug.support.similar} similar stays had it")
+    return f" ({', '.join(known)})" if known else ""
 
 
 def card(summary: str, details: list[str]) -> dict[str, Any]:

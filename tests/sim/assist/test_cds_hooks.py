@@ -120,15 +120,17 @@ class Stub:
     @staticmethod
     def list_of(*drugs, in_format=True):
         supports = (Support(ordered=3, similar=4), None, None)
+        confidences = (0.62, 0.4, None)
         return Suggestion(
             drugs=tuple(
-                SuggestedDrug(name=name, support=support)
-                for name, support in zip(drugs, supports, strict=False)
+                SuggestedDrug(name=name, support=support, confidence=confidence)
+                for name, support, confidence in zip(drugs, supports, confidences, strict=False)
             ),
             in_format=in_format,
             similar=4,
             dropped_diagnoses=0,
             seconds=0.1,
+            ends="3 drugs *are* enough",
         )
 
     def suggest(self, request):
@@ -209,8 +211,9 @@ def test_patient_view_suggests_what_is_not_ordered(client, model):
     assert card["summary"].startswith("2 drugs ")
     assert "1 of 3 suggested drugs are ordered already." in card["detail"]
     first, second = (one["actions"][0] for one in card["suggestions"])
-    assert "(3 of 4 similar stays had it)" in first["description"]
-    assert "similar" not in second["description"]
+    assert "(confidence 62%, 3 of 4 similar stays had it)" in first["description"]
+    assert "(confidence 40%)" in second["description"]
+    assert r"Why the list ends there: 3 drugs \*are\* enough." in card["detail"]
     assert first["resource"] == {
         "resourceType": "MedicationRequest",
         "status": "draft",
