@@ -187,7 +187,7 @@ WRITERS = {
     *("common/files.py", "common/privacy/budget/ledger.py", "client/epsilon_limit.py"),
     *("client/kept_state.py", "common/evaluation/judge/cache.py"),
     # these say it themselves, or go on without: a form's answer, two logs
-    *("sim/assist/server.py", "client/handlers.py", "sim/process/stages.py"),
+    *("sim/assist/server.py", "client/handlers.py", "sim/process/failures.py"),
     # before or beside a run, where the command line makes a line of any OSError
     *("common/data/synthetic/write.py", "common/model/backbone/embedded.py"),
     *("sim/process/lock.py", "sim/flower/superlink.py", "sim/flower/run_hospital.py"),
