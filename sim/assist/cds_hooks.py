@@ -27,7 +27,7 @@ from common.config import Config
 from common.data.icd import DiagnosisIndex
 from common.evaluation.interactions import Interactions, interacting, read_interactions
 from common.files import writable
-from sim.assist.fhir import BadResource, Chart, Missing, draft_order, is_ordered, read_chart
+from sim.assist.chart import BadResource, Chart, Missing, draft_order, is_ordered, read_chart
 from sim.assist.patient_form import FormProblems, read_form
 from sim.assist.suggest import SuggestedDrug, Suggestion
 

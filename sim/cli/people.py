@@ -191,7 +191,7 @@ def assist(
 ) -> None:
     """Serve the assist page on this machine alone (research only, not for clinical use)."""
     from sim.assist.cds_hooks import routes_of_run
-    from sim.assist.fhir import require_fhir
+    from sim.assist.chart import require_fhir
     from sim.assist.server import DECISIONS, Desk, address, make_server, open_socket, service_lines
     from sim.assist.suggest import Assistant, about_run, assistant_config, find_run, surroundings_of
 

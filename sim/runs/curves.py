@@ -12,12 +12,13 @@ import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 
-from common.config import Config
+from common.config import Config, RunConfig
 from common.errors import UserError
 from common.evaluation.judge.gate import (
     OPEN_SOURCES,
@@ -28,7 +29,7 @@ from common.evaluation.judge.gate import (
 from common.privacy.settings import protects
 from common.rundir import RunDirectory
 from sim.process.extras import require_extra
-from sim.process.stages import LONGEST_TEXT
+from sim.process.failures import LONGEST_TEXT
 from sim.runs.trackers import MLflow, Point, TensorBoard, Tracker, public_configuration
 
 NONE, TENSORBOARD, MLFLOW = "none", "tensorboard", "mlflow"
@@ -169,7 +170,7 @@ def curves(
     Raises:
         UserError: as ``check_tracker``.
     """
-    check_tracker(config, command_line=command_line, source=source)
+    check_tracker(config, command_line, source=source)
     kind, configuration = config.run.tracker, public_configuration(config)
     if kind == NONE:
         return contextlib.nullcontext()
@@ -186,7 +187,7 @@ def curves(
     return Curves(run, tracker, named=f"run.tracker={kind}", console=console)
 
 
-def check_tracker(config: Config, *, command_line: Sequence[str], source: str = "") -> None:
+def check_tracker(config: Config, command_line: Sequence[str], *, source: str = "") -> None:
     """Check that the tracker is installed, and that the run's figures may go where it is.
 
     Args:
@@ -233,6 +234,12 @@ def check_tracker(config: Config, *, command_line: Sequence[str], source: str = 
         )
     if source and source not in OPEN_SOURCES:
         _check_attested(run.tracker_agreement, endpoint)
+
+
+def with_tracker(begun: RunConfig, now: RunConfig) -> RunConfig:
+    """Return a run's settings with the tracker that it is to go on with, which may be another."""
+    keys = ("tracker", "tracker_url", "tracker_agreement")
+    return replace(begun, **{key: getattr(now, key) for key in keys})
 
 
 def _check_attested(agreement: str, endpoint: Endpoint) -> None:

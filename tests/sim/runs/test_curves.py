@@ -11,13 +11,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from client import handlers
 from common.config import Config
 from common.configio import from_flat
-from common.errors import UserError
+from common.errors import RunFailed, UserError
 from common.rundir import RunDirectory
 from sim.process import extras
 from sim.runs import curves as module
 from sim.runs.curves import check_tracker, curves
+from sim.runs.federate import federate
+from sim.runs.resume import resume
+from sim.runs.single import single
+from sim.runs.single_training import SingleTraining
 from sim.runs.trackers import public_configuration
 
 SECRET_PLACE = "/srv/st-elsewhere/mimic"
@@ -237,7 +242,7 @@ def test_none_is_nothing(run):
 def test_a_missing_package_is_one_line(tracker, package, monkeypatch):
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError) as error:
-        check_tracker(configuration(tracker), command_line=[])
+        check_tracker(configuration(tracker), [])
     line = str(error.value)
     assert line.startswith(f"run.tracker={tracker} needs the package {package}; fix: pip install '")
     assert f"'{package}" in line
@@ -288,7 +293,7 @@ def test_where_figures_may_go(keys, named, source, refusal):
             pytest.raises(UserError, match=refusal) if refusal else contextlib.nullcontext()
         )
         with expectation:
-            check_tracker(config, command_line=command_line if named else [], source=source)
+            check_tracker(config, command_line if named else [], source=source)
 
 
 @pytest.fixture
@@ -362,3 +367,59 @@ def test_a_dead_server_is_one_line(run, monkeypatch):
         pytest.fail("it began")
     assert str(error.value).startswith("run.tracker=mlflow cannot begin: ")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_federation_that_was_interrupted_has_whole_curves(tiny_config, tracker, tmp_path):
+    """Round 2 ends after its training; the run goes on, and its checkpoint is round 1."""
+    config = tiny_config(
+        run__backend="in-process",
+        run__tracker=tracker,
+        evaluation__samples=2,
+        evaluation__max_new_tokens=8,
+    )
+    begun = []
+
+    def cut(config, message, context):
+        begun.append(message.content["config"]["round"])
+        if begun[-1] == 2:
+            raise KeyboardInterrupt
+        return handlers.evaluate_round(config, message, context)
+
+    told = {"console": Console(file=io.StringIO()), "command_line": ["fedrx"]}
+    run = RunDirectory(tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(handlers.HANDLERS, "evaluate", cut)
+        with pytest.raises(KeyboardInterrupt):
+            federate(config, run_dir=run.path, **told)
+    assert {step for _, step in READERS[tracker](run)} == {0, 1, 2}
+    resume(run.path, **told)
+    found = READERS[tracker](run)
+    assert found == expected(run, tracker)
+    assert ("validation-loss", 2) in found
+    assert ("train-loss-by-hospital/hospital-3", 2) in found
+
+
+@pytest.mark.slow
+def test_a_single_run_has_a_curve_of_each_step(tiny_config, tracker, tmp_path):
+    config = tiny_config(evaluation__samples=2, evaluation__max_new_tokens=8)
+    told = {"console": Console(file=io.StringIO()), "command_line": ["fedrx"]}
+    run = RunDirectory(tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SingleTraining, "finish", lambda training: 1 / 0)
+        with pytest.raises(RunFailed):
+            single(config, run_dir=run.path, **told)
+    # What a run is drawn with may change when it goes on.
+    resume(run.path, [f"run.tracker={tracker}"], **told)
+    found = READERS[tracker](run)
+    assert found == expected(run, tracker)
+    assert {step for tag, step in found if tag == "learning_rate"} == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("verb", [federate, single])
+def test_what_may_not_be_leaves_nothing(verb, tiny_config, tmp_path):
+    pytest.importorskip("mlflow")
+    config = tiny_config(run__tracker="mlflow", run__tracker_url="https://curves.example.org")
+    with pytest.raises(UserError, match="not named on the command line"):
+        verb(config, console=Console(quiet=True), command_line=[], run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
