@@ -36,16 +36,12 @@ def worker_of(cell, folder):
     while not run.checkpoint_names():
         time.sleep(0.005)
     for file in (folder / JOBS).glob("*_log.out"):
-        controller = psutil.Process(int(file.name.split("_")[0]))
-        for worker in controller.children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                if run.path in map(Path, lock_files(worker)):
+        with contextlib.suppress(psutil.Error):  # jobs that have ended
+            controller = psutil.Process(int(file.name.split("_")[0]))
+            for worker in controller.children(recursive=True):
+                if run.path / ".lock" in [Path(one.path) for one in worker.open_files()]:
                     return controller, worker
     raise AssertionError("no process works on the run")
-
-
-def lock_files(process):
-    return [str(Path(file.path).parent) for file in process.open_files()]
 
 
 @pytest.mark.process
