@@ -19,9 +19,9 @@ from typing import Any
 from rich.console import Console
 
 from common.config import Config, RunConfig
+from common.data.handling import SYNTHETIC, handling_of
 from common.errors import UserError
 from common.evaluation.judge.gate import (
-    OPEN_SOURCES,
     SHORTEST_AGREEMENT,
     Endpoint,
     check_endpoint,
@@ -214,7 +214,7 @@ def check_tracker(config: Config, command_line: Sequence[str], *, source: str = 
         )
     if not run.tracker_url:
         return
-    endpoint = check_endpoint(run.tracker_url, source=OPEN_SOURCES[0], key="run.tracker-url")
+    endpoint = check_endpoint(run.tracker_url, source=SYNTHETIC, key="run.tracker-url")
     if endpoint.loopback:
         return
     if f"run.tracker-url={run.tracker_url}" not in {
@@ -232,7 +232,7 @@ def check_tracker(config: Config, command_line: Sequence[str], *, source: str = 
             "training stay on this machine",
             fix="leave run.tracker-url empty",
         )
-    if source and source not in OPEN_SOURCES:
+    if source and not handling_of(source).is_open:
         _check_attested(run.tracker_agreement, endpoint)
 
 
@@ -263,7 +263,7 @@ def _address(config: Config) -> str:
     if not config.run.tracker_url:
         return ""
     url = config.run.tracker_url
-    return check_endpoint(url, source=OPEN_SOURCES[0], key="run.tracker-url").url
+    return check_endpoint(url, source=SYNTHETIC, key="run.tracker-url").url
 
 
 def _in_one_line(error: Exception) -> str:
