@@ -64,9 +64,7 @@ def require_fhir() -> None:
     Raises:
         UserError: if it is not.
     """
-    require_extra(
-        "fhir", "fhir.resources", needed_by="--cds-hooks", without="leave --cds-hooks out"
-    )
+    require_extra("fhir", needed_by="--cds-hooks", without="leave --cds-hooks out")
 
 
 def read_chart(

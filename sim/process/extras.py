@@ -1,38 +1,39 @@
 """Packages that only some options need: said in one line where one is missing."""
 
-import importlib.metadata
 import importlib.util
 
-from packaging.requirements import Requirement
-
 from common.errors import UserError
+from common.provenance import pip_install
+
+OPTIONAL = {
+    "llguidance": "llguidance",
+    "tensorboard": "tensorboard",
+    "mlflow": "mlflow-skinny",
+    "fhir": "fhir.resources",
+    "submitit": "submitit",
+}
+"""What is imported of each, and the package that brings it."""
 
 
-def require_extra(module: str, package: str, *, needed_by: str, without: str) -> None:
+def absent(module: str) -> bool:
+    """Tell whether a package is not installed."""
+    return importlib.util.find_spec(module) is None
+
+
+def require_extra(module: str, *, needed_by: str, without: str) -> None:
     """Check that an optional package is installed.
 
     Args:
-        module: What is imported of it.
-        package: Its name in the package index.
+        module: A key of ``OPTIONAL``.
         needed_by: The option that needs it, as a person set it.
         without: How to do without.
 
     Raises:
         UserError: if it is not; the fix names the package and the versions that FedRx works with.
     """
-    if importlib.util.find_spec(module) is None:
+    if absent(module):
+        package = OPTIONAL[module]
         raise UserError(
             f"{needed_by} needs the package {package}",
-            fix=f"pip install '{requirement(package)}', or {without}",
+            fix=f"{pip_install(package)}, or {without}",
         )
-
-
-def requirement(package: str) -> str:
-    """Return an optional package with the range that FedRx declares, as pip reads it.
-
-    >>> requirement("llguidance").startswith("llguidance<")
-    True
-    """
-    declared = map(Requirement, importlib.metadata.requires("fedrx") or ())
-    ranges = [str(one.specifier) for one in declared if one.name == package]
-    return f"{package}{ranges[0] if ranges else ''}"

@@ -33,7 +33,6 @@ from sim.process.failures import LONGEST_TEXT
 from sim.runs.trackers import MLflow, Point, TensorBoard, Tracker, public_configuration
 
 NONE, TENSORBOARD, MLFLOW = "none", "tensorboard", "mlflow"
-PACKAGES = {TENSORBOARD: "tensorboard", MLFLOW: "mlflow-skinny"}
 MLFLOW_NOTE = "mlflow.json"
 SECONDS = 1.0
 """Between two looks at metrics.jsonl."""
@@ -208,7 +207,6 @@ def check_tracker(config: Config, command_line: Sequence[str], *, source: str = 
     if run.tracker != NONE:
         require_extra(
             run.tracker,
-            PACKAGES[run.tracker],
             needed_by=f"run.tracker={run.tracker}",
             without="set run.tracker to none",
         )

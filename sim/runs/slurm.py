@@ -63,7 +63,7 @@ def require_submitit() -> None:
     Raises:
         UserError: if it is not.
     """
-    require_extra("submitit", "submitit", needed_by="--slurm", without="leave --slurm out")
+    require_extra("submitit", needed_by="--slurm", without="leave --slurm out")
 
 
 def read_options(texts: Sequence[str]) -> dict[str, str]:

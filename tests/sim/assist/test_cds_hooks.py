@@ -14,10 +14,13 @@ from fastapi.testclient import TestClient
 
 from common.config import Config, EvaluationConfig
 from common.data.icd import Diagnosis, DiagnosisIndex
+from common.errors import UserError
 from common.evaluation.support import Support
 from sim.assist.cds_hooks import LARGEST_BODY_BYTES, NOTICE, SERVICES, cds_routes, routes_of_run
+from sim.assist.chart import require_fhir
 from sim.assist.server import Desk, make_app
 from sim.assist.suggest import SuggestedDrug, Suggestion, Surroundings
+from sim.process import extras
 
 pytest.importorskip("fhir.resources.R4B")
 
@@ -460,6 +463,14 @@ def test_nothing_of_a_patient_is_logged(client, model, caplog, capfd):
         assert "lives alone" not in text
         assert "1288992" not in text
     assert "a CDS service failed: ValueError" in caplog.text
+
+
+def test_without_the_validator_it_is_one_line(monkeypatch):
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError) as error:
+        require_fhir()
+    line = "--cds-hooks needs the package fhir.resources; fix: pip install 'fhir.resources"
+    assert str(error.value).startswith(line)
 
 
 PORT = 8080
