@@ -4,29 +4,26 @@ What is fitted - the baselines' counts, the vocabulary - is fitted on training s
 hospital's baselines on its own: no hospital's data helps another's baseline.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config import Config, EvaluationConfig
+from common.config import Config
 from common.data.partition import Hospital
 from common.data.samples import Admission
 from common.errors import UserError
 from common.evaluation.answers_file import Evaluation, Facts, Generation, Patient, Prediction
 from common.evaluation.baselines import BASELINES
-from common.evaluation.constrained import answer_grammar
-from common.evaluation.generate import Generated, generate
+from common.evaluation.figures import Compared, figures
+from common.evaluation.lists import Answer, ListMaker, Prompts
 from common.evaluation.metrics import drug_map_of, score
-from common.files import writable
 from common.model.session import Session
 from common.seeds import stream
 from common.text.batches import encode_prompt
-from common.text.prompts import age_text, parse_answer
+from common.text.prompts import age_text
 
 B = Mapping[str, NDArray[np.float32]]
 Progress = Callable[[str, int, int], None]
@@ -42,17 +39,6 @@ class Case:
     """Number of the patient within this evaluation."""
     hospital: int
     admission: Admission
-
-
-class Answer(NamedTuple):
-    """One answer to one case."""
-
-    text: str | None
-    """What the model wrote; None of a baseline."""
-    drugs: tuple[str, ...] | None
-    """None: the text is not in the format."""
-    escaped: int = 0
-    """Names that UTF-8 cannot hold."""
 
 
 def evaluate_answers(
@@ -75,7 +61,8 @@ def evaluate_answers(
         progress: Called after every generated answer.
 
     Raises:
-        UserError: If nothing is held out, or the constrained decoder is not there.
+        UserError: If nothing is held out, or lists cannot be made as asked for, see
+            ``common.evaluation.lists``.
     """
     settings = config.evaluation
     cases = choose_cases(hospitals, samples=settings.samples, seed=settings.seed)
@@ -83,7 +70,8 @@ def evaluate_answers(
         encode_prompt(case.admission, session.tokenizer, max_length_tokens=config.train.max_length)
         for case in cases
     ]
-    prompts = [ids for ids, _ in encoded]
+    prompts = Prompts(ids=[ids for ids, _ in encoded], hospitals=[case.hospital for case in cases])
+    maker = ListMaker(session, hospitals, config)
     answers: dict[str, list[Answer]] = {}
     generation: dict[str, Generation] = {}
     before = session.adapter.flat.clone()
@@ -95,20 +83,31 @@ def evaluate_answers(
             else:
                 session.adapter.load(b)
             told = None if progress is None else partial(progress, model)
-            answers[model], generation[model] = decode(session, prompts, settings, progress=told)
+            answers[model], generation[model] = maker.answer(prompts, progress=told)
     finally:
         session.adapter.flat.copy_(before)
     answers |= _baseline_answers(hospitals, cases)
     drug_map = drug_map_of(config.data)
-    vocabulary = {drug for one in hospitals for sample in one.train for drug in sample.drugs}
+    vocabulary = frozenset(
+        drug for one in hospitals for sample in one.train for drug in sample.drugs
+    )
     rows = {
         model: [_row(case, model, one) for case, one in zip(cases, given, strict=True)]
         for model, given in answers.items()
     }
+    beside = figures(
+        rows,
+        {model: [one.ranking for one in given] for model, given in answers.items()},
+        Compared(
+            config=config,
+            hospitals=[hospitals[case.hospital].name for case in cases],
+            vocabulary=vocabulary,
+        ),
+    )
     return Evaluation(
         facts=Facts(
             samples=len(cases),
-            constrained=settings.constrained,
+            constrained=settings.method == "generate" and settings.decoding != "greedy",
             settings=settings,
             dropped_diagnoses=sum(dropped for _, dropped in encoded),
             generation=generation,
@@ -125,48 +124,10 @@ def evaluate_answers(
                 resamples=settings.bootstrap,
                 seed=settings.seed,
             ).to_dict()
+            | beside[model]
             for model, of_model in rows.items()
         },
         predictions=[row for of_case in zip(*rows.values(), strict=True) for row in of_case],
-    )
-
-
-def decode(
-    session: Session,
-    prompts: Sequence[Sequence[int]],
-    settings: EvaluationConfig,
-    *,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[list[Answer], Generation]:
-    """Answer prompts with the session's present adapter, in the way that the settings name.
-
-    Another way of decoding is chosen here.
-
-    Args:
-        session: Backbone and adapter.
-        prompts: Token ids.
-        settings: Section ``evaluation``.
-        progress: Called with (answers so far, all answers).
-
-    Raises:
-        UserError: If the constrained decoder is not there.
-    """
-    started = time.perf_counter()
-    generated = generate(
-        session,
-        prompts,
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.batch_size,
-        matcher=answer_grammar(session) if settings.constrained else None,
-        progress=progress,
-    )
-    seconds = round(time.perf_counter() - started, 3)
-    answers = [_read(session, one) for one in generated]
-    return answers, Generation(
-        seconds=seconds,
-        tokens=sum(len(one.tokens) for one in generated),
-        cut_answers=sum(not one.finished for one in generated),
-        escaped_names=sum(one.escaped for one in answers),
     )
 
 
@@ -205,35 +166,6 @@ def choose_cases(hospitals: Sequence[Hospital], *, samples: int, seed: int) -> l
     return cases
 
 
-def read_answer(text: str, *, finished: bool) -> list[str] | None:
-    r"""Parse a generated answer; what a token limit cut in its last line is left out.
-
-    The first drug's line is kept even when cut, since there is nothing else to show.
-
-    >>> read_answer("Drugs:\n- Aspirin\n- Insu", finished=False)
-    ['Aspirin']
-    >>> read_answer("Drugs:\n- Aspirin\n- Insu", finished=True)
-    ['Aspirin', 'Insu']
-    """
-    return _drugs(text, finished=finished)[0]
-
-
-def _drugs(text: str, *, finished: bool) -> tuple[list[str] | None, int]:
-    """Read an answer; also count the names that UTF-8 cannot hold, which are escaped again."""
-    if not finished:
-        whole = text.rpartition("\n")[0]
-        text = whole if "\n" in whole else text
-    drugs: list[str] | None
-    drugs, escaped = writable(parse_answer(text))
-    return drugs, escaped
-
-
-def _read(session: Session, answer: Generated) -> Answer:
-    text = str(session.tokenizer.decode(list(answer.tokens), skip_special_tokens=True))
-    drugs, escaped = _drugs(text, finished=answer.finished)
-    return Answer(text, None if drugs is None else tuple(drugs), escaped)
-
-
 def _baseline_answers(
     hospitals: Sequence[Hospital], cases: Sequence[Case]
 ) -> dict[str, list[Answer]]:
@@ -267,4 +199,7 @@ def _row(case: Case, model: str, answer: Answer) -> Prediction:
         truth=one.drugs,
         text=answer.text,
         answer=answer.drugs,
+        confidence=None
+        if answer.ranking is None
+        else tuple(round(drug.confidence, 4) for drug in answer.ranking.listed),
     )

@@ -52,6 +52,29 @@ class Prediction(Record):
     """What the model wrote; None of a baseline."""
     answer: tuple[str, ...] | None
     """None: the text was not in the format."""
+    confidence: tuple[float, ...] | None = None
+    """Of a scored list: the probability of each of its drugs; else no key."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the line; what only scored lists have has no key in others."""
+        line = super().as_json()
+        if self.confidence is None:
+            del line["confidence"]
+        return line
+
+
+class CutoffFacts(Record):
+    """Where one hospital cuts its ranking of drugs; see ``common.evaluation.cutoff``."""
+
+    names: int
+    """Of the formulary."""
+    threshold: float
+    slope: float
+    intercept: float
+    admissions: int
+    """Validation admissions that chose it."""
+    f1: float
+    """Mean F1 on those; it flatters."""
 
 
 class Generation(Record):
@@ -63,6 +86,8 @@ class Generation(Record):
     """Answers that ended at ``evaluation.max-new-tokens``."""
     escaped_names: int = 0
     """Names that UTF-8 cannot hold; in the file only where there are some."""
+    cutoffs: dict[str, CutoffFacts] | None = None
+    """Of scored lists, by hospital."""
 
 
 class Facts(Record):

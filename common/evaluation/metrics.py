@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from common.config import DataConfig
-from common.data.names import normalise, read_drug_map
+from common.data.names import ATC_CHARACTERS, normalise, read_drug_map
 from common.seeds import stream
 
 METRICS = (
@@ -157,11 +157,11 @@ def score(
     )
     parsed = table[:, _COLUMNS.index("parsed")] == 1
     # Both sets of metrics see the same resamples.
-    sums_km, drawn_rm = resampled_sums(
+    sums_km, drawn_rm = _resampled_sums(
         np.hstack([table, table * parsed[:, None]]),
         [one.cluster for one in predictions],
-        resamples=resamples,
-        random=stream(seed, "bootstrap"),
+        resamples,
+        stream(seed, "bootstrap"),
     )
     overall, among_parsed = (
         _estimates(sums_km[:, half], None if drawn_rm is None else drawn_rm[:, half], confidence)
@@ -179,13 +179,70 @@ def score(
     )
 
 
+def f1_by_admission(
+    predictions: Sequence[Answered],
+    *,
+    level: str,
+    drug_map: Mapping[str, tuple[str, ...]] | None = None,
+) -> list[float]:
+    """Return the F1 of every admission; an answer that is not in the format has 0."""
+    place = _COLUMNS.index("f1")
+    return [
+        _measure(
+            normalised_set(one.truth, level=level, drug_map=drug_map),
+            None
+            if one.answer is None
+            else normalised_set(one.answer, level=level, drug_map=drug_map),
+            frozenset(),
+        )[place]
+        for one in predictions
+    ]
+
+
+def interval_of_mean(
+    values: Sequence[float],
+    clusters: Sequence[int],
+    *,
+    resamples: int,
+    seed: int,
+    confidence: float = 0.95,
+    name: str = "bootstrap",
+) -> Estimate:
+    """Return a mean and its interval by percentile bootstrap over patients.
+
+    Args:
+        values: One for each admission; of a paired comparison, the difference.
+        clusters: Which admissions share a patient.
+        resamples: 0 for no interval.
+        seed: Of the bootstrap; equal seeds and patients see equal resamples.
+        confidence: Mass of the interval.
+        name: Of the seed's stream.
+
+    >>> interval_of_mean([1.0, 1.0, 0.0], [1, 1, 2], resamples=200, seed=0)
+    Estimate(value=0.6666666666666666, low=0.0, high=1.0)
+
+    Raises:
+        ValueError: No values.
+    """
+    if not len(values):
+        raise ValueError("no values to average")
+    table_nm = np.column_stack([values, np.ones(len(values))])
+    _, drawn_rm = _resampled_sums(table_nm, clusters, resamples, stream(seed, name))
+    value = float(table_nm[:, 0].mean())
+    if drawn_rm is None:
+        return Estimate(value, None, None)
+    return Estimate(value, *_interval(drawn_rm[:, 0] / drawn_rm[:, 1], confidence))
+
+
 def drug_map_of(data: DataConfig) -> dict[str, tuple[str, ...]] | None:
-    """Return the map that level ``map`` needs; None at other levels.
+    """Return the map that level ``map`` and the ATC levels need; None at other levels.
 
     Raises:
         UserError: See ``read_drug_map``.
     """
-    return read_drug_map(Path(data.drug_map)) if data.normalisation == "map" else None
+    if data.normalisation not in ("map", *ATC_CHARACTERS):
+        return None
+    return read_drug_map(Path(data.drug_map), data.normalisation)
 
 
 def normalised_set(
@@ -222,23 +279,15 @@ def _measure(
     )
 
 
-def resampled_sums(
+def _resampled_sums(
     table_nm: NDArray[np.float64],
     patients: Sequence[int],
-    *,
     resamples: int,
     random: np.random.Generator,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
     """Return the column sums of each patient, and those of every resample of patients.
 
-    Args:
-        table_nm: One row per admission (N, M).
-        patients: Whose admission each row is.
-        resamples: How many; 0 for none.
-        random: Draws them.
-
-    Returns:
-        (patients, M), and (resamples, M): None without resamples, or with one patient alone.
+    The second is (resamples, M), and None without resamples or with one patient alone.
     """
     names, place_n = np.unique(patients, return_inverse=True)
     sums_km = np.zeros((len(names), table_nm.shape[1]))
@@ -254,7 +303,7 @@ def resampled_sums(
     )
 
 
-def interval(values_r: NDArray[np.float64], confidence: float) -> list[float]:
+def _interval(values_r: NDArray[np.float64], confidence: float) -> list[float]:
     """Return the percentiles between which this share of the resamples lies."""
     tail = (1 - confidence) / 2
     bounds: list[float] = np.quantile(values_r, [tail, 1 - tail]).tolist()
@@ -277,6 +326,6 @@ def _estimates(
             # A resample without any denominator has no value of its own.
             usable_rm = drawn_rm[drawn_rm[:, below] > 0]
             if len(usable_rm):
-                low, high = interval(usable_rm[:, above] / usable_rm[:, below], confidence)
+                low, high = _interval(usable_rm[:, above] / usable_rm[:, below], confidence)
         found[name] = Estimate(value, low, high)
     return found

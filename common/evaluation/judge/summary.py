@@ -4,11 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from common.evaluation.agreement import krippendorff_alpha, unanimous_share
-from common.evaluation.metrics import interval, resampled_sums
-from common.seeds import stream
+from common.evaluation.metrics import interval_of_mean
 
 if TYPE_CHECKING:
     from common.evaluation.judge.cache import Exchanges
@@ -16,7 +13,6 @@ if TYPE_CHECKING:
     from common.evaluation.judge.plan import Judgement, JudgePlan
 
 RESAMPLES = 1000
-CONFIDENCE = 0.95
 
 
 def summarise(plan: "JudgePlan", judgements: Sequence["Judgement"], *, seed: int) -> dict[str, Any]:
@@ -98,18 +94,25 @@ def _appropriateness(
     by_case: dict[str, list[Judgement]] = {}
     for judgement in judgements:
         by_case.setdefault(judgement.case, []).append(judgement)
-    scores: list[tuple[int, float]] = []
+    scores: list[float] = []
+    patients: list[int] = []
     not_asked = 0
     for case, of_case in by_case.items():
         known = [judgement.score for judgement in of_case if judgement.score is not None]
         if known:
-            scores.append((plan.lists[case, model].cluster, sum(known) / len(known)))
+            scores.append(sum(known) / len(known))
+            patients.append(plan.lists[case, model].cluster)
         elif not all(judgement.asked for judgement in of_case):
             not_asked += 1
+    bounds: list[float | None] = [None]
+    if scores:
+        _, *bounds = interval_of_mean(
+            scores, patients, resamples=RESAMPLES, seed=seed, name="judge-bootstrap"
+        )
     verdicts = [v for judgement in judgements for v in judgement.verdicts or ()]
     return {
-        "mean": sum(score for _, score in scores) / len(scores) if scores else None,
-        "interval": _interval(scores, seed),
+        "mean": sum(scores) / len(scores) if scores else None,
+        "interval": None if None in bounds else bounds,
         "scored": len(scores),
         "unscored": len(by_case) - len(scores) - not_asked,
         "not_asked": not_asked,
@@ -118,19 +121,6 @@ def _appropriateness(
         "suitable": sum(verdict.suitable for verdict in verdicts),
         "unsuitable": sum(not verdict.suitable for verdict in verdicts),
     }
-
-
-def _interval(scores: Sequence[tuple[int, float]], seed: int) -> list[float] | None:
-    """Percentile bootstrap over patients; None with fewer than two of them."""
-    if not scores:
-        return None
-    _, drawn_r2 = resampled_sums(
-        np.array([(score, 1.0) for _, score in scores]),
-        [patient for patient, _ in scores],
-        resamples=RESAMPLES,
-        random=stream(seed, "judge-bootstrap"),
-    )
-    return None if drawn_r2 is None else interval(drawn_r2[:, 0] / drawn_r2[:, 1], CONFIDENCE)
 
 
 def _agreement(judgements: Sequence["Judgement"]) -> dict[str, Any]:
