@@ -250,7 +250,10 @@
       ArrowDown: () => move(1), ArrowUp: () => move(-1), ArrowRight: () => moveList(1), ArrowLeft: () => moveList(-1),
       m: () => cardOf(at.list).querySelector(".missing").focus(),
     };
-    const anywhere = { n: () => show(place + 1), p: () => show(place - 1) };
+    const anywhere = {
+      n: () => { if (!$("next").disabled) show(place + 1); },
+      p: () => { if (!$("previous").disabled) show(place - 1); },
+    };
     const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
     const act = anywhere[key] || (spot() && listed[key]);
     if (act) act();
