@@ -46,11 +46,13 @@ def make_run(folder, *, name="trial", hospital="hospital-1"):
 
 
 def test_the_crate_is_read_back_with_its_files(tmp_path):
-    rocrate = pytest.importorskip("rocrate.rocrate")
+    pytest.importorskip("rocrate")
+    from rocrate.rocrate import ROCrate
+
     run = make_run(tmp_path)
     folder = write_bundle(run)
     assert folder == run.path / "bundle"
-    crate = rocrate.ROCrate(folder)
+    crate = ROCrate(folder)
     listed = {entity.id for entity in crate.data_entities}
     assert listed == {p.name for p in folder.iterdir()} - {METADATA}
     assert listed == {
