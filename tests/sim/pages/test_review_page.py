@@ -88,6 +88,9 @@ def test_mark_reload_download_import(browser, run, tmp_path, requested_urls):
     browser.get(page.as_uri())
     assert "not for clinical use" in browser.find_element("tag name", "body").text
 
+    if folder := os.environ.get("FEDRX_PICTURES"):
+        browser.save_screenshot(f"{folder}/review-start.png")
+
     # Before anything is shown, the page asks who reviews; without a name it says what is missing.
     assert not browser.find_element("id", "lists").is_displayed()
     browser.find_element("id", "start").click()
@@ -223,14 +226,12 @@ def test_a_second_person_in_the_same_browser_begins_anew(browser, run, tmp_path)
     assert result["reviewers"] == ["Anna", "Bert"]
     assert result["agreement"]["unanimous"] == 1 / 2  # A: keep, remove; B: remove, remove
 
-    # One start of the page under two names is one person's, whatever was marked since.
+    # The same marks from another start, and other marks from the same start: both are one person's.
     content = json.loads(second.read_text())
     body = json.loads(content["body"])
-    for name, cases in (("Carl", body["cases"]), ("Dora", {**body["cases"]})):
-        twin = {**body, "reviewer": name, "cases": cases}
-        if name == "Carl":
-            twin["state"] = "another start"
-        text = json.dumps(twin)
+    changed = {number: {**case, "comment": "mine"} for number, case in body["cases"].items()}
+    for name, twin in (("Carl", {"state": "another"}), ("Dora", {"cases": changed})):
+        text = json.dumps({**body, "reviewer": name, **twin})
         file = tmp_path / f"{name}.json"
         digest = hashlib.sha256(text.encode()).hexdigest()
         file.write_text(json.dumps({**content, "body": text, "sha256": digest}))
