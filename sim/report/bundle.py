@@ -15,6 +15,7 @@ from common.configio import flatten, from_flat, to_toml
 from common.data.handling import CREDENTIALED, handling_of
 from common.errors import UserError
 from common.files import json_document, json_line, new_folder, write_text
+from common.privacy.settings import is_private
 from common.provenance import pip_install
 from common.rundir import RunDirectory
 
@@ -101,7 +102,8 @@ def contents(run: RunDirectory) -> dict[str, str]:
         "environment.json": [
             _public({k: environment[k] for k in _ENVIRONMENT if k in environment})
         ],
-        "data.json": [_public(run.read_json("data.json"))],
+        # Of a private run no count of patients is told.
+        "data.json": [] if is_private(run.config()) else [_public(run.read_json("data.json"))],
         "figures.json": [summary],
         "metrics.jsonl": [_public(event) for event in run.lines("metrics.jsonl")],
         "privacy.jsonl": [_public(line) for line in run.lines("privacy.jsonl")],

@@ -20,7 +20,12 @@ from common.files import write_bytes, write_json, write_text
 from common.model.adapter.falora import Adapter
 from common.model.adapter.layout import adapter_spec, meta_adapter
 from common.model.backbone.llama_config import read_llama_config
-from common.model.backbone.load import BackboneSpec, load_model, load_tokenizer
+from common.model.backbone.load import (
+    BackboneSpec,
+    load_model,
+    load_tokenizer,
+    without_progress_bars,
+)
 from common.rundir import RunDirectory
 from common.tensor_files import Tensors
 from common.training.resident_session import backbone_spec
@@ -188,7 +193,8 @@ def _write_merged(folder: Path, backbone: BackboneSpec, tensors: Tensors, *, sca
             a, b = (torch.from_numpy(tensors[f"{module}.lora_{one}"]) for one in "AB")
             weight = model.get_submodule(module).weight
             weight.copy_(weight.float() + scale * (b @ a))
-    model.save_pretrained(folder)
+    with without_progress_bars():
+        model.save_pretrained(folder)
     load_tokenizer(backbone).save_pretrained(folder)
 
 

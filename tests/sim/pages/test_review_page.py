@@ -277,7 +277,7 @@ def test_keys_act_where_the_reviewer_is(browser, run):
 WORDS_BROKEN = """
 return [...document.querySelectorAll('.drug .name')].flatMap((node) => {
   const text = node.firstChild;
-  return [...text.data.matchAll(/[^ ]+/g)].filter((word) => {
+  return [...text.data.matchAll(/[^ -]+/g)].filter((word) => {
     const range = document.createRange();
     range.setStart(text, word.index);
     range.setEnd(text, word.index + word[0].length);

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Config, DataConfig, RunConfig
+from common.config import Config, DataConfig, PrivacyConfig, RunConfig
 from common.errors import UserError
 from common.rundir import RunDirectory
 from sim.report.bundle import METADATA, write_bundle
 
 
-def make_run(folder, *, name="trial", hospital="hospital-1"):
+def make_run(folder, *, name="trial", hospital="hospital-1", noise=0.0):
     config = Config(
+        privacy=PrivacyConfig(noise_multiplier=noise),
         data=DataConfig(path=str(folder / "secret-place" / "mimic")),
         run=RunConfig(name=name, directory=str(folder / "run")),
     )
@@ -39,6 +40,7 @@ def make_run(folder, *, name="trial", hospital="hospital-1"):
             "review": {"reviewers": ["Dr. Anna Secret"], "cases": 3},
         },
     )
+    run.write_json("data.json", {"counts": {"patients": 77}})
     run.metric("validation-loss", 2.5, round=1, hospital=hospital)
     run.append("predictions.jsonl", {"case": "case-0001", "truth": ["row-secret"]})
     run.append("privacy.jsonl", {"round": 1, "hospital": hospital, "epsilon": 0.5})
@@ -56,7 +58,7 @@ def test_the_crate_is_read_back_with_its_files(tmp_path):
     listed = {entity.id for entity in crate.data_entities}
     assert listed == {p.name for p in folder.iterdir()} - {METADATA}
     assert listed == {
-        *("config.toml", "environment.json", "figures.json"),
+        *("config.toml", "environment.json", "data.json", "figures.json"),
         *("metrics.jsonl", "privacy.jsonl"),
     }
     assert all(entity["encodingFormat"] for entity in crate.data_entities)
@@ -89,6 +91,13 @@ def test_what_looks_like_an_id_or_a_date_stops_the_bundle(tmp_path, name, where)
     assert name not in str(caught.value)
     assert not (run.path / "bundle").exists()
     assert {p.name for p in run.path.iterdir()}.isdisjoint({"bundle", ".bundle"})
+
+
+def test_a_private_runs_bundle_counts_nobody(tmp_path):
+    pytest.importorskip("rocrate")
+    folder = write_bundle(make_run(tmp_path, noise=1.0))
+    assert not (folder / "data.json").exists()
+    assert (folder / "privacy.jsonl").exists()
 
 
 def test_counts_and_digests_are_no_ids(tmp_path):
