@@ -6,10 +6,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from common.config import Config, DataConfig, PrivacyConfig, RunConfig
 from common.errors import UserError
 from common.rundir import RunDirectory
+from sim.cli.main import app
 from sim.report.bundle import METADATA, write_bundle
 
 
@@ -132,6 +134,18 @@ def test_a_run_without_figures_has_no_bundle(tmp_path):
     run = RunDirectory.create(Config(), directory=tmp_path / "run")
     with pytest.raises(UserError, match="no figures yet"):
         write_bundle(run)
+
+
+def test_the_command_writes_both_for_one_run(tmp_path):
+    pytest.importorskip("rocrate")
+    run = make_run(tmp_path)
+    told = CliRunner().invoke(app, ["report", str(run.path), "--bundle", "--tripod-llm"])
+    assert told.exit_code == 0
+    assert f"bundle: {run.path / 'bundle'}" in told.output
+    assert (run.path / "tripod-llm.md").read_text(encoding="utf-8").startswith("# TRIPOD-LLM")
+    two = CliRunner().invoke(app, ["report", str(run.path), str(run.path), "--bundle"])
+    assert isinstance(two.exception, UserError)
+    assert "of one run" in str(two.exception)
 
 
 def test_the_citation_names_the_project():
