@@ -39,7 +39,11 @@ def make_run(folder, *, name="trial", hospital="hospital-1", noise=0.0):
             "hospitals": [{"name": hospital, "patients": 10000001, "samples": 9}],
             "metrics": {"fedrx": {"f1": 0.25, "samples": 9}},
             "wire": {"tensors": ["B"], "bytes_up": 21000000, "bytes_down": 21000000},
-            "review": {"reviewers": ["Dr. Anna Secret"], "cases": 3},
+            "review": {
+                "reviewers": ["Dr. Anna Secret"],
+                "cases": 3,
+                "agreement": {"alpha_drugs": None},
+            },
         },
     )
     run.write_json("data.json", {"counts": {"patients": 77}})
