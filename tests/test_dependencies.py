@@ -17,7 +17,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT, TOOL = PYPROJECT["project"], PYPROJECT["tool"]
 EXTRAS = PROJECT["optional-dependencies"]
 # Declared though no line of ours imports them.
-NEEDED_BY_TRANSFORMERS = {"accelerate": "reads gguf files", "gguf": "reads gguf files"}
+NEEDED_BY_TRANSFORMERS = {"accelerate": "reads gguf files"}
 # Tests ask them, of the versions that Flower brings, about proxies and memory.
 WHAT_FLOWER_BRINGS = {"ray", "grpcio", "requests"}
 WITH_TORCH_FOR_GPUS = {"triton"}

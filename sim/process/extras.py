@@ -11,6 +11,7 @@ OPTIONAL = {
     "mlflow": "mlflow-skinny",
     "fhir": "fhir.resources",
     "submitit": "submitit",
+    "rocrate": "rocrate",
 }
 """What is imported of each, and the package that brings it."""
 
