@@ -20,13 +20,13 @@ from common.config import TrainConfig
 from common.evaluation import decode_graph
 from common.evaluation.generate import generate
 from common.model.adapter.falora import AdapterSpec, attach
+from common.model.adapter.projections import quantise
 from common.model.backbone.load import BackboneShape, BackboneSpec
 from common.model.backbone.tiny import tiny_config
 from common.model.footprint import training_footprint
 from common.model.kernels import attention
 from common.model.kernels import fused_layer as lean
 from common.model.kernels.elementwise import CANDIDATES, choose_kernels, kernels_named
-from common.model.kernels.frozen import quantise
 from common.model.memory import choose_recompute
 from common.model.session import DTYPES, Session, choose_device
 from common.privacy.mechanism.clipping import clipped_sum

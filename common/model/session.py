@@ -14,10 +14,11 @@ from common.choice import AMX, ASKED, AVX, GPU_HAS_BF16, GPU_LACKS_BF16, NEITHER
 from common.errors import UserError
 from common.limits import available_cpus
 from common.model.adapter.falora import Adapter, AdapterSpec, attach
+from common.model.adapter.projections import quantise
 from common.model.backbone.load import BackboneSpec, load_model, load_tokenizer
 from common.model.kernels.attention import Packing, choose_attention, register
 from common.model.kernels.elementwise import TORCH, Kernels, choose_kernels, kernels_named
-from common.model.kernels.frozen import choose_weights, quantise
+from common.model.kernels.frozen import choose_weights
 from common.model.memory import choose_recompute
 
 if TYPE_CHECKING:

@@ -1,9 +1,8 @@
 """FA-LoRA: low-rank adapters whose A is drawn once and frozen, and whose B is trained.
 
 ``y = x W^T + s (x A^T) B^T`` with ``s = alpha / rank`` (FFA-LoRA, Sun et al., ICLR 2024,
-arXiv 2403.12313). Only B is trained, kept and sent. One autograd function does the whole
-projection: it keeps ``x A^T`` (rank wide) instead of ``x``, and the gradient of B - or every
-packed segment's gradient of B, for differential privacy - comes from the same backward pass.
+arXiv 2403.12313). Only B is trained, kept and sent. What is computed is in
+``common.model.adapter.projections``; here is the trainable state.
 
 Shapes: T packed tokens, D input width, O output width, R rank, P trainable parameters,
 S packed segments, U units (rows of a unit-gradient buffer).
@@ -12,184 +11,17 @@ S packed segments, U units (rows of a unit-gradient buffer).
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from common.errors import UserError
+from common.model.adapter.projections import HEAD, AdaptedLinear, UnitCapture
 from common.model.adapter.spec import AdapterSpec, HashedA, draw_a
-from common.model.kernels.elementwise import Kernels
-from common.model.kernels.frozen import (
-    Fp8Weight,
-    FrozenWeight,
-    frozen_weight,
-    input_gradient,
-    products,
-)
 
-__all__ = ["AdaptedLinear", "Adapter", "AdapterSpec", "attach", "draw_a"]
-HEAD = {"lm_head"}
-"""Never adapted: the loss reads the head's weights, not its module."""
-
-# Projections that read the same input: one product with all their A's serves the whole group.
-_SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-
-
-@dataclass(kw_only=True)
-class _UnitCapture:
-    """Where the running backward pass puts each segment's gradient."""
-
-    bounds: tuple[int, ...]
-    rows: tuple[int, ...]
-    out_UP: Tensor
-
-
-class _Group:
-    """Adapted projections that read the same input, computed together.
-
-    The first projection that is called computes all of them; the others find their output ready.
-    """
-
-    def __init__(self, adapter: "Adapter", modules: Sequence["AdaptedLinear"]) -> None:
-        self.adapter = adapter
-        self.modules = tuple(modules)
-        self._input: Tensor | None = None
-        self._ready: dict[int, Tensor] = {}
-        if adapter.spec.mode == "fa-lora":
-            # One buffer, so that x A^T is one product; the modules' A are views of it.
-            self.a_GD = torch.cat([module.lora_A.detach() for module in modules])
-            for module, a_RD in zip(modules, self.a_GD.chunk(len(modules)), strict=True):
-                module.lora_A = a_RD
-
-    def output(self, module: "AdaptedLinear", x: Tensor) -> Tensor:
-        """Return one member's output for ``x``, [..., O]."""
-        if self._input is not x or id(module) not in self._ready:
-            outputs = self._compute(x)
-            self._ready = {id(member): y for member, y in zip(self.modules, outputs, strict=True)}
-            self._input = x
-        y = self._ready.pop(id(module))
-        if not self._ready:
-            self._input = None
-        return y
-
-    def _compute(self, x: Tensor, beside: Sequence[nn.Module] = ()) -> tuple[Tensor, ...]:
-        if self.adapter.spec.mode == "fa-lora":
-            a_GD = self.a_GD
-        else:
-            a_GD = torch.cat([module.lora_A for module in self.modules])
-        flat: list[Any] = []
-        for module in self.modules:
-            flat += [module.weight, module.bias, module.lora_B]
-        return cast("tuple[Tensor, ...]", _adapted(x, self, tuple(beside), a_GD, *flat))
-
-    def together(self, x: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
-        """Return the outputs of projections of one input, this group's and frozen ones."""
-        beside = [module for module in modules if module not in self.modules]
-        outputs = self._compute(x, beside)
-        order = [*self.modules, *beside]
-        return [outputs[order.index(module)] for module in modules]
-
-
-class _AdaptedFunction(torch.autograd.Function):
-    """The adapted projections of one group as one node of the graph."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        group: _Group,
-        beside: tuple[Any, ...],
-        a_GD: Tensor,
-        *tensors: Any,
-    ) -> Any:
-        triples = [tensors[i : i + 3] for i in range(0, len(tensors), 3)]
-        scale = group.adapter.spec.scale
-        x_TD = x.reshape(-1, x.shape[-1])
-        z_TG = x_TD @ a_GD.to(x.dtype).T
-        weights, biases, bs = zip(*triples, strict=True)
-        weights = *weights, *map(frozen_weight, beside)
-        y_TOs = products(x_TD, weights, (*biases, *(module.bias for module in beside)))
-        outputs = []
-        for y_TO, b_OR, z_TR in zip(y_TOs, bs, z_TG.chunk(len(bs), 1), strict=False):
-            y_TO.addmm_(z_TR, b_OR.to(x.dtype).T, alpha=scale)
-            outputs.append(y_TO.view(*x.shape[:-1], -1))
-        outputs += [y_TO.view(*x.shape[:-1], -1) for y_TO in y_TOs[len(bs) :]]
-        ctx.group, ctx.shape = group, x.shape
-        ctx.keeps_x = ctx.needs_input_grad[3]
-        # The weights are the modules' own, and frozen: nothing can change them in between.
-        ctx.weights = weights
-        ctx.save_for_backward(z_TG, a_GD, *([x_TD] if ctx.keeps_x else []), *bs)
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        z_TG, a_GD, *bs = ctx.saved_tensors
-        x_TD = bs.pop(0) if ctx.keeps_x else None
-        group: _Group = ctx.group
-        spec = group.adapter.spec
-        g_TOs = [g.reshape(-1, g.shape[-1]) for g in grads]
-        d_x = d_a = None
-        if ctx.needs_input_grad[0] or ctx.keeps_x:
-            low_TG = torch.cat(
-                [g_TO @ b_OR.to(g_TO.dtype) for g_TO, b_OR in zip(g_TOs, bs, strict=False)], 1
-            )
-            if ctx.needs_input_grad[0]:
-                d_x = input_gradient(list(zip(g_TOs, ctx.weights, strict=True)))
-                d_x.addmm_(low_TG, a_GD.to(d_x.dtype), alpha=spec.scale)
-                d_x = d_x.view(ctx.shape)
-        capture = group.adapter.capture
-        d_bs: list[Tensor | None] = []
-        for module, g_TO, z_TR in zip(group.modules, g_TOs, z_TG.chunk(len(bs), 1), strict=False):
-            if capture is None:
-                d_bs.append((g_TO.T @ z_TR).float().mul_(spec.scale))
-            else:
-                group.adapter.add_unit_products(module.key + ".lora_B", capture, g_TO, z_TR)
-                d_bs.append(None)
-        if x_TD is not None and capture is None:
-            d_a = (low_TG.T @ x_TD).float().mul_(spec.scale)
-        elif x_TD is not None and capture is not None:
-            for module, low_TR in zip(group.modules, low_TG.chunk(len(bs), 1), strict=True):
-                group.adapter.add_unit_products(module.key + ".lora_A", capture, low_TR, x_TD)
-        return d_x, None, None, d_a, *(t for d_b in d_bs for t in (None, None, d_b))
-
-
-# torch's stubs leave Function.apply untyped.
-_adapted: Any = _AdaptedFunction.apply
-
-
-class AdaptedLinear(nn.Module):
-    """A frozen linear layer with its low-rank update; takes the place of the ``nn.Linear``."""
-
-    group: _Group
-    lora_A: Tensor
-    lora_B: Tensor
-
-    def __init__(self, base: nn.Linear, key: str) -> None:
-        super().__init__()
-        self.weight: FrozenWeight = base.weight
-        self.bias = base.bias
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.dtype = base.weight.dtype
-        self.key = key
-        self.merged_OD: Tensor | None = None
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return ``x W^T + s (x A^T) B^T``, [..., O]; the name is the ``nn.Linear``'s."""
-        if self.merged_OD is not None:
-            return functional.linear(input, self.merged_OD, self.bias)
-        return self.group.output(self, input)
-
-    def quantise(self, kernels: Kernels) -> None:
-        """Put the frozen weight into fp8."""
-        assert isinstance(self.weight, Tensor)
-        quantised = Fp8Weight.of(self.weight, kernels)
-        del self.weight
-        self.weight = quantised
+__all__ = ["Adapter", "AdapterSpec", "attach", "draw_a"]
 
 
 class Adapter:
@@ -206,7 +38,7 @@ class Adapter:
 
     def __init__(self, model: nn.Module, spec: AdapterSpec) -> None:
         self.spec = spec
-        self.capture: _UnitCapture | None = None
+        self.capture: UnitCapture | None = None
         self.modules = _replace_targets(model, spec)
         shapes: dict[str, tuple[int, int]] = {}
         for module in self.modules:
@@ -228,11 +60,8 @@ class Adapter:
         self._initial_a = HashedA(spec)
         for module in self.modules:
             self._bind(module)
+            module.adapter = self
         self.a_fingerprint = self._initial_a.digest()
-        for group in _grouped(self.modules):
-            shared = _Group(self, group)
-            for module in group:
-                module.group = shared
 
     def _bind(self, module: AdaptedLinear) -> None:
         module.lora_B = self._parameter(module.key + ".lora_B")
@@ -317,14 +146,14 @@ class Adapter:
         fits = out_UP.dtype == torch.float32 and out_UP.shape[1:] == self.flat.shape
         if not fits or len(rows) + 1 != len(cu_seqlens):
             raise ValueError("unit gradients need [U, P] fp32 and one row per segment")
-        self.capture = _UnitCapture(bounds=tuple(cu_seqlens), rows=tuple(rows), out_UP=out_UP)
+        self.capture = UnitCapture(bounds=tuple(cu_seqlens), rows=tuple(rows), out_UP=out_UP)
         try:
             yield
         finally:
             self.capture = None
 
     def add_unit_products(
-        self, key: str, capture: _UnitCapture, left_TM: Tensor, right_TN: Tensor
+        self, key: str, capture: UnitCapture, left_TM: Tensor, right_TN: Tensor
     ) -> None:
         """Add every segment's ``s * left^T right`` to its unit's row (backward pass only)."""
         shape, where = self.shapes[key], self.slices[key]
@@ -388,12 +217,3 @@ def _replace_targets(model: nn.Module, spec: AdapterSpec) -> tuple[AdaptedLinear
         setattr(model.get_submodule(parent), child, replacement)
         adapted.append(replacement)
     return tuple(adapted)
-
-
-def _grouped(modules: Sequence[AdaptedLinear]) -> list[list[AdaptedLinear]]:
-    groups: dict[tuple[str, ...], list[AdaptedLinear]] = {}
-    for module in modules:
-        parent, _, child = module.key.rpartition(".")
-        shared = next((names for names in _SHARED_INPUTS if child in names), (child,))
-        groups.setdefault((parent, *shared), []).append(module)
-    return list(groups.values())

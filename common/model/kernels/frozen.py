@@ -199,22 +199,3 @@ def fp8_obstacle(device: torch.device, dtype: torch.dtype) -> str:
     if dtype != torch.bfloat16:
         return "fp8 needs train.dtype=bf16"
     return ""
-
-
-def quantise(model: nn.Module, kernels: Kernels) -> None:
-    """Put every frozen linear map of a model's layers into fp8, in place.
-
-    Embeddings and the language-model head keep their dtype, and so do A and B.
-
-    Args:
-        model: A Llama with its adapter attached, on its device.
-        kernels: Who quantises.
-    """
-    from common.model.adapter.falora import HEAD, AdaptedLinear
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, AdaptedLinear):
-            module.quantise(kernels)
-        elif isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] not in HEAD:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, Fp8Linear(module, kernels))

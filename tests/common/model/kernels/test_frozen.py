@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from common.errors import UserError
+from common.model.adapter import projections
 from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.load import resolve_backbone
 from common.model.kernels import frozen
-from common.model.kernels import fused_layer as lean
 from common.model.kernels.elementwise import TORCH
 from common.model.kernels.frozen import Fp8Linear, Fp8Weight, choose_weights, shared_input
 from common.model.session import Session, open_session
@@ -134,7 +134,7 @@ def test_the_last_layer_may_go_on_with_labelled_tokens_alone(monkeypatch):
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("k_proj", "down_proj"), ("up_proj",)])
 def test_projections_of_one_input_as_one_node(monkeypatch, weights, targets):
     apart = gradient(opened(monkeypatch, weights, targets=targets))
-    monkeypatch.setattr(lean, "_outputs", lambda x_TD, *modules: lean.projected(x_TD, modules))
+    monkeypatch.setattr(projections, "one_node", lambda x: True)
     session = opened(monkeypatch, weights, targets=targets)
     assert far(gradient(session), apart) < 2e-6
     with torch.inference_mode(), session.adapter.merged():
