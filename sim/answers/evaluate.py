@@ -18,7 +18,7 @@ from common.files import json_line
 from common.model.session import Session
 from common.rundir import RunDirectory
 from common.tensor_files import Altered
-from common.training.resident_session import session_of
+from common.training.worker import Worker
 from sim.process.early import check_device
 from sim.process.lock import exclusive
 from sim.process.progress import Meter
@@ -81,6 +81,7 @@ def evaluate_run(
     checkpoint: str | None = None,
     overrides: Iterable[str] = (),
     console: Console | None = None,
+    worker: Worker | None = None,
 ) -> dict[str, Any]:
     """Answer held-out admissions with a run's B, the untrained backbone and the baselines.
 
@@ -94,6 +95,7 @@ def evaluate_run(
         checkpoint: Name of a checkpoint; default the last.
         overrides: ``key=value``; only ``evaluation.*`` and where and how to compute.
         console: Where progress is shown, if anywhere.
+        worker: Who may have the backbone open already.
 
     Returns:
         The content of summary.json.
@@ -105,7 +107,7 @@ def evaluate_run(
     config = changed_freely(run.config(), overrides, _FREE_KEYS)
     check_device(config)
     loaded, last = run.load_checkpoint(checkpoint), run.load_checkpoint()
-    table, hospitals, session = reopen(run, config)
+    table, hospitals, session = reopen(run, config, worker or Worker())
     settings = config.evaluation
     way = {"checkpoint": last.name, "settings": asdict(settings), **_compute(session)}
     # A run that plain `flwr run` made does not know its source yet.
@@ -151,19 +153,22 @@ def evaluate_run(
     return summary
 
 
-def reopen(run: RunDirectory, config: Config) -> tuple[SampleTable, Sequence[Hospital], Session]:
+def reopen(
+    run: RunDirectory, config: Config, worker: Worker
+) -> tuple[SampleTable, Sequence[Hospital], Session]:
     """Return a run's samples, its hospitals, and a session, as they were when it was trained.
 
     Args:
         run: The run's directory.
         config: Its configuration, or one that differs in what cannot change them.
+        worker: Opens the session.
 
     Raises:
         UserError: if the data, the backbone or A are not those of the run.
     """
     inputs = run.read_json("environment.json").get("inputs", {})
     table, hospitals = _hospitals(config, inputs)
-    session = session_of(config)
+    session = worker.session(config)
     _require("the backbone", session.spec.fingerprint, inputs.get("backbone"), "model.backbone")
     _require("A", session.adapter.a_fingerprint, inputs.get("a"), "adapter.seed")
     return table, hospitals, session

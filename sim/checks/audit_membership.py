@@ -16,6 +16,7 @@ from common.privacy.membership import membership_findings, patient_losses, ratio
 from common.rundir import RunDirectory
 from common.tensor_files import Tensors
 from common.text.batches import Encoded, encode
+from common.training.worker import Worker
 from sim.answers.evaluate import reopen
 from sim.checks.audit import plain, show
 from sim.checks.audit_page import claim_of, write_audit_page
@@ -54,7 +55,7 @@ def audit_membership(
         raise UserError(f"{run.path} is {state}", allowed="a finished run", fix="`fedrx resume` it")
     config = run.config()
     with exclusive(run):
-        table, hospitals, session = reopen(run, config)
+        table, hospitals, session = reopen(run, config, Worker())
         adapter = session.adapter
         models: list[Tensors] = [
             run.load_checkpoint().b,

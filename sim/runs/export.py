@@ -13,10 +13,9 @@ from common.errors import UserError
 from common.files import write_bytes, write_json, write_text
 from common.model.adapter.falora import Adapter
 from common.model.adapter.layout import adapter_spec, meta_adapter
-from common.model.backbone.load import BackboneSpec
+from common.model.backbone.load import BackboneSpec, resolve_backbone
 from common.rundir import Checkpoint, RunDirectory
 from common.tensor_files import Tensors
-from common.training.resident_session import backbone_spec
 from sim.report.html import markdown_text
 from sim.report.run_report import COLUMNS, NOTICE, model_name
 
@@ -60,7 +59,7 @@ def export_run(
             allowed="a new or empty folder, or an earlier export",
             fix="name another folder",
         )
-    backbone = backbone_spec(config.model.backbone)
+    backbone = resolve_backbone(config.model.backbone)
     adapter = meta_adapter(backbone, adapter_spec(config.adapter))
     inputs = run.read_json("environment.json").get("inputs", {})
     found = {"backbone": backbone.fingerprint, "a": adapter.a_fingerprint}

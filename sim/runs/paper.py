@@ -16,7 +16,7 @@ from common.evaluation.answers import evaluate_answers
 from common.evaluation.answers_file import ANSWERS_SHA256, read_answers, write_answers
 from common.provenance import environment, source_root
 from common.rundir import RunDirectory, remove_unbegun
-from common.training.resident_session import close_session, session_of
+from common.training.worker import Worker
 from sim.answers.evaluate import evaluate_run
 from sim.process.lock import exclusive
 from sim.process.open_run import rank_folder
@@ -134,11 +134,11 @@ def go_on(
         console: Where progress and results are shown.
         started: When this process began to work on it, by ``time.monotonic``.
     """
-    facts = run.read_json("environment.json")
+    facts, worker = run.read_json("environment.json"), Worker()
     with reported(run, console):
         for rank in facts["ranks"]:
             run.write_status("running", rank=rank)
-            _finish_rank(run, config, rank, console, facts["command_line"])
+            _finish_rank(run, config, rank, console, facts["command_line"], worker)
         run.write_status("running", stage=REPORT)
         table = _table(run)
         write_table(run, table)
@@ -166,7 +166,12 @@ def _table(run: RunDirectory) -> dict[str, Any]:
 
 
 def _finish_rank(
-    run: RunDirectory, config: Config, rank: int, console: Console, command_line: Sequence[str]
+    run: RunDirectory,
+    config: Config,
+    rank: int,
+    console: Console,
+    command_line: Sequence[str],
+    worker: Worker,
 ) -> None:
     """Train one rank in its own run directory, and answer with each of its checkpoints."""
     folder = run.path / rank_folder(rank)
@@ -177,30 +182,34 @@ def _finish_rank(
             config.run, directory=str(folder), name=f"{config.run.name}-{rank_folder(rank)}"
         ),
     )
-    close_session()
     one = RunDirectory(folder)
     if one.read_json("environment.json").get("mode") != single.MODE:
         remove_unbegun(folder)
         console.rule(f"rank {rank}")
-        single.single(config, console=console, command_line=command_line, run_dir=folder)
+        single.single(
+            config, console=console, command_line=command_line, run_dir=folder, worker=worker
+        )
     elif one.status()["state"] != "finished":
         console.rule(f"rank {rank}, resumed")
         started = time.monotonic()
         with exclusive(one):
-            single.go_on(one, config, prepare(config, console), console, started=started)
+            preparation = prepare(config, console)
+            single.go_on(one, config, preparation, console, started=started, worker=worker)
     run.write_status("running", stage=EVALUATION, rank=rank)
     with exclusive(one), after_training(one, "the answers", "fedrx evaluate"):
-        _answer_with_checkpoints(one, config, console)
+        _answer_with_checkpoints(one, config, console, worker)
 
 
-def _answer_with_checkpoints(run: RunDirectory, config: Config, console: Console) -> None:
+def _answer_with_checkpoints(
+    run: RunDirectory, config: Config, console: Console, worker: Worker
+) -> None:
     """Answer the same held-out admissions with the earlier checkpoints, as a run's end does."""
     summary = run.read_json("summary.json")
     answered = summary["evaluation"]
     last = summary["checkpoints"][-1]["name"]
     if (answered["checkpoint"], answered["settings"]) != (last, asdict(config.evaluation)):
         # Somebody has evaluated another checkpoint, or in another way: the table needs its own.
-        summary = evaluate_run(run, console=console)
+        summary = evaluate_run(run, console=console, worker=worker)
     names = [
         checkpoint["name"]
         for checkpoint in summary["checkpoints"]
@@ -214,7 +223,7 @@ def _answer_with_checkpoints(run: RunDirectory, config: Config, console: Console
     )
     with meter:
         evaluation = evaluate_answers(
-            session_of(config),
+            worker.session(config),
             hospitals,
             config,
             {name: run.load_checkpoint(name).b for name in names},

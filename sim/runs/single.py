@@ -13,12 +13,11 @@ from common.configio import flatten
 from common.errors import UserError
 from common.limits import available_cpus
 from common.model.adapter.layout import adapter_spec
-from common.model.backbone.load import loads
 from common.privacy.budget.receipts import PRIVACY, privacy_summary
 from common.privacy.settings import is_private, protects, with_calibrated_noise
 from common.provenance import environment, peak_device_bytes, peak_rss_bytes, tensors_sha256
 from common.rundir import RunDirectory
-from common.training.resident_session import session_of, tokens_of
+from common.training.worker import Worker
 from sim.answers.evaluate import evaluate_run
 from sim.process.lock import exclusive
 from sim.process.stages import EVALUATION, REPORT, reported
@@ -36,6 +35,7 @@ def single(
     console: Console,
     command_line: Sequence[str],
     run_dir: Path | None = None,
+    worker: Worker | None = None,
 ) -> dict[str, Any]:
     """Train on one node, to the report: the paper's mode.
 
@@ -46,6 +46,7 @@ def single(
         console: Where progress and results are shown.
         command_line: Stored in environment.json.
         run_dir: Run directory; default below ``runs``.
+        worker: Keeps the backbone over runs; one of its own when None.
 
     Returns:
         The content of summary.json.
@@ -69,7 +70,7 @@ def single(
     run.write_json("environment.json", facts)
     console.print(f"run directory: {run.path}", markup=False, highlight=False)
     with exclusive(run):
-        return go_on(run, config, preparation, console, started=started)
+        return go_on(run, config, preparation, console, started=started, worker=worker)
 
 
 def one_node(config: Config) -> Config:
@@ -99,6 +100,7 @@ def go_on(
     console: Console,
     *,
     started: float,
+    worker: Worker | None = None,
 ) -> dict[str, Any]:
     """Train from the last checkpoint (or from nothing) to the end, answer and report.
 
@@ -108,9 +110,10 @@ def go_on(
         preparation: What the run reads.
         console: Where progress and results are shown.
         started: When this process began to work on it, by ``time.monotonic``.
+        worker: Keeps the backbone over runs; one of its own when None.
     """
     with reported(run, console, lambda: {"step": last_step(run)}):
-        return train_and_answer(run, config, preparation, console, started=started)
+        return train_and_answer(run, config, preparation, console, started=started, worker=worker)
 
 
 def train_and_answer(
@@ -120,10 +123,12 @@ def train_and_answer(
     console: Console,
     *,
     started: float,
+    worker: Worker | None = None,
 ) -> dict[str, Any]:
     """Do what is left of a run; each part leaves its result in the run directory."""
-    session = session_of(config)
-    hospital = tokens_of(config, preparation.hospitals[0], session)
+    worker = worker or Worker()
+    session = worker.session(config)
+    hospital = worker.tokens(config, preparation.hospitals[0])
     training = SingleTraining(
         run=run, config=config, session=session, hospital=hospital, console=console
     )
@@ -131,9 +136,9 @@ def train_and_answer(
     for note in scaling(training)["notes"]:
         console.print(note, markup=False, highlight=False)
     training.finish()
-    run.write_json("summary.json", summarise(training, preparation))
+    run.write_json("summary.json", summarise(training, preparation, loads=worker.loads))
     run.write_status("running", stage=EVALUATION, step=training.total.value)
-    summary = evaluate_run(run, console=console)
+    summary = evaluate_run(run, console=console, worker=worker)
     summary |= {
         "seconds": round(training.seconds_before + time.monotonic() - started, 3),
         "peak_rss_bytes": peak_rss_bytes(),
@@ -147,7 +152,7 @@ def train_and_answer(
     return summary
 
 
-def summarise(training: SingleTraining, preparation: Preparation) -> dict[str, Any]:
+def summarise(training: SingleTraining, preparation: Preparation, *, loads: int) -> dict[str, Any]:
     """Return summary.json before the answers: the keys of a federation's, and the steps."""
     run, config, session = training.run, training.config, training.session
     adapter, hospital = config.adapter, preparation.hospitals[0]
@@ -181,7 +186,7 @@ def summarise(training: SingleTraining, preparation: Preparation) -> dict[str, A
         ],
         "b_sha256": tensors_sha256(session.adapter.state()),
         "wire": {"tensors": [], "bytes_up": 0, "bytes_down": 0},
-        "backbone_loads": loads(),
+        "backbone_loads": loads,
         "workers": 1,
         "validation_loss": [losses[step] for step in sorted(losses)],
         "training_seconds": round(training.seconds, 3),

@@ -27,8 +27,6 @@ from common.user_cache import fedrx_cache
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-_loads = 0
-
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneShape:
@@ -86,11 +84,6 @@ class BackboneSpec:
         return hashlib.sha256(f"{self.fingerprint} {weights}".encode()).hexdigest()
 
 
-def loads() -> int:
-    """Return how many times weights were loaded in this process."""
-    return _loads
-
-
 def resolve_backbone(
     name: str,
     *,
@@ -145,9 +138,7 @@ def resolve_backbone(
 def load_model(
     spec: BackboneSpec, *, device: torch.device, dtype: torch.dtype
 ) -> "LlamaForCausalLM":
-    """Load the weights (counted by ``loads``), frozen and in evaluation mode."""
-    global _loads
-    _loads += 1
+    """Load the weights, frozen and in evaluation mode."""
     if spec.folder is None:
         return tiny.tiny_model().to(device=device, dtype=dtype).requires_grad_(False)
     from transformers import LlamaForCausalLM

@@ -10,7 +10,7 @@ import pytest
 from client.kept_state import load_state, save_state
 from client.local_update import update
 from common.model.adapter.layout import initial_tensors
-from common.training.resident_session import session_of
+from common.training.worker import Worker
 from common.wire.contract import Update
 from server.strategy import Aggregator
 
@@ -22,7 +22,7 @@ LINEAR = {"train.schedule": "linear", "train.warmup-steps": 2, "train.accumulati
 
 def federated(config, hospital, folder):
     """Run the rounds as hospital and server do, without Flower's transport."""
-    session = session_of(config)
+    session = Worker().session(config)
     aggregator = Aggregator(config.federation)
     b = initial_tensors(session.adapter.shapes, session.adapter.spec)
     for number in range(1, config.federation.rounds + 1):
@@ -69,7 +69,7 @@ def test_without_its_state_the_federation_differs(configure, hospital, begin, tm
     training = begin(config)
     training.finish()
     alone = training.session.adapter.state()
-    session = session_of(config)
+    session = Worker().session(config)
     b = {key: np.zeros(shape, np.float32) for key, shape in session.adapter.shapes.items()}
     for number in (1, 2, 3):
         fresh = load_state(tmp_path / "empty", before_round=number)

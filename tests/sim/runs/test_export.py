@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from common.config import Config
 from common.configio import from_flat
 from common.errors import UserError
-from common.model.backbone.load import load_model
+from common.model.backbone.load import load_model, resolve_backbone
 from common.rundir import RunDirectory
-from common.training.resident_session import backbone_spec, close_session, session_of
+from common.training.worker import Worker
 from sim.runs.export import export_run
 
 
@@ -35,7 +35,7 @@ def configure(backbone: str, **more: object) -> Config:
 
 def trained_run(config: Config, folder) -> RunDirectory:
     run = RunDirectory.create(config, directory=folder)
-    session = session_of(config)
+    session = Worker().session(config)
     random = np.random.default_rng(0)
     b = {
         key: (0.02 * random.standard_normal(shape)).astype(np.float32)
@@ -59,7 +59,7 @@ def largest_difference(config: Config, run: RunDirectory, reference) -> tuple[fl
     """Of our logits to PEFT's and to the bare backbone's, relative to the largest logit."""
     folder = export_run(run)
     ids = torch.randint(5, 900, (1, 31), generator=torch.Generator().manual_seed(1))
-    session = session_of(config)
+    session = Worker().session(config)
     session.adapter.load(run.load_checkpoint().b)
     with torch.no_grad():
         ours = session.model(input_ids=ids).logits
@@ -80,7 +80,9 @@ def largest_difference(config: Config, run: RunDirectory, reference) -> tuple[fl
 def test_peft_alone_gives_the_same_logits(tmp_path, more):
     config = configure("tiny", **more)
     run = trained_run(config, tmp_path / "run")
-    reference = load_model(backbone_spec("tiny"), device=torch.device("cpu"), dtype=torch.float32)
+    reference = load_model(
+        resolve_backbone("tiny"), device=torch.device("cpu"), dtype=torch.float32
+    )
     to_peft, to_bare = largest_difference(config, run, reference)
     assert to_peft < 1e-5
     assert to_bare > 1e-2
@@ -91,10 +93,9 @@ def test_peft_alone_gives_the_same_logits_on_the_embedded_backbone(tmp_path):
     config = configure("embedded")
     run = trained_run(config, tmp_path / "run")
     reference = AutoModelForCausalLM.from_pretrained(
-        backbone_spec("embedded").folder, dtype=torch.float32
+        resolve_backbone("embedded").folder, dtype=torch.float32
     )
     to_peft, to_bare = largest_difference(config, run, reference)
-    close_session()
     assert to_peft < 1e-5
     assert to_bare > 1e-2
     content = json.loads((run.path / "adapter" / "adapter_config.json").read_text())
@@ -111,7 +112,7 @@ def test_files_are_peft_s_and_hold_a_and_b(tmp_path):
         "adapter_model.safetensors",
     ]
     tensors = load_file(folder / "adapter_model.safetensors")
-    session = session_of(config)
+    session = Worker().session(config)
     expected = {
         f"base_model.model.{m.key}.lora_{letter}.weight"
         for m in session.adapter.modules

@@ -17,7 +17,7 @@ from common.privacy.settings import plan_of
 from common.rundir import RunDirectory
 from common.training.hospital_data import HospitalData
 from common.training.optimiser import TrainState
-from common.training.resident_session import session_of
+from common.training.worker import Worker
 from sim.process.interrupt import Stopped
 from sim.runs import single_training as stepwise
 from sim.runs.single import one_node
@@ -53,7 +53,7 @@ def begin(folder: Path, hospital: HospitalData, **keys: Any) -> SingleTraining:
     training = SingleTraining(
         run=run,
         config=config,
-        session=session_of(config),
+        session=Worker().session(config),
         hospital=hospital,
         console=Console(file=io.StringIO()),
     )
