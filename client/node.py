@@ -10,10 +10,10 @@ from client.epsilon_limit import LimitReached
 from client.kept_state import own_folder
 from client.policy import POLICY, Policy, read_policy
 from client.site import KEYS, NAME
-from common.config import Config, DataConfig, PartitionConfig
+from common.config import Config, DataConfig, FederationConfig, PartitionConfig
 from common.configio import run_digest, settled
-from common.data.partition import Hospital, assign_hospitals
-from common.data.prepare import load_samples
+from common.data.dataset import open_hospitals
+from common.data.partition import Hospital
 from common.errors import RunFailed, UserError
 from common.wire.handshake import NAME_PATTERN
 
@@ -104,8 +104,8 @@ def hospitals_of(
     data: DataConfig, partition: PartitionConfig, hospitals: int
 ) -> tuple[Hospital, ...]:
     """Read the prepared samples and deal them to hospitals; once per process."""
-    table = load_samples(data)
-    return assign_hospitals(table.admissions, partition, hospitals=hospitals, data=data)
+    dealt = FederationConfig(hospitals=hospitals)
+    return open_hospitals(Config(data=data, partition=partition, federation=dealt)).hospitals
 
 
 def private_folder(config: Config, hospital: str) -> Path:

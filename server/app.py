@@ -21,8 +21,8 @@ from common.rundir import TRAINED, RunDirectory
 from common.wire.cohort import NOT_EVALUATED
 from common.wire.contract import Fingerprints, Tensors
 from common.wire.identity import read_keys
+from server.checkpoints import ChangedRun
 from server.clock import Clock
-from server.resume_check import ChangedRun
 from server.roster import Roster
 from server.rounds import Rounds
 

@@ -28,71 +28,22 @@ from common.wire.handshake import check_hello, claimed_name
 from common.wire.identity import NONCE, Impostor, check_signature, new_nonce
 from server.clock import Clock
 from server.messages import OnMessage, exchange
+from server.nodes import Admitted, Erring, LeftOut, Node, Retried, Silent
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mute:
-    """A connected node that has let the whole wait for its handshake pass.
-
-    The n-th try after that comes ``2**n`` rounds later and waits a ``2**n``-th of the limit, so
-    that a node that never answers costs less than twice the limit in all.
-    """
-
-    tries: int
-    """How often it was asked."""
-    asked_in: int
-    """Round in which it was asked last."""
-
-    def due(self, server_round: int) -> bool:
-        """Return whether it is asked again in this round.
-
-        >>> [n for n in range(8) if Mute(tries=2, asked_in=1).due(n)]
-        [5, 6, 7]
-        """
-        return bool(server_round >= self.asked_in + 2**self.tries)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Failing:
-    """A connected node whose handshake fails: asked again after 1, 2, 4, ... seconds."""
-
-    tries: int
-    """How often it was asked."""
-    asked_at: float
-    """When it was asked last, by the clock's ``monotonic``."""
-
-    def due(self, now: float) -> bool:
-        """Return whether it is asked again.
-
-        >>> [n for n in range(8) if Failing(tries=3, asked_at=1).due(n)]
-        [5, 6, 7]
-        """
-        return bool(now >= self.asked_at + 2 ** (self.tries - 1))
-
-
 @dataclass
 class Roster:
-    """Hospitals that passed the handshake, by Flower node id, and those that were refused."""
+    """Who takes part: what each node is, and which hospitals were known before a resume."""
 
     ours: Fingerprints
     plan: PrivacyPlan | None = None
     """With privacy on: what every hospital must have too, and no count may come with it."""
     keys: Mapping[str, EllipticCurvePublicKey] | None = None
     """In a deployment: hospital -> the key that its handshake must be signed with."""
-    names: dict[int, str] = field(default_factory=dict)
-    hellos: dict[str, dict[str, Any]] = field(default_factory=dict)
-    refused: dict[int, tuple[str, str]] = field(default_factory=dict)
-    """Node id -> hospital (or ``node N``) and reason; a refused node is never asked again."""
-    impostors: set[int] = field(default_factory=set)
-    """Refused nodes that are no hospital of this deployment, and count as none."""
-    mute: dict[int, Mute] = field(default_factory=dict)
-    """Nodes that are connected and have not answered."""
-    failing: dict[int, Failing] = field(default_factory=dict)
-    """Nodes that are connected and have answered with a failure."""
-    problems: dict[int, tuple[str, str]] = field(default_factory=dict)
-    """Node id -> hospital (or ``node N``) and reason, of those that are left out so far."""
+    nodes: dict[int, Node] = field(default_factory=dict)
+    """By Flower's node id; a node that was never asked is absent."""
     of: int = 0
     """How many hospitals there are, by their own account; 0: not settled yet."""
     remembered: frozenset[str] = frozenset()
@@ -100,6 +51,19 @@ class Roster:
     known_before: int = 0
     """After a resume: ``known`` before it."""
     clock: Clock = time
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Node id -> hospital, of those whose handshake was accepted."""
+        return {node: one.name for node, one in self._admitted()}
+
+    @property
+    def hellos(self) -> dict[str, dict[str, Any]]:
+        """Hospital -> what it said in the handshake, of those that came in this process."""
+        return {one.name: one.hello for _, one in self._admitted()}
+
+    def _admitted(self) -> list[tuple[int, Admitted]]:
+        return [(node, one) for node, one in self.nodes.items() if isinstance(one, Admitted)]
 
     @property
     def admitted(self) -> list[str]:
@@ -122,7 +86,11 @@ class Roster:
 
     @property
     def _names_here(self) -> set[str]:
-        refused = {name for node, (name, _) in self.refused.items() if node not in self.impostors}
+        refused = {
+            one.name
+            for one in self.nodes.values()
+            if isinstance(one, LeftOut) and not isinstance(one, Retried) and not one.impostor
+        }
         return {*self.hellos, *refused}
 
     def can_go_on(self, needed: int) -> bool:
@@ -148,10 +116,7 @@ class Roster:
         timeout_seconds: float,
         on_message: OnMessage,
     ) -> dict[str, str]:
-        """Query the connected nodes that are not known yet.
-
-        One that did not answer, or failed, is asked anew when it reconnects, and else ever more
-        rarely.
+        """Query the connected nodes that are not known yet, or whose next try is due.
 
         Args:
             grid: Flower's grid.
@@ -170,19 +135,17 @@ class Roster:
                 that has not signed with the key of the hospital that it names ends no run: it is
                 left out and never asked again, whether that hospital is here or not.
         """
-        self.mute = {node: mute for node, mute in self.mute.items() if node in nodes}
-        self.failing = {node: one for node, one in self.failing.items() if node in nodes}
-        due = [node for node in nodes if self._is_asked(node, server_round)]
-        # Nodes that were mute wait until there are no others, who would share their time.
-        new = [node for node in due if node not in self.mute] or due
-        if not new:
+        for node, one in self.nodes.items():
+            if isinstance(one, Retried) and node not in nodes:
+                self.nodes[node] = one.disconnected()
+        asked = self._due(nodes, server_round)
+        if not asked:
             return {}
-        tries = {node: self.mute[node].tries if node in self.mute else 0 for node in new}
-        timeout_seconds /= 2 ** min(tries.values())
-        nonces = {node: new_nonce() for node in new}
+        timeout_seconds /= 2 ** min(self._silences(node) for node in asked)
+        nonces = {node: new_nonce() for node in asked}
         replies = exchange(
             grid,
-            {node: self._query(nonces[node]) for node in new},
+            {node: self._query(nonces[node]) for node in asked},
             kind="query",
             timeout_seconds=timeout_seconds,
             names=self.names,
@@ -190,32 +153,53 @@ class Roster:
             clock=self.clock,
         ).messages
         left_out: dict[str, str] = {}
-        for node in new:
-            name = _name_in(replies.get(node)) or f"node {node}"
+        for node in asked:
+            reply = replies.get(node)
+            name = _name_in(reply) or f"node {node}"
             try:
-                hello = self._checked_hello(name, replies.get(node), timeout_seconds)
+                hello = self._checked_hello(name, reply, timeout_seconds)
                 if self.keys is not None:
                     check_signature(self.keys, nonces[node], node, hello)
                 self._enter(node, name, hello, nodes)
-                self._forget(node)
+                continue
+            except Impostor as error:  # the hospital that it names is not to blame
+                one = LeftOut(name=f"node {node}", reason=str(error), impostor=True)
             except RunFailed as error:
-                if isinstance(error, Impostor):
-                    name = f"node {node}"  # the hospital that it names is not to blame
-                    self.impostors.add(node)
-                elif strict:
+                if strict:
                     raise
-                left_out[name] = str(error)
-                failed = self._forget(node)
-                self.problems[node] = (name, str(error))
-                reply = replies.get(node)
-                if reply is None:
-                    self.mute[node] = Mute(tries=tries[node] + 1, asked_in=server_round)
-                elif reply.has_error():
-                    self.failing[node] = Failing(tries=failed + 1, asked_at=self.clock.monotonic())
-                else:
-                    self.refused[node] = (name, str(error))
-                _log.warning("%s is left out: %s", name, error)
+                one = self._left_out(node, name, str(error), reply, server_round)
+            self.nodes[node] = one
+            left_out[one.name] = one.reason
+            _log.warning("%s is left out: %s", one.name, one.reason)
         return left_out
+
+    def _due(self, nodes: Collection[int], server_round: int) -> list[int]:
+        """Return the nodes to ask now.
+
+        Those that were silent wait until there are no others, who would share their time.
+        """
+        now = self.clock.monotonic()
+        asked = {node: self.nodes.get(node) for node in nodes}
+        due = [node for node, one in asked.items() if one is None or one.due(server_round, now)]
+        return [node for node in due if not self._silences(node)] or due
+
+    def _silences(self, node: int) -> int:
+        one = self.nodes.get(node)
+        return one.tries if isinstance(one, Silent) else 0
+
+    def _left_out(
+        self, node: int, name: str, reason: str, reply: Message | None, server_round: int
+    ) -> LeftOut:
+        """Return what a node is whose handshake was not accepted."""
+        before = self.nodes.get(node)
+        if reply is None:
+            tries = self._silences(node) + 1
+            return Silent(name=name, reason=reason, tries=tries, asked_in=server_round)
+        if reply.has_error():
+            tries = before.tries + 1 if isinstance(before, Erring) else 1
+            now = self.clock.monotonic()
+            return Erring(name=name, reason=reason, tries=tries, asked_at=now)
+        return LeftOut(name=name, reason=reason)
 
     def _query(self, nonce: str) -> RecordDict:
         scalars: dict[str, int | str] = {"round": 0}
@@ -223,25 +207,11 @@ class Roster:
             scalars[NONCE] = nonce
         return RecordDict({CONFIG: ConfigRecord(dict(scalars))})
 
-    def _is_asked(self, node: int, server_round: int) -> bool:
-        if node in self.names or node in self.refused:
-            return False
-        if node in self.failing:
-            return self.failing[node].due(self.clock.monotonic())
-        return node not in self.mute or self.mute[node].due(server_round)
-
-    def _forget(self, node: int) -> int:
-        """Forget what is wrong with a node; return how often it has failed."""
-        self.mute.pop(node, None)
-        self.problems.pop(node, None)
-        failing = self.failing.pop(node, None)
-        return failing.tries if failing else 0
-
     @property
     def reasons(self) -> str:
         """Why nodes are left out so far, as the end of a sentence; empty if none is."""
-        told = sorted(set(self.problems.values()))
-        return "".join(f"; {name}: {reason.removeprefix(f'{name}: ')}" for name, reason in told)
+        found = {(one.name, one.reason) for one in self.nodes.values() if isinstance(one, LeftOut)}
+        return "".join(f"; {name}: {why.removeprefix(f'{name}: ')}" for name, why in sorted(found))
 
     def _enter(
         self, node: int, hospital: str, hello: dict[str, Any], connected: Collection[int]
@@ -261,9 +231,8 @@ class Roster:
         if before is not None and before in connected:
             raise RunFailed(f"two nodes call themselves {hospital}; fix: one node per hospital")
         if before is not None:
-            del self.names[before]
-        self.names[node] = hospital
-        self.hellos[hospital] = hello
+            del self.nodes[before]
+        self.nodes[node] = Admitted(name=hospital, hello=hello)
 
     def _checked_hello(
         self, name: str, reply: Message | None, timeout_seconds: float
@@ -289,7 +258,7 @@ class Roster:
         votes = Counter(hello["of"] for hello in self.hellos.values())
         return max(votes, key=lambda of: (votes[of], of == expected, -of), default=1)
 
-    def settle(self, of: int) -> dict[str, str]:
+    def fix_number(self, of: int) -> dict[str, str]:
         """Fix the number of hospitals, and refuse those who count otherwise, now and later.
 
         Returns:
@@ -297,17 +266,18 @@ class Roster:
         """
         self.of = of
         left_out: dict[str, str] = {}
-        for node, name in list(self.names.items()):
-            if self.hellos[name]["of"] != of:
-                left_out[name] = _miscount(name, self.hellos.pop(name)["of"], of)
-                self.refused[node] = self.problems[node] = (name, left_out[name])
-                del self.names[node]
-                _log.warning("%s is left out: %s", name, left_out[name])
+        for node, one in self._admitted():
+            if one.hello["of"] != of:
+                name, reason = one.name, _miscount(one.name, one.hello["of"], of)
+                self.nodes[node] = LeftOut(name=name, reason=reason)
+                left_out[name] = reason
+                _log.warning("%s is left out: %s", name, reason)
         return left_out
 
     def connected(self, nodes: Iterable[int]) -> dict[str, int]:
         """Return hospital -> node of the admitted hospitals among the connected nodes."""
-        return {self.names[node]: node for node in nodes if node in self.names}
+        names = self.names
+        return {names[node]: node for node in nodes if node in names}
 
     def choose(
         self, config: FederationConfig, server_round: int, connected: dict[str, int]

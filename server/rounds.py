@@ -4,21 +4,16 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from common.config import Config
-from common.configio import flatten
 from common.errors import RunFailed
-from common.privacy.budget.guard import LEDGER
-from common.privacy.budget.ledger import Ledger
 from common.privacy.settings import HOSPITAL
-from common.provenance import tensors_sha256
 from common.rundir import Checkpoint, RunDirectory
-from common.wire.codecs import compress, decode
 from common.wire.cohort import NOT_EVALUATED, WITHSTANDS_NOTHING
 from common.wire.contract import (
     ContractError,
@@ -29,19 +24,19 @@ from common.wire.contract import (
     read_train_reply,
     train_message,
 )
-from server.central_dp import HospitalPrivacyAggregator
+from server import checkpoints
+from server.central_dp import aggregator_for
+from server.checkpoints import CARRIED, STRATEGY, Round
 from server.clock import Clock
 from server.expected_replies import most_validation_tokens, private_steps, steps_expected, train_due
 from server.messages import Recorder, answered, exchange, require
 from server.privacy_account import PrivacyAccount
-from server.resume_check import check_unchanged, inputs_of
 from server.roster import Roster
 from server.screening import outliers, with_capped_weights
 from server.strategies import check_strategy
 from server.strategy import Aggregator
 from server.timeouts import HANDSHAKE_SECONDS, RECONNECT_SECONDS, Pace
 
-STRATEGY, CARRIED = "strategy.", "carried."
 Answer = TypeVar("Answer")
 _log = logging.getLogger(__name__)
 
@@ -59,8 +54,6 @@ class Rounds:
     run: RunDirectory
     shapes: Shapes
     roster: Roster
-    carried: Tensors = field(default_factory=dict)
-    """With a lossy codec: what the messages so far owe the hospitals of the global B."""
     account: PrivacyAccount | None = None
     """With privacy on: what each hospital has spent, as the run directory tells it."""
     paces: dict[str, Pace] = field(default_factory=dict)
@@ -77,44 +70,56 @@ class Rounds:
             ChangedRun: if the run directory is that of another configuration, A or backbone.
             RunFailed: if the handshake fails or a round stays below its quorum.
         """
-        checkpoint = self._last_checkpoint()
+        checkpoint = checkpoints.load(self.run, self.config, self.roster.ours)
         if checkpoint:
             self.roster.remember(checkpoint.facts)
         self.run.write_status("running", round=0)
         self.gather()
         if self.roster.plan:
             self.account = PrivacyAccount(self.run, self.roster.plan)
-        aggregator = self._aggregator()
-        if checkpoint:
-            b, first = self._restore(checkpoint, aggregator)
-            sent = self.encode(b)
-        else:
-            first, owed = 1, self.carried
-            sent = self.encode(b)
-            self.evaluate(sent, 0)
-            self._checkpoint(b, 0, aggregator, owed)
-        for server_round in range(first, self.config.federation.rounds + 1):
+        aggregator = aggregator_for(self.config.federation, self.roster.plan, self.run)
+        last = self._resumed(checkpoint, aggregator) if checkpoint else self._first(b, aggregator)
+        for number in range(last.number + 1, self.config.federation.rounds + 1):
             started = self.clock.monotonic()
-            updates = self.train(sent, server_round)
+            updates = self.train(last, number)
             if not aggregator.withstands(len(updates)):
-                self.run.metric(WITHSTANDS_NOTHING, len(updates), round=server_round)
-            b = aggregator.aggregate(sent.b, updates, server_round=server_round)
-            owed = self.carried
-            sent = self.encode(b)
-            self.evaluate(sent, server_round)
-            seconds = self.clock.monotonic() - started
-            self.run.metric("round-seconds", round(seconds, 3), round=server_round)
-            self._checkpoint(b, server_round, aggregator, owed)
-            self.run.write_status("running", round=server_round)
-        return b
+                self.run.metric(WITHSTANDS_NOTHING, len(updates), round=number)
+            b = aggregator.aggregate(last.received, updates, server_round=number)
+            last = self._round(number, b, last.carried)
+            self.evaluate(last)
+            self.run.metric("round-seconds", self._since(started), round=number)
+            self._save(last, aggregator)
+            self.run.write_status("running", round=number)
+        return last.b
 
-    def _aggregator(self) -> Aggregator:
-        plan, federation = self.roster.plan, self.config.federation
-        if plan is None:
-            return Aggregator(federation)
-        if plan.unit != HOSPITAL:
-            return Aggregator(replace(federation, weighting="uniform"))
-        return HospitalPrivacyAggregator(federation, plan, Ledger(self.run.path / LEDGER, plan))
+    def _round(self, number: int, b: Tensors, owed: Tensors) -> Round:
+        codec = self.config.federation.codec
+        return Round.encode(number, b, owed, codec=codec, shapes=self.shapes)
+
+    def _first(self, b: Tensors, aggregator: Aggregator) -> Round:
+        """Return the round before the first: B as it begins, evaluated and saved."""
+        first = self._round(0, b, {})
+        self.evaluate(first)
+        self._save(first, aggregator)
+        return first
+
+    def _resumed(self, checkpoint: Checkpoint, aggregator: Aggregator) -> Round:
+        """Go back to the last checkpoint: B, strategy, hospitals, what was measured."""
+        last = int(checkpoint.facts["round"])
+        aggregator.restore(checkpoints.part(STRATEGY, checkpoint))
+        self.paces = {kind: Pace(**pace) for kind, pace in checkpoint.facts["paces"].items()}
+        self.run.forget_metrics(after_round=last)
+        if self.account:
+            cost = private_steps(self.config, self.roster.plan, last + 1)
+            self.account.lost_with_the_server(self.run.lines("wire.jsonl"), last + 1, cost)
+        self.run.write_status("running", round=last)
+        return self._round(last, checkpoint.b, checkpoints.part(CARRIED, checkpoint))
+
+    def _save(self, finished: Round, aggregator: Aggregator) -> None:
+        checkpoints.save(self.run, finished, self.config, self.roster, self.paces, aggregator)
+
+    def _since(self, started: float) -> float:
+        return round(self.clock.monotonic() - started, 3)
 
     def gather(self) -> None:
         """Wait for the hospitals and shake hands with each.
@@ -149,21 +154,14 @@ class Rounds:
                     f"connected after {limit:.0f} s{self.roster.reasons}"
                 )
             self.clock.sleep(0.5)
-        self._leave_out(self.roster.settle(of), 0)
+        self._leave_out(self.roster.fix_number(of), 0)
         if not self.roster.hellos:
             raise RunFailed("every hospital was refused; metrics.jsonl has the reasons")
         self.config = replace(self.config, federation=replace(federation, hospitals=of))
         check_strategy(self.config.federation)
 
-    def encode(self, b: Tensors) -> "Sent":
-        """Write the global B for the wire; what rounding loses is carried to the next."""
-        codec = self.config.federation.codec
-        wire, self.carried = compress(codec, b, self.carried)
-        read = {key: decode(codec, wire[key], shape) for key, shape in self.shapes.items()}
-        return Sent(wire=wire, b=read)
-
-    def train(self, sent: "Sent", server_round: int) -> list[Update]:
-        """Ask the sampled hospitals for their updates; refuse what breaks the contract.
+    def train(self, last: Round, server_round: int) -> list[Update]:
+        """Ask the sampled hospitals to train from the last round's B; refuse broken contracts.
 
         Raises:
             RunFailed: below quorum, with every failed hospital's reason.
@@ -183,11 +181,10 @@ class Rounds:
                 charged=account.bounds(hospital, server_round, cost) if account else None,
                 due=None if account else train_due(self.config, hellos[hospital], server_round),
                 codec=self.config.federation.codec,
-                base=sent.b,
+                base=last.received,
             )
 
-        content = train_message(sent.wire, server_round=server_round)
-        updates, failures = self._ask("train", nodes, content, server_round, check)
+        updates, failures = self._ask("train", nodes, last, server_round, check)
         if account:
             for hospital in sorted(failures):
                 account.lost(hospital, server_round, cost, answered=hospital in answered_by)
@@ -197,25 +194,25 @@ class Rounds:
                 continue
             for name in ("train-loss", "weight", "steps", "seconds"):
                 self.run.metric(name, update.metrics[name], round=server_round, hospital=hospital)
-        failures |= self._screened(sent, updates, server_round)
+        failures |= self._screened(last, updates, server_round)
         require(len(updates), needed, wanted, server_round, failures)
         return with_capped_weights(self.config.federation, list(updates.values()))
 
     def _screened(
-        self, sent: "Sent", updates: dict[str, Update], server_round: int
+        self, last: Round, updates: dict[str, Update], server_round: int
     ) -> dict[str, str]:
         """Take the updates out that moved B implausibly far; return the reasons by hospital."""
         plan = self.roster.plan
         if plan and plan.unit == HOSPITAL:  # its clip is the bound, and none may be left out
             return {}
-        found = outliers(self.config.federation, sent.b, list(updates.values()))
+        found = outliers(self.config.federation, last.received, list(updates.values()))
         for hospital, reason in found.items():
             del updates[hospital]
             self._refuse(hospital, reason, server_round)
         return found
 
-    def evaluate(self, sent: "Sent", server_round: int) -> None:
-        """Ask every hospital for the loss on its validation split; log the weighted mean.
+    def evaluate(self, last: Round) -> None:
+        """Ask every hospital for its validation loss of the last B; log the weighted mean.
 
         With privacy on nobody is asked: no loss leaves a hospital. With too few of the admitted
         hospitals connected the round is trained and not evaluated, which is logged.
@@ -225,7 +222,7 @@ class Rounds:
         """
         if self.roster.plan is not None:
             return
-        hellos = self.roster.hellos
+        server_round, hellos = last.number, self.roster.hellos
         able = [name for name in sorted(hellos) if hellos[name]["validation-samples"]]
         connected = self.roster.connected(self.grid.get_node_ids())
         nodes = [connected[name] for name in able if name in connected]
@@ -247,8 +244,7 @@ class Rounds:
                 most_tokens=most_validation_tokens(self.config, hellos[hospital]),
             )
 
-        content = train_message(sent.wire, server_round=server_round)
-        losses, failures = self._ask("evaluate", nodes, content, server_round, check)
+        losses, failures = self._ask("evaluate", nodes, last, server_round, check)
         require(len(losses), needed, len(able), server_round, failures)
         weight = math.fsum(metrics["weight"] for metrics in losses.values())
         total = math.fsum(metrics["loss"] * metrics["weight"] for metrics in losses.values())
@@ -258,10 +254,6 @@ class Rounds:
             )
         self.run.metric("validation-loss", total / weight, round=server_round)
 
-    def record(self, server_round: int) -> "Recorder":
-        """Return a callback that writes every message's names and bytes to wire.jsonl."""
-        return Recorder(self.run, server_round, self.shapes)
-
     def _admit(self, server_round: int, *, strict: bool) -> None:
         left_out = self.roster.admit(
             self.grid,
@@ -269,7 +261,7 @@ class Rounds:
             server_round=server_round,
             strict=strict,
             timeout_seconds=self.config.federation.timeout_seconds or HANDSHAKE_SECONDS,
-            on_message=self.record(server_round),
+            on_message=Recorder(self.run, server_round, self.shapes),
         )
         self._leave_out(left_out, server_round)
 
@@ -307,27 +299,29 @@ class Rounds:
         self,
         kind: str,
         nodes: Sequence[int],
-        content: RecordDict,
+        last: Round,
         server_round: int,
         check: Callable[[Message, str], Answer],
     ) -> tuple[dict[str, Answer], dict[str, str]]:
-        """Send one message to each node; return checked answers, and reasons of the refused."""
-        names = self.roster.names
-        steps = max(self._steps(names[node], kind, server_round) for node in nodes)
+        """Send the last B to each node; return checked answers, and reasons of the refused."""
+        names, hellos = self.roster.names, self.roster.hellos
+        steps = 1
+        if kind == "train":
+            asked = [hellos[names[node]] for node in nodes]
+            steps = max(steps_expected(self.config, hello, server_round) for hello in asked)
         pace = self.paces.get(kind)
         started = self.clock.monotonic()
         replies = exchange(
             self.grid,
-            dict.fromkeys(nodes, content),
+            dict.fromkeys(nodes, train_message(last.wire, server_round=server_round)),
             kind=kind,
             timeout_seconds=self.config.federation.timeout_seconds
             or Pace.limit(pace, steps=steps, hospitals=len(nodes)),
             names=names,
-            on_message=self.record(server_round),
+            on_message=Recorder(self.run, server_round, self.shapes),
             clock=self.clock,
         )
-        waited = round(self.clock.monotonic() - started, 3)
-        self.run.metric(f"{kind}-exchange-seconds", waited, round=server_round)
+        self.run.metric(f"{kind}-exchange-seconds", self._since(started), round=server_round)
         answers: dict[str, Answer] = {}
         failures: dict[str, str] = {}
         accepted: list[int] = []
@@ -351,65 +345,3 @@ class Rounds:
     def _refuse(self, hospital: str, reason: str, server_round: int) -> None:
         _log.warning("round %d: %s is refused: %s", server_round, hospital, reason)
         self.run.metric("refused", reason, round=server_round, hospital=hospital)
-
-    def _steps(self, hospital: str, kind: str, server_round: int) -> int:
-        if kind != "train":
-            return 1
-        return steps_expected(self.config, self.roster.hellos[hospital], server_round)
-
-    def _checkpoint(
-        self, b: Tensors, server_round: int, aggregator: Aggregator, owed: Tensors
-    ) -> None:
-        self.run.save_checkpoint(
-            f"round-{server_round:05d}",
-            b,
-            facts={
-                "round": server_round,
-                "b_sha256": tensors_sha256(b),
-                **self.roster.facts(),
-                "paces": {kind: asdict(pace) for kind, pace in self.paces.items()},
-                "config": flatten(self.config),
-                "inputs": inputs_of(self.roster.ours),
-            },
-            extra={
-                **{f"{STRATEGY}{key}": value for key, value in aggregator.state().items()},
-                **{f"{CARRIED}{key}": value for key, value in owed.items()},
-            },
-        )
-
-    def _last_checkpoint(self) -> Checkpoint | None:
-        if not self.run.checkpoint_names():
-            return None
-        checkpoint = self.run.load_checkpoint()
-        check_unchanged(checkpoint.facts, self.config, self.roster.ours)
-        return checkpoint
-
-    def _restore(self, checkpoint: Checkpoint, aggregator: Aggregator) -> tuple[Tensors, int]:
-        """Go back to the last checkpoint: B, strategy, hospitals, what was measured."""
-        last = int(checkpoint.facts["round"])
-        aggregator.restore(_beginning(STRATEGY, checkpoint.extra))
-        self.carried = _beginning(CARRIED, checkpoint.extra)
-        self.paces = {kind: Pace(**pace) for kind, pace in checkpoint.facts["paces"].items()}
-        self.run.forget_metrics(after_round=last)
-        if self.account:
-            wire, cost = (
-                self.run.lines("wire.jsonl"),
-                private_steps(self.config, self.roster.plan, last + 1),
-            )
-            self.account.lost_with_the_server(wire, last + 1, cost)
-        self.run.write_status("running", round=last)
-        return checkpoint.b, last + 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sent:
-    """The global B as hospitals get it."""
-
-    wire: Tensors
-    """Arrays in the codec's layout."""
-    b: Tensors
-    """What every hospital reads from them (fp32); equal to the global B if the codec is exact."""
-
-
-def _beginning(prefix: str, tensors: Tensors) -> Tensors:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -8,9 +8,7 @@ from rich.console import Console
 
 from common.config import Config
 from common.configio import changed_freely
-from common.data.partition import Hospital, assign_hospitals
-from common.data.prepare import load_samples
-from common.data.samples import SampleTable
+from common.data.dataset import Dataset, open_hospitals
 from common.errors import UserError
 from common.evaluation.answers import B, choose_cases, evaluate_answers
 from common.evaluation.answers_file import ANSWERS_SHA256, Row, read_answers, write_answers
@@ -82,6 +80,7 @@ def evaluate_run(
     overrides: Iterable[str] = (),
     console: Console | None = None,
     worker: Worker | None = None,
+    data: Dataset | None = None,
 ) -> dict[str, Any]:
     """Answer held-out admissions with a run's B, the untrained backbone and the baselines.
 
@@ -96,6 +95,7 @@ def evaluate_run(
         overrides: ``key=value``; only ``evaluation.*`` and where and how to compute.
         console: Where progress is shown, if anywhere.
         worker: Who may have the backbone open already.
+        data: The run's, where it is open already.
 
     Returns:
         The content of summary.json.
@@ -107,11 +107,11 @@ def evaluate_run(
     config = changed_freely(run.config(), overrides, _FREE_KEYS)
     check_device(config)
     loaded, last = run.load_checkpoint(checkpoint), run.load_checkpoint()
-    table, hospitals, session = reopen(run, config, worker or Worker())
+    data, session = reopen(run, config, worker or Worker(), data)
     settings = config.evaluation
     way = {"checkpoint": last.name, "settings": asdict(settings), **_compute(session)}
     # A run that plain `flwr run` made does not know its source yet.
-    summary = {"source": table.source, **run.read_json("summary.json")}
+    summary = {"source": data.source, **run.read_json("summary.json")}
     known, old = summary.get("evaluation", {}), []
     try:
         old = read_answers(run)
@@ -123,13 +123,13 @@ def evaluate_run(
     adapters: dict[str, B | None] = {"fedrx": last.b, "untrained": None}
     if loaded.name != last.name:
         adapters = {loaded.name: loaded.b} if beside else {**adapters, loaded.name: loaded.b}
-    cases = len(choose_cases(hospitals, samples=settings.samples, seed=settings.seed))
+    cases = len(choose_cases(data.hospitals, samples=settings.samples, seed=settings.seed))
     meter = Meter(console or Console(quiet=True), "answers", cases * len(adapters))
     names = list(adapters)
     with meter:
         found = evaluate_answers(
             session,
-            hospitals,
+            data.hospitals,
             config,
             adapters,
             progress=lambda model, done, of: meter.update(names.index(model) * of + done, model),
@@ -154,42 +154,32 @@ def evaluate_run(
 
 
 def reopen(
-    run: RunDirectory, config: Config, worker: Worker
-) -> tuple[SampleTable, Sequence[Hospital], Session]:
-    """Return a run's samples, its hospitals, and a session, as they were when it was trained.
+    run: RunDirectory, config: Config, worker: Worker, data: Dataset | None = None
+) -> tuple[Dataset, Session]:
+    """Return a run's data and a session, as they were when it was trained.
 
     Args:
         run: The run's directory.
         config: Its configuration, or one that differs in what cannot change them.
         worker: Opens the session.
+        data: The run's, where it is open already.
 
     Raises:
         UserError: if the data, the backbone or A are not those of the run.
     """
     inputs = run.read_json("environment.json").get("inputs", {})
-    table, hospitals = _hospitals(config, inputs)
+    data = data or open_hospitals(config)
+    # With other data, held-out patients could be ones that were trained on.
+    _require("the data", data.digest, inputs.get("samples"), "data.path")
     session = worker.session(config)
     _require("the backbone", session.spec.fingerprint, inputs.get("backbone"), "model.backbone")
     _require("A", session.adapter.a_fingerprint, inputs.get("a"), "adapter.seed")
-    return table, hospitals, session
+    return data, session
 
 
 def _together(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
     """Put new rows in the place of old ones, or after them."""
     return list({(row["case"], row["model"]): row for row in (*old, *new)}.values())
-
-
-def _hospitals(config: Config, inputs: dict[str, str]) -> tuple[SampleTable, Sequence[Hospital]]:
-    table = load_samples(config.data)
-    # With other data, held-out patients could be ones that were trained on.
-    _require("the data", table.digest, inputs.get("samples"), "data.path")
-    hospitals = assign_hospitals(
-        table.admissions,
-        config.partition,
-        hospitals=config.federation.hospitals,
-        data=config.data,
-    )
-    return table, hospitals
 
 
 def _require(what: str, found: str, recorded: str | None, key: str) -> None:

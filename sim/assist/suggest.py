@@ -14,6 +14,7 @@ from rich.text import Text
 
 from common.config import Config
 from common.configio import changed_freely
+from common.data.dataset import Dataset, open_hospitals
 from common.data.icd import (
     Diagnosis,
     DiagnosisIndex,
@@ -21,8 +22,6 @@ from common.data.icd import (
     public_diagnoses,
     table_diagnoses,
 )
-from common.data.partition import assign_hospitals
-from common.data.prepare import load_samples
 from common.data.samples import Admission
 from common.errors import UserError
 from common.evaluation.answers import read_answer
@@ -174,40 +173,36 @@ def _answer(session: Session, admission: Admission, config: Config) -> tuple[str
     return str(text), answer.finished, dropped
 
 
-def surroundings_of(config: Config, *, load: Callable[[Any], Any] = load_samples) -> Surroundings:
+def surroundings_of(
+    config: Config, *, load: Callable[[Config], Dataset] = open_hospitals
+) -> Surroundings:
     """Look for the run's data; without it, the public titles serve and there is no support.
 
     Args:
         config: Of the run.
-        load: Reads the samples.
+        load: Opens its data.
     """
     try:
-        table = load(config.data)
-        hospitals = assign_hospitals(
-            table.admissions,
-            config.partition,
-            hospitals=config.federation.hospitals,
-            data=config.data,
-        )
+        data = load(config)
     except UserError:
         index = DiagnosisIndex(public_diagnoses(), frequency={}, origin="the public ICD-10-CM")
         note = "The run's tables are not on this machine: no support from similar admissions."
         return Surroundings(index=index, support=None, note=note)
-    train = [admission for hospital in hospitals for admission in hospital.train]
+    train = data.train
     known = [
         Diagnosis(title=title, code=code)
-        for one in table.admissions
+        for one in data.samples.admissions
         for title, code in zip(one.diagnoses, one.diagnosis_codes, strict=True)
     ]
     if config.data.path != SYNTHETIC_PATH:
         known += table_diagnoses(Path(config.data.path).expanduser())
     index = DiagnosisIndex(
-        known, frequency=code_frequency(train), origin=f"the titles of the {table.source} tables"
+        known, frequency=code_frequency(train), origin=f"the titles of the {data.source} tables"
     )
-    places = f"{len(hospitals)} training hospital{'s' * (len(hospitals) > 1)}"
+    places = f"{len(data.hospitals)} training hospital{'s' * (len(data.hospitals) > 1)}"
     note = (
         f"Support: among the most similar of {len(train):,} admissions of {places} "
-        f"({table.source} data), by coded diagnoses."
+        f"({data.source} data), by coded diagnoses."
     )
     return Surroundings(index=index, support=SupportIndex(train), note=note)
 

@@ -55,7 +55,7 @@ def audit_membership(
         raise UserError(f"{run.path} is {state}", allowed="a finished run", fix="`fedrx resume` it")
     config = run.config()
     with exclusive(run):
-        table, hospitals, session = reopen(run, config, Worker())
+        data, session = reopen(run, config, Worker())
         adapter = session.adapter
         models: list[Tensors] = [
             run.load_checkpoint().b,
@@ -63,7 +63,7 @@ def audit_membership(
             *(_reference(path, session) for path in references),
         ]
         only = config.federation.only
-        trained = [one for one in hospitals if only in ("", one.name)]
+        trained = [one for one in data.hospitals if only in ("", one.name)]
         inside, outside = _records(trained, session, config.train.max_length)
         members, _ = patient_losses(session, inside, models)
         outsiders, _ = patient_losses(session, outside, models)
@@ -91,7 +91,7 @@ def audit_membership(
         claim += " This audit read the run's own patients; its figures are of all of them together."
         result = {
             "claim": claim,
-            "source": table.source,
+            "source": data.source,
             "references": len(models) - 1,
             "findings": [plain(finding) for finding in findings],
             "passed": all(finding.passed for finding in findings),

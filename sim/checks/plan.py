@@ -12,8 +12,7 @@ from rich.table import Table
 
 from common.choice import Choice
 from common.config import Config, FederationConfig
-from common.data.partition import assign_hospitals
-from common.data.prepare import load_samples
+from common.data.dataset import open_hospitals
 from common.limits import total_memory_bytes
 from common.model.adapter.layout import adapter_spec
 from common.model.backbone.known_shapes import shape_of
@@ -205,11 +204,5 @@ def _train_samples(config: Config) -> Choice[int]:
     if config.data.train_samples and config.data.path == "synthetic":
         samples = config.data.train_samples
         return Choice(samples, f"if there are {samples:,} training samples, as data.train-samples")
-    hospitals = assign_hospitals(
-        load_samples(config.data).admissions,
-        config.partition,
-        hospitals=config.federation.hospitals,
-        data=config.data,
-    )
-    samples = max(len(one.train) for one in hospitals)
+    samples = max(len(one.train) for one in open_hospitals(config).hospitals)
     return Choice(samples, f"{samples:,} training samples counted")

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from common.config import Config
-from common.data.partition import Hospital, assign_hospitals
-from common.data.prepare import load_samples, prepare_source, table_digest
+from common.data.dataset import open_hospitals
+from common.data.partition import Hospital
+from common.data.prepare import prepare_source, table_digest
 from common.data.samples import Admission
 from common.data.skew import drug_skew
 from common.errors import UserError
@@ -82,14 +83,8 @@ def describe(
         UserError: Tables that cannot be used, or a hospital that would be empty.
     """
     say = progress or (lambda _: None)
-    table = load_samples(config.data, cache_dir=cache_dir, progress=progress)
-    say("dealing patients to hospitals")
-    hospitals = assign_hospitals(
-        table.admissions,
-        config.partition,
-        hospitals=config.federation.hospitals,
-        data=config.data,
-    )
+    opened = open_hospitals(config, cache_dir=cache_dir, progress=progress)
+    table, hospitals = opened.samples, opened.hospitals
     skew = drug_skew([one.admissions for one in hospitals], seed=config.partition.seed)
     say("counting tokens")
     tokenizer, reason = local_tokenizer(config.model.backbone, cache_dir or fedrx_cache())

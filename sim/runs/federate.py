@@ -13,10 +13,9 @@ from rich.console import Console
 import client.app
 from common.config import IN_PROCESS, Config
 from common.configio import flatten
-from common.data.partition import Hospital, assign_hospitals
-from common.data.prepare import load_samples
-from common.data.samples import SampleTable
-from common.errors import FedrxError, UserError
+from common.data.dataset import Dataset, open_hospitals
+from common.data.partition import Hospital
+from common.errors import FedrxError
 from common.evaluation.answers import choose_cases
 from common.limits import available_cpus
 from common.model.adapter.layout import AdapterLayout, adapter_layout, adapter_spec
@@ -56,8 +55,7 @@ BUILT_IN = ("synthetic", "embedded", "tiny")
 class Preparation:
     """What is known before anything is started."""
 
-    table: SampleTable
-    hospitals: tuple[Hospital, ...]
+    data: Dataset
     backbone: BackboneSpec
     layout: AdapterLayout
 
@@ -74,27 +72,15 @@ def prepare(config: Config, console: Console) -> Preparation:
 
     free_port(config.run.port)
     check_settings(config)
-    table = load_samples(config.data, progress=say)
-    if not table.admissions:
-        raise UserError(
-            f"data.path={config.data.path} gives no samples after cleaning",
-            allowed="admissions with diagnoses and drugs",
-            fix="see `fedrx data describe` for the reasons",
-        )
-    hospitals = assign_hospitals(
-        table.admissions,
-        config.partition,
-        hospitals=config.federation.hospitals,
-        data=config.data,
-    )
-    for hospital in hospitals:
+    data = open_hospitals(config, progress=say)
+    for hospital in data.hospitals:
         checkpoint_steps(config, steps_in_all(config, len(hospital.train)).value)
-    choose_cases(hospitals, samples=config.evaluation.samples, seed=config.evaluation.seed)
+    choose_cases(data.hospitals, samples=config.evaluation.samples, seed=config.evaluation.seed)
     backbone = resolve_backbone(config.model.backbone, progress=say)
     if is_private(config):
         check_backbone(backbone)
     layout = adapter_layout(backbone, adapter_spec(config.adapter))
-    return Preparation(table=table, hospitals=hospitals, backbone=backbone, layout=layout)
+    return Preparation(data=data, backbone=backbone, layout=layout)
 
 
 def federate(
@@ -125,7 +111,7 @@ def federate(
     RunDirectory.require_new(config, directory=run_dir)
     config = resolved(config)
     preparation = prepare(config, console)
-    total_steps(config, preparation.hospitals)
+    total_steps(config, preparation.data.hospitals)
     if protects(config) and not is_private(config):
         warning = hospital_warning(plan_of(config), preparation.layout.trainable_parameters)
         console.print(warning, style="yellow", markup=False, highlight=False)
@@ -186,7 +172,7 @@ def go_on(
         try:
             return train_and_answer(run, config, preparation, console, started=started)
         except FedrxError:
-            if preparation.table.source != "credentialed":
+            if preparation.data.source != "credentialed":
                 show_tracebacks(run, earlier)
             raise
 
@@ -208,7 +194,7 @@ def train_and_answer(
         with RunProgress(
             console,
             run,
-            steps=total_steps(config, preparation.hospitals),
+            steps=total_steps(config, preparation.data.hospitals),
             rounds=config.federation.rounds,
         ) as progress:
 
@@ -228,10 +214,10 @@ def train_and_answer(
                 )
     summary = run.read_json("summary.json")
     summary.setdefault("training_seconds", round(time.monotonic() - started, 3))
-    run.write_json("summary.json", {**summary, "source": preparation.table.source})
+    run.write_json("summary.json", {**summary, "source": preparation.data.source})
     run.write_status("running", stage=EVALUATION, round=config.federation.rounds)
     # With Flower's own processes gone, what this one has kept is all there is.
-    summary = evaluate_run(run, console=console, worker=client.app.worker())
+    summary = evaluate_run(run, console=console, worker=client.app.worker(), data=preparation.data)
     summary["seconds"] = round(time.monotonic() - started, 3)
     summary["peak_rss_bytes"] = max(peak.bytes, peak_rss_bytes())
     run.write_json("summary.json", summary)
@@ -263,7 +249,7 @@ def last_round(run: RunDirectory) -> int:
 def fingerprints(preparation: Preparation) -> dict[str, str]:
     """Return what identifies a run's inputs: a resumed run must read the same."""
     return {
-        "samples": preparation.table.digest,
+        "samples": preparation.data.digest,
         "backbone": preparation.backbone.fingerprint,
         "a": preparation.layout.a_fingerprint,
     }
@@ -321,7 +307,7 @@ def gpus_per_worker(config: Config, workers: int) -> float:
 
 def data_facts(preparation: Preparation) -> dict[str, Any]:
     """Return what data.json holds: hashes, counts and sizes, never rows."""
-    table = preparation.table
+    table = preparation.data.samples
     return {
         "source": table.source,
         "file_hashes": table.file_hashes,
@@ -335,7 +321,7 @@ def data_facts(preparation: Preparation) -> dict[str, Any]:
                 "validation": len(hospital.validation),
                 "test": len(hospital.test),
             }
-            for hospital in preparation.hospitals
+            for hospital in preparation.data.hospitals
         ],
     }
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
-from client.node import hospitals_of
 from common.config import Config
 from common.configio import flatten, from_flat, read_config
+from common.data.dataset import open_hospitals
 from common.errors import UserError
 from common.evaluation.answers import evaluate_answers
 from common.evaluation.answers_file import ANSWERS_SHA256, read_answers, write_answers
@@ -217,14 +217,13 @@ def _answer_with_checkpoints(
     ]
     if not names:
         return
-    hospitals = hospitals_of(config.data, config.partition, config.federation.hospitals)
     meter = Meter(
         console, "answers", len(names) * next(iter(summary["metrics"].values()))["samples"]
     )
     with meter:
         evaluation = evaluate_answers(
             worker.session(config),
-            hospitals,
+            open_hospitals(config).hospitals,
             config,
             {name: run.load_checkpoint(name).b for name in names},
             progress=lambda model, done, of: meter.update(names.index(model) * of + done, model),

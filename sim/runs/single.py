@@ -128,7 +128,7 @@ def train_and_answer(
     """Do what is left of a run; each part leaves its result in the run directory."""
     worker = worker or Worker()
     session = worker.session(config)
-    hospital = worker.tokens(config, preparation.hospitals[0])
+    hospital = worker.tokens(config, preparation.data.hospitals[0])
     training = SingleTraining(
         run=run, config=config, session=session, hospital=hospital, console=console
     )
@@ -138,7 +138,7 @@ def train_and_answer(
     training.finish()
     run.write_json("summary.json", summarise(training, preparation, loads=worker.loads))
     run.write_status("running", stage=EVALUATION, step=training.total.value)
-    summary = evaluate_run(run, console=console, worker=worker)
+    summary = evaluate_run(run, console=console, worker=worker, data=preparation.data)
     summary |= {
         "seconds": round(training.seconds_before + time.monotonic() - started, 3),
         "peak_rss_bytes": peak_rss_bytes(),
@@ -155,7 +155,7 @@ def train_and_answer(
 def summarise(training: SingleTraining, preparation: Preparation, *, loads: int) -> dict[str, Any]:
     """Return summary.json before the answers: the keys of a federation's, and the steps."""
     run, config, session = training.run, training.config, training.session
-    adapter, hospital = config.adapter, preparation.hospitals[0]
+    adapter, hospital = config.adapter, preparation.data.hospitals[0]
     losses = {event["step"]: event["value"] for event in run.metrics("validation-loss")}
     guard = training.guard
     privacy = {}
@@ -195,7 +195,7 @@ def summarise(training: SingleTraining, preparation: Preparation, *, loads: int)
         "device": session.device.value,
         "attention": {"kernel": session.attention.value, "reason": session.attention.reason},
         "dtype": session.dtype.as_dict(),
-        "source": preparation.table.source,
+        "source": preparation.data.source,
     }
 
 

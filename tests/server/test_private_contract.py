@@ -9,6 +9,7 @@ import pytest
 from flwr.app import Message, MetricRecord, RecordDict
 
 import client.handlers
+import server.rounds
 from common.errors import RunFailed, UserError
 from common.privacy.budget.guard import LEDGER, RECEIPT
 from common.privacy.budget.ledger import BudgetExhausted, LedgerDoubtful
@@ -18,7 +19,6 @@ from common.rundir import RunDirectory
 from common.training.worker import Worker
 from common.wire.contract import ContractError, Update, read_train_reply, train_reply
 from server.privacy_account import PrivacyAccount
-from server.rounds import Rounds
 
 PRIVATE: dict[str, Any] = {
     "federation__local_steps": 2,
@@ -92,12 +92,12 @@ def test_the_weight_and_steps_that_a_private_reply_may_have() -> None:
 @pytest.mark.slow
 def test_a_private_federation_aggregates_uniformly(tiny_config, in_process, monkeypatch) -> None:
     """Whatever federation.weighting says, and even if weights got past the check."""
-    aggregator_of = Rounds._aggregator
+    aggregator_of = server.rounds.aggregator_for
     means = []
 
-    def watched(self: Rounds) -> Any:
-        aggregator = aggregator_of(self)
-        b = {key: np.zeros(shape, np.float32) for key, shape in self.shapes.items()}
+    def watched(*chosen_by: Any) -> Any:
+        aggregator = aggregator_of(*chosen_by)
+        b = {key: np.zeros((4, 2), np.float32) for key in "pq"}
         one = {key: value + 1 for key, value in b.items()}
         updates = [
             Update(hospital="a", b=b, weight=1.0, metrics={}),
@@ -107,7 +107,7 @@ def test_a_private_federation_aggregates_uniformly(tiny_config, in_process, monk
         means.append(float(next(iter(mean.values()))[0, 0]))
         return aggregator
 
-    monkeypatch.setattr(Rounds, "_aggregator", watched)
+    monkeypatch.setattr(server.rounds, "aggregator_for", watched)
     short = {**PRIVATE, "federation__rounds": 1, "federation__weighting": "samples"}
     in_process(tiny_config(**short))
     in_process(tiny_config(**{**short, "privacy__noise_multiplier": 0.0}))

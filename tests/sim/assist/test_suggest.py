@@ -3,7 +3,9 @@
 import pytest
 
 from common.config import Config, DataConfig, EvaluationConfig, FederationConfig, ModelConfig
+from common.data.dataset import Dataset
 from common.data.icd import Diagnosis, DiagnosisIndex
+from common.data.partition import assign_hospitals
 from common.data.samples import Admission, SampleTable
 from common.errors import UserError
 from common.rundir import RunDirectory
@@ -75,7 +77,7 @@ def test_measures_may_be_unknown_and_old_age_is_not_kept():
     assert request.as_dict()["age"] == "> 89"
 
 
-def table(config):
+def opened(config):
     admissions = tuple(
         Admission(
             patient=number,
@@ -88,12 +90,14 @@ def table(config):
         )
         for number in range(40)
     )
-    return SampleTable(admissions=admissions, counts={}, source="synthetic")
+    hospitals = assign_hospitals(admissions, config.partition, hospitals=2, data=config.data)
+    samples = SampleTable(admissions=admissions, counts={}, source="synthetic")
+    return Dataset(samples=samples, hospitals=hospitals)
 
 
 def test_support_rests_on_training_admissions_alone():
     config = Config(federation=FederationConfig(hospitals=2))
-    found = surroundings_of(config, load=table)
+    found = surroundings_of(config, load=opened)
     similar = found.support.similar(["10:I10"])
     assert f"{len(similar)} admissions of 2 training hospitals" in found.note
     # A fifth is held out, a tenth validates.

@@ -1,0 +1,58 @@
+"""A run's data, opened once: what reads it once hands it on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.config import Config
+from common.data.mimic.admissions import Progress
+from common.data.partition import Hospital, assign_hospitals
+from common.data.prepare import load_samples
+from common.data.samples import Admission, SampleTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """The samples of one configuration and the hospitals that they are dealt to."""
+
+    samples: SampleTable
+    hospitals: tuple[Hospital, ...]
+
+    @property
+    def source(self) -> str:
+        """The source tag: ``synthetic``, ``demo`` or ``credentialed``."""
+        return self.samples.source
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the samples: equal digests mean equal samples."""
+        return self.samples.digest
+
+    @property
+    def train(self) -> list[Admission]:
+        """The training samples of all hospitals."""
+        return [one for hospital in self.hospitals for one in hospital.train]
+
+
+def open_hospitals(
+    config: Config, *, cache_dir: Path | None = None, progress: Progress | None = None
+) -> Dataset:
+    """Read the samples of ``data.path`` and deal them to ``federation.hospitals``.
+
+    Args:
+        config: Its data, partition and number of hospitals count.
+        cache_dir: Cache folder (default: the user's).
+        progress: Called with one line for each step.
+
+    Raises:
+        UserError: Tables that cannot be used, or a hospital that would be too small.
+    """
+    samples = load_samples(config.data, cache_dir=cache_dir, progress=progress)
+    if progress is not None:
+        progress("dealing patients to hospitals")
+    hospitals = assign_hospitals(
+        samples.admissions,
+        config.partition,
+        hospitals=config.federation.hospitals,
+        data=config.data,
+    )
+    return Dataset(samples=samples, hospitals=hospitals)

@@ -1,0 +1,35 @@
+"""The data of a run, opened in one place."""
+
+import re
+from pathlib import Path
+
+from common.config import Config, DataConfig, FederationConfig
+from common.data.dataset import open_hospitals
+from common.data.partition import assign_hospitals
+from common.data.prepare import load_samples
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_samples_hospitals_source_and_digest_are_those_of_the_parts(tmp_path):
+    config = Config(
+        data=DataConfig(synthetic_patients=30), federation=FederationConfig(hospitals=2)
+    )
+    opened = open_hospitals(config, cache_dir=tmp_path)
+    table = load_samples(config.data, cache_dir=tmp_path)
+    dealt = assign_hospitals(table.admissions, config.partition, hospitals=2, data=config.data)
+    assert opened.samples == table
+    assert opened.hospitals == dealt
+    assert (opened.source, opened.digest) == ("synthetic", table.digest)
+    assert opened.train == [*dealt[0].train, *dealt[1].train]
+
+
+def test_nobody_else_reads_and_deals():
+    """One place reads samples for hospitals: a second could read other ones."""
+    callers = {
+        path.relative_to(ROOT).as_posix()
+        for package in ("common", "server", "client", "sim")
+        for path in (ROOT / package).rglob("*.py")
+        if re.search(r"(?<!def )\b(load_samples|assign_hospitals)\(", path.read_text())
+    }
+    assert callers == {"common/data/dataset.py"}
