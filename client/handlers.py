@@ -181,7 +181,7 @@ def in_codec(config: Config, folder: Path, b: Tensors, base: Tensors, server_rou
     carried = load_kept(folder, "carried", before_round=server_round)
     change = {key: value - base[key] for key, value in b.items()}
     wire, left = compress(codec, change, carried)
-    keep(folder, "carried", left, server_round=server_round)
+    keep(folder, "carried", carried | left, server_round=server_round)
     return wire
 
 

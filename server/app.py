@@ -65,12 +65,14 @@ def federate(grid: Grid, config: Config, run: RunDirectory, *, clock: Clock = ti
     """
     started = clock.monotonic()
     backbone = resolve_backbone(config.model.backbone)
-    layout = adapter_layout(backbone, adapter_spec(config.adapter))
+    adapter = adapter_spec(config.adapter)
+    layout = adapter_layout(backbone, adapter)
     rounds = Rounds(
         grid=grid,
         config=config,
         run=run,
         shapes=layout.shapes,
+        scheme=adapter.scheme,
         roster=Roster(
             ours=Fingerprints(
                 a=layout.a_fingerprint,
@@ -83,7 +85,7 @@ def federate(grid: Grid, config: Config, run: RunDirectory, *, clock: Clock = ti
         ),
         clock=clock,
     )
-    b = rounds.start(initial_tensors(layout.shapes, adapter_spec(config.adapter)))
+    b = rounds.start(initial_tensors(layout.shapes, adapter))
     run.write_config(rounds.config)
     summary = summarise(rounds.config, run, backbone, layout, rounds.roster, b)
     summary["seconds"] = round(clock.monotonic() - started, 3)

@@ -4,11 +4,13 @@ Every part is a formula over the shape but two, which were measured: what a proc
 the backbone, and what the allocator loses to holes.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from common.errors import UserError
+from common.model.adapter.scheme import A, B
 from common.model.adapter.spec import AdapterSpec, check_rank
 from common.model.backbone.load import BackboneShape
 from common.model.memory import RECOMPUTE, saved_bytes_per_token_layer
@@ -40,6 +42,10 @@ class Parameters:
     backbone: int
     a: int
     b: int
+
+    def of(self, parts: Iterable[str]) -> int:
+        """Count the values of some of the adapter's matrices (``common.model.adapter.scheme``)."""
+        return sum({A: self.a, B: self.b}[part] for part in parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +137,7 @@ def training_footprint(
         weights: ``bf16`` (in ``value_bytes``) or ``fp8``.
     """
     counts = count_parameters(shape, adapter)
-    trained = counts.b + (counts.a if adapter.mode == "lora" else 0)
+    held = counts.of(adapter.scheme.held)
     saved = {
         choice: batch_tokens
         * saved_bytes_per_token_layer(shape, adapter, value_bytes=value_bytes, recompute=choice)
@@ -156,9 +162,9 @@ def training_footprint(
         holes = _CPU_HOLES * sum(min(buffer, _LARGEST_KEPT_BYTES) for buffer in buffers)
     return Footprint(
         weights=weights_bytes(shape, adapter, value_bytes=value_bytes, weights=weights),
-        adapter=4 * trained + (0 if adapter.mode == "lora" else value_bytes * counts.a),
-        gradients=4 * trained + private_bytes,
-        optimizer=4 * trained * _STATE_TENSORS[optimizer],
+        adapter=4 * held + value_bytes * counts.of({A, B} - set(adapter.scheme.held)),
+        gradients=4 * held + private_bytes,
+        optimizer=4 * held * _STATE_TENSORS[optimizer],
         activations=int(activations),
         working=working,
         logits=int(logits),

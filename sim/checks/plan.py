@@ -4,6 +4,7 @@ From shapes alone: no weights are read, and data only where the number of steps 
 """
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from common.config import Config, FederationConfig
 from common.data.dataset import open_hospitals
 from common.limits import total_memory_bytes
 from common.model.adapter.layout import adapter_spec
+from common.model.adapter.scheme import A, B
+from common.model.adapter.spec import SCHEMES
 from common.model.backbone.known_shapes import shape_of
 from common.model.backbone.load import BackboneShape
 from common.model.footprint import (
@@ -63,7 +66,8 @@ def plan(config: Config, *, card_bytes: int | None = None) -> dict[str, Any]:
     dtype = _dtype(train.dtype, device)
     value_bytes = 2 if dtype.value == "bf16" else 4
     counts = count_parameters(shape, adapter)
-    trained = counts.b + (counts.a if adapter.mode == "lora" else 0)
+    rounds = range(1, federation.rounds + 1)
+    trained = max(counts.of(adapter.scheme.trained(number)) for number in rounds)
     footprints = training_footprints(config, shape, device=device, value_bytes=value_bytes)
     chosen = planned_recompute(train.recompute, footprints, card.value)
     peak = footprints[chosen.value]
@@ -107,7 +111,7 @@ def plan(config: Config, *, card_bytes: int | None = None) -> dict[str, Any]:
         "workers": workers.as_dict(),
         "fits": needed <= card.value,
         "spare_bytes": card.value - needed,
-        "bytes_per_round": 2 * asked_hospitals(federation) * message_bytes(config, shape),
+        "bytes_per_round": asked_hospitals(federation) * exchange_bytes(config, shape),
         "steps": steps.value,
         "steps_reason": f"{steps.reason}; {samples.reason}" if samples.reason else steps.reason,
     }
@@ -122,13 +126,19 @@ def asked_hospitals(federation: FederationConfig) -> int:
     return 1 if federation.only else sampled(federation.fraction, federation.hospitals)
 
 
-def message_bytes(config: Config, shape: BackboneShape) -> int:
+def exchange_bytes(config: Config, shape: BackboneShape) -> int:
+    """Return the bytes of a round's tensors to one hospital and back, mean over the rounds."""
+    scheme, rounds = adapter_spec(config.adapter).scheme, config.federation.rounds
+    up = sum(message_bytes(config, shape, scheme.sends(n)) for n in range(1, rounds + 1))
+    return message_bytes(config, shape, scheme.held) + round(up / rounds)
+
+
+def message_bytes(config: Config, shape: BackboneShape, parts: Collection[str]) -> int:
     """Return the bytes of the tensors in one message, as ``federation.codec`` writes them."""
     adapter = adapter_spec(config.adapter)
-    sizes = adapted_sizes(shape, adapter)
-    tensors = [(sizes[name][1], adapter.rank) for name in adapter.targets]
-    if adapter.mode == "lora":
-        tensors += [(adapter.rank, sizes[name][0]) for name in adapter.targets]
+    widths = [adapted_sizes(shape, adapter)[name] for name in adapter.targets]
+    tensors = [(high, adapter.rank) for _, high in widths if B in parts]
+    tensors += [(adapter.rank, wide) for wide, _ in widths if A in parts]
     layouts = [wire_layout(config.federation.codec, tensor) for tensor in tensors]
     return shape.layers * sum(dtype.itemsize * math.prod(wire) for dtype, wire in layouts)
 
@@ -136,8 +146,9 @@ def message_bytes(config: Config, shape: BackboneShape) -> int:
 def show_plan(console: Console, found: dict[str, Any]) -> None:
     """Print a plan as people read it."""
     counts, parts = found["parameters"], found["memory_bytes"]
+    frozen = "" if A in SCHEMES[found["adapter"]["mode"]].held else " (frozen)"
     console.print(
-        f"{found['backbone']}: {counts['backbone']:,} parameters; A {counts['a']:,} (frozen), "
+        f"{found['backbone']}: {counts['backbone']:,} parameters; A {counts['a']:,}{frozen}, "
         f"B {counts['b']:,}",
         highlight=False,
         markup=False,

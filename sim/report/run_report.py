@@ -12,6 +12,7 @@ from typing import Any
 from common.errors import UserError
 from common.evaluation.answers_file import read_answers
 from common.files import write_json, write_text
+from common.model.adapter.spec import SCHEMES
 from common.rundir import RunDirectory
 from common.wire.cohort import NOT_EVALUATED, WITHSTANDS_NOTHING
 from sim.report.html import Block, to_html, to_markdown
@@ -368,7 +369,8 @@ def matrices(summary: dict[str, Any]) -> str:
     >>> matrices({"adapter": {"mode": "fa-lora"}}), matrices({"adapter": {"mode": "lora"}})
     ('B', 'A and B')
     """
-    return "A and B" if summary["adapter"]["mode"] == "lora" else "B"
+    held = SCHEMES[summary["adapter"]["mode"]].held
+    return " and ".join(part.removeprefix("lora_") for part in held)
 
 
 def megabytes(count: float) -> str:

@@ -111,10 +111,10 @@ def peft_tensors(adapter: Adapter, b: Tensors) -> Tensors:
     """Name A and B as PEFT does.
 
     Args:
-        adapter: Gives A, as drawn from its seed.
-        b: Trained matrices by wire key; in mode ``lora`` A is among them.
+        adapter: Gives A as it is drawn, where no round trains it.
+        b: All that a run holds of the adapter, by wire key.
     """
-    everything = {**({} if adapter.spec.mode == "lora" else adapter.a_state()), **b}
+    everything = adapter.drawn_a() | b
     return {
         f"base_model.model.{key}.weight": np.asarray(value, dtype=np.float32, order="C")
         for key, value in everything.items()

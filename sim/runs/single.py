@@ -164,7 +164,7 @@ def summarise(training: SingleTraining, preparation: Preparation, *, loads: int)
     checkpoints = [{"name": name, **run.checkpoint_facts(name)} for name in run.checkpoint_names()]
     return {
         "mode": MODE,
-        "trainable_parameters": session.adapter.trainable_parameters,
+        "trainable_parameters": session.adapter.held_parameters,
         "adapter": {
             "mode": adapter.mode,
             "rank": adapter.rank,

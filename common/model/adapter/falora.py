@@ -19,20 +19,23 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.model.adapter.projections import HEAD, AdaptedLinear, UnitCapture
+from common.model.adapter.scheme import A, B, part_of
 from common.model.adapter.spec import AdapterSpec, HashedA, draw_a
 
 __all__ = ["Adapter", "AdapterSpec", "attach", "draw_a"]
 
 
 class Adapter:
-    """The trainable state of one model: a flat fp32 buffer that the modules' B are views of.
+    """The trainable state of one model: a flat fp32 buffer that the modules' matrices view.
 
     Attributes:
         spec: What was attached.
-        flat: [P] fp32; trainable values in the order of ``keys`` (B; with A in mode ``lora``).
-        flat_grad: [P] fp32; the parameters' ``grad`` are views of it.
-        keys: Sorted wire keys.
+        keys: Sorted wire keys of all that the scheme holds.
         shapes: Shape of each key.
+        flat: [P] fp32; the values that the current round trains, in the order of their keys.
+        flat_grad: [P] fp32; the trained parameters' ``grad`` are views of it.
+        slices: Where each trained key is in ``flat``.
+        block: The scheme's name for what is trained, see ``Scheme.block``.
         capture: Set while unit gradients are collected, see ``unit_gradients``.
     """
 
@@ -42,58 +45,82 @@ class Adapter:
         self.modules = _replace_targets(model, spec)
         shapes: dict[str, tuple[int, int]] = {}
         for module in self.modules:
-            shapes[module.key + ".lora_B"] = (module.out_features, spec.rank)
-            if spec.mode == "lora":
-                shapes[module.key + ".lora_A"] = (spec.rank, module.in_features)
+            sizes = {A: (spec.rank, module.in_features), B: (module.out_features, spec.rank)}
+            shapes |= {f"{module.key}.{part}": sizes[part] for part in spec.scheme.held}
         self.keys = tuple(sorted(shapes))
         self.shapes = {key: shapes[key] for key in self.keys}
         device = self.modules[0].weight.device
         size = sum(math.prod(shape) for shape in shapes.values())
-        self.flat = torch.zeros(size, dtype=torch.float32, device=device)
-        self.flat_grad = torch.zeros_like(self.flat)
-        self.slices: dict[str, slice] = {}
+        self._values = torch.zeros(size, dtype=torch.float32, device=device)
+        self._gradients = torch.zeros_like(self._values)
+        self._places: dict[str, slice] = {}
         start = 0
-        for key in self.keys:
+        # What the first round trains comes first, so that every round's values lie together.
+        first = spec.scheme.trained(1)
+        for key in sorted(self.keys, key=lambda key: (part_of(key) not in first, key)):
             stop = start + math.prod(shapes[key])
-            self.slices[key] = slice(start, stop)
+            self._places[key] = slice(start, stop)
             start = stop
         self._initial_a = HashedA(spec)
+        self._parameters: dict[str, nn.Parameter] = {}
         for module in self.modules:
             self._bind(module)
             module.adapter = self
         self.a_fingerprint = self._initial_a.digest()
+        self.start_round(1)
+
+    def start_round(self, server_round: int) -> None:
+        """Train, from now on, what the scheme trains in this round."""
+        scheme = self.spec.scheme
+        trained = [key for key in self._places if part_of(key) in scheme.trained(server_round)]
+        start, stop = self._places[trained[0]].start, self._places[trained[-1]].stop
+        assert stop - start == sum(math.prod(self.shapes[key]) for key in trained)
+        self.flat, self.flat_grad = self._values[start:stop], self._gradients[start:stop]
+        self.block = scheme.block(server_round)
+        self.slices = {}
+        for key in trained:
+            place = self._places[key]
+            self.slices[key] = slice(place.start - start, place.stop - start)
+        for key, parameter in self._parameters.items():
+            parameter.requires_grad_(key in self.slices)
 
     def _bind(self, module: AdaptedLinear) -> None:
-        module.lora_B = self._parameter(module.key + ".lora_B")
         device, dtype = module.weight.device, module.dtype
         # Drawn on the meta device too: a server without weights knows A's fingerprint by it.
         drawn = draw_a(self.spec, module.key, module.in_features)
         self._initial_a.add(module.key, drawn)
         a_RD = torch.from_numpy(drawn).to(device)
-        if self.spec.mode == "lora":
-            module.lora_A = self._parameter(module.key + ".lora_A")
+        for part in self.spec.scheme.held:
+            setattr(module, part, self._parameter(f"{module.key}.{part}"))
+        if A in self.spec.scheme.held:
             module.lora_A.data.copy_(a_RD)
         else:
-            module.register_buffer("lora_A", a_RD.to(dtype), persistent=False)
+            module.register_buffer(A, a_RD.to(dtype), persistent=False)
 
     def _parameter(self, key: str) -> nn.Parameter:
-        where, shape = self.slices[key], self.shapes[key]
-        parameter = nn.Parameter(self.flat[where].view(shape))
-        parameter.grad = self.flat_grad[where].view(shape)
+        where, shape = self._places[key], self.shapes[key]
+        parameter = nn.Parameter(self._values[where].view(shape))
+        parameter.grad = self._gradients[where].view(shape)
+        self._parameters[key] = parameter
         return parameter
 
     @property
     def trainable_parameters(self) -> int:
-        """Number of trained values P."""
+        """Number of values P that the current round trains."""
         return self.flat.numel()
 
+    @property
+    def held_parameters(self) -> int:
+        """Number of values that some round trains."""
+        return self._values.numel()
+
     def state(self) -> dict[str, NDArray[np.float32]]:
-        """Return fp32 copies of the trainable matrices by wire key."""
-        host = self.flat.detach().cpu().numpy().copy()
-        return {key: host[self.slices[key]].reshape(self.shapes[key]).copy() for key in self.keys}
+        """Return fp32 copies of all held matrices by wire key."""
+        host = self._values.detach().cpu().numpy()
+        return {key: host[self._places[key]].reshape(self.shapes[key]).copy() for key in self.keys}
 
     def load(self, state: Mapping[str, NDArray[np.float32]]) -> None:
-        """Set the trainable matrices.
+        """Set all held matrices.
 
         Raises:
             ValueError: If a key is missing or unknown, or a shape or dtype differs; nothing is
@@ -109,17 +136,13 @@ class Adapter:
                 raise ValueError(
                     f"{key} is {state[key].dtype} {tuple(state[key].shape)}, not float32 {shape}"
                 )
-        host = np.concatenate([np.ravel(state[key]) for key in self.keys])
-        self.flat.copy_(torch.from_numpy(host))
+        host = np.concatenate([np.ravel(state[key]) for key in self._places])
+        self._values.copy_(torch.from_numpy(host))
 
-    def a_state(self) -> dict[str, NDArray[np.float32]]:
-        """Return A by wire key in fp32, as drawn (mode ``lora``: as trained so far)."""
+    def drawn_a(self) -> dict[str, NDArray[np.float32]]:
+        """Return A by wire key in fp32 as it is drawn, before any training."""
         return {
-            module.key + ".lora_A": (
-                module.lora_A.detach().cpu().numpy().copy()
-                if self.spec.mode == "lora"
-                else draw_a(self.spec, module.key, module.in_features)
-            )
+            f"{module.key}.{A}": draw_a(self.spec, module.key, module.in_features)
             for module in self.modules
         }
 

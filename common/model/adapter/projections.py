@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from common.model.adapter.scheme import A, B
 from common.model.kernels.elementwise import Kernels
 from common.model.kernels.frozen import (
     Fp8Linear,
@@ -150,30 +151,34 @@ class _AdaptedFunction(torch.autograd.Function):
         for y_TO, b_OR, z_TR in zip(y_TOs, bs, z_TG.chunk(len(bs), 1), strict=False):
             y_TO.addmm_(z_TR, b_OR.to(x.dtype).T, alpha=scale)
         ctx.modules, ctx.shape = modules, x.shape
-        ctx.save_for_backward(z_TG, a_GD, x_TD if ctx.needs_input_grad[3] else None, *bs)
+        ctx.a_trained, ctx.b_trained = ctx.needs_input_grad[3], any(ctx.needs_input_grad[4:])
+        kept = z_TG if ctx.b_trained else None, x_TD if ctx.a_trained else None
+        ctx.save_for_backward(*kept, a_GD, *bs)
         return tuple(y_TO.view(*x.shape[:-1], -1) for y_TO in y_TOs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        z_TG, a_GD, x_TD, *bs = ctx.saved_tensors
+        z_TG, x_TD, a_GD, *bs = ctx.saved_tensors
         adapter: Adapter = ctx.modules[0].adapter
         g_TOs = [g.reshape(-1, g.shape[-1]) for g in grads]
         d_x: Any = None
         low_TG: Any = None
-        if ctx.needs_input_grad[0] or x_TD is not None:
+        if ctx.needs_input_grad[0] or ctx.a_trained:
             low_TRs = [g @ b_OR.to(g.dtype) for g, b_OR in zip(g_TOs, bs, strict=False)]
             low_TG = torch.cat(low_TRs, 1)
         if ctx.needs_input_grad[0]:
             d_x = input_gradient(list(zip(g_TOs, ctx.weights, strict=True)))
             d_x.addmm_(low_TG, a_GD.to(d_x.dtype), alpha=adapter.spec.scale)
             d_x = d_x.view(ctx.shape)
-        z_TRs = z_TG.chunk(len(bs), 1)
         if adapter.capture is not None:
-            _add_units(adapter, adapter.capture, ctx.modules, g_TOs, z_TRs, low_TG, x_TD)
+            _add_units(adapter, adapter.capture, ctx.modules, g_TOs, z_TG, low_TG, x_TD)
             return (d_x, *[None] * (3 + len(bs)))
-        scale = adapter.spec.scale
-        d_a = None if x_TD is None else (low_TG.T @ x_TD).float().mul_(scale)
-        d_bs = [(g.T @ z).float().mul_(scale) for g, z in zip(g_TOs, z_TRs, strict=False)]
+        d_a, d_bs, scale = None, [None] * len(bs), adapter.spec.scale
+        if ctx.a_trained:
+            d_a = (low_TG.T @ x_TD).float().mul_(scale)
+        if ctx.b_trained:
+            pairs = zip(g_TOs, z_TG.chunk(len(bs), 1), strict=False)
+            d_bs = [(g_TO.T @ z_TR).float().mul_(scale) for g_TO, z_TR in pairs]
         return d_x, None, None, d_a, *d_bs
 
 
@@ -186,16 +191,17 @@ def _add_units(
     capture: UnitCapture,
     modules: Sequence[AdaptedLinear],
     g_TOs: Sequence[Tensor],
-    z_TRs: Sequence[Tensor],
+    z_TG: Tensor | None,
     low_TG: Tensor | None,
     x_TD: Tensor | None,
 ) -> None:
-    """Add every segment's gradient of B (and of A, where ``x`` was kept) to its unit's row."""
-    for module, g_TO, z_TR in zip(modules, g_TOs, z_TRs, strict=False):
-        adapter.add_unit_products(module.key + ".lora_B", capture, g_TO, z_TR)
+    """Add every segment's gradient of B, of A, or of both, as was kept for, to its unit's row."""
+    if z_TG is not None:
+        for module, g_TO, z_TR in zip(modules, g_TOs, z_TG.chunk(len(modules), 1), strict=False):
+            adapter.add_unit_products(f"{module.key}.{B}", capture, g_TO, z_TR)
     if x_TD is not None and low_TG is not None:
         for module, low_TR in zip(modules, low_TG.chunk(len(modules), 1), strict=True):
-            adapter.add_unit_products(module.key + ".lora_A", capture, low_TR, x_TD)
+            adapter.add_unit_products(f"{module.key}.{A}", capture, low_TR, x_TD)
 
 
 def quantise(model: nn.Module, kernels: Kernels) -> None:
