@@ -110,7 +110,9 @@ class ModelConfig:
 class AdapterConfig:
     """The low-rank adapter."""
 
-    mode: Literal["fa-lora", "lora"] = option("fa-lora", "what is trained: B alone, or A and B")
+    mode: Literal["fa-lora", "lora", "rolora"] = option(
+        "fa-lora", "what is trained: B alone; A and B; B in odd rounds and A in even ones"
+    )
     rank: int = option(16, "rank r", low=1, high=512)
     alpha: float = option(
         16.0, "scale numerator: the update is alpha / rank * B A", above=0, high=1e6

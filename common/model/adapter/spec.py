@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import UserError
+from common.model.adapter.rolora import RoLoRA
 from common.model.adapter.scheme import A, B, Scheme
 from common.seeds import stream
 
 INITIALISERS = ("kaiming-uniform", "orthonormal")
-SCHEMES = {"fa-lora": Scheme((B,)), "lora": Scheme((A, B))}
+SCHEMES = {"fa-lora": Scheme((B,)), "lora": Scheme((A, B)), "rolora": RoLoRA((A, B))}
 _ORTHONORMAL_GRID = 2.0**-20
 
 
@@ -32,7 +33,8 @@ class AdapterSpec:
     """Seed of A, which is drawn per module name."""
     initialiser: str = "kaiming-uniform"
     mode: str = "fa-lora"
-    """Names the scheme: ``fa-lora`` trains B alone, ``lora`` trains A and B."""
+    """Names the scheme: ``fa-lora`` trains B alone, ``lora`` trains A and B, ``rolora``
+    one of them after the other."""
 
     def __post_init__(self) -> None:
         """Check the values that configuration files set."""

@@ -72,7 +72,7 @@ def test_rounds_carry_b_down_and_up_for_every_hospital_that_is_asked():
 
 
 @pytest.mark.parametrize("codec", ["fp32", "bf16", "int8"])
-@pytest.mark.parametrize("mode", ["fa-lora", "lora"])
+@pytest.mark.parametrize("mode", ["fa-lora", "lora", "rolora"])
 def test_bytes_are_those_of_encoded_tensors(codec, mode):
     """Against every tensor of the tiny backbone's adapter, encoded."""
     config = from_flat(
@@ -82,11 +82,17 @@ def test_bytes_are_those_of_encoded_tensors(codec, mode):
             "federation.codec": codec,
             "federation.hospitals": 5,
             "federation.fraction": 0.5,
+            "federation.rounds": 5,
         }
     )
     shapes = adapter_layout(resolve_backbone("tiny"), adapter_spec(config.adapter)).shapes
-    message = sum(encode(codec, np.ones(shape, np.float32)).nbytes for shape in shapes.values())
-    assert plan(config)["bytes_per_round"] == 2 * 3 * message
+    each = {key: encode(codec, np.ones(shape, np.float32)).nbytes for key, shape in shapes.items()}
+    message = down = up = sum(each.values())
+    if mode == "rolora":  # three rounds of B and two of A
+        halves = [sum(n for key, n in each.items() if key.endswith(p)) for p in ("B", "A")]
+        up = round((3 * halves[0] + 2 * halves[1]) / 5)
+        message = (down + up) / 2
+    assert plan(config)["bytes_per_round"] == 3 * (down + up)
     alone = replace(config, federation=replace(config.federation, only="hospital-2"))
     assert plan(alone)["bytes_per_round"] == 2 * message
 

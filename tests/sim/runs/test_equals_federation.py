@@ -23,7 +23,8 @@ LINEAR = {"train.schedule": "linear", "train.warmup-steps": 2, "train.accumulati
 def federated(config, hospital, folder):
     """Run the rounds as hospital and server do, without Flower's transport."""
     session = Worker().session(config)
-    aggregator = Aggregator(config.federation)
+    scheme = session.adapter.spec.scheme
+    aggregator = Aggregator(config.federation, scheme)
     b = initial_tensors(session.adapter.shapes, session.adapter.spec)
     for number in range(1, config.federation.rounds + 1):
         state = load_state(folder, before_round=number)
@@ -35,7 +36,7 @@ def federated(config, hospital, folder):
             weight=result.metrics["weight"],
             metrics=result.metrics,
         )
-        b = aggregator.aggregate(b, [reply], server_round=number)
+        b |= aggregator.aggregate(scheme.shapes(number, b), [reply], server_round=number)
     return b
 
 
@@ -49,8 +50,9 @@ def federated(config, hospital, folder):
         {**ADAMW, **DECAY, "federation.rounds": 3, "train.steps": 11},
         {**ADAMW, **DECAY, "federation.rounds": 5, "train.epochs": 2.5},
         {**ADAMW, "adapter.mode": "lora", "federation.rounds": 3, "federation.local-steps": 4},
+        {**ADAMW, "adapter.mode": "rolora", "federation.rounds": 3, "train.steps": 11},
     ],
-    ids=["sgd", "sgd-cosine", "adamw-linear", "adamw-steps", "adamw-epochs", "lora"],
+    ids=["sgd", "sgd-cosine", "adamw-linear", "adamw-steps", "adamw-epochs", "lora", "rolora"],
 )
 def test_one_hospital_is_the_single_node(keys, configure, hospital, begin, tmp_path):
     config = configure(keys)

@@ -75,6 +75,7 @@ def largest_difference(config: Config, run: RunDirectory, reference) -> tuple[fl
         {},
         {"adapter.initialiser": "orthonormal"},
         {"adapter.mode": "lora", "adapter.targets": "q_proj,down_proj"},
+        {"adapter.mode": "rolora"},
     ],
 )
 def test_peft_alone_gives_the_same_logits(tmp_path, more):
