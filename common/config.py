@@ -70,6 +70,11 @@ class DataConfig:
         "string", "level at which drug names are equal"
     )
     drug_map: str = option("", "csv with columns name,code for normalisation = map")
+    drug_order: Literal["first-start", "name", "shuffled"] = option(
+        "first-start",
+        "order of the drugs in training: by first start in the stay, by name, or a new random one "
+        "in every pass",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,10 @@ class Encoded:
         """Number of tokens that carry loss."""
         return len(self.input_ids) - self.answer_start
 
+    def in_epoch(self, epoch: int) -> "Encoded":
+        """Return the sample as training sees it in one pass over the data."""
+        return self
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
@@ -135,13 +139,9 @@ def encode(
     prompt, dropped_diagnoses = encode_prompt(
         admission, tokenizer, max_length_tokens=max_length_tokens
     )
-    end = tokenizer.eos_token_id
-
-    def tokens(kept: int) -> list[int]:
-        text = render_answer(admission.drugs[:kept])
-        return [*tokenizer(text, add_special_tokens=False)["input_ids"], end]
-
-    answer, dropped_drugs = _fit(tokens, len(admission.drugs), max_length_tokens - len(prompt))
+    answer, dropped_drugs = encode_answer(
+        admission.drugs, tokenizer, max_tokens=max_length_tokens - len(prompt)
+    )
     return Encoded(
         input_ids=(*prompt, *answer),
         answer_start=len(prompt),
@@ -149,6 +149,26 @@ def encode(
         dropped_diagnoses=dropped_diagnoses,
         dropped_drugs=dropped_drugs,
     )
+
+
+def encode_answer(
+    drugs: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int
+) -> tuple[list[int], int]:
+    """Tokenise a list and the end token; whole drugs are dropped from its end to keep the limit.
+
+    Returns:
+        Token ids, and the number of drugs left out.
+
+    Raises:
+        UserError: If not even the empty list fits.
+    """
+    end = tokenizer.eos_token_id
+
+    def tokens(kept: int) -> list[int]:
+        text = render_answer(drugs[:kept])
+        return [*tokenizer(text, add_special_tokens=False)["input_ids"], end]
+
+    return _fit(tokens, len(drugs), max_tokens)
 
 
 def pack(samples: Sequence[Encoded]) -> PackedBatch:

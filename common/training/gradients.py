@@ -49,8 +49,12 @@ class BatchGradient:
         """Compute the gradient of global step ``step``."""
         config = self._config
         count = config.batch_size * config.accumulation
-        places = batch_order(config.seed, self._stream, len(self._dataset), step * count, count)
-        samples = [self._dataset[place] for place in places]
+        first, size = step * count, len(self._dataset)
+        places = batch_order(config.seed, self._stream, size, first, count)
+        samples = [
+            self._dataset[place].in_epoch(turn // size)
+            for turn, place in enumerate(places, start=first)
+        ]
         label_tokens = sum(sample.label_tokens for sample in samples)
         session.adapter.flat_grad.zero_()
         loss_sum, packed_tokens = 0.0, 0

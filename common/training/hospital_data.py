@@ -7,6 +7,7 @@ from common.data.partition import Hospital
 from common.model.session import Session
 from common.seeds import stream
 from common.text.batches import Encoded, encode
+from common.text.drug_order import in_order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,8 @@ def encode_hospital(hospital: Hospital, session: Session, config: Config) -> Hos
         name=hospital.name,
         patients=hospital.patients,
         samples=hospital.samples,
-        train=tokens(hospital.train),
+        train=in_order(
+            tokens(hospital.train), hospital.train, session.tokenizer, config, hospital.name
+        ),
         validation=tokens(validation),
     )

@@ -53,7 +53,7 @@ class PrivateGradient:
     def __call__(self, session: Session, step: int) -> StepLoss:
         """Release one gradient into ``session.adapter.flat_grad``; tells no loss and no count."""
         mechanism = self.mechanism_for(session)
-        sum_P = self.clipped_sum(session, self.units.draw(self.plan, self.noise))
+        sum_P = self.clipped_sum(session, self.units.draw(self.plan, self.noise), step=step)
         session.adapter.flat_grad.copy_(mechanism.release(sum_P))
         return StepLoss(loss_sum=None, label_tokens=0, packed_tokens=0)
 
@@ -64,11 +64,14 @@ class PrivateGradient:
             self.mechanism = GaussianMechanism(self.plan, parameters, self.noise)
         return self.mechanism
 
-    def clipped_sum(self, session: Session, drawn: Sequence[tuple[int, ...]]) -> Tensor:
+    def clipped_sum(
+        self, session: Session, drawn: Sequence[tuple[int, ...]], *, step: int = 0
+    ) -> Tensor:
         """Return sum_u c_u G_u over the drawn units, fp32, [P].
 
         A unit's gradient is the mean of its samples' gradients. Units stand in order, so at most
-        one of them spans two micro-batches, and only its partial sum is carried.
+        one of them spans two micro-batches, and only its partial sum is carried. A draw is no pass
+        over the data: where drugs are shuffled, each step has its own order.
         """
         check_backbone(session.spec)
         alone = not shared_passes(session).value
@@ -81,7 +84,7 @@ class PrivateGradient:
             gradients_UP = torch.zeros(len(places), adapter.flat.numel(), device=sum_P.device)
             if carried_P is not None:
                 gradients_UP[0] = carried_P
-            samples = [self.dataset[index] for _, index in batch]
+            samples = [self.dataset[index].in_epoch(step) for _, index in batch]
             add_unit_gradients(session, pack(samples), rows, gradients_UP)
             last_place, last_index = batch[-1]
             if last_index == drawn[last_place][-1]:

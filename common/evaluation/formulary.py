@@ -1,0 +1,126 @@
+"""A hospital's formulary: the drug names that an answer may hold.
+
+It is what the hospital ordered in its own training split, or a file of names that the user gives. A
+formulary never leaves its hospital: answers are decoded, and lists scored, where the data is.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.data.names import normalise_string
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    from common.data.samples import Admission
+
+MOST_NAMES = 20_000
+"""Names of a file; the largest hospitals stock a fifth of that."""
+LONGEST_NAME = 300
+"""Characters of a name in a file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Formulary:
+    """Drug names, distinct at the string level."""
+
+    names: tuple[str, ...]
+    """In the order of their string-level names."""
+    origin: str
+    """``training split`` or ``file``."""
+    merged: int = 0
+    """Spellings beyond the first of each name."""
+
+
+def formulary_of(admissions: Iterable["Admission"]) -> Formulary:
+    """Return what was ordered, each drug in its most common spelling.
+
+    Args:
+        admissions: A training split; whatever is held out must not be in it.
+
+    >>> from common.data.samples import Admission
+    >>> one = Admission(patient=1, admission=1, sex="F", age=50, drugs=("Insulin", "Aspirin"))
+    >>> two = Admission(patient=2, admission=2, sex="F", age=50, drugs=("insulin", "Heparin"))
+    >>> formulary_of([one, one, two]).names
+    ('Aspirin', 'Heparin', 'Insulin')
+
+    Raises:
+        UserError: If no drug was ordered.
+    """
+    found = _distinct(Counter(drug for one in admissions for drug in one.drugs), "training split")
+    if not found.names:
+        raise UserError(
+            "the training split holds no drug, so there is no formulary",
+            fix="use more patients, or name a file with evaluation.formulary",
+        )
+    return found
+
+
+def read_formulary(path: Path) -> Formulary:
+    """Read a file of drug names, one a line, in UTF-8; blank lines do not count.
+
+    Spellings that are equal at the string level are one name, shown as it stands first.
+
+    Raises:
+        UserError: If the file cannot be read, is empty, or holds what is no formulary.
+    """
+    what = f"evaluation.formulary={path}"
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{what} is not UTF-8 (byte {error.start})", fix="save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{what}: {error.strerror}", allowed="a text file, one name a line", fix="name one"
+        ) from None
+    names = [" ".join(line.split()) for line in lines]
+    for number, name in enumerate(names, start=1):
+        if len(name) > LONGEST_NAME or not name.isprintable():
+            raise UserError(
+                f"{what}, line {number} is no drug name",
+                allowed=f"printable, up to {LONGEST_NAME} characters",
+                fix="one name a line",
+            )
+    found = _distinct(Counter(filter(None, names)), "file")
+    if not 1 <= len(found.names) <= MOST_NAMES:
+        raise UserError(
+            f"{what} holds {len(found.names):,} names",
+            allowed=f"1 to {MOST_NAMES:,}",
+            fix="name the drugs that may be listed, one a line",
+        )
+    return found
+
+
+def formularies(trains: Sequence[Sequence["Admission"]], file: str) -> list[Formulary]:
+    """Return each hospital's formulary: its own, or the user's file for all.
+
+    Args:
+        trains: Training splits.
+        file: ``evaluation.formulary``; empty for the hospitals' own.
+    """
+    if file:
+        return [read_formulary(Path(file).expanduser())] * len(trains)
+    return [formulary_of(train) for train in trains]
+
+
+def _distinct(counted: Counter[str], origin: str) -> Formulary:
+    spelled: dict[str, list[str]] = {}
+    for name in counted:
+        if folded := normalise_string(name):
+            spelled.setdefault(folded, []).append(name)
+
+    def shown(spellings: list[str]) -> str:
+        # In a training split ties go to the alphabet; in a file the first line wins.
+        if origin == "file":
+            return spellings[0]
+        return min(spellings, key=lambda name: (-counted[name], name))
+
+    return Formulary(
+        names=tuple(shown(spelled[folded]) for folded in sorted(spelled)),
+        origin=origin,
+        merged=sum(map(len, spelled.values())) - len(spelled),
+    )
