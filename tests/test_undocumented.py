@@ -52,7 +52,7 @@ DOCUMENTED = {
     "typer": {"typer", "typer.testing"},
     "click": {"click", "click.exceptions"},
     "openai": {"openai"},
-    "fastapi": {"fastapi", "fastapi.concurrency", "fastapi.responses"},
+    "fastapi": {"fastapi", "fastapi.exceptions", "fastapi.concurrency", "fastapi.responses"},
     "huggingface_hub": {"huggingface_hub", "huggingface_hub.errors"},
     "tokenizers": {"tokenizers"},
 }

@@ -51,13 +51,13 @@ def require_llguidance() -> None:
     """
     if importlib.util.find_spec("llguidance") is None:
         raise UserError(
-            "evaluation.constrained=true needs the package llguidance",
-            fix="pip install 'fedrx[constrained]', or set evaluation.constrained to false",
+            "evaluation.decoding=grammar needs the package llguidance",
+            fix="pip install 'fedrx[constrained]', or set evaluation.decoding to formulary",
         )
 
 
-def answer_grammar(session: Session) -> Callable[[], Matcher]:
-    """Return what makes a matcher for each answer.
+def answer_grammar(session: Session) -> Callable[[int], Matcher]:
+    """Return what makes a matcher for each answer; all prompts have the same grammar.
 
     Raises:
         UserError: If llguidance is not installed, or cannot read the backbone's tokenizer.
@@ -75,9 +75,9 @@ def answer_grammar(session: Session) -> Callable[[], Matcher]:
         )
     except (ValueError, AttributeError, AssertionError) as error:
         raise UserError(
-            f"evaluation.constrained=true: llguidance cannot read this tokenizer ({error})",
-            fix="set evaluation.constrained to false",
+            f"evaluation.decoding=grammar: llguidance cannot read this tokenizer ({error})",
+            fix="set evaluation.decoding to greedy or formulary",
         ) from None
     grammar = LLMatcher.grammar_from_lark(ANSWER_GRAMMAR)
     first = LLMatcher(tokenizer, grammar)
-    return lambda: _AnswerMatcher(first.deep_copy())
+    return lambda prompt: _AnswerMatcher(first.deep_copy())

@@ -20,12 +20,15 @@ Conventions, pinned down:
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import JsonValue
 
-from common.data.names import normalise
+from common.config import DataConfig
+from common.data.names import ATC_CHARACTERS, normalise, read_drug_map
 from common.seeds import stream
 
 METRICS = (
@@ -55,17 +58,20 @@ _RATIOS = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prediction:
+class Answered(Protocol):
     """One admission's true and predicted drugs."""
 
-    case: str
-    """Name of the case in predictions.jsonl; no patient or admission id."""
-    cluster: int
-    """Which admissions share a patient; only equality counts."""
-    truth: tuple[str, ...]
-    answer: tuple[str, ...] | None
-    """None: the answer was not in the format."""
+    @property
+    def cluster(self) -> int:
+        """Which admissions share a patient; only equality counts."""
+
+    @property
+    def truth(self) -> Collection[str]:
+        """What was ordered."""
+
+    @property
+    def answer(self) -> Collection[str] | None:
+        """None: the answer was not in the format."""
 
 
 class Estimate(NamedTuple):
@@ -95,7 +101,7 @@ class Metrics:
         """Return one metric over all samples."""
         return self.estimates[name].value
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, JsonValue]:
         """Return plain JSON: metrics by name, ``intervals`` and ``parsed_only`` beside."""
         return {
             "level": self.level,
@@ -111,7 +117,7 @@ class Metrics:
 
 
 def score(
-    predictions: Sequence[Prediction],
+    predictions: Sequence[Answered],
     *,
     level: str,
     vocabulary: Collection[str],
@@ -171,6 +177,74 @@ def score(
     )
 
 
+def f1_by_admission(
+    predictions: Sequence[Answered],
+    *,
+    level: str,
+    drug_map: Mapping[str, tuple[str, ...]] | None = None,
+) -> list[float]:
+    """Return the F1 of every admission; an answer that is not in the format has 0."""
+    place = _COLUMNS.index("f1")
+    return [
+        _measure(
+            normalised_set(one.truth, level=level, drug_map=drug_map),
+            None
+            if one.answer is None
+            else normalised_set(one.answer, level=level, drug_map=drug_map),
+            frozenset(),
+        )[place]
+        for one in predictions
+    ]
+
+
+def interval_of_mean(
+    values: Sequence[float],
+    clusters: Sequence[int],
+    *,
+    resamples: int,
+    seed: int,
+    confidence: float = 0.95,
+) -> Estimate:
+    """Return a mean and its interval by percentile bootstrap over patients.
+
+    Args:
+        values: One for each admission; of a paired comparison, the difference.
+        clusters: Which admissions share a patient.
+        resamples: 0 for no interval.
+        seed: Of the bootstrap; equal seeds and patients see equal resamples.
+        confidence: Mass of the interval.
+
+    >>> interval_of_mean([1.0, 1.0, 0.0], [1, 1, 2], resamples=200, seed=0)
+    Estimate(value=0.6666666666666666, low=0.0, high=1.0)
+
+    Raises:
+        ValueError: No values.
+    """
+    if not len(values):
+        raise ValueError("no values to average")
+    _, cluster_n = np.unique(clusters, return_inverse=True)
+    patients = int(cluster_n.max()) + 1
+    table_nm = np.column_stack([values, np.ones(len(values))])
+    value = float(table_nm[:, 0].mean())
+    if not resamples or patients == 1:
+        return Estimate(value, None, None)
+    drawn_rm = _resampled_sums(_by_cluster(table_nm, cluster_n, patients), resamples, seed)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(drawn_rm[:, 0] / drawn_rm[:, 1], [tail, 1 - tail]).tolist()
+    return Estimate(value, low, high)
+
+
+def drug_map_of(data: DataConfig) -> dict[str, tuple[str, ...]] | None:
+    """Return the map that level ``map`` and the ATC levels need; None at other levels.
+
+    Raises:
+        UserError: See ``read_drug_map``.
+    """
+    if data.normalisation not in ("map", *ATC_CHARACTERS):
+        return None
+    return read_drug_map(Path(data.drug_map), data.normalisation)
+
+
 def normalised_set(
     names: Collection[str], *, level: str, drug_map: Mapping[str, tuple[str, ...]] | None = None
 ) -> frozenset[str]:
@@ -182,7 +256,7 @@ def normalised_set(
     return frozenset(item for name in names for item in normalise(name, level, drug_map))
 
 
-def _values(estimates: Mapping[str, Estimate]) -> dict[str, float | None]:
+def _values(estimates: Mapping[str, Estimate]) -> dict[str, JsonValue]:
     return {name: estimate.value for name, estimate in estimates.items()}
 
 

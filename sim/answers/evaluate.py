@@ -1,7 +1,6 @@
 """``fedrx evaluate``: answers of a run's adapter on held-out patients, with baselines beside."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
@@ -11,8 +10,7 @@ from common.configio import changed_freely
 from common.data.dataset import Dataset, open_hospitals
 from common.errors import UserError
 from common.evaluation.answers import B, choose_cases, evaluate_answers
-from common.evaluation.answers_file import ANSWERS_SHA256, Row, read_answers, write_answers
-from common.files import json_line
+from common.evaluation.answers_file import Evaluation, Facts
 from common.model.session import Session
 from common.rundir import RunDirectory
 from common.tensor_files import Altered
@@ -109,47 +107,33 @@ def evaluate_run(
     loaded, last = run.load_checkpoint(checkpoint), run.load_checkpoint()
     data, session = reopen(run, config, worker or Worker(), data)
     settings = config.evaluation
-    way = {"checkpoint": last.name, "settings": asdict(settings), **_compute(session)}
-    # A run that plain `flwr run` made does not know its source yet.
-    summary = {"source": data.source, **run.read_json("summary.json")}
-    known, old = summary.get("evaluation", {}), []
+    way = (last.name, settings, session.device.value, session.dtype.value)
+    known = None
     try:
-        old = read_answers(run)
+        known = Evaluation.read(run)
     except Altered as error:
-        known = {}
         if console is not None:
             console.print(f"{error}: all is answered anew", style="yellow", markup=False)
-    beside = {key: known.get(key) for key in way} == way
+    beside = known if known and known.facts.way == way else None
     adapters: dict[str, B | None] = {"fedrx": last.b, "untrained": None}
     if loaded.name != last.name:
         adapters = {loaded.name: loaded.b} if beside else {**adapters, loaded.name: loaded.b}
     cases = len(choose_cases(data.hospitals, samples=settings.samples, seed=settings.seed))
-    meter = Meter(console or Console(quiet=True), "answers", cases * len(adapters))
     names = list(adapters)
-    with meter:
+    with Meter(console or Console(quiet=True), "answers", cases * len(adapters)) as meter:
         found = evaluate_answers(
             session,
             data.hospitals,
             config,
             adapters,
+            checkpoint=last.name,
             progress=lambda model, done, of: meter.update(names.index(model) * of + done, model),
         )
     if console is not None:
         _show(console, found.facts)
-    rows = found.predictions
-    if beside:
-        rows = _together(old, rows)
-        found.facts["generation"] = {**known["generation"], **found.facts["generation"]}
-    lines = [json_line(row) for row in rows]
-    if not old or not set(map(json_line, old)) <= set(lines):
-        # These are about answers that will be gone, so they go first.
-        for about_answers in ("judge", "review"):
-            summary.pop(about_answers, None)
-        run.write_json("summary.json", summary)
-    digest = write_answers(run, rows)
-    summary["metrics"] = {**(summary["metrics"] if beside else {}), **found.metrics}
-    summary["evaluation"] = {**found.facts, **way, ANSWERS_SHA256: digest}
-    run.write_json("summary.json", summary)
+    # A run that plain `flwr run` made does not know its source yet.
+    summary = {"source": data.source, **run.read_json("summary.json")}
+    (beside.beside(found) if beside else found).write(run, summary)
     return summary
 
 
@@ -177,11 +161,6 @@ def reopen(
     return data, session
 
 
-def _together(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """Put new rows in the place of old ones, or after them."""
-    return list({(row["case"], row["model"]): row for row in (*old, *new)}.values())
-
-
 def _require(what: str, found: str, recorded: str | None, key: str) -> None:
     if recorded is not None and found != recorded:
         raise UserError(
@@ -190,21 +169,16 @@ def _require(what: str, found: str, recorded: str | None, key: str) -> None:
         )
 
 
-def _compute(session: Session) -> dict[str, Any]:
-    return {"device": session.device.value, "dtype": session.dtype.value}
-
-
-def _show(console: Console, facts: dict[str, Any]) -> None:
-    for model, one in facts["generation"].items():
-        cut = f", {one['cut_answers']} cut at evaluation.max-new-tokens" * bool(one["cut_answers"])
+def _show(console: Console, facts: Facts) -> None:
+    for model, one in facts.generation.items():
+        cut = f", {one.cut_answers} cut at evaluation.max-new-tokens" * bool(one.cut_answers)
         console.print(
-            f"{model}: {facts['samples']} answers, {one['tokens']} tokens in "
-            f"{one['seconds']:.1f} s{cut}",
+            f"{model}: {facts.samples} answers, {one.tokens} tokens in {one.seconds:.1f} s{cut}",
             style="dim",
             highlight=False,
         )
-    if facts["dropped_diagnoses"]:
+    if facts.dropped_diagnoses:
         console.print(
-            f"{facts['dropped_diagnoses']} diagnoses left out of prompts (train.max-length)",
+            f"{facts.dropped_diagnoses} diagnoses left out of prompts (train.max-length)",
             highlight=False,
         )

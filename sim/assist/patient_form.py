@@ -1,19 +1,24 @@
 """What a person types about one patient, checked field by field."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from common.data.icd import Diagnosis, DiagnosisIndex
 from common.data.samples import Admission
 from common.files import writable
 from common.text.prompts import age_text
 
-AGES = (18, 120)
-HEIGHTS_CM = (100.0, 230.0)
-WEIGHTS_KG = (25.0, 350.0)
 MOST_DIAGNOSES = 40
 LONGEST_TEXT = 300
+WHAT_IS_RIGHT = {
+    "sex": "choose female or male (the data knows these two).",
+    "age": "whole years, 18 to 120 (the model has seen adults only).",
+    "height": "100 to 230 cm, or empty.",
+    "weight": "25 to 350 kg, or empty.",
+}
+_NO_NUMBER = ("int_parsing", "float_parsing", "finite_number")
 
 
 class FormProblems(ValueError):
@@ -24,16 +29,46 @@ class FormProblems(ValueError):
         self.problems = dict(problems)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PatientRequest:
-    """A checked patient."""
+class PatientRequest(BaseModel):
+    """A checked patient; see ``read_form`` for what is read."""
 
-    sex: str
-    """``F`` or ``M``."""
-    age: int
-    height_cm: float | None
-    weight_kg: float | None
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    sex: Literal["F", "M"]
+    age: int = Field(ge=18, le=120)
+    height_cm: float | None = Field(None, alias="height", ge=100, le=230)
+    weight_kg: float | None = Field(None, alias="weight", ge=25, le=350)
     diagnoses: tuple[Diagnosis, ...]
+
+    @field_validator("sex", mode="before")
+    @classmethod
+    def _first_letter(cls, value: object) -> str:
+        return value.strip().upper()[:1] if isinstance(value, str) else ""
+
+    @field_validator("age", "height_cm", "weight_kg", mode="before")
+    @classmethod
+    def _number(cls, value: object) -> float | str | None:
+        """Read a number; empty is None. A decimal comma is understood."""
+        text = "" if value is None else str(value).strip().replace(",", ".")
+        try:
+            return float(text) if text else None
+        except ValueError:
+            return text
+
+    @field_validator("diagnoses", mode="before")
+    @classmethod
+    def _look_up(cls, texts: object, info: ValidationInfo) -> tuple[Diagnosis, ...]:
+        if not isinstance(texts, list | tuple) or not texts:
+            raise ValueError("add at least one.")
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ValueError("add at least one.")
+        if len(texts) > MOST_DIAGNOSES:
+            raise ValueError(f"at most {MOST_DIAGNOSES}.")
+        if any(len(text) > LONGEST_TEXT for text in texts):
+            raise ValueError(f"at most {LONGEST_TEXT} characters each.")
+        index = cast(DiagnosisIndex, info.context)
+        # A terminal passes on bytes that are no UTF-8.
+        return tuple(dict.fromkeys(index.read(text) for text in writable(texts)[0]))
 
     @property
     def bmi(self) -> float | None:
@@ -61,18 +96,12 @@ class PatientRequest:
         """The codes of the diagnoses that have one."""
         return tuple(diagnosis.code for diagnosis in self.diagnoses if diagnosis.code)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return what a decision record keeps of the patient; an age above 89 is not kept."""
-        return {
-            "sex": self.sex,
-            "age": age_text(self.age),
-            "height_cm": self.height_cm,
-            "weight_kg": self.weight_kg,
-            "diagnoses": [{"code": d.code, "title": d.title} for d in self.diagnoses],
-        }
+        return {**self.model_dump(), "age": age_text(self.age)}
 
 
-def read_form(form: Mapping[str, Any], index: DiagnosisIndex) -> PatientRequest:
+def read_form(form: Mapping[str, object], index: DiagnosisIndex) -> PatientRequest:
     """Check everything at once.
 
     Args:
@@ -83,66 +112,20 @@ def read_form(form: Mapping[str, Any], index: DiagnosisIndex) -> PatientRequest:
     Raises:
         FormProblems: Naming every field that is wrong, and what would be right.
     """
-    problems: dict[str, str] = {}
-    sex = _sex(form.get("sex"), problems)
-    age = _number(form.get("age"), "age", problems)
-    if age is None or age != int(age) or not AGES[0] <= age <= AGES[1]:
-        problems.setdefault(
-            "age", f"Age: whole years, {AGES[0]} to {AGES[1]} (the model has seen adults only)."
-        )
-    height = _number(form.get("height"), "height", problems)
-    if height is not None and not HEIGHTS_CM[0] <= height <= HEIGHTS_CM[1]:
-        metres = f" Did you mean {height * 100:.0f}?" if 1 <= height <= 2.5 else ""
-        problems["height"] = (
-            f"Height: {HEIGHTS_CM[0]:.0f} to {HEIGHTS_CM[1]:.0f} cm, or empty.{metres}"
-        )
-    weight = _number(form.get("weight"), "weight", problems)
-    if weight is not None and not WEIGHTS_KG[0] <= weight <= WEIGHTS_KG[1]:
-        problems["weight"] = f"Weight: {WEIGHTS_KG[0]:.0f} to {WEIGHTS_KG[1]:.0f} kg, or empty."
-    diagnoses = _diagnoses(form.get("diagnoses"), index, problems)
-    if problems:
-        raise FormProblems(problems)
-    assert age is not None
-    return PatientRequest(
-        sex=sex, age=int(age), height_cm=height, weight_kg=weight, diagnoses=diagnoses
-    )
-
-
-def _sex(value: Any, problems: dict[str, str]) -> str:
-    text = str(value).strip().upper()[:1] if isinstance(value, str) else ""
-    if text not in ("F", "M"):
-        problems["sex"] = "Sex: choose female or male (the data knows these two)."
-    return text
-
-
-def _number(value: Any, field: str, problems: dict[str, str]) -> float | None:
-    """Read a number; empty is None. A decimal comma is understood."""
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return None
     try:
-        if isinstance(value, bool):
-            raise ValueError
-        number = float(value.strip().replace(",", ".") if isinstance(value, str) else value)
-    except (ValueError, TypeError):
-        number = float("nan")
-    if not abs(number) < 1e6:
-        problems[field] = f"{field.capitalize()}: write a number, without unit."
-        return None
-    return number
+        return PatientRequest.model_validate(form, context=index)
+    except ValidationError as error:
+        raise FormProblems(dict(_problems(error))) from None
 
 
-def _diagnoses(
-    value: Any, index: DiagnosisIndex, problems: dict[str, str]
-) -> tuple[Diagnosis, ...]:
-    texts: Sequence[Any] = value if isinstance(value, list | tuple) else ()
-    if not all(isinstance(text, str) and text.strip() for text in texts) or not texts:
-        problems["diagnoses"] = "Diagnoses: add at least one."
-        return ()
-    if len(texts) > MOST_DIAGNOSES:
-        problems["diagnoses"] = f"Diagnoses: at most {MOST_DIAGNOSES}."
-        return ()
-    if any(len(text) > LONGEST_TEXT for text in texts):
-        problems["diagnoses"] = f"Diagnoses: at most {LONGEST_TEXT} characters each."
-        return ()
-    # A terminal passes on bytes that are no UTF-8.
-    return tuple(dict.fromkeys(index.read(text) for text in writable(texts)[0]))
+def _problems(wrong: ValidationError) -> Iterable[tuple[str, str]]:
+    for error in wrong.errors(include_url=False):
+        field, value = str(error["loc"][0]), error["input"]
+        right = WHAT_IS_RIGHT.get(field, "add at least one.")
+        if error["type"] in _NO_NUMBER:
+            right = "write a number, without unit."
+        elif error["type"] == "value_error":
+            right = str(error["ctx"]["error"])
+        elif field == "height" and 1 <= value <= 2.5:
+            right += f" Did you mean {value * 100:.0f}?"
+        yield field, f"{field.capitalize()}: {right}"

@@ -7,7 +7,6 @@ load nothing and connect to nothing but itself.
 """
 
 import datetime
-import json
 import os
 import secrets
 import socket
@@ -15,12 +14,14 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
+from pydantic import BaseModel, Field, StringConstraints, model_validator
 
 from common.errors import UserError
 from common.files import json_line, utf8, writable
@@ -35,6 +36,14 @@ _KEPT_SUGGESTIONS = 200
 _LONGEST_DRUG = 200
 _LONGEST_NOTE = 2000
 _MOST_ADDED = 100
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
 
 
 class Suggester(Protocol):
@@ -79,6 +88,39 @@ def cookie_name(port: int) -> str:
     return f"fedrx-assist-{port}"
 
 
+class Decision(BaseModel):
+    """What a clinician makes of a list."""
+
+    id: str = ""
+    marks: list[str | None] = []
+    """``keep`` or ``remove`` for each drug, in the list's order."""
+    added: list[
+        Annotated[
+            str, StringConstraints(strip_whitespace=True, min_length=1, max_length=_LONGEST_DRUG)
+        ]
+    ] = Field([], max_length=_MOST_ADDED)
+    note: str = Field("", max_length=_LONGEST_NOTE)
+    escaped_texts: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _escape(cls, body: object) -> object:
+        """Escape text that UTF-8 cannot hold, and count it."""
+        if not isinstance(body, dict):
+            return body
+        texts, count = writable(body)
+        return {**texts, "escaped_texts": count}
+
+
+_WRONG_DECISION = {
+    "id": "This list is no longer known here. Ask for a new one, then decide.",
+    "marks": "The decision is not about this list. Ask again.",
+    "added": f"At most {_MOST_ADDED} drugs can be added, each with a name of at most "
+    f"{_LONGEST_DRUG} characters.",
+    "note": f"The note is longer than {_LONGEST_NOTE} characters.",
+}
+
+
 def make_app(desk: Desk, *, port: int) -> FastAPI:
     """Return the page's application.
 
@@ -87,47 +129,52 @@ def make_app(desk: Desk, *, port: int) -> FastAPI:
         port: Where it is served, for the check of hosts and origins.
     """
     app = FastAPI(title="FedRx assist", docs_url=None, redoc_url=None, openapi_url=None)
+    app.include_router(_routes(desk, cookie_name(port)))
+    # Starlette's own check of hosts leaves the port out: this one is exact.
     hosts = {f"{name}:{port}" for name in (HOST, "localhost")}
-    cookie = cookie_name(port)
-    index = desk.suggester.surroundings.index
-    about = {
-        **desk.about,
-        "titles": index.origin,
-        "support": desk.suggester.surroundings.note,
-        "supported": desk.suggester.surroundings.support is not None,
-        "decisions": str(desk.decisions),
-    }
-    page = render(
-        "assist.html",
-        styles=("base.css", "assist.css"),
-        script="assist.js",
-        data=about,
-        connect="'self'",
-    )
 
     @app.middleware("http")
     async def guard(
         request: Request, proceed: Callable[[Request], Awaitable[Response]]
     ) -> Response:
-        refusal = _refusal(request, hosts, cookie, desk.secret)
+        refusal = _refusal(request, hosts, cookie_name(port), desk.secret)
         response = refusal if refusal is not None else await proceed(request)
-        response.headers.update(
-            {
-                "Cache-Control": "no-store",
-                "X-Content-Type-Options": "nosniff",
-                "X-Frame-Options": "DENY",
-                "Referrer-Policy": "no-referrer",
-                "Cross-Origin-Resource-Policy": "same-origin",
-                "Cross-Origin-Opener-Policy": "same-origin",
-            }
-        )
+        response.headers.update(_HEADERS)
         return response
 
     @app.exception_handler(FormProblems)
     async def tell(request: Request, error: FormProblems) -> Response:
         return _problem(error.problems)
 
-    @app.get("/")
+    @app.exception_handler(RequestValidationError)
+    @app.exception_handler(400)
+    async def tell_of_body(request: Request, error: Exception) -> Response:
+        """FastAPI's own answer would quote what was typed."""
+        errors = error.errors() if isinstance(error, RequestValidationError) else ()
+        fields = {part for one in errors for part in one["loc"]}
+        wrong = [text for field, text in _WRONG_DECISION.items() if field in fields]
+        return _problem({"decision": wrong[0]} if wrong else {"form": "This is not a form."})
+
+    return app
+
+
+def _routes(desk: Desk, cookie: str) -> APIRouter:
+    router, index = APIRouter(), desk.suggester.surroundings.index
+    page = render(
+        "assist.html",
+        styles=("base.css", "assist.css"),
+        script="assist.js",
+        data={
+            **desk.about,
+            "titles": index.origin,
+            "support": desk.suggester.surroundings.note,
+            "supported": desk.suggester.surroundings.support is not None,
+            "decisions": str(desk.decisions),
+        },
+        connect="'self'",
+    )
+
+    @router.get("/")
     async def show(request: Request) -> Response:
         if "token" in request.query_params:
             response: Response = RedirectResponse("/", status_code=303)
@@ -135,76 +182,61 @@ def make_app(desk: Desk, *, port: int) -> FastAPI:
             return response
         return HTMLResponse(page)
 
-    @app.get("/api/diagnoses")
-    async def diagnoses(q: str = "") -> Response:
+    @router.get("/api/diagnoses")
+    async def diagnoses(q: str = "") -> list[dict[str, str]]:
         found = index.search(q[:100], limit=12)
-        return JSONResponse([{"code": d.code, "label": d.label, "title": d.title} for d in found])
+        return [{"code": d.code, "label": d.label, "title": d.title} for d in found]
 
-    @app.post("/api/suggest")
-    async def suggest(request: Request) -> Response:
-        patient = read_form((await _body(request))[0], index)
+    @router.post("/api/suggest")
+    async def suggest(form: dict[str, Any]) -> dict[str, Any]:
+        patient = read_form(form, index)
         suggestion = await run_in_threadpool(desk.suggester.suggest, patient)
-        return JSONResponse({"id": desk.remember(patient, suggestion), **suggestion.as_dict()})
+        return {"id": desk.remember(patient, suggestion), **suggestion.as_dict()}
 
-    @app.post("/api/decision")
-    async def decide(request: Request) -> Response:
-        body, escaped = await _body(request)
-        asked = desk.asked.get(str(body.get("id")))
+    @router.post("/api/decision")
+    async def decide(decision: Decision) -> dict[str, Any]:
+        asked = desk.asked.get(decision.id)
         if asked is None:
-            return _problem(
-                {"decision": "This list is no longer known here. Ask for a new one, then decide."}
-            )
-        record = decision_record(*asked, body) | ({"escaped_texts": escaped} if escaped else {})
+            raise FormProblems({"decision": _WRONG_DECISION["id"]})
+        record = decision_record(*asked, decision)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         try:
             append_private(desk.decisions, {"time": now, **desk.about, **record})
         except OSError as error:
-            return _problem({"decision": f"The decision could not be stored: {error.strerror}."})
-        del desk.asked[str(body["id"])]
-        return JSONResponse({"stored": str(desk.decisions), "escaped_texts": escaped})
+            text = f"The decision could not be stored: {error.strerror}."
+            raise FormProblems({"decision": text}) from None
+        del desk.asked[decision.id]
+        return {"stored": str(desk.decisions), "escaped_texts": decision.escaped_texts}
 
-    return app
+    return router
 
 
 def decision_record(
-    request: PatientRequest, suggestion: Suggestion, body: Mapping[str, Any]
+    request: PatientRequest, suggestion: Suggestion, decision: Decision
 ) -> dict[str, Any]:
     """Check a decision against the list it is about.
 
-    Args:
-        request: The patient.
-        suggestion: The list.
-        body: ``marks``: ``keep`` or ``remove`` for each drug in order; ``added``: names; ``note``.
-
     Raises:
-        FormProblems: If a drug is undecided, or something is not what it should be.
+        FormProblems: If a drug is undecided, or the list is another one.
     """
     names = [drug.name for drug in suggestion.drugs]
-    marks, added, note = (body.get(key) for key in ("marks", "added", "note"))
-    if not isinstance(marks, list) or len(marks) != len(names):
-        raise FormProblems({"decision": "The decision is not about this list. Ask again."})
-    undecided = sum(mark not in ("keep", "remove") for mark in marks)
+    if len(decision.marks) != len(names):
+        raise FormProblems({"decision": _WRONG_DECISION["marks"]})
+    undecided = sum(mark not in ("keep", "remove") for mark in decision.marks)
     if undecided:
         raise FormProblems(
             {"decision": f"{undecided} of {len(names)} drugs are undecided: keep or remove each."}
         )
-    if not isinstance(added, list) or len(added) > _MOST_ADDED:
-        raise FormProblems({"decision": f"At most {_MOST_ADDED} drugs can be added."})
-    if not all(isinstance(name, str) and 0 < len(name.strip()) <= _LONGEST_DRUG for name in added):
-        raise FormProblems(
-            {"decision": f"An added drug needs a name of at most {_LONGEST_DRUG} characters."}
-        )
-    if not isinstance(note, str) or len(note) > _LONGEST_NOTE:
-        raise FormProblems({"decision": f"The note is longer than {_LONGEST_NOTE} characters."})
-    paired = list(zip(names, marks, strict=True))
+    paired = list(zip(names, decision.marks, strict=True))
     return {
         "patient": request.as_dict(),
         "suggested": names,
         "in_format": suggestion.in_format,
         "kept": [name for name, mark in paired if mark == "keep"],
         "removed": [name for name, mark in paired if mark == "remove"],
-        "added": [" ".join(name.split()) for name in added],
-        "note": note.strip(),
+        "added": [" ".join(name.split()) for name in decision.added],
+        "note": decision.note.strip(),
+        **({"escaped_texts": decision.escaped_texts} if decision.escaped_texts else {}),
     }
 
 
@@ -273,6 +305,9 @@ def _refusal(request: Request, hosts: set[str], cookie: str, secret: str) -> Res
         kind = request.headers.get("content-type", "").partition(";")[0].strip()
         if kind != "application/json":
             return _refused(415, "Send JSON.")
+        length = request.headers.get("content-length", "")
+        if not length.isdigit() or int(length) > _LARGEST_BODY_BYTES:
+            return _problem({"form": "This is too long."})
     given = request.query_params.get("token") if entering else None
     given = given or request.cookies.get(cookie, "")
     if not secrets.compare_digest(utf8(given), utf8(secret)):
@@ -286,23 +321,3 @@ def _refused(status: int, text: str) -> Response:
 
 def _problem(problems: Mapping[str, str]) -> Response:
     return JSONResponse({"problems": dict(problems)}, status_code=422)
-
-
-async def _body(request: Request) -> tuple[dict[str, Any], int]:
-    """Read a small JSON object; also return how many of its texts had to be escaped.
-
-    Raises:
-        FormProblems: If it is none.
-    """
-    content = b""
-    async for chunk in request.stream():
-        content += chunk
-        if len(content) > _LARGEST_BODY_BYTES:
-            raise FormProblems({"form": "This is too long."})
-    try:
-        value, escaped = writable(json.loads(content))
-    except (ValueError, RecursionError):
-        value, escaped = None, 0
-    if not isinstance(value, dict):
-        raise FormProblems({"form": "This is not a form."})
-    return value, escaped

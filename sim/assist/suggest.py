@@ -24,11 +24,11 @@ from common.data.icd import (
 )
 from common.data.samples import Admission
 from common.errors import UserError
-from common.evaluation.answers import read_answer
 from common.evaluation.constrained import answer_grammar
 from common.evaluation.generate import generate
 from common.evaluation.judge.gate import source_of_run
 from common.evaluation.judge.rubric import distinct_drugs
+from common.evaluation.lists import read_answer
 from common.evaluation.support import Support, SupportIndex
 from common.model.session import Session
 from common.rundir import RunDirectory
@@ -43,7 +43,7 @@ _CODE = re.compile(r"[A-Za-z]?\d[\w.]{1,7}")
 _FREE_KEYS = (
     *(
         "evaluation.max-new-tokens",
-        "evaluation.constrained",
+        "evaluation.decoding",
         "model.attention",
         "model.kernels",
         "model.weights",
@@ -167,7 +167,7 @@ def _answer(session: Session, admission: Admission, config: Config) -> tuple[str
         [ids],
         max_new_tokens=settings.max_new_tokens,
         batch_size=1,
-        matcher=answer_grammar(session) if settings.constrained else None,
+        matcher=answer_grammar(session) if settings.decoding == "grammar" else None,
     )
     text = session.tokenizer.decode(list(answer.tokens), skip_special_tokens=True)
     return str(text), answer.finished, dropped

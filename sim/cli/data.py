@@ -28,12 +28,13 @@ def prepare(
     directory: DirArgument, set_: SetOption = None, json_output: JsonOption = False
 ) -> None:
     """Clean the tables into a cached sample table, one row per admission."""
+    from sim.report.data_description import count_blocks
     from sim.report.data_description import prepare as prepare_tables
-    from sim.report.data_description import show_counts
+    from sim.report.terminal import show_blocks
 
     console = console_for(json_output)
     counts = prepare_tables(_config(directory, set_), progress=console.print)
-    show_counts(console, counts)
+    show_blocks(console, count_blocks(counts))
     print_json(counts, json_output)
 
 
@@ -48,12 +49,13 @@ def describe(
 ) -> None:
     """Count rows, drugs, hospitals, skew and lengths; write a page with plots."""
     from sim.report.data_description import describe as describe_tables
-    from sim.report.data_description import show_description
+    from sim.report.data_description import description_blocks
     from sim.report.data_page import write_page
+    from sim.report.terminal import show_blocks
 
     console = console_for(json_output)
     description = describe_tables(_config(directory, set_), progress=console.print)
-    show_description(console, description)
+    show_blocks(console, description_blocks(description))
     page = write_page(description, out)
     console.print(f"page: {page.absolute()}", markup=False, highlight=False)
     print_json(description.data, json_output)

@@ -3,20 +3,19 @@
 No patient's row leaves these functions: what they return and show are counts and shares.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from common.config import Config
 from common.data.dataset import open_hospitals
-from common.data.partition import Hospital
+from common.data.partition import ATTRIBUTES, Hospital
 from common.data.prepare import prepare_source, table_digest
-from common.data.samples import Admission
+from common.data.samples import Admission, SampleTable
 from common.data.skew import drug_skew
 from common.errors import UserError
 from common.model.backbone import embedded, tiny
@@ -24,12 +23,15 @@ from common.model.backbone.tokenizer import read_tokenizer
 from common.seeds import stream
 from common.text.batches import encode
 from common.user_cache import fedrx_cache
+from sim.report.html import Block
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MOST_TOKENISED = 2000
 """Token lengths are read from a seeded choice of at most so many samples."""
+FEW_SAMPLES = 5
+MOST_GROUPS = 4
 _UNLIMITED_TOKENS = 1 << 30
 
 Progress = Callable[[str], None]
@@ -85,6 +87,10 @@ def describe(
     say = progress or (lambda _: None)
     opened = open_hospitals(config, cache_dir=cache_dir, progress=progress)
     table, hospitals = opened.samples, opened.hospitals
+    sizes = [_sizes(one) for one in hospitals]
+    if config.partition.scheme in ATTRIBUTES:
+        groups = _group_counts(table, hospitals, config.partition.scheme)
+        sizes = [{**one, "groups": own} for one, own in zip(sizes, groups, strict=True)]
     skew = drug_skew([one.admissions for one in hospitals], seed=config.partition.seed)
     say("counting tokens")
     tokenizer, reason = local_tokenizer(config.model.backbone, cache_dir or fedrx_cache())
@@ -102,7 +108,7 @@ def describe(
         "source": table.source,
         "partition": {
             "scheme": config.partition.scheme,
-            "hospitals": [_sizes(one) for one in hospitals],
+            "hospitals": sizes,
             "skew": skew.observed,
             "null_skew": skew.null,
             "p_value": skew.p_value,
@@ -159,60 +165,100 @@ def local_tokenizer(backbone: str, cache_dir: Path) -> tuple["PreTrainedTokenize
         return None, error.what
 
 
-def show_counts(console: Console, data: dict[str, Any]) -> None:
-    """Print the counts of ``prepare`` or ``describe`` for a person."""
+def count_blocks(data: dict[str, Any]) -> list[Block]:
+    """Return what ``prepare`` counted, for a terminal and a page."""
     drugs = data["drugs_per_sample"]
-    console.print(
-        f"[bold]{data['samples']:,} samples[/bold] of {data['patients']:,} patients "
-        f"(source: {data['source']}); {drugs['mean']:.2f} drugs each, "
-        f"{drugs['min']} to {drugs['max']}"
-    )
-    rows = Table("table", "rows in", "rows out", "left out because", box=None, pad_edge=False)
-    for name, number in data["rows"].items():
-        reasons = ", ".join(
+    reasons = {
+        name: ", ".join(
             f"{reason.split('.', 1)[1].replace('_', ' ')} {count:,}"
             for reason, count in data["dropped"].items()
             if reason.startswith(f"{name}.") and count
         )
-        rows.add_row(name, f"{number:,}", f"{data['rows_out'][name]:,}", reasons)
-    console.print(rows)
-    if nulls := data["null_spelled"]:
-        cells = ", ".join(f"{column} {number:,}" for column, number in nulls.items())
-        console.print(f"NULL spelled as text (NA, None, \\N ...) and read as NULL: {cells}")
-    console.print(
-        f"measured on or before admission: height {data['height']:,}, weight {data['weight']:,}, "
-        f"both {data['height_and_weight']:,}, neither {data['no_height_no_weight']:,}"
+        for name in data["rows_out"]
+    }
+    measured = (
+        f"Measured on or before admission: height {data['height']:,}, weight {data['weight']:,}, "
+        f"both {data['height_and_weight']:,}, neither {data['no_height_no_weight']:,}."
     )
+    nulls = ", ".join(f"{column} {number:,}" for column, number in data["null_spelled"].items())
+    if nulls:
+        measured += f" NULL spelled as text (NA, None, \\N ...) and read as NULL: {nulls}."
+    return [
+        Block(
+            note=f"{data['samples']:,} samples of {data['patients']:,} patients (source: "
+            f"{data['source']}); {drugs['mean']:.2f} drugs each, {drugs['min']} to {drugs['max']}."
+        ),
+        Block(
+            title="Rows read and left out",
+            note=measured,
+            headers=("table", "rows in", "rows out", "left out because"),
+            rows=tuple(
+                (name, f"{number:,}", f"{data['rows_out'][name]:,}", reasons[name])
+                for name, number in data["rows"].items()
+            ),
+            text_cells=True,
+        ),
+    ]
 
 
-def show_description(console: Console, description: Description) -> None:
-    """Print what ``describe`` found for a person."""
+def description_blocks(description: Description) -> list[Block]:
+    """Return what ``describe`` found, for a terminal and a page."""
     data = description.data
-    show_counts(console, data)
-    partition = data["partition"]
-    sizes = Table("hospital", "patients", "samples", "train", "validation", "test", box=None)
-    for one in partition["hospitals"]:
-        sizes.add_row(
-            *(str(one[key]) for key in ("name", "patients", "samples")),
-            *(str(one[key]) for key in ("train", "validation", "test")),
+    partition, tokens = data["partition"], data["tokens"]
+    hospitals = partition["hospitals"]
+    headers: tuple[str, ...] = ("name", "patients", "samples", "train", "validation", "test")
+    rows = [[str(one[key]) for key in headers] for one in hospitals]
+    if any("groups" in one for one in hospitals):
+        headers = (*headers, "groups (patients)")
+        rows = [[*row, _groups(one["groups"])] for row, one in zip(rows, hospitals, strict=True)]
+    blocks = count_blocks(data)
+    small = [
+        f"{one['name']} ({one['validation']} validation, {one['test']} test)"
+        for one in hospitals
+        if min(one["validation"], one["test"]) < FEW_SAMPLES
+    ]
+    if small:
+        note = (
+            f"Fewer than {FEW_SAMPLES} validation or test samples: {', '.join(small)}. Losses and "
+            "figures of so few patients say little: use fewer hospitals, or larger "
+            "data.validation-fraction and data.test-fraction."
         )
-    console.print(f"\npartition by {partition['scheme']}:")
-    console.print(sizes)
-    console.print(
+        blocks.append(Block(note=note, warning=True))
+    note = (
         f"skew (mean Jensen-Shannon divergence of drugs, bits): {partition['skew']:.3f}; "
         f"by chance {partition['null_skew']:.3f} (p {partition['p_value']:.2f})"
     )
-    tokens = data["tokens"]
-    if description.lengths is None:
-        console.print(f"token lengths: {tokens['reason']}")
-        return
-    console.print(
-        f"tokens ({tokens['backbone']}): prompt {tokens['prompt']['mean']:.0f} on average, "
+    title = f"Hospitals: partition by {partition['scheme']}"
+    table = tuple(map(tuple, rows))
+    blocks.append(Block(title=title, note=note, headers=("hospital", *headers[1:]), rows=table))
+    note = tokens.get("reason") or (
+        f"{tokens['backbone']}: prompt {tokens['prompt']['mean']:.0f} on average, "
         f"answer {tokens['answer']['mean']:.0f}, longest sample {tokens['total']['max']:,}; "
         f"{tokens['longer_than_max_length']:,} of {tokens['samples']:,} longer than "
         f"train.max-length {tokens['max_length']:,}: whole items dropped: "
         f"{tokens['dropped_diagnoses']:,} diagnoses, {tokens['dropped_drugs']:,} drugs"
     )
+    return [*blocks, Block(title="Tokens", note=note)]
+
+
+def _groups(groups: dict[str, int]) -> str:
+    shown = [f"{name} {number}" for name, number in list(groups.items())[:MOST_GROUPS]]
+    rest = len(groups) - len(shown)
+    return ", ".join([*shown, *([f"{rest} others"] if rest else [])])
+
+
+def _group_counts(
+    table: SampleTable, hospitals: Sequence[Hospital], scheme: str
+) -> list[dict[str, int]]:
+    """Count each hospital's patients by what they were dealt by: that of the first admission."""
+    attribute = ATTRIBUTES[scheme]
+    first: dict[int, str] = {}
+    for one in table.admissions:
+        first.setdefault(one.patient, getattr(one, attribute))
+    return [
+        dict(Counter(first[p] for p in {a.patient for a in one.admissions}).most_common())
+        for one in hospitals
+    ]
 
 
 def _sizes(hospital: Hospital) -> dict[str, Any]:

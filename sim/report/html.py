@@ -5,16 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-STYLE = (
-    "body{font:15px/1.55 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1.2rem;"
-    "color:#1a202c}h1{margin-bottom:.2rem}h2{margin-top:2.2rem;border-bottom:1px solid #e2e8f0}"
-    "svg{max-width:100%;height:auto}.note{background:#fffaf0;border-left:4px solid #dd6b20;"
-    "padding:.5rem 1rem;margin:.6rem 0}table{border-collapse:collapse;margin:.6rem 0}"
-    "td,th{padding:.25rem .55rem;border-bottom:1px solid #e2e8f0;text-align:right;"
-    "vertical-align:top}td:first-child,th:first-child{text-align:left}tr:hover{background:#f7fafc}"
-    ".wide{overflow-x:auto;font-size:13px}.wide td{overflow-wrap:break-word;min-width:2.5rem}"
-    ".cases td,.cases th{text-align:left}"
-)
+from sim.report.page import fill, read
 
 _SPECIAL = re.compile(r"[\\`*\[\]|~#$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 """What markdown reads as markup anywhere; an underscore within a word is none."""
@@ -38,31 +29,8 @@ class Block:
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:
     """Render blocks as one self-contained page."""
-    parts = []
-    for block in blocks:
-        if block.title:
-            parts.append(f"<h2>{html.escape(block.title)}</h2>")
-        if block.note:
-            kind = ' class="note"' if block.warning else ""
-            parts.append(f"<p{kind}>{html.escape(block.note)}</p>")
-        if block.rows:
-            head = "".join(f"<th>{html.escape(cell)}</th>" for cell in block.headers)
-            body = "".join(
-                "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-                for row in block.rows
-            )
-            head = f"<thead><tr>{head}</tr></thead>" if any(block.headers) else ""
-            kind = "wide cases" if block.text_cells else "wide"
-            parts.append(f'<div class="{kind}"><table>{head}<tbody>{body}</tbody></table></div>')
-        parts.append(block.svg)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-        "style-src 'unsafe-inline'\">"
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n"
-        f"<body><h1>{html.escape(title)}</h1>\n" + "\n".join(parts) + "\n</body></html>\n"
-    )
+    policy = "default-src 'none'; style-src 'unsafe-inline'"  # plots carry style attributes
+    return fill("report.html", policy=policy, css=read("report.css"), title=title, blocks=blocks)
 
 
 def to_markdown(title: str, blocks: Sequence[Block]) -> str:

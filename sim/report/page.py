@@ -1,17 +1,19 @@
-"""Self-contained pages: style, script and data inlined, and a policy that allows nothing else."""
+"""Self-contained pages from templates: style, script and data inlined, and nothing else allowed."""
 
 import base64
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 PAGES = Path(__file__).parent / "pages"
 
 
 def render(
-    page: str, *, styles: Sequence[str], script: str, data: Any, connect: str = "'none'"
+    page: str, *, styles: Sequence[str], script: str, data: object, connect: str = "'none'"
 ) -> str:
     """Return a page with everything it needs inside.
 
@@ -19,37 +21,33 @@ def render(
     as data cannot run, and cannot load anything.
 
     Args:
-        page: Template with ``@CSP@``, ``@CSS@``, ``@DATA@`` and ``@JS@``.
+        page: Template.
         styles: Style sheets, in order.
         script: The script.
         data: JSON that the script reads.
         connect: Where the script may connect to.
     """
-    css = "".join(_read(style) for style in styles)
-    code = _read(script)
-    policy = {
-        "default-src": "'none'",
-        "style-src": _hash(css),
-        "script-src": _hash(code),
-        "connect-src": connect,
-        "img-src": "data:",
-        "base-uri": "'none'",
-        "form-action": "'none'",
-    }
-    parts = {
-        "@CSP@": "; ".join(f"{name} {value}" for name, value in policy.items()),
-        "@CSS@": css,
-        "@JS@": code,
-        "@DATA@": script_json(data),
-    }
-    text = _read(page)
-    for mark, content in parts.items():
-        before, _, after = text.partition(mark)
-        text = before + content + after
-    return text
+    css, code = "".join(map(read, styles)), read(script)
+    policy = (
+        f"default-src 'none'; style-src {_hash(css)}; script-src {_hash(code)}; connect-src "
+        f"{connect}; img-src data:; base-uri 'none'; form-action 'none'"
+    )
+    return fill(page, policy=policy, css=css, script=code, data=script_json(data))
 
 
-def script_json(data: Any) -> str:
+def fill(template: str, *, policy: str, css: str, **values: object) -> str:
+    """Fill a template in; what is shown is escaped.
+
+    Args:
+        template: Its name.
+        policy: The page's content security policy.
+        css: Its style.
+        **values: What the template shows.
+    """
+    return _templates().get_template(template).render(policy=policy, css=css, **values)
+
+
+def script_json(data: object) -> str:
     r"""Return JSON that cannot end the script element that holds it.
 
     >>> print(script_json({"drug": "</script>"}))
@@ -59,10 +57,23 @@ def script_json(data: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
+@functools.cache
+def _templates() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(PAGES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
 def _hash(text: str) -> str:
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return f"'sha256-{digest}'"
 
 
-def _read(name: str) -> str:
+def read(name: str) -> str:
+    """Return a style sheet or a script."""
     return (PAGES / name).read_text(encoding="utf-8")

@@ -4,7 +4,7 @@ import io
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -47,7 +47,7 @@ def loss_svg(events: Sequence[dict[str, Any]]) -> str:
             label="mean",
         )
     axes.legend(frameon=False)
-    return _svg(figure)
+    return inline_svg(figure)
 
 
 def bytes_svg(lines: Sequence[dict[str, Any]]) -> str:
@@ -68,7 +68,7 @@ def bytes_svg(lines: Sequence[dict[str, Any]]) -> str:
             label=label,
         )
     figure.legend(frameon=False, loc="outside upper right", ncols=2)
-    return _svg(figure)
+    return inline_svg(figure)
 
 
 def epsilon_svg(lines: Sequence[dict[str, Any]], unit: str) -> str:
@@ -83,26 +83,42 @@ def epsilon_svg(lines: Sequence[dict[str, Any]], unit: str) -> str:
     axes.set_ylim(bottom=0)
     if 0 < len(spent) <= MOST_LABELS:
         axes.legend(frameon=False)
-    return _svg(figure)
+    return inline_svg(figure)
 
 
-def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+def framed(
+    x_label: str, y_label: str, *, width: float = 8.5, height: float = 3.8
+) -> tuple[Figure, Axes]:
+    """Return a figure (in inches) with labelled axes and no box around them."""
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    # A nearly constant loss reads as itself, not as differences from an offset.
-    axes.ticklabel_format(axis="y", useOffset=False)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e2e8f0")
-    axes.set_axisbelow(True)
     return figure, axes
 
 
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    with rc_context({"svg.hashsalt": "fedrx"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
+def inline_svg(figure: Figure) -> str:
+    """Return a figure as an element of a page."""
+    text = rendered(figure, "svg").decode()
     return text[text.index("<svg") :]
+
+
+def rendered(figure: Figure, kind: Literal["svg", "png"]) -> bytes:
+    """Draw a figure; no date and a fixed salt for ids: an equal one gives equal bytes."""
+    stream = io.BytesIO()
+    with rc_context({"svg.hashsalt": "fedrx"}):
+        figure.savefig(
+            stream, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else {}
+        )
+    return stream.getvalue()
+
+
+def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    figure, axes = framed(x_label, y_label, width=7.2, height=3.2)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    # A nearly constant loss reads as itself, not as differences from an offset.
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.grid(axis="y", color="#e2e8f0")
+    axes.set_axisbelow(True)
+    return figure, axes

@@ -1,14 +1,17 @@
 """A run's result as a person reads it on the terminal."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from common.config import Config
 from common.privacy.forecast import verdict
 from common.privacy.settings import plan_of
 from common.rundir import RunDirectory
+from sim.report.html import Block
 from sim.report.run_report import (
     NOTICE,
     RANDOM_WEIGHTS,
@@ -66,6 +69,21 @@ def show_summary(console: Console, run: RunDirectory, summary: dict[str, Any]) -
         f"{summary['seconds']:.0f} s, peak memory {peak_memory(summary)}", highlight=False
     )
     console.print(f"report: {run.path / 'report.html'}", markup=False, highlight=False)
+
+
+def show_blocks(console: Console, blocks: Sequence[Block]) -> None:
+    """Print what a page shows, but for its plots."""
+    for block in blocks:
+        if block.title:
+            console.print(f"\n{block.title}", style="bold", markup=False, highlight=False)
+        if block.rows:
+            table = Table(*(Column(Text(h)) for h in block.headers), box=None, pad_edge=False)
+            for row in block.rows:
+                table.add_row(*map(Text, row))
+            console.print(table)
+        if block.note:
+            style = "yellow" if block.warning else None
+            console.print(block.note, style=style, markup=False, highlight=False)
 
 
 def privacy_lines(config: Config, summary: dict[str, Any]) -> list[str]:

@@ -328,11 +328,16 @@ def data_facts(preparation: Preparation) -> dict[str, Any]:
 
 def with_absolute_paths(config: Config) -> Config:
     """Make existing paths absolute, since workers run elsewhere; names (``synthetic``) stay."""
-    data, model = config.data, config.model
+    data, model, evaluation = config.data, config.model, config.evaluation
     return replace(
         config,
         data=replace(data, path=_absolute(data.path), drug_map=_absolute(data.drug_map)),
         model=replace(model, backbone=_absolute(model.backbone)),
+        evaluation=replace(
+            evaluation,
+            formulary=_absolute(evaluation.formulary),
+            interactions=_absolute(evaluation.interactions),
+        ),
     )
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from common.configio import flatten, from_flat, read_config
 from common.data.dataset import open_hospitals
 from common.errors import UserError
 from common.evaluation.answers import evaluate_answers
-from common.evaluation.answers_file import ANSWERS_SHA256, read_answers, write_answers
+from common.evaluation.answers_file import Evaluation
 from common.provenance import environment, source_root
 from common.rundir import RunDirectory, remove_unbegun
 from common.training.worker import Worker
@@ -204,23 +204,21 @@ def _answer_with_checkpoints(
     run: RunDirectory, config: Config, console: Console, worker: Worker
 ) -> None:
     """Answer the same held-out admissions with the earlier checkpoints, as a run's end does."""
+    known = Evaluation.read(run)
     summary = run.read_json("summary.json")
-    answered = summary["evaluation"]
-    last = summary["checkpoints"][-1]["name"]
-    if (answered["checkpoint"], answered["settings"]) != (last, asdict(config.evaluation)):
+    way = (summary["checkpoints"][-1]["name"], config.evaluation)
+    if known is None or known.facts.way[:2] != way:
         # Somebody has evaluated another checkpoint, or in another way: the table needs its own.
         summary = evaluate_run(run, console=console, worker=worker)
+        known = Evaluation.read(run)
     names = [
         checkpoint["name"]
         for checkpoint in summary["checkpoints"]
         if model_of(summary, checkpoint) not in summary["metrics"]
     ]
-    if not names:
+    if known is None or not names:
         return
-    meter = Meter(
-        console, "answers", len(names) * next(iter(summary["metrics"].values()))["samples"]
-    )
-    with meter:
+    with Meter(console, "answers", len(names) * known.facts.samples) as meter:
         evaluation = evaluate_answers(
             worker.session(config),
             open_hospitals(config).hospitals,
@@ -228,9 +226,11 @@ def _answer_with_checkpoints(
             {name: run.load_checkpoint(name).b for name in names},
             progress=lambda model, done, of: meter.update(names.index(model) * of + done, model),
         )
-    rows = [row for row in read_answers(run) if row["model"] not in names]
-    rows += [row for row in evaluation.predictions if row["model"] in names]
-    summary["evaluation"][ANSWERS_SHA256] = write_answers(run, rows)
-    summary["metrics"] |= {name: evaluation.metrics[name] for name in names}
-    run.write_json("summary.json", summary)
+    found = replace(
+        evaluation,
+        facts=known.facts,
+        metrics={name: evaluation.metrics[name] for name in names},
+        predictions=[row for row in evaluation.predictions if row.model in names],
+    )
+    known.beside(found).write(run, summary)
     write_report(run)

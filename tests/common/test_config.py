@@ -172,3 +172,13 @@ def test_what_decides_what_was_trained_may_not_change_afterwards() -> None:
     ]
     with pytest.raises(UserError, match=r"train\.seed: 0 -> 1; .*evaluation\.\*, train\.device"):
         changed_freely(base, ["train.seed=1", "evaluation.samples=3"], free)
+
+
+def test_what_was_called_constrained_is_a_way_of_decoding(tmp_path):
+    file = tmp_path / "old.toml"
+    file.write_text("[evaluation]\nconstrained = true\n")
+    assert read_config(file).evaluation.decoding == "grammar"
+    assert read_config(file, ["evaluation.constrained=false"]).evaluation.decoding == "greedy"
+    file.write_text('[evaluation]\nconstrained = "maybe"\n')
+    with pytest.raises(UserError, match=r"unknown key evaluation\.constrained"):
+        read_config(file)

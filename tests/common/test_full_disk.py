@@ -17,7 +17,7 @@ from client.epsilon_limit import Promise, _promises
 from client.kept_state import own_folder, save_state
 from common.config import Config
 from common.errors import DiskFull
-from common.evaluation.answers_file import read_answers, write_answers
+from common.evaluation.answers_file import Prediction, read_answers, write_answers
 from common.evaluation.judge.cache import ExchangeCache
 from common.files import append_json_line, needing_room, read_json_lines, write_json, write_text
 from common.privacy.budget.ledger import Ledger
@@ -60,7 +60,10 @@ def one_line(error, name, folder):
 
 def write_answers_of(folder, number):
     run = RunDirectory(folder)
-    rows = [{"case": "c", "model": "m", "text": "x" * 3000 * number}]
+    nobody = {"sex": "F", "age": "1", "height_cm": None, "weight_kg": None, "bmi": None}
+    line = {"case": "c", "cluster": 1, "model": "m", "patient": nobody, "diagnoses": ()}
+    text = "x" * 3000 * number
+    rows = [Prediction.model_validate({**line, "truth": (), "text": text, "answer": None})]
     run.write_json("summary.json", {"evaluation": {"answers_sha256": write_answers(run, rows)}})
 
 

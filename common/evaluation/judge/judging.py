@@ -29,11 +29,11 @@ from common.evaluation.judge.plan import (
     exchange_keys,
     first_messages,
     prices_of,
+    read_judgements,
 )
 from common.evaluation.judge.rubric import (
     Reading,
     ReplyProblem,
-    Verdict,
     read_verdicts,
     repair_messages,
 )
@@ -105,10 +105,10 @@ def judge_run(
             asyncio.run(_judge_all(plan, cache, meter, shared, api_key))
         finally:
             judgements = [
-                shared.done.get(place, Judgement(task=task, verdicts=None, asked=False))
+                shared.done.get(place, Judgement.of(task, asked=False))
                 for place, task in enumerate(plan.tasks)
             ]
-            scored = sum(judgement.verdicts is not None for judgement in judgements)
+            scored = sum(judgement.scored for judgement in judgements)
             together = [*beside, *judgements]
             after = usage(cache.exchanges, prices)
             result = summarise(plan, together, seed=seed) | {
@@ -123,7 +123,7 @@ def judge_run(
             }
             # A server that gave nothing does not replace what an earlier one gave.
             if not shared.stopped or scored:
-                records = [json_line(_record(j)) for j in together if j.asked]
+                records = [json_line(j.as_json()) for j in together if j.asked]
                 write_text(run.path / "judge.jsonl", "".join(records))
                 summary = run.read_json("summary.json")
                 write_json(run.path / "summary.json", {**summary, "judge": result})
@@ -177,7 +177,7 @@ async def _judge_all(
                         fix="check judge.model, judge.max-output-tokens (it counts towards the "
                         "server's context) and the server's log",
                     )
-                judgement = Judgement(task=task, verdicts=None, problem=str(refusal))
+                judgement = Judgement.of(task, problem=str(refusal))
             except Unavailable as failure:
                 shared.failures_in_a_row += 1
                 if shared.failures_in_a_row >= _FAILURES_IN_A_ROW:
@@ -186,7 +186,7 @@ async def _judge_all(
                         f"({plan.config.attempts} tries each for {shared.failures_in_a_row} lists "
                         "in a row); start it, then run the same command again"
                     )
-                judgement = Judgement(task=task, verdicts=None, problem=f"server: {failure}")
+                judgement = Judgement.of(task, problem=f"server: {failure}")
             else:
                 shared.failures_in_a_row = 0
             shared.add(place, judgement)
@@ -233,8 +233,10 @@ class _Session:
                 keys = (first.key, second.key)
                 reading = _verdicts(second, task)
         except ReplyProblem as last:
-            return Judgement(task=task, verdicts=None, problem=last.kind, keys=keys)
-        return Judgement(task=task, verdicts=reading.verdicts, keys=keys, escaped=reading.escaped)
+            return Judgement.of(task, problem=last.kind, exchanges=keys)
+        return Judgement.of(
+            task, verdicts=reading.verdicts, exchanges=keys, escaped=reading.escaped
+        )
 
     def keep(self) -> None:
         """Keep what was refused by a judge that answers: its lists alone were at fault."""
@@ -286,42 +288,12 @@ def _keep_statement(run: RunDirectory, plan: JudgePlan, statement: Statement) ->
 
 def _judged_before(run: RunDirectory, plan: JudgePlan) -> list[Judgement]:
     """Read what stays beside this plan: other judges' words on the answers that are still there."""
-    summary = run.read_json("summary.json")
-    # An evaluation of other answers takes the judgement out of the summary.
-    lines = run.lines("judge.jsonl") if "judge" in summary else []
     stay = []
-    for line in lines:
-        item = plan.lists.get((line["case"], line["model"]))
-        server = line["server"] if "server" in line else summary["judge"].get("server", "")
-        now = line["judge"] in plan.judges and server == plan.endpoint.named
-        if item is None or (now and line["model"] in plan.models):
+    for line in read_judgements(run):
+        item = plan.lists.get((line.case, line.model))
+        now = line.judge in plan.judges and line.server == plan.endpoint.named
+        if item is None or (now and line.model in plan.models):
             continue
-        verdicts = [Verdict(**verdict) for verdict in line["verdicts"] or ()]
-        if not verdicts or tuple(verdict.drug for verdict in verdicts) == item.drugs:
-            stay.append(
-                Judgement(
-                    task=Task(item, line["judge"], line["repeat"], server),
-                    verdicts=tuple(verdicts) or None,
-                    problem=line["problem"] or "",
-                    keys=tuple(line["exchanges"]),
-                    escaped=line.get("escaped", 0),
-                )
-            )
+        if not line.verdicts or tuple(verdict.drug for verdict in line.verdicts) == item.drugs:
+            stay.append(line)
     return stay
-
-
-def _record(judgement: Judgement) -> dict[str, Any]:
-    task, verdicts = judgement.task, judgement.verdicts
-    return {
-        "case": task.item.case,
-        "model": task.item.predicted_by,
-        "judge": task.judge,
-        "repeat": task.repeat,
-        "scored": verdicts is not None,
-        "score": judgement.score,
-        "verdicts": None if verdicts is None else [asdict(verdict) for verdict in verdicts],
-        "problem": judgement.problem or None,
-        "exchanges": list(judgement.keys),
-        "server": task.server,
-        **({"escaped": judgement.escaped} if judgement.escaped else {}),
-    }

@@ -8,16 +8,18 @@ from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import ConfigDict, Field, computed_field
+
 from common.config import JudgeConfig
 from common.errors import UserError
-from common.evaluation.answers_file import read_answers
+from common.evaluation.answers_file import Patient, Prediction, read_answers
 from common.evaluation.judge.cache import exchange_key, read_exchanges
 from common.evaluation.judge.cost import Prices, estimated_tokens
 from common.evaluation.judge.dialect import dialects
 from common.evaluation.judge.gate import Endpoint, Statement, check_endpoint, source_of_run
 from common.evaluation.judge.rubric import Verdict, distinct_drugs, messages
 from common.evaluation.judge.summary import usage
-from common.files import writable
+from common.records import Record
 from common.rundir import RunDirectory
 
 EXCHANGES = Path("judge") / "exchanges.jsonl"
@@ -25,14 +27,13 @@ _VERDICT_TOKENS = 32
 """Usual length of one verdict beside the drug's name."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Item:
+class Item(NamedTuple):
     """One list of one model, and whom it was written for; the truth is not in it."""
 
     case: str
     cluster: int
-    predicted_by: str
-    patient: Mapping[str, Any]
+    model: str
+    patient: Patient
     diagnoses: tuple[str, ...]
     drugs: tuple[str, ...]
 
@@ -47,28 +48,54 @@ class Task(NamedTuple):
     """Two servers may call different judges by one name."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Judgement:
-    """What came of one task."""
+class Judgement(Record):
+    """What came of one task: a line of judge.jsonl."""
 
-    task: Task
-    verdicts: tuple[Verdict, ...] | None
+    model_config = ConfigDict(extra="ignore")
+
+    case: str
+    model: str
+    judge: str
+    repeat: int
+    verdicts: tuple[Verdict, ...] | None = None
     """None: unscored, or not asked."""
-    problem: str = ""
+    problem: str | None = None
     """Why it is unscored: the kind of the last reply's problem, or how the server failed."""
-    asked: bool = True
-    """False when the run stopped before its turn."""
-    keys: tuple[str, ...] = ()
-    """Its exchanges in the cache; the second is the repair."""
+    exchanges: tuple[str, ...] = ()
+    """Their keys in the cache; the second is the repair."""
+    server: str = ""
+    """Empty: a line of an earlier FedRx, and the summary names the server."""
     escaped: int = 0
-    """Texts of the reply that UTF-8 cannot hold as they were."""
+    """Texts of the reply that UTF-8 cannot hold; in the file only where there are some."""
+    asked: bool = Field(default=True, exclude=True)
+    """False when the run stopped before its turn; it has no line then."""
 
+    @classmethod
+    def of(cls, task: Task, **found: Any) -> "Judgement":
+        """Return what came of a task."""
+        item, judge, repeat, server = task
+        return cls(
+            case=item.case, model=item.model, judge=judge, repeat=repeat, server=server, **found
+        )
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def scored(self) -> bool:
+        """Whether there are verdicts."""
+        return self.verdicts is not None
+
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def score(self) -> float | None:
         """Suitable / all; None when unscored."""
         if self.verdicts is None:
             return None
         return sum(verdict.suitable for verdict in self.verdicts) / len(self.verdicts)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the line's content."""
+        line = super().as_json()
+        return line if self.escaped else {k: v for k, v in line.items() if k != "escaped"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +120,7 @@ class JudgePlan:
     @property
     def items(self) -> tuple[Item, ...]:
         """The lists that are judged now."""
-        return tuple(i for i in self.lists.values() if i.predicted_by in self.models)
+        return tuple(i for i in self.lists.values() if i.model in self.models)
 
     @cached_property
     def tasks(self) -> tuple[Task, ...]:
@@ -132,14 +159,14 @@ def plan_judging(
     endpoint = check_endpoint(config.base_url, source=source, statement=statement)
     _require_prices(config)
     lines = read_answers(run)
-    present = tuple(dict.fromkeys(line["model"] for line in lines))
+    present = tuple(dict.fromkeys(line.model for line in lines))
     _require_predictions(run, present, predicted_by)
-    items = [item_of(line) for line in lines if line["answer"] and distinct_drugs(line["answer"])]
-    lists = Counter(line["model"] for line in lines)
-    unanswered = Counter(line["model"] for line in lines if line["answer"] is None)
-    judged = Counter(item.predicted_by for item in items)
+    items = [item for line in lines if (item := item_of(line)).drugs]
+    lists = Counter(line.model for line in lines)
+    unanswered = Counter(line.model for line in lines if line.answer is None)
+    judged = Counter(item.model for item in items)
     return JudgePlan(
-        lists={(item.case, item.predicted_by): item for item in items},
+        lists={(item.case, item.model): item for item in items},
         unanswered={name: unanswered[name] for name in present},
         empty={name: lists[name] - unanswered[name] - judged[name] for name in present},
         models=tuple(name for name in present if not predicted_by or name in predicted_by),
@@ -180,17 +207,25 @@ def _require_predictions(run: RunDirectory, present: Sequence[str], wanted: Sequ
         )
 
 
-def item_of(line: Mapping[str, Any]) -> Item:
+def item_of(line: Prediction) -> Item:
     """Take what a judge may know out of a line of predictions.jsonl."""
-    line, _ = writable(line)
-    return Item(
-        case=line["case"],
-        cluster=line["cluster"],
-        predicted_by=line["model"],
-        patient=line["patient"],
-        diagnoses=tuple(line["diagnoses"]),
-        drugs=distinct_drugs(line["answer"]),
-    )
+    drugs = distinct_drugs(line.answer or ())
+    return Item(line.case, line.cluster, line.model, line.patient, line.diagnoses, drugs)
+
+
+def read_judgements(run: RunDirectory) -> list[Judgement]:
+    """Return the lines of judge.jsonl, if they are about the run's present answers.
+
+    An evaluation of other answers takes the judgement out of the summary.
+    """
+    told = run.read_json("summary.json").get("judge")
+    if told is None:
+        return []
+    lines = [{"server": told.get("server", ""), **line} for line in run.lines("judge.jsonl")]
+    return [
+        Judgement.read(line, what=f"judge.jsonl, line {number}")
+        for number, line in enumerate(lines, start=1)
+    ]
 
 
 def estimate(run: RunDirectory, plan: JudgePlan) -> dict[str, Any]:

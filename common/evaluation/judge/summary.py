@@ -32,7 +32,7 @@ def summarise(plan: "JudgePlan", judgements: Sequence["Judgement"], *, seed: int
     names = _names(judgements)
     of_judge: dict[str, list[Judgement]] = {name: [] for name in names.values()}
     for judgement in judgements:
-        of_judge[names[judgement.task.judge, judgement.task.server]].append(judgement)
+        of_judge[names[judgement.judge, judgement.server]].append(judgement)
     return {
         "model": ", ".join(of_judge) or plan.config.model,
         "server": plan.endpoint.named,
@@ -45,7 +45,7 @@ def summarise(plan: "JudgePlan", judgements: Sequence["Judgement"], *, seed: int
         "appropriateness": _by_model(plan, judgements, seed),
         "judges": {
             name: {
-                "server": theirs[0].task.server,
+                "server": theirs[0].server,
                 "judgements": counts(theirs),
                 "appropriateness": _by_model(plan, theirs, seed),
             }
@@ -57,7 +57,7 @@ def summarise(plan: "JudgePlan", judgements: Sequence["Judgement"], *, seed: int
 
 def _names(judgements: Sequence["Judgement"]) -> dict[tuple[str, str], str]:
     """Name every judge, with its server where two servers have one of that name."""
-    judges = list(dict.fromkeys((j.task.judge, j.task.server) for j in judgements))
+    judges = list(dict.fromkeys((j.judge, j.server) for j in judgements))
     often = Counter(judge for judge, _ in judges)
     return {
         (judge, server): f"{judge} at {server}" if often[judge] > 1 else judge
@@ -71,10 +71,10 @@ def counts(judgements: Sequence["Judgement"]) -> dict[str, Any]:
     escaped = sum(judgement.escaped for judgement in judgements)
     return {
         "asked": asked,
-        "scored": sum(judgement.verdicts is not None for judgement in judgements),
-        "unscored": sum(j.asked and j.verdicts is None for j in judgements),
+        "scored": sum(judgement.scored for judgement in judgements),
+        "unscored": sum(j.asked and not j.scored for j in judgements),
         "not_asked": len(judgements) - asked,
-        "repaired": sum(len(j.keys) == 2 and j.verdicts is not None for j in judgements),
+        "repaired": sum(len(j.exchanges) == 2 and j.scored for j in judgements),
         "problems": dict(Counter(j.problem for j in judgements if j.problem)),
         **({"escaped_texts": escaped} if escaped else {}),
     }
@@ -83,28 +83,26 @@ def counts(judgements: Sequence["Judgement"]) -> dict[str, Any]:
 def _by_model(plan: "JudgePlan", judgements: Sequence["Judgement"], seed: int) -> dict[str, Any]:
     of_model: dict[str, list[Judgement]] = {name: [] for name in plan.unanswered}
     for judgement in judgements:
-        of_model[judgement.task.item.predicted_by].append(judgement)
+        of_model[judgement.model].append(judgement)
     return {
-        model: _appropriateness(
-            theirs, unanswered=plan.unanswered[model], empty=plan.empty[model], seed=seed
-        )
+        model: _appropriateness(plan, model, theirs, seed=seed)
         for model, theirs in of_model.items()
         if theirs or model in plan.models
     }
 
 
 def _appropriateness(
-    judgements: Sequence["Judgement"], *, unanswered: int, empty: int, seed: int
+    plan: "JudgePlan", model: str, judgements: Sequence["Judgement"], *, seed: int
 ) -> dict[str, Any]:
     by_case: dict[str, list[Judgement]] = {}
     for judgement in judgements:
-        by_case.setdefault(judgement.task.item.case, []).append(judgement)
+        by_case.setdefault(judgement.case, []).append(judgement)
     scores: list[tuple[int, float]] = []
     not_asked = 0
-    for of_case in by_case.values():
+    for case, of_case in by_case.items():
         known = [judgement.score for judgement in of_case if judgement.score is not None]
         if known:
-            scores.append((of_case[0].task.item.cluster, sum(known) / len(known)))
+            scores.append((plan.lists[case, model].cluster, sum(known) / len(known)))
         elif not all(judgement.asked for judgement in of_case):
             not_asked += 1
     verdicts = [v for judgement in judgements for v in judgement.verdicts or ()]
@@ -114,8 +112,8 @@ def _appropriateness(
         "scored": len(scores),
         "unscored": len(by_case) - len(scores) - not_asked,
         "not_asked": not_asked,
-        "unanswered": unanswered,
-        "empty": empty,
+        "unanswered": plan.unanswered[model],
+        "empty": plan.empty[model],
         "suitable": sum(verdict.suitable for verdict in verdicts),
         "unsuitable": sum(not verdict.suitable for verdict in verdicts),
     }
@@ -141,11 +139,11 @@ def _agreement(judgements: Sequence["Judgement"]) -> dict[str, Any]:
     by_drug: dict[tuple[str, str, str], list[bool]] = {}
     by_judge: dict[tuple[str, ...], list[bool]] = {}
     for judgement in judgements:
-        item, judge, _, server = judgement.task
         for verdict in judgement.verdicts or ():
-            drug = (item.case, item.predicted_by, verdict.drug)
+            drug = (judgement.case, judgement.model, verdict.drug)
             by_drug.setdefault(drug, []).append(verdict.suitable)
-            by_judge.setdefault((*drug, judge, server), []).append(verdict.suitable)
+            judge = (*drug, judgement.judge, judgement.server)
+            by_judge.setdefault(judge, []).append(verdict.suitable)
     units = [values for values in by_drug.values() if len(values) > 1]
     steady = unanimous_share(list(by_judge.values()))
     return {

@@ -9,7 +9,6 @@ import pytest
 from rich.console import Console
 
 import common.evaluation.answers_file
-import sim.answers.evaluate
 from common.config import Config, JudgeConfig
 from common.configio import from_flat
 from common.data.partition import assign_hospitals
@@ -156,14 +155,14 @@ def test_a_judgement_lives_as_long_as_its_answers(run):
 def test_a_judgement_does_not_survive_a_kill_between_answers_and_figures(run, monkeypatch):
     judged = {**evaluate_run(run), "judge": {"appropriateness": {"fedrx": {}}}}
     run.write_json("summary.json", judged)
-    write = sim.answers.evaluate.write_answers
+    write = common.evaluation.answers_file.write_answers
 
     def killed(*arguments):
         write(*arguments)
         raise KeyboardInterrupt
 
     other = ["evaluation.max-new-tokens=8"]
-    monkeypatch.setattr(sim.answers.evaluate, "write_answers", killed)
+    monkeypatch.setattr(common.evaluation.answers_file, "write_answers", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate_run(run, overrides=other)
     monkeypatch.undo()
@@ -202,7 +201,8 @@ def test_altered_answers_are_answered_anew(run):
     again = evaluate_run(run, console=Console(file=shown, width=400))
     assert "was altered" in shown.getvalue()
     assert "judge" not in again
-    assert read_answers(run) == [row for row in rows if row["model"] != "round-0001"]
+    left = [row.as_json() for row in read_answers(run)]
+    assert left == [row for row in rows if row["model"] != "round-0001"]
     assert list(again["metrics"]) == [name for name in both["metrics"] if name != "round-0001"]
 
 

@@ -1,23 +1,27 @@
 """``fedrx data prepare`` and ``describe``: the keys scripts read, and the page people read."""
 
+import html
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from common.configio import from_flat
+from common.data.prepare import load_samples
 from common.errors import UserError
 from common.text.batches import encode
 from sim.report.data_description import (
+    count_blocks,
     describe,
+    description_blocks,
     local_tokenizer,
     prepare,
-    show_counts,
-    show_description,
 )
 from sim.report.data_page import write_page
+from sim.report.terminal import show_blocks
 
 KEYS = {
     "rows", "drug_type", "pairs_raw", "pairs_normalised", "pairs_clean", "flush_rows", "samples",
@@ -102,7 +106,7 @@ def test_an_empty_hospital_stops_describe(cache):
 
 def test_what_people_read(description):
     stream = io.StringIO()
-    show_description(Console(file=stream, width=120), description)
+    show_blocks(Console(file=stream, width=120), description_blocks(description))
     text = stream.getvalue()
     assert "source: synthetic" in text
     assert "hospital-3" in text
@@ -114,7 +118,7 @@ def test_prepare_returns_counts_and_shows_them(cache):
     counts = prepare(config(), cache_dir=cache)
     assert counts["samples"] > 50
     stream = io.StringIO()
-    show_counts(Console(file=stream, width=120), counts)
+    show_blocks(Console(file=stream, width=120), count_blocks(counts))
     assert "unknown admission" in stream.getvalue()
 
 
@@ -151,3 +155,39 @@ def test_nothing_shown_tells_who_was_there(description, tmp_path):
 def test_equal_input_gives_an_equal_page(description, tmp_path):
     pages = [write_page(description, tmp_path / name).read_bytes() for name in ("a", "b")]
     assert pages[0] == pages[1]
+
+
+def test_the_page_has_what_the_terminal_has(description, tmp_path):
+    """Rows left out, coverage and the hospitals' sizes: the same blocks."""
+    text = html.unescape(write_page(description, tmp_path).read_text())
+    for block in description_blocks(description):
+        for cell in (block.title, block.note, *block.headers, *sum(block.rows, ())):
+            assert cell in text
+    assert "left out because" in text
+
+
+def test_hospitals_are_called_by_what_they_were_dealt_by(cache):
+    found = describe(config(**{"partition.scheme": "careunit"}), cache_dir=cache)
+    first = {}
+    for one in load_samples(config().data, cache_dir=cache).admissions:
+        first.setdefault(one.patient, one.careunit)
+    for hospital, sizes in zip(found.hospitals, found.data["partition"]["hospitals"], strict=True):
+        units = [first[patient] for patient in {one.patient for one in hospital.admissions}]
+        assert sizes["groups"] == {unit: units.count(unit) for unit in units}
+    shown = "\n".join(cell for b in description_blocks(found) for row in b.rows for cell in row)
+    assert all(unit in shown for unit in first.values())
+
+
+def test_hospitals_with_few_held_out_samples_are_named(description):
+    """Nobody is named where all have enough."""
+    sizes = [
+        {"name": f"h-{n}", "patients": 30, "samples": 30, "train": 20, "validation": n, "test": 5}
+        for n in (4, 5)
+    ]
+    partition = {**description.data["partition"], "hospitals": sizes}
+    few = replace(description, data={**description.data, "partition": partition})
+    (note,) = [block.note for block in description_blocks(few) if block.warning]
+    assert "h-4 (4 validation, 5 test)" in note
+    assert "h-5" not in note
+    enough = replace(few, data={**few.data, "partition": {**partition, "hospitals": sizes[1:]}})
+    assert not [block for block in description_blocks(enough) if block.warning]

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import socket
 import stat
 import threading
 import time
@@ -188,6 +189,30 @@ def test_nonsense_gets_a_message(ask, body):
     status, _, text = ask("/api/suggest", body or b" ")
     assert status == 422
     assert json.loads(text)["problems"]["form"]
+
+
+@pytest.mark.parametrize("path", ["/api/suggest", "/api/decision"])
+@pytest.mark.parametrize(
+    "body", [b'["secret"]', b'{"sex": "secret', b'{"id": 7, "note": ["secret"], "age": "secret"}']
+)
+def test_what_was_typed_is_never_quoted(ask, path, body):
+    """FastAPI's own answer to a wrong body quotes it."""
+    status, _, text = ask(path, body)
+    assert status == 422
+    assert list(json.loads(text)) == ["problems"]
+    assert "secret" not in text
+
+
+def test_a_body_of_no_known_length_is_not_read(desk, listening):
+    port = listening.getsockname()[1]
+    cookie = f"{cookie_name(port)}={desk.secret}"
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as sent:
+        sent.sendall(
+            f"POST /api/suggest HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nCookie: {cookie}\r\n"
+            "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+        )
+        assert b" 422 " in sent.recv(100)
+    assert not desk.suggester.asked
 
 
 def test_wrong_fields_come_back_by_name(ask):
