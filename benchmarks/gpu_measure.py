@@ -291,7 +291,7 @@ def exactness(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: distance(gradient(variant(session, kernels=name), data), reference)
         for name in CANDIDATES
-        if on_gpu or name == "compiled"
+        if on_gpu
     }
     session = variant(session, kernels="torch")
     prompts = [list(one.input_ids) for one in data]

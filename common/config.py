@@ -103,9 +103,7 @@ class ModelConfig:
     attention: Literal["auto", "cudnn", "flash-attn", "torch-flash", "sdpa", "eager"] = option(
         "auto", "attention kernel"
     )
-    kernels: Literal["auto", "triton", "compiled", "torch"] = option(
-        "auto", "who does the elementwise work"
-    )
+    kernels: Literal["auto", "triton", "torch"] = option("auto", "who does the elementwise work")
     weights: Literal["bf16", "fp8"] = option(
         "bf16", "format of the frozen weights: bf16 (or what train.dtype says), or fp8 on a GPU"
     )

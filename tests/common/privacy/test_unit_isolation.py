@@ -275,7 +275,6 @@ def test_a_patient_who_came_three_times_weighs_what_one_visit_weighs(
 
 
 PATHS = [
-    pytest.param({"kernels": "compiled"}, marks=pytest.mark.process),
     {"kernels": "triton"},
     {"weights": "fp8"},
     {"weights": "fp8", "kernels": "triton"},
