@@ -20,13 +20,13 @@ from common.config import TrainConfig
 from common.evaluation import decode_graph
 from common.evaluation.generate import generate
 from common.model.adapter.falora import AdapterSpec, attach
-from common.model.adapter.projections import quantise
 from common.model.backbone.load import BackboneShape, BackboneSpec
 from common.model.backbone.tiny import tiny_config
 from common.model.footprint import training_footprint
 from common.model.kernels import attention
 from common.model.kernels import fused_layer as lean
 from common.model.kernels.elementwise import CANDIDATES, choose_kernels, kernels_named
+from common.model.kernels.frozen import quantise
 from common.model.memory import choose_recompute
 from common.model.session import DTYPES, Session, choose_device
 from common.privacy.mechanism.clipping import clipped_sum
@@ -82,11 +82,11 @@ def open_random(
     model = random_llama(shape, on, DTYPES[dtype])
     model.set_attn_implementation(attention.register())
     spec = AdapterSpec(rank=min(options.rank, shape.hidden), alpha=16.0)
-    adapter = attach(model, spec)
     kernels = choose_kernels(options.kernels, on)
     functions = kernels_named(kernels.value)
-    if weights == "fp8":
-        quantise(model, functions)
+    if weights != "bf16":
+        quantise(model, weights, on, functions)
+    adapter = attach(model, spec)
     recompute = choose_recompute(
         options.recompute,
         shape=shape,

@@ -104,8 +104,9 @@ class ModelConfig:
         "auto", "attention kernel"
     )
     kernels: Literal["auto", "triton", "torch"] = option("auto", "who does the elementwise work")
-    weights: Literal["bf16", "fp8"] = option(
-        "bf16", "format of the frozen weights: bf16 (or what train.dtype says), or fp8 on a GPU"
+    weights: Literal["bf16", "fp8", "nf4"] = option(
+        "bf16",
+        "format of the frozen weights: bf16 (or what train.dtype says), fp8 on a GPU, or nf4",
     )
 
 

@@ -56,7 +56,7 @@ def test_every_dependency_is_imported_by_the_product():
 
 
 def test_everything_that_the_product_imports_is_declared():
-    optional = names(EXTRAS["flash-attn"] + EXTRAS["constrained"])
+    optional = names(EXTRAS["flash-attn"] + EXTRAS["constrained"] + EXTRAS["nf4"])
     assert imported(*PACKAGES) - names(PROJECT["dependencies"]) == optional | WITH_TORCH_FOR_GPUS
 
 

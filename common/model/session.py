@@ -14,11 +14,10 @@ from common.choice import AMX, ASKED, AVX, GPU_HAS_BF16, GPU_LACKS_BF16, NEITHER
 from common.errors import UserError
 from common.limits import available_cpus
 from common.model.adapter.falora import Adapter, AdapterSpec, attach
-from common.model.adapter.projections import quantise
 from common.model.backbone.load import BackboneSpec, load_model, load_tokenizer
 from common.model.kernels.attention import Packing, choose_attention, register
 from common.model.kernels.elementwise import TORCH, Kernels, choose_kernels, kernels_named
-from common.model.kernels.frozen import choose_weights
+from common.model.kernels.frozen import choose_weights, quantise
 from common.model.memory import choose_recompute
 
 if TYPE_CHECKING:
@@ -234,15 +233,18 @@ def open_session(
     kernels_choice = choose_kernels(kernels, on)
     weights_choice = choose_weights(weights, on, arithmetic)
     tokenizer = load_tokenizer(spec)
-    model = load_model(spec, device=on, dtype=arithmetic)
+    # Quantised weight by weight on its way to the device: the whole may not fit there before.
+    host = torch.device("cpu")
+    model = load_model(spec, device=host if weights_choice.value == "nf4" else on, dtype=arithmetic)
     model.set_attn_implementation(register())
+    functions = kernels_named(kernels_choice.value)
+    if weights_choice.value in ("fp8", "nf4"):
+        quantise(model, weights_choice.value, on, functions)
+        model.to(on)
     attached = attach(model, adapter)
     from common.model.kernels import fused_layer as lean
 
     recompute_choice = Choice("none", "this Llama's layers are transformers' own")
-    functions = kernels_named(kernels_choice.value)
-    if weights_choice.value == "fp8":
-        quantise(model, functions)
     if lean.supported(model):
         recompute_choice = choose_recompute(
             recompute,

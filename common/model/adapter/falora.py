@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.model.adapter.projections import HEAD, AdaptedLinear, UnitCapture
+from common.model.adapter.projections import AdaptedLinear, UnitCapture
 from common.model.adapter.scheme import A, B, part_of
 from common.model.adapter.spec import AdapterSpec, HashedA, draw_a
+from common.model.kernels.frozen import HEAD, QuantisedLinear
 
 __all__ = ["Adapter", "AdapterSpec", "attach", "draw_a"]
+_FROZEN = (nn.Linear, QuantisedLinear)
 
 
 class Adapter:
@@ -42,6 +44,8 @@ class Adapter:
     def __init__(self, model: nn.Module, spec: AdapterSpec) -> None:
         self.spec = spec
         self.capture: UnitCapture | None = None
+        # The embedding: a projection may be quantised.
+        self._like = next(model.parameters())
         self.modules = _replace_targets(model, spec)
         shapes: dict[str, tuple[int, int]] = {}
         for module in self.modules:
@@ -49,9 +53,8 @@ class Adapter:
             shapes |= {f"{module.key}.{part}": sizes[part] for part in spec.scheme.held}
         self.keys = tuple(sorted(shapes))
         self.shapes = {key: shapes[key] for key in self.keys}
-        device = self.modules[0].weight.device
         size = sum(math.prod(shape) for shape in shapes.values())
-        self._values = torch.zeros(size, dtype=torch.float32, device=device)
+        self._values = torch.zeros(size, dtype=torch.float32, device=self._like.device)
         self._gradients = torch.zeros_like(self._values)
         self._places: dict[str, slice] = {}
         start = 0
@@ -85,17 +88,16 @@ class Adapter:
             parameter.requires_grad_(key in self.slices)
 
     def _bind(self, module: AdaptedLinear) -> None:
-        device, dtype = module.weight.device, module.dtype
         # Drawn on the meta device too: a server without weights knows A's fingerprint by it.
         drawn = draw_a(self.spec, module.key, module.in_features)
         self._initial_a.add(module.key, drawn)
-        a_RD = torch.from_numpy(drawn).to(device)
+        a_RD = torch.from_numpy(drawn).to(self._like.device)
         for part in self.spec.scheme.held:
             setattr(module, part, self._parameter(f"{module.key}.{part}"))
         if A in self.spec.scheme.held:
             module.lora_A.data.copy_(a_RD)
         else:
-            module.register_buffer(A, a_RD.to(dtype), persistent=False)
+            module.register_buffer(A, a_RD.to(self._like.dtype), persistent=False)
 
     def _parameter(self, key: str) -> nn.Parameter:
         where, shape = self._places[key], self.shapes[key]
@@ -193,7 +195,7 @@ class Adapter:
         with torch.no_grad():
             for module in self.modules:
                 update = self.spec.scale * (module.lora_B.float() @ module.lora_A.float())
-                module.merged_OD = (module.weight.float() + update).to(module.dtype)
+                module.merged_OD = (module.weight.float() + update).to(self._like.dtype)
         try:
             yield
         finally:
@@ -223,11 +225,11 @@ def _replace_targets(model: nn.Module, spec: AdapterSpec) -> tuple[AdaptedLinear
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in {*spec.targets} - HEAD
+        if isinstance(module, _FROZEN) and name.rsplit(".", 1)[-1] in {*spec.targets} - HEAD
     ]
     missing = set(spec.targets) - {name.rsplit(".", 1)[-1] for name, _ in found}
     if missing:
-        linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if type(m) is nn.Linear}
+        linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if type(m) in _FROZEN}
         raise UserError(
             f"adapter.targets: no layer has {', '.join(sorted(missing))}",
             allowed=", ".join(sorted(linear - HEAD)),

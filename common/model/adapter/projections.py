@@ -18,12 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.model.adapter.scheme import A, B
-from common.model.kernels.elementwise import Kernels
 from common.model.kernels.frozen import (
-    Fp8Linear,
-    Fp8Weight,
     FrozenWeight,
-    frozen_weight,
+    QuantisedLinear,
     input_gradient,
     products,
     shared_input,
@@ -31,9 +28,6 @@ from common.model.kernels.frozen import (
 
 if TYPE_CHECKING:
     from common.model.adapter.falora import Adapter
-
-HEAD = {"lm_head"}
-"""Neither adapted nor quantised: the loss reads the head's weights, not its module."""
 
 
 @dataclass(kw_only=True)
@@ -46,18 +40,17 @@ class UnitCapture:
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen linear layer with its low-rank update; takes the place of the ``nn.Linear``."""
+    """A frozen linear layer with its low-rank update; takes the place of the frozen one."""
 
     adapter: "Adapter"
     lora_A: Tensor
     lora_B: Tensor
 
-    def __init__(self, base: nn.Linear, key: str) -> None:
+    def __init__(self, base: nn.Linear | QuantisedLinear, key: str) -> None:
         super().__init__()
         self.weight: FrozenWeight = base.weight
         self.bias = base.bias
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.dtype = base.weight.dtype
         self.key = key
         self.merged_OD: Tensor | None = None
 
@@ -67,13 +60,6 @@ class AdaptedLinear(nn.Module):
             return functional.linear(input, self.merged_OD, self.bias)
         output: Tensor = _adapted(input, (self,), (), self.lora_A, self.lora_B)[0]
         return output
-
-    def quantise(self, kernels: Kernels) -> None:
-        """Put the frozen weight into fp8."""
-        assert isinstance(self.weight, Tensor)
-        quantised = Fp8Weight.of(self.weight, kernels)
-        del self.weight
-        self.weight = quantised
 
 
 class Projections:
@@ -145,7 +131,7 @@ class _AdaptedFunction(torch.autograd.Function):
         z_TG = x_TD @ a_GD.to(x.dtype).T
         maps: tuple[Any, ...] = (*modules, *beside)
         # The weights are the modules' own, and frozen: nothing can change them in between.
-        ctx.weights = [frozen_weight(one) for one in maps]
+        ctx.weights = [one.weight for one in maps]
         y_TOs = products(x_TD, ctx.weights, [one.bias for one in maps])
         scale = modules[0].adapter.spec.scale
         for y_TO, b_OR, z_TR in zip(y_TOs, bs, z_TG.chunk(len(bs), 1), strict=False):
@@ -202,20 +188,3 @@ def _add_units(
     if x_TD is not None and low_TG is not None:
         for module, low_TR in zip(modules, low_TG.chunk(len(modules), 1), strict=True):
             adapter.add_unit_products(f"{module.key}.{A}", capture, low_TR, x_TD)
-
-
-def quantise(model: nn.Module, kernels: Kernels) -> None:
-    """Put every frozen linear map of a model's layers into fp8, in place.
-
-    Embeddings and the language-model head keep their dtype, and so do A and B.
-
-    Args:
-        model: A Llama with its adapter attached, on its device.
-        kernels: Who quantises.
-    """
-    for name, module in list(model.named_modules()):
-        if isinstance(module, AdaptedLinear):
-            module.quantise(kernels)
-        elif isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] not in HEAD:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, Fp8Linear(module, kernels))

@@ -74,12 +74,12 @@ class BackboneSpec:
     """Kind of its rotary position embedding, as transformers names it."""
 
     def fingerprint_as(self, weights: str) -> str:
-        """Return what hospitals must agree on: fp8 weights are another function.
+        """Return what hospitals must agree on: quantised weights are another function.
 
         Args:
             weights: Format of the frozen weights, see ``common.model.kernels.frozen``.
         """
-        if weights != "fp8":
+        if weights in ("bf16", "fp32"):
             return self.fingerprint
         return hashlib.sha256(f"{self.fingerprint} {weights}".encode()).hexdigest()
 

@@ -19,10 +19,10 @@ from transformers import LlamaForCausalLM
 from common.model.adapter.projections import Projections
 from common.model.kernels.attention import Packing, attend
 from common.model.kernels.elementwise import TORCH, Kernels
-from common.model.kernels.frozen import Fp8Linear
+from common.model.kernels.frozen import QuantisedLinear
 from common.undocumented.transformers_names import LlamaDecoderLayer
 
-_FROZEN = (nn.Linear, Fp8Linear)
+_FROZEN = (nn.Linear, QuantisedLinear)
 KeepKeys = Callable[[int, Tensor, Tensor], None]
 """(layer, k_TGE, v_TGE): what packed prompts leave for generation."""
 
