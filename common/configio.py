@@ -88,7 +88,7 @@ def read_config(path: Path, overrides: Iterable[str] = ()) -> Config:
         UserError: for a missing or broken file, unknown keys or values that are not allowed.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows' editors begin with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"configuration file {path}: {getattr(error, 'strerror', None) or error}",

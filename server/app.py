@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -14,10 +14,11 @@ from common.configio import from_flat, settled
 from common.errors import DiskFull, FedrxError
 from common.model.adapter.layout import AdapterLayout, adapter_layout, adapter_spec, initial_tensors
 from common.model.backbone.load import BackboneSpec, resolve_backbone
-from common.privacy.budget.receipts import PRIVACY, privacy_summary
+from common.privacy.budget.receipts import privacy_lines, privacy_summary
 from common.privacy.settings import HOSPITAL, hospital_warning, plan_of, protects
 from common.provenance import environment, peak_rss_bytes, source_digest, tensors_sha256
-from common.rundir import TRAINED, RunDirectory
+from common.records import RunRecord, Summary
+from common.rundir import ENVIRONMENT, RUN, SUMMARY, TRAINED, RunDirectory
 from common.wire.cohort import NOT_EVALUATED
 from common.wire.contract import Fingerprints, Tensors
 from common.wire.identity import read_keys
@@ -26,7 +27,7 @@ from server.clock import Clock
 from server.roster import Roster
 from server.rounds import Rounds
 
-ENVIRONMENT, FLOWER = "environment.json", "flower"
+FLOWER: Literal["flower"] = "flower"
 
 app = ServerApp()
 
@@ -89,8 +90,9 @@ def federate(grid: Grid, config: Config, run: RunDirectory, *, clock: Clock = ti
     run.write_config(rounds.config)
     summary = summarise(rounds.config, run, backbone, layout, rounds.roster, b)
     summary["seconds"] = round(clock.monotonic() - started, 3)
-    run.write_json("summary.json", summary)
-    if run.read_json(ENVIRONMENT).get("mode") == FLOWER:
+    run.write_json(SUMMARY, Summary.read(summary, what=SUMMARY))
+    record = run.record()
+    if record and record.mode == FLOWER:
         run.write_status("finished", round=config.federation.rounds)
     else:
         # The launcher goes on with the evaluation: a run killed there must not look finished.
@@ -104,6 +106,7 @@ def run_directory(config: Config) -> RunDirectory:
         return RunDirectory.open(directory)
     run = RunDirectory.create(config, directory=directory)
     run.write_json(ENVIRONMENT, {**environment([]), "mode": FLOWER})
+    run.write_json(RUN, RunRecord(mode=FLOWER, resumable=False))
     return run
 
 
@@ -116,8 +119,8 @@ def summarise(
     b: Tensors,
 ) -> dict[str, Any]:
     """Return the server's part of summary.json."""
-    hellos = [roster.hellos[name] for name in sorted(roster.hellos)]
-    first = hellos[0]
+    told = [roster.handshakes[name] for name in sorted(roster.handshakes)]
+    first = told[0]
     losses = {
         event["round"]: event["value"]
         for event in run.metrics("validation-loss")
@@ -126,7 +129,7 @@ def summarise(
     losses |= {event["round"]: None for event in run.metrics(NOT_EVALUATED)}
     privacy = {}
     if roster.plan:
-        privacy["privacy"] = privacy_summary(roster.plan, run.lines(PRIVACY))
+        privacy["privacy"] = privacy_summary(roster.plan, privacy_lines(run))
         if roster.plan.unit == HOSPITAL:
             warning = hospital_warning(roster.plan, layout.trainable_parameters)
             privacy["privacy"]["warning"] = warning
@@ -144,12 +147,7 @@ def summarise(
         },
         "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint},
         "hospitals": [
-            {
-                "name": hello["hospital"],
-                "patients": hello.get("patients"),
-                "samples": hello.get("samples"),
-            }
-            for hello in hellos
+            {"name": one.hospital, "patients": one.patients, "samples": one.samples} for one in told
         ],
         "rounds": config.federation.rounds,
         **privacy,
@@ -160,9 +158,9 @@ def summarise(
         "workers": len(loads),
         "validation_loss": [losses[index] for index in sorted(losses)],
         "peak_rss_bytes": peak_rss_bytes(),
-        "device": first["device"],
-        "attention": {"kernel": first["attention"], "reason": first["attention-reason"]},
-        "dtype": {"value": first["dtype"], "reason": first["dtype-reason"]},
+        "device": first.device,
+        "attention": {"kernel": first.attention, "reason": first.attention_reason},
+        "dtype": {"value": first.dtype, "reason": first.dtype_reason},
     }
 
 

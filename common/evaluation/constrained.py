@@ -18,6 +18,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.evaluation.generate import Matcher
 from common.model.session import Session
+from common.provenance import pip_install
 from common.text.prompts import ANSWER_GRAMMAR
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def require_llguidance() -> None:
     if importlib.util.find_spec("llguidance") is None:
         raise UserError(
             "evaluation.decoding=grammar needs the package llguidance",
-            fix="pip install 'fedrx[constrained]', or set evaluation.decoding to formulary",
+            fix=f"{pip_install('llguidance')}, or set evaluation.decoding to formulary",
         )
 
 

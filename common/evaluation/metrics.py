@@ -155,12 +155,14 @@ def score(
             for one in predictions
         ]
     )
-    _, cluster = np.unique([one.cluster for one in predictions], return_inverse=True)
     parsed = table[:, _COLUMNS.index("parsed")] == 1
-    patients = int(cluster.max()) + 1
-    sums_km = _by_cluster(np.hstack([table, table * parsed[:, None]]), cluster, patients)
-    # Both sets of metrics see the same resamples, and one patient has none.
-    drawn_rm = _resampled_sums(sums_km, resamples, seed) if resamples and patients > 1 else None
+    # Both sets of metrics see the same resamples.
+    sums_km, drawn_rm = _resampled_sums(
+        np.hstack([table, table * parsed[:, None]]),
+        [one.cluster for one in predictions],
+        resamples,
+        stream(seed, "bootstrap"),
+    )
     overall, among_parsed = (
         _estimates(sums_km[:, half], None if drawn_rm is None else drawn_rm[:, half], confidence)
         for half in (slice(len(_COLUMNS)), slice(len(_COLUMNS), None))
@@ -168,7 +170,7 @@ def score(
     return Metrics(
         level=level,
         samples=len(predictions),
-        patients=patients,
+        patients=len(sums_km),
         parsed=int(parsed.sum()),
         confidence=confidence,
         resamples=resamples,
@@ -204,6 +206,7 @@ def interval_of_mean(
     resamples: int,
     seed: int,
     confidence: float = 0.95,
+    name: str = "bootstrap",
 ) -> Estimate:
     """Return a mean and its interval by percentile bootstrap over patients.
 
@@ -213,6 +216,7 @@ def interval_of_mean(
         resamples: 0 for no interval.
         seed: Of the bootstrap; equal seeds and patients see equal resamples.
         confidence: Mass of the interval.
+        name: Of the seed's stream.
 
     >>> interval_of_mean([1.0, 1.0, 0.0], [1, 1, 2], resamples=200, seed=0)
     Estimate(value=0.6666666666666666, low=0.0, high=1.0)
@@ -222,16 +226,12 @@ def interval_of_mean(
     """
     if not len(values):
         raise ValueError("no values to average")
-    _, cluster_n = np.unique(clusters, return_inverse=True)
-    patients = int(cluster_n.max()) + 1
     table_nm = np.column_stack([values, np.ones(len(values))])
+    _, drawn_rm = _resampled_sums(table_nm, clusters, resamples, stream(seed, name))
     value = float(table_nm[:, 0].mean())
-    if not resamples or patients == 1:
+    if drawn_rm is None:
         return Estimate(value, None, None)
-    drawn_rm = _resampled_sums(_by_cluster(table_nm, cluster_n, patients), resamples, seed)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(drawn_rm[:, 0] / drawn_rm[:, 1], [tail, 1 - tail]).tolist()
-    return Estimate(value, low, high)
+    return Estimate(value, *_interval(drawn_rm[:, 0] / drawn_rm[:, 1], confidence))
 
 
 def drug_map_of(data: DataConfig) -> dict[str, tuple[str, ...]] | None:
@@ -279,23 +279,35 @@ def _measure(
     )
 
 
-def _by_cluster(
-    table_nm: NDArray[np.float64], cluster_n: NDArray[np.intp], clusters: int
-) -> NDArray[np.float64]:
-    sums_km = np.zeros((clusters, table_nm.shape[1]))
-    np.add.at(sums_km, cluster_n, table_nm)
-    return sums_km
+def _resampled_sums(
+    table_nm: NDArray[np.float64],
+    patients: Sequence[int],
+    resamples: int,
+    random: np.random.Generator,
+) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+    """Return the column sums of each patient, and those of every resample of patients.
 
-
-def _resampled_sums(sums_km: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
-    """Return the column sums of every resample of patients (resamples, M), some at a time."""
-    random = stream(seed, "bootstrap")
-    clusters = len(sums_km)
-    shares = np.full(clusters, 1 / clusters)
+    The second is (resamples, M), and None without resamples or with one patient alone.
+    """
+    names, place_n = np.unique(patients, return_inverse=True)
+    sums_km = np.zeros((len(names), table_nm.shape[1]))
+    np.add.at(sums_km, place_n, table_nm)
+    if not resamples or len(names) < 2:
+        return sums_km, None
+    shares = np.full(len(names), 1 / len(names))
     sizes = [
         min(_RESAMPLES_AT_ONCE, resamples - s) for s in range(0, resamples, _RESAMPLES_AT_ONCE)
     ]
-    return np.concatenate([random.multinomial(clusters, shares, size) @ sums_km for size in sizes])
+    return sums_km, np.concatenate(
+        [random.multinomial(len(names), shares, size) @ sums_km for size in sizes]
+    )
+
+
+def _interval(values_r: NDArray[np.float64], confidence: float) -> list[float]:
+    """Return the percentiles between which this share of the resamples lies."""
+    tail = (1 - confidence) / 2
+    bounds: list[float] = np.quantile(values_r, [tail, 1 - tail]).tolist()
+    return bounds
 
 
 def _estimates(
@@ -313,10 +325,7 @@ def _estimates(
         if drawn_rm is not None:
             # A resample without any denominator has no value of its own.
             usable_rm = drawn_rm[drawn_rm[:, below] > 0]
-            tail = (1 - confidence) / 2
             if len(usable_rm):
-                low, high = np.quantile(
-                    usable_rm[:, above] / usable_rm[:, below], [tail, 1 - tail]
-                ).tolist()
+                low, high = _interval(usable_rm[:, above] / usable_rm[:, below], confidence)
         found[name] = Estimate(value, low, high)
     return found

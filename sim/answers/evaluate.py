@@ -16,13 +16,9 @@ from common.rundir import RunDirectory
 from common.tensor_files import Altered
 from common.training.worker import Worker
 from sim.process.early import check_device
-from sim.process.lock import exclusive
 from sim.process.progress import Meter
-from sim.process.stages import after_training, is_trained
-from sim.report.run_report import write_report
-from sim.report.terminal import show_summary
 
-_FREE_KEYS = (
+FREE_KEYS = (
     "evaluation.",
     "model.attention",
     "model.kernels",
@@ -31,44 +27,6 @@ _FREE_KEYS = (
     "train.dtype",
     "train.threads",
 )
-
-
-def evaluate(
-    run: RunDirectory,
-    *,
-    console: Console,
-    checkpoint: str | None = None,
-    overrides: Iterable[str] = (),
-) -> dict[str, Any]:
-    """Evaluate a trained run again, and write its report anew; it is finished then.
-
-    Args:
-        run: The run's directory.
-        console: Where progress and results are shown.
-        checkpoint: Name of a checkpoint; default the last.
-        overrides: ``key=value`` of the evaluation, see ``evaluate_run``.
-
-    Returns:
-        The content of summary.json.
-
-    Raises:
-        UserError: If the run's training is not done, another process works on it, or see
-            ``evaluate_run``.
-        StageFailed: If answering or the report fails.
-    """
-    if not is_trained(run):
-        state = run.status()["state"]
-        raise UserError(f"{run.path} is {state}", allowed="a trained run", fix="`fedrx resume` it")
-    with exclusive(run), after_training(run, "the answers", "fedrx evaluate"):
-        summary = evaluate_run(run, checkpoint=checkpoint, overrides=overrides, console=console)
-        summary.setdefault("seconds", summary.get("training_seconds", 0.0))
-        run.write_json("summary.json", summary)
-        write_report(run)
-        status = run.status()
-        if status["state"] != "finished":
-            run.write_status("finished", **{k: status[k] for k in ("round", "step") if k in status})
-    show_summary(console, run, summary)
-    return summary
 
 
 def evaluate_run(
@@ -102,7 +60,7 @@ def evaluate_run(
         UserError: If an override would change what was trained, the data, the backbone or A are
             not those of the run, there is no such checkpoint, or nothing is held out.
     """
-    config = changed_freely(run.config(), overrides, _FREE_KEYS)
+    config = changed_freely(run.config(), overrides, FREE_KEYS)
     check_device(config)
     loaded, last = run.load_checkpoint(checkpoint), run.load_checkpoint()
     data, session = reopen(run, config, worker or Worker(), data)

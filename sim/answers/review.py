@@ -63,7 +63,7 @@ def make_review(
         seed=seed,
         include_ordered=include_ordered,
     )
-    folder = run.path / packet.folder
+    folder = run.path / packet_folder(packet.sha256)
     write_json(folder / "key.json", packet.key.as_json())
     write_json(folder / "packet.json", packet.shown.as_json())
     page = out or folder / "review.html"
@@ -119,7 +119,7 @@ def import_reviews(run: RunDirectory, files: Sequence[Path]) -> dict[str, Any]:
             "two of these files are by the same reviewer",
             fix="import the newer one, or give the reviewers different names",
         )
-    folder = run.path / packet.folder / "reviews"
+    folder = run.path / packet_folder(packet.sha256) / "reviews"
     for _, review in read:
         write_json(folder / f"{_slug(review.reviewer)}.json", review.as_json())
     reviews = [

@@ -18,7 +18,7 @@ from client.kept_state import own_folder, save_state
 from common.config import Config
 from common.errors import DiskFull
 from common.evaluation.answers_file import Prediction, read_answers, write_answers
-from common.evaluation.judge.cache import ExchangeCache
+from common.evaluation.judge.cache import Exchanges, Lost
 from common.files import append_json_line, needing_room, read_json_lines, write_json, write_text
 from common.privacy.budget.ledger import Ledger
 from common.privacy.plan import PrivacyPlan
@@ -153,10 +153,11 @@ def test_a_promise_that_finds_no_room_is_not_made(tmp_path):
 
 
 def test_a_judge_s_answer_that_finds_no_room_is_one_line(tmp_path):
-    cache = ExchangeCache(tmp_path / "exchanges.jsonl")
-    with room(0), pytest.raises(DiskFull, match="^the judge's answers cannot be written"):
-        cache.put_lost(1, 1)
-    cache.__exit__(None, None, None)  # with room again, what was held back is written
+    made = Exchanges(tmp_path / "exchanges.jsonl")
+    with room(0), pytest.raises(DiskFull, match="^exchanges.jsonl cannot be written"):
+        made.put(Lost(input_tokens=1, output_tokens=1))
+    made.put(Lost(input_tokens=2, output_tokens=2))
+    assert [one.input_tokens for one in Exchanges(tmp_path / "exchanges.jsonl").lost] == [2]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
@@ -183,13 +184,13 @@ def test_a_folder_that_finds_no_room_is_one_line(tmp_path, monkeypatch):
 
 WRITERS = {
     # here a full disk becomes a line
-    *("common/files.py", "common/privacy/budget/ledger.py", "client/epsilon_limit.py"),
+    *("common/files.py", "common/privacy/budget/synced.py"),
     *("client/kept_state.py", "common/evaluation/judge/cache.py"),
     # these say it themselves, or go on without: a form's answer, two logs
-    *("sim/assist/server.py", "client/handlers.py", "sim/process/stages.py"),
+    *("sim/assist/server.py", "client/handlers.py", "sim/process/failures.py"),
     # before or beside a run, where the command line makes a line of any OSError
     *("common/data/synthetic/write.py", "common/model/backbone/embedded.py"),
-    *("sim/process/lock.py", "sim/flower/superlink.py", "sim/flower/run_hospital.py"),
+    *("sim/flower/superlink.py", "sim/flower/run_hospital.py"),
     "sim/flower/run_config.py",
 }
 

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, computed_field
 from common.config import JudgeConfig
 from common.errors import UserError
 from common.evaluation.answers_file import Patient, Prediction, read_answers
-from common.evaluation.judge.cache import exchange_key, read_exchanges
+from common.evaluation.judge.cache import Exchanges, exchange_key
 from common.evaluation.judge.cost import Prices, estimated_tokens
 from common.evaluation.judge.dialect import dialects
 from common.evaluation.judge.gate import Endpoint, Statement, check_endpoint, source_of_run
@@ -38,18 +38,8 @@ class Item(NamedTuple):
     drugs: tuple[str, ...]
 
 
-class Task(NamedTuple):
-    """One list before one judge, once."""
-
-    item: Item
-    judge: str
-    repeat: int
-    server: str
-    """Two servers may call different judges by one name."""
-
-
 class Judgement(Record):
-    """What came of one task: a line of judge.jsonl."""
+    """One list before one judge, once, and what came of it: a line of judge.jsonl."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -64,19 +54,15 @@ class Judgement(Record):
     exchanges: tuple[str, ...] = ()
     """Their keys in the cache; the second is the repair."""
     server: str = ""
-    """Empty: a line of an earlier FedRx, and the summary names the server."""
+    """Two servers may call different judges by one name."""
     escaped: int = 0
     """Texts of the reply that UTF-8 cannot hold; in the file only where there are some."""
     asked: bool = Field(default=True, exclude=True)
-    """False when the run stopped before its turn; it has no line then."""
+    """False before its turn; it has no line then."""
 
-    @classmethod
-    def of(cls, task: Task, **found: Any) -> "Judgement":
-        """Return what came of a task."""
-        item, judge, repeat, server = task
-        return cls(
-            case=item.case, model=item.model, judge=judge, repeat=repeat, server=server, **found
-        )
+    def found(self, **what: Any) -> "Judgement":
+        """Return what came of it."""
+        return self.model_copy(update={"asked": True, **what})
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -123,13 +109,38 @@ class JudgePlan:
         return tuple(i for i in self.lists.values() if i.model in self.models)
 
     @cached_property
-    def tasks(self) -> tuple[Task, ...]:
+    def tasks(self) -> tuple[Judgement, ...]:
         """Every list before every judge, as often as asked for."""
         return tuple(
-            Task(item, judge, repeat, self.endpoint.named)
+            Judgement(
+                case=item.case,
+                model=item.model,
+                judge=judge,
+                repeat=repeat,
+                server=self.endpoint.named,
+                asked=False,
+            )
             for item in self.items
             for judge in self.judges
             for repeat in range(self.config.repeats)
+        )
+
+    def first_messages(self, task: Judgement) -> list[dict[str, str]]:
+        """Return what a task asks first."""
+        item = self.lists[task.case, task.model]
+        return messages(item.patient, item.diagnoses, item.drugs)
+
+    def keys(self, task: Judgement, asked: Sequence[Mapping[str, str]]) -> list[str]:
+        """Return the cache keys of one question, one for each dialect it may be asked in."""
+        bodies = (dialect.body(task.judge, asked, self.config) for dialect in dialects(self.config))
+        return [exchange_key(self.endpoint.named, body, task.repeat) for body in bodies]
+
+    @property
+    def prices(self) -> Prices:
+        """The configured prices."""
+        return Prices(
+            input_usd=self.config.input_usd_per_million,
+            output_usd=self.config.output_usd_per_million,
         )
 
 
@@ -234,21 +245,21 @@ def estimate(run: RunDirectory, plan: JudgePlan) -> dict[str, Any]:
     ``input_tokens`` and ``output_tokens`` are estimates from text sizes for one try per list;
     ``most_usd`` is the price if every list needed its repair and every reply took all its tokens.
     """
-    made = read_exchanges(run.path / EXCHANGES)
+    made = Exchanges(run.path / EXCHANGES)
     # Equal lists for one patient are one call.
-    calls: dict[str, Task] = {}
+    calls: dict[str, Judgement] = {}
     for task in plan.tasks:
-        keys = exchange_keys(plan, task, first_messages(task))
+        keys = plan.keys(task, plan.first_messages(task))
         refused = keys[0] in made.refused and not plan.retry_refused
-        if not refused and not any(made.get(key) for key in keys):
+        if not refused and not any(key in made.by_key for key in keys):
             calls.setdefault(keys[0], task)
     input_tokens = output_tokens = 0
     for task in calls.values():
-        asked = first_messages(task)
+        asked, drugs = plan.first_messages(task), plan.lists[task.case, task.model].drugs
         input_tokens += estimated_tokens(sum(len(m["content"].encode()) for m in asked))
-        names = sum(len(drug.encode()) for drug in task.item.drugs)
-        output_tokens += estimated_tokens(names) + _VERDICT_TOKENS * len(task.item.drugs)
-    prices = prices_of(plan.config)
+        names = sum(len(drug.encode()) for drug in drugs)
+        output_tokens += estimated_tokens(names) + _VERDICT_TOKENS * len(drugs)
+    prices = plan.prices
     most_output = 2 * len(calls) * plan.config.max_output_tokens
     most_input = 2 * ceil(3.5 * input_tokens) + most_output
     return {
@@ -265,19 +276,3 @@ def estimate(run: RunDirectory, plan: JudgePlan) -> dict[str, Any]:
         "server": plan.endpoint.named,
         "source": plan.source,
     }
-
-
-def first_messages(task: Task) -> list[dict[str, str]]:
-    """Return what a task asks first."""
-    return messages(task.item.patient, task.item.diagnoses, task.item.drugs)
-
-
-def exchange_keys(plan: JudgePlan, task: Task, asked: Sequence[Mapping[str, str]]) -> list[str]:
-    """Return the cache keys of one question, one for each dialect it may be asked in."""
-    bodies = (dialect.body(task.judge, asked, plan.config) for dialect in dialects(plan.config))
-    return [exchange_key(plan.endpoint.named, body, task.repeat) for body in bodies]
-
-
-def prices_of(config: JudgeConfig) -> Prices:
-    """Return the configured prices."""
-    return Prices(input_usd=config.input_usd_per_million, output_usd=config.output_usd_per_million)

@@ -4,10 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from common.evaluation.agreement import krippendorff_alpha, unanimous_share
-from common.seeds import stream
+from common.evaluation.metrics import interval_of_mean
 
 if TYPE_CHECKING:
     from common.evaluation.judge.cache import Exchanges
@@ -15,7 +13,6 @@ if TYPE_CHECKING:
     from common.evaluation.judge.plan import Judgement, JudgePlan
 
 RESAMPLES = 1000
-CONFIDENCE = 0.95
 
 
 def summarise(plan: "JudgePlan", judgements: Sequence["Judgement"], *, seed: int) -> dict[str, Any]:
@@ -97,18 +94,25 @@ def _appropriateness(
     by_case: dict[str, list[Judgement]] = {}
     for judgement in judgements:
         by_case.setdefault(judgement.case, []).append(judgement)
-    scores: list[tuple[int, float]] = []
+    scores: list[float] = []
+    patients: list[int] = []
     not_asked = 0
     for case, of_case in by_case.items():
         known = [judgement.score for judgement in of_case if judgement.score is not None]
         if known:
-            scores.append((plan.lists[case, model].cluster, sum(known) / len(known)))
+            scores.append(sum(known) / len(known))
+            patients.append(plan.lists[case, model].cluster)
         elif not all(judgement.asked for judgement in of_case):
             not_asked += 1
+    bounds: list[float | None] = [None]
+    if scores:
+        _, *bounds = interval_of_mean(
+            scores, patients, resamples=RESAMPLES, seed=seed, name="judge-bootstrap"
+        )
     verdicts = [v for judgement in judgements for v in judgement.verdicts or ()]
     return {
-        "mean": sum(score for _, score in scores) / len(scores) if scores else None,
-        "interval": _interval(scores, seed),
+        "mean": sum(scores) / len(scores) if scores else None,
+        "interval": None if None in bounds else bounds,
         "scored": len(scores),
         "unscored": len(by_case) - len(scores) - not_asked,
         "not_asked": not_asked,
@@ -117,21 +121,6 @@ def _appropriateness(
         "suitable": sum(verdict.suitable for verdict in verdicts),
         "unsuitable": sum(not verdict.suitable for verdict in verdicts),
     }
-
-
-def _interval(scores: Sequence[tuple[int, float]], seed: int) -> list[float] | None:
-    """Percentile bootstrap over patients; None with fewer than two of them."""
-    patients, place_n = np.unique([patient for patient, _ in scores], return_inverse=True)
-    if len(patients) < 2:
-        return None
-    sums_k2 = np.zeros((len(patients), 2))
-    np.add.at(sums_k2, place_n, [(score, 1.0) for _, score in scores])
-    shares = np.full(len(patients), 1 / len(patients))
-    drawn_r2 = stream(seed, "judge-bootstrap").multinomial(len(patients), shares, RESAMPLES)
-    means_r = (drawn_r2 @ sums_k2)[:, 0] / (drawn_r2 @ sums_k2)[:, 1]
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means_r, [tail, 1 - tail]).tolist()
-    return [low, high]
 
 
 def _agreement(judgements: Sequence["Judgement"]) -> dict[str, Any]:
@@ -158,17 +147,19 @@ def _agreement(judgements: Sequence["Judgement"]) -> dict[str, Any]:
 
 def usage(made: "Exchanges", prices: "Prices") -> dict[str, Any]:
     """Return what all judging of a run has taken so far, over all invocations."""
-    calls = made.all()
+    calls = made.by_key.values()
     input_tokens = sum(exchange.input_tokens for exchange in calls)
     output_tokens = sum(exchange.output_tokens for exchange in calls)
+    lost_input_tokens = sum(call.input_tokens for call in made.lost)
+    lost_output_tokens = sum(call.output_tokens for call in made.lost)
     return {
         "calls": len(calls),
         "input_tokens": input_tokens,
         "output_tokens": output_tokens,
         "calls_without_usage": sum(not exchange.counted for exchange in calls),
-        "lost_input_tokens_at_most": made.lost_input_tokens,
-        "lost_output_tokens_at_most": made.lost_output_tokens,
+        "lost_input_tokens_at_most": lost_input_tokens,
+        "lost_output_tokens_at_most": lost_output_tokens,
         "cost_usd": prices.cost_usd(
-            input_tokens + made.lost_input_tokens, output_tokens + made.lost_output_tokens
+            input_tokens + lost_input_tokens, output_tokens + lost_output_tokens
         ),
     }

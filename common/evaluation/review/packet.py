@@ -86,11 +86,6 @@ class Packet:
         """The packet's name."""
         return self.key.sha256
 
-    @property
-    def folder(self) -> str:
-        """The packet's folder below the run directory."""
-        return packet_folder(self.sha256)
-
 
 def packet_folder(sha256: str) -> str:
     """Return a packet's folder below the run directory."""

@@ -19,8 +19,9 @@ from common.evaluation.judge.plan import plan_judging
 from common.rundir import RunDirectory
 from common.tensor_files import Altered
 from common.training.worker import Worker
-from sim.answers.evaluate import evaluate, evaluate_run
+from sim.answers.evaluate import evaluate_run
 from sim.answers.review import make_review
+from sim.runs.lifecycle import evaluate
 from sim.runs.resume import resume
 
 KEYS = {
@@ -307,7 +308,7 @@ def of_flower(run):
 def test_a_run_of_plain_flwr_is_evaluated(of_flower):
     told = io.StringIO()
     summary = evaluate(of_flower, console=Console(file=told, width=200))
-    assert summary["source"] == "synthetic"
+    assert summary.source == "synthetic"
     assert "5 held-out admissions (synthetic data)" in told.getvalue()
     page = (of_flower.path / "report.html").read_text(encoding="utf-8")
     assert "hospital-1</td><td>20</td><td>30</td><td>–</td>" in page
