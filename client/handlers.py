@@ -146,6 +146,7 @@ def train_round(config: Config, message: Message, context: Context, worker: Work
         result = update(session, tokens, b, state, config, server_round=server_round, on_step=log)
         if config.train.keep_state:
             save_state(folder, state, server_round=server_round)
+    worker.count(config, result.tokens, result.metrics.get("seconds", 0.0))
     worker.report(config)
     metrics = {"round": float(server_round), **result.metrics}
     if protects(config) and not private:

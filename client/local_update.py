@@ -23,6 +23,8 @@ class LocalResult:
     metrics: dict[str, float]
     """``weight`` (training samples), ``train-loss`` (mean per label token), ``steps``,
     ``seconds``; none of these where the gradient source tells no loss."""
+    tokens: int = 0
+    """Packed tokens that were trained on, for the hospital's own machine; 0 where it tells none."""
 
 
 def update(
@@ -74,6 +76,7 @@ def update(
         return LocalResult(b=sent, metrics={})
     return LocalResult(
         b=sent,
+        tokens=metrics.tokens,
         metrics={
             "weight": float(samples),
             "train-loss": metrics.loss.mean,

@@ -195,6 +195,8 @@ class Summary(Record):
     validation_loss: tuple[float | None, ...] = ()
     seconds: float = 0.0
     training_seconds: float | None = None
+    tokens_per_second: float | None = None
+    """Packed tokens that one worker trains on in a second of its own; None where it is not told."""
     peak_rss_bytes: int = 0
     peak_device_bytes: int | None = None
     device: str = ""

@@ -11,6 +11,7 @@ from common.files import write_json
 from common.model.adapter.layout import adapter_spec
 from common.model.backbone.load import BackboneSpec, resolve_backbone
 from common.model.session import Session, open_session
+from common.provenance import peak_device_bytes
 from common.training.hospital_data import HospitalData, encode_hospital
 
 
@@ -23,6 +24,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.loads = 0
+        self._trained: dict[str, tuple[int, float]] = {}
         self._backbone: BackboneSpec | None = None
         self._session: Session | None = None
         self._opened: tuple[object, ...] = ()
@@ -69,8 +71,21 @@ class Worker:
             self._tokens[key] = encode_hospital(hospital, session, config)
         return self._tokens[key]
 
+    def count(self, config: Config, tokens: int, seconds: float) -> None:
+        """Add what was trained for a run, where it may be told."""
+        before = self._trained.get(config.run.directory, (0, 0.0))
+        if tokens:
+            self._trained[config.run.directory] = before[0] + tokens, before[1] + seconds
+
     def report(self, config: Config) -> None:
-        """Write how often weights were loaded, and the threads; stays on the machine."""
+        """Write how often weights were loaded, and how training goes; stays on the machine."""
         folder = Path(config.run.directory) / "workers"
-        facts = {"backbone_loads": self.loads, "threads": torch.get_num_threads()}
+        tokens, seconds = self._trained.get(config.run.directory, (0, 0.0))
+        facts = {
+            "backbone_loads": self.loads,
+            "threads": torch.get_num_threads(),
+            "tokens": tokens,
+            "training_seconds": round(seconds, 3),
+            "peak_device_bytes": peak_device_bytes(),
+        }
         write_json(folder / f"{os.getpid()}.json", facts)

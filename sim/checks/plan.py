@@ -27,11 +27,12 @@ from common.model.footprint import (
 )
 from common.model.session import choose_dtype, device_kind
 from common.privacy.forecast import forecast, lines
-from common.privacy.settings import plan_of, protects
+from common.privacy.settings import is_private, plan_of, protects
 from common.training.budget import checkpoint_steps, steps_in_all, steps_of_round
 from common.wire.codecs import wire_layout
 from common.wire.cohort import check_only, sampled
 from server.strategies import check_strategy
+from sim.checks.measured_cards import CARDS, seconds_per_step
 from sim.flower.worker_count import choose_workers, planned_recompute, training_footprints
 
 PAPER_CARD_BYTES = 48_000_000_000
@@ -53,7 +54,8 @@ def plan(config: Config, *, card_bytes: int | None = None) -> dict[str, Any]:
         total_bytes of each choice}, ``generation_bytes``, ``card_bytes``, ``fits``,
         ``spare_bytes``, ``bytes_per_round`` (of training: down and up again, all hospitals that
         are asked),
-        ``steps`` (of one hospital, in all) and, with privacy, ``privacy``.
+        ``steps`` (of one hospital, in all), ``measured`` (for a GPU: what such steps take on cards
+        that were measured) and, with privacy, ``privacy``.
 
     Raises:
         UserError: If the backbone's shape or the data cannot be found, a value is not allowed, or
@@ -115,10 +117,42 @@ def plan(config: Config, *, card_bytes: int | None = None) -> dict[str, Any]:
         "steps": steps.value,
         "steps_reason": f"{steps.reason}; {samples.reason}" if samples.reason else steps.reason,
     }
+    if device == "cuda":
+        found["measured"] = measured_times(config, shape, chosen.value, steps.value)
     if protects(config):
         target = config.privacy.target_epsilon
         found["privacy"] = forecast(plan_of(config), trained, target_epsilon=target)
     return found
+
+
+def measured_times(
+    config: Config, shape: BackboneShape, recompute: str, steps: int
+) -> list[dict[str, Any]]:
+    """Return card, seconds of a step and hours of all steps, for cards that were measured.
+
+    With a measured card at hand it alone. Samples count as full; a private step's are those that
+    its plan expects.
+    """
+    train, here = config.train, torch.cuda.is_available() and torch.cuda.get_device_name(0)
+    samples = float(train.batch_size * train.accumulation)
+    if is_private(config):
+        samples = plan_of(config).expected_batch
+    cards = [card for card in CARDS if card.name == here] or list(CARDS)
+    times = []
+    for card in cards:
+        seconds = seconds_per_step(
+            card,
+            shape,
+            tokens=samples * train.max_length,
+            weights=config.model.weights,
+            recompute=recompute,
+            private=is_private(config),
+        )
+        if seconds is not None:
+            hours = steps * config.federation.hospitals * seconds / 3600
+            row = {"card": card.name, "seconds_per_step": seconds, "hours": hours}
+            times.append({**row, "source": card.source})
+    return times
 
 
 def asked_hospitals(federation: FederationConfig) -> int:
@@ -186,6 +220,12 @@ def show_plan(console: Console, found: dict[str, Any]) -> None:
         "(validation sends B down once more)",
         highlight=False,
     )
+    for one in found.get("measured", ()):
+        console.print(
+            f"training on one {one['card']}: {one['seconds_per_step']:.2f} s a full step, "
+            f"{one['hours']:.1f} h in all ({one['source']})",
+            highlight=False,
+        )
     for line in lines(found["privacy"]) if "privacy" in found else ():
         console.print(line, highlight=False, markup=False)
 

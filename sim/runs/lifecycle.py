@@ -87,8 +87,8 @@ class Kind:
         )
         summary = directory.summary()
         peaks: dict[str, int | None] = {"peak_rss_bytes": max(run.peak.bytes, peak_rss_bytes())}
-        if "peak_device_bytes" in summary.model_fields_set:  # trained in this process
-            peaks["peak_device_bytes"] = peak_device_bytes()
+        devices = [size for size in (summary.peak_device_bytes, peak_device_bytes()) if size]
+        peaks["peak_device_bytes"] = max(devices, default=None)
         directory.write_json(SUMMARY, summary.having(seconds=round(run.seconds, 3), **peaks))
         run.enter(REPORT)
         return _finish(directory, console, self.place(directory))

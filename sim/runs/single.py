@@ -10,7 +10,7 @@ from common.limits import available_cpus
 from common.model.adapter.layout import adapter_spec
 from common.privacy.budget.receipts import privacy_lines, privacy_summary
 from common.privacy.settings import is_private, protects, with_calibrated_noise
-from common.provenance import peak_device_bytes, peak_rss_bytes, tensors_sha256
+from common.provenance import peak_device_bytes, peak_rss_bytes, tensors_sha256, tokens_per_second
 from common.records import (
     AdapterFacts,
     BackboneFacts,
@@ -83,6 +83,7 @@ def summarise(training: SingleTraining, preparation: Preparation) -> Summary:
     run, session = training.run, training.session
     adapter, hospital = training.config.adapter, preparation.data.hospitals[0]
     losses = {event["step"]: event["value"] for event in run.metrics("validation-loss")}
+    steps = run.metrics("train-loss")
     checkpoints = [{"name": name, **run.checkpoint_facts(name)} for name in run.checkpoint_names()]
     summary = Summary(
         mode="single",
@@ -110,6 +111,9 @@ def summarise(training: SingleTraining, preparation: Preparation) -> Summary:
         workers=1,
         validation_loss=tuple(losses[step] for step in sorted(losses)),
         training_seconds=round(training.seconds, 3),
+        tokens_per_second=tokens_per_second(
+            sum(event["tokens"] for event in steps), sum(event["seconds"] for event in steps)
+        ),
         peak_rss_bytes=peak_rss_bytes(),
         peak_device_bytes=peak_device_bytes(),
         device=session.device.value,

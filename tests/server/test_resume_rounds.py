@@ -129,9 +129,14 @@ def test_one_hospital_equals_the_plain_loop(tiny_config, in_process):
     session = Worker().session(config)
     data = encode_hospital(hospitals_of(config.data, config.partition, 1)[0], session, config)
     session.adapter.flat.zero_()
-    train(
+    metrics = train(
         session, data.train, config.train, TrainState(), steps=6, schedule_steps=6, stream=data.name
     )
+    (file,) = federated.run.path.glob("workers/*.json")
+    worker = json.loads(file.read_text())
+    assert worker["tokens"] == metrics.tokens > 0
+    rate = worker["tokens"] / worker["training_seconds"]
+    assert federated.summary["tokens_per_second"] == pytest.approx(rate, rel=0.01)
     ours = federated.run.load_checkpoint().b
     difference = max(np.abs(ours[k] - v).max() for k, v in session.adapter.state().items())
     assert difference <= 1e-6

@@ -22,6 +22,7 @@ from torch.nn import functional
 from common.choice import Choice
 from common.errors import UserError
 from common.model.kernels.elementwise import Kernels
+from common.provenance import pip_install
 from common.undocumented.bitsandbytes_names import blockwise
 from common.undocumented.torch_names import scaled_mm
 
@@ -224,7 +225,7 @@ def choose_weights(requested: str, device: torch.device, dtype: torch.dtype) -> 
         raise UserError(
             f"model.weights={requested} cannot run here: {obstacle}",
             fix="set model.weights=bf16"
-            + (", or pip install 'fedrx[nf4]'" if requested == "nf4" else ""),
+            + (f", or {pip_install('bitsandbytes')}" if requested == "nf4" else ""),
         )
     return Choice(requested, "asked for")
 

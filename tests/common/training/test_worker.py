@@ -43,10 +43,23 @@ def test_a_session_is_opened_once_and_let_go_before_the_next(tmp_path, monkeypat
     assert worker.session(wider).adapter.spec.rank == 3
     assert opened == [True]
     assert (worker.loads, other.loads) == (2, 1)
+    worker.count(config, 300, 2.0)
+    worker.count(
+        config, 0, 5.0
+    )  # a private round tells no tokens, and then its seconds tell nothing
+    worker.count(config, 100, 0.5)
+    elsewhere = replace(config, run=replace(config.run, directory="another"))
+    worker.count(elsewhere, 1000, 1.0)
     worker.report(config)
     (file,) = (tmp_path / "workers").iterdir()
     threads = torch.get_num_threads()
-    assert json.loads(file.read_text()) == {"backbone_loads": 2, "threads": threads}
+    assert json.loads(file.read_text()) == {
+        "backbone_loads": 2,
+        "threads": threads,
+        "tokens": 400,
+        "training_seconds": 2.5,
+        "peak_device_bytes": None,
+    }
 
 
 def test_tokens_are_encoded_once_for_each_hospital_and_configuration():

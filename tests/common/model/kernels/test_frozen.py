@@ -230,7 +230,7 @@ def test_a_weight_that_ends_inside_a_block():
 
 def test_nf4_is_refused_where_it_is_not_installed(monkeypatch):
     monkeypatch.setattr(frozen.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"nf4 cannot run here.*pip install 'fedrx\[nf4\]'"):
+    with pytest.raises(UserError, match=r"nf4 cannot run here.*pip install 'bitsandbytes"):
         choose_weights("nf4", torch.device("cpu"), torch.float32)
 
 
