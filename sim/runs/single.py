@@ -11,17 +11,8 @@ from common.model.adapter.layout import adapter_spec
 from common.privacy.budget.receipts import privacy_lines, privacy_summary
 from common.privacy.settings import is_private, protects, with_calibrated_noise
 from common.provenance import peak_device_bytes, peak_rss_bytes, tensors_sha256, tokens_per_second
-from common.records import (
-    AdapterFacts,
-    BackboneFacts,
-    CheckpointFacts,
-    DtypeFacts,
-    HospitalFacts,
-    KernelFacts,
-    Summary,
-    WireTotals,
-)
-from common.rundir import RunDirectory
+from common.records import Summary
+from common.rundir import SUMMARY, RunDirectory
 from sim.runs.lifecycle import Kind, Run, start
 from sim.runs.preparation import Preparation, with_absolute_paths
 from sim.runs.single_training import SingleTraining, scaling
@@ -85,45 +76,44 @@ def summarise(training: SingleTraining, preparation: Preparation) -> Summary:
     losses = {event["step"]: event["value"] for event in run.metrics("validation-loss")}
     steps = run.metrics("train-loss")
     checkpoints = [{"name": name, **run.checkpoint_facts(name)} for name in run.checkpoint_names()]
-    summary = Summary(
-        mode="single",
-        trainable_parameters=session.adapter.held_parameters,
-        adapter=AdapterFacts(
-            mode=adapter.mode,
-            rank=adapter.rank,
-            alpha=adapter.alpha,
-            targets=adapter_spec(adapter).targets,
-        ),
-        backbone=BackboneFacts(
-            name=preparation.backbone.name, fingerprint=preparation.backbone.fingerprint
-        ),
-        hospitals=(
-            HospitalFacts(name=hospital.name, patients=hospital.patients, samples=hospital.samples),
-        ),
-        rounds=0,
-        scaling=scaling(training),
-        checkpoints=tuple(
-            CheckpointFacts(**facts, validation_loss=losses.get(facts["step"]))
-            for facts in checkpoints
-        ),
-        b_sha256=tensors_sha256(session.adapter.state()),
-        wire=WireTotals(tensors=(), bytes_up=0, bytes_down=0),
-        workers=1,
-        validation_loss=tuple(losses[step] for step in sorted(losses)),
-        training_seconds=round(training.seconds, 3),
-        tokens_per_second=tokens_per_second(
+    figures = {
+        "mode": Single.mode,
+        "trainable_parameters": session.adapter.held_parameters,
+        "adapter": {
+            "mode": adapter.mode,
+            "rank": adapter.rank,
+            "alpha": adapter.alpha,
+            "targets": adapter_spec(adapter).targets,
+        },
+        "backbone": {
+            "name": preparation.backbone.name,
+            "fingerprint": preparation.backbone.fingerprint,
+        },
+        "hospitals": [
+            {"name": hospital.name, "patients": hospital.patients, "samples": hospital.samples}
+        ],
+        "rounds": 0,
+        "scaling": scaling(training),
+        "checkpoints": [
+            {**facts, "validation_loss": losses.get(facts["step"])} for facts in checkpoints
+        ],
+        "b_sha256": tensors_sha256(session.adapter.state()),
+        "wire": {"tensors": [], "bytes_up": 0, "bytes_down": 0},
+        "workers": 1,
+        "validation_loss": [losses[step] for step in sorted(losses)],
+        "training_seconds": round(training.seconds, 3),
+        "tokens_per_second": tokens_per_second(
             sum(event["tokens"] for event in steps), sum(event["seconds"] for event in steps)
         ),
-        peak_rss_bytes=peak_rss_bytes(),
-        peak_device_bytes=peak_device_bytes(),
-        device=session.device.value,
-        attention=KernelFacts(kernel=session.attention.value, reason=session.attention.reason),
-        dtype=DtypeFacts(value=session.dtype.value, reason=session.dtype.reason),
-    )
+        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_device_bytes": peak_device_bytes(),
+        "device": session.device.value,
+        "attention": {"kernel": session.attention.value, "reason": session.attention.reason},
+        "dtype": session.dtype.as_dict(),
+    }
     if training.guard:
-        privacy = privacy_summary(training.guard.ledger.plan, privacy_lines(run))
-        summary = summary.having(privacy=privacy)
-    return summary
+        figures["privacy"] = privacy_summary(training.guard.ledger.plan, privacy_lines(run))
+    return Summary.read(figures, what=SUMMARY)
 
 
 single = partial(start, kind=Single)
