@@ -29,7 +29,6 @@ GATHERED = {
     "common/wire/undocumented_flower.py",
     "common/wire/undocumented_deployment.py",
     "common/undocumented/ray_names.py",
-    "common/undocumented/bitsandbytes_names.py",
 }
 # The modules that a library documents, for those whose behaviour ours hangs on.
 DOCUMENTED = {

@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.model.adapter.scheme import A, B
 from common.model.adapter.spec import AdapterSpec, check_rank
 from common.model.backbone.load import BackboneShape
-from common.model.kernels.frozen import NF4_BLOCK, NF4_SCALES
+from common.model.kernels.nf4 import NF4_BLOCK, NF4_SCALES
 from common.model.memory import RECOMPUTE, saved_bytes_per_token_layer
 
 # Resident before the backbone is loaded: interpreter and libraries; on a GPU its context.

@@ -25,7 +25,8 @@ from common.limits import available_cpus, available_memory_bytes
 from common.model.backbone.embedded import FOLDER
 from common.model.kernels.attention import choose_attention
 from common.model.kernels.elementwise import choose_kernels
-from common.model.kernels.frozen import fp8_obstacle, nf4_obstacle
+from common.model.kernels.frozen import fp8_obstacle
+from common.model.kernels.nf4 import nf4_obstacle
 from common.model.session import DTYPES, choose_device, choose_dtype
 from common.provenance import pip_install
 from common.user_cache import fedrx_cache

@@ -10,7 +10,6 @@ which is then one in the backbone's own arithmetic.
 Shapes: T packed tokens, D input width, O output width.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,13 +21,11 @@ from torch.nn import functional
 from common.choice import Choice
 from common.errors import UserError
 from common.model.kernels.elementwise import Kernels
+from common.model.kernels.nf4 import Nf4Weight, nf4_obstacle
 from common.provenance import pip_install
-from common.undocumented.bitsandbytes_names import blockwise
 from common.undocumented.torch_names import scaled_mm
 
 WEIGHTS = ("bf16", "fp8", "nf4")
-NF4_BLOCK, NF4_SCALES = 64, 256
-"""Weights that share a scale; scales (of a byte) that share one of theirs (in fp32)."""
 HEAD = {"lm_head"}
 """Neither quantised nor adapted: the loss reads the head's weights, not its module."""
 
@@ -65,41 +62,6 @@ class Fp8Weight:
         turned_DO = self.kernels.transpose(self.values_OD)
         ones_D1 = torch.ones(len(turned_DO), 1, dtype=torch.float32, device=g_TO.device)
         return _scaled(g_values, g_scales, turned_DO, ones_D1, g_TO.dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Nf4Weight:
-    """A quantised weight [O, D] in bitsandbytes' blocks, with its state.
-
-    Blocks run over rows. It is handed over a block a row: for other widths than multiples of a
-    block, bitsandbytes on a CPU (0.50.2) dequantises with the scales of other blocks.
-    """
-
-    blocks: Tensor
-    state: Any
-    shape: torch.Size
-
-    @classmethod
-    def of(cls, weight_OD: Tensor) -> "Nf4Weight":
-        """Quantise a weight; the scales of its blocks are quantised too."""
-        flat = weight_OD.detach().flatten()
-        padded = functional.pad(flat, (0, -len(flat) % NF4_BLOCK))
-        blocks, state = blockwise().quantize_4bit(
-            padded.view(-1, NF4_BLOCK),
-            blocksize=NF4_BLOCK,
-            compress_statistics=True,
-            quant_type="nf4",
-        )
-        return cls(blocks=blocks, state=state, shape=weight_OD.shape)
-
-    def dense(self) -> Tensor:
-        """Return it in the dtype that it had, as it is used."""
-        padded: Tensor = blockwise().dequantize_4bit(self.blocks, self.state)
-        return padded.flatten()[: self.shape.numel()].view(self.shape)
-
-    def float(self) -> Tensor:
-        """Return it in fp32, as it is used."""
-        return self.dense().float()
 
 
 def _scaled(
@@ -238,13 +200,6 @@ def fp8_obstacle(device: torch.device, dtype: torch.dtype) -> str:
         return "fp8 products need compute capability 8.9"
     if dtype != torch.bfloat16:
         return "fp8 needs train.dtype=bf16"
-    return ""
-
-
-def nf4_obstacle() -> str:
-    """Say why weights cannot be in nf4 here, or return nothing."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return "package bitsandbytes is not installed"
     return ""
 
 

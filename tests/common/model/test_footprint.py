@@ -17,7 +17,7 @@ from common.model.backbone.known_shapes import KNOWN_SHAPES, shape_of
 from common.model.backbone.load import BackboneShape, resolve_backbone
 from common.model.backbone.tiny import tiny_config
 from common.model.footprint import count_parameters, generation_bytes, training_footprint
-from common.model.kernels.frozen import Nf4Weight
+from common.model.kernels.nf4 import Nf4Weight
 from common.model.session import choose_dtype
 from common.training import loss
 

@@ -12,15 +12,15 @@ from common.errors import UserError
 from common.model.adapter import projections
 from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.load import resolve_backbone
-from common.model.kernels import frozen
+from common.model.kernels import frozen, nf4
 from common.model.kernels.elementwise import TORCH
 from common.model.kernels.frozen import (
     Fp8Weight,
-    Nf4Weight,
     QuantisedLinear,
     choose_weights,
     shared_input,
 )
+from common.model.kernels.nf4 import Nf4Weight
 from common.model.session import Session, open_session
 from common.text.batches import Encoded, pack
 from common.training.gradients import BatchGradient
@@ -229,7 +229,7 @@ def test_a_weight_that_ends_inside_a_block():
 
 
 def test_nf4_is_refused_where_it_is_not_installed(monkeypatch):
-    monkeypatch.setattr(frozen.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(nf4.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"nf4 cannot run here.*pip install 'bitsandbytes"):
         choose_weights("nf4", torch.device("cpu"), torch.float32)
 
@@ -239,7 +239,7 @@ def test_bitsandbytes_fetches_no_code_of_its_own(tmp_path):
     """It would ask a package named ``kernels`` for code from the hub."""
     pytest.importorskip("bitsandbytes")
     (tmp_path / "kernels.py").write_text("raise SystemExit('asked')")
-    code = "from common.undocumented.bitsandbytes_names import blockwise; blockwise()"
+    code = "from common.model.kernels.nf4 import blockwise; blockwise()"
     root = str(Path(__file__).resolve().parents[4])
     done = subprocess.run(
         [sys.executable, "-c", code],
