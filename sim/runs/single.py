@@ -45,7 +45,8 @@ class Single(Kind):
         run.seconds_before = training.seconds_before
         for note in scaling(training).notes:
             run.console.print(note, markup=False, highlight=False)
-        training.finish()
+        with run.curves():
+            training.finish()
         return summarise(training, run.preparation).having(backbone_loads=run.worker.loads)
 
 
