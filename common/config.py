@@ -341,6 +341,17 @@ class RunConfig:
         "server's folder of the hospitals' public keys (NAME.pub): who calls itself NAME must sign "
         "with that key; empty: names are not checked (a simulation)",
     )
+    tracker: Literal["none", "tensorboard", "mlflow"] = option(
+        "none", "who draws the curves of metrics.jsonl while it trains"
+    )
+    tracker_url: str = option(
+        "",
+        "MLflow server; empty: files in the run directory; a host that is not loopback counts only "
+        "on the command line",
+    )
+    tracker_agreement: str = option(
+        "", "agreement that lets that host get figures of credentialed data"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,7 @@ DOCUMENTED = {
             "torch.profiler",
         ),
         *("torch.nn.functional", "torch.utils.checkpoint", "torch.utils.flop_counter"),
+        "torch.utils.tensorboard",
     },
     "transformers": {"transformers", "transformers.utils"},
     "opacus": {
@@ -52,7 +53,10 @@ DOCUMENTED = {
     "typer": {"typer", "typer.testing"},
     "click": {"click", "click.exceptions"},
     "openai": {"openai"},
-    "fastapi": {"fastapi", "fastapi.exceptions", "fastapi.concurrency", "fastapi.responses"},
+    "fastapi": {
+        *("fastapi", "fastapi.exceptions", "fastapi.concurrency", "fastapi.responses"),
+        "fastapi.testclient",
+    },
     "huggingface_hub": {"huggingface_hub", "huggingface_hub.errors"},
     "tokenizers": {"tokenizers"},
 }

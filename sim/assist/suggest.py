@@ -39,6 +39,7 @@ _FREE_KEYS = (
         "evaluation.method",
         "evaluation.decoding",
         "evaluation.formulary",
+        "evaluation.interactions",
         "model.attention",
         "model.kernels",
         "model.weights",
@@ -135,6 +136,11 @@ class Assistant:
         self._session.adapter.load(loaded.b)
         self._lister = Lister(self._session, config, surroundings.data)
         self._one_at_a_time = threading.Lock()
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody is being answered."""
+        return self._one_at_a_time.locked()
 
     def suggest(self, request: PatientRequest) -> Suggestion:
         """Answer for one patient; deterministic."""

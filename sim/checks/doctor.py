@@ -31,6 +31,7 @@ from common.provenance import pip_install
 from common.user_cache import fedrx_cache
 from sim.flower.proxies import nginx_command
 from sim.flower.superlink import superlink
+from sim.process.extras import OPTIONAL, absent
 
 DEMO_MEMORY_BYTES = 6 * 2**30
 DEMO_DISK_BYTES = 2 * 2**30
@@ -192,14 +193,10 @@ def _backbone() -> Finding:
 
 
 def _extras() -> Finding:
-    optional = ["llguidance"]
+    optional = dict(OPTIONAL)
     if choose_device("auto").value == "cuda":
-        optional.append("flash-attn")
-    missing = [
-        pip_install(name)
-        for name in optional
-        if importlib.util.find_spec(name.replace("-", "_")) is None
-    ]
+        optional["flash_attn"] = "flash-attn"
+    missing = [pip_install(package) for module, package in optional.items() if absent(module)]
     if missing:
         fix = "only if you want them: " + ", ".join(missing)
         return Finding(check="extras", state="note", found="some are absent", fix=fix)

@@ -87,9 +87,8 @@ def train_rounds(run: Run) -> dict[str, float]:
     directory.write_status("started", **run.kind.place(directory))
     shutil.rmtree(directory.path / "workers", ignore_errors=True)
     steps = total_steps(config, run.preparation.data.hospitals)
-    with RunProgress(
-        run.console, directory, steps=steps, rounds=config.federation.rounds
-    ) as progress:
+    rounds = config.federation.rounds
+    with run.curves(), RunProgress(run.console, directory, steps=steps, rounds=rounds) as progress:
 
         def on_tick() -> None:
             progress.tick()

@@ -5,6 +5,7 @@ A kind of run (``federate``, ``single``, ``paper``, ``audit``) supplies what dif
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +30,7 @@ from sim.process.lock import exclusive
 from sim.process.peak_memory import PeakMemory
 from sim.report.run_report import write_report
 from sim.report.terminal import show_summary
+from sim.runs.curves import check_tracker, curves, with_tracker
 from sim.runs.preparation import Preparation, data_facts, fingerprints, prepare
 from sim.runs.stages import EVALUATION, REPORT, after_training, is_trained, reported
 
@@ -125,6 +127,16 @@ class Run:
         """Seconds of all processes until now."""
         return self.seconds_before + time.monotonic() - self.started
 
+    def curves(self) -> AbstractContextManager[object]:
+        """Return what draws the curves of what is trained in its block."""
+        return curves(
+            self.directory,
+            self.config,
+            source=self.preparation.data.source,
+            command_line=self.command_line,
+            console=self.console,
+        )
+
     def enter(self, stage: str) -> None:
         """Say in status.json that a stage begins."""
         self.directory.write_status("running", stage=stage, **self.kind.place(self.directory))
@@ -164,8 +176,10 @@ def start(
     started, chosen = time.monotonic(), kind()
     RunDirectory.require_new(config, directory=run_dir)
     settled = config = chosen.settle(config)
+    check_tracker(config, command_line)
     preparation, inputs = chosen.prepare(config, console), Inputs()
     if preparation:
+        check_tracker(config, command_line, source=preparation.data.source)
         config, inputs = chosen.ready(config, preparation, console), fingerprints(preparation)
     directory = RunDirectory.create(settled, directory=run_dir)
     config = replace(config, run=replace(config.run, directory=str(directory.path)))
@@ -226,6 +240,7 @@ def resume(
         console.print("the run is finished: nothing to do")
         return directory.read_json(SUMMARY)
     started = time.monotonic()
+    check_tracker(config, command_line)
     with exclusive(directory):
         preparation = kind.prepare(config, console)
         if preparation:
@@ -245,13 +260,15 @@ def _unchanged_config(
         UserError: naming every key that differs, with both values.
     """
     begun = from_flat(record.config)
-    changes = differences(begun, read_config(directory.path / "config.toml", overrides))
+    now = read_config(directory.path / "config.toml", overrides)
+    changes = differences(begun, now)
     if changes:
         raise UserError(
             "a run goes on as it began; changed: " + "; ".join(map(str, changes)),
             fix="undo the change, or start a new run with it",
         )
-    return replace(begun, run=replace(begun.run, directory=str(directory.path)))
+    settings = with_tracker(begun.run, now.run)
+    return replace(begun, run=replace(settings, directory=str(directory.path)))
 
 
 def require_same_inputs(begun: Inputs, preparation: Preparation) -> None:

@@ -48,7 +48,8 @@ class Single(Kind):
         run.seconds_before = training.seconds_before
         for note in scaling(training).notes:
             run.console.print(note, markup=False, highlight=False)
-        training.finish()
+        with run.curves():
+            training.finish()
         return summarise(training, run.preparation)
 
 
