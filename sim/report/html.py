@@ -15,14 +15,29 @@ _WORLD_WIDE = re.compile(r"\b(www)\.", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bar:
+    """A figure between 0 and 1 with its interval, drawn beside its name."""
+
+    name: str
+    value: float | None
+    text: str
+    low: float | None = None
+    high: float | None = None
+    ours: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Block:
-    """One piece of the report: a heading with a note, a table, or a plot, or several of them."""
+    """One piece of a page: a heading with a note, bars, a table, or plots, or several of them."""
 
     title: str = ""
     note: str = ""
     headers: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
-    svg: str = ""
+    svgs: tuple[str, ...] = ()
+    bars: tuple[Bar, ...] = ()
+    lead: bool = False
+    """The note is what the page has to say."""
     warning: bool = False
     text_cells: bool = False
 
@@ -41,7 +56,7 @@ def to_markdown(title: str, blocks: Sequence[Block]) -> str:
             parts.append(f"## {markdown_text(block.title)}")
         if block.note:
             note = markdown_text(block.note)
-            parts.append(f"**{note}**" if block.warning else note)
+            parts.append(f"**{note}**" if block.warning or block.lead else note)
         if block.rows:
             parts.append(markdown_table(block.headers, block.rows))
     return "\n\n".join(parts) + "\n"

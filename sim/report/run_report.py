@@ -1,49 +1,45 @@
-"""The report of one or several runs: one offline HTML page and its markdown twin.
+"""The report of one run: one offline HTML page and its markdown twin, from the same blocks.
 
-Both are rendered from the same blocks. The page carries its own plots (inline SVG) and refers to
-nothing outside itself. Sample answers appear only where the data's source allows it.
+The page says what came out first, then how it came about, then what ran with all that decides it.
+It carries its own plots (inline SVG) and refers to nothing outside itself. Sample answers appear
+only where the data's source allows it.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
 from common.evaluation.answers_file import read_answers
-from common.files import write_json, write_text
+from common.files import write_text
+from common.privacy.forecast import verdict
+from common.privacy.settings import plan_of
 from common.rundir import RunDirectory
 from common.wire.cohort import NOT_EVALUATED, WITHSTANDS_NOTHING
-from sim.report.html import Block, to_html, to_markdown
-from sim.report.plots import bytes_svg, epsilon_svg, loss_svg
+from sim.report.html import Bar, Block, to_html, to_markdown
+from sim.report.plots import bytes_svg, epsilon_svg, loss_svg, together
+from sim.report.what_ran import settings, what_ran
+from sim.report.words import (
+    COLUMNS,
+    NOTICE,
+    RANDOM_WEIGHTS,
+    SOURCES,
+    matrices,
+    megabytes,
+    model_name,
+    number,
+    with_interval,
+)
 
-NOTICE = "Research only, not for clinical use."
-SOURCES = {
-    "synthetic": "Synthetic data: these figures prove that the system works, nothing about care.",
-    "demo": "MIMIC-IV demo (100 patients, open): figures prove correctness, not quality.",
-    "credentialed": "Credentialed data: this report shows aggregates only. Handle it as agreed.",
-}
-MODEL_NAMES = {
-    "fedrx": "FedRx (trained B)",
-    "untrained": "untrained backbone",
-    "nearest_neighbours": "nearest neighbours",
-    "logistic_regression": "logistic regression",
-}
-COLUMNS = (
-    ("output_rate", "output rate"),
-    ("precision", "precision"),
-    ("recall", "recall"),
-    ("jaccard", "Jaccard"),
-    ("f1", "F1"),
-    ("length_ratio", "length ratio"),
-    ("oov_rate", "out of vocabulary"),
-)
-RANDOM_WEIGHTS = (
-    "The tiny backbone's weights are random: the run shows that everything works, and its answers "
-    "mean nothing."
-)
 SAMPLE_CASES = 3
-COMPARISON = "comparison.json"
+_BASELINES = ("popularity", "nearest_neighbours", "logistic_regression")
+_PRIVACY_FACTS = {
+    "noise_multiplier": "noise multiplier",
+    "sampling_rate": "sampling rate q",
+    "clip_norm": "clip norm",
+    "expected_batch": "expected batch",
+    "planned_steps": "steps paid for",
+}
 
 
 def write_report(run: RunDirectory) -> Path:
@@ -56,61 +52,8 @@ def write_report(run: RunDirectory) -> Path:
     return page
 
 
-def write_comparison(runs: Sequence[RunDirectory], target: Path) -> Path:
-    """Write one page that compares several runs: figures side by side, then each run.
-
-    Raises:
-        UserError: if a run has not been finished, or the folder holds anything but an earlier
-            comparison of the very same runs.
-    """
-    compared = {"runs": [str(run.path) for run in runs]}
-    if target.exists() and any(target.iterdir()) and _read(target / COMPARISON) != compared:
-        raise UserError(
-            f"{target} holds something else",
-            allowed="a new or empty folder, or an earlier comparison of these runs",
-            fix="name another --out",
-        )
-    rows = []
-    for run in runs:
-        summary, config = run.read_json("summary.json"), run.config()
-        metrics = summary.get("metrics", {}).get("fedrx", {})
-        losses = summary.get("validation_loss") or [None]
-        rows.append(
-            (
-                run.path.name,
-                f"{config.adapter.mode} r{config.adapter.rank}",
-                str(len(summary.get("hospitals", []))),
-                str(summary.get("rounds", "–")),
-                number(losses[-1]),
-                *(number(metrics.get(key)) for key, _ in COLUMNS),
-                megabytes(summary.get("wire", {}).get("bytes_up", 0)),
-                _epsilon(summary),
-            )
-        )
-    headers = (
-        *("run", "adapter", "hospitals", "rounds", "validation loss"),
-        *(name for _, name in COLUMNS),
-        *("sent up", "epsilon"),
-    )
-    blocks = [Block(note=NOTICE, warning=True)]
-    blocks.append(Block(title="Runs compared", headers=headers, rows=tuple(rows)))
-    for run in runs:
-        blocks.append(Block(title=f"Run {run.path.name}"))
-        blocks.extend(run_blocks(run))
-    target.mkdir(parents=True, exist_ok=True)
-    write_json(target / COMPARISON, compared)
-    write_text(target / "report.md", to_markdown("FedRx: runs compared", blocks))
-    page = target / "report.html"
-    write_text(page, to_html("FedRx: runs compared", blocks))
-    return page
-
-
-def _read(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-
-def run_blocks(run: RunDirectory) -> list[Block]:
-    """Return the blocks of one run.
+def finished_summary(run: RunDirectory) -> dict[str, Any]:
+    """Return a run's summary.
 
     Raises:
         UserError: if the run has not been finished.
@@ -121,17 +64,28 @@ def run_blocks(run: RunDirectory) -> list[Block]:
             f"{run.path} has no summary.json: the run has not finished",
             fix="finish it with `fedrx resume`, then ask for the report again",
         )
+    return summary
+
+
+def run_blocks(run: RunDirectory) -> list[Block]:
+    """Return the blocks of one run.
+
+    Raises:
+        UserError: if the run has not been finished.
+    """
+    summary, config = finished_summary(run), run.config()
     source = summary.get("source", "credentialed")
     blocks = [
-        Block(note=NOTICE, warning=True),
-        Block(note=SOURCES[source], warning=True),
-        _what_ran(run, summary),
+        Block(note=f"{NOTICE} {SOURCES[source]}", warning=True),
+        *_result(summary),
         *_incidents(run),
         *_losses(run),
         *_metrics(summary),
-        *_hospitals(run, summary),
-        *_wire(run, summary),
+        _hospitals(run, summary),
         *_privacy(run, summary),
+        what_ran(config, summary),
+        settings(config),
+        *_wire(run, summary),
         *_judgement(summary),
     ]
     if source in ("synthetic", "demo"):
@@ -139,36 +93,56 @@ def run_blocks(run: RunDirectory) -> list[Block]:
     return blocks
 
 
-def peak_memory(summary: dict[str, Any]) -> str:
-    """Say how much memory a run took, on the host and on a GPU.
-
-    >>> peak_memory({"peak_rss_bytes": 2**30, "peak_device_bytes": 2**32})
-    '1.00 GiB, on the GPU 4.00 GiB'
-    """
-    sizes = [("", summary["peak_rss_bytes"]), ("on the GPU ", summary.get("peak_device_bytes"))]
-    return ", ".join(f"{where}{size / 2**30:.2f} GiB" for where, size in sizes if size)
-
-
-def _what_ran(run: RunDirectory, summary: dict[str, Any]) -> Block:
-    config = run.config()
-    adapter, train = summary["adapter"], config.train
-    rows = [
-        ("backbone", str(summary["backbone"]["name"])),
-        ("adapter", f"{adapter['mode']}, rank {adapter['rank']}, alpha {adapter['alpha']:g}"),
-        ("adapted projections", ", ".join(adapter["targets"])),
-        ("trainable parameters", f"{summary['trainable_parameters']:,}"),
-        ("optimizer", f"{train.optimizer}, learning rate {train.learning_rate:g}"),
-        ("hospitals, rounds", f"{len(summary['hospitals'])}, {summary.get('rounds', '–')}"),
-        ("device", str(summary["device"])),
-        ("arithmetic", f"{summary['dtype']['value']} ({summary['dtype']['reason']})"),
-        ("attention", f"{summary['attention']['kernel']} ({summary['attention']['reason']})"),
-        ("backbone loads, workers", f"{summary['backbone_loads']}, {summary['workers']}"),
-        ("time", f"{summary['seconds']:.0f} s"),
-        ("peak memory", peak_memory(summary)),
-        ("sha256 of B", str(summary["b_sha256"])),
+def _result(summary: Mapping[str, Any]) -> list[Block]:
+    """Say first what came out: F1 against the others, or the loss where nothing was answered."""
+    metrics = summary.get("metrics", {})
+    if "fedrx" not in metrics:
+        first, *_, last = summary.get("validation_loss") or [None, None]
+        note = f"Validation loss {number(first)} at the start, {number(last)} at the end."
+        return [Block(note=note, lead=True)] if last is not None else []
+    ours = metrics["fedrx"]
+    sides: dict[str, list[str]] = {"above": [], "below": [], "not clearly apart from": []}
+    for model, values in metrics.items():
+        if model != "fedrx":
+            sides[_side(ours, values)].append(
+                f"{model_name(model, summary)} {number(values['f1'])}"
+            )
+    against = "; ".join(f"{side} {', '.join(names)}" for side, names in sides.items() if names)
+    mine = f1_interval(ours)
+    interval = f" (95% interval {mine[0]:.2f} to {mine[1]:.2f})" if mine else ""
+    note = (
+        f"F1 of the trained B on {ours['samples']} held-out admissions: "
+        f"{number(ours['f1'])}{interval}" + (f"; {against}." if against else ".")
+    )
+    bars = [
+        Bar(
+            name=model_name(model, summary),
+            value=values["f1"],
+            text=with_interval(values["f1"], f1_interval(values)),
+            low=(f1_interval(values) or (None, None))[0],
+            high=(f1_interval(values) or (None, None))[1],
+            ours=model == "fedrx",
+        )
+        for model, values in sorted(metrics.items(), key=lambda one: -(one[1]["f1"] or 0))
     ]
-    rows += [("scaled", note) for note in summary.get("scaling", {}).get("notes", [])]
-    return Block(title="What ran", headers=("", ""), rows=tuple(rows), text_cells=True)
+    blocks = [Block(note=note, lead=True, bars=tuple(bars))]
+    if summary["backbone"]["name"] == "tiny":
+        blocks.append(Block(note=RANDOM_WEIGHTS, warning=True))
+    return blocks
+
+
+def f1_interval(values: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return the interval of F1, where there is one."""
+    low, high = values.get("intervals", {}).get("f1", (None, None))
+    return None if low is None or high is None else (low, high)
+
+
+def _side(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """Tell where F1 lies by the intervals, which overlap long before a paired test would."""
+    mine, other = f1_interval(ours), f1_interval(theirs)
+    if mine is None or other is None or (mine[0] <= other[1] and other[0] <= mine[1]):
+        return "not clearly apart from"
+    return "above" if mine[0] > other[1] else "below"
 
 
 def _incidents(run: RunDirectory) -> list[Block]:
@@ -184,14 +158,16 @@ def _incidents(run: RunDirectory) -> list[Block]:
 
 
 def _losses(run: RunDirectory) -> list[Block]:
-    events = run.metrics("validation-loss")
-    if not events:
-        return []
-    note = "Mean cross-entropy per answer token on each hospital's validation patients."
-    return [Block(title="Validation loss", note=note, svg=loss_svg(events))]
+    validation, train = run.metrics("validation-loss"), run.metrics("train-loss")
+    plots = [loss_svg(validation)] if validation else []
+    plots += [loss_svg(train, "training loss")] if train else []
+    note = "Mean cross-entropy per answer token: on each hospital's validation patients" + (
+        ", and on what was trained on." if validation and train else "."
+    )
+    return [Block(title="Learning curves", note=note, svgs=tuple(plots))] if plots else []
 
 
-def _metrics(summary: dict[str, Any]) -> list[Block]:
+def _metrics(summary: Mapping[str, Any]) -> list[Block]:
     metrics = summary.get("metrics")
     if not metrics:
         return []
@@ -207,43 +183,57 @@ def _metrics(summary: dict[str, Any]) -> list[Block]:
         "intervals over patients. Precision and recall are the two readings of the paper's "
         "accuracy (over predicted, over true)."
     )
+    if any(model in metrics for model in _BASELINES) and len(summary["hospitals"]) > 1:
+        note += (
+            " Popularity, nearest neighbours and logistic regression are fitted in each hospital, "
+            "on its own training patients, and answer its own cases."
+        )
     headers = ("", *(name for _, name in COLUMNS))
-    if summary["backbone"]["name"] == "tiny":
-        note += " " + RANDOM_WEIGHTS
     return [
         Block(title="Answers on held-out patients", note=note, headers=headers, rows=tuple(rows))
     ]
 
 
-def _hospitals(run: RunDirectory, summary: dict[str, Any]) -> list[Block]:
+def _hospitals(run: RunDirectory, summary: Mapping[str, Any]) -> Block:
     sizes = {one["name"]: one for one in run.read_json("data.json").get("hospitals", [])}
+    spent = {one["hospital"]: one for one in summary.get("privacy", {}).get("per_hospital", [])}
     rows = []
     for one in summary["hospitals"]:
+        name = one["name"]
         # With privacy on no hospital tells its size.
-        size = sizes.get(one["name"], {}) if one.get("patients") is not None else {}
+        size = sizes.get(name, {}) if one.get("patients") is not None else {}
         splits = (str(size.get(split, "–")) for split in ("train", "validation", "test"))
         told = ("–" if one.get(key) is None else str(one[key]) for key in ("patients", "samples"))
-        rows.append((one["name"], *told, *splits))
-    headers = ("hospital", "patients", "samples", "train", "validation", "test")
-    return [Block(title="Hospitals", headers=headers, rows=tuple(rows))]
-
-
-def _wire(run: RunDirectory, summary: dict[str, Any]) -> list[Block]:
-    lines = run.lines("wire.jsonl")
-    if not lines:
-        return []
-    wire = summary["wire"]
-    note = (
-        f"{len(wire['tensors'])} tensors, {matrices(summary)} only; {megabytes(wire['bytes_up'])} "
-        f"from the hospitals, {megabytes(wire['bytes_down'])} to them."
+        first, last = _ends(run.metrics("validation-loss"), name)
+        trained = _ends(run.metrics("train-loss"), name)[1]
+        losses = (number(first), number(last), number(trained))
+        epsilon = (number(float(spent[name]["epsilon"])),) if name in spent else ()
+        rows.append((name, *told, *splits, *losses, *epsilon))
+    headers = (
+        *("hospital", "patients", "samples", "train", "validation", "test"),
+        *("validation loss, first", "last", "training loss, last"),
+        *(("epsilon",) if spent else ()),
     )
-    return [Block(title="Bytes on the wire", note=note, svg=bytes_svg(lines))]
+    return Block(title="Hospitals", headers=headers, rows=tuple(rows))
 
 
-def _privacy(run: RunDirectory, summary: dict[str, Any]) -> list[Block]:
+def _ends(events: Sequence[Mapping[str, Any]], hospital: str) -> tuple[float | None, float | None]:
+    values = [event["value"] for event in events if event.get("hospital") == hospital]
+    return (values[0], values[-1]) if values else (None, None)
+
+
+def _privacy(run: RunDirectory, summary: Mapping[str, Any]) -> list[Block]:
     lines, privacy = run.lines("privacy.jsonl"), summary.get("privacy")
     if not lines or not privacy:
         return []
+    facts = [
+        (label, f"{privacy[key]:g}")
+        for key, label in _PRIVACY_FACTS.items()
+        if privacy.get(key) is not None
+    ]
+    if "noise_multiplier" in privacy:
+        ratio = plan_of(run.config()).noise_to_signal(summary["trainable_parameters"])
+        facts.append(("noise over signal, per step", f"{ratio:.3g}: {verdict(ratio)}"))
     note = (
         f"({float(privacy['epsilon']):.3f}, {privacy['delta']:g})-differential privacy for each "
         f"{privacy['unit']}, {privacy['relation']}; accountant {privacy['accountant']}; noise: "
@@ -252,24 +242,33 @@ def _privacy(run: RunDirectory, summary: dict[str, Any]) -> list[Block]:
         "the training patients without privacy."
     )
     unit = "step" if summary.get("mode") == "single" else "round"
-    spent = {(line["round"], line["hospital"]): float(line["epsilon"]) for line in lines}
-    hospitals = sorted({hospital for _, hospital in spent})
-    rows = tuple(
-        (str(place), *(number(spent.get((place, hospital))) for hospital in hospitals))
-        for place in sorted({place for place, _ in spent})
-    )
-    headers = (f"epsilon after {unit}", *hospitals)
+    places = sorted({line["round"] for line in lines})
+    spent = {(line["hospital"], line["round"]): float(line["epsilon"]) for line in lines}
+    equal: dict[tuple[str, ...], list[str]] = {}
+    for hospital in sorted({hospital for hospital, _ in spent}):
+        column = tuple(number(spent.get((hospital, place))) for place in places)
+        equal.setdefault(column, []).append(hospital)
+    rows = tuple((str(place), *cells) for place, *cells in zip(places, *equal, strict=True))
+    headers = (f"epsilon after {unit}", *map(together, equal.values()))
     return [
-        Block(title="Privacy", note=note, headers=headers, rows=rows, svg=epsilon_svg(lines, unit))
+        Block(title="Privacy", note=note, rows=tuple(facts), headers=("", ""), text_cells=True),
+        Block(headers=headers, rows=rows, svgs=(epsilon_svg(lines, unit),)),
     ]
 
 
-def _epsilon(summary: dict[str, Any]) -> str:
-    privacy = summary.get("privacy")
-    return number(float(privacy["epsilon"])) if privacy else number(None)
+def _wire(run: RunDirectory, summary: Mapping[str, Any]) -> list[Block]:
+    lines = run.lines("wire.jsonl")
+    if not lines:
+        return []
+    wire = summary["wire"]
+    note = (
+        f"{len(wire['tensors'])} tensors, {matrices(summary)} only; {megabytes(wire['bytes_up'])} "
+        f"from the hospitals, {megabytes(wire['bytes_down'])} to them."
+    )
+    return [Block(title="Bytes on the wire", note=note, svgs=(bytes_svg(lines),))]
 
 
-def _judgement(summary: dict[str, Any]) -> list[Block]:
+def _judgement(summary: Mapping[str, Any]) -> list[Block]:
     blocks = []
     judge = summary.get("judge")
     if judge:
@@ -294,7 +293,7 @@ def _judgement(summary: dict[str, Any]) -> list[Block]:
     return blocks
 
 
-def _reviewers(summary: dict[str, Any]) -> Block:
+def _reviewers(summary: Mapping[str, Any]) -> Block:
     review = summary["review"]
     rows = tuple(
         (
@@ -327,54 +326,3 @@ def _samples(run: RunDirectory) -> list[Block]:
         return []
     headers = ("case", "diagnoses", "ordered drugs", "suggested")
     return [Block(title="Sample answers", headers=headers, rows=tuple(rows), text_cells=True)]
-
-
-def model_name(model: str, summary: dict[str, Any]) -> str:
-    """Name a row of answers for people: a model, a baseline, or an earlier checkpoint of the run.
-
-    >>> model_name("fedrx", {}), model_name("round-00001", {"rounds": 4})
-    ('FedRx (trained B)', 'FedRx, round 1 of 4')
-    """
-    unit, _, count = model.partition("-")
-    totals = {"round": summary.get("rounds"), "step": summary.get("scaling", {}).get("steps")}
-    if totals.get(unit) and count.isdigit():
-        return f"FedRx, {unit} {int(count)} of {totals[unit]}"
-    return MODEL_NAMES.get(model, model)
-
-
-def number(value: float | None) -> str:
-    """Format a metric; an absent one is a dash.
-
-    >>> number(0.12345), number(None)
-    ('0.123', '–')
-    """
-    return "–" if value is None else f"{value:.3f}"
-
-
-def with_interval(value: float | None, interval: Sequence[float | None] | None) -> str:
-    """Format a metric with its interval.
-
-    >>> with_interval(0.5, [0.4, 0.6])
-    '0.500 (0.40–0.60)'
-    """
-    if value is None or not interval or None in interval:
-        return number(value)
-    return f"{value:.3f} ({interval[0]:.2f}–{interval[1]:.2f})"
-
-
-def matrices(summary: dict[str, Any]) -> str:
-    """Name the matrices that a run trains and sends.
-
-    >>> matrices({"adapter": {"mode": "fa-lora"}}), matrices({"adapter": {"mode": "lora"}})
-    ('B', 'A and B')
-    """
-    return "A and B" if summary["adapter"]["mode"] == "lora" else "B"
-
-
-def megabytes(count: float) -> str:
-    """Format bytes.
-
-    >>> megabytes(2_500_000)
-    '2.50 MB'
-    """
-    return f"{count / 1e6:.2f} MB"

@@ -12,7 +12,7 @@ from common.privacy.forecast import verdict
 from common.privacy.settings import plan_of
 from common.rundir import RunDirectory
 from sim.report.html import Block
-from sim.report.run_report import (
+from sim.report.words import (
     NOTICE,
     RANDOM_WEIGHTS,
     matrices,

@@ -18,7 +18,7 @@ from common.rundir import Checkpoint, RunDirectory
 from common.tensor_files import Tensors
 from common.training.resident_session import backbone_spec
 from sim.report.html import markdown_text
-from sim.report.run_report import COLUMNS, NOTICE, model_name
+from sim.report.words import COLUMNS, NOTICE, model_name
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -14,7 +14,7 @@ from common.files import write_text
 from common.rundir import RunDirectory
 from sim.process.open_run import rank_folder
 from sim.report.html import Block, to_html, to_markdown
-from sim.report.run_report import MODEL_NAMES, NOTICE, number
+from sim.report.words import MODEL_NAMES, NOTICE, number
 
 BACKBONE = "Llama-3.1-8B-Instruct"
 TRAIN_SAMPLES = 3900

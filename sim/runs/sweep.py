@@ -26,7 +26,8 @@ from common.wire.cohort import hospital_names, sampled
 from server.strategies import check_strategy
 from sim.process.lock import exclusive
 from sim.process.stages import StageFailed
-from sim.report.html import markdown_table
+from sim.report.comparison import write_sweep_page
+from sim.report.html import Block, markdown_table
 from sim.runs.federate import federate, resolved
 from sim.runs.resume import resume
 from sim.runs.single import one_node, single
@@ -49,6 +50,7 @@ SEEDED = ("train.seed", "adapter.seed", "partition.seed", "federation.seed")
 RESULTLESS = ("federation.workers",)
 """Keys that cannot change a run's result."""
 CONFIDENCE = 0.95
+INTERVALS = f"Mean ± {CONFIDENCE:.0%} interval over seeds (Student's t)."
 FIGURES: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
     "F1": lambda s: s["metrics"]["fedrx"]["f1"],
     "Jaccard": lambda s: s["metrics"]["fedrx"]["jaccard"],
@@ -166,7 +168,7 @@ def sweep(
 
     Args:
         cells: From ``plan_cells``.
-        folder: The sweep's folder; sweep.json and sweep.md are written to it.
+        folder: The sweep's folder; sweep.json, sweep.md and sweep.html are written to it.
         console: Where progress and the table are shown.
         command_line: Stored in each run's environment.json.
 
@@ -193,7 +195,18 @@ def sweep(
     result = {"confidence": CONFIDENCE, "rows": rows}
     write_json(folder / "sweep.json", result)
     write_text(folder / "sweep.md", markdown(rows))
+    arms: dict[str, list[RunDirectory]] = {}
+    for cell in cells:
+        arms.setdefault(cell.arm, []).append(RunDirectory.open(folder / cell.folder))
+    table = Block(
+        title="Arms",
+        note=INTERVALS,
+        headers=("arm", "seeds", *FIGURES),
+        rows=tuple(tuple(_cells(row)) for row in rows),
+    )
+    page = write_sweep_page(arms, table, folder / "sweep.html")
     show(console, rows)
+    console.print(f"page: {page}", markup=False, highlight=False)
     return result
 
 
@@ -233,7 +246,7 @@ def _interval(seeds: Sequence[Sequence[float | None]]) -> dict[str, float | None
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Render the table as markdown."""
     table = markdown_table(("arm", "seeds", *FIGURES), [_cells(row) for row in rows])
-    return f"{table}\n\nMean ± {CONFIDENCE:.0%} interval over seeds (Student's t).\n"
+    return f"{table}\n\n{INTERVALS}\n"
 
 
 def show(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -8,7 +8,8 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 from rich.console import Console
 
 from common.errors import RunFailed
-from sim.report.run_report import run_blocks, write_comparison
+from sim.report.comparison import write_comparison
+from sim.report.run_report import run_blocks
 from sim.report.terminal import show_summary
 from sim.runs.sweep import FIGURES
 

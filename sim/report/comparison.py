@@ -1,0 +1,265 @@
+"""One page that compares runs, or the arms of a sweep: what differs, and what that changed.
+
+Figures of runs that answered other test cases stand beside each other without a ranking. Where the
+cases are the same, differences are paired: case by case, with an interval over patients.
+"""
+
+import json
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.configio import flatten
+from common.data.names import read_drug_map
+from common.errors import UserError
+from common.evaluation.answers_file import read_answers
+from common.evaluation.metrics import Prediction, score
+from common.evaluation.paired import paired_difference
+from common.files import write_json, write_text
+from common.rundir import RunDirectory
+from sim.report.html import Bar, Block, to_html, to_markdown
+from sim.report.plots import Points, lines_svg
+from sim.report.run_report import f1_interval, finished_summary
+from sim.report.what_ran import PLACES
+from sim.report.words import COLUMNS, NOTICE, SOURCES, megabytes, number, with_interval
+
+COMPARISON = "comparison.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """One run as the comparison needs it."""
+
+    run: RunDirectory
+    summary: Mapping[str, Any]
+    settings: Mapping[str, object]
+    """Every key that can change a result."""
+    f1_by_case: Mapping[str, float]
+    """By what the case is: patient, diagnoses, truth and level. Never shown."""
+    clusters: Mapping[str, int]
+
+
+def write_comparison(runs: Sequence[RunDirectory], target: Path) -> Path:
+    """Write one page that compares several runs; return its path.
+
+    Raises:
+        UserError: if a run has not been finished, or the folder holds anything but an earlier
+            comparison of the very same runs.
+    """
+    compared = {"runs": [str(run.path) for run in runs]}
+    if target.exists() and any(target.iterdir()) and _read(target / COMPARISON) != compared:
+        raise UserError(
+            f"{target} holds something else",
+            allowed="a new or empty folder, or an earlier comparison of these runs",
+            fix="name another --out",
+        )
+    groups = {name: [one] for name, one in zip(_names(runs), map(read_run, runs), strict=True)}
+    blocks = [*_notices(groups), *_standing(groups), *comparison_blocks(groups)]
+    target.mkdir(parents=True, exist_ok=True)
+    write_json(target / COMPARISON, compared)
+    write_text(target / "report.md", to_markdown("FedRx: runs compared", blocks))
+    page = target / "report.html"
+    write_text(page, to_html("FedRx: runs compared", blocks))
+    return page
+
+
+def write_sweep_page(
+    arms: Mapping[str, Sequence[RunDirectory]], table: Block, target: Path
+) -> Path:
+    """Write the page of a sweep.
+
+    Args:
+        arms: The runs of each arm.
+        table: Figures of the arms over seeds.
+        target: The page.
+    """
+    groups = {name: [read_run(run) for run in runs] for name, runs in arms.items()}
+    blocks = [*_notices(groups), table, *comparison_blocks(groups)]
+    write_text(target, to_html("FedRx: arms of a sweep", blocks))
+    return target
+
+
+def read_run(run: RunDirectory) -> Compared:
+    """Read what a comparison needs of a run.
+
+    Raises:
+        UserError: if it has not been finished.
+    """
+    summary, config = finished_summary(run), run.config()
+    level = config.data.normalisation
+    drug_map = read_drug_map(Path(config.data.drug_map)) if level == "map" else None
+    found: dict[str, float] = {}
+    clusters: dict[str, int] = {}
+    twins: Counter[str] = Counter()
+    for row in read_answers(run):
+        if row["model"] != "fedrx":
+            continue
+        one = Prediction(
+            case=row["case"],
+            cluster=row.get("cluster", 0),
+            truth=tuple(row["truth"]),
+            answer=None if row["answer"] is None else tuple(row["answer"]),
+        )
+        seen = json.dumps([level, row.get("patient"), row["diagnoses"], row["truth"]])
+        twins[seen] += 1
+        key = f"{seen} {twins[seen]}"
+        scored = score([one], level=level, vocabulary=(), drug_map=drug_map, resamples=0)
+        found[key], clusters[key] = scored.value("f1") or 0.0, one.cluster
+    inputs = run.read_json("environment.json").get("inputs", {})
+    decides = {
+        "data (source)": summary.get("source", "–"),
+        "data (samples, sha256)": str(inputs.get("samples", "–"))[:12],
+        "backbone (sha256)": str(summary["backbone"].get("fingerprint", "–"))[:12],
+        "way of training": summary.get("mode", "federated"),
+    }
+    keys = {k: v for k, v in flatten(config).items() if not k.startswith(PLACES)}
+    return Compared(
+        run=run, summary=summary, settings=decides | keys, f1_by_case=found, clusters=clusters
+    )
+
+
+def comparison_blocks(groups: Mapping[str, Sequence[Compared]]) -> list[Block]:
+    """Return paired differences, what differs and curves; a group is a run, or an arm's runs."""
+    return [*_paired(groups), *_what_differs(groups), *_curves(groups)]
+
+
+def same_cases(groups: Mapping[str, Sequence[Compared]]) -> bool:
+    """Tell whether all runs answered the very same test cases."""
+    sets = {frozenset(one.f1_by_case) for runs in groups.values() for one in runs}
+    return len(sets) == 1 and bool(next(iter(sets)))
+
+
+def _notices(groups: Mapping[str, Sequence[Compared]]) -> list[Block]:
+    sources = {
+        one.summary.get("source", "credentialed") for runs in groups.values() for one in runs
+    }
+    words = " ".join(SOURCES[source] for source in sorted(sources))
+    return [Block(note=f"{NOTICE} {words}", warning=True), *_other_cases(groups)]
+
+
+def _standing(groups: Mapping[str, Sequence[Compared]]) -> list[Block]:
+    """Figures of single runs side by side: ranked where the cases are the same."""
+    same = same_cases(groups)
+    shown = {
+        name: one.summary.get("metrics", {}).get("fedrx", {}) for name, (one,) in groups.items()
+    }
+    order = sorted(shown, key=lambda name: -(shown[name].get("f1") or 0)) if same else list(shown)
+    rows = []
+    for name in order:
+        summary, metrics = groups[name][0].summary, shown[name]
+        intervals, privacy = metrics.get("intervals", {}), summary.get("privacy")
+        rows.append(
+            (
+                name,
+                number((summary.get("validation_loss") or [None])[-1]),
+                *(with_interval(metrics.get(key), intervals.get(key)) for key, _ in COLUMNS),
+                megabytes(summary.get("wire", {}).get("bytes_up", 0)),
+                number(float(privacy["epsilon"]) if privacy else None),
+            )
+        )
+    headers = (
+        *("run", "validation loss"),
+        *(name for _, name in COLUMNS),
+        *("sent up", "epsilon"),
+    )
+    bars = []
+    for name in order if same else ():
+        interval = f1_interval(shown[name])
+        low, high = interval or (None, None)
+        text = with_interval(shown[name].get("f1"), interval)
+        bars.append(Bar(name=name, value=shown[name].get("f1"), text=text, low=low, high=high))
+    return [Block(title="Runs compared", headers=headers, rows=tuple(rows), bars=tuple(bars))]
+
+
+def _other_cases(groups: Mapping[str, Sequence[Compared]]) -> list[Block]:
+    if same_cases(groups):
+        return []
+    note = (
+        "These were not scored on the same test cases: their figures stand beside each other in no "
+        "order, and no difference can be drawn between them (see What differs)."
+    )
+    return [Block(note=note, warning=True)]
+
+
+def _paired(groups: Mapping[str, Sequence[Compared]]) -> list[Block]:
+    if len(groups) < 2 or not same_cases(groups):
+        return []
+    (reference, first), *others = groups.items()
+    keys, clusters = list(first[0].f1_by_case), first[0].clusters
+    values = {
+        name: [statistics.fmean(one.f1_by_case[key] for one in runs) for key in keys]
+        for name, runs in groups.items()
+    }
+    rows = []
+    for name, _ in others:
+        found = paired_difference(values[reference], values[name], [clusters[k] for k in keys])
+        interval = apart = "–"
+        if found.low is not None and found.high is not None:
+            interval = f"{found.low:+.3f} to {found.high:+.3f}"
+            apart = "no" if found.low <= 0 <= found.high else "yes"
+        rows.append((name, f"{found.value:+.3f}", interval, apart))
+    note = (
+        f"F1 of the same {len(keys)} cases of {len(set(clusters.values()))} patients, case by "
+        f"case, against {reference}; 95% bootstrap intervals over patients"
+        + (", of the mean over an arm's runs." if any(len(r) > 1 for r in groups.values()) else ".")
+    )
+    headers = ("", f"F1 minus that of {reference}", "95% interval", "apart")
+    return [Block(title="Paired differences", note=note, headers=headers, rows=tuple(rows))]
+
+
+def _curves(groups: Mapping[str, Sequence[Compared]]) -> list[Block]:
+    plots = []
+    for metric, label in (("validation-loss", "validation loss"), ("train-loss", "training loss")):
+        lines: dict[str, Points] = {}
+        units = set()
+        for name, runs in groups.items():
+            values: dict[int, list[float]] = defaultdict(list)
+            for one in runs:
+                events = one.run.metrics(metric)
+                whole = [event for event in events if "hospital" not in event] or events
+                for event in whole:
+                    unit = "round" if "round" in event else "step"
+                    units.add(unit)
+                    values[event[unit]].append(event["value"])
+            if values:
+                lines[name] = [(at, statistics.fmean(found)) for at, found in values.items()]
+        if lines:
+            axis = "round, or step of a single node" if len(units) > 1 else units.pop()
+            plots.append(lines_svg(lines, x_label=axis, y_label=label))
+    note = "Means over hospitals, and over the runs of an arm."
+    return [Block(title="Learning curves", note=note, svgs=tuple(plots))] if plots else []
+
+
+def _what_differs(groups: Mapping[str, Sequence[Compared]]) -> list[Block]:
+    def shown(runs: Sequence[Compared], key: str) -> str:
+        return ", ".join(dict.fromkeys(str(one.settings.get(key, "–")) for one in runs))
+
+    sets = dict.fromkeys(frozenset(one.f1_by_case) for runs in groups.values() for one in runs)
+    letters = {cases: f"{len(cases)} cases, set {n}" for n, cases in enumerate(sets, 1)}
+    cases = [
+        ", ".join(dict.fromkeys(letters[frozenset(one.f1_by_case)] for one in runs))
+        for runs in groups.values()
+    ]
+    keys = dict.fromkeys(key for runs in groups.values() for one in runs for key in one.settings)
+    table = [("test cases", *cases)]
+    table += [(key, *(shown(runs, key) for runs in groups.values())) for key in keys]
+    rows = tuple(row for row in table if len(set(row[1:])) > 1)
+    alike = "" if rows else "Nothing that decides a result: these runs have equal settings."
+    headers = ("key", *groups)
+    return [Block(title="What differs", note=alike, headers=headers, rows=rows, text_cells=True)]
+
+
+def _names(runs: Sequence[RunDirectory]) -> list[str]:
+    """Name runs by their folders; equal names get a number."""
+    names: list[str] = []
+    for run in runs:
+        before = [name.partition(" (")[0] for name in names].count(run.path.name)
+        names.append(f"{run.path.name} ({before + 1})" if before else run.path.name)
+    return names
+
+
+def _read(file: Path) -> object:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

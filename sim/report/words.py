@@ -1,0 +1,91 @@
+"""How a run's facts read: names of models, figures with intervals, sizes, standing sentences."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+NOTICE = "Research only, not for clinical use."
+SOURCES = {
+    "synthetic": "Synthetic data: these figures prove that the system works, nothing about care.",
+    "demo": "MIMIC-IV demo (100 patients, open): figures prove correctness, not quality.",
+    "credentialed": "Credentialed data: this report shows aggregates only. Handle it as agreed.",
+}
+MODEL_NAMES = {
+    "fedrx": "FedRx (trained B)",
+    "untrained": "untrained backbone",
+    "nearest_neighbours": "nearest neighbours",
+    "logistic_regression": "logistic regression",
+}
+COLUMNS = (
+    ("output_rate", "output rate"),
+    ("precision", "precision"),
+    ("recall", "recall"),
+    ("jaccard", "Jaccard"),
+    ("f1", "F1"),
+    ("length_ratio", "length ratio"),
+    ("oov_rate", "out of vocabulary"),
+)
+RANDOM_WEIGHTS = (
+    "The tiny backbone's weights are random: the run shows that everything works, and its answers "
+    "mean nothing."
+)
+
+
+def peak_memory(summary: Mapping[str, Any]) -> str:
+    """Say how much memory a run took, on the host and on a GPU.
+
+    >>> peak_memory({"peak_rss_bytes": 2**30, "peak_device_bytes": 2**32})
+    '1.00 GiB, on the GPU 4.00 GiB'
+    """
+    sizes = [("", summary["peak_rss_bytes"]), ("on the GPU ", summary.get("peak_device_bytes"))]
+    return ", ".join(f"{where}{size / 2**30:.2f} GiB" for where, size in sizes if size)
+
+
+def model_name(model: str, summary: Mapping[str, Any]) -> str:
+    """Name a row of answers for people: a model, a baseline, or an earlier checkpoint of the run.
+
+    >>> model_name("fedrx", {}), model_name("round-00001", {"rounds": 4})
+    ('FedRx (trained B)', 'FedRx, round 1 of 4')
+    """
+    unit, _, count = model.partition("-")
+    totals = {"round": summary.get("rounds"), "step": summary.get("scaling", {}).get("steps")}
+    if totals.get(unit) and count.isdigit():
+        return f"FedRx, {unit} {int(count)} of {totals[unit]}"
+    return MODEL_NAMES.get(model, model)
+
+
+def number(value: float | None) -> str:
+    """Format a metric; an absent one is a dash.
+
+    >>> number(0.12345), number(None)
+    ('0.123', '–')
+    """
+    return "–" if value is None else f"{value:.3f}"
+
+
+def with_interval(value: float | None, interval: Sequence[float | None] | None) -> str:
+    """Format a metric with its interval.
+
+    >>> with_interval(0.5, [0.4, 0.6])
+    '0.500 (0.40–0.60)'
+    """
+    if value is None or not interval or None in interval:
+        return number(value)
+    return f"{value:.3f} ({interval[0]:.2f}–{interval[1]:.2f})"
+
+
+def matrices(summary: Mapping[str, Any]) -> str:
+    """Name the matrices that a run trains and sends.
+
+    >>> matrices({"adapter": {"mode": "fa-lora"}}), matrices({"adapter": {"mode": "lora"}})
+    ('B', 'A and B')
+    """
+    return "A and B" if summary["adapter"]["mode"] == "lora" else "B"
+
+
+def megabytes(count: float) -> str:
+    """Format bytes.
+
+    >>> megabytes(2_500_000)
+    '2.50 MB'
+    """
+    return f"{count / 1e6:.2f} MB"
