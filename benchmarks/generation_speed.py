@@ -52,7 +52,7 @@ def ours(
     scripts = iter([lengths[i] for i in order])
     end = session.tokenizer.eos_token_id
 
-    def matcher() -> Matcher:
+    def matcher(prompt: int) -> Matcher:
         return Script(next(scripts), end)
 
     return generate(
@@ -183,7 +183,7 @@ def grammar_cost(
             prompts,
             max_new_tokens=options.tokens,
             batch_size=options.batch,
-            matcher=lambda: Timed(new()),
+            matcher=lambda prompt: Timed(new(prompt)),
         )
     )
     return {"added": round(Timed.spent / (whole - Timed.spent), 4)}

@@ -66,10 +66,10 @@ class DataConfig:
     missing_bmi: Literal["unknown", "drop", "median"] = option(
         "unknown", "what to do without a BMI"
     )
-    normalisation: Literal["string", "ingredient", "map"] = option(
+    normalisation: Literal["string", "ingredient", "map", "atc-3", "atc-4"] = option(
         "string", "level at which drug names are equal"
     )
-    drug_map: str = option("", "csv with columns name,code for normalisation = map")
+    drug_map: str = option("", "csv with columns name,code for normalisation = map, atc-3, atc-4")
     drug_order: Literal["first-start", "name", "shuffled"] = option(
         "first-start",
         "order of the drugs in training: by first start in the stay, by name, or a new random one "
@@ -263,7 +263,25 @@ class EvaluationConfig:
     )
     batch_size: int = option(16, "answers generated at once", low=1)
     max_new_tokens: int = option(256, "longest answer in tokens", low=8)
-    constrained: bool = option(False, "decode under the answer's grammar (needs llguidance)")
+    method: Literal["generate", "score"] = option(
+        "generate",
+        "how a list comes about: written by the model, or every name of the formulary scored and "
+        "the ranking cut at a threshold chosen on validation patients",
+    )
+    decoding: Literal["greedy", "grammar", "formulary"] = option(
+        "greedy",
+        "what may be written: anything, the answer's grammar (needs llguidance), or each name of "
+        "the formulary once",
+    )
+    formulary: str = option(
+        "", "file of drug names, one a line; empty: what each hospital's training split holds"
+    )
+    interactions: str = option(
+        "", "csv of interacting drugs (DDInter's, or columns drug_a,drug_b) for the rate of them"
+    )
+    threshold_samples: int = option(
+        64, "validation samples per hospital that choose the threshold of scores; 0: all", low=0
+    )
     bootstrap: int = option(1000, "resamples of the confidence intervals", low=100)
     seed: int = option(0, "seed of sample choice and bootstrap", low=0)
 

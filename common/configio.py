@@ -14,12 +14,17 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from common.config import Config
 from common.errors import UserError
 
 Scalar = bool | int | float | str
+T = TypeVar("T")
+_OLD_KEYS = {
+    "evaluation.constrained": ("evaluation.decoding", {"true": "grammar", "false": "greedy"})
+}
+"""Keys of earlier configurations and run directories: key -> (key now, value -> value now)."""
 
 
 def known_keys() -> dict[str, dataclasses.Field[Any]]:
@@ -53,7 +58,8 @@ def from_flat(values: Mapping[str, Any], *, base: Config | None = None) -> Confi
     known = known_keys()
     problems: list[str] = []
     flat = flatten(base or Config())
-    for key, value in values.items():
+    for given, told in values.items():
+        key, value = _renamed(given, told)
         if key not in known:
             problems.append(_unknown(key, known))
             continue
@@ -82,7 +88,7 @@ def read_config(path: Path, overrides: Iterable[str] = ()) -> Config:
         UserError: for a missing or broken file, unknown keys or values that are not allowed.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows' editors begin with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"configuration file {path}: {getattr(error, 'strerror', None) or error}",
@@ -107,7 +113,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Scalar]:
     values: dict[str, Scalar] = {}
     for text in overrides:
         key, equals, raw = text.partition("=")
-        key = key.strip()
+        key, raw = _renamed(key.strip(), raw)
         if not equals:
             raise UserError(
                 f"--set {text}", allowed="key=value", fix="for instance --set adapter.rank=32"
@@ -257,6 +263,17 @@ def _flatten_table(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple
             yield from _flatten_table(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def _renamed(key: str, value: T) -> tuple[str, T | str]:
+    """Return what an old key is called today, where its value still means something.
+
+    >>> _renamed("evaluation.constrained", True), _renamed("train.seed", 3)
+    (('evaluation.decoding', 'grammar'), ('train.seed', 3))
+    """
+    new, values = _OLD_KEYS.get(key, (key, {}))
+    text = str(value).strip().lower()
+    return (new, values[text]) if text in values else (key, value)
 
 
 def _unknown(key: str, known: Mapping[str, object]) -> str:

@@ -8,11 +8,12 @@ import importlib.metadata
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from packaging.requirements import Requirement
 
 from common.limits import available_cpus
 
@@ -84,7 +85,7 @@ def tensors_sha256(tensors: dict[str, np.ndarray[Any, Any]]) -> str:
     return digest.hexdigest()
 
 
-def environment(command_line: list[str]) -> dict[str, Any]:
+def environment(command_line: Sequence[str]) -> dict[str, Any]:
     """Return versions, processor, accelerator and source digest; no user or host names."""
     import torch
 
@@ -106,8 +107,34 @@ def environment(command_line: list[str]) -> dict[str, Any]:
         "git_commit": _git_commit(),
         "source_digest": source_digest(),
         "prompt_date": PROMPT_DATE.isoformat(),
-        "command_line": [Path(command_line[0]).name, *command_line[1:]] if command_line else [],
+        "command_line": shown_command(command_line),
     }
+
+
+def shown_command(command_line: Sequence[str]) -> list[str]:
+    """Return a command line without the folder of its program.
+
+    >>> shown_command(["/opt/bin/fedrx", "demo"])
+    ['fedrx', 'demo']
+    """
+    return [Path(command_line[0]).name, *command_line[1:]] if command_line else []
+
+
+def pip_install(package: str) -> str:
+    """Return the command that installs an optional package in the versions that were tested.
+
+    FedRx itself is on no index: ``pip install 'fedrx[...]'`` would find nothing, or a stranger.
+
+    >>> pip_install("absent")
+    "pip install 'absent'"
+    """
+    wanted = package
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for requirement in map(Requirement, importlib.metadata.requires("fedrx") or ()):
+            if requirement.name == package:
+                wanted = f"{package}{requirement.specifier}"
+                break
+    return f"pip install '{wanted}'"
 
 
 def peak_rss_bytes() -> int:

@@ -5,7 +5,7 @@ of them is that of the run directory (``run.json``).
 """
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -46,3 +46,247 @@ class Record(BaseModel):
     def as_json(self) -> dict[str, Any]:
         """Return the record as JSON values, under the keys of the file."""
         return self.model_dump(mode="json", by_alias=True)
+
+
+SCHEMA = 1
+"""Version of all files of a run directory, in its run.json."""
+Mode = Literal["federation", "single", "paper", "sweep", "audit", "flower"]
+"""How a run is made; ``flower`` by plain ``flwr run``, which alone can start it again."""
+
+
+class Inputs(Record):
+    """What a run reads, by sha256: a resumed one must read the same."""
+
+    samples: str = ""
+    backbone: str = ""
+    a: str = ""
+
+
+class RunRecord(Record):
+    """run.json: what kind of run a directory holds, and what it takes to go on with it."""
+
+    schema_version: int = SCHEMA
+    mode: Mode
+    resumable: bool
+    """Whether ``fedrx resume`` goes on with it."""
+    config: dict[str, bool | int | float | str] = {}
+    """By dotted key, as the run began."""
+    inputs: Inputs = Inputs()
+    scale: str = ""
+    """Of a paper run."""
+    ranks: tuple[int, ...] = ()
+    """Of a paper run: each has a run of its own inside."""
+    cells: tuple[str, ...] = ()
+    """Of a sweep: the folders of its runs."""
+
+    @classmethod
+    def of_environment(cls, facts: Mapping[str, Any]) -> Self:
+        """Return the record of a run made before there was run.json, from its environment.json."""
+        mode = facts.get("mode", "audit")  # the one kind that did not say what it was
+        known = {key: facts[key] for key in ("config", "inputs", "scale", "ranks") if key in facts}
+        resumable = mode not in ("audit", "flower")
+        return cls.read({"mode": mode, "resumable": resumable, **known}, what="environment.json")
+
+
+class AdapterFacts(Record):
+    """What was trained."""
+
+    mode: str
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+
+class BackboneFacts(Record):
+    """What it was trained on."""
+
+    name: str
+    fingerprint: str = ""
+
+
+class HospitalFacts(Record):
+    """One hospital; with privacy on none tells its size."""
+
+    name: str
+    patients: int | None = None
+    samples: int | None = None
+
+
+class WireTotals(Record):
+    """All messages of a run together."""
+
+    tensors: tuple[str, ...]
+    bytes_up: int
+    bytes_down: int
+
+
+class KernelFacts(Record):
+    """The attention kernel, and why this one."""
+
+    kernel: str
+    reason: str
+
+
+class DtypeFacts(Record):
+    """The arithmetic, and why this one."""
+
+    value: str
+    reason: str
+
+
+class Scaling(Record):
+    """How a single run's steps fit the samples that are there, in figures and in words."""
+
+    train_samples: int
+    steps: int
+    steps_per_epoch: int
+    epochs: float
+    checkpoint_steps: tuple[int, ...]
+    notes: tuple[str, ...]
+
+
+class CheckpointFacts(Record):
+    """One checkpoint of a single run."""
+
+    name: str
+    step: int
+    b_sha256: str
+    b_norm: float
+    seconds: float
+    validation_loss: float | None
+
+
+class Readings(Record):
+    """What the paper's table shows of one model's answers."""
+
+    output_rate: float | None = None
+    accuracy_over_predicted: float | None = None
+    accuracy_over_true: float | None = None
+    f1: float | None = None
+    jaccard: float | None = None
+
+
+class Figures(Readings):
+    """The answers of one model on held-out admissions; further figures stay as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    samples: int = 0
+
+
+class Summary(Record):
+    """summary.json of a run that trains; what a kind of run does not have is not in its file."""
+
+    mode: Mode | None = None
+    trainable_parameters: int = 0
+    adapter: AdapterFacts | None = None
+    backbone: BackboneFacts | None = None
+    hospitals: tuple[HospitalFacts, ...] = ()
+    rounds: int = 0
+    privacy: dict[str, Any] | None = None
+    scaling: Scaling | None = None
+    checkpoints: tuple[CheckpointFacts, ...] = ()
+    b_sha256: str = ""
+    """Empty until all training is done and summed up."""
+    wire: WireTotals | None = None
+    overhead_seconds_per_hospital_round: float | None = None
+    backbone_loads: int = 0
+    workers: int = 0
+    validation_loss: tuple[float | None, ...] = ()
+    seconds: float = 0.0
+    training_seconds: float | None = None
+    peak_rss_bytes: int = 0
+    peak_device_bytes: int | None = None
+    device: str = ""
+    attention: KernelFacts | None = None
+    dtype: DtypeFacts | None = None
+    source: str = ""
+    metrics: dict[str, Figures] = {}
+    """By model: ``fedrx``, an earlier checkpoint, the untrained backbone, the baselines."""
+    evaluation: dict[str, Any] | None = None
+    judge: dict[str, Any] | None = None
+    review: dict[str, Any] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the keys that were given, and no others."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+    def having(self, **values: Any) -> Self:
+        """Return the summary with these values in the place of its own."""
+        return type(self).model_validate({**self.as_json(), **values})
+
+
+class PaperRow(Record):
+    """One row of the paper's table."""
+
+    rank: int
+    steps: int
+    output_rate: float
+    accuracy: float
+    appropriateness: float
+
+
+class Here(Readings):
+    """What a checkpoint of ours has found."""
+
+    checkpoint: str
+    steps: int
+    appropriateness: float | None
+    validation_loss: float | None
+    b_norm: float
+
+
+class Row(Record):
+    """One row of the table: the paper's, ours, or both."""
+
+    rank: int
+    paper: PaperRow | None
+    here: Here | None
+
+
+class RankRun(Record):
+    """The run of one rank."""
+
+    rank: int
+    folder: str
+    scale: str
+    trainable_parameters: int
+    b_sha256: str
+    validation_loss: tuple[float | None, ...]
+    seconds: float
+
+
+class PaperTable(Record):
+    """summary.json of a paper run."""
+
+    scale: str
+    differences: tuple[str, ...]
+    """Configuration keys, paper -> here."""
+    rows: tuple[Row, ...]
+    others: dict[str, Readings]
+    """Untrained backbone and baselines."""
+    runs: tuple[RankRun, ...]
+
+
+Json = str | float | bool | None | tuple[float | str, ...]
+
+
+class AuditSummary(Record):
+    """summary.json of an audit."""
+
+    plan: dict[str, str | int | float | bool]
+    findings: tuple[dict[str, Json], ...]
+    passed: bool
+    not_covered: str
+    seconds: float
+
+
+class MembershipRecord(Record):
+    """membership.json: whether a run's patients can be told from others."""
+
+    claim: str
+    source: str
+    references: int
+    findings: tuple[dict[str, Json], ...]
+    passed: bool
+    seconds: float

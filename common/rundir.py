@@ -1,5 +1,6 @@
 """The run directory: the contract that every later step reads.
 
+- ``run.json``: version of all files, kind of run, what it reads, whether it can be resumed
 - ``config.toml``: resolved and complete, re-runnable as it is
 - ``environment.json``: versions, device, attention kernel and why, source digest, command line
 - ``data.json``: file hashes, counts, every dropped row's reason, sizes (no patient rows)
@@ -38,9 +39,11 @@ from common.files import (
     write_text,
 )
 from common.provenance import tensors_sha256
+from common.records import SCHEMA, Inputs, Record, RunRecord, Summary
 from common.tensor_files import Altered, Tensors, content_sha256, read_tensors, write_tensors
 
 State = Literal["started", "running", "finished", "failed", "interrupted"]
+RUN, ENVIRONMENT, SUMMARY = "run.json", "environment.json", "summary.json"
 TRAINED = "trained"
 """Stage in status.json: all rounds are done and summed up."""
 _SHA256 = "sha256"
@@ -130,6 +133,32 @@ class RunDirectory:
         """Read the resolved configuration back."""
         return read_config(self.path / "config.toml")
 
+    def record(self) -> RunRecord | None:
+        """Read run.json; of a run made before there was one, what environment.json tells of it.
+
+        None where the run was ended before it began.
+        """
+        content = self.read_json(RUN)
+        if content.get("schema_version", SCHEMA) != SCHEMA:
+            raise UserError(
+                f"{self.path} was written by another version of FedRx",
+                allowed=f"schema version {SCHEMA}",
+                fix="use the version that made it",
+            )
+        if content:
+            return RunRecord.read(content, what=str(self.path / RUN))
+        facts = self.read_json(ENVIRONMENT)
+        return RunRecord.of_environment(facts) if facts else None
+
+    def inputs(self) -> Inputs:
+        """Return what a run reads; what is not known of it is empty."""
+        record = self.record()
+        return record.inputs if record else Inputs()
+
+    def summary(self) -> Summary:
+        """Read summary.json of a run that trains; an absent one is empty."""
+        return Summary.read(self.read_json(SUMMARY), what=str(self.path / SUMMARY))
+
     def write_status(self, state: State, **facts: Any) -> None:
         """Replace status.json; ``updated`` is UTC."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -140,8 +169,8 @@ class RunDirectory:
         return _read_object(self.path / "status.json")
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write one JSON document atomically."""
-        write_json(self.path / name, value)
+        """Write one JSON document, or a record, atomically."""
+        write_json(self.path / name, value.as_json() if isinstance(value, Record) else value)
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Read one JSON document; an absent file is an empty object."""
@@ -351,7 +380,7 @@ def _unusable(directory: Path, error: OSError) -> UserError:
 
 
 def remove_unbegun(path: Path) -> None:
-    """Remove the folder of a run that was killed before environment.json, so before any work.
+    """Remove the folder of a run that was killed before run.json, so before any work.
 
     A folder that holds anything else stays.
     """

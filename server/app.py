@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -17,7 +17,8 @@ from common.model.backbone.load import BackboneSpec, resolve_backbone
 from common.privacy.budget.receipts import PRIVACY, privacy_summary
 from common.privacy.settings import HOSPITAL, hospital_warning, plan_of, protects
 from common.provenance import environment, peak_rss_bytes, source_digest, tensors_sha256
-from common.rundir import TRAINED, RunDirectory
+from common.records import RunRecord, Summary
+from common.rundir import ENVIRONMENT, RUN, SUMMARY, TRAINED, RunDirectory
 from common.wire.cohort import NOT_EVALUATED
 from common.wire.contract import Fingerprints, Tensors
 from common.wire.identity import read_keys
@@ -26,7 +27,7 @@ from server.clock import Clock
 from server.roster import Roster
 from server.rounds import Rounds
 
-ENVIRONMENT, FLOWER = "environment.json", "flower"
+FLOWER: Literal["flower"] = "flower"
 
 app = ServerApp()
 
@@ -87,8 +88,9 @@ def federate(grid: Grid, config: Config, run: RunDirectory, *, clock: Clock = ti
     run.write_config(rounds.config)
     summary = summarise(rounds.config, run, backbone, layout, rounds.roster, b)
     summary["seconds"] = round(clock.monotonic() - started, 3)
-    run.write_json("summary.json", summary)
-    if run.read_json(ENVIRONMENT).get("mode") == FLOWER:
+    run.write_json(SUMMARY, Summary.read(summary, what=SUMMARY))
+    record = run.record()
+    if record and record.mode == FLOWER:
         run.write_status("finished", round=config.federation.rounds)
     else:
         # The launcher goes on with the evaluation: a run killed there must not look finished.
@@ -102,6 +104,7 @@ def run_directory(config: Config) -> RunDirectory:
         return RunDirectory.open(directory)
     run = RunDirectory.create(config, directory=directory)
     run.write_json(ENVIRONMENT, {**environment([]), "mode": FLOWER})
+    run.write_json(RUN, RunRecord(mode=FLOWER, resumable=False))
     return run
 
 

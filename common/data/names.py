@@ -15,7 +15,9 @@ from pathlib import Path
 
 from common.errors import UserError
 
-LEVELS = ("string", "ingredient", "map")
+ATC_CHARACTERS = {"atc-3": 4, "atc-4": 5}
+"""What each level keeps of an ATC code: B01A is of level 3, B01AC of level 4."""
+LEVELS = ("string", "ingredient", "map", *ATC_CHARACTERS)
 DrugMap = Mapping[str, tuple[str, ...]]
 
 _SALT_WORDS = """
@@ -57,6 +59,7 @@ _LONG_FORMS = {
     "tears": "tear",
     "vac": "vaccine",
 }
+_ATC = re.compile(r"[A-Z]\d\d[A-Z]{2}\d\d")
 _MARK = re.compile(r"\*[^*]*\*|_+")
 _BRACKETS = re.compile(r"\([^()]*\)|\[[^\[\]]*\]")
 _PROTOCOL = re.compile(
@@ -80,9 +83,9 @@ def normalise(name: str, level: str, drug_map: DrugMap | None = None) -> tuple[s
 
     Args:
         name: As in the table, in an answer, or anywhere else.
-        level: ``string``, ``ingredient`` or ``map``.
-        drug_map: From ``read_drug_map``, for ``map``. A name that is not in it stays its
-            string-level self, and so equals nothing but itself.
+        level: ``string``, ``ingredient``, ``map``, ``atc-3`` or ``atc-4``.
+        drug_map: From ``read_drug_map``, for ``map`` and the ATC levels. A name that is not in it
+            stays its string-level self, and so equals nothing but itself.
 
     Returns:
         Items without duplicates; empty for a blank name.
@@ -93,6 +96,8 @@ def normalise(name: str, level: str, drug_map: DrugMap | None = None) -> tuple[s
     ('metoprolol succinate xl',)
     >>> normalise("Aspirin", "map", {"aspirin": ("B01AC06",)})
     ('B01AC06',)
+    >>> normalise("Aspirin", "atc-3", {"aspirin": ("B01AC06", "B01AX01")})
+    ('B01A',)
     """
     folded = normalise_string(name)
     if not folded:
@@ -103,6 +108,10 @@ def normalise(name: str, level: str, drug_map: DrugMap | None = None) -> tuple[s
         return _ingredients(folded)
     if level == "map":
         return (drug_map or {}).get(folded, (folded,))
+    if level in ATC_CHARACTERS:
+        codes = (drug_map or {}).get(folded)
+        kept = ATC_CHARACTERS[level]
+        return (folded,) if codes is None else tuple(dict.fromkeys(code[:kept] for code in codes))
     raise ValueError(f"level {level!r} is none of {LEVELS}")
 
 
@@ -116,11 +125,17 @@ def normalise_string(name: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", folded).split())
 
 
-def read_drug_map(path: Path) -> dict[str, tuple[str, ...]]:
+def read_drug_map(path: Path, level: str = "map") -> dict[str, tuple[str, ...]]:
     """Read a csv with columns ``name`` and ``code``; a name on several rows has several codes.
 
+    Args:
+        path: The csv.
+        level: The ATC levels need codes of level 5, such as B01AC06 (WHO sells the index; so none
+            is shipped).
+
     Raises:
-        UserError: The file cannot be read, lacks a column, or is empty.
+        UserError: The file cannot be read, lacks a column, is empty, or a code is not of ATC's
+            form where the level asks for it.
     """
     codes: dict[str, list[str]] = {}
     try:
@@ -135,6 +150,12 @@ def read_drug_map(path: Path) -> dict[str, tuple[str, ...]]:
                 )
             for row in rows:
                 name, code = normalise_string(row["name"] or ""), (row["code"] or "").strip()
+                if code and level in ATC_CHARACTERS and not _ATC.fullmatch(code):
+                    raise UserError(
+                        f"data.drug-map={path}, line {rows.line_num}: {code[:20]!r} is no ATC code",
+                        allowed="ATC codes of level 5, such as B01AC06",
+                        fix=f"mend it, or set data.normalisation to another level than {level}",
+                    )
                 if name and code and code not in codes.setdefault(name, []):
                     codes[name].append(code)
     except (OSError, UnicodeDecodeError, csv.Error):

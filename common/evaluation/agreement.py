@@ -5,42 +5,19 @@ Exact: everything is counted in fractions, so a value does not depend on the ord
 Source: K. Krippendorff, "Computing Krippendorff's Alpha-Reliability" (2011), sections A to E.
 """
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from fractions import Fraction
-from itertools import permutations
+from itertools import permutations, product
 from typing import Any
-
-Difference = Callable[[Any, Any, Mapping[Any, Fraction]], Fraction]
-
-
-def _nominal(a: Any, b: Any, totals: Mapping[Any, Fraction]) -> Fraction:
-    return Fraction(a != b)
-
-
-def _interval(a: Any, b: Any, totals: Mapping[Any, Fraction]) -> Fraction:
-    return Fraction(a - b) ** 2
-
-
-def _ordinal(a: Any, b: Any, totals: Mapping[Any, Fraction]) -> Fraction:
-    low, high = min(a, b), max(a, b)
-    between = sum(count for value, count in totals.items() if low <= value <= high)
-    return (between - (totals[low] + totals[high]) / 2) ** 2
-
-
-_DIFFERENCES: Mapping[str, Difference] = {
-    "nominal": _nominal,
-    "ordinal": _ordinal,
-    "interval": _interval,
-}
 
 
 def krippendorff_alpha(units: Sequence[Sequence[Any]], metric: str = "nominal") -> float | None:
     """Return alpha = 1 - observed / expected disagreement.
 
     Args:
-        units: For each rated thing the values that raters gave it, in any order, missing ones left
-            out. Things with fewer than two values say nothing about agreement, and are left out.
+        units: For each rated thing the values that raters gave it, in any order. Things with fewer
+            than two values say nothing about agreement.
         metric: ``nominal`` (equal or not), ``ordinal`` (ranks) or ``interval`` (distances);
             the last two need numbers.
 
@@ -53,33 +30,28 @@ def krippendorff_alpha(units: Sequence[Sequence[Any]], metric: str = "nominal") 
     >>> krippendorff_alpha([["yes", "yes"], ["yes"]]) is None
     True
     """
-    weights: dict[tuple[Any, Any], Fraction] = {}
+    weights: defaultdict[tuple[Any, Any], Fraction] = defaultdict(Fraction)
     for values in units:
-        if len(values) < 2:
-            continue
-        pairs = Counter(permutations(values, 2))
-        for pair, count in pairs.items():
-            weights[pair] = weights.get(pair, Fraction(0)) + Fraction(count, len(values) - 1)
-    totals: dict[Any, Fraction] = {}
+        for pair in permutations(values, 2):
+            weights[pair] += Fraction(1, len(values) - 1)
+    totals: defaultdict[Any, Fraction] = defaultdict(Fraction)
     for (value, _), weight in weights.items():
-        totals[value] = totals.get(value, Fraction(0)) + weight
-    number = sum(totals.values(), Fraction(0))
-    difference = _DIFFERENCES[metric]
-    expected = sum(
-        (
-            totals[a] * totals[b] * difference(a, b, totals)
-            for a in totals
-            for b in totals
-            if a != b
-        ),
-        Fraction(0),
-    )
+        totals[value] += weight
+
+    def difference(a: Any, b: Any) -> Fraction:
+        if metric == "nominal":
+            return Fraction(a != b)
+        if metric == "interval":
+            return Fraction(a - b) ** 2
+        between = sum(n for value, n in totals.items() if min(a, b) <= value <= max(a, b))
+        return (between - (totals[a] + totals[b]) / 2) ** 2
+
+    pairs = product(totals, repeat=2)
+    expected = sum(totals[a] * totals[b] * difference(a, b) for a, b in pairs if a != b)
     if not expected:
         return None
-    observed = sum(
-        (weight * difference(a, b, totals) for (a, b), weight in weights.items()), Fraction(0)
-    )
-    return float(1 - (number - 1) * observed / expected)
+    observed = sum(weight * difference(a, b) for (a, b), weight in weights.items())
+    return float(1 - (sum(totals.values()) - 1) * observed / expected)
 
 
 def unanimous_share(units: Sequence[Sequence[Any]]) -> float | None:

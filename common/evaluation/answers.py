@@ -4,29 +4,26 @@ What is fitted - the baselines' counts, the vocabulary - is fitted on training s
 hospital's baselines on its own: no hospital's data helps another's baseline.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.config import Config
-from common.data.names import read_drug_map
 from common.data.partition import Hospital
 from common.data.samples import Admission
 from common.errors import UserError
+from common.evaluation.answers_file import Evaluation, Facts, Generation, Patient, Prediction
 from common.evaluation.baselines import BASELINES
-from common.evaluation.constrained import answer_grammar
-from common.evaluation.generate import Generated, generate
-from common.evaluation.metrics import Prediction, score
-from common.files import writable
+from common.evaluation.figures import Compared, figures
+from common.evaluation.lists import Answer, ListMaker, Prompts
+from common.evaluation.metrics import drug_map_of, score
 from common.model.session import Session
 from common.seeds import stream
 from common.text.batches import encode_prompt
-from common.text.prompts import age_text, parse_answer
+from common.text.prompts import age_text
 
 B = Mapping[str, NDArray[np.float32]]
 Progress = Callable[[str, int, int], None]
@@ -44,24 +41,13 @@ class Case:
     admission: Admission
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """What an evaluation found."""
-
-    metrics: dict[str, dict[str, Any]]
-    """By model and baseline, plain JSON; see ``common.evaluation.metrics``."""
-    predictions: list[dict[str, Any]]
-    """Rows of predictions.jsonl; no ids, no dates."""
-    facts: dict[str, Any]
-    """How the answers came about: seconds, tokens, answers cut at the limit."""
-
-
 def evaluate_answers(
     session: Session,
     hospitals: Sequence[Hospital],
     config: Config,
     adapters: Mapping[str, B | None],
     *,
+    checkpoint: str = "",
     progress: Progress | None = None,
 ) -> Evaluation:
     """Answer held-out admissions with every adapter and baseline, and score them.
@@ -71,23 +57,23 @@ def evaluate_answers(
         hospitals: All of them; their test splits are answered.
         config: Sections ``evaluation``, ``train.max_length`` and ``data.normalisation`` are read.
         adapters: What to answer with, by the name in the results; None is the untrained backbone.
+        checkpoint: The run's last one, which names the evaluation.
         progress: Called after every generated answer.
 
     Raises:
-        UserError: If nothing is held out, or the constrained decoder is not there.
+        UserError: If nothing is held out, or lists cannot be made as asked for, see
+            ``common.evaluation.lists``.
     """
     settings = config.evaluation
     cases = choose_cases(hospitals, samples=settings.samples, seed=settings.seed)
-    prompts, dropped = _prompts(session, cases, config.train.max_length)
-    matcher = answer_grammar(session) if settings.constrained else None
-    answers: dict[str, list[tuple[str | None, tuple[str, ...] | None]]] = {}
-    facts: dict[str, Any] = {
-        "samples": len(cases),
-        "constrained": settings.constrained,
-        "settings": asdict(settings),
-        "dropped_diagnoses": dropped,
-        "generation": {},
-    }
+    encoded = [
+        encode_prompt(case.admission, session.tokenizer, max_length_tokens=config.train.max_length)
+        for case in cases
+    ]
+    prompts = Prompts(ids=[ids for ids, _ in encoded], hospitals=[case.hospital for case in cases])
+    maker = ListMaker(session, hospitals, config)
+    answers: dict[str, list[Answer]] = {}
+    generation: dict[str, Generation] = {}
     before = session.adapter.flat.clone()
     try:
         for model, b in adapters.items():
@@ -96,56 +82,53 @@ def evaluate_answers(
                 session.adapter.flat.zero_()
             else:
                 session.adapter.load(b)
-            started = time.perf_counter()
-            generated = generate(
-                session,
-                prompts,
-                max_new_tokens=settings.max_new_tokens,
-                batch_size=settings.batch_size,
-                matcher=matcher,
-                progress=_named(progress, model),
-            )
-            seconds = round(time.perf_counter() - started, 3)
-            read = [_read(session, answer) for answer in generated]
-            answers[model] = [(text, drugs) for text, drugs, _ in read]
-            escaped = sum(count for _, _, count in read)
-            facts["generation"][model] = {
-                "seconds": seconds,
-                "tokens": sum(len(answer.tokens) for answer in generated),
-                "cut_answers": sum(not answer.finished for answer in generated),
-                **({"escaped_names": escaped} if escaped else {}),
-            }
+            told = None if progress is None else partial(progress, model)
+            answers[model], generation[model] = maker.answer(prompts, progress=told)
     finally:
         session.adapter.flat.copy_(before)
-    for name, lists in _baseline_lists(hospitals, cases).items():
-        answers[name] = [(None, drugs) for drugs in lists]
-    drug_map = (
-        read_drug_map(Path(config.data.drug_map)) if config.data.normalisation == "map" else None
+    answers |= _baseline_answers(hospitals, cases)
+    drug_map = drug_map_of(config.data)
+    vocabulary = frozenset(
+        drug for one in hospitals for sample in one.train for drug in sample.drugs
     )
-    vocabulary = {drug for one in hospitals for sample in one.train for drug in sample.drugs}
-    metrics = {
-        model: score(
-            [
-                Prediction(
-                    case=case.name, cluster=case.cluster, truth=case.admission.drugs, answer=answer
-                )
-                for case, (_, answer) in zip(cases, given, strict=True)
-            ],
-            level=config.data.normalisation,
-            vocabulary=vocabulary,
-            drug_map=drug_map,
-            resamples=settings.bootstrap,
-            seed=settings.seed,
-        ).to_dict()
+    rows = {
+        model: [_row(case, model, one) for case, one in zip(cases, given, strict=True)]
         for model, given in answers.items()
     }
-    rows = [
-        _row(case, model, text, answer)
-        for place, case in enumerate(cases)
-        for model, given in answers.items()
-        for text, answer in (given[place],)
-    ]
-    return Evaluation(metrics=metrics, predictions=rows, facts=facts)
+    beside = figures(
+        rows,
+        {model: [one.ranking for one in given] for model, given in answers.items()},
+        Compared(
+            config=config,
+            hospitals=[hospitals[case.hospital].name for case in cases],
+            vocabulary=vocabulary,
+        ),
+    )
+    return Evaluation(
+        facts=Facts(
+            samples=len(cases),
+            constrained=settings.method == "generate" and settings.decoding != "greedy",
+            settings=settings,
+            dropped_diagnoses=sum(dropped for _, dropped in encoded),
+            generation=generation,
+            checkpoint=checkpoint,
+            device=session.device.value,
+            dtype=session.dtype.value,
+        ),
+        metrics={
+            model: score(
+                of_model,
+                level=config.data.normalisation,
+                vocabulary=vocabulary,
+                drug_map=drug_map,
+                resamples=settings.bootstrap,
+                seed=settings.seed,
+            ).to_dict()
+            | beside[model]
+            for model, of_model in rows.items()
+        },
+        predictions=[row for of_case in zip(*rows.values(), strict=True) for row in of_case],
+    )
 
 
 def choose_cases(hospitals: Sequence[Hospital], *, samples: int, seed: int) -> list[Case]:
@@ -183,82 +166,40 @@ def choose_cases(hospitals: Sequence[Hospital], *, samples: int, seed: int) -> l
     return cases
 
 
-def read_answer(text: str, *, finished: bool) -> list[str] | None:
-    r"""Parse a generated answer; what a token limit cut in its last line is left out.
-
-    The first drug's line is kept even when cut, since there is nothing else to show.
-
-    >>> read_answer("Drugs:\n- Aspirin\n- Insu", finished=False)
-    ['Aspirin']
-    >>> read_answer("Drugs:\n- Aspirin\n- Insu", finished=True)
-    ['Aspirin', 'Insu']
-    """
-    return _drugs(text, finished=finished)[0]
-
-
-def _drugs(text: str, *, finished: bool) -> tuple[list[str] | None, int]:
-    """Read an answer; also count the names that UTF-8 cannot hold, which are escaped again."""
-    if not finished:
-        whole = text.rpartition("\n")[0]
-        text = whole if "\n" in whole else text
-    drugs: list[str] | None
-    drugs, escaped = writable(parse_answer(text))
-    return drugs, escaped
-
-
-def _prompts(
-    session: Session, cases: Sequence[Case], max_length: int
-) -> tuple[list[list[int]], int]:
-    encoded = [
-        encode_prompt(case.admission, session.tokenizer, max_length_tokens=max_length)
-        for case in cases
-    ]
-    return [ids for ids, _ in encoded], sum(dropped for _, dropped in encoded)
-
-
-def _read(session: Session, answer: Generated) -> tuple[str, tuple[str, ...] | None, int]:
-    text = str(session.tokenizer.decode(list(answer.tokens), skip_special_tokens=True))
-    drugs, escaped = _drugs(text, finished=answer.finished)
-    return text, None if drugs is None else tuple(drugs), escaped
-
-
-def _baseline_lists(
+def _baseline_answers(
     hospitals: Sequence[Hospital], cases: Sequence[Case]
-) -> dict[str, list[tuple[str, ...]]]:
-    lists: dict[str, list[tuple[str, ...]]] = {name: [()] * len(cases) for name in BASELINES}
+) -> dict[str, list[Answer]]:
+    """Let every baseline answer; another one is added to ``BASELINES``."""
+    answers = {name: [Answer(None, ())] * len(cases) for name in BASELINES}
     for number, hospital in enumerate(hospitals):
         places = [place for place, case in enumerate(cases) if case.hospital == number]
         asked = [cases[place].admission for place in places]
         for name, baseline in BASELINES.items():
-            if asked:
-                for place, drugs in zip(places, baseline(hospital.train, asked), strict=True):
-                    lists[name][place] = drugs
-    return lists
+            for place, drugs in zip(
+                places, baseline(hospital.train, asked) if asked else (), strict=True
+            ):
+                answers[name][place] = Answer(None, drugs)
+    return answers
 
 
-def _named(progress: Progress | None, model: str) -> Callable[[int, int], None] | None:
-    if progress is None:
-        return None
-    return lambda done, of: progress(model, done, of)
-
-
-def _row(
-    case: Case, model: str, text: str | None, answer: tuple[str, ...] | None
-) -> dict[str, Any]:
+def _row(case: Case, model: str, answer: Answer) -> Prediction:
     one = case.admission
-    return {
-        "case": case.name,
-        "cluster": case.cluster,
-        "model": model,
-        "patient": {
-            "sex": one.sex,
-            "age": age_text(one.age),
-            "height_cm": one.height_cm,
-            "weight_kg": one.weight_kg,
-            "bmi": one.bmi,
-        },
-        "diagnoses": list(one.diagnoses),
-        "truth": list(one.drugs),
-        "text": text,
-        "answer": None if answer is None else list(answer),
-    }
+    return Prediction(
+        case=case.name,
+        cluster=case.cluster,
+        model=model,
+        patient=Patient(
+            sex=one.sex,
+            age=age_text(one.age),
+            height_cm=one.height_cm,
+            weight_kg=one.weight_kg,
+            bmi=one.bmi,
+        ),
+        diagnoses=one.diagnoses,
+        truth=one.drugs,
+        text=answer.text,
+        answer=answer.drugs,
+        confidence=None
+        if answer.ranking is None
+        else tuple(round(drug.confidence, 4) for drug in answer.ranking.listed),
+    )

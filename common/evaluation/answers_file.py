@@ -1,29 +1,184 @@
-"""predictions.jsonl: a run's answers, with their digest in summary.json.
+"""A run's answers: predictions.jsonl and, in summary.json, how they came about and their figures.
 
-Judge, review and report read answers only as they were evaluated. A summary without a digest (a
-run of an earlier FedRx, or one killed within an evaluation) promises nothing about them, and they
-are taken as they are.
+Judge, review and report read answers only as they were evaluated, by the digest in summary.json. A
+summary without a digest (a run of an earlier FedRx, or one killed within an evaluation) promises
+nothing about them, and they are taken as they are.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from common.files import json_line, utf8, write_bytes
+from pydantic import ConfigDict, JsonValue, ValidationError
+
+from common.config import EvaluationConfig
+from common.files import json_line, utf8, writable, write_bytes
+from common.records import Record
 from common.rundir import RunDirectory
 from common.tensor_files import Altered
 
 PREDICTIONS = "predictions.jsonl"
 ANSWERS_SHA256 = "answers_sha256"
 """Key of ``evaluation`` in summary.json."""
-Row = dict[str, Any]
+_ABOUT_ANSWERS = ("judge", "review")
+"""Parts of summary.json that are worth nothing without the answers that they are about."""
 
 
-def read_answers(run: RunDirectory) -> list[Row]:
+class Patient(Record):
+    """What a prompt, a judge and a reviewer see of a patient; None is unknown."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    sex: str
+    age: str
+    """As printed, see ``common.text.prompts.age_text``."""
+    height_cm: float | None = None
+    weight_kg: float | None = None
+    bmi: float | None = None
+
+
+class Prediction(Record):
+    """One line of predictions.jsonl: one admission and one model's list; no ids, no dates."""
+
+    case: str
+    cluster: int
+    """Number of the patient within this evaluation."""
+    model: str
+    patient: Patient
+    diagnoses: tuple[str, ...]
+    truth: tuple[str, ...]
+    text: str | None
+    """What the model wrote; None of a baseline."""
+    answer: tuple[str, ...] | None
+    """None: the text was not in the format."""
+    confidence: tuple[float, ...] | None = None
+    """Of a scored list: the probability of each of its drugs; else no key."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the line; what only scored lists have has no key in others."""
+        line = super().as_json()
+        if self.confidence is None:
+            del line["confidence"]
+        return line
+
+
+class CutoffFacts(Record):
+    """Where one hospital cuts its ranking of drugs; see ``common.evaluation.cutoff``."""
+
+    names: int
+    """Of the formulary."""
+    threshold: float
+    slope: float
+    intercept: float
+    admissions: int
+    """Validation admissions that chose it."""
+    f1: float
+    """Mean F1 on those; it flatters."""
+
+
+class Generation(Record):
+    """How one model's answers were generated."""
+
+    seconds: float
+    tokens: int
+    cut_answers: int
+    """Answers that ended at ``evaluation.max-new-tokens``."""
+    escaped_names: int = 0
+    """Names that UTF-8 cannot hold; in the file only where there are some."""
+    cutoffs: dict[str, CutoffFacts] | None = None
+    """Of scored lists, by hospital."""
+
+
+class Facts(Record):
+    """``evaluation`` in summary.json: how the answers came about."""
+
+    samples: int
+    constrained: bool
+    settings: EvaluationConfig
+    dropped_diagnoses: int
+    """Left out of prompts for ``train.max-length``."""
+    generation: dict[str, Generation]
+    checkpoint: str
+    """The last of the run."""
+    device: str
+    dtype: str
+    answers_sha256: str | None = None
+
+    @property
+    def way(self) -> tuple[str, EvaluationConfig, str, str]:
+        """What decides answers: those of two ways do not stand together."""
+        return self.checkpoint, self.settings, self.device, self.dtype
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the part of summary.json; what is not there has no key."""
+        told: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
+        for one in told["generation"].values():
+            if not one["escaped_names"]:
+                del one["escaped_names"]
+        return told
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The answers of one way, and their figures."""
+
+    facts: Facts
+    metrics: Mapping[str, JsonValue]
+    """By model and baseline; see ``common.evaluation.metrics``."""
+    predictions: Sequence[Prediction]
+
+    @classmethod
+    def read(cls, run: RunDirectory) -> "Evaluation | None":
+        """Return what a run's directory holds; None if nothing says how it came about.
+
+        Raises:
+            Altered: if the answers are not those that were evaluated.
+        """
+        predictions = read_answers(run)
+        summary = run.read_json("summary.json")
+        try:
+            facts = Facts.model_validate(summary.get("evaluation"))
+        except ValidationError:
+            return None
+        return cls(facts=facts, metrics=summary["metrics"], predictions=predictions)
+
+    def beside(self, newer: "Evaluation") -> "Evaluation":
+        """Return both, of one way; the newer answers take the place of older ones of a model."""
+        rows = {(row.case, row.model): row for row in (*self.predictions, *newer.predictions)}
+        generation = {**self.facts.generation, **newer.facts.generation}
+        return replace(
+            newer,
+            facts=newer.facts.model_copy(update={"generation": generation}),
+            metrics={**self.metrics, **newer.metrics},
+            predictions=list(rows.values()),
+        )
+
+    def write(self, run: RunDirectory, summary: dict[str, Any]) -> None:
+        """Replace a run's answers and, in its summary, what is said of them.
+
+        What is about answers that will be gone goes before them.
+        """
+        try:
+            old = set(read_answers(run))
+        except Altered:
+            old = set()
+        if not old or not old <= set(self.predictions):
+            for part in _ABOUT_ANSWERS:
+                summary.pop(part, None)
+        run.write_json("summary.json", summary)
+        digest = write_answers(run, self.predictions)
+        summary["metrics"] = dict(self.metrics)
+        summary["evaluation"] = self.facts.as_json() | {ANSWERS_SHA256: digest}
+        run.write_json("summary.json", summary)
+
+
+def read_answers(run: RunDirectory) -> list[Prediction]:
     """Return a run's answers.
 
     Raises:
         Altered: if they are not those that were evaluated.
+        UserError: if a line is none that FedRx writes.
     """
     told = run.read_json("summary.json").get("evaluation", {}).get(ANSWERS_SHA256)
     file = run.path / PREDICTIONS
@@ -33,10 +188,13 @@ def read_answers(run: RunDirectory) -> list[Row]:
             f"{PREDICTIONS} is damaged or was altered: it is not used; fix: bring it back, or let "
             "`fedrx evaluate` answer again"
         )
-    return run.lines(PREDICTIONS)
+    return [
+        Prediction.read(writable(line)[0], what=f"{PREDICTIONS}, line {number}")
+        for number, line in enumerate(run.lines(PREDICTIONS), start=1)
+    ]
 
 
-def write_answers(run: RunDirectory, rows: Sequence[Row]) -> str:
+def write_answers(run: RunDirectory, rows: Sequence[Prediction]) -> str:
     """Replace a run's answers; the old digest goes first, so that no kill leaves a wrong one.
 
     Returns:
@@ -45,6 +203,6 @@ def write_answers(run: RunDirectory, rows: Sequence[Row]) -> str:
     summary = run.read_json("summary.json")
     if summary.get("evaluation", {}).pop(ANSWERS_SHA256, None):
         run.write_json("summary.json", summary)
-    content = utf8("".join(map(json_line, rows)))
+    content = utf8("".join(json_line(row.as_json()) for row in rows))
     write_bytes(run.path / PREDICTIONS, content)
     return hashlib.sha256(content).hexdigest()

@@ -18,6 +18,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.evaluation.generate import Matcher
 from common.model.session import Session
+from common.provenance import pip_install
 from common.text.prompts import ANSWER_GRAMMAR
 
 if TYPE_CHECKING:
@@ -51,13 +52,13 @@ def require_llguidance() -> None:
     """
     if importlib.util.find_spec("llguidance") is None:
         raise UserError(
-            "evaluation.constrained=true needs the package llguidance",
-            fix="pip install 'fedrx[constrained]', or set evaluation.constrained to false",
+            "evaluation.decoding=grammar needs the package llguidance",
+            fix=f"{pip_install('llguidance')}, or set evaluation.decoding to formulary",
         )
 
 
-def answer_grammar(session: Session) -> Callable[[], Matcher]:
-    """Return what makes a matcher for each answer.
+def answer_grammar(session: Session) -> Callable[[int], Matcher]:
+    """Return what makes a matcher for each answer; all prompts have the same grammar.
 
     Raises:
         UserError: If llguidance is not installed, or cannot read the backbone's tokenizer.
@@ -75,9 +76,9 @@ def answer_grammar(session: Session) -> Callable[[], Matcher]:
         )
     except (ValueError, AttributeError, AssertionError) as error:
         raise UserError(
-            f"evaluation.constrained=true: llguidance cannot read this tokenizer ({error})",
-            fix="set evaluation.constrained to false",
+            f"evaluation.decoding=grammar: llguidance cannot read this tokenizer ({error})",
+            fix="set evaluation.decoding to greedy or formulary",
         ) from None
     grammar = LLMatcher.grammar_from_lark(ANSWER_GRAMMAR)
     first = LLMatcher(tokenizer, grammar)
-    return lambda: _AnswerMatcher(first.deep_copy())
+    return lambda prompt: _AnswerMatcher(first.deep_copy())

@@ -187,7 +187,11 @@ class GraphGeneration(SlotGeneration):
 
         hidden_TD = self.session.hidden_states(batch, keep=keep)
         rows = [
-            SlotRow(prompt=place, length=len(ids), matcher=self.matcher() if self.matcher else None)
+            SlotRow(
+                prompt=place,
+                length=len(ids),
+                matcher=self.matcher(place) if self.matcher else None,
+            )
             for place, ids in zip(places, prompts, strict=True)
         ]
         self.rows.extend(rows)

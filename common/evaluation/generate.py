@@ -68,7 +68,7 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int,
-    matcher: Callable[[], Matcher] | None = None,
+    matcher: Callable[[int], Matcher] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Generated]:
     """Continue every prompt greedily until its end token or ``max_new_tokens``.
@@ -80,7 +80,8 @@ def generate(
         prompts: Token ids, each at least one.
         max_new_tokens: Longest continuation.
         batch_size: Sequences that are continued together.
-        matcher: Makes what constrains one sequence to a grammar; unconstrained when None.
+        matcher: Makes what constrains the answer to one prompt, by the prompt's place;
+            unconstrained when None.
         progress: Called with (finished, all) whenever a sequence is finished.
 
     Returns:
@@ -104,7 +105,7 @@ class SlotGeneration:
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         batch_size: int,
-        matcher: Callable[[], Matcher] | None,
+        matcher: Callable[[int], Matcher] | None,
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self.session, self.prompts, self._limit = session, prompts, max_new_tokens
@@ -148,7 +149,7 @@ class SlotGeneration:
         ids_1T = torch.tensor([list(self.prompts[place])], device=self.session.torch_device)
         self._cache.expect_prompt(len(self.rows))
         hidden_1TD = self._pass(input_ids=ids_1T)
-        matcher = self.matcher() if self.matcher else None
+        matcher = self.matcher(place) if self.matcher else None
         row = SlotRow(prompt=place, length=ids_1T.shape[1], matcher=matcher)
         self.rows.append(row)
         self.take([row], self.session.model.lm_head(hidden_1TD[:, -1]))

@@ -20,12 +20,15 @@ Conventions, pinned down:
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import JsonValue
 
-from common.data.names import normalise
+from common.config import DataConfig
+from common.data.names import ATC_CHARACTERS, normalise, read_drug_map
 from common.seeds import stream
 
 METRICS = (
@@ -55,17 +58,20 @@ _RATIOS = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prediction:
+class Answered(Protocol):
     """One admission's true and predicted drugs."""
 
-    case: str
-    """Name of the case in predictions.jsonl; no patient or admission id."""
-    cluster: int
-    """Which admissions share a patient; only equality counts."""
-    truth: tuple[str, ...]
-    answer: tuple[str, ...] | None
-    """None: the answer was not in the format."""
+    @property
+    def cluster(self) -> int:
+        """Which admissions share a patient; only equality counts."""
+
+    @property
+    def truth(self) -> Collection[str]:
+        """What was ordered."""
+
+    @property
+    def answer(self) -> Collection[str] | None:
+        """None: the answer was not in the format."""
 
 
 class Estimate(NamedTuple):
@@ -95,7 +101,7 @@ class Metrics:
         """Return one metric over all samples."""
         return self.estimates[name].value
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, JsonValue]:
         """Return plain JSON: metrics by name, ``intervals`` and ``parsed_only`` beside."""
         return {
             "level": self.level,
@@ -111,7 +117,7 @@ class Metrics:
 
 
 def score(
-    predictions: Sequence[Prediction],
+    predictions: Sequence[Answered],
     *,
     level: str,
     vocabulary: Collection[str],
@@ -149,12 +155,14 @@ def score(
             for one in predictions
         ]
     )
-    _, cluster = np.unique([one.cluster for one in predictions], return_inverse=True)
     parsed = table[:, _COLUMNS.index("parsed")] == 1
-    patients = int(cluster.max()) + 1
-    sums_km = _by_cluster(np.hstack([table, table * parsed[:, None]]), cluster, patients)
-    # Both sets of metrics see the same resamples, and one patient has none.
-    drawn_rm = _resampled_sums(sums_km, resamples, seed) if resamples and patients > 1 else None
+    # Both sets of metrics see the same resamples.
+    sums_km, drawn_rm = _resampled_sums(
+        np.hstack([table, table * parsed[:, None]]),
+        [one.cluster for one in predictions],
+        resamples,
+        stream(seed, "bootstrap"),
+    )
     overall, among_parsed = (
         _estimates(sums_km[:, half], None if drawn_rm is None else drawn_rm[:, half], confidence)
         for half in (slice(len(_COLUMNS)), slice(len(_COLUMNS), None))
@@ -162,13 +170,79 @@ def score(
     return Metrics(
         level=level,
         samples=len(predictions),
-        patients=patients,
+        patients=len(sums_km),
         parsed=int(parsed.sum()),
         confidence=confidence,
         resamples=resamples,
         estimates=overall,
         parsed_only=among_parsed,
     )
+
+
+def f1_by_admission(
+    predictions: Sequence[Answered],
+    *,
+    level: str,
+    drug_map: Mapping[str, tuple[str, ...]] | None = None,
+) -> list[float]:
+    """Return the F1 of every admission; an answer that is not in the format has 0."""
+    place = _COLUMNS.index("f1")
+    return [
+        _measure(
+            normalised_set(one.truth, level=level, drug_map=drug_map),
+            None
+            if one.answer is None
+            else normalised_set(one.answer, level=level, drug_map=drug_map),
+            frozenset(),
+        )[place]
+        for one in predictions
+    ]
+
+
+def interval_of_mean(
+    values: Sequence[float],
+    clusters: Sequence[int],
+    *,
+    resamples: int,
+    seed: int,
+    confidence: float = 0.95,
+    name: str = "bootstrap",
+) -> Estimate:
+    """Return a mean and its interval by percentile bootstrap over patients.
+
+    Args:
+        values: One for each admission; of a paired comparison, the difference.
+        clusters: Which admissions share a patient.
+        resamples: 0 for no interval.
+        seed: Of the bootstrap; equal seeds and patients see equal resamples.
+        confidence: Mass of the interval.
+        name: Of the seed's stream.
+
+    >>> interval_of_mean([1.0, 1.0, 0.0], [1, 1, 2], resamples=200, seed=0)
+    Estimate(value=0.6666666666666666, low=0.0, high=1.0)
+
+    Raises:
+        ValueError: No values.
+    """
+    if not len(values):
+        raise ValueError("no values to average")
+    table_nm = np.column_stack([values, np.ones(len(values))])
+    _, drawn_rm = _resampled_sums(table_nm, clusters, resamples, stream(seed, name))
+    value = float(table_nm[:, 0].mean())
+    if drawn_rm is None:
+        return Estimate(value, None, None)
+    return Estimate(value, *_interval(drawn_rm[:, 0] / drawn_rm[:, 1], confidence))
+
+
+def drug_map_of(data: DataConfig) -> dict[str, tuple[str, ...]] | None:
+    """Return the map that level ``map`` and the ATC levels need; None at other levels.
+
+    Raises:
+        UserError: See ``read_drug_map``.
+    """
+    if data.normalisation not in ("map", *ATC_CHARACTERS):
+        return None
+    return read_drug_map(Path(data.drug_map), data.normalisation)
 
 
 def normalised_set(
@@ -182,7 +256,7 @@ def normalised_set(
     return frozenset(item for name in names for item in normalise(name, level, drug_map))
 
 
-def _values(estimates: Mapping[str, Estimate]) -> dict[str, float | None]:
+def _values(estimates: Mapping[str, Estimate]) -> dict[str, JsonValue]:
     return {name: estimate.value for name, estimate in estimates.items()}
 
 
@@ -205,23 +279,35 @@ def _measure(
     )
 
 
-def _by_cluster(
-    table_nm: NDArray[np.float64], cluster_n: NDArray[np.intp], clusters: int
-) -> NDArray[np.float64]:
-    sums_km = np.zeros((clusters, table_nm.shape[1]))
-    np.add.at(sums_km, cluster_n, table_nm)
-    return sums_km
+def _resampled_sums(
+    table_nm: NDArray[np.float64],
+    patients: Sequence[int],
+    resamples: int,
+    random: np.random.Generator,
+) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+    """Return the column sums of each patient, and those of every resample of patients.
 
-
-def _resampled_sums(sums_km: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
-    """Return the column sums of every resample of patients (resamples, M), some at a time."""
-    random = stream(seed, "bootstrap")
-    clusters = len(sums_km)
-    shares = np.full(clusters, 1 / clusters)
+    The second is (resamples, M), and None without resamples or with one patient alone.
+    """
+    names, place_n = np.unique(patients, return_inverse=True)
+    sums_km = np.zeros((len(names), table_nm.shape[1]))
+    np.add.at(sums_km, place_n, table_nm)
+    if not resamples or len(names) < 2:
+        return sums_km, None
+    shares = np.full(len(names), 1 / len(names))
     sizes = [
         min(_RESAMPLES_AT_ONCE, resamples - s) for s in range(0, resamples, _RESAMPLES_AT_ONCE)
     ]
-    return np.concatenate([random.multinomial(clusters, shares, size) @ sums_km for size in sizes])
+    return sums_km, np.concatenate(
+        [random.multinomial(len(names), shares, size) @ sums_km for size in sizes]
+    )
+
+
+def _interval(values_r: NDArray[np.float64], confidence: float) -> list[float]:
+    """Return the percentiles between which this share of the resamples lies."""
+    tail = (1 - confidence) / 2
+    bounds: list[float] = np.quantile(values_r, [tail, 1 - tail]).tolist()
+    return bounds
 
 
 def _estimates(
@@ -239,10 +325,7 @@ def _estimates(
         if drawn_rm is not None:
             # A resample without any denominator has no value of its own.
             usable_rm = drawn_rm[drawn_rm[:, below] > 0]
-            tail = (1 - confidence) / 2
             if len(usable_rm):
-                low, high = np.quantile(
-                    usable_rm[:, above] / usable_rm[:, below], [tail, 1 - tail]
-                ).tolist()
+                low, high = _interval(usable_rm[:, above] / usable_rm[:, below], confidence)
         found[name] = Estimate(value, low, high)
     return found

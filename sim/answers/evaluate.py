@@ -1,7 +1,6 @@
 """``fedrx evaluate``: answers of a run's adapter on held-out patients, with baselines beside."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
@@ -11,20 +10,15 @@ from common.configio import changed_freely
 from common.data.dataset import Dataset, open_hospitals
 from common.errors import UserError
 from common.evaluation.answers import B, choose_cases, evaluate_answers
-from common.evaluation.answers_file import ANSWERS_SHA256, Row, read_answers, write_answers
-from common.files import json_line
+from common.evaluation.answers_file import Evaluation, Facts
 from common.model.session import Session
 from common.rundir import RunDirectory
 from common.tensor_files import Altered
 from common.training.resident_session import session_of
 from sim.process.early import check_device
-from sim.process.lock import exclusive
 from sim.process.progress import Meter
-from sim.process.stages import after_training, is_trained
-from sim.report.run_report import write_report
-from sim.report.terminal import show_summary
 
-_FREE_KEYS = (
+FREE_KEYS = (
     "evaluation.",
     "model.attention",
     "model.kernels",
@@ -33,44 +27,6 @@ _FREE_KEYS = (
     "train.dtype",
     "train.threads",
 )
-
-
-def evaluate(
-    run: RunDirectory,
-    *,
-    console: Console,
-    checkpoint: str | None = None,
-    overrides: Iterable[str] = (),
-) -> dict[str, Any]:
-    """Evaluate a trained run again, and write its report anew; it is finished then.
-
-    Args:
-        run: The run's directory.
-        console: Where progress and results are shown.
-        checkpoint: Name of a checkpoint; default the last.
-        overrides: ``key=value`` of the evaluation, see ``evaluate_run``.
-
-    Returns:
-        The content of summary.json.
-
-    Raises:
-        UserError: If the run's training is not done, another process works on it, or see
-            ``evaluate_run``.
-        StageFailed: If answering or the report fails.
-    """
-    if not is_trained(run):
-        state = run.status()["state"]
-        raise UserError(f"{run.path} is {state}", allowed="a trained run", fix="`fedrx resume` it")
-    with exclusive(run), after_training(run, "the answers", "fedrx evaluate"):
-        summary = evaluate_run(run, checkpoint=checkpoint, overrides=overrides, console=console)
-        summary.setdefault("seconds", summary.get("training_seconds", 0.0))
-        run.write_json("summary.json", summary)
-        write_report(run)
-        status = run.status()
-        if status["state"] != "finished":
-            run.write_status("finished", **{k: status[k] for k in ("round", "step") if k in status})
-    show_summary(console, run, summary)
-    return summary
 
 
 def evaluate_run(
@@ -102,52 +58,38 @@ def evaluate_run(
         UserError: If an override would change what was trained, the data, the backbone or A are
             not those of the run, there is no such checkpoint, or nothing is held out.
     """
-    config = changed_freely(run.config(), overrides, _FREE_KEYS)
+    config = changed_freely(run.config(), overrides, FREE_KEYS)
     check_device(config)
     loaded, last = run.load_checkpoint(checkpoint), run.load_checkpoint()
     data, session = reopen(run, config, data)
     settings = config.evaluation
-    way = {"checkpoint": last.name, "settings": asdict(settings), **_compute(session)}
-    # A run that plain `flwr run` made does not know its source yet.
-    summary = {"source": data.source, **run.read_json("summary.json")}
-    known, old = summary.get("evaluation", {}), []
+    way = (last.name, settings, session.device.value, session.dtype.value)
+    known = None
     try:
-        old = read_answers(run)
+        known = Evaluation.read(run)
     except Altered as error:
-        known = {}
         if console is not None:
             console.print(f"{error}: all is answered anew", style="yellow", markup=False)
-    beside = {key: known.get(key) for key in way} == way
+    beside = known if known and known.facts.way == way else None
     adapters: dict[str, B | None] = {"fedrx": last.b, "untrained": None}
     if loaded.name != last.name:
         adapters = {loaded.name: loaded.b} if beside else {**adapters, loaded.name: loaded.b}
     cases = len(choose_cases(data.hospitals, samples=settings.samples, seed=settings.seed))
-    meter = Meter(console or Console(quiet=True), "answers", cases * len(adapters))
     names = list(adapters)
-    with meter:
+    with Meter(console or Console(quiet=True), "answers", cases * len(adapters)) as meter:
         found = evaluate_answers(
             session,
             data.hospitals,
             config,
             adapters,
+            checkpoint=last.name,
             progress=lambda model, done, of: meter.update(names.index(model) * of + done, model),
         )
     if console is not None:
         _show(console, found.facts)
-    rows = found.predictions
-    if beside:
-        rows = _together(old, rows)
-        found.facts["generation"] = {**known["generation"], **found.facts["generation"]}
-    lines = [json_line(row) for row in rows]
-    if not old or not set(map(json_line, old)) <= set(lines):
-        # These are about answers that will be gone, so they go first.
-        for about_answers in ("judge", "review"):
-            summary.pop(about_answers, None)
-        run.write_json("summary.json", summary)
-    digest = write_answers(run, rows)
-    summary["metrics"] = {**(summary["metrics"] if beside else {}), **found.metrics}
-    summary["evaluation"] = {**found.facts, **way, ANSWERS_SHA256: digest}
-    run.write_json("summary.json", summary)
+    # A run that plain `flwr run` made does not know its source yet.
+    summary = {"source": data.source, **run.read_json("summary.json")}
+    (beside.beside(found) if beside else found).write(run, summary)
     return summary
 
 
@@ -174,11 +116,6 @@ def reopen(
     return data, session
 
 
-def _together(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """Put new rows in the place of old ones, or after them."""
-    return list({(row["case"], row["model"]): row for row in (*old, *new)}.values())
-
-
 def _require(what: str, found: str, recorded: str | None, key: str) -> None:
     if recorded is not None and found != recorded:
         raise UserError(
@@ -187,21 +124,16 @@ def _require(what: str, found: str, recorded: str | None, key: str) -> None:
         )
 
 
-def _compute(session: Session) -> dict[str, Any]:
-    return {"device": session.device.value, "dtype": session.dtype.value}
-
-
-def _show(console: Console, facts: dict[str, Any]) -> None:
-    for model, one in facts["generation"].items():
-        cut = f", {one['cut_answers']} cut at evaluation.max-new-tokens" * bool(one["cut_answers"])
+def _show(console: Console, facts: Facts) -> None:
+    for model, one in facts.generation.items():
+        cut = f", {one.cut_answers} cut at evaluation.max-new-tokens" * bool(one.cut_answers)
         console.print(
-            f"{model}: {facts['samples']} answers, {one['tokens']} tokens in "
-            f"{one['seconds']:.1f} s{cut}",
+            f"{model}: {facts.samples} answers, {one.tokens} tokens in {one.seconds:.1f} s{cut}",
             style="dim",
             highlight=False,
         )
-    if facts["dropped_diagnoses"]:
+    if facts.dropped_diagnoses:
         console.print(
-            f"{facts['dropped_diagnoses']} diagnoses left out of prompts (train.max-length)",
+            f"{facts.dropped_diagnoses} diagnoses left out of prompts (train.max-length)",
             highlight=False,
         )

@@ -1,15 +1,14 @@
 """``fedrx judge``: appropriateness of a run's lists by an LLM, gated by the data's use terms."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from common.config import JudgeConfig
-from common.configio import from_flat, parse_overrides
+from common.configio import changed_freely
 from common.errors import RunFailed, UserError
 from common.evaluation.judge.gate import Statement
 from common.evaluation.judge.judging import judge_run
@@ -23,22 +22,18 @@ def plan(
     run: RunDirectory,
     *,
     overrides: Iterable[str] = (),
-    predicted_by: Sequence[str] = (),
     agreement_host: str = "",
     agreement: str = "",
-    dry_run: bool = False,
-    retry_refused: bool = False,
+    **choices: Any,
 ) -> JudgePlan:
     """Check settings and data-use terms; nothing is sent.
 
     Args:
         run: A run with predictions.
-        overrides: ``key=value`` of the section ``judge`` alone.
-        predicted_by: Models to judge; empty for all.
+        overrides: ``key=value`` of the section ``judge`` alone: the run is done.
         agreement_host: The host that an agreement covers.
         agreement: The agreement, in words.
-        dry_run: Only the cost is asked for.
-        retry_refused: Ask again what the server did not take the last time.
+        choices: See ``plan_judging``.
 
     Raises:
         UserError: For other keys, half a statement, and see ``plan_judging``.
@@ -49,32 +44,9 @@ def plan(
             allowed="both or neither",
             fix="state the host and the agreement that covers it",
         )
+    config = changed_freely(run.config(), overrides, ("judge.",)).judge
     statement = Statement(host=agreement_host, agreement=agreement) if agreement else None
-    return plan_judging(
-        run,
-        judge_config(run, overrides),
-        predicted_by=predicted_by,
-        statement=statement,
-        dry_run=dry_run,
-        retry_refused=retry_refused,
-    )
-
-
-def judge_config(run: RunDirectory, overrides: Iterable[str]) -> JudgeConfig:
-    """Return the run's ``[judge]`` section with overrides.
-
-    Raises:
-        UserError: For a key of another section: it would describe another run.
-    """
-    values = parse_overrides(overrides)
-    foreign = [key for key in values if not key.startswith("judge.")]
-    if foreign:
-        raise UserError(
-            f"--set {foreign[0]}: the run is done",
-            allowed="keys of the section judge",
-            fix="leave it out",
-        )
-    return from_flat(values, base=run.config()).judge
+    return plan_judging(run, config, statement=statement, **choices)
 
 
 def judge(run: RunDirectory, prepared: JudgePlan, *, console: Console) -> dict[str, Any]:

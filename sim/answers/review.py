@@ -2,30 +2,31 @@
 
 import contextlib
 import hashlib
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from common.data.names import read_drug_map
 from common.errors import UserError
-from common.evaluation.answers_file import read_answers
+from common.evaluation.answers_file import Prediction, read_answers
 from common.evaluation.judge.gate import source_of_run
+from common.evaluation.judge.plan import read_judgements
 from common.evaluation.review.packet import (
     ORDERED,
+    Key,
     Packet,
+    Shown,
     make_packet,
     packet_folder,
-    packet_sha256,
 )
-from common.evaluation.review.packet_import import check_against_packet, read_review
-from common.evaluation.review.scores import Level, summarise_reviews
+from common.evaluation.review.packet_import import Review, check_against_packet, read_review
+from common.evaluation.review.scores import summarise_reviews
 from common.files import utf8, write_json, write_text
 from common.rundir import RunDirectory
+from sim.answers.judge import percent
 from sim.report.page import render
 
 
@@ -54,18 +55,17 @@ def make_review(
     Raises:
         UserError: See ``make_packet``.
     """
-    source = source_of_run(run.read_json("summary.json"), run.read_json("data.json"))
     packet = make_packet(
         read_answers(run),
-        source=source,
+        source=source_of_run(run.read_json("summary.json"), run.read_json("data.json")),
         models=models,
         cases=cases,
         seed=seed,
         include_ordered=include_ordered,
     )
     folder = run.path / packet_folder(packet.sha256)
-    write_json(folder / "key.json", packet.key)
-    write_json(folder / "packet.json", packet.shown)
+    write_json(folder / "key.json", packet.key.as_json())
+    write_json(folder / "packet.json", packet.shown.as_json())
     page = out or folder / "review.html"
     try:
         write_text(page, render_review(packet))
@@ -80,7 +80,7 @@ def render_review(packet: Packet) -> str:
         "review.html",
         styles=("base.css", "review.css"),
         script="review.js",
-        data={"sha256": packet.sha256, "shown": packet.shown},
+        data={"sha256": packet.sha256, "shown": packet.shown.as_json()},
     )
 
 
@@ -101,83 +101,71 @@ def import_reviews(run: RunDirectory, files: Sequence[Path]) -> dict[str, Any]:
             imported then.
     """
     read = [(file, read_review(file)) for file in files]
-    packets = {review["packet"] for _, review in read}
+    packets = {review.packet for _, review in read}
     if len(packets) != 1:
         raise UserError(
             f"these files are of {len(packets)} packets",
             allowed="files of one packet",
             fix="import one packet's reviews at a time",
         )
-    sha256 = packets.pop()
-    folder = run.path / packet_folder(sha256)
-    shown, key = _packet(run, folder, sha256)
+    packet = _packet(run, packets.pop())
     predictions = read_answers(run)
-    _require_same_predictions(shown, key, predictions)
-    checked = [check_against_packet(review, shown, name=file.name) for file, review in read]
-    names = [review["reviewer"].casefold() for review in checked]
-    if len(set(names)) < len(names):
+    _require_same_predictions(packet, predictions)
+    for file, review in read:
+        check_against_packet(review, packet.shown, name=file.name)
+    names = {review.reviewer.casefold() for _, review in read}
+    if len(names) < len(read):
         raise UserError(
             "two of these files are by the same reviewer",
             fix="import the newer one, or give the reviewers different names",
         )
-    for review in checked:
-        write_json(folder / "reviews" / f"{_slug(review['reviewer'])}.json", review)
-    stored = sorted((folder / "reviews").glob("*.json"))
-    reviews = [json.loads(file.read_text(encoding="utf-8")) for file in stored]
-    data = run.config().data
-    summary = run.read_json("summary.json")
+    folder = run.path / packet_folder(packet.sha256) / "reviews"
+    for _, review in read:
+        write_json(folder / f"{_slug(review.reviewer)}.json", review.as_json())
+    reviews = [
+        Review.read(file.read_bytes(), what=str(file)) for file in sorted(folder.glob("*.json"))
+    ]
     result = summarise_reviews(
-        shown,
-        key,
-        reviews,
-        predictions,
-        # An evaluation of other answers takes the judgement out of the summary.
-        run.lines("judge.jsonl") if "judge" in summary else [],
-        level=Level(
-            name=data.normalisation,
-            drug_map=read_drug_map(Path(data.drug_map)) if data.normalisation == "map" else None,
-        ),
+        packet, reviews, predictions, read_judgements(run), run.config().data
     )
-    if escaped := sum(review.get("escaped", 0) for review in reviews):
+    if escaped := sum(review.escaped for review in reviews):
         result["escaped_texts"] = escaped
-    write_json(run.path / "summary.json", {**summary, "review": result})
+    write_json(run.path / "summary.json", {**run.read_json("summary.json"), "review": result})
     return result
 
 
-def _packet(run: RunDirectory, folder: Path, sha256: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    foreign = UserError(
-        f"this review is of another packet than those made from {run.path}",
-        allowed=", ".join(sorted(p.name for p in (run.path / "review").glob("*/"))) or "none made",
-        fix="name the run whose `fedrx review make` wrote the page",
-    )
+def _packet(run: RunDirectory, sha256: str) -> Packet:
+    folder = run.path / packet_folder(sha256)
     if not re.fullmatch(r"[0-9a-f]{64}", sha256) or not (folder / "key.json").is_file():
-        raise foreign
-    shown = json.loads((folder / "packet.json").read_text(encoding="utf-8"))
-    key = json.loads((folder / "key.json").read_text(encoding="utf-8"))
-    if key["sha256"] != sha256:
-        raise foreign
-    if packet_sha256(shown) != sha256:
+        made = ", ".join(sorted(p.name for p in (run.path / "review").glob("*/")))
+        raise UserError(
+            f"this review is of another packet than those made from {run.path}",
+            allowed=made or "none made",
+            fix="name the run whose `fedrx review make` wrote the page",
+        )
+    shown = Shown.read((folder / "packet.json").read_bytes(), what=str(folder / "packet.json"))
+    key = Key.read((folder / "key.json").read_bytes(), what=str(folder / "key.json"))
+    if not shown.sha256 == key.sha256 == sha256:
         raise UserError(
             f"{folder / 'packet.json'} was changed after the packet was made",
             fix="restore it, or make a new packet",
         )
-    return shown, key
+    return Packet(shown=shown, key=key)
 
 
-def _require_same_predictions(
-    shown: Mapping[str, Any], key: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]
-) -> None:
+def _require_same_predictions(packet: Packet, predictions: Sequence[Prediction]) -> None:
     """Build the packet anew: another one means that the run was evaluated again since."""
+    key = packet.key
     with contextlib.suppress(UserError):
         again = make_packet(
             predictions,
-            source=shown["source"],
-            models=[model for model in key["models"] if model != ORDERED],
-            cases=len(key["cases"]),
-            seed=key["seed"],
-            include_ordered=ORDERED in key["models"],
+            source=packet.shown.source,
+            models=[model for model in key.models if model != ORDERED],
+            cases=len(key.cases),
+            seed=key.seed,
+            include_ordered=ORDERED in key.models,
         )
-        if again.sha256 == key["sha256"]:
+        if again.sha256 == packet.sha256:
             return
     raise UserError(
         "the run's predictions are not those that the packet shows",
@@ -206,10 +194,10 @@ def show_reviews(console: Console, result: dict[str, Any]) -> None:
     for model, one in result["models"].items():
         table.add_row(
             model,
-            _percent(one["format_followed"]),
-            _percent((one["similarity"] or {}).get("jaccard")),
-            _percent((one["similarity_after_review"] or {}).get("jaccard")),
-            _percent(one["kept_share"]),
+            percent(one["format_followed"]),
+            percent((one["similarity"] or {}).get("jaccard")),
+            percent((one["similarity_after_review"] or {}).get("jaccard")),
+            percent(one["kept_share"]),
             "-" if one["overall"] is None else f"{one['overall']:.1f}",
             str(one["lists_reviewed"]),
         )
@@ -220,20 +208,16 @@ def show_reviews(console: Console, result: dict[str, Any]) -> None:
     if agreement["drugs"]:
         console.print(
             f"reviewers on {agreement['drugs']} drugs: unanimous "
-            f"{_percent(agreement['unanimous'])}, alpha {_figure(agreement['alpha_drugs'])} "
+            f"{percent(agreement['unanimous'])}, alpha {_figure(agreement['alpha_drugs'])} "
             f"(overall marks {_figure(agreement['alpha_overall'])})",
             highlight=False,
         )
     if judge and judge["drugs"]:
         console.print(
-            f"reviewers and judge on {judge['drugs']} drugs: agree {_percent(judge['agree'])}, "
+            f"reviewers and judge on {judge['drugs']} drugs: agree {percent(judge['agree'])}, "
             f"alpha {_figure(judge['alpha'])}",
             highlight=False,
         )
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
 
 
 def _figure(value: float | None) -> str:

@@ -22,19 +22,13 @@ from common.data.icd import (
     public_diagnoses,
     table_diagnoses,
 )
-from common.data.samples import Admission
 from common.errors import UserError
-from common.evaluation.answers import read_answer
-from common.evaluation.constrained import answer_grammar
-from common.evaluation.generate import generate
 from common.evaluation.judge.gate import source_of_run
-from common.evaluation.judge.rubric import distinct_drugs
 from common.evaluation.support import Support, SupportIndex
-from common.model.session import Session
 from common.rundir import RunDirectory
-from common.text.batches import encode_prompt
 from common.text.prompts import age_text
 from common.training.resident_session import session_of
+from sim.assist.listing import Lister
 from sim.assist.patient_form import PatientRequest
 from sim.process.open_run import open_run
 
@@ -43,7 +37,9 @@ _CODE = re.compile(r"[A-Za-z]?\d[\w.]{1,7}")
 _FREE_KEYS = (
     *(
         "evaluation.max-new-tokens",
-        "evaluation.constrained",
+        "evaluation.method",
+        "evaluation.decoding",
+        "evaluation.formulary",
         "model.attention",
         "model.kernels",
         "model.weights",
@@ -59,6 +55,8 @@ class SuggestedDrug:
     name: str
     support: Support | None
     """None where no training data is at hand, or no admission is similar."""
+    confidence: float | None = None
+    """Probability that it is ordered; None where the run's data is not at hand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +71,8 @@ class Suggestion:
     dropped_diagnoses: int
     """Left out of the prompt, from the end, because it would have been too long."""
     seconds: float
+    ends: str = ""
+    """Why the list ends where it does."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain JSON."""
@@ -80,12 +80,14 @@ class Suggestion:
             "drugs": [
                 {
                     "name": drug.name,
+                    "confidence": drug.confidence,
                     "ordered": drug.support.ordered if drug.support else None,
                     "similar": drug.support.similar if drug.support else None,
                 }
                 for drug in self.drugs
             ],
             "in_format": self.in_format,
+            "ends": self.ends,
             "similar": self.similar,
             "dropped_diagnoses": self.dropped_diagnoses,
             "seconds": round(self.seconds, 3),
@@ -100,6 +102,7 @@ class Surroundings:
     support: SupportIndex | None
     note: str
     """Where titles and support come from, or why there is none."""
+    data: Dataset | None = None
 
 
 class Assistant:
@@ -126,51 +129,37 @@ class Assistant:
         loaded = run.load_checkpoint(checkpoint)
         self.checkpoint = loaded.name
         self.surroundings = surroundings
-        self._config = config
         self._session = session_of(config)
         inputs = run.read_json("environment.json").get("inputs", {})
         _require_same("the backbone", self._session.spec.fingerprint, inputs.get("backbone"))
         _require_same("A", self._session.adapter.a_fingerprint, inputs.get("a"))
         self._session.adapter.load(loaded.b)
+        self._lister = Lister(self._session, config, surroundings.data)
         self._one_at_a_time = threading.Lock()
 
     def suggest(self, request: PatientRequest) -> Suggestion:
         """Answer for one patient; deterministic."""
         started = time.perf_counter()
         with self._one_at_a_time:
-            text, finished, dropped = _answer(self._session, request.admission(), self._config)
-        answer = read_answer(text, finished=finished)
-        names = distinct_drugs(answer or ())
+            listed = self._lister.list_drugs(request.admission())
+        names = listed.names or ()
         index = self.surroundings.support
         supports: Sequence[Support | None] = (
             index.support(request.codes, names) if index else [None] * len(names)
         )
         return Suggestion(
             drugs=tuple(
-                SuggestedDrug(name=name, support=support)
-                for name, support in zip(names, supports, strict=True)
+                SuggestedDrug(name=name, support=support, confidence=confidence)
+                for name, support, confidence in zip(
+                    names, supports, listed.confidences, strict=True
+                )
             ),
-            in_format=answer is not None,
+            in_format=listed.names is not None,
+            ends=listed.ends,
             similar=len(index.similar(request.codes)) if index else 0,
-            dropped_diagnoses=dropped,
+            dropped_diagnoses=listed.dropped_diagnoses,
             seconds=time.perf_counter() - started,
         )
-
-
-def _answer(session: Session, admission: Admission, config: Config) -> tuple[str, bool, int]:
-    ids, dropped = encode_prompt(
-        admission, session.tokenizer, max_length_tokens=config.train.max_length
-    )
-    settings = config.evaluation
-    (answer,) = generate(
-        session,
-        [ids],
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=1,
-        matcher=answer_grammar(session) if settings.constrained else None,
-    )
-    text = session.tokenizer.decode(list(answer.tokens), skip_special_tokens=True)
-    return str(text), answer.finished, dropped
 
 
 def surroundings_of(
@@ -204,7 +193,7 @@ def surroundings_of(
         f"Support: among the most similar of {len(train):,} admissions of {places} "
         f"({data.source} data), by coded diagnoses."
     )
-    return Surroundings(index=index, support=SupportIndex(train), note=note)
+    return Surroundings(index=index, support=SupportIndex(train), note=note, data=data)
 
 
 def assistant_config(run: RunDirectory, overrides: Iterable[str] = ()) -> Config:
@@ -281,13 +270,17 @@ def show_suggestion(
         return
     table = Table(title=f"{len(suggestion.drugs)} suggested drugs", title_justify="left")
     table.add_column("drug")
+    table.add_column("confidence", justify="right")
     table.add_column("similar stays with it", justify="right")
     for drug in suggestion.drugs:
         support = drug.support
         table.add_row(
-            Text(drug.name), f"{support.ordered} of {support.similar}" if support else "-"
+            Text(drug.name),
+            "-" if drug.confidence is None else f"{drug.confidence:.0%}",
+            f"{support.ordered} of {support.similar}" if support else "-",
         )
     console.print(table)
+    console.print(f"Why it ends there: {suggestion.ends}.", markup=False, highlight=False)
     if suggestion.dropped_diagnoses:
         console.print(f"{suggestion.dropped_diagnoses} diagnoses did not fit and were not read.")
     console.print(f"{surroundings.note} Run: {run.path.name}.", style="dim", highlight=False)

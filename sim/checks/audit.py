@@ -1,17 +1,16 @@
 """``fedrx audit``: what the privacy code really does, measured against what it claims."""
 
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from common.config import Config
-from common.errors import FedrxError, RunFailed, UserError
+from common.errors import RunFailed, UserError
 from common.model.adapter.layout import adapter_spec
 from common.model.backbone.load import resolve_backbone
 from common.model.session import Session, open_session
@@ -23,19 +22,20 @@ from common.privacy.mechanism.gradients import PrivateGradient
 from common.privacy.mechanism.isolation import check_backbone
 from common.privacy.plan import PrivacyPlan
 from common.privacy.settings import is_private, plan_of, protects, with_calibrated_noise
-from common.provenance import environment
-from common.rundir import RunDirectory
+from common.records import AuditSummary, Json, RunRecord
+from common.rundir import SUMMARY
 from common.seeds import torch_stream
 from common.text.batches import Encoded, pack
 from common.training.gradients import StepLoss, add_unit_gradients
 from sim.checks.audit_loop import audit_loop
 from sim.checks.audit_page import (
     NOT_COVERED,
+    cells,
     claim_of,
-    show_interval,
-    show_number,
     write_audit_page,
 )
+from sim.runs.lifecycle import Kind, Run, start
+from sim.runs.stages import AUDIT
 
 CANARIES = 5000
 LOOP_CANARIES, LOOP_CANARIES_LARGE = 600, 120
@@ -61,7 +61,7 @@ def audit(
     command_line: Sequence[str],
     run_dir: Path | None = None,
     canaries: int = 0,
-) -> dict[str, Any]:
+) -> AuditSummary:
     """Audit a configuration's privacy: the mechanism, the whole loop under watch, inversion.
 
     No patient data is read: canaries and records are made up. Controls run the same attacks on
@@ -76,79 +76,101 @@ def audit(
         run_dir: Run directory; default below ``runs``.
         canaries: Of each attacked run of the loop; 0: 600 on the tiny backbone, else 120.
 
-    Returns:
-        The content of summary.json: the plan and every finding.
-
     Raises:
         UserError: if privacy is off, or protects whole hospitals.
         RunFailed: if a finding refutes the claim, after everything is written.
     """
-    started = time.monotonic()
-    RunDirectory.require_new(config, directory=run_dir)
-    if protects(config) and not is_private(config):
-        raise UserError(
-            "privacy.unit=hospital: the audit covers the release of clipped and noised gradients "
-            "inside a hospital; here the server noises whole updates instead",
-            allowed="patient, admission",
-            fix="set privacy.unit",
-        )
-    if not is_private(config):
-        raise UserError(
-            "there is nothing to audit: privacy is off",
-            fix="set privacy.target-epsilon, or name hospitals-dp.toml",
-        )
-    config = with_calibrated_noise(config)
-    plan = plan_of(config)
-    if plan.deterministic_noise:
-        raise UserError(
-            "privacy.deterministic-noise=true protects nobody: there is nothing to audit",
-            fix="set privacy.deterministic-noise=false",
-        )
-    backbone = resolve_backbone(
-        config.model.backbone, progress=lambda line: console.print(line, style="dim")
-    )
-    check_backbone(backbone)
-    run = RunDirectory.create(config, directory=run_dir)
-    run.write_json("environment.json", environment(list(command_line)))
-    run.write_status("running", stage="audit")
-    findings = [one_run_audit(plan, canaries=CANARIES), one_run_control(plan), noise_test(plan)]
-    train = config.train
-    session = open_session(
-        backbone,
-        adapter_spec(config.adapter),
-        device=train.device,
-        dtype=train.dtype,
-        attention=config.model.attention,
-        kernels=config.model.kernels,
-        weights=config.model.weights,
-        threads=train.threads or None,
-    )
-    default = LOOP_CANARIES if config.model.backbone == "tiny" else LOOP_CANARIES_LARGE
-    try:
-        findings += audit_loop(session, config, canaries=canaries or default)
-    except FedrxError as error:
-        # a ledger that finds itself wronged stops the run: that refutes the code too
-        run.write_status("failed", stage="audit", error=str(error))
-        raise
-    if "v_proj" in adapter_spec(config.adapter).targets and config.adapter.rank > 1:
-        findings += inversion(session, plan)
-    summary = {
-        "plan": plan.to_dict(),
-        "findings": [plain(finding) for finding in findings],
-        "passed": all(finding.passed for finding in findings),
-        "not_covered": NOT_COVERED,
-        "seconds": round(time.monotonic() - started, 3),
-    }
-    run.write_json("summary.json", summary)
-    page = write_audit_page(run, claim_of(plan.to_dict(), epsilon(plan).value), findings)
-    show(console, findings)
-    console.print(f"page: {page}", markup=False, highlight=False)
-    console.print(f"run directory: {run.path}", markup=False, highlight=False)
-    refuted = [finding for finding in findings if not finding.passed]
-    run.write_status("failed" if refuted else "finished", stage="audit")
+    kind = Audit(canaries)
+    start(config, lambda: kind, console=console, command_line=command_line, run_dir=run_dir)
+    refuted = [finding for finding in kind.findings if not finding.passed]
     if refuted:
         raise RunFailed("; ".join(f"{one.audit}: {one.verdict}" for one in refuted))
-    return summary
+    return kind.summary
+
+
+class Audit(Kind):
+    """Attacks and checks in the place of training.
+
+    Args:
+        canaries: See ``audit``.
+    """
+
+    mode = "audit"
+    resumable = False
+
+    def __init__(self, canaries: int) -> None:
+        self.canaries = canaries
+
+    def settle(self, config: Config) -> Config:
+        """Refuse a configuration without anything to audit; calibrate its noise."""
+        if protects(config) and not is_private(config):
+            raise UserError(
+                "privacy.unit=hospital: the audit covers the release of clipped and noised "
+                "gradients inside a hospital; here the server noises whole updates instead",
+                allowed="patient, admission",
+                fix="set privacy.unit",
+            )
+        if not is_private(config):
+            raise UserError(
+                "there is nothing to audit: privacy is off",
+                fix="set privacy.target-epsilon, or name hospitals-dp.toml",
+            )
+        config = with_calibrated_noise(config)
+        if plan_of(config).deterministic_noise:
+            raise UserError(
+                "privacy.deterministic-noise=true protects nobody: there is nothing to audit",
+                fix="set privacy.deterministic-noise=false",
+            )
+        return config
+
+    def prepare(self, config: Config, console: Console) -> None:
+        """Find the backbone; no data is read."""
+        say = partial(console.print, style="dim")
+        self.backbone = resolve_backbone(config.model.backbone, progress=say)
+        check_backbone(self.backbone)
+
+    def facts(self, record: RunRecord) -> Mapping[str, object]:
+        """Say nothing more of an audit."""
+        return {}
+
+    def work(self, run: Run) -> AuditSummary:
+        """Attack, write the page and show what was found."""
+        config, console = run.config, run.console
+        run.enter(AUDIT)
+        plan, spec, train = plan_of(config), adapter_spec(config.adapter), config.train
+        found = [one_run_audit(plan, canaries=CANARIES), one_run_control(plan), noise_test(plan)]
+        session = open_session(
+            self.backbone,
+            spec,
+            device=train.device,
+            dtype=train.dtype,
+            attention=config.model.attention,
+            kernels=config.model.kernels,
+            weights=config.model.weights,
+            threads=train.threads or None,
+        )
+        default = LOOP_CANARIES if config.model.backbone == "tiny" else LOOP_CANARIES_LARGE
+        found += audit_loop(session, config, canaries=self.canaries or default)
+        if "v_proj" in spec.targets and spec.rank > 1:
+            found += inversion(session, plan)
+        self.findings = found
+        self.summary = AuditSummary(
+            plan=plan.to_dict(),
+            findings=tuple(plain(finding) for finding in found),
+            passed=all(finding.passed for finding in found),
+            not_covered=NOT_COVERED,
+            seconds=round(run.seconds, 3),
+        )
+        run.directory.write_json(SUMMARY, self.summary)
+        page = write_audit_page(
+            run.directory,
+            claim_of(plan.unit, epsilon(plan).value, delta=plan.delta, steps=plan.steps),
+            found,
+        )
+        show(console, found)
+        console.print(f"page: {page}", markup=False, highlight=False)
+        run.directory.write_status("finished" if self.summary.passed else "failed", stage=AUDIT)
+        return self.summary
 
 
 def one_run_control(plan: PrivacyPlan) -> Finding:
@@ -186,7 +208,7 @@ def _record(session: Session, tokens: int, place: int) -> Encoded:
     return Encoded(input_ids=tuple(ids), answer_start=tokens, unit=place)
 
 
-def plain(finding: Finding) -> dict[str, Any]:
+def plain(finding: Finding) -> dict[str, Json]:
     """Return a finding for strict JSON."""
     values = asdict(finding)
     values["figure"], values["limit"] = json_number(finding.figure), json_number(finding.limit)
@@ -199,16 +221,9 @@ def show(console: Console, findings: Sequence[Finding]) -> None:
     """Print the findings as a table."""
     table = Table("audit", "figure", "if the claim is true", "95% interval", "limit", "verdict")
     for finding in findings:
+        audit, _, *figures, _ = cells(finding)
         style = None if finding.passed else "red"
-        cells = (
-            finding.audit,
-            show_number(finding.figure),
-            show_number(finding.null),
-            show_interval(finding.interval),
-            show_number(finding.limit, "no limit"),
-            finding.verdict,
-        )
-        table.add_row(*cells, style=style)
+        table.add_row(audit, *figures, finding.verdict, style=style)
     console.print(table)
     for finding in findings:
         line = f"{finding.audit}: {finding.meaning}"

@@ -13,6 +13,7 @@ from common.errors import UserError
 from common.model.adapter.layout import initial_tensors
 from common.model.session import Session
 from common.privacy.membership import membership_findings, patient_losses, ratios
+from common.records import MembershipRecord
 from common.rundir import RunDirectory
 from common.tensor_files import Tensors
 from common.text.batches import Encoded, encode
@@ -28,7 +29,7 @@ FEWEST = 10
 
 def audit_membership(
     run: RunDirectory, *, console: Console, references: Sequence[Path] = ()
-) -> dict[str, Any]:
+) -> MembershipRecord:
     """Attack a finished run: patients it was trained on against those it held out.
 
     Patients are dealt to training and held-out splits by a hash of their own, so that neither side
@@ -40,9 +41,6 @@ def audit_membership(
         console: Where findings are shown.
         references: Finished runs of the same backbone and A on other patients (another hospital's
             local-only run, say): their adapters are reference models beside the untrained one.
-
-    Returns:
-        The content of membership.json.
 
     Raises:
         UserError: if the run has not finished, too few patients are on one side, data or backbone
@@ -73,7 +71,7 @@ def audit_membership(
                     allowed=f"at least {FEWEST} on either side",
                     fix="use more patients, or a larger data.test-fraction",
                 )
-        privacy = run.read_json("summary.json").get("privacy")
+        privacy = run.summary().privacy
         epsilon = float(privacy["epsilon"]) if privacy else math.inf
         delta = float(privacy["delta"]) if privacy else 0.0
         findings = membership_findings(
@@ -85,17 +83,16 @@ def audit_membership(
         )
         claim = "Nothing was claimed: the run has no differential privacy."
         if privacy:
-            terms = {"unit": privacy["unit"], "delta": delta, "steps": privacy["planned_steps"]}
-            claim = claim_of(terms, epsilon)
+            claim = claim_of(privacy["unit"], epsilon, delta=delta, steps=privacy["planned_steps"])
         claim += " This audit read the run's own patients; its figures are of all of them together."
-        result = {
-            "claim": claim,
-            "source": data.source,
-            "references": len(models) - 1,
-            "findings": [plain(finding) for finding in findings],
-            "passed": all(finding.passed for finding in findings),
-            "seconds": round(time.monotonic() - started, 3),
-        }
+        result = MembershipRecord(
+            claim=claim,
+            source=data.source,
+            references=len(models) - 1,
+            findings=tuple(plain(finding) for finding in findings),
+            passed=all(finding.passed for finding in findings),
+            seconds=round(time.monotonic() - started, 3),
+        )
         run.write_json(MEMBERSHIP, result)
         page = write_audit_page(run, claim, findings)
     show(console, findings)
@@ -105,10 +102,12 @@ def audit_membership(
 
 def _reference(path: Path, session: Session) -> Tensors:
     other = RunDirectory.open(path)
-    found = other.read_json("environment.json").get("inputs", {})
-    ours = {"a": session.adapter.a_fingerprint, "backbone": session.spec.fingerprint}
-    for key, what in (("a", "A"), ("backbone", "backbone")):
-        if found.get(key) != ours[key]:
+    found, ours = other.inputs(), session.adapter.a_fingerprint
+    for what, theirs, wanted in (
+        ("A", found.a, ours),
+        ("backbone", found.backbone, session.spec.fingerprint),
+    ):
+        if theirs != wanted:
             raise UserError(
                 f"{path} was trained with another {what} than the run",
                 allowed="references with the run's own backbone and A",

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from common.files import write_text
 from common.privacy.findings import Finding
@@ -46,6 +45,19 @@ NOT_COVERED = (
 )
 
 
+def cells(finding: Finding) -> tuple[str, ...]:
+    """Return a finding as a row: audit, question, figure, null, interval, limit, verdict."""
+    return (
+        finding.audit,
+        QUESTIONS[finding.audit],
+        show_number(finding.figure),
+        show_number(finding.null),
+        show_interval(finding.interval),
+        show_number(finding.limit, "no limit"),
+        finding.verdict if finding.passed else f"FAILED: {finding.verdict}",
+    )
+
+
 def audit_blocks(claim: str, findings: Sequence[Finding]) -> list[Block]:
     """Return the page's blocks."""
     headers = (
@@ -54,18 +66,6 @@ def audit_blocks(claim: str, findings: Sequence[Finding]) -> list[Block]:
         "figure",
         "if the claim is true",
         "95% interval",
-    )
-    rows = tuple(
-        (
-            one.audit,
-            QUESTIONS[one.audit],
-            show_number(one.figure),
-            show_number(one.null),
-            show_interval(one.interval),
-            show_number(one.limit, "no limit"),
-            one.verdict if one.passed else f"FAILED: {one.verdict}",
-        )
-        for one in findings
     )
     failed = [one.audit for one in findings if not one.passed]
     outcome = (
@@ -80,7 +80,7 @@ def audit_blocks(claim: str, findings: Sequence[Finding]) -> list[Block]:
         Block(
             title="What was attacked",
             headers=(*headers, "limit", "verdict"),
-            rows=rows,
+            rows=tuple(map(cells, findings)),
             text_cells=True,
         ),
         Block(
@@ -102,16 +102,16 @@ def write_audit_page(run: RunDirectory, claim: str, findings: Sequence[Finding])
     return page
 
 
-def claim_of(plan: dict[str, Any], epsilon: float) -> str:
+def claim_of(unit: str, epsilon: float, *, delta: float, steps: int) -> str:
     """Return the claim in words.
 
-    >>> claim_of({"unit": "patient", "delta": 1e-4, "steps": 20}, 5.999)[:60]
+    >>> claim_of("patient", 5.999, delta=1e-4, steps=20)[:60]
     'Whether any one patient was in a hospital changes the probab'
     """
     return (
-        f"Whether any one {plan['unit']} was in a hospital changes the probability of whatever "
+        f"Whether any one {unit} was in a hospital changes the probability of whatever "
         f"leaves it by at most the factor e^{epsilon:.3g}, except with probability "
-        f"{plan['delta']:g} (differential privacy, epsilon {epsilon:.3g}), over {plan['steps']} "
+        f"{delta:g} (differential privacy, epsilon {epsilon:.3g}), over {steps} "
         "training steps."
     )
 

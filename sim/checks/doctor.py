@@ -27,6 +27,7 @@ from common.model.kernels.attention import choose_attention
 from common.model.kernels.elementwise import choose_kernels
 from common.model.kernels.frozen import fp8_obstacle
 from common.model.session import DTYPES, choose_device, choose_dtype
+from common.provenance import pip_install
 from common.user_cache import fedrx_cache
 from sim.flower.proxies import nginx_command
 from sim.flower.superlink import superlink
@@ -191,13 +192,13 @@ def _backbone() -> Finding:
 
 
 def _extras() -> Finding:
-    optional = [("constrained", "llguidance")]
+    optional = ["llguidance"]
     if choose_device("auto").value == "cuda":
-        optional.append(("flash-attn", "flash_attn"))
+        optional.append("flash-attn")
     missing = [
-        f"pip install 'fedrx[{extra}]'"
-        for extra, module in optional
-        if importlib.util.find_spec(module) is None
+        pip_install(name)
+        for name in optional
+        if importlib.util.find_spec(name.replace("-", "_")) is None
     ]
     if missing:
         fix = "only if you want them: " + ", ".join(missing)

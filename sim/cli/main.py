@@ -82,9 +82,8 @@ def demo(
     from sim.runs.federate import federate
 
     console = console_for(json_output)
-    print_json(
-        federate(config, console=console, command_line=sys.argv, run_dir=run_dir), json_output
-    )
+    run = federate(config, console=console, command_line=sys.argv, run_dir=run_dir)
+    print_json(run.result.as_json(), json_output)
 
 
 @app.command()
@@ -100,8 +99,8 @@ def federate(
     from sim.runs.federate import federate as run_federation
 
     console = console_for(json_output)
-    summary = run_federation(config, console=console, command_line=sys.argv, run_dir=run_dir)
-    print_json(summary, json_output)
+    run = run_federation(config, console=console, command_line=sys.argv, run_dir=run_dir)
+    print_json(run.result.as_json(), json_output)
 
 
 @app.command()
@@ -116,8 +115,8 @@ def single(
     from sim.runs.single import single as run_single
 
     console = console_for(json_output)
-    summary = run_single(config, console=console, command_line=sys.argv, run_dir=run_dir)
-    print_json(summary, json_output)
+    run = run_single(config, console=console, command_line=sys.argv, run_dir=run_dir)
+    print_json(run.result.as_json(), json_output)
 
 
 @app.command()
@@ -142,7 +141,7 @@ def paper(
         command_line=sys.argv,
         run_dir=run_dir,
     )
-    print_json(table, json_output)
+    print_json(table.as_json(), json_output)
 
 
 @app.command()
@@ -193,7 +192,7 @@ def audit(
 
         run = open_run(config_file)
         found = audit_membership(run, console=console, references=references or ())
-        print_json(found, json_output)
+        print_json(found.as_json(), json_output)
         return
     if references:
         raise UserError("--reference without --membership", fix="add --membership, and name a run")
@@ -203,7 +202,7 @@ def audit(
     summary = run_audit(
         config, console=console, command_line=sys.argv, run_dir=run_dir, canaries=canaries
     )
-    print_json(summary, json_output)
+    print_json(summary.as_json(), json_output)
 
 
 @app.command()
@@ -252,7 +251,8 @@ def resume(
     from sim.runs.resume import resume as resume_run
 
     console = console_for(json_output)
-    print_json(resume_run(run, set_ or (), console=console, command_line=sys.argv), json_output)
+    found = resume_run(run, set_ or (), console=console, command_line=sys.argv)
+    print_json(found, json_output)
 
 
 @app.command()
@@ -330,7 +330,7 @@ def main() -> None:
         if isinstance(error, OSError) and error.errno in PATH_ERRORS and error.filename is not None:
             line, status = f"{error.filename}: {error.strerror}; fix: name another path", 2
         else:
-            from sim.process.stages import unexpected
+            from sim.process.failures import unexpected
 
             line, status = unexpected(error), 1
         print(f"fedrx: {line}", file=sys.stderr)

@@ -57,7 +57,7 @@ def judge(
     from common.evaluation.judge.plan import estimate
     from sim.answers.judge import judge as ask_judge
     from sim.answers.judge import plan, require_scores, show_estimate
-    from sim.process.stages import after_training
+    from sim.runs.stages import after_training
 
     overrides = list(set_ or ())
     if max_cost_usd is not None:
@@ -218,8 +218,8 @@ def assist(
 def _renew_report(run: RunDirectory) -> None:
     """Write a run's report anew, where it has one."""
     if (run.path / "report.md").exists():
-        from sim.process.stages import after_training
         from sim.report.run_report import write_report
+        from sim.runs.stages import after_training
 
         with after_training(run, "the report", "fedrx report"):
             write_report(run)

@@ -54,12 +54,12 @@ def evaluate(
     json_output: JsonOption = False,
 ) -> None:
     """Answer held-out patients with a checkpoint, the baselines beside."""
-    from sim.answers.evaluate import evaluate as evaluate_run
+    from sim.runs.lifecycle import evaluate as evaluate_run
 
     console = console_for(json_output)
     directory = open_run(run)
     summary = evaluate_run(directory, console=console, checkpoint=checkpoint, overrides=set_ or ())
-    print_json(summary, json_output)
+    print_json(summary.as_json(), json_output)
 
 
 def export(

@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 
 from common.config import Config
-from common.data.names import read_drug_map
 from common.evaluation.constrained import require_llguidance
+from common.evaluation.formulary import read_formulary
+from common.evaluation.interactions import read_interactions
+from common.evaluation.metrics import drug_map_of
 from common.model.adapter.layout import adapter_spec, meta_adapter
 from common.model.backbone.known_shapes import KNOWN_SHAPES, shape_of
 from common.model.backbone.load import BackboneSpec, load_tokenizer
@@ -26,10 +28,13 @@ def check_settings(config: Config) -> None:
         UserError: naming the key that cannot be had here.
     """
     check_device(config)
-    if config.data.normalisation == "map":
-        read_drug_map(Path(config.data.drug_map))
-    if config.evaluation.constrained:
+    drug_map_of(config.data)
+    if config.evaluation.method == "generate" and config.evaluation.decoding == "grammar":
         require_llguidance()
+    if config.evaluation.formulary:
+        read_formulary(Path(config.evaluation.formulary).expanduser())
+    if config.evaluation.interactions:
+        read_interactions(Path(config.evaluation.interactions).expanduser())
     _check_backbone(config)
 
 

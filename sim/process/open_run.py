@@ -13,9 +13,9 @@ def open_run(path: Path) -> RunDirectory:
         UserError: if there is none, or it is a paper run: those lie inside.
     """
     run = RunDirectory.open(path)
-    ranks = run.read_json("environment.json").get("ranks", [])
-    if ranks:
-        inside = [str(path / rank_folder(rank)) for rank in ranks]
+    record = run.record()
+    if record and record.ranks:
+        inside = [str(path / rank_folder(rank)) for rank in record.ranks]
         raise UserError(
             f"{path} is a paper run, with one run for each rank inside",
             allowed=", ".join(inside),

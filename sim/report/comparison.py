@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from common.configio import flatten
-from common.data.names import read_drug_map
 from common.errors import UserError
 from common.evaluation.answers_file import read_answers
-from common.evaluation.metrics import Prediction, score
-from common.evaluation.paired import paired_difference
+from common.evaluation.metrics import drug_map_of, f1_by_admission, interval_of_mean
 from common.files import write_json, write_text
 from common.rundir import RunDirectory
 from sim.report.html import Bar, Block, to_html, to_markdown
@@ -27,6 +25,7 @@ from sim.report.what_ran import PLACES
 from sim.report.words import COLUMNS, NOTICE, SOURCES, megabytes, number, with_interval
 
 COMPARISON = "comparison.json"
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,29 +88,20 @@ def read_run(run: RunDirectory) -> Compared:
         UserError: if it has not been finished.
     """
     summary, config = finished_summary(run), run.config()
-    level = config.data.normalisation
-    drug_map = read_drug_map(Path(config.data.drug_map)) if level == "map" else None
+    rows = [row for row in read_answers(run) if row.model == "fedrx"]
+    level, drug_map = config.data.normalisation, drug_map_of(config.data)
     found: dict[str, float] = {}
     clusters: dict[str, int] = {}
     twins: Counter[str] = Counter()
-    for row in read_answers(run):
-        if row["model"] != "fedrx":
-            continue
-        one = Prediction(
-            case=row["case"],
-            cluster=row.get("cluster", 0),
-            truth=tuple(row["truth"]),
-            answer=None if row["answer"] is None else tuple(row["answer"]),
-        )
-        seen = json.dumps([level, row.get("patient"), row["diagnoses"], row["truth"]])
+    scores = f1_by_admission(rows, level=level, drug_map=drug_map)
+    for row, f1 in zip(rows, scores, strict=True):
+        seen = json.dumps([level, row.patient.as_json(), row.diagnoses, row.truth])
         twins[seen] += 1
         key = f"{seen} {twins[seen]}"
-        scored = score([one], level=level, vocabulary=(), drug_map=drug_map, resamples=0)
-        found[key], clusters[key] = scored.value("f1") or 0.0, one.cluster
-    inputs = run.read_json("environment.json").get("inputs", {})
+        found[key], clusters[key] = f1, row.cluster
     decides = {
         "data (source)": summary.get("source", "–"),
-        "data (samples, sha256)": str(inputs.get("samples", "–"))[:12],
+        "data (samples, sha256)": (run.inputs().samples or "–")[:12],
         "backbone (sha256)": str(summary["backbone"].get("fingerprint", "–"))[:12],
         "way of training": summary.get("mode", "federated"),
     }
@@ -195,7 +185,11 @@ def _paired(groups: Mapping[str, Sequence[Compared]]) -> list[Block]:
     }
     rows = []
     for name, _ in others:
-        found = paired_difference(values[reference], values[name], [clusters[k] for k in keys])
+        gains = [
+            ours - theirs for ours, theirs in zip(values[name], values[reference], strict=True)
+        ]
+        patients = [clusters[key] for key in keys]
+        found = interval_of_mean(gains, patients, resamples=RESAMPLES, seed=0, name="paired")
         interval = apart = "–"
         if found.low is not None and found.high is not None:
             interval = f"{found.low:+.3f} to {found.high:+.3f}"

@@ -317,11 +317,11 @@ def _reviewers(summary: Mapping[str, Any]) -> Block:
 
 
 def _samples(run: RunDirectory) -> list[Block]:
-    answers = [r for r in read_answers(run) if r["model"] == "fedrx"]
+    answers = [r for r in read_answers(run) if r.model == "fedrx"]
     rows = []
     for row in answers[:SAMPLE_CASES]:
-        answer = "not in the format" if row["answer"] is None else "; ".join(row["answer"])
-        rows.append((row["case"], "; ".join(row["diagnoses"]), "; ".join(row["truth"]), answer))
+        answer = "not in the format" if row.answer is None else "; ".join(row.answer)
+        rows.append((row.case, "; ".join(row.diagnoses), "; ".join(row.truth), answer))
     if not rows:
         return []
     headers = ("case", "diagnoses", "ordered drugs", "suggested")

@@ -3,7 +3,6 @@
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
@@ -14,6 +13,7 @@ from common.files import write_bytes, write_json, write_text
 from common.model.adapter.falora import Adapter
 from common.model.adapter.layout import adapter_spec, meta_adapter
 from common.model.backbone.load import BackboneSpec
+from common.records import Summary
 from common.rundir import Checkpoint, RunDirectory
 from common.tensor_files import Tensors
 from common.training.resident_session import backbone_spec
@@ -62,12 +62,14 @@ def export_run(
         )
     backbone = backbone_spec(config.model.backbone)
     adapter = meta_adapter(backbone, adapter_spec(config.adapter))
-    inputs = run.read_json("environment.json").get("inputs", {})
-    found = {"backbone": backbone.fingerprint, "a": adapter.a_fingerprint}
-    for name, value in found.items():
-        if inputs.get(name, value) != value:
+    begun = run.inputs()
+    for what, now, before in (
+        ("the backbone", backbone.fingerprint, begun.backbone),
+        ("A", adapter.a_fingerprint, begun.a),
+    ):
+        if before not in ("", now):
             raise UserError(
-                f"{'A' if name == 'a' else 'the backbone'} is not what the run was trained with",
+                f"{what} is not what the run was trained with",
                 fix="restore what model.backbone named, and this version's adapter.seed",
             )
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +94,7 @@ def _replaceable(folder: Path) -> bool:
     return not names or (ours and names <= {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE})
 
 
-def peft_config(config: Config, backbone: BackboneSpec) -> dict[str, Any]:
+def peft_config(config: Config, backbone: BackboneSpec) -> dict[str, object]:
     """Return adapter_config.json as PEFT's LoraConfig reads it."""
     adapter = config.adapter
     return {
@@ -141,10 +143,10 @@ def model_card(
     run: RunDirectory, config: Config, backbone: BackboneSpec, checkpoint: Checkpoint
 ) -> str:
     """Return the README of the exported adapter: what it is, what it may be used for, figures."""
-    summary = run.read_json("summary.json")
-    source = summary.get("source", "credentialed")
+    summary = run.summary()
+    source = summary.source or "credentialed"
     adapter, train = config.adapter, config.train
-    hospitals = len(summary.get("hospitals", [])) or config.federation.hospitals
+    hospitals = len(summary.hospitals) or config.federation.hospitals
     where = checkpoint.facts
     counts = [f"{name} {where[name]}" for name in ("round", "step") if name in where]
     moment = ", ".join(counts) or "the only one"
@@ -182,7 +184,7 @@ def model_card(
         f"| privacy | {_privacy_line(summary)} |",
         "",
     ]
-    if checkpoint.name == summary.get("evaluation", {}).get("checkpoint"):
+    if checkpoint.name == (summary.evaluation or {}).get("checkpoint"):
         lines += _metrics_lines(summary)
     lines += [
         "## Use",
@@ -206,8 +208,8 @@ def _weights_lines(config: Config) -> list[str]:
     return ["| trained on | the backbone's projections in fp8; the adapter is for bf16 weights |"]
 
 
-def _privacy_line(summary: dict[str, Any]) -> str:
-    privacy = summary.get("privacy")
+def _privacy_line(summary: Summary) -> str:
+    privacy = summary.privacy
     if not privacy:
         return "trained without differential privacy"
     epsilon = privacy["epsilon"]
@@ -216,11 +218,12 @@ def _privacy_line(summary: dict[str, Any]) -> str:
     return f"epsilon {epsilon:.3f}, delta {privacy['delta']:g}, per {privacy['unit']}"
 
 
-def _metrics_lines(summary: dict[str, Any]) -> list[str]:
-    metrics = summary["metrics"]
+def _metrics_lines(summary: Summary) -> list[str]:
+    told = summary.as_json()
+    metrics = told["metrics"]
     first = next(iter(metrics.values()))
     rows = [
-        f"| {markdown_text(model_name(model, summary))} | "
+        f"| {markdown_text(model_name(model, told))} | "
         + " | ".join("–" if values[key] is None else f"{values[key]:.3f}" for key, _ in COLUMNS)
         + " |"
         for model, values in metrics.items()

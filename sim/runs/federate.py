@@ -1,25 +1,17 @@
-"""``fedrx federate``: check everything, run the federation, answer held-out patients, report."""
+"""``fedrx federate``: a federation in simulation, through to its report."""
 
 import shutil
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from rich.console import Console
 
 from common.config import IN_PROCESS, Config
-from common.configio import flatten
-from common.data.dataset import Dataset, open_hospitals
 from common.data.partition import Hospital
 from common.errors import FedrxError
-from common.evaluation.answers import choose_cases
 from common.limits import available_cpus
-from common.model.adapter.layout import AdapterLayout, adapter_layout, adapter_spec
-from common.model.backbone.load import BackboneSpec, resolve_backbone
-from common.privacy.mechanism.isolation import check_backbone
 from common.privacy.settings import (
     hospital_warning,
     is_private,
@@ -28,115 +20,91 @@ from common.privacy.settings import (
     protects,
     with_calibrated_noise,
 )
-from common.provenance import environment, peak_rss_bytes
+from common.records import RunRecord, Summary
 from common.rundir import RunDirectory
-from common.training.budget import checkpoint_steps, steps_in_all, steps_of_round
+from common.training.budget import steps_of_round
 from common.wire.cohort import check_only
 from server.strategies import check_strategy
-from sim.answers.evaluate import evaluate_run
 from sim.flower.in_process import run_in_process
-from sim.flower.superlink import end_leftovers, free_port, run_flower
+from sim.flower.superlink import end_leftovers, run_flower
 from sim.flower.worker_count import choose_workers
-from sim.process.early import check_settings
-from sim.process.lock import exclusive
-from sim.process.peak_memory import PeakMemory
 from sim.process.progress import RunProgress
-from sim.process.stages import EVALUATION, REPORT, reported
-from sim.report.run_report import write_report
-from sim.report.terminal import show_summary
-
-MODE = "federation"
-BUILT_IN = ("synthetic", "embedded", "tiny")
-"""Data and backbones that are no folders, even where a folder has their name."""
+from sim.runs.lifecycle import Kind, Run, start
+from sim.runs.preparation import Preparation, with_absolute_paths
 
 
-@dataclass(frozen=True, kw_only=True)
-class Preparation:
-    """What is known before anything is started."""
+class Federation(Kind):
+    """Hospitals that train together: rounds by Flower on Ray, or in this process."""
 
-    data: Dataset
-    backbone: BackboneSpec
-    layout: AdapterLayout
+    mode = "federation"
+
+    def settle(self, config: Config) -> Config:
+        """Check what no data decides, and resolve the rest."""
+        check_strategy(config.federation)
+        check_only(config.federation)
+        return resolved(config)
+
+    def ready(self, config: Config, preparation: Preparation, console: Console) -> Config:
+        """Warn of what the protection costs here, and choose the workers."""
+        total_steps(config, preparation.data.hospitals)
+        notes = [partition_note(config)]
+        if protects(config) and not is_private(config):
+            parameters = preparation.layout.trainable_parameters
+            notes.insert(0, hospital_warning(plan_of(config), parameters))
+        for note in filter(None, notes):
+            console.print(note, style="yellow", markup=False, highlight=False)
+        self.workers = choose_workers(config, preparation.backbone.shape)
+        return replace(config, federation=replace(config.federation, workers=self.workers.value))
+
+    def facts(self, record: RunRecord) -> Mapping[str, object]:
+        """Say how many workers there are, and why."""
+        return {**super().facts(record), "workers": self.workers.as_dict()}
+
+    def place(self, directory: RunDirectory) -> Mapping[str, int]:
+        """Return the last round that has a checkpoint."""
+        return {"round": last_round(directory)}
+
+    def train(self, run: Run) -> Summary:
+        """Run the rounds after the last checkpoint (or all); the server sums them up."""
+        end_leftovers(run.directory.path)
+        earlier = len(tracebacks(run.directory))
+        try:
+            rounds = run.directory.metrics("round-seconds")
+            run.seconds_before = float(sum(event["value"] for event in rounds))
+            train_rounds(run)
+            return run.directory.summary()
+        except FedrxError:
+            told = tracebacks(run.directory)[earlier:].rstrip()
+            if told and run.preparation.data.source != "credentialed":
+                Console(stderr=True, soft_wrap=True).print(told, markup=False, highlight=False)
+            raise
 
 
-def prepare(config: Config, console: Console) -> Preparation:
-    """Read the data, deal the hospitals and find the backbone.
+def train_rounds(run: Run) -> None:
+    """Run the rounds that are left, with progress shown and memory sampled."""
+    config, directory = run.config, run.directory
+    directory.write_status("started", round=last_round(directory))
+    shutil.rmtree(directory.path / "workers", ignore_errors=True)
+    steps = total_steps(config, run.preparation.data.hospitals)
+    with RunProgress(
+        run.console, directory, steps=steps, rounds=config.federation.rounds
+    ) as progress:
 
-    Raises:
-        UserError: for everything that can be known to fail before the run starts.
-    """
+        def on_tick() -> None:
+            progress.tick()
+            run.peak.tick()
 
-    def say(line: str) -> None:
-        console.print(line, style="dim", markup=False, highlight=False)
-
-    free_port(config.run.port)
-    check_settings(config)
-    data = open_hospitals(config, progress=say)
-    for hospital in data.hospitals:
-        checkpoint_steps(config, steps_in_all(config, len(hospital.train)).value)
-    choose_cases(data.hospitals, samples=config.evaluation.samples, seed=config.evaluation.seed)
-    backbone = resolve_backbone(config.model.backbone, progress=say)
-    if is_private(config):
-        check_backbone(backbone)
-    layout = adapter_layout(backbone, adapter_spec(config.adapter))
-    return Preparation(data=data, backbone=backbone, layout=layout)
-
-
-def federate(
-    config: Config,
-    *,
-    console: Console,
-    command_line: Sequence[str],
-    run_dir: Path | None = None,
-) -> dict[str, Any]:
-    """Run one federation in simulation, to its report.
-
-    Args:
-        config: Complete configuration.
-        console: Where progress and results are shown.
-        command_line: Stored in environment.json.
-        run_dir: Run directory; default below ``runs``.
-
-    Returns:
-        The content of summary.json.
-
-    Raises:
-        UserError: before anything is started.
-        RunFailed: if the federation fails; status.json says so too.
-    """
-    started = time.monotonic()
-    check_strategy(config.federation)
-    check_only(config.federation)
-    RunDirectory.require_new(config, directory=run_dir)
-    config = resolved(config)
-    preparation = prepare(config, console)
-    total_steps(config, preparation.data.hospitals)
-    if protects(config) and not is_private(config):
-        warning = hospital_warning(plan_of(config), preparation.layout.trainable_parameters)
-        console.print(warning, style="yellow", markup=False, highlight=False)
-    if partition_note(config):
-        console.print(partition_note(config), style="yellow", markup=False, highlight=False)
-    run = RunDirectory.create(config, directory=run_dir)
-    workers = choose_workers(config, preparation.backbone.shape)
-    config = replace(
-        config,
-        run=replace(config.run, directory=str(run.path)),
-        federation=replace(config.federation, workers=workers.value),
-    )
-    facts = {
-        **environment(list(command_line)),
-        "mode": MODE,
-        "workers": workers.as_dict(),
-        "config": flatten(config),
-        "inputs": fingerprints(preparation),
-    }
-    run.write_config(config)
-    run.write_json("data.json", data_facts(preparation))
-    # Last, because it makes the run one that can be resumed.
-    run.write_json("environment.json", facts)
-    console.print(f"run directory: {run.path}", markup=False, highlight=False)
-    with exclusive(run):
-        return go_on(run, config, preparation, console, started=started)
+        if config.run.backend == IN_PROCESS:
+            run_in_process(config, on_tick=on_tick)
+        else:
+            workers = config.federation.workers
+            run_flower(
+                config,
+                directory,
+                workers=workers,
+                gpus_per_worker=gpus_per_worker(config, workers),
+                on_tick=on_tick,
+            )
 
 
 def resolved(config: Config) -> Config:
@@ -148,109 +116,10 @@ def resolved(config: Config) -> Config:
     return replace(config, train=replace(config.train, threads=threads_per_worker(config)))
 
 
-def go_on(
-    run: RunDirectory,
-    config: Config,
-    preparation: Preparation,
-    console: Console,
-    *,
-    started: float,
-) -> dict[str, Any]:
-    """Run the rounds after the last checkpoint (or all), answer held-out patients, report.
-
-    Args:
-        run: The run's directory, held alone.
-        config: Resolved: with run directory, workers and threads.
-        preparation: What the run reads.
-        console: Where progress and results are shown.
-        started: When this process began to work on it, by ``time.monotonic``.
-    """
-    with reported(run, console, lambda: {"round": last_round(run)}):
-        end_leftovers(run.path)
-        earlier = len(tracebacks(run))
-        try:
-            return train_and_answer(run, config, preparation, console, started=started)
-        except FedrxError:
-            if preparation.data.source != "credentialed":
-                show_tracebacks(run, earlier)
-            raise
-
-
-def train_and_answer(
-    run: RunDirectory,
-    config: Config,
-    preparation: Preparation,
-    console: Console,
-    *,
-    started: float,
-) -> dict[str, Any]:
-    """Do what is left of a run; each part leaves its result in the run directory."""
-    peak = PeakMemory()
-    started -= seconds_before(run)
-    if not trained(run, config):
-        run.write_status("started", round=last_round(run))
-        shutil.rmtree(run.path / "workers", ignore_errors=True)
-        with RunProgress(
-            console,
-            run,
-            steps=total_steps(config, preparation.data.hospitals),
-            rounds=config.federation.rounds,
-        ) as progress:
-
-            def on_tick() -> None:
-                progress.tick()
-                peak.tick()
-
-            if config.run.backend == IN_PROCESS:
-                run_in_process(config, on_tick=on_tick)
-            else:
-                run_flower(
-                    config,
-                    run,
-                    workers=config.federation.workers,
-                    gpus_per_worker=gpus_per_worker(config, config.federation.workers),
-                    on_tick=on_tick,
-                )
-    summary = run.read_json("summary.json")
-    summary.setdefault("training_seconds", round(time.monotonic() - started, 3))
-    run.write_json("summary.json", {**summary, "source": preparation.data.source})
-    run.write_status("running", stage=EVALUATION, round=config.federation.rounds)
-    summary = evaluate_run(run, console=console, data=preparation.data)
-    summary["seconds"] = round(time.monotonic() - started, 3)
-    summary["peak_rss_bytes"] = max(peak.bytes, peak_rss_bytes())
-    run.write_json("summary.json", summary)
-    run.write_status("running", stage=REPORT, round=config.federation.rounds)
-    write_report(run)
-    run.write_status("finished", round=config.federation.rounds)
-    show_summary(console, run, summary)
-    return summary
-
-
-def trained(run: RunDirectory, config: Config) -> bool:
-    """Return whether all rounds of a run are done and summed up."""
-    done = "b_sha256" in run.read_json("summary.json")
-    return done and last_round(run) == config.federation.rounds
-
-
-def seconds_before(run: RunDirectory) -> float:
-    """Return what earlier processes spent on a run: its training, or the rounds that count."""
-    trained_in = run.read_json("summary.json").get("training_seconds")
-    return float(trained_in or sum(event["value"] for event in run.metrics("round-seconds")))
-
-
-def last_round(run: RunDirectory) -> int:
+def last_round(directory: RunDirectory) -> int:
     """Return the last round that has a checkpoint; -1 before the first."""
-    names = run.checkpoint_names()
-    return int(run.checkpoint_facts(names[-1])["round"]) if names else -1
-
-
-def fingerprints(preparation: Preparation) -> dict[str, str]:
-    """Return what identifies a run's inputs: a resumed run must read the same."""
-    return {
-        "samples": preparation.data.digest,
-        "backbone": preparation.backbone.fingerprint,
-        "a": preparation.layout.a_fingerprint,
-    }
+    names = directory.checkpoint_names()
+    return int(directory.checkpoint_facts(names[-1])["round"]) if names else -1
 
 
 def threads_per_worker(config: Config) -> int:
@@ -263,21 +132,9 @@ def threads_per_worker(config: Config) -> int:
     return config.train.threads or max(1, cpus // min(cpus, config.federation.hospitals))
 
 
-def show_tracebacks(run: RunDirectory, earlier: int) -> None:
-    """Print the tracebacks that failing hospitals have left on this machine.
-
-    Args:
-        run: The run's directory.
-        earlier: Length of what attempts before this one have left.
-    """
-    text = tracebacks(run)[earlier:].rstrip()
-    if text:
-        Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
-
-
-def tracebacks(run: RunDirectory) -> str:
+def tracebacks(directory: RunDirectory) -> str:
     """Return the tracebacks that the hospitals of all attempts have left on this machine."""
-    file = run.path / "hospitals" / "errors.txt"
+    file = directory.path / "hospitals" / "errors.txt"
     return file.read_text(encoding="utf-8") if file.exists() else ""
 
 
@@ -303,37 +160,5 @@ def gpus_per_worker(config: Config, workers: int) -> float:
     return min(1.0, torch.cuda.device_count() / workers)
 
 
-def data_facts(preparation: Preparation) -> dict[str, Any]:
-    """Return what data.json holds: hashes, counts and sizes, never rows."""
-    table = preparation.data.samples
-    return {
-        "source": table.source,
-        "file_hashes": table.file_hashes,
-        "counts": {name: value for name, value in table.counts.items() if name != "age"},
-        "hospitals": [
-            {
-                "name": hospital.name,
-                "patients": hospital.patients,
-                "samples": hospital.samples,
-                "train": len(hospital.train),
-                "validation": len(hospital.validation),
-                "test": len(hospital.test),
-            }
-            for hospital in preparation.data.hospitals
-        ],
-    }
-
-
-def with_absolute_paths(config: Config) -> Config:
-    """Make existing paths absolute, since workers run elsewhere; names (``synthetic``) stay."""
-    data, model = config.data, config.model
-    return replace(
-        config,
-        data=replace(data, path=_absolute(data.path), drug_map=_absolute(data.drug_map)),
-        model=replace(model, backbone=_absolute(model.backbone)),
-    )
-
-
-def _absolute(path: str) -> str:
-    place = Path(path).expanduser()
-    return str(place.absolute()) if path not in ("", *BUILT_IN) and place.exists() else path
+federate = partial(start, kind=Federation)
+"""Run one federation in simulation."""

@@ -1,42 +1,41 @@
 """``fedrx paper``: both ranks of the paper, its four checkpoints each, its table beside ours."""
 
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from common.config import Config
-from common.configio import flatten, from_flat, read_config
+from common.configio import Scalar, from_flat, read_config
 from common.data.dataset import open_hospitals
 from common.errors import UserError
 from common.evaluation.answers import evaluate_answers
-from common.evaluation.answers_file import ANSWERS_SHA256, read_answers, write_answers
-from common.provenance import environment, source_root
+from common.evaluation.answers_file import Evaluation
+from common.provenance import source_root
+from common.records import Inputs, Record, RunRecord
 from common.rundir import RunDirectory, remove_unbegun
 from common.training.resident_session import close_session, session_of
 from sim.answers.evaluate import evaluate_run
 from sim.process.lock import exclusive
 from sim.process.open_run import rank_folder
 from sim.process.progress import Meter
-from sim.process.stages import EVALUATION, REPORT, after_training, reported
 from sim.report.run_report import write_report
-from sim.runs import single
-from sim.runs.federate import Preparation, fingerprints, prepare
+from sim.runs.lifecycle import Kind, Run, resume, start
 from sim.runs.paper_table import build_table, model_of, show_table, write_table
+from sim.runs.single import Single, one_node, single
+from sim.runs.stages import EVALUATION, REPORT, after_training
 
-MODE = "paper"
 RANKS = (16, 32)
-SMALL: dict[str, Any] = {
+SMALL: dict[str, Scalar] = {
     "model.backbone": "embedded",
     "train.steps": 100,
     "train.max-length": 1024,
     "train.checkpoint-every": 20,
     "evaluation.max-new-tokens": 256,
 }
-SCALES: dict[str, dict[str, Any]] = {"small": SMALL, "full": {}}
+SCALES: dict[str, dict[str, Scalar]] = {"small": SMALL, "full": {}}
 
 
 def paper_config() -> Config:
@@ -44,7 +43,7 @@ def paper_config() -> Config:
     return read_config(source_root() / "configs" / "paper.toml")
 
 
-def scaled_config(scale: str, overrides: dict[str, Any]) -> Config:
+def scaled_config(scale: str, overrides: Mapping[str, Scalar]) -> Config:
     """Return the paper's configuration at a scale, with the caller's own values on top.
 
     Raises:
@@ -78,7 +77,7 @@ def paper(
     console: Console,
     command_line: Sequence[str],
     run_dir: Path | None = None,
-) -> dict[str, Any]:
+) -> Record:
     """Run every rank, evaluate every checkpoint, and put the table beside the paper's.
 
     Args:
@@ -89,63 +88,62 @@ def paper(
         command_line: Stored in environment.json.
         run_dir: Run directory; default below ``runs``. Each rank has its own inside.
 
-    Returns:
-        The content of summary.json: see ``sim.runs.paper_table.build_table``.
-
     Raises:
         UserError: before anything is written, for a rank or value that is not allowed.
     """
-    started = time.monotonic()
-    RunDirectory.require_new(config, directory=run_dir)
-    for rank in ranks:
-        from_flat({"adapter.rank": rank}, base=config)
-    config = single.one_node(config)
-    preparation = prepare(config, console)
-    facts = {
-        **environment(list(command_line)),
-        "mode": MODE,
-        "scale": scale,
-        "ranks": list(ranks),
-        "config": flatten(config),
-        "inputs": fingerprints(preparation),
-    }
-    run = RunDirectory.create(config, directory=run_dir)
-    config = replace(config, run=replace(config.run, directory=str(run.path)))
-    run.write_config(config)
-    run.write_json("environment.json", facts)
-    with exclusive(run):
-        return go_on(run, config, preparation, console, started=started)
+    return start(
+        config,
+        partial(Paper, scale, tuple(ranks)),
+        console=console,
+        command_line=command_line,
+        run_dir=run_dir,
+    ).result
 
 
-def go_on(
-    run: RunDirectory,
-    config: Config,
-    preparation: Preparation,
-    console: Console,
-    *,
-    started: float,
-) -> dict[str, Any]:
-    """Do what is left of a paper run, and write its table anew.
+class Paper(Kind):
+    """A single run for each rank, and one table.
 
     Args:
-        run: The paper run's directory, held alone.
-        config: As it was when the run began.
-        preparation: What the run reads.
-        console: Where progress and results are shown.
-        started: When this process began to work on it, by ``time.monotonic``.
+        scale: Name of the scale.
+        ranks: Ranks to run; a resumed run reads both from its run.json.
     """
-    facts = run.read_json("environment.json")
-    with reported(run, console):
-        for rank in facts["ranks"]:
-            run.write_status("running", rank=rank)
-            _finish_rank(run, config, rank, console, facts["command_line"])
-        run.write_status("running", stage=REPORT)
-        table = _table(run)
-        write_table(run, table)
-        run.write_status("finished", seconds=round(time.monotonic() - started, 3))
-    show_table(console, table)
-    console.print(f"report: {run.path / 'report.html'}", markup=False, highlight=False)
-    return table
+
+    mode = "paper"
+    renewed = True  # its runs may have been judged meanwhile
+
+    def __init__(self, scale: str = "", ranks: tuple[int, ...] = ()) -> None:
+        self.scale, self.ranks = scale, ranks
+
+    def settle(self, config: Config) -> Config:
+        """Check every rank, and resolve the rest."""
+        for rank in self.ranks:
+            from_flat({"adapter.rank": rank}, base=config)
+        return one_node(config)
+
+    def record(self, config: Config, inputs: Inputs) -> RunRecord:
+        """Say which ranks lie inside."""
+        told = super().record(config, inputs)
+        return told.model_copy(update={"scale": self.scale, "ranks": self.ranks})
+
+    def facts(self, record: RunRecord) -> Mapping[str, object]:
+        """Say which ranks lie inside."""
+        return {**super().facts(record), "scale": record.scale, "ranks": list(record.ranks)}
+
+    def work(self, run: Run) -> Record:
+        """Do what is left of every rank, and write the table anew."""
+        directory = run.directory
+        for rank in run.record.ranks:
+            directory.write_status("running", rank=rank)
+            _finish_rank(run, rank)
+        run.enter(REPORT)
+        table = build_table(directory, run.record, paper_config())
+        write_table(directory, table)
+        directory.write_status("finished", seconds=round(run.seconds, 3))
+        show_table(run.console, table)
+        run.console.print(
+            f"report: {directory.path / 'report.html'}", markup=False, highlight=False
+        )
+        return table
 
 
 def renew_table(run: RunDirectory) -> Path:
@@ -154,22 +152,17 @@ def renew_table(run: RunDirectory) -> Path:
     Raises:
         UserError: if the paper run has not finished.
     """
-    if run.status()["state"] != "finished":
+    record = run.record()
+    if record is None or run.status()["state"] != "finished":
         raise UserError(f"{run.path} has not finished", fix="finish it with `fedrx resume`")
-    write_table(run, _table(run))
+    write_table(run, build_table(run, record, paper_config()))
     return run.path / "report.html"
 
 
-def _table(run: RunDirectory) -> dict[str, Any]:
-    facts = run.read_json("environment.json")
-    return build_table(run, facts["ranks"], paper_config(), facts["scale"])
-
-
-def _finish_rank(
-    run: RunDirectory, config: Config, rank: int, console: Console, command_line: Sequence[str]
-) -> None:
+def _finish_rank(run: Run, rank: int) -> None:
     """Train one rank in its own run directory, and answer with each of its checkpoints."""
-    folder = run.path / rank_folder(rank)
+    config, console = run.config, run.console
+    folder = run.directory.path / rank_folder(rank)
     config = replace(
         config,
         adapter=replace(config.adapter, rank=rank),
@@ -178,40 +171,34 @@ def _finish_rank(
         ),
     )
     close_session()
-    one = RunDirectory(folder)
-    if one.read_json("environment.json").get("mode") != single.MODE:
+    one, line = RunDirectory(folder), run.command_line
+    if one.record() is None:
         remove_unbegun(folder)
         console.rule(f"rank {rank}")
-        single.single(config, console=console, command_line=command_line, run_dir=folder)
+        single(config, console=console, command_line=line, run_dir=folder, inside=True)
     elif one.status()["state"] != "finished":
         console.rule(f"rank {rank}, resumed")
-        started = time.monotonic()
-        with exclusive(one):
-            single.go_on(one, config, prepare(config, console), console, started=started)
-    run.write_status("running", stage=EVALUATION, rank=rank)
+        resume(folder, kinds=(Single,), console=console, command_line=line, inside=True)
+    run.directory.write_status("running", stage=EVALUATION, rank=rank)
     with exclusive(one), after_training(one, "the answers", "fedrx evaluate"):
         _answer_with_checkpoints(one, config, console)
 
 
 def _answer_with_checkpoints(run: RunDirectory, config: Config, console: Console) -> None:
     """Answer the same held-out admissions with the earlier checkpoints, as a run's end does."""
-    summary = run.read_json("summary.json")
-    answered = summary["evaluation"]
-    last = summary["checkpoints"][-1]["name"]
-    if (answered["checkpoint"], answered["settings"]) != (last, asdict(config.evaluation)):
+    known, summary = Evaluation.read(run), run.summary()
+    if known is None or known.facts.way[:2] != (summary.checkpoints[-1].name, config.evaluation):
         # Somebody has evaluated another checkpoint, or in another way: the table needs its own.
-        summary = evaluate_run(run, console=console)
+        evaluate_run(run, console=console)
+        known, summary = Evaluation.read(run), run.summary()
     names = [
-        checkpoint["name"]
-        for checkpoint in summary["checkpoints"]
-        if model_of(summary, checkpoint) not in summary["metrics"]
+        checkpoint.name
+        for checkpoint in summary.checkpoints
+        if model_of(summary, checkpoint) not in summary.metrics
     ]
-    if not names:
+    if known is None or not names:
         return
-    meter = Meter(
-        console, "answers", len(names) * next(iter(summary["metrics"].values()))["samples"]
-    )
-    with meter:
+    with Meter(console, "answers", len(names) * known.facts.samples) as meter:
         evaluation = evaluate_answers(
             session_of(config),
             open_hospitals(config).hospitals,
@@ -219,9 +206,11 @@ def _answer_with_checkpoints(run: RunDirectory, config: Config, console: Console
             {name: run.load_checkpoint(name).b for name in names},
             progress=lambda model, done, of: meter.update(names.index(model) * of + done, model),
         )
-    rows = [row for row in read_answers(run) if row["model"] not in names]
-    rows += [row for row in evaluation.predictions if row["model"] in names]
-    summary["evaluation"][ANSWERS_SHA256] = write_answers(run, rows)
-    summary["metrics"] |= {name: evaluation.metrics[name] for name in names}
-    run.write_json("summary.json", summary)
+    found = replace(
+        evaluation,
+        facts=known.facts,
+        metrics={name: evaluation.metrics[name] for name in names},
+        predictions=[row for row in evaluation.predictions if row.model in names],
+    )
+    known.beside(found).write(run, summary.as_json())
     write_report(run)

@@ -1,8 +1,6 @@
 """The paper's table, and ours beside it."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -11,7 +9,18 @@ from rich.table import Table
 from common.config import Config
 from common.configio import differences
 from common.files import write_text
-from common.rundir import RunDirectory
+from common.records import (
+    CheckpointFacts,
+    Here,
+    PaperRow,
+    PaperTable,
+    RankRun,
+    Readings,
+    Row,
+    RunRecord,
+    Summary,
+)
+from common.rundir import SUMMARY, RunDirectory
 from sim.process.open_run import rank_folder
 from sim.report.html import Block, to_html, to_markdown
 from sim.report.words import MODEL_NAMES, NOTICE, number
@@ -20,17 +29,6 @@ BACKBONE = "Llama-3.1-8B-Instruct"
 TRAIN_SAMPLES = 3900
 TEST_SAMPLES = 20
 STEPS = 4875
-
-
-@dataclass(frozen=True, kw_only=True)
-class PaperRow:
-    """One row of the paper's table."""
-
-    rank: int
-    steps: int
-    output_rate: float
-    accuracy: float
-    appropriateness: float
 
 
 def _row(rank: int, steps: int, rate: float, accuracy: float, suitable: float) -> PaperRow:
@@ -57,6 +55,7 @@ HEADERS = (
 SHORT_HEADERS = ("rank", "steps", "output", "accuracy", "F1", "suitable", "loss", "norm of B")
 """On a terminal of 80 columns, where the paper's figures stand above this run's."""
 OTHER_HEADERS = ("", "output rate", "accuracy: over predicted, over true", "F1")
+READINGS = set(Readings.model_fields)
 NOTE = (
     "The paper's accuracy is the share of drugs that match; it does not say of which list, so both "
     "readings are shown. Its last step is printed as 4870 for rank 16. Appropriateness is a "
@@ -69,7 +68,7 @@ def paper_rows(rank: int) -> list[PaperRow]:
     return [row for row in PAPER if row.rank == rank]
 
 
-def scale_line(config: Config, summary: Mapping[str, Any], name: str) -> str:
+def scale_line(config: Config, summary: Summary, name: str) -> str:
     """Say in one line how far a run is from the paper's.
 
     Args:
@@ -77,103 +76,89 @@ def scale_line(config: Config, summary: Mapping[str, Any], name: str) -> str:
         summary: Its summary.json.
         name: Name of the scale.
     """
-    scaling, answers = summary["scaling"], next(iter(summary["metrics"].values()))
-    backbone = str(summary["backbone"]["name"])
+    scaling, answers = summary.scaling, next(iter(summary.metrics.values()))
+    assert scaling is not None
+    assert summary.backbone is not None
+    backbone = summary.backbone.name
     parts = [
         f"backbone {backbone}" + ("" if BACKBONE in backbone else f" (paper: {BACKBONE})"),
-        _against("steps", scaling["steps"], STEPS),
-        _against("training samples", scaling["train_samples"], TRAIN_SAMPLES),
-        f"{scaling['epochs']:.3g} epochs" + ("" if scaling["epochs"] == 5 else " (paper: 5)"),
+        _against("steps", scaling.steps, STEPS),
+        _against("training samples", scaling.train_samples, TRAIN_SAMPLES),
+        f"{scaling.epochs:.3g} epochs" + ("" if scaling.epochs == 5 else " (paper: 5)"),
         _against("tokens at most", config.train.max_length, 2048),
-        _against("test admissions", answers["samples"], TEST_SAMPLES),
+        _against("test admissions", answers.samples, TEST_SAMPLES),
         f"{config.train.optimizer} at {config.train.learning_rate:g}"
         + ("" if _papers_optimizer(config) else " (paper: sgd at 0.001)"),
-        f"{summary['source']} data",
+        f"{summary.source} data",
     ]
     return f"scale {name}: " + ", ".join(parts)
 
 
-def build_table(
-    run: RunDirectory, ranks: Sequence[int], paper: Config, name: str
-) -> dict[str, Any]:
+def build_table(run: RunDirectory, record: RunRecord, paper: Config) -> PaperTable:
     """Collect what the runs of all ranks have found.
 
     Args:
         run: The paper run; each rank's own run lies inside.
-        ranks: Ranks that were run.
+        record: Its run.json.
         paper: The paper's own configuration.
-        name: Name of the scale.
-
-    Returns:
-        Plain JSON: ``scale``, ``differences`` (configuration keys, paper -> here), ``rows``,
-        ``others`` (untrained backbone and baselines), ``runs``.
     """
-    rows: list[dict[str, Any]] = []
-    others: dict[str, Any] = {}
-    runs: list[dict[str, Any]] = []
-    for rank in ranks:
+    rows: list[Row] = []
+    others: dict[str, Readings] = {}
+    runs: list[RankRun] = []
+    for rank in record.ranks:
         one = RunDirectory.open(run.path / rank_folder(rank))
-        summary = one.read_json("summary.json")
-        judged = summary.get("judge", {}).get("appropriateness", {})
-        metrics = summary["metrics"]
-        for theirs, ours in _pairs(paper_rows(rank), summary["checkpoints"]):
-            model = model_of(summary, ours) if ours else ""
-            rows.append(
-                {
-                    "rank": rank,
-                    "paper": asdict(theirs) if theirs else None,
-                    "here": _here(ours, metrics[model], judged.get(model)) if ours else None,
-                }
-            )
-        trained = {model_of(summary, one) for one in summary["checkpoints"]}
-        others |= {model: _metrics(m) for model, m in metrics.items() if model not in trained}
+        summary = one.summary()
+        for theirs, ours in _pairs(paper_rows(rank), summary.checkpoints):
+            here = _here(ours, summary) if ours else None
+            rows.append(Row(rank=rank, paper=theirs, here=here))
+        trained = {model_of(summary, one) for one in summary.checkpoints}
+        others |= {
+            model: Readings(**figures.model_dump(include=READINGS))
+            for model, figures in summary.metrics.items()
+            if model not in trained
+        }
         runs.append(
-            {
-                "rank": rank,
-                "folder": one.path.name,
-                "scale": scale_line(one.config(), summary, name),
-                "trainable_parameters": summary["trainable_parameters"],
-                "b_sha256": summary["b_sha256"],
-                "validation_loss": summary["validation_loss"],
-                "seconds": summary["seconds"],
-            }
+            RankRun(
+                rank=rank,
+                folder=one.path.name,
+                scale=scale_line(one.config(), summary, record.scale),
+                trainable_parameters=summary.trainable_parameters,
+                b_sha256=summary.b_sha256,
+                validation_loss=summary.validation_loss,
+                seconds=summary.seconds,
+            )
         )
-    return {
-        "scale": runs[0]["scale"],
-        "differences": [str(change) for change in differences(paper, run.config())],
-        "rows": rows,
-        "others": others,
-        "runs": runs,
-    }
+    changes = tuple(str(change) for change in differences(paper, run.config()))
+    return PaperTable(
+        scale=runs[0].scale, differences=changes, rows=tuple(rows), others=others, runs=tuple(runs)
+    )
 
 
 def _pairs(
-    theirs: Sequence[PaperRow], ours: Sequence[Mapping[str, Any]]
-) -> list[tuple[PaperRow | None, Mapping[str, Any] | None]]:
+    theirs: Sequence[PaperRow], ours: Sequence[CheckpointFacts]
+) -> list[tuple[PaperRow | None, CheckpointFacts | None]]:
     """Put each row of the paper beside the checkpoint at the same share of the run."""
-    total = ours[-1]["step"]
-    by_step = {one["step"]: one for one in ours}
+    total = ours[-1].step
+    by_step = {one.step: one for one in ours}
     places = [max(1, round(row.steps * total / STEPS)) for row in theirs]
-    pairs: list[tuple[int, PaperRow | None, Mapping[str, Any] | None]] = [
+    pairs: list[tuple[int, PaperRow | None, CheckpointFacts | None]] = [
         (place, row, by_step.get(place)) for place, row in zip(places, theirs, strict=True)
     ]
     pairs += [(step, None, one) for step, one in by_step.items() if step not in places]
     return [(row, one) for _, row, one in sorted(pairs, key=lambda pair: pair[0])]
 
 
-def model_of(summary: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> str:
+def model_of(summary: Summary, checkpoint: CheckpointFacts) -> str:
     """Return a checkpoint's name among the metrics: the last one is the run's result."""
-    last = summary["checkpoints"][-1]["name"]
-    name = str(checkpoint["name"])
-    return "fedrx" if name == last else name
+    return "fedrx" if checkpoint == summary.checkpoints[-1] else checkpoint.name
 
 
-def table_blocks(table: Mapping[str, Any]) -> list[Block]:
+def table_blocks(table: PaperTable) -> list[Block]:
     """Return the table, what stands beside it and what was scaled, for page and markdown."""
-    scale = table["scale"]
+    scale = table.scale
     runs = tuple(
-        (str(one["rank"]), f"{one['trainable_parameters']:,}", f"{one['seconds']:.0f} s")
-        for one in table["runs"]
+        (str(one.rank), f"{one.trainable_parameters:,}", f"{one.seconds:.0f} s")
+        for one in table.runs
     )
     return [
         Block(note=NOTICE, warning=True),
@@ -181,7 +166,7 @@ def table_blocks(table: Mapping[str, Any]) -> list[Block]:
             title="The paper's table, and this run",
             note=f"{scale}. {NOTE}",
             headers=HEADERS,
-            rows=tuple(_cells(row) for row in table["rows"]),
+            rows=tuple(_cells(row) for row in table.rows),
         ),
         Block(title="Beside it", note=scale, headers=OTHER_HEADERS, rows=_other_cells(table)),
         Block(
@@ -191,7 +176,7 @@ def table_blocks(table: Mapping[str, Any]) -> list[Block]:
             title="Settings that differ from configs/paper.toml",
             note=scale,
             headers=("key: paper -> here",),
-            rows=tuple((line,) for line in table["differences"]),
+            rows=tuple((line,) for line in table.differences),
             text_cells=True,
         ),
     ]
@@ -199,25 +184,26 @@ def table_blocks(table: Mapping[str, Any]) -> list[Block]:
 
 def rank_runs(run: RunDirectory) -> list[RunDirectory]:
     """Return the runs inside a paper run; of any other run, itself."""
-    ranks = run.read_json("environment.json").get("ranks", [])
+    record = run.record()
+    ranks = record.ranks if record else ()
     return [RunDirectory.open(run.path / rank_folder(rank)) for rank in ranks] or [run]
 
 
-def write_table(run: RunDirectory, table: Mapping[str, Any]) -> None:
+def write_table(run: RunDirectory, table: PaperTable) -> None:
     """Write summary.json, report.md and report.html of a paper run."""
     blocks = table_blocks(table)
-    run.write_json("summary.json", dict(table))
+    run.write_json(SUMMARY, table)
     write_text(run.path / "report.md", to_markdown("FedRx: the paper's run", blocks))
     write_text(run.path / "report.html", to_html("FedRx: the paper's run", blocks))
 
 
-def show_table(console: Console, table: Mapping[str, Any]) -> None:
+def show_table(console: Console, table: PaperTable) -> None:
     """Print the table on the terminal."""
     titles = (
-        f"The paper's above, this run's below (accuracy over predicted, true); {table['scale']}",
-        f"Beside it; {table['scale']}",
+        f"The paper's above, this run's below (accuracy over predicted, true); {table.scale}",
+        f"Beside it; {table.scale}",
     )
-    rows = tuple(_cells(row) for row in table["rows"]), _other_cells(table)
+    rows = tuple(_cells(row) for row in table.rows), _other_cells(table)
     for title, headers, cells in zip(titles, (SHORT_HEADERS, OTHER_HEADERS), rows, strict=True):
         shown = Table(title=title, caption=NOTICE, box=SIMPLE, show_lines=True)
         for header in headers:
@@ -236,53 +222,52 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}%"
 
 
-def _here(
-    checkpoint: Mapping[str, Any], metrics: Mapping[str, Any], judged: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    return {
-        "checkpoint": checkpoint["name"],
-        "steps": checkpoint["step"],
-        **_metrics(metrics),
-        "appropriateness": judged["mean"] if judged else None,
-        "validation_loss": checkpoint["validation_loss"],
-        "b_norm": checkpoint["b_norm"],
-    }
-
-
-def _metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("output_rate", "accuracy_over_predicted", "accuracy_over_true", "f1", "jaccard")
-    return {name: metrics[name] for name in names}
-
-
-def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    theirs, ours = row["paper"] or {}, row["here"] or {}
-    return (
-        str(row["rank"]),
-        f"{theirs.get('steps', '–')} / {ours.get('steps', '–')}",
-        f"{percent(theirs.get('output_rate'))} / {percent(ours.get('output_rate'))}",
-        f"{percent(theirs.get('accuracy'))} / {_both_readings(ours)}",
-        number(ours.get("f1")),
-        f"{percent(theirs.get('appropriateness'))} / {percent(ours.get('appropriateness'))}",
-        number(ours.get("validation_loss")),
-        f"{ours['b_norm']:.3g}" if ours else "–",
+def _here(checkpoint: CheckpointFacts, summary: Summary) -> Here:
+    model = model_of(summary, checkpoint)
+    judged = (summary.judge or {}).get("appropriateness", {}).get(model)
+    return Here(
+        checkpoint=checkpoint.name,
+        steps=checkpoint.step,
+        **summary.metrics[model].model_dump(include=READINGS),
+        appropriateness=judged["mean"] if judged else None,
+        validation_loss=checkpoint.validation_loss,
+        b_norm=checkpoint.b_norm,
     )
 
 
-def _other_cells(table: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+def _cells(row: Row) -> tuple[str, ...]:
+    paper, here, absent = row.paper, row.here, (None,) * 3
+    rate, accuracy, suitable = (
+        (paper.output_rate, paper.accuracy, paper.appropriateness) if paper else absent
+    )
+    readings, f1, loss = (_both_readings(here), here.f1, here.validation_loss) if here else absent
+    ours, judged = (here.output_rate, here.appropriateness) if here else absent[:2]
+    return (
+        str(row.rank),
+        f"{paper.steps if paper else '–'} / {here.steps if here else '–'}",
+        f"{percent(rate)} / {percent(ours)}",
+        f"{percent(accuracy)} / {readings or '–, –'}",
+        number(f1),
+        f"{percent(suitable)} / {percent(judged)}",
+        number(loss),
+        f"{here.b_norm:.3g}" if here else "–",
+    )
+
+
+def _other_cells(table: PaperTable) -> tuple[tuple[str, ...], ...]:
     return tuple(
         (
             MODEL_NAMES.get(model, model),
-            percent(values["output_rate"]),
+            percent(values.output_rate),
             _both_readings(values),
-            number(values["f1"]),
+            number(values.f1),
         )
-        for model, values in table["others"].items()
+        for model, values in table.others.items()
     )
 
 
-def _both_readings(values: Mapping[str, Any]) -> str:
-    readings = ("accuracy_over_predicted", "accuracy_over_true")
-    return ", ".join(percent(values.get(name)) for name in readings)
+def _both_readings(values: Readings) -> str:
+    return f"{percent(values.accuracy_over_predicted)}, {percent(values.accuracy_over_true)}"
 
 
 def _against(what: str, here: int, paper: int) -> str:

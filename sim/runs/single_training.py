@@ -10,7 +10,6 @@ and no loss is computed.
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from common.privacy.budget.guard import Guard
 from common.privacy.budget.receipts import PRIVACY, ledger_line
 from common.privacy.settings import is_private
 from common.provenance import source_digest, tensors_sha256
+from common.records import Scaling
 from common.rundir import RunDirectory, damaged
 from common.tensor_files import Tensors
 from common.training.budget import checkpoint_steps, steps_in_all, steps_per_epoch
@@ -216,7 +216,7 @@ class SingleTraining:
                 self.run.remove_checkpoint(name)
 
 
-def scaling(training: SingleTraining) -> dict[str, Any]:
+def scaling(training: SingleTraining) -> Scaling:
     """Return how the asked-for steps fit the samples that are there, in figures and in words."""
     config, samples = training.config, len(training.hospital.train)
     steps, per_epoch = training.total.value, steps_per_epoch(training.config, samples)
@@ -227,14 +227,14 @@ def scaling(training: SingleTraining) -> dict[str, Any]:
     if "scaled" in training.kept.reason:
         kept = ", ".join(map(str, training.kept.value))
         notes.append(f"{training.kept.reason}: {kept}")
-    return {
-        "train_samples": samples,
-        "steps": steps,
-        "steps_per_epoch": per_epoch,
-        "epochs": round(steps / per_epoch, 3),
-        "checkpoint_steps": list(training.kept.value),
-        "notes": notes,
-    }
+    return Scaling(
+        train_samples=samples,
+        steps=steps,
+        steps_per_epoch=per_epoch,
+        epochs=round(steps / per_epoch, 3),
+        checkpoint_steps=training.kept.value,
+        notes=tuple(notes),
+    )
 
 
 def checkpoint_name(step: int) -> str:

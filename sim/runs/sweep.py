@@ -9,23 +9,23 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import t as student
 
 from common.config import Config
-from common.configio import differences, flatten, from_flat, parse_overrides
+from common.configio import Scalar, differences, flatten, from_flat, parse_overrides
 from common.errors import UserError
-from common.files import write_json, write_text
-from common.rundir import RunDirectory, remove_unbegun
+from common.files import write_text
+from common.records import RunRecord, Summary
+from common.rundir import RUN, RunDirectory, remove_unbegun
 from common.wire.cohort import hospital_names, sampled
 from server.strategies import check_strategy
+from sim.process.failures import StageFailed
 from sim.process.lock import exclusive
-from sim.process.stages import StageFailed
 from sim.report.comparison import write_sweep_page
 from sim.report.html import Block, markdown_table
 from sim.runs.federate import federate, resolved
@@ -33,7 +33,7 @@ from sim.runs.resume import resume
 from sim.runs.single import one_node, single
 
 CENTRALISED, LOCAL_ONLY = "centralised", "local-only"
-ARMS: dict[str, dict[str, Any]] = {
+ARMS: dict[str, dict[str, Scalar]] = {
     "fa-lora": {},
     "lora": {"adapter.mode": "lora"},
     **{
@@ -51,12 +51,34 @@ RESULTLESS = ("federation.workers",)
 """Keys that cannot change a run's result."""
 CONFIDENCE = 0.95
 INTERVALS = f"Mean ± {CONFIDENCE:.0%} interval over seeds (Student's t)."
-FIGURES: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
-    "F1": lambda s: s["metrics"]["fedrx"]["f1"],
-    "Jaccard": lambda s: s["metrics"]["fedrx"]["jaccard"],
-    "validation loss": lambda s: next(reversed(s["validation_loss"]), None),
-    "MB up": lambda s: s["wire"]["bytes_up"] / 1e6,
+FIGURES: dict[str, Callable[[Summary], float | None]] = {
+    "F1": lambda summary: summary.metrics["fedrx"].f1,
+    "Jaccard": lambda summary: summary.metrics["fedrx"].jaccard,
+    "validation loss": lambda summary: next(reversed(summary.validation_loss), None),
+    "MB up": lambda summary: summary.wire.bytes_up / 1e6 if summary.wire else None,
 }
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Mean of a figure over seeds, and half the width of its confidence interval, where known."""
+
+    mean: float | None
+    half_width: float | None
+
+
+@dataclass(frozen=True)
+class ArmRow:
+    """One row of the table."""
+
+    arm: str
+    runs: int
+    figures: Mapping[str, Interval]
+
+    def as_json(self) -> dict[str, object]:
+        """Return the row as sweep.json holds it."""
+        figures = {name: asdict(one) for name, one in self.figures.items()}
+        return {"arm": self.arm, "runs": self.runs, **figures}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +185,7 @@ def sweep(
     *,
     console: Console,
     command_line: Sequence[str],
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Run what is not finished yet, and put everything into one table.
 
     Args:
@@ -179,46 +201,49 @@ def sweep(
         UserError: if another process is at work on it, or a run in it is not the cell's.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    summaries = []
-    with exclusive(RunDirectory(folder)):
+    directory, arms = RunDirectory(folder), dict[str, dict[int, list[Summary]]]()
+    with exclusive(directory):
+        names = tuple(cell.folder for cell in cells)
+        directory.write_json(RUN, RunRecord(mode="sweep", resumable=False, cells=names))
         for number, cell in enumerate(cells, 1):
             label = f"{number}/{len(cells)}: {cell.arm}, seed {cell.seed} {cell.part}"
             console.print(label, style="bold", markup=False)
             try:
-                summaries.append(_run(cell, folder / cell.folder, console, command_line))
+                summary = _run(cell, folder / cell.folder, console, command_line)
             except StageFailed as error:
-                raise error.going_on("the same `fedrx sweep`") from error
+                raise StageFailed(error.what, command="the same `fedrx sweep`") from error
+            arms.setdefault(cell.arm, {}).setdefault(cell.seed, []).append(summary)
     rows = [
-        {"arm": arm, "runs": len(chosen), **tabulate([s for _, s in chosen])}
-        for arm, chosen in _by_arm(cells, summaries).items()
+        ArmRow(arm, len(seeds), tabulate([seeds[seed] for seed in sorted(seeds)]))
+        for arm, seeds in arms.items()
     ]
-    result = {"confidence": CONFIDENCE, "rows": rows}
-    write_json(folder / "sweep.json", result)
+    result = {"confidence": CONFIDENCE, "rows": [row.as_json() for row in rows]}
+    directory.write_json("sweep.json", result)
     write_text(folder / "sweep.md", markdown(rows))
-    arms: dict[str, list[RunDirectory]] = {}
+    runs: dict[str, list[RunDirectory]] = {}
     for cell in cells:
-        arms.setdefault(cell.arm, []).append(RunDirectory.open(folder / cell.folder))
+        runs.setdefault(cell.arm, []).append(RunDirectory.open(folder / cell.folder))
     table = Block(
         title="Arms",
         note=INTERVALS,
         headers=("arm", "seeds", *FIGURES),
         rows=tuple(tuple(_cells(row)) for row in rows),
     )
-    page = write_sweep_page(arms, table, folder / "sweep.html")
+    page = write_sweep_page(runs, table, folder / "sweep.html")
     show(console, rows)
     console.print(f"page: {page}", markup=False, highlight=False)
     return result
 
 
-def tabulate(seeds: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, float | None]]:
+def tabulate(seeds: Sequence[Sequence[Summary]]) -> dict[str, Interval]:
     """Return mean and half-width of the confidence interval of each figure over seeds.
 
     Args:
         seeds: For each seed its runs' summaries (several for local-only: they are averaged first).
 
     Returns:
-        Figure -> ``mean`` and ``half_width`` (Student's t; None with one seed). A figure that a run
-        does not have (privacy lets no validation loss out) is None.
+        By figure; Student's t, without a half-width for one seed. A figure that a run does not
+        have (privacy lets no validation loss out) has neither.
     """
     return {
         name: _interval([[figure(summary) for summary in runs] for runs in seeds])
@@ -231,25 +256,25 @@ def _check_arm(arm: str, config: Config) -> None:
         check_strategy(config.federation)
 
 
-def _interval(seeds: Sequence[Sequence[float | None]]) -> dict[str, float | None]:
+def _interval(seeds: Sequence[Sequence[float | None]]) -> Interval:
     known = [[value for value in runs if value is not None] for runs in seeds]
     if [len(runs) for runs in known] != [len(runs) for runs in seeds]:
-        return {"mean": None, "half_width": None}
+        return Interval(None, None)
     values = [statistics.fmean(runs) for runs in known]
     half = None
     if len(values) > 1:
         quantile = float(student.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
         half = quantile * statistics.stdev(values) / math.sqrt(len(values))
-    return {"mean": statistics.fmean(values), "half_width": half}
+    return Interval(statistics.fmean(values), half)
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+def markdown(rows: Sequence[ArmRow]) -> str:
     """Render the table as markdown."""
     table = markdown_table(("arm", "seeds", *FIGURES), [_cells(row) for row in rows])
     return f"{table}\n\n{INTERVALS}\n"
 
 
-def show(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+def show(console: Console, rows: Sequence[ArmRow]) -> None:
     """Print the table."""
     table = Table("arm", "seeds", *FIGURES)
     for row in rows:
@@ -257,34 +282,25 @@ def show(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     console.print(table)
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    cells = [str(row["arm"]), str(row["runs"])]
-    for name in FIGURES:
-        mean, half = row[name]["mean"], row[name]["half_width"]
-        text = "–" if mean is None else f"{mean:.4g}"
-        cells.append(text if half is None else f"{text} ± {half:.2g}")
+def _cells(row: ArmRow) -> list[str]:
+    cells = [row.arm, str(row.runs)]
+    for one in row.figures.values():
+        text = "–" if one.mean is None else f"{one.mean:.4g}"
+        cells.append(text if one.half_width is None else f"{text} ± {one.half_width:.2g}")
     return cells
 
 
-def _by_arm(
-    cells: Sequence[Cell], summaries: Sequence[Mapping[str, Any]]
-) -> dict[str, list[tuple[int, list[Mapping[str, Any]]]]]:
-    grouped: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
-    for cell, summary in zip(cells, summaries, strict=True):
-        grouped.setdefault(cell.arm, {}).setdefault(cell.seed, []).append(summary)
-    return {arm: sorted(seeds.items()) for arm, seeds in grouped.items()}
-
-
-def _run(cell: Cell, folder: Path, console: Console, command_line: Sequence[str]) -> dict[str, Any]:
-    if (folder / "environment.json").exists():
-        run = RunDirectory.open(folder)
-        _check_same(cell, run)
-        if run.status()["state"] == "finished":
-            return run.read_json("summary.json")
-        return resume(folder, console=console, command_line=command_line)
-    remove_unbegun(folder)
-    start = federate if cell.federated else single
-    return start(cell.config, console=console, command_line=command_line, run_dir=folder)
+def _run(cell: Cell, folder: Path, console: Console, command_line: Sequence[str]) -> Summary:
+    run = RunDirectory(folder)
+    if run.record() is None:
+        remove_unbegun(folder)
+        begin = federate if cell.federated else single
+        begin(cell.config, console=console, command_line=command_line, run_dir=folder, inside=True)
+    else:
+        _check_same(cell, RunDirectory.open(folder))
+        if run.status()["state"] != "finished":
+            resume(folder, console=console, command_line=command_line, inside=True)
+    return run.summary()
 
 
 def _check_same(cell: Cell, run: RunDirectory) -> None:

@@ -24,6 +24,7 @@ from common.configio import (
     toml_scalar,
 )
 from common.errors import UserError
+from common.provenance import PACKAGES, pip_install
 from sim.flower.run_config import keys_page
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -172,3 +173,29 @@ def test_what_decides_what_was_trained_may_not_change_afterwards() -> None:
     ]
     with pytest.raises(UserError, match=r"train\.seed: 0 -> 1; .*evaluation\.\*, train\.device"):
         changed_freely(base, ["train.seed=1", "evaluation.samples=3"], free)
+
+
+def test_a_file_that_begins_with_a_byte_order_mark_is_read(tmp_path) -> None:
+    """As editors of Windows write UTF-8."""
+    file = tmp_path / "config.toml"
+    file.write_bytes(b"\xef\xbb\xbf[adapter]\r\nrank = 4\r\n")
+    assert read_config(file).adapter.rank == 4
+
+
+def test_no_fix_names_a_package_that_is_on_no_index() -> None:
+    """``fedrx`` is on no index: a fix names the package behind an extra, as the metadata does."""
+    for package in PACKAGES:
+        for file in (ROOT / package).rglob("*.py"):
+            naming = [line for line in file.read_text().splitlines() if "install 'fedrx[" in line]
+            assert all("``" in line for line in naming), file
+    assert pip_install("llguidance") == "pip install 'llguidance<1.10,>=1.3'"
+
+
+def test_what_was_called_constrained_is_a_way_of_decoding(tmp_path):
+    file = tmp_path / "old.toml"
+    file.write_text("[evaluation]\nconstrained = true\n")
+    assert read_config(file).evaluation.decoding == "grammar"
+    assert read_config(file, ["evaluation.constrained=false"]).evaluation.decoding == "greedy"
+    file.write_text('[evaluation]\nconstrained = "maybe"\n')
+    with pytest.raises(UserError, match=r"unknown key evaluation\.constrained"):
+        read_config(file)

@@ -17,8 +17,8 @@ from client.epsilon_limit import Promise, _promises
 from client.kept_state import own_folder, save_state
 from common.config import Config
 from common.errors import DiskFull
-from common.evaluation.answers_file import read_answers, write_answers
-from common.evaluation.judge.cache import ExchangeCache
+from common.evaluation.answers_file import Prediction, read_answers, write_answers
+from common.evaluation.judge.cache import Exchanges, Lost
 from common.files import append_json_line, needing_room, read_json_lines, write_json, write_text
 from common.privacy.budget.ledger import Ledger
 from common.privacy.plan import PrivacyPlan
@@ -60,7 +60,10 @@ def one_line(error, name, folder):
 
 def write_answers_of(folder, number):
     run = RunDirectory(folder)
-    rows = [{"case": "c", "model": "m", "text": "x" * 3000 * number}]
+    nobody = {"sex": "F", "age": "1", "height_cm": None, "weight_kg": None, "bmi": None}
+    line = {"case": "c", "cluster": 1, "model": "m", "patient": nobody, "diagnoses": ()}
+    text = "x" * 3000 * number
+    rows = [Prediction.model_validate({**line, "truth": (), "text": text, "answer": None})]
     run.write_json("summary.json", {"evaluation": {"answers_sha256": write_answers(run, rows)}})
 
 
@@ -150,10 +153,11 @@ def test_a_promise_that_finds_no_room_is_not_made(tmp_path):
 
 
 def test_a_judge_s_answer_that_finds_no_room_is_one_line(tmp_path):
-    cache = ExchangeCache(tmp_path / "exchanges.jsonl")
-    with room(0), pytest.raises(DiskFull, match="^the judge's answers cannot be written"):
-        cache.put_lost(1, 1)
-    cache.__exit__(None, None, None)  # with room again, what was held back is written
+    made = Exchanges(tmp_path / "exchanges.jsonl")
+    with room(0), pytest.raises(DiskFull, match="^exchanges.jsonl cannot be written"):
+        made.put(Lost(input_tokens=1, output_tokens=1))
+    made.put(Lost(input_tokens=2, output_tokens=2))
+    assert [one.input_tokens for one in Exchanges(tmp_path / "exchanges.jsonl").lost] == [2]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
@@ -183,7 +187,7 @@ WRITERS = {
     *("common/files.py", "common/privacy/budget/ledger.py", "client/epsilon_limit.py"),
     *("client/kept_state.py", "common/evaluation/judge/cache.py"),
     # these say it themselves, or go on without: a form's answer, two logs
-    *("sim/assist/server.py", "client/handlers.py", "sim/process/stages.py"),
+    *("sim/assist/server.py", "client/handlers.py", "sim/process/failures.py"),
     # before or beside a run, where the command line makes a line of any OSError
     *("common/data/synthetic/write.py", "common/model/backbone/embedded.py"),
     *("sim/process/lock.py", "sim/flower/superlink.py", "sim/flower/run_hospital.py"),

@@ -6,7 +6,7 @@ import pytest
 from pydantic import Field
 
 from common.errors import UserError
-from common.records import Record
+from common.records import Record, RunRecord, Summary
 
 
 class Visit(Record):
@@ -30,3 +30,52 @@ def test_another_file_is_refused_without_its_values(content: str) -> None:
         Visit.read(content, what="visit.json")
     assert "secret" not in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+SUMMARY = {
+    "adapter": {"mode": "fa-lora", "rank": 4, "alpha": 16.0, "targets": ["q_proj"]},
+    "validation_loss": [9.5, None],
+    "wire": {"tensors": ["b"], "bytes_up": 3, "bytes_down": 0},
+    "metrics": {"fedrx": {"samples": 3, "f1": 0.5, "oov_rate": None, "parsed_only": {"f1": None}}},
+    "peak_device_bytes": None,
+    "judge": {"judges": {}},
+}
+
+
+def test_a_summary_has_the_keys_that_it_was_given_and_no_others() -> None:
+    summary = Summary.read(SUMMARY, what="summary.json")
+    assert summary.as_json() == SUMMARY
+    assert summary.metrics["fedrx"].f1 == 0.5
+    assert summary.metrics["fedrx"].jaccard is None
+    later = summary.having(seconds=2.5, validation_loss=[1.0])
+    assert later.as_json() == {**SUMMARY, "seconds": 2.5, "validation_loss": [1.0]}
+    with pytest.raises(UserError, match=r"^summary\.json: "):
+        Summary.read({"metrics": {}, "undeclared": 1}, what="summary.json")
+
+
+def test_a_run_record_keeps_the_kinds_of_its_values() -> None:
+    """16 and 16.0 are two values of a configuration; true is neither 1."""
+    config = {"adapter.rank": 16, "adapter.alpha": 16.0, "train.keep-state": True, "data.path": "1"}
+    record = RunRecord(mode="single", resumable=True, config=config)
+    again = RunRecord.read(record.as_json(), what="run.json").config
+    assert [(key, type(value)) for key, value in again.items()] == [
+        ("adapter.rank", int),
+        ("adapter.alpha", float),
+        ("train.keep-state", bool),
+        ("data.path", str),
+    ]
+    assert again == config
+
+
+@pytest.mark.parametrize(
+    ("facts", "mode", "resumable"),
+    [
+        ({"mode": "paper", "ranks": [4, 8], "scale": "small", "cpus": 2}, "paper", True),
+        ({"mode": "flower"}, "flower", False),
+        ({"cpus": 2}, "audit", False),
+    ],
+)
+def test_a_run_of_before_is_known_by_its_environment(facts, mode, resumable) -> None:
+    record = RunRecord.of_environment(facts)
+    assert (record.mode, record.resumable) == (mode, resumable)
+    assert record.ranks == tuple(facts.get("ranks", ()))

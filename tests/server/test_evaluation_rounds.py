@@ -80,4 +80,4 @@ def test_round_without_a_loss_is_shown_as_a_dash(tiny_config, in_process, tmp_pa
     assert "validation loss 3.0000 -> –" in output.file.getvalue()
     assert run_blocks(done.run)
     write_comparison([done.run], tmp_path / "compared")
-    assert FIGURES["validation loss"](summary) is None
+    assert FIGURES["validation loss"](done.run.summary()) is None

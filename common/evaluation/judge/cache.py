@@ -4,24 +4,24 @@ What the server answered is kept, valid or not: a resumed run goes through the s
 same repair in the same order, and pays for none twice. Failures of the server are not answers, but
 a question that it refused (too long, say) is kept as refused, and so is the dialect that it wants.
 What a broken call may have cost is kept too, so that the cost limit holds over sessions.
+
+One process writes at a time: whoever judges holds the run's lock.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
-from common.errors import UserError
-from common.files import needing_room
+from pydantic import RootModel
+
+from common.evaluation.judge.dialect import Dialect
+from common.files import append_json_line, read_json_lines
+from common.records import Record
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Exchange:
+class Exchange(Record):
     """One answered call."""
 
     key: str
@@ -37,115 +37,79 @@ class Exchange:
     """False when the server gave no usage, and the tokens are the upper bound."""
 
 
+class Lost(Record):
+    """What a call without an answer may have cost."""
+
+    lost: Literal[True] = True
+    input_tokens: int
+    output_tokens: int
+
+
+class RefusedQuestion(Record):
+    """A question that the server did not take: the HTTP status, and its first key."""
+
+    refused: int
+    key: str
+
+
+class Spoken(Record):
+    """The dialect in which a judge answered; the key names server and judge."""
+
+    dialect: Dialect
+    key: str
+
+
+_Line = RootModel[Exchange | Lost | RefusedQuestion | Spoken]
+
+
 def exchange_key(url: str, body: Mapping[str, Any], repeat: int) -> str:
     """Return sha256 over the server, everything that is sent, and the number of the repeat."""
     content = json.dumps([url, body, repeat], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-@dataclass(kw_only=True)
 class Exchanges:
-    """What a run's judging has asked and taken so far."""
-
-    by_key: dict[str, Exchange] = field(default_factory=dict)
-    lost_input_tokens: int = 0
-    """What calls without an answer may have cost."""
-    lost_output_tokens: int = 0
-    refused: dict[str, int] = field(default_factory=dict)
-    """Status with which a question was refused, by its first key."""
-    dialects: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By server and judge, where it is not the first choice."""
-
-    def get(self, key: str) -> Exchange | None:
-        """Return the exchange of this key, if there was one."""
-        return self.by_key.get(key)
-
-    def all(self) -> list[Exchange]:
-        """Return all exchanges, oldest first."""
-        return list(self.by_key.values())
-
-
-def read_exchanges(path: Path) -> Exchanges:
-    """Read the complete lines of the file; an absent one holds nothing."""
-    found = Exchanges()
-    content = path.read_bytes() if path.exists() else b""
-    for line in content[: content.rfind(b"\n") + 1].splitlines():
-        record = json.loads(line)
-        if "refused" in record:
-            found.refused[record["key"]] = record["refused"]
-        elif "dialect" in record:
-            found.dialects[record["key"]] = record["dialect"]
-        elif record.get("lost"):
-            found.lost_input_tokens += record["input_tokens"]
-            found.lost_output_tokens += record["output_tokens"]
-        else:
-            exchange = Exchange(**record)
-            found.by_key[exchange.key] = exchange
-    return found
-
-
-class ExchangeCache:
-    """Appends to one JSON-lines file (mode 0600) that one process holds at a time.
+    """What a run's judging has asked and taken so far.
 
     Args:
-        path: The file; made when absent. A line that a crash tore off is removed.
-
-    Raises:
-        UserError: If another process is judging the same run.
+        path: A file of JSON lines, for its owner alone; made by the first ``put``.
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        self._file = os.fdopen(handle, "r+", encoding="utf-8")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise UserError(
-                "another `fedrx judge` is at work on this run",
-                fix="wait for it, or end it; what it has paid for is kept",
-            ) from None
-        self.exchanges = read_exchanges(path)
-        self._file.truncate(path.read_bytes().rfind(b"\n") + 1)
-        self._file.seek(0, os.SEEK_END)
+        self._path = path
+        self.by_key: dict[str, Exchange] = {}
+        """Oldest first."""
+        self.lost: list[Lost] = []
+        self.refused: dict[str, int] = {}
+        self.dialects: dict[tuple[str, str], Dialect] = {}
+        """By server and judge, where it is not the first choice."""
+        for line in read_json_lines(path):
+            self._take(_Line.model_validate(line).root)
 
-    def __enter__(self) -> "ExchangeCache":
-        """Hold the file."""
-        return self
+    def put(self, line: Exchange | Lost | RefusedQuestion | Spoken) -> None:
+        """Keep what came of a call, written before this returns.
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Let the file go."""
-        self._file.close()
+        Raises:
+            DiskFull: if there is no room.
+        """
+        self._take(line)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.touch(mode=0o600)
+        append_json_line(self._path, line.as_json())
 
-    def put(self, exchange: Exchange) -> None:
-        """Keep an exchange, written before this returns."""
-        self.exchanges.by_key[exchange.key] = exchange
-        self._append(asdict(exchange))
-
-    def put_lost(self, input_tokens: int, output_tokens: int) -> None:
-        """Keep what a call without an answer may have cost."""
-        self.exchanges.lost_input_tokens += input_tokens
-        self.exchanges.lost_output_tokens += output_tokens
-        self._append({"lost": True, "input_tokens": input_tokens, "output_tokens": output_tokens})
-
-    def put_refused(self, key: str, status: int) -> None:
-        """Keep that a question was refused."""
-        self.exchanges.refused[key] = status
-        self._append({"refused": status, "key": key})
-
-    def put_dialect(self, key: str, dialect: dict[str, Any]) -> None:
+    def speak(self, server: str, judge: str, dialect: Dialect) -> None:
         """Keep the dialect in which a judge answered."""
-        if self.exchanges.dialects.get(key) != dialect:
-            self.exchanges.dialects[key] = dialect
-            self._append({"dialect": dialect, "key": key})
+        if self.dialects.get((server, judge)) != dialect:
+            self.put(Spoken(dialect=dialect, key=f"{server} {judge}"))
 
-    def _append(self, record: dict[str, Any]) -> None:
-        with needing_room("the judge's answers"):
-            self._file.write(json.dumps(record, ensure_ascii=True) + "\n")
-            self._file.flush()
+    def _take(self, line: Exchange | Lost | RefusedQuestion | Spoken) -> None:
+        match line:
+            case Exchange():
+                self.by_key[line.key] = line
+            case Lost():
+                self.lost.append(line)
+            case RefusedQuestion():
+                self.refused[line.key] = line.refused
+            case Spoken():
+                server, _, judge = line.key.partition(" ")
+                self.dialects[server, judge] = line.dialect

@@ -11,14 +11,15 @@ import datetime
 import email.utils
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from common.config import JudgeConfig
 from common.errors import RunFailed, UserError
+from common.evaluation.judge.cache import Exchange, Exchanges, Lost, exchange_key
 from common.evaluation.judge.cost import Meter, input_bound_tokens
-from common.evaluation.judge.dialect import Dialect, dialects
+from common.evaluation.judge.dialect import dialects
 from common.evaluation.judge.gate import Endpoint
 from common.files import writable
 
@@ -36,19 +37,6 @@ _MEANINGS = {
     403: "refuses the API key",
     404: "knows no such model or path",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reply:
-    """What a server answered."""
-
-    text: str
-    cut: bool
-    served_by: str
-    """The model's name as the server gives it: it may be more exact than the one asked for."""
-    input_tokens: int
-    output_tokens: int
-    counted: bool
 
 
 class Unavailable(Exception):
@@ -92,8 +80,7 @@ class JudgeClient:
         config: Timeouts and attempts.
         api_key: Empty for none.
         meter: Where every attempt is charged.
-        lost: Called with the worst-case tokens of a call that broke after it was sent.
-        kept: The dialects that judges have answered in.
+        exchanges: Where every answer is kept, and what a call that broke may have cost.
     """
 
     def __init__(
@@ -103,18 +90,21 @@ class JudgeClient:
         *,
         api_key: str,
         meter: Meter,
-        lost: Callable[[int, int], None],
-        kept: Mapping[str, Dialect],
+        exchanges: Exchanges,
     ) -> None:
         import openai
 
         self._config, self._endpoint, self._meter = config, endpoint, meter
-        self._lost = lost
+        self._exchanges, self._openai = exchanges, openai
         self._not_before = 0.0
         self._allowed = dialects(config)
         self._first_answer, self._failing = asyncio.Lock(), False
-        self.kept = dict(kept)
-        self._openai = openai
+        self.kept = {
+            judge: dialect
+            for (server, judge), dialect in exchanges.dialects.items()
+            if server == endpoint.named and dialect in self._allowed
+        }
+        """The dialects that judges have answered in."""
         try:
             http = openai.DefaultAsyncHttpxClient(
                 trust_env=not endpoint.loopback, follow_redirects=False
@@ -137,10 +127,8 @@ class JudgeClient:
         """Close all connections."""
         await self._client.close()
 
-    async def ask(
-        self, judge: str, asked: Sequence[Mapping[str, str]]
-    ) -> tuple[dict[str, Any], Reply]:
-        """Ask one question until it is answered; return what was sent, and the answer.
+    async def ask(self, judge: str, asked: Sequence[Mapping[str, str]], repeat: int) -> Exchange:
+        """Ask one question until it is answered, and keep the answer.
 
         Until a judge has answered once, its questions go one by one: one finds the dialect for all.
         (Not so at a server that fails: that is sooner known side by side.)
@@ -152,23 +140,20 @@ class JudgeClient:
             UserError: If the server refuses every call.
             RunFailed: If it asks for a long wait.
         """
-        if judge in self.kept or self._failing:
-            return await self._ask(judge, asked)
-        async with self._first_answer:
-            if judge not in self.kept:
-                return await self._ask(judge, asked)
-        return await self._ask(judge, asked)
+        if judge not in self.kept and not self._failing:
+            async with self._first_answer:
+                if judge not in self.kept:
+                    return await self._ask(judge, asked, repeat)
+        return await self._ask(judge, asked, repeat)
 
-    async def _ask(
-        self, judge: str, asked: Sequence[Mapping[str, str]]
-    ) -> tuple[dict[str, Any], Reply]:
+    async def _ask(self, judge: str, asked: Sequence[Mapping[str, str]], repeat: int) -> Exchange:
         dialect = self.kept.get(judge, self._allowed[0])
         failures = 0
         while True:
-            await self._pause()
-            body = dialect.body(judge, asked, self._config)
+            while (left := self._not_before - time.monotonic()) > 0:
+                await asyncio.sleep(left)
             try:
-                reply = await self._attempt(body)
+                exchange = await self._attempt(dialect.body(judge, asked, self._config), repeat)
             except _Failed as failure:
                 # Another dialect is kept only if it is answered in: a complaint may mislead.
                 other = dialect.without(failure.complaint)
@@ -198,7 +183,10 @@ class JudgeClient:
                     await asyncio.sleep(min(wait, LONGEST_WAIT_SECONDS))
             else:
                 self.kept[judge] = dialect
-                return body, reply
+                self._exchanges.put(exchange)
+                if dialect != self._allowed[0]:
+                    self._exchanges.speak(self._endpoint.named, judge, dialect)
+                return exchange
 
     def _wait_until(self, failure: _Failed) -> float:
         wait = failure.wait_seconds or 0.0
@@ -209,58 +197,49 @@ class JudgeClient:
             ) from None
         return time.monotonic() + wait
 
-    async def _pause(self) -> None:
-        while (left := self._not_before - time.monotonic()) > 0:
-            await asyncio.sleep(left)
-
-    async def _attempt(self, body: Mapping[str, Any]) -> Reply:
-        reply = None
-        async with self._meter.call(body, self._config.max_output_tokens) as charge:
-            try:
-                with self._failures(charge_off=lambda: setattr(charge, "due", False)):
-                    # openai's timeout is per read: a server that drips would never meet it.
-                    async with asyncio.timeout(self._config.timeout_seconds):
-                        # As extra_body, openai sends the schema as it is, without walking it.
-                        raw = await self._client.chat.completions.with_raw_response.create(
-                            model=body["model"],
-                            messages=body["messages"],
-                            extra_body={
-                                k: v for k, v in body.items() if k not in ("model", "messages")
-                            },
-                        )
-                    reply = self._read(raw.text, body)
-                    charge.input_tokens = reply.input_tokens
-                    charge.output_tokens = reply.output_tokens
-                    return reply
-            finally:
-                if reply is None and charge.due:
-                    self._lost(charge.input_tokens, charge.output_tokens)
-
-    @contextlib.contextmanager
-    def _failures(self, charge_off: Callable[[], None]) -> Iterator[None]:
-        """Translate every failure of one attempt; those that cost nothing are charged off."""
+    async def _attempt(self, body: Mapping[str, Any], repeat: int) -> Exchange:
+        """Make one call; what it took is charged, or what it may have taken."""
         openai = self._openai
-        try:
-            yield
-        except (openai.APITimeoutError, TimeoutError):
-            raise _Failed("no answer in time") from None
-        except openai.APIConnectionError as error:
-            if type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout"):
-                charge_off()
-                raise _Failed("no connection") from None
-            raise _Failed("closed connection") from None
-        except openai.APIStatusError as error:
-            charge_off()
-            status = error.status_code
-            if status < 500 and status not in _RETRIED_STATUS | _REFUSED_STATUS:
-                raise self._closed(status) from None
-            raise _Failed(
-                f"status {status}",
-                status,
-                # As it is, escapes and all: only words are looked for.
-                json.dumps(error.body, default=str) if error.body is not None else error.message,
-                retry_after_seconds(error.response.headers),
-            ) from None
+        async with self._meter.call(body, self._config.max_output_tokens) as charge:
+            exchange = None
+            try:
+                # openai's timeout is per read: a server that drips would never meet it.
+                async with asyncio.timeout(self._config.timeout_seconds):
+                    # As extra_body, openai sends the schema as it is, without walking it.
+                    raw = await self._client.chat.completions.with_raw_response.create(
+                        model=body["model"],
+                        messages=body["messages"],
+                        extra_body={
+                            k: v for k, v in body.items() if k not in ("model", "messages")
+                        },
+                    )
+                exchange = self._read(raw.text, body, repeat)
+                charge.input_tokens = exchange.input_tokens
+                charge.output_tokens = exchange.output_tokens
+                return exchange
+            except (openai.APITimeoutError, TimeoutError):
+                raise _Failed("no answer in time") from None
+            except openai.APIConnectionError as error:
+                unheard = ("ConnectError", "ConnectTimeout")
+                charge.due = type(error.__cause__).__name__ not in unheard
+                raise _Failed("closed connection" if charge.due else "no connection") from None
+            except openai.APIStatusError as error:
+                charge.due = False
+                status = error.status_code
+                if status < 500 and status not in _RETRIED_STATUS | _REFUSED_STATUS:
+                    raise self._closed(status) from None
+                raise _Failed(
+                    f"status {status}",
+                    status,
+                    # As it is, escapes and all: only words are looked for.
+                    error.message if error.body is None else json.dumps(error.body, default=str),
+                    retry_after_seconds(error.response.headers),
+                ) from None
+            finally:
+                if exchange is None and charge.due:
+                    self._exchanges.put(
+                        Lost(input_tokens=charge.input_tokens, output_tokens=charge.output_tokens)
+                    )
 
     def _closed(self, status: int) -> UserError:
         where = f"judge server {self._endpoint.named}"
@@ -275,7 +254,7 @@ class JudgeClient:
             "by judge.api-key-env",
         )
 
-    def _read(self, text: str, body: Mapping[str, Any]) -> Reply:
+    def _read(self, text: str, body: Mapping[str, Any], repeat: int) -> Exchange:
         """Read a completion without trusting its shape; without content the text is empty."""
         try:
             document = json.loads(text.removeprefix("\ufeff"))
@@ -293,7 +272,8 @@ class JudgeClient:
         counted = all(type(count) is int and 0 <= count <= _MOST_TOKENS for count in counts)
         if not counted:
             counts = [input_bound_tokens(body), self._config.max_output_tokens]
-        return Reply(
+        return Exchange(
+            key=exchange_key(self._endpoint.named, body, repeat),
             text=_text(choice.get("message"), cut=cut),
             cut=cut,
             served_by=writable(str(document.get("model", "")))[0][:_LONGEST_NAME],

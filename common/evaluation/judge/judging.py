@@ -10,35 +10,25 @@ about the run's present answers: a second one is written beside the first.
 import asyncio
 import contextlib
 import datetime
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from common.errors import FedrxError, RunFailed, UserError
-from common.evaluation.judge.cache import Exchange, ExchangeCache, exchange_key
+from common.evaluation.judge.cache import Exchange, Exchanges, RefusedQuestion
 from common.evaluation.judge.client import JudgeClient, Refused, Unavailable
 from common.evaluation.judge.cost import CostLimit, Meter
-from common.evaluation.judge.dialect import Dialect, dialects
 from common.evaluation.judge.gate import Statement
-from common.evaluation.judge.plan import (
-    EXCHANGES,
-    Judgement,
-    JudgePlan,
-    Task,
-    exchange_keys,
-    first_messages,
-    prices_of,
-)
+from common.evaluation.judge.plan import EXCHANGES, Judgement, JudgePlan, read_judgements
 from common.evaluation.judge.rubric import (
     Reading,
     ReplyProblem,
-    Verdict,
     read_verdicts,
     repair_messages,
 )
 from common.evaluation.judge.summary import counts, summarise, usage
-from common.files import json_line, writable, write_json, write_text
+from common.files import json_line, writable, write_text
 from common.rundir import RunDirectory
 
 STATEMENTS = Path("judge") / "statements.jsonl"
@@ -47,24 +37,6 @@ _REFUSED_AT_FIRST = 10
 """So many refusals and no answer: not the lists are wrong, but the call."""
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass
-class _Progress:
-    """What the workers share."""
-
-    total: int
-    report: Progress | None
-    done: dict[int, Judgement] = field(default_factory=dict)
-    failures_in_a_row: int = 0
-    refused: int = 0
-    stopped: FedrxError | None = None
-    limit_reached: bool = False
-
-    def add(self, place: int, judgement: Judgement) -> None:
-        self.done[place] = judgement
-        if self.report:
-            self.report(len(self.done), self.total)
 
 
 def judge_run(
@@ -95,186 +67,168 @@ def judge_run(
     if plan.endpoint.statement:
         _keep_statement(run, plan, plan.endpoint.statement)
     beside = _judged_before(run, plan)
-    shared = _Progress(total=len(plan.tasks), report=progress)
-    prices = prices_of(plan.config)
-    with ExchangeCache(run.path / EXCHANGES) as cache:
-        before = usage(cache.exchanges, prices)
-        limit = plan.config.max_cost_usd
-        meter = Meter(prices, limit_usd=limit, spent_usd=before["cost_usd"])
-        try:
-            asyncio.run(_judge_all(plan, cache, meter, shared, api_key))
-        finally:
-            judgements = [
-                shared.done.get(place, Judgement(task=task, verdicts=None, asked=False))
-                for place, task in enumerate(plan.tasks)
-            ]
-            scored = sum(judgement.verdicts is not None for judgement in judgements)
-            together = [*beside, *judgements]
-            after = usage(cache.exchanges, prices)
-            result = summarise(plan, together, seed=seed) | {
-                "served_by": sorted({one.served_by for one in cache.exchanges.all()}),
-                "usage": {key: after[key] for key in after if key != "cost_usd"},
-                "cost_usd": after["cost_usd"],
-                "invocation": {
-                    "judges": list(plan.judges),
-                    **counts(judgements),
-                    **{key: after[key] - before[key] for key in after},
-                },
-            }
-            # A server that gave nothing does not replace what an earlier one gave.
-            if not shared.stopped or scored:
-                records = [json_line(_record(j)) for j in together if j.asked]
-                write_text(run.path / "judge.jsonl", "".join(records))
-                summary = run.read_json("summary.json")
-                write_json(run.path / "summary.json", {**summary, "judge": result})
-    if shared.stopped:
-        raise shared.stopped
-    if shared.limit_reached:
+    prices = plan.prices
+    exchanges = Exchanges(run.path / EXCHANGES)
+    before = usage(exchanges, prices)
+    limit = plan.config.max_cost_usd
+    meter = Meter(prices, limit_usd=limit, spent_usd=before["cost_usd"])
+    client = JudgeClient(
+        plan.endpoint, plan.config, api_key=api_key, meter=meter, exchanges=exchanges
+    )
+    work = _Judging(plan, exchanges, client, progress or (lambda done, of: None))
+    try:
+        asyncio.run(work.run())
+    finally:
+        judgements = [work.done.get(place, task) for place, task in enumerate(plan.tasks)]
+        together = [*beside, *judgements]
+        after = usage(exchanges, prices)
+        result = summarise(plan, together, seed=seed) | {
+            "served_by": sorted({one.served_by for one in exchanges.by_key.values()}),
+            "usage": {key: after[key] for key in after if key != "cost_usd"},
+            "cost_usd": after["cost_usd"],
+            "invocation": {
+                "judges": list(plan.judges),
+                **counts(judgements),
+                **{key: after[key] - before[key] for key in after},
+            },
+        }
+        # A server that gave nothing does not replace what an earlier one gave.
+        if not work.stopped or result["invocation"]["scored"]:
+            records = [json_line(one.as_json()) for one in together if one.asked]
+            write_text(run.path / "judge.jsonl", "".join(records))
+            run.write_json("summary.json", {**run.read_json("summary.json"), "judge": result})
+    if work.stopped:
+        raise work.stopped
+    if work.limit_reached:
         raise RunFailed(
-            f"judging stopped at judge.max-cost-usd={plan.config.max_cost_usd:g}: "
-            f"{len(shared.done)} of {shared.total} judgements are done; raise the limit and run "
-            "the same command, it goes on from there"
+            f"judging stopped at judge.max-cost-usd={limit:g}: {len(work.done)} of "
+            f"{len(plan.tasks)} judgements are done; raise the limit and run the same command, it "
+            "goes on from there"
         )
     return result
 
 
-async def _judge_all(
-    plan: JudgePlan,
-    cache: ExchangeCache,
-    meter: Meter,
-    shared: _Progress,
-    api_key: str,
-) -> None:
-    client = JudgeClient(
-        plan.endpoint,
-        plan.config,
-        api_key=api_key,
-        meter=meter,
-        lost=cache.put_lost,
-        kept=_kept_dialects(plan, cache),
-    )
-    session = _Session(plan, cache, client)
-    queue = iter(enumerate(plan.tasks))
+@dataclass
+class _Judging:
+    """One invocation, shared by its workers; exchanges are looked up before they are made."""
 
-    async def work() -> None:
-        for place, task in queue:
-            if shared.stopped or shared.limit_reached:
+    plan: JudgePlan
+    exchanges: Exchanges
+    client: JudgeClient
+    progress: Progress
+    done: dict[int, Judgement] = field(default_factory=dict)
+    """By the task's place."""
+    failures_in_a_row: int = 0
+    refusals: int = 0
+    refused: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """Judge and status, by question."""
+    stopped: FedrxError | None = None
+    limit_reached: bool = False
+    locks: dict[str, asyncio.Lock] = field(default_factory=dict)
+
+    async def run(self) -> None:
+        """Let as many workers as are asked for do all tasks."""
+        tasks = iter(enumerate(self.plan.tasks))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(self.plan.config.concurrency, len(self.plan.tasks))):
+                    group.create_task(self._work(tasks))
+        finally:
+            for key, (judge, status) in self.refused.items():
+                # A judge that answers others: this list alone was at fault.
+                if judge in self.client.kept:
+                    self.exchanges.put(RefusedQuestion(refused=status, key=key))
+            with contextlib.suppress(Exception):
+                await self.client.close()
+
+    async def _work(self, tasks: Iterator[tuple[int, Judgement]]) -> None:
+        for place, task in tasks:
+            if self.stopped or self.limit_reached:
                 return
             try:
-                judgement = await session.judge(task)
+                judgement = await self._judge(task)
+                self.failures_in_a_row = 0
             except CostLimit:
-                shared.limit_reached = True
+                self.limit_reached = True
                 return
             except FedrxError as error:
-                shared.stopped = shared.stopped or error
+                self._stop(error)
                 return
             except Refused as refusal:
-                shared.refused += 1
-                if shared.refused >= _REFUSED_AT_FIRST and not client.kept:
-                    shared.stopped = shared.stopped or UserError(
-                        f"judge server {plan.endpoint.named} refuses the call (status "
-                        f"{refusal.status} for each of {shared.refused} lists)",
-                        fix="check judge.model, judge.max-output-tokens (it counts towards the "
-                        "server's context) and the server's log",
-                    )
-                judgement = Judgement(task=task, verdicts=None, problem=str(refusal))
+                self._count_refusal(refusal)
+                judgement = task.found(problem=str(refusal))
             except Unavailable as failure:
-                shared.failures_in_a_row += 1
-                if shared.failures_in_a_row >= _FAILURES_IN_A_ROW:
-                    shared.stopped = shared.stopped or RunFailed(
-                        f"judge server {plan.endpoint.named} fails: {failure} "
-                        f"({plan.config.attempts} tries each for {shared.failures_in_a_row} lists "
-                        "in a row); start it, then run the same command again"
-                    )
-                judgement = Judgement(task=task, verdicts=None, problem=f"server: {failure}")
-            else:
-                shared.failures_in_a_row = 0
-            shared.add(place, judgement)
+                self._count_failure(failure)
+                judgement = task.found(problem=f"server: {failure}")
+            self.done[place] = judgement
+            self.progress(len(self.done), len(self.plan.tasks))
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(plan.config.concurrency, len(plan.tasks))):
-                group.create_task(work())
-    finally:
-        session.keep()
-        with contextlib.suppress(Exception):
-            await client.close()
+    def _stop(self, error: FedrxError) -> None:
+        self.stopped = self.stopped or error
 
+    def _count_refusal(self, refusal: Refused) -> None:
+        self.refusals += 1
+        if self.refusals >= _REFUSED_AT_FIRST and not self.client.kept:
+            self._stop(
+                UserError(
+                    f"judge server {self.plan.endpoint.named} refuses the call (status "
+                    f"{refusal.status} for each of {self.refusals} lists)",
+                    fix="check judge.model, judge.max-output-tokens (it counts towards the "
+                    "server's context) and the server's log",
+                )
+            )
 
-def _kept_dialects(plan: JudgePlan, cache: ExchangeCache) -> dict[str, Dialect]:
-    known = {
-        judge: Dialect(**cache.exchanges.dialects[f"{plan.endpoint.named} {judge}"])
-        for judge in plan.judges
-        if f"{plan.endpoint.named} {judge}" in cache.exchanges.dialects
-    }
-    allowed = dialects(plan.config)
-    return {judge: dialect for judge, dialect in known.items() if dialect in allowed}
+    def _count_failure(self, failure: Unavailable) -> None:
+        self.failures_in_a_row += 1
+        if self.failures_in_a_row >= _FAILURES_IN_A_ROW:
+            self._stop(
+                RunFailed(
+                    f"judge server {self.plan.endpoint.named} fails: {failure} "
+                    f"({self.plan.config.attempts} tries each for {self.failures_in_a_row} lists "
+                    "in a row); start it, then run the same command again"
+                )
+            )
 
-
-class _Session:
-    """Judges one task at a time per caller; exchanges are looked up before they are made."""
-
-    def __init__(self, plan: JudgePlan, cache: ExchangeCache, client: JudgeClient) -> None:
-        self._plan, self._cache, self._client = plan, cache, client
-        self._locks: dict[str, asyncio.Lock] = {}
-        self._refused: dict[str, tuple[str, int]] = {}
-
-    async def judge(self, task: Task) -> Judgement:
-        asked = first_messages(task)
+    async def _judge(self, task: Judgement) -> Judgement:
+        asked = self.plan.first_messages(task)
         first = await self._exchange(task, asked)
         keys: tuple[str, ...] = (first.key,)
         try:
             try:
-                reading = _verdicts(first, task)
+                reading = self._verdicts(first, task)
             except ReplyProblem as problem:
-                second = await self._exchange(
-                    task, repair_messages(asked, writable(first.text)[0], problem)
-                )
+                mending = repair_messages(asked, writable(first.text)[0], problem)
+                second = await self._exchange(task, mending)
                 keys = (first.key, second.key)
-                reading = _verdicts(second, task)
+                reading = self._verdicts(second, task)
         except ReplyProblem as last:
-            return Judgement(task=task, verdicts=None, problem=last.kind, keys=keys)
-        return Judgement(task=task, verdicts=reading.verdicts, keys=keys, escaped=reading.escaped)
+            return task.found(problem=last.kind, exchanges=keys)
+        return task.found(verdicts=reading.verdicts, exchanges=keys, escaped=reading.escaped)
 
-    def keep(self) -> None:
-        """Keep what was refused by a judge that answers: its lists alone were at fault."""
-        for key, (judge, status) in self._refused.items():
-            if judge in self._client.kept:
-                self._cache.put_refused(key, status)
-
-    async def _exchange(self, task: Task, asked: Sequence[Mapping[str, str]]) -> Exchange:
-        keys = exchange_keys(self._plan, task, asked)
-        # Equal lists of two models are one question: the second waits for the first's answer.
-        async with self._locks.setdefault(keys[0], asyncio.Lock()):
-            made = self._cache.exchanges
-            known = next((made.by_key[key] for key in keys if key in made.by_key), None)
-            return known or await self._ask(task, asked, keys[0])
-
-    async def _ask(self, task: Task, asked: Sequence[Mapping[str, str]], question: str) -> Exchange:
-        before = None if self._plan.retry_refused else self._cache.exchanges.refused.get(question)
-        if question in self._refused or before:
-            raise Refused(before or self._refused[question][1])
+    def _verdicts(self, exchange: Exchange, task: Judgement) -> Reading:
         try:
-            body, reply = await self._client.ask(task.judge, asked)
-        except Refused as refusal:
-            self._refused[question] = task.judge, refusal.status
+            return read_verdicts(exchange.text, self.plan.lists[task.case, task.model].drugs)
+        except ReplyProblem as problem:
+            if exchange.cut:
+                kind, told = "cut", "it was cut off; keep the reasons shorter"
+                raise ReplyProblem(kind, told) from problem
             raise
-        named = self._plan.endpoint.named
-        exchange = Exchange(key=exchange_key(named, body, task.repeat), **asdict(reply))
-        self._cache.put(exchange)
-        dialect = self._client.kept[task.judge]
-        if dialect != dialects(self._plan.config)[0]:
-            self._cache.put_dialect(f"{named} {task.judge}", asdict(dialect))
-        return exchange
 
-
-def _verdicts(exchange: Exchange, task: Task) -> Reading:
-    try:
-        return read_verdicts(exchange.text, task.item.drugs)
-    except ReplyProblem as problem:
-        if exchange.cut:
-            raise ReplyProblem("cut", "it was cut off; keep the reasons shorter") from problem
-        raise
+    async def _exchange(self, task: Judgement, asked: Sequence[Mapping[str, str]]) -> Exchange:
+        keys = self.plan.keys(task, asked)
+        question, known = keys[0], self.exchanges.by_key
+        # Equal lists of two models are one question: the second waits for the first's answer.
+        async with self.locks.setdefault(question, asyncio.Lock()):
+            if answered := next((known[key] for key in keys if key in known), None):
+                return answered
+            before = None if self.plan.retry_refused else self.exchanges.refused.get(question)
+            if question in self.refused or before:
+                raise Refused(before or self.refused[question][1])
+            try:
+                return await self.client.ask(task.judge, asked, task.repeat)
+            except Refused as refusal:
+                self.refused[question] = task.judge, refusal.status
+                raise
 
 
 def _keep_statement(run: RunDirectory, plan: JudgePlan, statement: Statement) -> None:
@@ -286,42 +240,12 @@ def _keep_statement(run: RunDirectory, plan: JudgePlan, statement: Statement) ->
 
 def _judged_before(run: RunDirectory, plan: JudgePlan) -> list[Judgement]:
     """Read what stays beside this plan: other judges' words on the answers that are still there."""
-    summary = run.read_json("summary.json")
-    # An evaluation of other answers takes the judgement out of the summary.
-    lines = run.lines("judge.jsonl") if "judge" in summary else []
     stay = []
-    for line in lines:
-        item = plan.lists.get((line["case"], line["model"]))
-        server = line["server"] if "server" in line else summary["judge"].get("server", "")
-        now = line["judge"] in plan.judges and server == plan.endpoint.named
-        if item is None or (now and line["model"] in plan.models):
+    for line in read_judgements(run):
+        item = plan.lists.get((line.case, line.model))
+        now = line.judge in plan.judges and line.server == plan.endpoint.named
+        if item is None or (now and line.model in plan.models):
             continue
-        verdicts = [Verdict(**verdict) for verdict in line["verdicts"] or ()]
-        if not verdicts or tuple(verdict.drug for verdict in verdicts) == item.drugs:
-            stay.append(
-                Judgement(
-                    task=Task(item, line["judge"], line["repeat"], server),
-                    verdicts=tuple(verdicts) or None,
-                    problem=line["problem"] or "",
-                    keys=tuple(line["exchanges"]),
-                    escaped=line.get("escaped", 0),
-                )
-            )
+        if not line.verdicts or tuple(verdict.drug for verdict in line.verdicts) == item.drugs:
+            stay.append(line)
     return stay
-
-
-def _record(judgement: Judgement) -> dict[str, Any]:
-    task, verdicts = judgement.task, judgement.verdicts
-    return {
-        "case": task.item.case,
-        "model": task.item.predicted_by,
-        "judge": task.judge,
-        "repeat": task.repeat,
-        "scored": verdicts is not None,
-        "score": judgement.score,
-        "verdicts": None if verdicts is None else [asdict(verdict) for verdict in verdicts],
-        "problem": judgement.problem or None,
-        "exchanges": list(judgement.keys),
-        "server": task.server,
-        **({"escaped": judgement.escaped} if judgement.escaped else {}),
-    }

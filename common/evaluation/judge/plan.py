@@ -8,16 +8,18 @@ from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import ConfigDict, Field, computed_field
+
 from common.config import JudgeConfig
 from common.errors import UserError
-from common.evaluation.answers_file import read_answers
-from common.evaluation.judge.cache import exchange_key, read_exchanges
+from common.evaluation.answers_file import Patient, Prediction, read_answers
+from common.evaluation.judge.cache import Exchanges, exchange_key
 from common.evaluation.judge.cost import Prices, estimated_tokens
 from common.evaluation.judge.dialect import dialects
 from common.evaluation.judge.gate import Endpoint, Statement, check_endpoint, source_of_run
 from common.evaluation.judge.rubric import Verdict, distinct_drugs, messages
 from common.evaluation.judge.summary import usage
-from common.files import writable
+from common.records import Record
 from common.rundir import RunDirectory
 
 EXCHANGES = Path("judge") / "exchanges.jsonl"
@@ -25,50 +27,61 @@ _VERDICT_TOKENS = 32
 """Usual length of one verdict beside the drug's name."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Item:
+class Item(NamedTuple):
     """One list of one model, and whom it was written for; the truth is not in it."""
 
     case: str
     cluster: int
-    predicted_by: str
-    patient: Mapping[str, Any]
+    model: str
+    patient: Patient
     diagnoses: tuple[str, ...]
     drugs: tuple[str, ...]
 
 
-class Task(NamedTuple):
-    """One list before one judge, once."""
+class Judgement(Record):
+    """One list before one judge, once, and what came of it: a line of judge.jsonl."""
 
-    item: Item
+    model_config = ConfigDict(extra="ignore")
+
+    case: str
+    model: str
     judge: str
     repeat: int
-    server: str
-    """Two servers may call different judges by one name."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Judgement:
-    """What came of one task."""
-
-    task: Task
-    verdicts: tuple[Verdict, ...] | None
+    verdicts: tuple[Verdict, ...] | None = None
     """None: unscored, or not asked."""
-    problem: str = ""
+    problem: str | None = None
     """Why it is unscored: the kind of the last reply's problem, or how the server failed."""
-    asked: bool = True
-    """False when the run stopped before its turn."""
-    keys: tuple[str, ...] = ()
-    """Its exchanges in the cache; the second is the repair."""
+    exchanges: tuple[str, ...] = ()
+    """Their keys in the cache; the second is the repair."""
+    server: str = ""
+    """Two servers may call different judges by one name."""
     escaped: int = 0
-    """Texts of the reply that UTF-8 cannot hold as they were."""
+    """Texts of the reply that UTF-8 cannot hold; in the file only where there are some."""
+    asked: bool = Field(default=True, exclude=True)
+    """False before its turn; it has no line then."""
 
+    def found(self, **what: Any) -> "Judgement":
+        """Return what came of it."""
+        return self.model_copy(update={"asked": True, **what})
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def scored(self) -> bool:
+        """Whether there are verdicts."""
+        return self.verdicts is not None
+
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def score(self) -> float | None:
         """Suitable / all; None when unscored."""
         if self.verdicts is None:
             return None
         return sum(verdict.suitable for verdict in self.verdicts) / len(self.verdicts)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the line's content."""
+        line = super().as_json()
+        return line if self.escaped else {k: v for k, v in line.items() if k != "escaped"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,16 +106,41 @@ class JudgePlan:
     @property
     def items(self) -> tuple[Item, ...]:
         """The lists that are judged now."""
-        return tuple(i for i in self.lists.values() if i.predicted_by in self.models)
+        return tuple(i for i in self.lists.values() if i.model in self.models)
 
     @cached_property
-    def tasks(self) -> tuple[Task, ...]:
+    def tasks(self) -> tuple[Judgement, ...]:
         """Every list before every judge, as often as asked for."""
         return tuple(
-            Task(item, judge, repeat, self.endpoint.named)
+            Judgement(
+                case=item.case,
+                model=item.model,
+                judge=judge,
+                repeat=repeat,
+                server=self.endpoint.named,
+                asked=False,
+            )
             for item in self.items
             for judge in self.judges
             for repeat in range(self.config.repeats)
+        )
+
+    def first_messages(self, task: Judgement) -> list[dict[str, str]]:
+        """Return what a task asks first."""
+        item = self.lists[task.case, task.model]
+        return messages(item.patient, item.diagnoses, item.drugs)
+
+    def keys(self, task: Judgement, asked: Sequence[Mapping[str, str]]) -> list[str]:
+        """Return the cache keys of one question, one for each dialect it may be asked in."""
+        bodies = (dialect.body(task.judge, asked, self.config) for dialect in dialects(self.config))
+        return [exchange_key(self.endpoint.named, body, task.repeat) for body in bodies]
+
+    @property
+    def prices(self) -> Prices:
+        """The configured prices."""
+        return Prices(
+            input_usd=self.config.input_usd_per_million,
+            output_usd=self.config.output_usd_per_million,
         )
 
 
@@ -132,14 +170,14 @@ def plan_judging(
     endpoint = check_endpoint(config.base_url, source=source, statement=statement)
     _require_prices(config)
     lines = read_answers(run)
-    present = tuple(dict.fromkeys(line["model"] for line in lines))
+    present = tuple(dict.fromkeys(line.model for line in lines))
     _require_predictions(run, present, predicted_by)
-    items = [item_of(line) for line in lines if line["answer"] and distinct_drugs(line["answer"])]
-    lists = Counter(line["model"] for line in lines)
-    unanswered = Counter(line["model"] for line in lines if line["answer"] is None)
-    judged = Counter(item.predicted_by for item in items)
+    items = [item for line in lines if (item := item_of(line)).drugs]
+    lists = Counter(line.model for line in lines)
+    unanswered = Counter(line.model for line in lines if line.answer is None)
+    judged = Counter(item.model for item in items)
     return JudgePlan(
-        lists={(item.case, item.predicted_by): item for item in items},
+        lists={(item.case, item.model): item for item in items},
         unanswered={name: unanswered[name] for name in present},
         empty={name: lists[name] - unanswered[name] - judged[name] for name in present},
         models=tuple(name for name in present if not predicted_by or name in predicted_by),
@@ -180,17 +218,25 @@ def _require_predictions(run: RunDirectory, present: Sequence[str], wanted: Sequ
         )
 
 
-def item_of(line: Mapping[str, Any]) -> Item:
+def item_of(line: Prediction) -> Item:
     """Take what a judge may know out of a line of predictions.jsonl."""
-    line, _ = writable(line)
-    return Item(
-        case=line["case"],
-        cluster=line["cluster"],
-        predicted_by=line["model"],
-        patient=line["patient"],
-        diagnoses=tuple(line["diagnoses"]),
-        drugs=distinct_drugs(line["answer"]),
-    )
+    drugs = distinct_drugs(line.answer or ())
+    return Item(line.case, line.cluster, line.model, line.patient, line.diagnoses, drugs)
+
+
+def read_judgements(run: RunDirectory) -> list[Judgement]:
+    """Return the lines of judge.jsonl, if they are about the run's present answers.
+
+    An evaluation of other answers takes the judgement out of the summary.
+    """
+    told = run.read_json("summary.json").get("judge")
+    if told is None:
+        return []
+    lines = [{"server": told.get("server", ""), **line} for line in run.lines("judge.jsonl")]
+    return [
+        Judgement.read(line, what=f"judge.jsonl, line {number}")
+        for number, line in enumerate(lines, start=1)
+    ]
 
 
 def estimate(run: RunDirectory, plan: JudgePlan) -> dict[str, Any]:
@@ -199,21 +245,21 @@ def estimate(run: RunDirectory, plan: JudgePlan) -> dict[str, Any]:
     ``input_tokens`` and ``output_tokens`` are estimates from text sizes for one try per list;
     ``most_usd`` is the price if every list needed its repair and every reply took all its tokens.
     """
-    made = read_exchanges(run.path / EXCHANGES)
+    made = Exchanges(run.path / EXCHANGES)
     # Equal lists for one patient are one call.
-    calls: dict[str, Task] = {}
+    calls: dict[str, Judgement] = {}
     for task in plan.tasks:
-        keys = exchange_keys(plan, task, first_messages(task))
+        keys = plan.keys(task, plan.first_messages(task))
         refused = keys[0] in made.refused and not plan.retry_refused
-        if not refused and not any(made.get(key) for key in keys):
+        if not refused and not any(key in made.by_key for key in keys):
             calls.setdefault(keys[0], task)
     input_tokens = output_tokens = 0
     for task in calls.values():
-        asked = first_messages(task)
+        asked, drugs = plan.first_messages(task), plan.lists[task.case, task.model].drugs
         input_tokens += estimated_tokens(sum(len(m["content"].encode()) for m in asked))
-        names = sum(len(drug.encode()) for drug in task.item.drugs)
-        output_tokens += estimated_tokens(names) + _VERDICT_TOKENS * len(task.item.drugs)
-    prices = prices_of(plan.config)
+        names = sum(len(drug.encode()) for drug in drugs)
+        output_tokens += estimated_tokens(names) + _VERDICT_TOKENS * len(drugs)
+    prices = plan.prices
     most_output = 2 * len(calls) * plan.config.max_output_tokens
     most_input = 2 * ceil(3.5 * input_tokens) + most_output
     return {
@@ -230,19 +276,3 @@ def estimate(run: RunDirectory, plan: JudgePlan) -> dict[str, Any]:
         "server": plan.endpoint.named,
         "source": plan.source,
     }
-
-
-def first_messages(task: Task) -> list[dict[str, str]]:
-    """Return what a task asks first."""
-    return messages(task.item.patient, task.item.diagnoses, task.item.drugs)
-
-
-def exchange_keys(plan: JudgePlan, task: Task, asked: Sequence[Mapping[str, str]]) -> list[str]:
-    """Return the cache keys of one question, one for each dialect it may be asked in."""
-    bodies = (dialect.body(task.judge, asked, plan.config) for dialect in dialects(plan.config))
-    return [exchange_key(plan.endpoint.named, body, task.repeat) for body in bodies]
-
-
-def prices_of(config: JudgeConfig) -> Prices:
-    """Return the configured prices."""
-    return Prices(input_usd=config.input_usd_per_million, output_usd=config.output_usd_per_million)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.data.names import normalise_string
+from common.evaluation.answers_file import Patient
 from common.files import writable
 
 INSTRUCTION = """\
@@ -49,8 +50,6 @@ SCHEMA: Mapping[str, Any] = {
 }
 
 _SHOWN_NAMES = 20
-_PATIENT = (("Sex", "sex"), ("Age", "age"))
-_MEASURES = (("Height", "height_cm", " cm"), ("Weight", "weight_kg", " kg"), ("BMI", "bmi", ""))
 _THOUGHT_ENDS = "</think>"
 """Many chat templates open the thought in the prompt, so that a reply shows its end alone."""
 
@@ -113,19 +112,21 @@ def distinct_drugs(answer: Sequence[str]) -> tuple[str, ...]:
 
 
 def messages(
-    patient: Mapping[str, Any], diagnoses: Sequence[str], drugs: Sequence[str]
+    patient: Patient, diagnoses: Sequence[str], drugs: Sequence[str]
 ) -> list[dict[str, str]]:
     """Return the chat messages for one list.
 
     Args:
-        patient: ``sex``, ``age`` (as printed), ``height_cm``, ``weight_kg``, ``bmi``; whatever else
-            it holds is not sent.
+        patient: Whose list it is.
         diagnoses: Titles.
         drugs: From ``distinct_drugs``.
     """
-    lines = [f"{label}: {patient.get(key) or 'unknown'}" for label, key in _PATIENT]
-    for label, key, unit in _MEASURES:
-        value = patient.get(key)
+    lines = [f"Sex: {patient.sex or 'unknown'}", f"Age: {patient.age or 'unknown'}"]
+    for label, value, unit in (
+        ("Height", patient.height_cm, " cm"),
+        ("Weight", patient.weight_kg, " kg"),
+        ("BMI", patient.bmi, ""),
+    ):
         lines.append(f"{label}: {'unknown' if value is None else f'{value:g}{unit}'}")
     lines += [
         f"Diagnoses: {json.dumps(list(diagnoses), ensure_ascii=False)}",

@@ -4,10 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from common.evaluation.agreement import krippendorff_alpha, unanimous_share
-from common.seeds import stream
+from common.evaluation.metrics import interval_of_mean
 
 if TYPE_CHECKING:
     from common.evaluation.judge.cache import Exchanges
@@ -15,7 +13,6 @@ if TYPE_CHECKING:
     from common.evaluation.judge.plan import Judgement, JudgePlan
 
 RESAMPLES = 1000
-CONFIDENCE = 0.95
 
 
 def summarise(plan: "JudgePlan", judgements: Sequence["Judgement"], *, seed: int) -> dict[str, Any]:
@@ -32,7 +29,7 @@ def summarise(plan: "JudgePlan", judgements: Sequence["Judgement"], *, seed: int
     names = _names(judgements)
     of_judge: dict[str, list[Judgement]] = {name: [] for name in names.values()}
     for judgement in judgements:
-        of_judge[names[judgement.task.judge, judgement.task.server]].append(judgement)
+        of_judge[names[judgement.judge, judgement.server]].append(judgement)
     return {
         "model": ", ".join(of_judge) or plan.config.model,
         "server": plan.endpoint.named,
@@ -45,7 +42,7 @@ def summarise(plan: "JudgePlan", judgements: Sequence["Judgement"], *, seed: int
         "appropriateness": _by_model(plan, judgements, seed),
         "judges": {
             name: {
-                "server": theirs[0].task.server,
+                "server": theirs[0].server,
                 "judgements": counts(theirs),
                 "appropriateness": _by_model(plan, theirs, seed),
             }
@@ -57,7 +54,7 @@ def summarise(plan: "JudgePlan", judgements: Sequence["Judgement"], *, seed: int
 
 def _names(judgements: Sequence["Judgement"]) -> dict[tuple[str, str], str]:
     """Name every judge, with its server where two servers have one of that name."""
-    judges = list(dict.fromkeys((j.task.judge, j.task.server) for j in judgements))
+    judges = list(dict.fromkeys((j.judge, j.server) for j in judgements))
     often = Counter(judge for judge, _ in judges)
     return {
         (judge, server): f"{judge} at {server}" if often[judge] > 1 else judge
@@ -71,10 +68,10 @@ def counts(judgements: Sequence["Judgement"]) -> dict[str, Any]:
     escaped = sum(judgement.escaped for judgement in judgements)
     return {
         "asked": asked,
-        "scored": sum(judgement.verdicts is not None for judgement in judgements),
-        "unscored": sum(j.asked and j.verdicts is None for j in judgements),
+        "scored": sum(judgement.scored for judgement in judgements),
+        "unscored": sum(j.asked and not j.scored for j in judgements),
         "not_asked": len(judgements) - asked,
-        "repaired": sum(len(j.keys) == 2 and j.verdicts is not None for j in judgements),
+        "repaired": sum(len(j.exchanges) == 2 and j.scored for j in judgements),
         "problems": dict(Counter(j.problem for j in judgements if j.problem)),
         **({"escaped_texts": escaped} if escaped else {}),
     }
@@ -83,57 +80,47 @@ def counts(judgements: Sequence["Judgement"]) -> dict[str, Any]:
 def _by_model(plan: "JudgePlan", judgements: Sequence["Judgement"], seed: int) -> dict[str, Any]:
     of_model: dict[str, list[Judgement]] = {name: [] for name in plan.unanswered}
     for judgement in judgements:
-        of_model[judgement.task.item.predicted_by].append(judgement)
+        of_model[judgement.model].append(judgement)
     return {
-        model: _appropriateness(
-            theirs, unanswered=plan.unanswered[model], empty=plan.empty[model], seed=seed
-        )
+        model: _appropriateness(plan, model, theirs, seed=seed)
         for model, theirs in of_model.items()
         if theirs or model in plan.models
     }
 
 
 def _appropriateness(
-    judgements: Sequence["Judgement"], *, unanswered: int, empty: int, seed: int
+    plan: "JudgePlan", model: str, judgements: Sequence["Judgement"], *, seed: int
 ) -> dict[str, Any]:
     by_case: dict[str, list[Judgement]] = {}
     for judgement in judgements:
-        by_case.setdefault(judgement.task.item.case, []).append(judgement)
-    scores: list[tuple[int, float]] = []
+        by_case.setdefault(judgement.case, []).append(judgement)
+    scores: list[float] = []
+    patients: list[int] = []
     not_asked = 0
-    for of_case in by_case.values():
+    for case, of_case in by_case.items():
         known = [judgement.score for judgement in of_case if judgement.score is not None]
         if known:
-            scores.append((of_case[0].task.item.cluster, sum(known) / len(known)))
+            scores.append(sum(known) / len(known))
+            patients.append(plan.lists[case, model].cluster)
         elif not all(judgement.asked for judgement in of_case):
             not_asked += 1
+    bounds: list[float | None] = [None]
+    if scores:
+        _, *bounds = interval_of_mean(
+            scores, patients, resamples=RESAMPLES, seed=seed, name="judge-bootstrap"
+        )
     verdicts = [v for judgement in judgements for v in judgement.verdicts or ()]
     return {
-        "mean": sum(score for _, score in scores) / len(scores) if scores else None,
-        "interval": _interval(scores, seed),
+        "mean": sum(scores) / len(scores) if scores else None,
+        "interval": None if None in bounds else bounds,
         "scored": len(scores),
         "unscored": len(by_case) - len(scores) - not_asked,
         "not_asked": not_asked,
-        "unanswered": unanswered,
-        "empty": empty,
+        "unanswered": plan.unanswered[model],
+        "empty": plan.empty[model],
         "suitable": sum(verdict.suitable for verdict in verdicts),
         "unsuitable": sum(not verdict.suitable for verdict in verdicts),
     }
-
-
-def _interval(scores: Sequence[tuple[int, float]], seed: int) -> list[float] | None:
-    """Percentile bootstrap over patients; None with fewer than two of them."""
-    patients, place_n = np.unique([patient for patient, _ in scores], return_inverse=True)
-    if len(patients) < 2:
-        return None
-    sums_k2 = np.zeros((len(patients), 2))
-    np.add.at(sums_k2, place_n, [(score, 1.0) for _, score in scores])
-    shares = np.full(len(patients), 1 / len(patients))
-    drawn_r2 = stream(seed, "judge-bootstrap").multinomial(len(patients), shares, RESAMPLES)
-    means_r = (drawn_r2 @ sums_k2)[:, 0] / (drawn_r2 @ sums_k2)[:, 1]
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means_r, [tail, 1 - tail]).tolist()
-    return [low, high]
 
 
 def _agreement(judgements: Sequence["Judgement"]) -> dict[str, Any]:
@@ -141,11 +128,11 @@ def _agreement(judgements: Sequence["Judgement"]) -> dict[str, Any]:
     by_drug: dict[tuple[str, str, str], list[bool]] = {}
     by_judge: dict[tuple[str, ...], list[bool]] = {}
     for judgement in judgements:
-        item, judge, _, server = judgement.task
         for verdict in judgement.verdicts or ():
-            drug = (item.case, item.predicted_by, verdict.drug)
+            drug = (judgement.case, judgement.model, verdict.drug)
             by_drug.setdefault(drug, []).append(verdict.suitable)
-            by_judge.setdefault((*drug, judge, server), []).append(verdict.suitable)
+            judge = (*drug, judgement.judge, judgement.server)
+            by_judge.setdefault(judge, []).append(verdict.suitable)
     units = [values for values in by_drug.values() if len(values) > 1]
     steady = unanimous_share(list(by_judge.values()))
     return {
@@ -160,17 +147,19 @@ def _agreement(judgements: Sequence["Judgement"]) -> dict[str, Any]:
 
 def usage(made: "Exchanges", prices: "Prices") -> dict[str, Any]:
     """Return what all judging of a run has taken so far, over all invocations."""
-    calls = made.all()
+    calls = made.by_key.values()
     input_tokens = sum(exchange.input_tokens for exchange in calls)
     output_tokens = sum(exchange.output_tokens for exchange in calls)
+    lost_input_tokens = sum(call.input_tokens for call in made.lost)
+    lost_output_tokens = sum(call.output_tokens for call in made.lost)
     return {
         "calls": len(calls),
         "input_tokens": input_tokens,
         "output_tokens": output_tokens,
         "calls_without_usage": sum(not exchange.counted for exchange in calls),
-        "lost_input_tokens_at_most": made.lost_input_tokens,
-        "lost_output_tokens_at_most": made.lost_output_tokens,
+        "lost_input_tokens_at_most": lost_input_tokens,
+        "lost_output_tokens_at_most": lost_output_tokens,
         "cost_usd": prices.cost_usd(
-            input_tokens + made.lost_input_tokens, output_tokens + made.lost_output_tokens
+            input_tokens + lost_input_tokens, output_tokens + lost_output_tokens
         ),
     }

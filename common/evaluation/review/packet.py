@@ -8,47 +8,92 @@ the key alone.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Final, Literal
 
 from common.errors import UserError
+from common.evaluation.answers_file import Patient, Prediction
 from common.evaluation.judge.rubric import distinct_drugs
 from common.files import utf8
+from common.records import Record
 from common.seeds import stream
 
-FORMAT = "fedrx-review-1"
-MARKS = ("keep", "remove", "unsure")
-OVERALL = (1, 2, 3, 4, 5)
+FORMAT: Final = "fedrx-review-1"
 ORDERED = "ordered"
 """Name of the true list, where it is shown among the others as a control."""
 _LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_PATIENT = ("sex", "age", "height_cm", "weight_kg", "bmi")
+
+
+class ShownList(Record):
+    """One list under its letter; the drugs in alphabetical order."""
+
+    id: str
+    drugs: tuple[str, ...]
+
+
+class ShownCase(Record):
+    """One case under its number."""
+
+    id: str
+    patient: Patient
+    diagnoses: tuple[str, ...]
+    lists: tuple[ShownList, ...]
+
+
+class Shown(Record):
+    """Everything that is in the page, and packet.json."""
+
+    format: Literal["fedrx-review-1"] = FORMAT
+    source: str
+    cases: tuple[ShownCase, ...]
+
+    @property
+    def sha256(self) -> str:
+        """The packet's name: sha256 of what it shows, in canonical JSON."""
+        text = json.dumps(self.as_json(), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        return hashlib.sha256(utf8(text)).hexdigest()
+
+
+class KeyCase(Record):
+    """Whose the lists of one case are."""
+
+    id: str
+    case: str
+    lists: dict[str, str]
+    """Model by letter."""
+
+
+class Key(Record):
+    """What only the run knows: key.json."""
+
+    format: Literal["fedrx-review-1"] = FORMAT
+    sha256: str
+    seed: int
+    models: tuple[str, ...]
+    cases: tuple[KeyCase, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packet:
     """What reviewers get, and what only the run knows."""
 
-    shown: Mapping[str, Any]
-    """``format``, ``source`` and ``cases``: everything that is in the page."""
-    key: Mapping[str, Any]
-    """``sha256`` of the shown, ``cases`` (id, case, lists: label -> model), ``models``."""
+    shown: Shown
+    key: Key
 
     @property
     def sha256(self) -> str:
         """The packet's name."""
-        return packet_sha256(self.shown)
+        return self.key.sha256
 
 
-def packet_sha256(shown: Mapping[str, Any]) -> str:
-    """Return sha256 of what a packet shows, in canonical JSON."""
-    text = json.dumps(shown, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(utf8(text)).hexdigest()
+def packet_folder(sha256: str) -> str:
+    """Return a packet's folder below the run directory."""
+    return f"review/{sha256[:12]}"
 
 
 def make_packet(
-    lines: Sequence[Mapping[str, Any]],
+    lines: Sequence[Prediction],
     *,
     source: str,
     models: Sequence[str] = (),
@@ -69,7 +114,7 @@ def make_packet(
     Raises:
         UserError: Without predictions, for an unknown model, or too few cases.
     """
-    present = list(dict.fromkeys(line["model"] for line in lines))
+    present = list(dict.fromkeys(line.model for line in lines))
     chosen = list(dict.fromkeys(models)) or present
     unknown = [name for name in chosen if name not in present]
     if unknown or not lines or len(chosen) + include_ordered > len(_LABELS):
@@ -78,10 +123,10 @@ def make_packet(
             allowed=", ".join(present),
             fix="run `fedrx evaluate` first, or name models of this run",
         )
-    by_case: dict[str, dict[str, Mapping[str, Any]]] = {}
+    by_case: dict[str, list[Prediction]] = {}
     for line in lines:
-        if line["model"] in chosen:
-            by_case.setdefault(line["case"], {})[line["model"]] = line
+        if line.model in chosen:
+            by_case.setdefault(line.case, []).append(line)
     names = list(by_case)
     if cases > len(names):
         raise UserError(
@@ -93,48 +138,38 @@ def make_packet(
         places = stream(seed, "review-cases").choice(len(names), size=cases, replace=False)
         names = [names[place] for place in sorted(places.tolist())]
     pairs = [
-        _case(str(number), name, by_case[name], seed=seed, include_ordered=include_ordered)
+        _case(str(number), by_case[name], seed=seed, include_ordered=include_ordered)
         for number, name in enumerate(names, 1)
     ]
-    shown = {"format": FORMAT, "source": source, "cases": [shown for shown, _ in pairs]}
-    key = {
-        "format": FORMAT,
-        "sha256": packet_sha256(shown),
-        "seed": seed,
-        "models": [*chosen, *([ORDERED] if include_ordered else [])],
-        "cases": [key for _, key in pairs],
-    }
+    shown = Shown(source=source, cases=tuple(shown for shown, _ in pairs))
+    key = Key(
+        sha256=shown.sha256,
+        seed=seed,
+        models=(*chosen, *([ORDERED] if include_ordered else [])),
+        cases=tuple(key for _, key in pairs),
+    )
     return Packet(shown=shown, key=key)
 
 
 def _case(
-    number: str,
-    name: str,
-    by_model: Mapping[str, Mapping[str, Any]],
-    *,
-    seed: int,
-    include_ordered: bool,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    any_line = next(iter(by_model.values()))
-    answers = {m: line["answer"] for m, line in by_model.items() if line["answer"] is not None}
+    number: str, lines: Sequence[Prediction], *, seed: int, include_ordered: bool
+) -> tuple[ShownCase, KeyCase]:
+    one = lines[0]
+    answers = {line.model: line.answer for line in lines if line.answer is not None}
     if include_ordered:
-        answers[ORDERED] = any_line["truth"]
+        answers[ORDERED] = one.truth
     models = sorted(answers)
-    stream(seed, "review-lists", name).shuffle(models)
-    lists = [
-        {"id": label, "drugs": sorted(distinct_drugs(answers[model]), key=str.casefold)}
-        for label, model in zip(_LABELS, models, strict=False)
-    ]
-    shown = {
-        "id": number,
-        "patient": {field: any_line["patient"].get(field) for field in _PATIENT},
-        "diagnoses": list(any_line["diagnoses"]),
-        "lists": lists,
-    }
-    key = {"id": number, "case": name, "lists": dict(zip(_LABELS, models, strict=False))}
-    return shown, key
-
-
-def packet_folder(sha256: str) -> str:
-    """Return the packet's folder below the run directory."""
-    return f"review/{sha256[:12]}"
+    stream(seed, "review-lists", one.case).shuffle(models)
+    lists = dict(zip(_LABELS, models, strict=False))
+    shown = ShownCase(
+        id=number,
+        patient=one.patient,
+        diagnoses=one.diagnoses,
+        lists=tuple(
+            ShownList(
+                id=label, drugs=tuple(sorted(distinct_drugs(answers[model]), key=str.casefold))
+            )
+            for label, model in lists.items()
+        ),
+    )
+    return shown, KeyCase(id=number, case=one.case, lists=lists)

@@ -5,72 +5,89 @@ is to the true list. Both follow from the predictions of the reviewed cases, and
 the second once more for the list as the reviewers left it (kept drugs and the added ones).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+from common.config import DataConfig
 from common.data.names import normalise_string
 from common.evaluation.agreement import krippendorff_alpha, unanimous_share
-from common.evaluation.metrics import Prediction, score
-from common.evaluation.review.packet import ORDERED
+from common.evaluation.answers_file import Prediction
+from common.evaluation.judge.plan import Judgement
+from common.evaluation.metrics import Metrics, drug_map_of, score
+from common.evaluation.review.packet import ORDERED, Packet
+from common.evaluation.review.packet_import import Mark, Review
 
-DrugMap = Mapping[str, tuple[str, ...]]
+_MARKS = ("keep", "remove", "unsure", "unmarked")
+Drug = tuple[str, str, str]
+"""Case, model and name."""
 
 
-class Mark(NamedTuple):
-    """One reviewer's mark on one drug."""
+class Entry(NamedTuple):
+    """One reviewer's word on one list."""
 
-    case: str
+    line: Prediction
+    """Of the list's model; of the ordered list, any of its case."""
     model: str
-    drug: str
-    reviewer: str
-    mark: str
+    marks: Mapping[str, Mark | None]
+    """By drug, in the order of the page."""
+    missing: Sequence[str]
+    overall: int | None
 
-
-@dataclass(frozen=True, kw_only=True)
-class Level:
-    """When two drug names are equal."""
-
-    name: str
-    drug_map: DrugMap | None = None
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The list as the reviewer left it."""
+        return (*(drug for drug, mark in self.marks.items() if mark == "keep"), *self.missing)
 
 
 def summarise_reviews(
-    shown: Mapping[str, Any],
-    key: Mapping[str, Any],
-    reviews: Sequence[Mapping[str, Any]],
-    predictions: Sequence[Mapping[str, Any]],
-    judged: Sequence[Mapping[str, Any]],
-    *,
-    level: Level,
+    packet: Packet,
+    reviews: Sequence[Review],
+    predictions: Sequence[Prediction],
+    judged: Sequence[Judgement],
+    data: DataConfig,
 ) -> dict[str, Any]:
     """Return the ``review`` part of summary.json.
 
     Args:
-        shown: What the packet shows.
-        key: Which list is whose.
+        packet: What was reviewed.
         reviews: Checked reviews, one per reviewer.
         predictions: Lines of predictions.jsonl.
         judged: Lines of judge.jsonl; empty when no judge ran.
-        level: For the similarity to the true list.
+        data: Says when two drug names are equal, for the similarity to the true list.
     """
-    marks = list(_marks(shown, key, reviews))
-    by_drug: dict[tuple[str, str, str], list[str]] = {}
-    for mark in marks:
-        by_drug.setdefault((mark.case, mark.model, mark.drug), []).append(mark.mark)
+    cases = {case.case for case in packet.key.cases}
+    lines = {(line.case, line.model): line for line in predictions if line.case in cases}
+    lines |= {
+        (case, ORDERED): line.model_copy(update={"answer": line.truth})
+        for (case, _), line in lines.items()
+    }
+    entries = list(_entries(packet, reviews, lines))
+    by_drug: dict[Drug, list[str]] = {}
     overall: dict[tuple[str, str], list[int]] = {}
-    for case, model, _, reviewed in _lists(shown, key, reviews):
-        if reviewed["overall"] is not None:
-            overall.setdefault((case, model), []).append(reviewed["overall"])
+    for line, model, marks, _, mark_of_all in entries:
+        for drug, mark in marks.items():
+            if mark is not None:
+                by_drug.setdefault((line.case, model, drug), []).append(mark)
+        if mark_of_all is not None:
+            overall.setdefault((line.case, model), []).append(mark_of_all)
     units = list(by_drug.values())
+    scored = partial(
+        score, level=data.normalisation, vocabulary=(), drug_map=drug_map_of(data), resamples=0
+    )
     return {
-        "packet": key["sha256"],
-        "reviewers": [review["reviewer"] for review in reviews],
-        "cases": len(key["cases"]),
-        "level": level.name,
+        "packet": packet.sha256,
+        "reviewers": [review.reviewer for review in reviews],
+        "cases": len(packet.key.cases),
+        "level": data.normalisation,
         "models": {
-            model: _of_model(model, shown, key, reviews, predictions, level=level)
-            for model in key["models"]
+            model: _of_model(
+                [line for (_, name), line in lines.items() if name == model],
+                [entry for entry in entries if entry.model == model],
+                scored,
+            )
+            for model in packet.key.models
         },
         "agreement": {
             "alpha_drugs": krippendorff_alpha(units),
@@ -82,96 +99,50 @@ def summarise_reviews(
     }
 
 
-def _lists(
-    shown: Mapping[str, Any], key: Mapping[str, Any], reviews: Sequence[Mapping[str, Any]]
-) -> Iterator[tuple[str, str, Mapping[str, Any], Mapping[str, Any]]]:
-    """Yield case, model, shown list and what one reviewer made of it, reviewer by reviewer."""
+def _entries(
+    packet: Packet, reviews: Sequence[Review], lines: Mapping[tuple[str, str], Prediction]
+) -> Iterator[Entry]:
     for review in reviews:
-        for case, names in zip(shown["cases"], key["cases"], strict=True):
-            for listed in case["lists"]:
-                reviewed = review["cases"][case["id"]]["lists"][listed["id"]]
-                yield names["case"], names["lists"][listed["id"]], listed, reviewed
-
-
-def _marks(
-    shown: Mapping[str, Any], key: Mapping[str, Any], reviews: Sequence[Mapping[str, Any]]
-) -> Iterator[Mark]:
-    for review in reviews:
-        for case, model, listed, reviewed in _lists(shown, key, [review]):
-            for drug, mark in zip(listed["drugs"], reviewed["marks"], strict=True):
-                if mark is not None:
-                    yield Mark(case, model, drug, review["reviewer"], mark)
+        for case, names in zip(packet.shown.cases, packet.key.cases, strict=True):
+            for listed in case.lists:
+                model, given = names.lists[listed.id], review.cases[case.id].lists[listed.id]
+                yield Entry(
+                    lines[names.case, model],
+                    model,
+                    dict(zip(listed.drugs, given.marks, strict=True)),
+                    given.missing,
+                    given.overall,
+                )
 
 
 def _of_model(
-    model: str,
-    shown: Mapping[str, Any],
-    key: Mapping[str, Any],
-    reviews: Sequence[Mapping[str, Any]],
-    predictions: Sequence[Mapping[str, Any]],
-    *,
-    level: Level,
+    lines: Sequence[Prediction], entries: Sequence[Entry], scored: Callable[..., Metrics]
 ) -> dict[str, Any]:
-    names = {names["case"] for names in key["cases"]}
-    lines = {
-        line["case"]: line
-        for line in predictions
-        if line["case"] in names and (line["model"] == model or model == ORDERED)
-    }
-    answers = {
-        case: tuple(line["truth"]) if model == ORDERED else _answer(line)
-        for case, line in lines.items()
-    }
-    kept_shares: list[float] = []
-    overall: list[int] = []
-    counts = dict.fromkeys(("keep", "remove", "unsure", "unmarked"), 0)
-    added = touched = 0
-    edited: list[Prediction] = []
-    for case, owner, listed, reviewed in _lists(shown, key, reviews):
-        if owner != model:
-            continue
-        marks = reviewed["marks"]
-        for mark in marks:
-            counts[mark or "unmarked"] += 1
-        added += len(reviewed["missing"])
-        if reviewed["overall"] is not None:
-            overall.append(reviewed["overall"])
-        decided = marks.count("keep") + marks.count("remove")
-        if decided:
-            kept_shares.append(marks.count("keep") / decided)
-        if marks and None not in marks:
-            touched += 1
-            kept = [d for d, mark in zip(listed["drugs"], marks, strict=True) if mark == "keep"]
-            edited.append(_prediction(lines[case], (*kept, *reviewed["missing"])))
+    counts = Counter[str](mark or "unmarked" for entry in entries for mark in entry.marks.values())
+    whole = [entry for entry in entries if entry.marks and None not in entry.marks.values()]
+    kept_shares = []
+    for entry in entries:
+        given = Counter(entry.marks.values())
+        if decided := given["keep"] + given["remove"]:
+            kept_shares.append(given["keep"] / decided)
     return {
-        "format_followed": _mean([answer is not None for answer in answers.values()]),
-        "similarity": _similarity([_prediction(lines[c], a) for c, a in answers.items()], level),
-        "similarity_after_review": _similarity(edited, level),
+        "format_followed": _mean([line.answer is not None for line in lines]),
+        "similarity": _similarity(lines, scored),
+        "similarity_after_review": _similarity(
+            [entry.line.model_copy(update={"answer": entry.kept}) for entry in whole], scored
+        ),
         "kept_share": _mean(kept_shares),
-        "overall": _mean(overall),
-        "lists_reviewed": touched,
-        "drugs": counts,
-        "added": added,
+        "overall": _mean([entry.overall for entry in entries if entry.overall is not None]),
+        "lists_reviewed": len(whole),
+        "drugs": {mark: counts[mark] for mark in _MARKS},
+        "added": sum(len(entry.missing) for entry in entries),
     }
 
 
-def _answer(line: Mapping[str, Any]) -> tuple[str, ...] | None:
-    return None if line["answer"] is None else tuple(line["answer"])
-
-
-def _prediction(line: Mapping[str, Any], answer: tuple[str, ...] | None) -> Prediction:
-    return Prediction(
-        case=line["case"], cluster=line["cluster"], truth=tuple(line["truth"]), answer=answer
-    )
-
-
-def _similarity(predictions: Sequence[Prediction], level: Level) -> dict[str, float | None] | None:
-    if not predictions:
-        return None
-    metrics = score(
-        predictions, level=level.name, vocabulary=(), drug_map=level.drug_map, resamples=0
-    )
-    return {name: metrics.value(name) for name in ("jaccard", "f1")}
+def _similarity(
+    lines: Sequence[Prediction], scored: Callable[..., Metrics]
+) -> dict[str, float | None] | None:
+    return {name: scored(lines).value(name) for name in ("jaccard", "f1")} if lines else None
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -179,32 +150,26 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _against_judge(
-    by_drug: Mapping[tuple[str, str, str], Sequence[str]], judged: Sequence[Mapping[str, Any]]
+    by_drug: Mapping[Drug, Sequence[str]], judged: Sequence[Judgement]
 ) -> dict[str, Any]:
     """Compare the reviewers' majority (keep against remove) with the judge's; ties are left out."""
-    votes: dict[tuple[str, str, str], list[bool]] = {}
+    votes: dict[Drug, int] = {}
     for line in judged:
-        for verdict in line["verdicts"] or ():
-            name = (line["case"], line["model"], normalise_string(verdict["drug"]))
-            votes.setdefault(name, []).append(verdict["suitable"])
-    counts = dict.fromkeys(
-        ("keep_suitable", "keep_unsuitable", "remove_suitable", "remove_unsuitable"), 0
-    )
-    units: list[list[bool]] = []
+        for verdict in line.verdicts or ():
+            name = (line.case, line.model, normalise_string(verdict.drug))
+            votes[name] = votes.get(name, 0) + (1 if verdict.suitable else -1)
+    units: list[tuple[bool, bool]] = []
     for (case, model, drug), marks in by_drug.items():
-        suitable = votes.get((case, model, normalise_string(drug)), [])
         people = marks.count("keep") - marks.count("remove")
-        machine = 2 * sum(suitable) - len(suitable)
+        machine = votes.get((case, model, normalise_string(drug)), 0)
         if people and machine:
-            counts[
-                f"{'keep' if people > 0 else 'remove'}_"
-                f"{'suitable' if machine > 0 else 'unsuitable'}"
-            ] += 1
-            units.append([people > 0, machine > 0])
-    agree = counts["keep_suitable"] + counts["remove_unsuitable"]
+            units.append((people > 0, machine > 0))
     return {
         "drugs": len(units),
-        "agree": agree / len(units) if units else None,
+        "agree": _mean([people == machine for people, machine in units]),
         "alpha": krippendorff_alpha(units),
-        **counts,
+        "keep_suitable": units.count((True, True)),
+        "keep_unsuitable": units.count((True, False)),
+        "remove_suitable": units.count((False, True)),
+        "remove_unsuitable": units.count((False, False)),
     }

@@ -30,6 +30,7 @@ from common.choice import (
 from common.errors import UserError
 from common.model.kernels import attention_cuda
 from common.model.kernels.attention_cpu import packed_attention
+from common.provenance import pip_install
 
 if TYPE_CHECKING:
     from common.text.batches import PackedBatch
@@ -89,9 +90,7 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -
             f"model.attention={requested} cannot run here: {obstacles[requested]}",
             fix="set model.attention to auto"
             + (
-                ", or pip install 'fedrx[flash-attn]'"
-                if obstacles[requested] == NO_FLASH_ATTN
-                else ""
+                f", or {pip_install('flash-attn')}" if obstacles[requested] == NO_FLASH_ATTN else ""
             ),
         )
     return Choice(requested, ASKED)

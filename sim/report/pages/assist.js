@@ -125,8 +125,9 @@
     const known = drug.similar > 0;
     const bar = make("i");
     bar.style.width = known ? `${Math.round((100 * drug.ordered) / drug.similar)}%` : "0";
+    const sure = typeof drug.confidence === "number" ? `${Math.round(100 * drug.confidence)}% confident · ` : "";
     const support = make("span", { className: "support small soft" },
-      known ? `${drug.ordered} of ${drug.similar} similar stays` : about.supported ? "no similar stays" : "no data at hand", make("span", { className: "bar" }, bar));
+      sure + (known ? `${drug.ordered} of ${drug.similar} similar stays` : about.supported ? "no similar stays" : "no data at hand"), make("span", { className: "bar" }, bar));
     const row = make("li", { className: "drug", "data-mark": "" },
       make("span", { className: "name", textContent: drug.name }), support, make("span", { className: "marks" }, ...buttons));
     buttons.forEach((button) => button.addEventListener("click", () => {
@@ -185,6 +186,7 @@
     $("empty").hidden = true;
     $("result").hidden = false;
     $("heading").textContent = `${list.drugs.length} suggested drug${list.drugs.length === 1 ? "" : "s"}`;
+    $("ends").textContent = list.drugs.length && list.ends ? `Why it ends there: ${list.ends}.` : "";
     const warnings = [];
     if (!list.in_format) warnings.push("The model's answer was not a drug list, so there is nothing to show. You can still add drugs.");
     if (list.dropped_diagnoses) warnings.push(`The last ${list.dropped_diagnoses} diagnoses did not fit and were not read.`);

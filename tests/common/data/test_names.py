@@ -108,7 +108,21 @@ def test_a_map_that_cannot_be_used_is_one_line(tmp_path, content, word):
         read_drug_map(tmp_path / "absent.csv")
 
 
-def test_levels_are_the_three():
+def test_atc_levels_cut_the_codes_of_the_map(tmp_path):
+    path = tmp_path / "atc.csv"
+    path.write_text("name,code\nAspirin,B01AC06\nAspirin,N02BA01\nClopidogrel,B01AC04\n")
+    drug_map = read_drug_map(path, "atc-4")
+    assert normalise("aspirin", "atc-3", drug_map) == ("B01A", "N02B")
+    assert normalise("aspirin", "atc-4", drug_map) == ("B01AC", "N02BA")
+    assert normalise("clopidogrel", "atc-4", drug_map) == ("B01AC",)
+    assert normalise("Nothing", "atc-3", drug_map) == ("nothing",)
+    path.write_text("name,code\nAspirin,B01AC06\nSenna,A06\n")
+    assert read_drug_map(path)
+    with pytest.raises(UserError, match="line 3: 'A06' is no ATC code"):
+        read_drug_map(path, "atc-3")
+
+
+def test_levels_are_the_five():
     assert normalise("  ", "string") == ()
     with pytest.raises(ValueError, match="none of"):
         normalise("Aspirin", "atc")

@@ -11,7 +11,8 @@ from common.config import AdapterConfig, Config, EvaluationConfig, TrainConfig
 from common.data.partition import Hospital
 from common.data.samples import Admission
 from common.errors import UserError
-from common.evaluation.answers import choose_cases, evaluate_answers, read_answer
+from common.evaluation.answers import choose_cases, evaluate_answers
+from common.evaluation.lists import read_answer
 from common.model.adapter.layout import adapter_spec
 from common.model.backbone.load import resolve_backbone
 from common.model.session import open_session
@@ -84,29 +85,29 @@ def evaluation(session, trained):
 def test_every_case_is_answered_by_every_model(evaluation):
     models = ["fedrx", "untrained", "popularity", "nearest_neighbours", "logistic_regression"]
     assert list(evaluation.metrics) == models
-    assert [row["model"] for row in evaluation.predictions] == models * 12
-    assert len({row["case"] for row in evaluation.predictions}) == 12
-    assert {row["cluster"] for row in evaluation.predictions} == set(range(1, 7))
+    assert [row.model for row in evaluation.predictions] == models * 12
+    assert len({row.case for row in evaluation.predictions}) == 12
+    assert {row.cluster for row in evaluation.predictions} == set(range(1, 7))
 
 
 def test_answers_are_the_texts_parsed(evaluation):
     for row in evaluation.predictions:
-        if row["model"] in ("fedrx", "untrained"):
-            assert row["text"] is not None
+        if row.model in ("fedrx", "untrained"):
+            assert row.text is not None
         else:
-            assert row["text"] is None
-            assert row["answer"]
-    finished = [row for row in evaluation.predictions if row["model"] == "fedrx"]
-    assert all(row["answer"] == parse_answer(row["text"]) for row in finished)
+            assert row.text is None
+            assert row.answer
+    finished = [row for row in evaluation.predictions if row.model == "fedrx"]
+    assert all(list(row.answer) == parse_answer(row.text) for row in finished)
 
 
 def test_the_trained_adapter_speaks_and_the_untrained_does_not(evaluation):
     """The adapter learned one hospital's list: right there, wrong elsewhere."""
     by_hospital = {True: [], False: []}
     for row in evaluation.predictions:
-        if row["model"] == "fedrx":
-            by_hospital["Aspirin" in row["truth"]].append(row["answer"])
-    assert all(answer == ["Aspirin", "Insulin", "Senna"] for answer in by_hospital[True])
+        if row.model == "fedrx":
+            by_hospital["Aspirin" in row.truth].append(row.answer)
+    assert all(answer == ("Aspirin", "Insulin", "Senna") for answer in by_hospital[True])
     fedrx, untrained = evaluation.metrics["fedrx"], evaluation.metrics["untrained"]
     assert fedrx["output_rate"] == 1.0
     # A list of 3 holds the 2 true drugs at one hospital, none at the other.
@@ -118,20 +119,27 @@ def test_the_trained_adapter_speaks_and_the_untrained_does_not(evaluation):
 
 def test_baselines_know_their_own_hospital_only(evaluation):
     for row in evaluation.predictions:
-        if row["model"] == "popularity":
-            home = "Aspirin" in row["truth"]
-            assert set(row["answer"]) <= set(HOSPITALS[0 if home else 1].train[0].drugs)
+        if row.model == "popularity":
+            home = "Aspirin" in row.truth
+            assert set(row.answer) <= set(HOSPITALS[0 if home else 1].train[0].drugs)
     assert evaluation.metrics["popularity"]["recall"] == 1.0
 
 
 def test_nothing_identifies_a_patient(evaluation):
-    text = json.dumps([evaluation.predictions, evaluation.metrics, evaluation.facts])
+    rows = json.dumps([row.as_json() for row in evaluation.predictions])
+    text = rows + json.dumps(
+        [
+            evaluation.metrics,
+            evaluation.facts.as_json(),
+        ]
+    )
     for one in HOSPITALS:
         for sample in one.test:
             assert str(sample.patient) not in text
             assert str(sample.admission) not in text
-        assert one.name not in text
-    ages = {row["patient"]["age"] for row in evaluation.predictions}
+        # Figures are told for each hospital, a patient's row is not.
+        assert one.name not in rows
+    ages = {row.patient.age for row in evaluation.predictions}
     assert ages == {"60", "> 89"}
 
 
@@ -179,14 +187,14 @@ def test_a_name_that_utf8_cannot_hold_is_kept_escaped_and_counted(session, monke
     text = "Drugs:\n- half \\u{d83d}\n- Insulin\n- cut"
     monkeypatch.setattr(session.tokenizer, "decode", lambda *args, **keys: text)
     found = evaluate_answers(session, HOSPITALS, CONFIG, {"fedrx": None})
-    answers = [row["answer"] for row in found.predictions if row["model"] == "fedrx"]
-    assert [answer[:2] for answer in answers] == [[r"half \ud83d", "Insulin"]] * len(answers)
-    assert found.facts["generation"]["fedrx"]["escaped_names"] == len(answers) > 0
-    json.dumps(found.predictions, ensure_ascii=False).encode()
+    answers = [row.answer for row in found.predictions if row.model == "fedrx"]
+    assert [answer[:2] for answer in answers] == [(r"half \ud83d", "Insulin")] * len(answers)
+    assert found.facts.generation["fedrx"].escaped_names == len(answers) > 0
+    json.dumps([row.as_json() for row in found.predictions], ensure_ascii=False).encode()
 
 
 def test_constrained_answers_are_always_in_the_format(session):
-    config = replace(CONFIG, evaluation=replace(CONFIG.evaluation, constrained=True))
+    config = replace(CONFIG, evaluation=replace(CONFIG.evaluation, decoding="grammar"))
     generator = torch.Generator().manual_seed(4)
     b = {
         key: torch.randn(shape, generator=generator).numpy()
@@ -195,4 +203,4 @@ def test_constrained_answers_are_always_in_the_format(session):
     found = evaluate_answers(session, HOSPITALS, config, {"fedrx": b, "untrained": None})
     assert found.metrics["fedrx"]["output_rate"] == 1.0
     assert found.metrics["untrained"]["output_rate"] == 1.0
-    assert found.facts["constrained"] is True
+    assert found.facts.constrained is True

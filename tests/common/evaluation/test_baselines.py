@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from common.evaluation.baselines import (
     nearest_neighbours,
     popularity,
 )
-from common.evaluation.metrics import Metrics, Prediction, score
+from common.evaluation.metrics import Metrics, score
 
 
 def admission(codes: str, drugs: Sequence[str], patient: int = 0) -> Admission:
@@ -164,7 +165,7 @@ def cross_validated(admissions: Sequence[Admission], baseline: Baseline, folds=N
     for train, test in folds or GroupKFold(5).split(patients, groups=patients):
         answers = baseline([admissions[n] for n in train], [admissions[n] for n in test])
         rows += [
-            Prediction(case=str(n), cluster=patients[n], truth=admissions[n].drugs, answer=answer)
+            SimpleNamespace(cluster=patients[n], truth=admissions[n].drugs, answer=answer)
             for n, answer in zip(test, answers, strict=True)
         ]
     return score(rows, level="string", vocabulary=(), resamples=0)

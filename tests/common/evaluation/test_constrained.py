@@ -23,7 +23,7 @@ def session():
 def test_only_the_likeliest_token_that_continues_the_answer_is_chosen(session):
     """Against a slow search: the first token, by falling logit, that a fresh matcher accepts."""
     generator = torch.Generator().manual_seed(0)
-    matcher = answer_grammar(session)()
+    matcher = answer_grammar(session)(0)
     new = answer_grammar(session)
     text: list[int] = []
     kept = 0
@@ -33,7 +33,7 @@ def test_only_the_likeliest_token_that_continues_the_answer_is_chosen(session):
         chosen = matcher.choose(logits, preferred)
         kept += chosen == preferred
         for candidate in logits.argsort(descending=True).tolist():
-            replay = new()._matcher
+            replay = new(0)._matcher
             assert isinstance(replay, LLMatcher)
             assert replay.consume_tokens(text) if text else True
             if candidate < len(session.tokenizer) and replay.try_consume_tokens([candidate]):

@@ -76,7 +76,11 @@ def test_generated_lists_hold_names_of_the_formulary_once(session, trie):
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(2, 900, (5,), generator=generator).tolist() for _ in range(8)]
     answers = generate(
-        session, prompts, max_new_tokens=120, batch_size=3, matcher=lambda: FormularyMatcher(trie)
+        session,
+        prompts,
+        max_new_tokens=120,
+        batch_size=3,
+        matcher=lambda place: FormularyMatcher(trie),
     )
     for answer in answers:
         assert answer.finished
@@ -89,7 +93,11 @@ def test_generated_lists_hold_names_of_the_formulary_once(session, trie):
 def test_one_name_gives_one_list(session):
     alone = drug_trie(["Aspirin"], session.tokenizer)
     (answer,) = generate(
-        session, [[5]], max_new_tokens=40, batch_size=1, matcher=lambda: FormularyMatcher(alone)
+        session,
+        [[5]],
+        max_new_tokens=40,
+        batch_size=1,
+        matcher=lambda place: FormularyMatcher(alone),
     )
     assert session.tokenizer.decode(list(answer.tokens)) == "Drugs:\n- Aspirin"
 

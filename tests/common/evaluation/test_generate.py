@@ -112,6 +112,9 @@ def test_the_adapter_speaks_and_is_left_as_it_was(session, prompts):
 
 def test_a_matcher_chooses_in_place_of_the_argmax(session, prompts, way):
     class OnlyEven:
+        def __init__(self, prompt):
+            assert 0 <= prompt < len(prompts)
+
         def choose(self, logits_V, preferred):
             allowed = logits_V.clone()
             allowed[1::2] = -torch.inf

@@ -2,13 +2,24 @@
 
 import json
 import random
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.evaluation.metrics import METRICS, Metrics, Prediction, score
+from common.evaluation.metrics import METRICS, Metrics, score
+
+
+class Prediction(NamedTuple):
+    """What is scored of a line of predictions.jsonl."""
+
+    case: str
+    cluster: int
+    truth: tuple[str, ...]
+    answer: tuple[str, ...] | None
+
 
 MEANS = ("precision", "recall", "jaccard", "f1")
 

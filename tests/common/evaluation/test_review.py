@@ -6,26 +6,31 @@ from collections import Counter
 
 import pytest
 
-from common.config import Config
+from common.config import Config, DataConfig
 from common.errors import UserError
-from common.evaluation.review.packet import make_packet
-from common.evaluation.review.scores import Level, summarise_reviews
+from common.evaluation.answers_file import Prediction, read_answers
+from common.evaluation.judge.plan import Judgement
+from common.evaluation.review.packet import ShownList, make_packet
+from common.evaluation.review.packet_import import Review
+from common.evaluation.review.scores import summarise_reviews
 from common.rundir import RunDirectory
 from sim.answers.review import import_reviews, make_review
 
 
 def line(case, model, answer, truth=("T",)):
     patient = {"sex": "M", "age": "50", "height_cm": None, "weight_kg": None, "bmi": None}
-    return {
-        "case": case,
-        "cluster": int(case.split("-")[1]),
-        "model": model,
-        "patient": patient,
-        "diagnoses": ["Asthma"],
-        "truth": list(truth),
-        "text": None,
-        "answer": answer,
-    }
+    return Prediction.model_validate(
+        {
+            "case": case,
+            "cluster": int(case.split("-")[1]),
+            "model": model,
+            "patient": patient,
+            "diagnoses": ["Asthma"],
+            "truth": list(truth),
+            "text": None,
+            "answer": answer,
+        }
+    )
 
 
 LINES = [line(f"case-{n}", m, [f"{m}{n}", "Z", "b"]) for n in range(60) for m in ("x", "y", "z")]
@@ -33,7 +38,7 @@ LINES = [line(f"case-{n}", m, [f"{m}{n}", "Z", "b"]) for n in range(60) for m in
 
 def test_each_model_takes_each_place_about_equally_often():
     key = make_packet(LINES, source="demo").key
-    first = Counter(case["lists"]["A"] for case in key["cases"])
+    first = Counter(case.lists["A"] for case in key.cases)
     assert set(first) == {"x", "y", "z"}
     # 60 fair draws among three: fewer than 8 for one of them has a chance below 1 in 1000.
     assert min(first.values()) >= 8
@@ -43,19 +48,19 @@ def test_the_seed_decides_and_nothing_else():
     assert make_packet(LINES, source="demo", seed=1) == make_packet(LINES, source="demo", seed=1)
     assert make_packet(LINES, source="demo", seed=1).key != make_packet(LINES, source="demo").key
     backwards = make_packet(LINES[::-1], source="demo", seed=1).key
-    orders = {case["case"]: case["lists"] for case in backwards["cases"]}
+    orders = {case.case: case.lists for case in backwards.cases}
     same = make_packet(LINES, source="demo", seed=1).key
-    assert orders == {case["case"]: case["lists"] for case in same["cases"]}
+    assert orders == {case.case: case.lists for case in same.cases}
 
 
 def test_drugs_stand_in_alphabetical_order_once_each():
     shown = make_packet([line("case-1", "x", ["b", "Z", "a", "B "])], source="demo").shown
-    assert shown["cases"][0]["lists"] == [{"id": "A", "drugs": ["a", "b", "Z"]}]
+    assert shown.cases[0].lists == (ShownList(id="A", drugs=("a", "b", "Z")),)
 
 
 def test_cases_are_chosen_by_seed():
     chosen = [
-        [case["case"] for case in make_packet(LINES, source="demo", cases=5, seed=s).key["cases"]]
+        [case.case for case in make_packet(LINES, source="demo", cases=5, seed=s).key.cases]
         for s in (0, 0, 1)
     ]
     assert len(chosen[0]) == 5
@@ -83,20 +88,19 @@ TWO = [
 def review(packet, reviewer, marks, *, missing=(), overall=None):
     """``marks``: (case, model) -> marks in the shown (alphabetical) order."""
     cases = {}
-    for case in packet.key["cases"]:
+    for shown, key in zip(packet.shown.cases, packet.key.cases, strict=True):
         lists = {}
-        for label, model in case["lists"].items():
-            shown = next(c for c in packet.shown["cases"] if c["id"] == case["id"])
-            drugs = next(entry["drugs"] for entry in shown["lists"] if entry["id"] == label)
-            given = marks.get((case["case"], model), [None] * len(drugs))
-            lists[label] = {"marks": given, "missing": list(missing), "overall": overall}
-        cases[case["id"]] = {"comment": "", "lists": lists}
+        for one in shown.lists:
+            given = marks.get((key.case, key.lists[one.id]), [None] * len(one.drugs))
+            lists[one.id] = {"marks": given, "missing": list(missing), "overall": overall}
+        cases[shown.id] = {"comment": "", "lists": lists}
     return {"packet": packet.sha256, "reviewer": reviewer, "saved": "now", "cases": cases}
 
 
 def judged(case, model, **verdicts):
     listed = [{"drug": d, "suitable": s, "reason": ""} for d, s in verdicts.items()]
-    return {"case": case, "model": model, "verdicts": listed}
+    whose = {"case": case, "model": model, "judge": "j", "repeat": 0, "server": "s"}
+    return {**whose, "verdicts": listed or None}
 
 
 def test_figures_by_hand():
@@ -109,17 +113,19 @@ def test_figures_by_hand():
         review(packet, "two", others, missing=["C"], overall=4),
     ]
     result = summarise_reviews(
-        packet.shown,
-        packet.key,
-        reviews,
+        packet,
+        [Review.model_validate(one) for one in reviews],
         TWO,
         [
-            judged("case-1", "x", a=True, B=True),
-            judged("case-1", "y", A=True),
-            judged("case-2", "y", D=False, E=True),
-            {"case": "case-2", "model": "x", "verdicts": None},
+            Judgement.model_validate(line)
+            for line in (
+                judged("case-1", "x", a=True, B=True),
+                judged("case-1", "y", A=True),
+                judged("case-2", "y", D=False, E=True),
+                judged("case-2", "x"),
+            )
         ],
-        level=Level(name="string"),
+        DataConfig(normalisation="string"),
     )
     x, y, ordered = (result["models"][name] for name in ("x", "y", "ordered"))
     assert (x["format_followed"], y["format_followed"]) == (1 / 2, 1)
@@ -150,7 +156,7 @@ def test_figures_by_hand():
 def run(tmp_path):
     directory = RunDirectory.create(Config(), directory=tmp_path / "run")
     for record in TWO:
-        directory.append("predictions.jsonl", record)
+        directory.append("predictions.jsonl", record.as_json())
     directory.write_json("summary.json", {"source": "synthetic"})
     return directory
 
@@ -164,7 +170,7 @@ def write(path, content, **outer):
 
 
 def packet_of(run):
-    return make_packet(run.lines("predictions.jsonl"), source="synthetic")
+    return make_packet(read_answers(run), source="synthetic")
 
 
 def test_reviews_add_up_over_imports_and_a_newer_one_replaces(run, tmp_path):
@@ -192,21 +198,42 @@ def change(content, *path, to):
 @pytest.mark.parametrize(
     ("path", "value", "complaint"),
     [
-        (("cases", "1", "lists", "A", "marks", 0), "KEEP", "a mark is none of"),
-        (("cases", "1", "lists", "A", "marks", 0), ["keep"], "a mark is none of"),
-        (("cases", "1", "lists", "A", "marks"), ["keep"] * 9, "number of marks"),
-        (("cases", "1", "lists", "A", "marks"), "kk", "number of marks"),
+        (
+            ("cases", "1", "lists", "A", "marks", 0),
+            "KEEP",
+            "cases.lists.marks: Input should be 'keep', 'remove' or 'unsure'",
+        ),
+        (("cases", "1", "lists", "A", "marks", 0), ["keep"], "cases.lists.marks: "),
+        (
+            ("cases", "1", "lists", "A", "marks"),
+            ["keep"] * 9,
+            "numbers of marks are not",
+        ),
+        (("cases", "1", "lists", "A", "marks"), "kk", "cases.lists.marks: "),
         (("cases", "1", "lists", "A", "overall"), 6, "overall"),
         (("cases", "1", "lists", "A", "overall"), True, "overall"),
-        (("cases", "1", "lists", "A", "missing"), [3], "text"),
-        (("cases", "1", "lists", "A", "missing"), ["x"] * 500, "missing drugs"),
-        (("cases", "1", "lists", "C"), {}, "other lists"),
-        (("cases", "1", "lists"), None, "other lists"),
-        (("cases", "1"), None, "other lists"),
-        (("cases", "7"), {}, "cases are not"),
-        (("cases",), [], "lacks"),
-        (("reviewer",), "  ", "names no reviewer"),
-        (("reviewer",), 4, "lacks"),
+        (
+            ("cases", "1", "lists", "A", "missing"),
+            [3],
+            "cases.lists.missing: Input should be a valid string",
+        ),
+        (
+            ("cases", "1", "lists", "A", "missing"),
+            ["x"] * 500,
+            "missing: Tuple should have at most 200 items",
+        ),
+        (("cases", "1", "lists", "C"), {}, "marks: Field required"),
+        (
+            ("cases", "1", "lists", "C"),
+            {"marks": [], "missing": [], "overall": None},
+            "lists or numbers of marks are not",
+        ),
+        (("cases", "1", "lists"), None, "cases"),
+        (("cases", "1"), None, "cases"),
+        (("cases", "7"), {"lists": {}}, "its cases, lists or"),
+        (("cases",), [], "cases: Input should be a valid"),
+        (("reviewer",), "  ", "reviewer: String should have at least 1 character"),
+        (("reviewer",), 4, "reviewer: Input should be a valid string"),
         (("packet",), "0" * 64, "another packet"),
         (("packet",), "../../etc", "another packet"),
     ],
@@ -284,5 +311,6 @@ def test_text_that_utf8_cannot_hold_is_kept_escaped_and_counted(run, tmp_path):
 
 
 def test_a_list_that_utf8_cannot_hold_can_be_reviewed(run):
-    run.append("predictions.jsonl", line("case-3", "x", ["half \ud83d"]))
-    assert r"half \ud83d" in make_review(run).read_text(encoding="utf-8")
+    last = {**TWO[0].as_json(), "case": "case-3", "answer": ["half \ud83d"]}
+    run.append("predictions.jsonl", last)
+    assert r"half \\ud83d" in make_review(run).read_text(encoding="utf-8")

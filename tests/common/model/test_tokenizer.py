@@ -13,8 +13,8 @@ from common.configio import from_flat
 from common.errors import UserError
 from common.model.backbone.load import load_tokenizer, resolve_backbone
 from common.model.backbone.tiny import tiny_tokenizer
-from sim.runs.federate import fingerprints, prepare
-from sim.runs.resume import prepared_again
+from sim.runs.lifecycle import require_same_inputs
+from sim.runs.preparation import fingerprints, prepare
 from sim.runs.single import single
 
 PLAIN = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<answer>"
@@ -132,11 +132,11 @@ def test_no_run_directory_is_made_for_it(folder):
 def test_a_run_does_not_go_on_with_an_edited_template(folder):
     config = from_flat({"model.backbone": str(folder), "data.synthetic-patients": 60})
     console = Console(file=io.StringIO())
-    facts = {"inputs": fingerprints(prepare(config, console))}
-    prepared_again(config, facts, console)
+    begun = fingerprints(prepare(config, console))
+    require_same_inputs(begun, prepare(config, console))
     set_template(folder, PLAIN)
     with pytest.raises(UserError, match="the run's backbone changed since it began"):
-        prepared_again(config, facts, console)
+        require_same_inputs(begun, prepare(config, console))
 
 
 def test_a_default_among_several_templates_serves(folder):

@@ -9,7 +9,6 @@ import pytest
 from rich.console import Console
 
 import common.evaluation.answers_file
-import sim.answers.evaluate
 from common.config import Config, JudgeConfig
 from common.configio import from_flat
 from common.data.partition import assign_hospitals
@@ -20,8 +19,9 @@ from common.evaluation.judge.plan import plan_judging
 from common.rundir import RunDirectory
 from common.tensor_files import Altered
 from common.training.resident_session import backbone_spec, session_of
-from sim.answers.evaluate import evaluate, evaluate_run
+from sim.answers.evaluate import evaluate_run
 from sim.answers.review import make_review
+from sim.runs.lifecycle import evaluate
 from sim.runs.resume import resume
 
 KEYS = {
@@ -157,14 +157,14 @@ def test_a_judgement_lives_as_long_as_its_answers(run):
 def test_a_judgement_does_not_survive_a_kill_between_answers_and_figures(run, monkeypatch):
     judged = {**evaluate_run(run), "judge": {"appropriateness": {"fedrx": {}}}}
     run.write_json("summary.json", judged)
-    write = sim.answers.evaluate.write_answers
+    write = common.evaluation.answers_file.write_answers
 
     def killed(*arguments):
         write(*arguments)
         raise KeyboardInterrupt
 
     other = ["evaluation.max-new-tokens=8"]
-    monkeypatch.setattr(sim.answers.evaluate, "write_answers", killed)
+    monkeypatch.setattr(common.evaluation.answers_file, "write_answers", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate_run(run, overrides=other)
     monkeypatch.undo()
@@ -203,7 +203,8 @@ def test_altered_answers_are_answered_anew(run):
     again = evaluate_run(run, console=Console(file=shown, width=400))
     assert "was altered" in shown.getvalue()
     assert "judge" not in again
-    assert read_answers(run) == [row for row in rows if row["model"] != "round-0001"]
+    left = [row.as_json() for row in read_answers(run)]
+    assert left == [row for row in rows if row["model"] != "round-0001"]
     assert list(again["metrics"]) == [name for name in both["metrics"] if name != "round-0001"]
 
 
@@ -308,7 +309,7 @@ def of_flower(run):
 def test_a_run_of_plain_flwr_is_evaluated(of_flower):
     told = io.StringIO()
     summary = evaluate(of_flower, console=Console(file=told, width=200))
-    assert summary["source"] == "synthetic"
+    assert summary.source == "synthetic"
     assert "5 held-out admissions (synthetic data)" in told.getvalue()
     page = (of_flower.path / "report.html").read_text(encoding="utf-8")
     assert "hospital-1</td><td>20</td><td>30</td><td>–</td>" in page

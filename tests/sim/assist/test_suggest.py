@@ -121,7 +121,7 @@ def tiny_run(tmp_path):
 
     config = Config(
         model=ModelConfig(backbone="tiny"),
-        evaluation=EvaluationConfig(max_new_tokens=24, constrained=True),
+        evaluation=EvaluationConfig(max_new_tokens=24, decoding="grammar"),
         data=DataConfig(path=str(tmp_path / "absent")),
     )
     run = RunDirectory.create(config, directory=tmp_path / "run")

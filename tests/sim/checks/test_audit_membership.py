@@ -72,7 +72,7 @@ def run(cache, tmp_path_factory) -> RunDirectory:
 
 
 def attack(run: RunDirectory, **choices: Any) -> dict[str, Any]:
-    return audit_membership(run, console=Console(file=io.StringIO()), **choices)
+    return audit_membership(run, console=Console(file=io.StringIO()), **choices).as_json()
 
 
 def test_figures_nulls_intervals_and_words_and_no_patient(run) -> None:

@@ -28,7 +28,8 @@ def run_audit(folder: Path, printed: io.StringIO | None = None, **keys: Any) -> 
     console = Console(file=printed or io.StringIO())
     config = from_flat({**KEYS, **keys})
     command = ["fedrx", "audit"]
-    return audit(config, console=console, command_line=command, run_dir=folder, canaries=40)
+    found = audit(config, console=console, command_line=command, run_dir=folder, canaries=40)
+    return found.as_json()
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ def fedrx(*arguments):
 def run(tmp_path):
     config = Config(
         model=ModelConfig(backbone="tiny"),
-        evaluation=EvaluationConfig(max_new_tokens=16, constrained=True),
+        evaluation=EvaluationConfig(max_new_tokens=16, decoding="grammar"),
         data=DataConfig(path=str(tmp_path / "absent")),
     )
     directory = RunDirectory.create(config, directory=tmp_path / "run")

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-import sim.runs.federate
 from common.config import Config
 from common.errors import RunFailed
 from common.rundir import RunDirectory
-from sim.runs.federate import go_on
+from sim.runs import federate
+from sim.runs.lifecycle import Run
 
 
 @pytest.mark.parametrize("source", ["synthetic", "credentialed"])
@@ -26,9 +26,10 @@ def test_an_attempt_shows_its_own_tracebacks_alone(tmp_path, monkeypatch, capsys
                 file.write(attempt)
             raise RunFailed("a hospital failed")
 
-        monkeypatch.setattr(sim.runs.federate, "train_and_answer", fail)
-        preparation = SimpleNamespace(table=SimpleNamespace(source=source))
+        monkeypatch.setattr(federate, "train_rounds", fail)
+        prepared = SimpleNamespace(data=SimpleNamespace(source=source))
+        kind, console = federate.Federation(), Console(file=StringIO())
         with pytest.raises(RunFailed):
-            go_on(run, Config(), preparation, Console(file=StringIO()), started=0.0)
+            Run(kind, run, None, Config(), prepared, console, [], 0.0).live(inside=False)
         shown = attempt if source == "synthetic" else ""
         assert capsys.readouterr().err == shown

@@ -17,7 +17,7 @@ QUIET = Console(file=io.StringIO())
 
 def started(config, folder):
     config = replace(config, run=replace(config.run, backend="in-process"))
-    return federate(config, console=QUIET, command_line=["fedrx"], run_dir=folder)
+    return federate(config, console=QUIET, command_line=["fedrx"], run_dir=folder).result.as_json()
 
 
 @pytest.fixture

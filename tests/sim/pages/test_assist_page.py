@@ -51,13 +51,14 @@ class Stub:
         supports = self.surroundings.support.support(request.codes, DRUGS)
         return Suggestion(
             drugs=tuple(
-                SuggestedDrug(name=name, support=support)
-                for name, support in zip(DRUGS, supports, strict=True)
+                SuggestedDrug(name=name, support=support, confidence=sure)
+                for name, support, sure in zip(DRUGS, supports, (0.724, 0.5, None), strict=True)
             ),
             in_format=True,
             similar=4,
             dropped_diagnoses=0,
             seconds=0.1,
+            ends="the model ended it",
         )
 
 
@@ -325,7 +326,9 @@ def test_a_clinicians_way_through_the_page(browser, desk, listening, requested_u
     assert (asked.sex, asked.age, asked.height_cm, asked.weight_kg) == ("F", 71, 165.0, 80.0)
 
     assert [name.text for name in find(".drug .name")] == list(DRUGS)
-    assert "3 of 4" in find(".support")[0].text
+    assert "72% confident · 3 of 4" in find(".support")[0].text
+    assert "confident" not in find(".support")[2].text
+    assert find("#ends")[0].text == "Why it ends there: the model ended it."
     assert "1 of 4" in find(".support")[1].text
     find('.drug [data-value="keep"]')[0].click()
     find('.drug [data-value="remove"]')[1].click()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rich.markdown import MarkdownIt
 
 from sim.report.html import Block, markdown_text, to_html, to_markdown
-from sim.runs.sweep import FIGURES, markdown
+from sim.runs.sweep import FIGURES, ArmRow, Interval, markdown
 
 HOSTILE = [
     "Aspirin | 81 mg",
@@ -115,8 +115,8 @@ def test_figures_and_names_stay_readable_in_the_source():
 
 
 def test_a_sweep_s_arm_is_a_cell_too():
-    values = {name: {"mean": 0.5, "half_width": None} for name in FIGURES}
+    figures = dict.fromkeys(FIGURES, Interval(0.5, None))
     text = "fa-lora model.backbone=a|b<i>"
-    page = rendered(markdown([{"arm": text, "runs": 1, **values}]))
+    page = rendered(markdown([ArmRow(text, 1, figures)]))
     assert page.texts[len(FIGURES) + 2] == text
     assert "i" not in page.tags

@@ -70,7 +70,10 @@ def run(tmp_path):
             "predictions.jsonl",
             {
                 "case": "case-0001",
+                "cluster": 1,
                 "model": model,
+                "patient": {"sex": "F", "age": "50"},
+                "text": None,
                 "diagnoses": ["Secret, diagnosis"],
                 "truth": ["Drug | one"],
                 "answer": None,

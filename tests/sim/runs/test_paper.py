@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,14 +14,15 @@ import sim.runs.paper
 from common.configio import parse_overrides
 from common.errors import UserError
 from common.rundir import RunDirectory
-from sim.answers.evaluate import evaluate
 from sim.cli.main import main
 from sim.report.html import to_markdown
+from sim.runs.lifecycle import evaluate
 from sim.runs.paper import paper, paper_config, read_ranks, renew_table, scaled_config
 from sim.runs.paper_table import (
     HEADERS,
     PAPER,
     SHORT_HEADERS,
+    PaperTable,
     _pairs,
     paper_rows,
     rank_runs,
@@ -95,21 +97,21 @@ def test_the_shipped_configuration_is_the_papers():
 @pytest.mark.slow
 def test_every_checkpoint_of_every_rank_is_answered(finished):
     run, table = finished
-    assert table == run.read_json("summary.json")
-    here = [(row["rank"], row["here"]["steps"]) for row in table["rows"]]
+    assert table.as_json() == run.read_json("summary.json")
+    here = [(row.rank, row.here.steps) for row in table.rows]
     assert here == [(rank, step) for rank in (16, 4) for step in (4, 6, 8, 10)]
-    assert [row["paper"]["steps"] for row in table["rows"][:4]] == [1950, 2925, 3900, 4875]
-    assert [row["paper"] for row in table["rows"][4:]] == [None] * 4
+    assert [row.paper.steps for row in table.rows[:4]] == [1950, 2925, 3900, 4875]
+    assert [row.paper for row in table.rows[4:]] == [None] * 4
     for rank in (16, 4):
         one = RunDirectory.open(run.path / f"rank-{rank}")
         answers = one.lines("predictions.jsonl")
         for model in ("fedrx", "untrained", "step-00000004", "step-00000006", "step-00000008"):
             assert len({row["case"] for row in answers if row["model"] == model}) == 3
         b = {name: one.load_checkpoint(name).b for name in one.checkpoint_names()}
-        for row in (row["here"] for row in table["rows"] if row["rank"] == rank):
-            values = np.concatenate([v.ravel() for v in b[row["checkpoint"]].values()])
-            assert row["b_norm"] == pytest.approx(np.linalg.norm(values.astype(float)), rel=1e-6)
-    assert {"untrained", "popularity"} <= set(table["others"])
+        for row in (row.here for row in table.rows if row.rank == rank):
+            values = np.concatenate([v.ravel() for v in b[row.checkpoint].values()])
+            assert row.b_norm == pytest.approx(np.linalg.norm(values.astype(float)), rel=1e-6)
+    assert {"untrained", "popularity"} <= set(table.others)
     assert run.status()["state"] == "finished"
 
 
@@ -122,8 +124,8 @@ def test_every_checkpoint_of_every_rank_is_answered(finished):
     ],
 )
 def test_a_checkpoint_stands_beside_the_paper_s_at_the_same_share(steps, pairs):
-    found = _pairs(paper_rows(16), [{"step": step} for step in steps])
-    assert [(a and a.steps, b and b["step"]) for a, b in found] == pairs
+    found = _pairs(paper_rows(16), [SimpleNamespace(step=step) for step in steps])
+    assert [(a and a.steps, b and b.step) for a, b in found] == pairs
 
 
 def test_a_table_has_its_own_answers_only(finished):
@@ -133,7 +135,7 @@ def test_a_table_has_its_own_answers_only(finished):
     console = Console(quiet=True)
     evaluate(one, console=console, checkpoint="step-00000004", overrides=["evaluation.samples=2"])
     again = resume(run.path, console=console, command_line=[])
-    assert again["rows"] == table["rows"]
+    assert again["rows"] == table.as_json()["rows"]
     assert one.read_json("summary.json")["evaluation"]["checkpoint"] == "step-00000010"
     assert {m["samples"] for m in one.read_json("summary.json")["metrics"].values()} == {3}
 
@@ -146,7 +148,7 @@ def test_a_rank_that_is_not_allowed_leaves_nothing(tmp_path):
 
 def test_the_scale_stands_in_every_table(finished):
     run, table = finished
-    scale = table["scale"]
+    scale = table.scale
     for text in ("scale small", "backbone tiny (paper: Llama-3.1-8B", "10 steps (paper: 4,875)"):
         assert text in scale
     blocks = [block for block in table_blocks(table) if block.rows]
@@ -162,7 +164,7 @@ def test_the_scale_stands_in_every_table(finished):
     assert " 81.1% " in text
     shown = " ".join(text.split())
     assert shown.count("scale small: backbone tiny") == 2
-    assert "model.backbone: 'meta-llama/Llama-3.1-8B-Instruct' -> 'tiny'" in table["differences"]
+    assert "model.backbone: 'meta-llama/Llama-3.1-8B-Instruct' -> 'tiny'" in table.differences
 
 
 def test_a_judgement_fills_the_column(finished):
@@ -175,10 +177,10 @@ def test_a_judgement_fills_the_column(finished):
     one.write_json("summary.json", summary)
     told = [row["here"]["appropriateness"] for row in again["rows"]]
     assert told == [0.5, None, None, 0.75] + [None] * 4
-    assert "81.1% / 50.0%" in to_markdown("", table_blocks(again))
+    assert "81.1% / 50.0%" in to_markdown("", table_blocks(PaperTable.read(again, what="")))
     assert len(HEADERS) == 8
     assert [row["here"]["b_norm"] for row in again["rows"]] == [
-        row["here"]["b_norm"] for row in table["rows"]
+        row.here.b_norm for row in table.rows
     ]
 
 
@@ -223,14 +225,14 @@ def test_report_on_a_paper_run_writes_into_it(finished, monkeypatch, tmp_path, c
 @pytest.mark.slow
 def test_an_interrupted_paper_run_goes_on(finished, tmp_path, monkeypatch):
     _, table = finished
-    single = sim.runs.paper.single.single
+    single = sim.runs.paper.single
 
     def stopped_at_the_second(config, **options):
         if config.adapter.rank == 4:
             raise KeyboardInterrupt
         return single(config, **options)
 
-    monkeypatch.setattr(sim.runs.paper.single, "single", stopped_at_the_second)
+    monkeypatch.setattr(sim.runs.paper, "single", stopped_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         run_paper(tmp_path / "run")
     monkeypatch.undo()
@@ -239,7 +241,7 @@ def test_an_interrupted_paper_run_goes_on(finished, tmp_path, monkeypatch):
     first = (run.path / "rank-16" / "metrics.jsonl").read_bytes()
     again = resume(run.path, console=Console(quiet=True), command_line=[])
     assert (run.path / "rank-16" / "metrics.jsonl").read_bytes() == first
-    assert json.dumps(again["rows"]) == json.dumps(table["rows"])
+    assert json.dumps(again["rows"]) == json.dumps(table.as_json()["rows"])
 
 
 def test_bad_scale_and_ranks_are_named():

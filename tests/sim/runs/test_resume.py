@@ -6,11 +6,14 @@ from rich.console import Console
 from common.configio import flatten, from_flat
 from common.errors import UserError
 from common.provenance import source_digest
+from common.records import RunRecord, Summary
 from common.rundir import RunDirectory
 from common.wire.cohort import hospital_names
 from sim.process.lock import exclusive
 from sim.process.open_run import rank_folder
 from sim.runs import federate, paper, resume, single
+from sim.runs.lifecycle import Kind
+from sim.runs.preparation import fingerprints, prepare
 
 QUIET = Console(quiet=True)
 KEYS = {
@@ -27,13 +30,10 @@ def begun(tmp_path):
     """An interrupted single run, as far as resuming looks at it."""
     config = single.one_node(from_flat(KEYS))
     run = RunDirectory.create(config, directory=tmp_path / "run")
-    facts = {
-        "mode": single.MODE,
-        "config": flatten(config),
-        "inputs": federate.fingerprints(federate.prepare(config, QUIET)),
-        "source_digest": source_digest(),
-    }
-    run.write_json("environment.json", facts)
+    inputs = fingerprints(prepare(config, QUIET))
+    record = RunRecord(mode="single", resumable=True, config=flatten(config), inputs=inputs)
+    run.write_json("run.json", record)
+    run.write_json("environment.json", {"source_digest": source_digest()})
     run.write_status("interrupted")
     return run
 
@@ -43,15 +43,14 @@ def worked(monkeypatch):
     """Replace the work on a run by a look at its lock; lists the runs that were worked on."""
     runs = []
 
-    def look(run, *_, **__):
+    def look(run):
         with pytest.raises(UserError, match="another process is at work"), exclusive(run):
             pass
         runs.append(run.path.name)
-        return {}
+        return Summary()
 
-    monkeypatch.setattr(single, "train_and_answer", look)
-    monkeypatch.setattr(federate, "train_and_answer", look)
-    monkeypatch.setattr(paper, "_answer_with_checkpoints", look)
+    monkeypatch.setattr(Kind, "work", lambda self, run: look(run.directory))
+    monkeypatch.setattr(paper, "_answer_with_checkpoints", lambda run, *_: look(run))
     return runs
 
 
@@ -62,11 +61,38 @@ def test_a_run_goes_on_alone_and_says_that_it_was_resumed(begun, worked):
     assert entry["command_line"] == ["fedrx", "resume"]
 
 
+def test_a_run_of_before_there_was_run_json_goes_on(begun, worked):
+    record = begun.record().as_json()
+    (begun.path / "run.json").unlink()
+    facts = begun.read_json("environment.json")
+    told = {key: record[key] for key in ("mode", "config", "inputs")}
+    begun.write_json("environment.json", {**facts, **told})
+    resume.resume(begun.path, console=QUIET, command_line=[])
+    assert worked == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"resumable": False}, "no run that can be resumed"),
+        ({"mode": "audit", "resumable": False}, "no run that can be resumed"),
+        ({"mode": "flower"}, "was made by plain `flwr run`"),
+        ({"schema_version": 2}, "written by another version of FedRx; allowed: schema version 1"),
+        ({"mode": "swept"}, "run.json: mode: "),
+    ],
+)
+def test_a_run_that_cannot_be_resumed_says_so(begun, worked, keys, message):
+    begun.write_json("run.json", {**begun.read_json("run.json"), **keys})
+    with pytest.raises(UserError, match=message):
+        resume.resume(begun.path, console=QUIET, command_line=[])
+    assert worked == []
+
+
 @pytest.mark.parametrize("name", ["samples", "backbone", "a"])
 def test_changed_data_backbone_or_a_is_refused(name, begun, worked):
-    facts = begun.read_json("environment.json")
-    facts["inputs"][name] = "0" * 64
-    begun.write_json("environment.json", facts)
+    record, facts = begun.read_json("run.json"), begun.read_json("environment.json")
+    record["inputs"][name] = "0" * 64
+    begun.write_json("run.json", record)
     with pytest.raises(UserError, match=f"the run's {name} changed since it began: 0000"):
         resume.resume(begun.path, console=QUIET, command_line=[])
     assert worked == []
@@ -101,21 +127,17 @@ def test_a_hospital_that_is_nowhere_leaves_nothing(worked, tmp_path):
 def test_names_are_those_that_hospitals_get():
     for count in (1, 3, 12):
         config = from_flat({**KEYS, "data.synthetic-patients": 120, "federation.hospitals": count})
-        hospitals = federate.prepare(config, QUIET).hospitals
+        hospitals = prepare(config, QUIET).data.hospitals
         assert [one.name for one in hospitals] == hospital_names(count)
 
 
 def test_a_paper_run_and_its_ranks_are_worked_on_alone(worked, tmp_path, monkeypatch):
-    def finished(config, *, run_dir, **_):
-        RunDirectory.create(config, directory=run_dir).write_status("finished")
-
     def table(run, *_):
         worked.append("table")
         with pytest.raises(UserError, match="another process is at work"), exclusive(run):
             pass
-        return {}
+        return Summary()
 
-    monkeypatch.setattr(single, "single", finished)
     monkeypatch.setattr(paper, "build_table", table)
     for name in ("write_table", "show_table"):
         monkeypatch.setattr(paper, name, lambda *_: None)
@@ -128,4 +150,5 @@ def test_a_paper_run_and_its_ranks_are_worked_on_alone(worked, tmp_path, monkeyp
         command_line=[],
         run_dir=tmp_path / "run",
     )
-    assert worked == [*map(rank_folder, ranks), "table"]
+    names = [rank_folder(rank) for rank in ranks for _ in ("trained", "answered")]
+    assert worked == [*names, "table"]

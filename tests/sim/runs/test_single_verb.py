@@ -149,7 +149,7 @@ def test_a_real_federation_of_one_hospital_gives_the_same_b(whole, config_file, 
 
 
 def test_a_run_that_can_be_resumed_has_said_what_it_reads(config_file, tmp_path, monkeypatch):
-    """environment.json makes a run resumable: data.json is there before it."""
+    """run.json makes a run resumable: data.json is there before it."""
     write = RunDirectory.write_json
 
     def killed(self, name, value):

@@ -9,22 +9,41 @@ from rich.console import Console
 
 import sim.runs.sweep
 from common.errors import UserError
+from common.records import RunRecord, Summary
 from common.rundir import RunDirectory
 from common.training.budget import steps_in_all
 from sim.process.lock import exclusive
 from sim.runs.federate import resolved
 from sim.runs.single import one_node
-from sim.runs.sweep import ARMS, default_arms, markdown, plan_cells, show, sweep, tabulate
+from sim.runs.sweep import (
+    ARMS,
+    ArmRow,
+    Interval,
+    default_arms,
+    markdown,
+    plan_cells,
+    show,
+    sweep,
+    tabulate,
+)
 
 QUIET = Console(file=io.StringIO(), width=200)
 
 
 def summary(f1, loss=1.0):
-    return {
-        "metrics": {"fedrx": {"f1": f1, "jaccard": f1 / 2}},
-        "validation_loss": [9.0, loss],
-        "wire": {"bytes_up": 2_000_000},
-    }
+    return Summary(
+        metrics={"fedrx": {"f1": f1, "jaccard": f1 / 2}},
+        validation_loss=(9.0, loss),
+        wire={"tensors": (), "bytes_up": 2_000_000, "bytes_down": 0},
+    )
+
+
+def write_run(config, folder, found, state="finished"):
+    """Write what of a run the sweep reads."""
+    run = RunDirectory.create(config, directory=folder)
+    run.write_json("run.json", RunRecord(mode="federation", resumable=True))
+    run.write_json("summary.json", found)
+    run.write_status(state)
 
 
 @pytest.fixture
@@ -33,13 +52,9 @@ def trained(monkeypatch):
     started = []
 
     def fake(resolve):
-        def start(config, *, console, command_line, run_dir):
-            run = RunDirectory.create(resolve(config), directory=run_dir)
+        def start(config, *, run_dir, **_):
+            write_run(resolve(config), run_dir, summary(0.5))
             started.append(run_dir.name)
-            run.write_json("environment.json", {"mode": "federation"})
-            run.write_json("summary.json", summary(0.5))
-            run.write_status("finished")
-            return summary(0.5)
 
         return start
 
@@ -82,29 +97,23 @@ def test_interval_is_student_s_over_seeds():
     """By hand: t(0.975, 2) = 4.302653."""
     values = [0.2, 0.3, 0.7]
     row = tabulate([[summary(value)] for value in values])["F1"]
-    assert row["mean"] == pytest.approx(0.4)
-    assert row["half_width"] == pytest.approx(
-        4.302653 * statistics.stdev(values) / 3**0.5, rel=1e-6
-    )
-    assert tabulate([[summary(0.5)]])["F1"]["half_width"] is None
+    assert row.mean == pytest.approx(0.4)
+    assert row.half_width == pytest.approx(4.302653 * statistics.stdev(values) / 3**0.5, rel=1e-6)
+    assert tabulate([[summary(0.5)]])["F1"].half_width is None
     averaged = tabulate([[summary(0.2), summary(0.4)], [summary(0.5), summary(0.7)]])["F1"]
-    assert averaged["mean"] == pytest.approx(0.45)
+    assert averaged.mean == pytest.approx(0.45)
 
 
 def test_sweep_runs_each_cell_once_and_writes_the_table(tiny_config, tmp_path, monkeypatch):
     started = []
 
-    def fake(config, *, console, command_line, run_dir):
+    def fake(config, *, run_dir, **_):
         started.append(run_dir.name)
         resolve = one_node if run_dir.name.startswith("centralised") else resolved
         if run_dir.name == "lora-seed-1" and started.count("lora-seed-1") == 1:
             raise KeyboardInterrupt
-        run = RunDirectory.create(resolve(config), directory=run_dir)
-        run.write_json("environment.json", {"mode": "federation"})
-        result = summary(0.1 * (1 + config.train.seed) + (config.adapter.mode == "lora"))
-        run.write_json("summary.json", result)
-        run.write_status("finished")
-        return result
+        found = summary(0.1 * (1 + config.train.seed) + (config.adapter.mode == "lora"))
+        write_run(resolve(config), run_dir, found)
 
     monkeypatch.setattr(sim.runs.sweep, "federate", fake)
     monkeypatch.setattr(sim.runs.sweep, "single", fake)
@@ -117,6 +126,8 @@ def test_sweep_runs_each_cell_once_and_writes_the_table(tiny_config, tmp_path, m
     assert [row["arm"] for row in result["rows"]] == ["fa-lora", "lora", "centralised"]
     assert result["rows"][1]["F1"]["mean"] == pytest.approx(1.15)
     assert "| lora | 2 | 1.15 ± " in (tmp_path / "sweep.md").read_text()
+    record = RunDirectory(tmp_path).record()
+    assert (record.mode, record.cells) == ("sweep", tuple(cell.folder for cell in cells))
     other = plan_cells(tiny_config(adapter__rank=8), arms=["fa-lora"], seeds=[0])
     with pytest.raises(UserError, match="adapter.rank"):
         sweep(other, tmp_path, console=console, command_line=["fedrx"])
@@ -186,11 +197,13 @@ def test_a_cell_that_was_killed_before_it_began_is_run(tiny_config, trained, tmp
 
 def test_an_unfinished_cell_is_resumed(tiny_config, trained, tmp_path, monkeypatch):
     (cell,) = plan_cells(tiny_config(), arms=["fa-lora"], seeds=[0])
-    run = RunDirectory.create(resolved(cell.config), directory=tmp_path / cell.folder)
-    run.write_json("environment.json", {"mode": "federation"})
-    run.write_json("summary.json", summary(0.1))
-    run.write_status("interrupted")
-    monkeypatch.setattr(sim.runs.sweep, "resume", lambda path, **_: summary(0.75))
+    folder = tmp_path / cell.folder
+    write_run(resolved(cell.config), folder, summary(0.1), state="interrupted")
+
+    def resumed(path, **_):
+        RunDirectory(path).write_json("summary.json", summary(0.75))
+
+    monkeypatch.setattr(sim.runs.sweep, "resume", resumed)
     result = sweep([cell], tmp_path, console=QUIET, command_line=[])
     assert result["rows"][0]["F1"]["mean"] == 0.75
     assert trained == []
@@ -287,12 +300,12 @@ def test_centralised_sees_as_many_samples_as_the_hospitals(settings, samples_eac
 
 def test_table_of_runs_without_a_validation_loss(tiny_config):
     """Privacy lets none out, and a validation share of 0 leaves none: the figure is missing."""
-    without = {**summary(0.5), "validation_loss": []}
+    without = summary(0.5).having(validation_loss=[])
     row = tabulate([[without], [without]])
-    assert row["validation loss"] == {"mean": None, "half_width": None}
-    assert row["F1"]["mean"] == 0.5
-    assert tabulate([[without], [summary(0.5)]])["validation loss"]["mean"] is None
-    rows = [{"arm": "fa-lora", "runs": 2, **row}]
+    assert row["validation loss"] == Interval(None, None)
+    assert row["F1"].mean == 0.5
+    assert tabulate([[without], [summary(0.5)]])["validation loss"].mean is None
+    rows = [ArmRow("fa-lora", 2, row)]
     assert "| fa-lora | 2 | 0.5 ± 0 | 0.25 ± 0 | – | 2 ± 0 |" in markdown(rows)
     console = Console(file=io.StringIO(), width=200)
     show(console, rows)

@@ -11,10 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from common.errors import RunFailed, UserError
 from common.evaluation.judge.judging import judge_run
 from common.evaluation.judge.plan import estimate, plan_judging
+from sim.answers.judge import judge
+from sim.process.lock import exclusive
 
 
 def predictions(kit, count=3):
@@ -249,14 +252,9 @@ def test_kill_9_loses_at_most_what_was_in_flight(server, make_run, judge_config,
 
 
 def test_two_judges_at_once_on_one_run_are_refused(make_run, judge_config, kit):
-    from common.evaluation.judge.cache import ExchangeCache
-
     run = make_run(predictions(kit))
-    with (
-        ExchangeCache(run.path / "judge" / "exchanges.jsonl"),
-        pytest.raises(UserError, match="another"),
-    ):
-        judge_run(run, plan_judging(run, judge_config()))
+    with exclusive(run), pytest.raises(UserError, match="another process is at work"):
+        judge(run, plan_judging(run, judge_config()), console=Console(quiet=True))
 
 
 @pytest.mark.parametrize("model", ["", " , ", "a,a"])

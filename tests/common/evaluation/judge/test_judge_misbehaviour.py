@@ -8,6 +8,7 @@ import pytest
 
 from common.errors import RunFailed, UserError
 from common.evaluation.judge import client as judge_client
+from common.evaluation.judge.cache import Exchanges
 from common.evaluation.judge.judging import judge_run
 from common.evaluation.judge.plan import plan_judging
 
@@ -199,6 +200,24 @@ def test_a_broken_call_is_charged_at_its_worst_and_a_refused_one_is_not(
     assert result["cost_usd"] == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_calls_that_are_tried_again_stay_below_the_cost_limit(
+    server, make_run, judge_config, kit, quick, concurrency
+):
+    """Each broken call may have cost its worst, 1 USD of replies: a third would pass 2.9."""
+    prices = {"output_usd_per_million": 1000.0, "max_output_tokens": 1000}
+    server.behave = lambda body, n: kit.Answer("x" * 999, close=True)
+    run = make_run([kit.line(f"case-{n}", "fedrx", [f"Drug {n}"]) for n in range(4)])
+    config = judge_config(max_cost_usd=2.9, attempts=9, concurrency=concurrency, **prices)
+    with pytest.raises(RunFailed, match="max-cost-usd"):
+        judge_run(run, plan_judging(run, config))
+    assert len(server.requests) == 2
+    assert run.read_json("summary.json")["judge"]["cost_usd"] == pytest.approx(2.0)
+    with pytest.raises(RunFailed, match="max-cost-usd"):
+        judge_run(run, plan_judging(run, config))
+    assert len(server.requests) == 2
+
+
 def test_a_dead_server_stops_the_command_early(server, make_run, judge_config, kit, quick):
     run = make_run([kit.line(f"case-{n}", "fedrx", [f"Drug {n}"]) for n in range(50)])
     config = judge_config(concurrency=1)
@@ -289,8 +308,11 @@ def test_a_proxy_in_the_environment_gets_nothing(
 
 
 @pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "gopher://127.0.0.1:1"])
-def test_a_proxy_that_cannot_be_used_is_named(monkeypatch, judge_config, proxy):
+def test_a_proxy_that_cannot_be_used_is_named(monkeypatch, judge_config, tmp_path, proxy):
     monkeypatch.setenv("ALL_PROXY", proxy)
-    far = SimpleNamespace(url="https://judge.example/v1", loopback=False)
+    url = "https://judge.example/v1"
+    far = SimpleNamespace(url=url, named=url, loopback=False)
     with pytest.raises(UserError, match="proxy that the environment names"):
-        judge_client.JudgeClient(far, judge_config(), api_key="", meter=None, lost=None, kept={})
+        judge_client.JudgeClient(
+            far, judge_config(), api_key="", meter=None, exchanges=Exchanges(tmp_path / "x")
+        )

@@ -13,9 +13,11 @@ from rich.console import Console
 
 import sim.answers.evaluate
 import sim.cli.main
-import sim.process.stages
+import sim.process.failures
 import sim.runs.federate
+import sim.runs.lifecycle
 import sim.runs.paper
+import sim.runs.preparation
 import sim.runs.resume
 import sim.runs.single
 import sim.runs.sweep
@@ -25,14 +27,13 @@ from common.errors import RunFailed, UserError
 from common.files import write_bytes
 from common.rundir import RunDirectory
 from common.tensor_files import Altered
+from sim.process.failures import ERROR_LOG, StageFailed
 from sim.process.lock import exclusive
-from sim.process.stages import (
-    ERROR_LOG,
+from sim.runs.stages import (
     EVALUATION,
     REPORT,
     TRAINED,
     TRAINING,
-    StageFailed,
     after_training,
     is_trained,
     reported,
@@ -180,7 +181,7 @@ def test_where_not_even_the_log_can_be_written_the_line_still_comes(run, monkeyp
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    monkeypatch.setattr(sim.process.stages.tempfile, "tempdir", str(elsewhere))
+    monkeypatch.setattr(sim.process.failures.tempfile, "tempdir", str(elsewhere))
     run.write_status("running", stage=EVALUATION)
     before = (run.path / "status.json").read_text()
     monkeypatch.setattr("common.rundir.write_json", full)
@@ -192,7 +193,7 @@ def test_where_not_even_the_log_can_be_written_the_line_still_comes(run, monkeyp
     assert "No space left" in log.read_text()
     assert (run.path / "status.json").read_text() == before
     log.unlink()
-    monkeypatch.setattr(sim.process.stages.tempfile, "mkstemp", full)
+    monkeypatch.setattr(sim.process.failures.tempfile, "mkstemp", full)
     with (
         pytest.raises(StageFailed, match="traceback could not be written"),
         reported(run, silent()),
@@ -321,10 +322,22 @@ def test_single_fails_in_its_answers_and_goes_on(tmp_path, monkeypatch, capsys):
     assert (run.status()["state"], run.status()["stage"]) == ("failed", EVALUATION)
     trained = run.read_json("summary.json")["b_sha256"]
 
+    # With other settings of the answers, and with these alone; no step is taken again.
+    steps = (folder / "metrics.jsonl").read_bytes()
+    code, _, error = command(monkeypatch, capsys, "resume", str(folder), "--set", "train.seed=4")
+    assert code == 2
+    assert "--set would change what was trained: train.seed: 0 -> 4" in error
     with monkeypatch.context() as broken:
-        broken.setattr(sim.runs.single, "write_report", newer)
-        code, _, error = command(broken, capsys, "resume", str(folder))
+        broken.setattr(sim.runs.lifecycle, "write_report", newer)
+        broken.setattr(sim.runs.single, "SingleTraining", newer)
+        code, _, error = command(
+            broken, capsys, "resume", str(folder), "--set", "evaluation.max-new-tokens=9"
+        )
     assert code == 1
+    assert (folder / "metrics.jsonl").read_bytes() == steps
+    told = run.summary().evaluation["settings"]
+    assert (told["max_new_tokens"], told["samples"]) == (9, 1)
+    assert run.config().evaluation.max_new_tokens == 8
     assert "the report failed: TypeError" in error.splitlines()[-1]
     assert run.status()["stage"] == REPORT
 
@@ -340,7 +353,7 @@ def test_an_unexpected_error_outside_of_a_run_is_a_line_and_a_log(tmp_path, monk
     def broken(*args, **keys):
         raise NEWER_LIBRARY
 
-    monkeypatch.setattr(sim.process.stages.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sim.process.failures.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr("sim.checks.doctor.examine", broken)
     code, _, error = command(monkeypatch, capsys, "doctor")
     assert code == 1
@@ -357,7 +370,7 @@ def test_a_wrong_path_is_input_and_a_full_disk_is_a_failure(
     def broken(*args, **keys):
         raise OSError(number, "no", "/x/file")
 
-    monkeypatch.setattr(sim.process.stages.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sim.process.failures.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr("sim.checks.doctor.examine", broken)
     code, _, error = command(monkeypatch, capsys, "doctor")
     assert code == status
@@ -390,8 +403,8 @@ def test_what_cannot_work_is_refused_before_data_and_weights(
     def touched(*args, **keys):
         raise Touched
 
-    monkeypatch.setattr(sim.runs.federate, "load_samples", touched)
-    monkeypatch.setattr(sim.runs.federate, "resolve_backbone", touched)
+    monkeypatch.setattr(sim.runs.preparation, "open_hospitals", touched)
+    monkeypatch.setattr(sim.runs.preparation, "resolve_backbone", touched)
     folder = tmp_path / "run"
     if said == "is not empty":
         folder.mkdir()
@@ -411,21 +424,21 @@ def test_what_cannot_work_is_refused_before_data_and_weights(
 def test_a_folder_is_checked_by_its_configuration_alone(tmp_path, monkeypatch):
     """A backbone's folder that is no Llama, or a rank beyond its width, needs no hashing."""
     monkeypatch.setattr(
-        sim.runs.federate, "load_samples", lambda *a, **k: pytest.fail("data was read")
+        sim.runs.preparation, "open_hospitals", lambda *a, **k: pytest.fail("data was read")
     )
     (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
     config = from_flat({**TINY, "model.backbone": str(tmp_path)})
     with pytest.raises(UserError, match="not a Llama"):
-        sim.runs.federate.prepare(config, silent())
+        sim.runs.preparation.prepare(config, silent())
 
 
 def test_evaluate_refuses_a_device_before_it_reads_data(run, monkeypatch):
     run.write_status("finished")
     monkeypatch.setattr(
-        sim.answers.evaluate, "load_samples", lambda *a: pytest.fail("data was read")
+        sim.answers.evaluate, "open_hospitals", lambda *a: pytest.fail("data was read")
     )
     with pytest.raises(UserError, match="cuda:99"):
-        sim.answers.evaluate.evaluate(run, console=silent(), overrides=["train.device=cuda:99"])
+        sim.runs.lifecycle.evaluate(run, console=silent(), overrides=["train.device=cuda:99"])
     with exclusive(run):
         pass
 

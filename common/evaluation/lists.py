@@ -1,0 +1,199 @@
+"""How a list comes about: written, freely or held to a grammar or formulary, or scored.
+
+Every hospital answers with its own formulary, and cuts scored lists where its own validation
+patients say (``common.evaluation.ranking``).
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from common.config import Config
+from common.evaluation.answers_file import CutoffFacts, Generation
+from common.evaluation.constrained import answer_grammar
+from common.evaluation.cutoff import Cutoff
+from common.evaluation.drug_scores import drug_scores
+from common.evaluation.drug_trie import require_room
+from common.evaluation.formulary import formularies
+from common.evaluation.generate import Generated, Matcher, generate
+from common.evaluation.ranking import Ranker, Ranking
+from common.files import writable
+from common.text.prompts import parse_answer
+
+if TYPE_CHECKING:
+    from common.data.partition import Hospital
+    from common.model.session import Session
+
+Progress = Callable[[int, int], None]
+
+
+class Answer(NamedTuple):
+    """One answer to one case."""
+
+    text: str | None
+    """What the model wrote; None of a baseline, and of a scored list."""
+    drugs: tuple[str, ...] | None
+    """None: the text is not in the format."""
+    escaped: int = 0
+    """Names that UTF-8 cannot hold."""
+    ranking: Ranking | None = None
+    """Of a scored list."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """What is asked, and of which hospital."""
+
+    ids: Sequence[Sequence[int]]
+    hospitals: Sequence[int]
+    """Place of each prompt's hospital."""
+
+
+class ListMaker:
+    """Answers prompts in the way that the configuration names; made once for all adapters.
+
+    Args:
+        session: Backbone and adapter; the adapter as it is when ``answer`` is called counts.
+        hospitals: Their training splits are the formularies, their validation splits choose the
+            thresholds.
+        config: Sections ``evaluation`` and ``train.max_length`` are read.
+
+    Raises:
+        UserError: If what it names cannot be had: the grammar's package, a formulary, its file.
+    """
+
+    def __init__(self, session: "Session", hospitals: Sequence["Hospital"], config: Config) -> None:
+        self._session, self._hospitals = session, hospitals
+        self._settings = config.evaluation
+        self._rankers: list[Ranker] = []
+        if self._settings.method == "score" or self._settings.decoding == "formulary":
+            self._rankers = [
+                Ranker(session, one, max_length_tokens=config.train.max_length)
+                for one in formularies(
+                    [hospital.train for hospital in hospitals], self._settings.formulary
+                )
+            ]
+
+    def answer(
+        self, prompts: Prompts, *, progress: Progress | None = None
+    ) -> tuple[list[Answer], Generation]:
+        """Answer prompts with the session's present adapter.
+
+        Args:
+            prompts: Token ids and hospitals.
+            progress: Called with (answers so far, all answers).
+
+        Raises:
+            UserError: If a hospital has no validation patients to choose a threshold on, or a
+                name does not fit into ``evaluation.max-new-tokens``.
+        """
+        started = time.perf_counter()
+        scored = self._settings.method == "score"
+        answers, facts = (self._scored if scored else self._written)(prompts, progress)
+        return answers, facts.model_copy(
+            update={"seconds": round(time.perf_counter() - started, 3)}
+        )
+
+    def cutoffs(self, hospitals: Sequence[int]) -> dict[int, Cutoff]:
+        """Choose where these hospitals cut, for the present adapter."""
+        settings = self._settings
+        return {
+            place: self._rankers[place].fit(
+                self._hospitals[place].validation,
+                samples=settings.threshold_samples,
+                seed=settings.seed,
+            )
+            for place in sorted(set(hospitals))
+        }
+
+    def _scored(
+        self, prompts: Prompts, progress: Progress | None
+    ) -> tuple[list[Answer], Generation]:
+        cutoffs = self.cutoffs(prompts.hospitals)
+        rankers = [self._rankers[place] for place in prompts.hospitals]
+        scores = drug_scores(
+            self._session, prompts.ids, lambda prompt: rankers[prompt].plan, progress=progress
+        )
+        rankings = [
+            ranker.ranking(one, cutoffs[place])
+            for ranker, one, place in zip(rankers, scores, prompts.hospitals, strict=True)
+        ]
+        answers = [
+            Answer(None, tuple(drug.name for drug in one.listed), ranking=one) for one in rankings
+        ]
+        return answers, Generation(
+            seconds=0,
+            tokens=sum(map(len, prompts.ids)) + sum(ranker.tokens for ranker in rankers),
+            cut_answers=0,
+            cutoffs={
+                self._hospitals[place].name: CutoffFacts(
+                    names=len(self._rankers[place].formulary.names),
+                    threshold=one.threshold,
+                    slope=one.slope,
+                    intercept=one.intercept,
+                    admissions=one.admissions,
+                    f1=one.f1,
+                )
+                for place, one in cutoffs.items()
+            },
+        )
+
+    def _written(
+        self, prompts: Prompts, progress: Progress | None
+    ) -> tuple[list[Answer], Generation]:
+        settings = self._settings
+        generated = generate(
+            self._session,
+            prompts.ids,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+            matcher=self._matcher(prompts.hospitals),
+            progress=progress,
+        )
+        answers = [_read(self._session, one) for one in generated]
+        return answers, Generation(
+            seconds=0,
+            tokens=sum(len(one.tokens) for one in generated),
+            cut_answers=sum(not one.finished for one in generated),
+            escaped_names=sum(one.escaped for one in answers),
+        )
+
+    def _matcher(self, hospitals: Sequence[int]) -> Callable[[int], Matcher] | None:
+        if self._settings.decoding == "grammar":
+            return answer_grammar(self._session)
+        if self._settings.decoding == "greedy":
+            return None
+        used: Mapping[int, Ranker] = {place: self._rankers[place] for place in set(hospitals)}
+        for ranker in used.values():
+            require_room(ranker.trie, self._settings.max_new_tokens)
+        return lambda prompt: used[hospitals[prompt]].matcher()
+
+
+def read_answer(text: str, *, finished: bool) -> list[str] | None:
+    r"""Parse a generated answer; what a token limit cut in its last line is left out.
+
+    The first drug's line is kept even when cut, since there is nothing else to show.
+
+    >>> read_answer("Drugs:\n- Aspirin\n- Insu", finished=False)
+    ['Aspirin']
+    >>> read_answer("Drugs:\n- Aspirin\n- Insu", finished=True)
+    ['Aspirin', 'Insu']
+    """
+    return _drugs(text, finished=finished)[0]
+
+
+def _drugs(text: str, *, finished: bool) -> tuple[list[str] | None, int]:
+    """Read an answer; also count the names that UTF-8 cannot hold, which are escaped again."""
+    if not finished:
+        whole = text.rpartition("\n")[0]
+        text = whole if "\n" in whole else text
+    drugs: list[str] | None
+    drugs, escaped = writable(parse_answer(text))
+    return drugs, escaped
+
+
+def _read(session: "Session", answer: Generated) -> Answer:
+    text = str(session.tokenizer.decode(list(answer.tokens), skip_special_tokens=True))
+    drugs, escaped = _drugs(text, finished=answer.finished)
+    return Answer(text, None if drugs is None else tuple(drugs), escaped)

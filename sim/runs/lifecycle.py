@@ -1,0 +1,327 @@
+"""The life of a run: begun or gone on with, held alone, trained, answered, reported.
+
+A kind of run (``federate``, ``single``, ``paper``, ``audit``) supplies what differs.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from common.config import Config
+from common.configio import changed_freely, differences, flatten, from_flat, read_config
+from common.errors import UserError
+from common.provenance import (
+    environment,
+    peak_device_bytes,
+    peak_rss_bytes,
+    shown_command,
+    source_digest,
+)
+from common.records import Inputs, Mode, Record, RunRecord, Summary
+from common.rundir import ENVIRONMENT, RUN, SUMMARY, RunDirectory
+from sim.answers.evaluate import FREE_KEYS, evaluate_run
+from sim.process.lock import exclusive
+from sim.process.peak_memory import PeakMemory
+from sim.report.run_report import write_report
+from sim.report.terminal import show_summary
+from sim.runs.preparation import Preparation, data_facts, fingerprints, prepare
+from sim.runs.stages import EVALUATION, REPORT, after_training, is_trained, reported
+
+
+class Kind:
+    """What differs between kinds of runs, in the order in which a run asks for it."""
+
+    mode: Mode
+    resumable = True
+    renewed = False
+    """Whether a finished run is worked on again when it is resumed."""
+
+    def settle(self, config: Config) -> Config:
+        """Before data is read: fill in what decides the result, refuse what is known to fail."""
+        return config
+
+    def prepare(self, config: Config, console: Console) -> Preparation | None:
+        """Read what the run needs; also before it is resumed."""
+        return prepare(config, console)
+
+    def ready(self, config: Config, preparation: Preparation, console: Console) -> Config:
+        """Before anything is written: check and choose what depends on the data."""
+        return config
+
+    def record(self, config: Config, inputs: Inputs) -> RunRecord:
+        """Return run.json."""
+        flat = flatten(config)
+        return RunRecord(mode=self.mode, resumable=self.resumable, config=flat, inputs=inputs)
+
+    def facts(self, record: RunRecord) -> Mapping[str, object]:
+        """Return what environment.json says beside the environment."""
+        return record.model_dump(mode="json", include={"mode", "config", "inputs"})
+
+    def place(self, directory: RunDirectory) -> Mapping[str, int]:
+        """Return how far a run has come, for status.json."""
+        return {}
+
+    def train(self, run: "Run") -> Summary:
+        """Train what is left, and sum it up."""
+        raise NotImplementedError
+
+    def work(self, run: "Run") -> Record:
+        """Do all that is left: training, answers, report."""
+        directory, console, data = run.directory, run.console, run.preparation.data
+        if is_trained(directory):
+            run.seconds_before = directory.summary().training_seconds or 0.0
+        else:
+            summary = self.train(run).having(source=data.source)
+            if summary.training_seconds is None:
+                summary = summary.having(training_seconds=round(run.seconds, 3))
+            directory.write_json(SUMMARY, summary)
+        run.enter(EVALUATION)
+        evaluate_run(directory, overrides=run.overrides, console=console, data=data)
+        summary = directory.summary()
+        peaks: dict[str, int | None] = {"peak_rss_bytes": max(run.peak.bytes, peak_rss_bytes())}
+        if "peak_device_bytes" in summary.model_fields_set:  # trained in this process
+            peaks["peak_device_bytes"] = peak_device_bytes()
+        directory.write_json(SUMMARY, summary.having(seconds=round(run.seconds, 3), **peaks))
+        run.enter(REPORT)
+        return _finish(directory, console, self.place(directory))
+
+
+@dataclass
+class Run:
+    """One process's work on a run that it holds alone."""
+
+    kind: Kind
+    directory: RunDirectory
+    record: RunRecord
+    config: Config
+    """Resolved, with the run's directory."""
+    prepared: Preparation | None
+    console: Console
+    command_line: Sequence[str]
+    started: float
+    """When this process began to work on it, by ``time.monotonic``."""
+    overrides: Sequence[str] = ()
+    """How its answers are made, otherwise than it began."""
+    seconds_before: float = 0.0
+    """Spent by earlier processes."""
+    peak: PeakMemory = field(default_factory=PeakMemory)
+    result: Record = field(default_factory=Summary)
+    """Content of summary.json, once all is done."""
+
+    @property
+    def preparation(self) -> Preparation:
+        """What the run reads; an audit reads nothing."""
+        assert self.prepared is not None
+        return self.prepared
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all processes until now."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def enter(self, stage: str) -> None:
+        """Say in status.json that a stage begins."""
+        self.directory.write_status("running", stage=stage, **self.kind.place(self.directory))
+
+    def live(self, *, inside: bool) -> "Run":
+        """Do what is left; where that breaks off, status.json says so."""
+        console, directory = None if inside else self.console, self.directory
+        with reported(directory, console, lambda: self.kind.place(directory)):
+            self.result = self.kind.work(self)
+        return self
+
+
+def start(
+    config: Config,
+    kind: Callable[[], Kind],
+    *,
+    console: Console,
+    command_line: Sequence[str],
+    run_dir: Path | None = None,
+    inside: bool = False,
+) -> Run:
+    """Begin a run and see it through.
+
+    Args:
+        config: Complete configuration.
+        kind: What the run does.
+        console: Where progress and results are shown.
+        command_line: Stored in environment.json.
+        run_dir: Run directory; default below ``runs``.
+        inside: Whether a run around this one says how to go on.
+
+    Raises:
+        UserError: before anything is written.
+        RunFailed: if the work fails; status.json says so too.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM.
+    """
+    started, chosen = time.monotonic(), kind()
+    RunDirectory.require_new(config, directory=run_dir)
+    settled = config = chosen.settle(config)
+    preparation, inputs = chosen.prepare(config, console), Inputs()
+    if preparation:
+        config, inputs = chosen.ready(config, preparation, console), fingerprints(preparation)
+    directory = RunDirectory.create(settled, directory=run_dir)
+    config = replace(config, run=replace(config.run, directory=str(directory.path)))
+    directory.write_config(config)
+    if preparation:
+        directory.write_json("data.json", data_facts(preparation))
+    record = chosen.record(config, inputs)
+    directory.write_json(ENVIRONMENT, {**environment(command_line), **chosen.facts(record)})
+    directory.write_json(RUN, record)
+    console.print(f"run directory: {directory.path}", markup=False, highlight=False)
+    with exclusive(directory):
+        run = Run(chosen, directory, record, config, preparation, console, command_line, started)
+        return run.live(inside=inside)
+
+
+def resume(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    kinds: Iterable[Callable[[], Kind]],
+    console: Console,
+    command_line: Sequence[str],
+    inside: bool = False,
+) -> Mapping[str, Any]:
+    """Go on with a run from its last checkpoint.
+
+    Args:
+        path: Its run directory.
+        overrides: ``key=value``; once training is done, of how answers are made; before, a value
+            other than the run's own is refused.
+        kinds: Of runs that can be gone on with.
+        console: Where progress and results are shown.
+        command_line: Added to environment.json.
+        inside: Whether a run around this one says how to go on.
+
+    Returns:
+        The content of summary.json; a finished run's is returned as it is.
+
+    Raises:
+        UserError: if this is no run, another process is at work on it, or its configuration, data
+            or backbone have changed.
+    """
+    directory = RunDirectory.open(path)
+    record, state = directory.record(), directory.status()["state"]
+    if record and record.mode == "flower":
+        if state != "finished":
+            raise UserError(f"{path} was made by plain `flwr run`", fix="start it again with flwr")
+        console.print("the run is finished: nothing to do; `fedrx evaluate` gives its answers")
+        return directory.read_json(SUMMARY)
+    if record is None or not record.resumable:
+        raise UserError(f"{directory.path} has no run that can be resumed", fix="start it again")
+    (kind,) = (one for one in (make() for make in kinds) if one.mode == record.mode)
+    answering = state != "finished" and is_trained(directory)
+    config = _unchanged_config(directory, record, () if answering else overrides)
+    if answering:
+        changed_freely(config, overrides, FREE_KEYS)
+    if state == "finished" and not kind.renewed:
+        console.print("the run is finished: nothing to do")
+        return directory.read_json(SUMMARY)
+    started = time.monotonic()
+    with exclusive(directory):
+        preparation = kind.prepare(config, console)
+        if preparation:
+            require_same_inputs(record.inputs, preparation)
+        _note_resumption(directory, command_line, console)
+        known = (kind, directory, record, config, preparation, console, command_line, started)
+        run = Run(*known, overrides=overrides if answering else ())
+        return run.live(inside=inside).result.as_json()
+
+
+def _unchanged_config(
+    directory: RunDirectory, record: RunRecord, overrides: Sequence[str]
+) -> Config:
+    """Return the run's configuration, if config.toml with the overrides is still the same.
+
+    Raises:
+        UserError: naming every key that differs, with both values.
+    """
+    begun = from_flat(record.config)
+    changes = differences(begun, read_config(directory.path / "config.toml", overrides))
+    if changes:
+        raise UserError(
+            "a run goes on as it began; changed: " + "; ".join(map(str, changes)),
+            fix="undo the change, or start a new run with it",
+        )
+    return replace(begun, run=replace(begun.run, directory=str(directory.path)))
+
+
+def require_same_inputs(begun: Inputs, preparation: Preparation) -> None:
+    """Compare data, backbone and A with what a run began with.
+
+    Raises:
+        UserError: naming what changed.
+    """
+    for (name, before), (_, now) in zip(begun, fingerprints(preparation), strict=True):
+        if now != before:
+            raise UserError(
+                f"the run's {name} changed since it began: {before} -> {now}",
+                fix="bring the same data and backbone back, or start a new run",
+            )
+
+
+def _note_resumption(
+    directory: RunDirectory, command_line: Sequence[str], console: Console
+) -> None:
+    """Add the resumption to environment.json, and warn if the source has changed."""
+    facts, digest = directory.read_json(ENVIRONMENT), source_digest()
+    if digest != facts["source_digest"]:
+        console.print("FedRx's source has changed since the run began", style="yellow")
+    entry = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command_line": shown_command(command_line),
+        "source_digest": digest,
+    }
+    facts["resumed"] = [*facts.get("resumed", []), entry]
+    directory.write_json(ENVIRONMENT, facts)
+
+
+def evaluate(
+    directory: RunDirectory,
+    *,
+    console: Console,
+    checkpoint: str | None = None,
+    overrides: Iterable[str] = (),
+) -> Summary:
+    """Answer with a trained run again, and write its report anew; it is finished then.
+
+    Args:
+        directory: The run's directory.
+        console: Where progress and results are shown.
+        checkpoint: Name of a checkpoint; default the last.
+        overrides: ``key=value`` of the evaluation, see ``evaluate_run``.
+
+    Raises:
+        UserError: If the run's training is not done, another process works on it, or see
+            ``evaluate_run``.
+        StageFailed: If answering or the report fails.
+    """
+    status = directory.status()
+    if not is_trained(directory):
+        what = f"{directory.path} is {status['state']}"
+        raise UserError(what, allowed="a trained run", fix="`fedrx resume` it")
+
+    place = {str(key): status[key] for key in ("round", "step") if key in status}
+    with exclusive(directory), after_training(directory, "the answers", "fedrx evaluate"):
+        evaluate_run(directory, checkpoint=checkpoint, overrides=overrides, console=console)
+        summary = directory.summary()
+        seconds = summary.seconds or summary.training_seconds or 0.0
+        directory.write_json(SUMMARY, summary.having(seconds=seconds))
+        return _finish(directory, console, place)
+
+
+def _finish(directory: RunDirectory, console: Console, place: Mapping[str, int]) -> Summary:
+    """Report a run that has been answered; it is finished then."""
+    write_report(directory)
+    if directory.status()["state"] != "finished":
+        directory.write_status("finished", **place)
+    summary = directory.summary()
+    show_summary(console, directory, summary.as_json())
+    return summary

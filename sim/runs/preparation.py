@@ -1,0 +1,104 @@
+"""What is known of a run before anything is started: its data, hospitals and backbone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from common.config import Config
+from common.data.dataset import Dataset, open_hospitals
+from common.evaluation.answers import choose_cases
+from common.model.adapter.layout import AdapterLayout, adapter_layout, adapter_spec
+from common.model.backbone.load import BackboneSpec, resolve_backbone
+from common.privacy.mechanism.isolation import check_backbone
+from common.privacy.settings import is_private
+from common.records import Inputs
+from common.training.budget import checkpoint_steps, steps_in_all
+from sim.flower.superlink import free_port
+from sim.process.early import check_settings
+
+BUILT_IN = ("synthetic", "embedded", "tiny")
+"""Data and backbones that are no folders, even where a folder has their name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What is known before anything is started."""
+
+    data: Dataset
+    backbone: BackboneSpec
+    layout: AdapterLayout
+
+
+def prepare(config: Config, console: Console) -> Preparation:
+    """Read the data, deal the hospitals and find the backbone.
+
+    Raises:
+        UserError: for everything that can be known to fail before the run starts.
+    """
+
+    def say(line: str) -> None:
+        console.print(line, style="dim", markup=False, highlight=False)
+
+    free_port(config.run.port)
+    check_settings(config)
+    data = open_hospitals(config, progress=say)
+    for hospital in data.hospitals:
+        checkpoint_steps(config, steps_in_all(config, len(hospital.train)).value)
+    choose_cases(data.hospitals, samples=config.evaluation.samples, seed=config.evaluation.seed)
+    backbone = resolve_backbone(config.model.backbone, progress=say)
+    if is_private(config):
+        check_backbone(backbone)
+    layout = adapter_layout(backbone, adapter_spec(config.adapter))
+    return Preparation(data=data, backbone=backbone, layout=layout)
+
+
+def fingerprints(preparation: Preparation) -> Inputs:
+    """Return what identifies a run's inputs: a resumed run must read the same."""
+    return Inputs(
+        samples=preparation.data.digest,
+        backbone=preparation.backbone.fingerprint,
+        a=preparation.layout.a_fingerprint,
+    )
+
+
+def data_facts(preparation: Preparation) -> Mapping[str, object]:
+    """Return what data.json holds: hashes, counts and sizes, never rows."""
+    table = preparation.data.samples
+    return {
+        "source": table.source,
+        "file_hashes": table.file_hashes,
+        "counts": {name: value for name, value in table.counts.items() if name != "age"},
+        "hospitals": [
+            {
+                "name": hospital.name,
+                "patients": hospital.patients,
+                "samples": hospital.samples,
+                "train": len(hospital.train),
+                "validation": len(hospital.validation),
+                "test": len(hospital.test),
+            }
+            for hospital in preparation.data.hospitals
+        ],
+    }
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Make existing paths absolute, since workers run elsewhere; names (``synthetic``) stay."""
+    data, model, evaluation = config.data, config.model, config.evaluation
+    return replace(
+        config,
+        data=replace(data, path=_absolute(data.path), drug_map=_absolute(data.drug_map)),
+        model=replace(model, backbone=_absolute(model.backbone)),
+        evaluation=replace(
+            evaluation,
+            formulary=_absolute(evaluation.formulary),
+            interactions=_absolute(evaluation.interactions),
+        ),
+    )
+
+
+def _absolute(path: str) -> str:
+    place = Path(path).expanduser()
+    return str(place.absolute()) if path not in ("", *BUILT_IN) and place.exists() else path

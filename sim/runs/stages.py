@@ -1,0 +1,127 @@
+"""How far a run has come when something fails, in one line that says how to go on.
+
+What was trained is never lost in words: a failure after training says that training is done, where
+B is, what failed and the command that goes on.
+"""
+
+import contextlib
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+
+from rich.console import Console
+
+from common.errors import DiskFull, FedrxError, RunFailed, UserError
+from common.rundir import SUMMARY, TRAINED, RunDirectory
+from sim.process.failures import StageFailed, described
+
+TRAINING, EVALUATION, REPORT, AUDIT = "training", "evaluation", "report", "audit"
+AFTER_TRAINING = {TRAINED: "the answers", EVALUATION: "the answers", REPORT: "the report"}
+"""Stages of status.json in which training is done, and what they are about."""
+
+
+def resume_command(directory: RunDirectory) -> str:
+    """Return the command that goes on with a run."""
+    return f"fedrx resume {shlex.quote(str(directory.path))}"
+
+
+def is_trained(directory: RunDirectory) -> bool:
+    """Tell whether a run's training is done and summed up, whatever came after it."""
+    status = directory.status()
+    done = status["state"] == "finished" or status.get("stage") in AFTER_TRAINING
+    return done and "b_sha256" in directory.read_json(SUMMARY)
+
+
+@contextlib.contextmanager
+def reported(
+    directory: RunDirectory,
+    console: Console | None,
+    where: Callable[[], Mapping[str, int]] = dict,
+) -> Iterator[None]:
+    """Work on a run that is held alone; where that fails or is interrupted, status.json says so.
+
+    Args:
+        directory: The run's directory.
+        console: Where a person is told how to go on after an interruption, if anywhere.
+        where: How far the run has come, for status.json.
+
+    Raises:
+        StageFailed: for what fails after training, and for what is nobody's input.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError, ValueError, FedrxError):
+            directory.write_status("interrupted", stage=_stage(directory), **_facts(where))
+        if console and _stage(directory) != AUDIT:
+            line = f"go on with: {resume_command(directory)}"
+            console.print(line, markup=False, highlight=False)
+        raise
+    except Exception as error:
+        failure = _failure(directory, error)
+        # On a full disk the old status stays; the line is what counts.
+        with contextlib.suppress(OSError, ValueError, FedrxError):
+            if directory.status()["state"] != "finished":
+                told = failure.what if isinstance(failure, StageFailed) else str(failure)
+                stage = _stage(directory)
+                directory.write_status("failed", stage=stage, **_facts(where), error=told)
+        if failure is error:
+            raise
+        raise failure from error
+
+
+@contextlib.contextmanager
+def after_training(directory: RunDirectory, what: str, command: str) -> Iterator[None]:
+    """Work on a trained run by a command of its own; input that a person can mend passes as it is.
+
+    Args:
+        directory: The run's directory.
+        what: What is done, such as ``the judge``.
+        command: The command, without the run.
+
+    Raises:
+        StageFailed: for everything else.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        text = f"{_kept(directory)}; {what} failed: {described(error, directory)}"
+        command = f"{command} {shlex.quote(str(directory.path))}"
+        raise StageFailed(text, command=command) from error
+
+
+def _failure(directory: RunDirectory, error: Exception) -> FedrxError:
+    command, stage = resume_command(directory), _stage(directory)
+    if isinstance(error, StageFailed):  # of a run inside: what goes on is this one
+        return StageFailed(error.what, command=command)
+    if stage in AFTER_TRAINING:
+        what = f"{_kept(directory)}; {AFTER_TRAINING[stage]} failed"
+    elif isinstance(error, FedrxError) and not isinstance(error, DiskFull):
+        return error
+    elif stage == AUDIT:
+        return RunFailed(f"the audit failed: {described(error, directory)}; fix: start it again")
+    else:
+        what = "training failed"
+    return StageFailed(f"{what}: {described(error, directory)}", command=command)
+
+
+def _facts(where: Callable[[], Mapping[str, int]]) -> Mapping[str, int]:
+    """Return how far a run has come, if that can still be read."""
+    with contextlib.suppress(OSError, ValueError, FedrxError):
+        return where()
+    return {}
+
+
+def _stage(directory: RunDirectory) -> str:
+    """Return the stage that a run is in; of a finished one the report was the last."""
+    with contextlib.suppress(OSError, ValueError, FedrxError):
+        status = directory.status()
+        return REPORT if status["state"] == "finished" else str(status.get("stage", TRAINING))
+    return TRAINING
+
+
+def _kept(directory: RunDirectory) -> str:
+    names = directory.checkpoint_names()
+    place = directory.path / "checkpoints" / names[-1] / "b.safetensors" if names else None
+    return f"training is done, B is {f'in {place}' if place else f'below {directory.path}'}"
