@@ -10,19 +10,19 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from common.configio import flatten
 from common.errors import UserError
 from common.evaluation.answers_file import read_answers
 from common.evaluation.metrics import drug_map_of, f1_by_admission, interval_of_mean
 from common.files import write_json, write_text
+from common.records import Figures, Summary
 from common.rundir import RunDirectory
 from sim.report.html import Bar, Block, to_html, to_markdown
 from sim.report.plots import Points, lines_svg
-from sim.report.run_report import f1_interval, finished_summary
+from sim.report.run_report import finished_summary
 from sim.report.what_ran import PLACES
-from sim.report.words import COLUMNS, NOTICE, SOURCES, megabytes, number, with_interval
+from sim.report.words import COLUMNS, NOTICE, SOURCES, figure, megabytes, number
 
 COMPARISON = "comparison.json"
 RESAMPLES = 2000
@@ -33,7 +33,7 @@ class Compared:
     """One run as the comparison needs it."""
 
     run: RunDirectory
-    summary: Mapping[str, Any]
+    summary: Summary
     settings: Mapping[str, object]
     """Every key that can change a result."""
     f1_by_case: Mapping[str, float]
@@ -99,11 +99,11 @@ def read_run(run: RunDirectory) -> Compared:
         twins[seen] += 1
         key = f"{seen} {twins[seen]}"
         found[key], clusters[key] = f1, row.cluster
-    decides = {
-        "data (source)": summary.get("source", "–"),
+    decides: dict[str, object] = {
+        "data (source)": summary.source or "–",
         "data (samples, sha256)": (run.inputs().samples or "–")[:12],
-        "backbone (sha256)": str(summary["backbone"].get("fingerprint", "–"))[:12],
-        "way of training": summary.get("mode", "federated"),
+        "backbone (sha256)": summary.backbone.fingerprint[:12] if summary.backbone else "–",
+        "way of training": "single node" if summary.mode == "single" else "federation",
     }
     keys = {k: v for k, v in flatten(config).items() if not k.startswith(PLACES)}
     return Compared(
@@ -123,9 +123,7 @@ def same_cases(groups: Mapping[str, Sequence[Compared]]) -> bool:
 
 
 def _notices(groups: Mapping[str, Sequence[Compared]]) -> list[Block]:
-    sources = {
-        one.summary.get("source", "credentialed") for runs in groups.values() for one in runs
-    }
+    sources = {one.summary.source or "credentialed" for runs in groups.values() for one in runs}
     words = " ".join(SOURCES[source] for source in sorted(sources))
     return [Block(note=f"{NOTICE} {words}", warning=True), *_other_cases(groups)]
 
@@ -133,21 +131,18 @@ def _notices(groups: Mapping[str, Sequence[Compared]]) -> list[Block]:
 def _standing(groups: Mapping[str, Sequence[Compared]]) -> list[Block]:
     """Figures of single runs side by side: ranked where the cases are the same."""
     same = same_cases(groups)
-    shown = {
-        name: one.summary.get("metrics", {}).get("fedrx", {}) for name, (one,) in groups.items()
-    }
-    order = sorted(shown, key=lambda name: -(shown[name].get("f1") or 0)) if same else list(shown)
+    shown = {name: one.summary.metrics.get("fedrx", Figures()) for name, (one,) in groups.items()}
+    order = sorted(shown, key=lambda name: -(shown[name].f1 or 0)) if same else list(shown)
     rows = []
     for name in order:
         summary, metrics = groups[name][0].summary, shown[name]
-        intervals, privacy = metrics.get("intervals", {}), summary.get("privacy")
         rows.append(
             (
                 name,
-                number((summary.get("validation_loss") or [None])[-1]),
-                *(with_interval(metrics.get(key), intervals.get(key)) for key, _ in COLUMNS),
-                megabytes(summary.get("wire", {}).get("bytes_up", 0)),
-                number(float(privacy["epsilon"]) if privacy else None),
+                number((summary.validation_loss or (None,))[-1]),
+                *(figure(metrics, key) for key, _ in COLUMNS),
+                megabytes(summary.wire.bytes_up if summary.wire else 0),
+                number(float(summary.privacy["epsilon"]) if summary.privacy else None),
             )
         )
     headers = (
@@ -155,13 +150,16 @@ def _standing(groups: Mapping[str, Sequence[Compared]]) -> list[Block]:
         *(name for _, name in COLUMNS),
         *("sent up", "epsilon"),
     )
-    bars = []
-    for name in order if same else ():
-        interval = f1_interval(shown[name])
-        low, high = interval or (None, None)
-        text = with_interval(shown[name].get("f1"), interval)
-        bars.append(Bar(name=name, value=shown[name].get("f1"), text=text, low=low, high=high))
-    return [Block(title="Runs compared", headers=headers, rows=tuple(rows), bars=tuple(bars))]
+    bars = tuple(
+        Bar(
+            name=name,
+            value=shown[name].f1,
+            text=figure(shown[name], "f1"),
+            interval=shown[name].interval("f1"),
+        )
+        for name in (order if same else ())
+    )
+    return [Block(title="Runs compared", headers=headers, rows=tuple(rows), bars=bars)]
 
 
 def _other_cases(groups: Mapping[str, Sequence[Compared]]) -> list[Block]:

@@ -21,8 +21,7 @@ class Bar:
     name: str
     value: float | None
     text: str
-    low: float | None = None
-    high: float | None = None
+    interval: tuple[float, float] | None = None
     ours: bool = False
 
 

@@ -14,6 +14,7 @@ from common.evaluation.answers_file import read_answers
 from common.files import write_text
 from common.privacy.forecast import verdict
 from common.privacy.settings import plan_of
+from common.records import Figures, Summary
 from common.rundir import RunDirectory
 from common.wire.cohort import NOT_EVALUATED, WITHSTANDS_NOTHING
 from sim.report.html import Bar, Block, to_html, to_markdown
@@ -24,11 +25,11 @@ from sim.report.words import (
     NOTICE,
     RANDOM_WEIGHTS,
     SOURCES,
+    figure,
     matrices,
     megabytes,
     model_name,
     number,
-    with_interval,
 )
 
 SAMPLE_CASES = 3
@@ -52,14 +53,14 @@ def write_report(run: RunDirectory) -> Path:
     return page
 
 
-def finished_summary(run: RunDirectory) -> dict[str, Any]:
+def finished_summary(run: RunDirectory) -> Summary:
     """Return a run's summary.
 
     Raises:
         UserError: if the run has not been finished.
     """
-    summary = run.read_json("summary.json")
-    if not summary:
+    summary = run.summary()
+    if not summary.b_sha256:
         raise UserError(
             f"{run.path} has no summary.json: the run has not finished",
             fix="finish it with `fedrx resume`, then ask for the report again",
@@ -74,7 +75,7 @@ def run_blocks(run: RunDirectory) -> list[Block]:
         UserError: if the run has not been finished.
     """
     summary, config = finished_summary(run), run.config()
-    source = summary.get("source", "credentialed")
+    source = summary.source or "credentialed"
     blocks = [
         Block(note=f"{NOTICE} {SOURCES[source]}", warning=True),
         *_result(summary),
@@ -93,53 +94,44 @@ def run_blocks(run: RunDirectory) -> list[Block]:
     return blocks
 
 
-def _result(summary: Mapping[str, Any]) -> list[Block]:
+def _result(summary: Summary) -> list[Block]:
     """Say first what came out: F1 against the others, or the loss where nothing was answered."""
-    metrics = summary.get("metrics", {})
+    metrics = summary.metrics
     if "fedrx" not in metrics:
-        first, *_, last = summary.get("validation_loss") or [None, None]
+        first, *_, last = summary.validation_loss or (None, None)
         note = f"Validation loss {number(first)} at the start, {number(last)} at the end."
         return [Block(note=note, lead=True)] if last is not None else []
     ours = metrics["fedrx"]
     sides: dict[str, list[str]] = {"above": [], "below": [], "not clearly apart from": []}
     for model, values in metrics.items():
         if model != "fedrx":
-            sides[_side(ours, values)].append(
-                f"{model_name(model, summary)} {number(values['f1'])}"
-            )
+            sides[_side(ours, values)].append(f"{model_name(model, summary)} {number(values.f1)}")
     against = "; ".join(f"{side} {', '.join(names)}" for side, names in sides.items() if names)
-    mine = f1_interval(ours)
+    mine = ours.interval("f1")
     interval = f" (95% interval {mine[0]:.2f} to {mine[1]:.2f})" if mine else ""
     note = (
-        f"F1 of the trained B on {ours['samples']} held-out admissions: "
-        f"{number(ours['f1'])}{interval}" + (f"; {against}." if against else ".")
+        f"F1 of the trained B on {ours.samples} held-out admissions: "
+        f"{number(ours.f1)}{interval}" + (f"; {against}." if against else ".")
     )
     bars = [
         Bar(
             name=model_name(model, summary),
-            value=values["f1"],
-            text=with_interval(values["f1"], f1_interval(values)),
-            low=(f1_interval(values) or (None, None))[0],
-            high=(f1_interval(values) or (None, None))[1],
+            value=values.f1,
+            text=figure(values, "f1"),
+            interval=values.interval("f1"),
             ours=model == "fedrx",
         )
-        for model, values in sorted(metrics.items(), key=lambda one: -(one[1]["f1"] or 0))
+        for model, values in sorted(metrics.items(), key=lambda one: -(one[1].f1 or 0))
     ]
     blocks = [Block(note=note, lead=True, bars=tuple(bars))]
-    if summary["backbone"]["name"] == "tiny":
+    if summary.backbone and summary.backbone.name == "tiny":
         blocks.append(Block(note=RANDOM_WEIGHTS, warning=True))
     return blocks
 
 
-def f1_interval(values: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Return the interval of F1, where there is one."""
-    low, high = values.get("intervals", {}).get("f1", (None, None))
-    return None if low is None or high is None else (low, high)
-
-
-def _side(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+def _side(ours: Figures, theirs: Figures) -> str:
     """Tell where F1 lies by the intervals, which overlap long before a paired test would."""
-    mine, other = f1_interval(ours), f1_interval(theirs)
+    mine, other = ours.interval("f1"), theirs.interval("f1")
     if mine is None or other is None or (mine[0] <= other[1] and other[0] <= mine[1]):
         return "not clearly apart from"
     return "above" if mine[0] > other[1] else "below"
@@ -167,23 +159,22 @@ def _losses(run: RunDirectory) -> list[Block]:
     return [Block(title="Learning curves", note=note, svgs=tuple(plots))] if plots else []
 
 
-def _metrics(summary: Mapping[str, Any]) -> list[Block]:
-    metrics = summary.get("metrics")
+def _metrics(summary: Summary) -> list[Block]:
+    metrics = summary.metrics
     if not metrics:
         return []
     rows = []
     for model, values in metrics.items():
-        intervals = values.get("intervals", {})
-        cells = [with_interval(values.get(key), intervals.get(key)) for key, _ in COLUMNS]
+        cells = [figure(values, key) for key, _ in COLUMNS]
         rows.append((model_name(model, summary), *cells))
     first = next(iter(metrics.values()))
     note = (
-        f"{first['samples']} held-out admissions of {first['patients']} patients; sets of drugs at "
-        f"the {first['level']} level; macro means; an unparseable answer counts 0; 95% bootstrap "
+        f"{first.samples} held-out admissions of {first.patients} patients; sets of drugs at "
+        f"the {first.level} level; macro means; an unparseable answer counts 0; 95% bootstrap "
         "intervals over patients. Precision and recall are the two readings of the paper's "
         "accuracy (over predicted, over true)."
     )
-    if any(model in metrics for model in _BASELINES) and len(summary["hospitals"]) > 1:
+    if any(model in metrics for model in _BASELINES) and len(summary.hospitals) > 1:
         note += (
             " Popularity, nearest neighbours and logistic regression are fitted in each hospital, "
             "on its own training patients, and answer its own cases."
@@ -194,16 +185,16 @@ def _metrics(summary: Mapping[str, Any]) -> list[Block]:
     ]
 
 
-def _hospitals(run: RunDirectory, summary: Mapping[str, Any]) -> Block:
+def _hospitals(run: RunDirectory, summary: Summary) -> Block:
     sizes = {one["name"]: one for one in run.read_json("data.json").get("hospitals", [])}
-    spent = {one["hospital"]: one for one in summary.get("privacy", {}).get("per_hospital", [])}
+    spent = {one["hospital"]: one for one in (summary.privacy or {}).get("per_hospital", [])}
     rows = []
-    for one in summary["hospitals"]:
-        name = one["name"]
+    for one in summary.hospitals:
+        name = one.name
         # With privacy on no hospital tells its size.
-        size = sizes.get(name, {}) if one.get("patients") is not None else {}
+        size = sizes.get(name, {}) if one.patients is not None else {}
         splits = (str(size.get(split, "–")) for split in ("train", "validation", "test"))
-        told = ("–" if one.get(key) is None else str(one[key]) for key in ("patients", "samples"))
+        told = ("–" if size is None else str(size) for size in (one.patients, one.samples))
         first, last = _ends(run.metrics("validation-loss"), name)
         trained = _ends(run.metrics("train-loss"), name)[1]
         losses = (number(first), number(last), number(trained))
@@ -222,8 +213,8 @@ def _ends(events: Sequence[Mapping[str, Any]], hospital: str) -> tuple[float | N
     return (values[0], values[-1]) if values else (None, None)
 
 
-def _privacy(run: RunDirectory, summary: Mapping[str, Any]) -> list[Block]:
-    lines, privacy = run.lines("privacy.jsonl"), summary.get("privacy")
+def _privacy(run: RunDirectory, summary: Summary) -> list[Block]:
+    lines, privacy = run.lines("privacy.jsonl"), summary.privacy
     if not lines or not privacy:
         return []
     facts = [
@@ -232,7 +223,7 @@ def _privacy(run: RunDirectory, summary: Mapping[str, Any]) -> list[Block]:
         if privacy.get(key) is not None
     ]
     if "noise_multiplier" in privacy:
-        ratio = plan_of(run.config()).noise_to_signal(summary["trainable_parameters"])
+        ratio = plan_of(run.config()).noise_to_signal(summary.trainable_parameters)
         facts.append(("noise over signal, per step", f"{ratio:.3g}: {verdict(ratio)}"))
     note = (
         f"({float(privacy['epsilon']):.3f}, {privacy['delta']:g})-differential privacy for each "
@@ -241,7 +232,7 @@ def _privacy(run: RunDirectory, summary: Mapping[str, Any]) -> list[Block]:
         "outside the guarantee: no hospital sent them. The baselines beside them are fitted on "
         "the training patients without privacy."
     )
-    unit = "step" if summary.get("mode") == "single" else "round"
+    unit = "step" if summary.mode == "single" else "round"
     places = sorted({line["round"] for line in lines})
     spent = {(line["hospital"], line["round"]): float(line["epsilon"]) for line in lines}
     equal: dict[tuple[str, ...], list[str]] = {}
@@ -256,21 +247,20 @@ def _privacy(run: RunDirectory, summary: Mapping[str, Any]) -> list[Block]:
     ]
 
 
-def _wire(run: RunDirectory, summary: Mapping[str, Any]) -> list[Block]:
-    lines = run.lines("wire.jsonl")
-    if not lines:
+def _wire(run: RunDirectory, summary: Summary) -> list[Block]:
+    lines, wire = run.lines("wire.jsonl"), summary.wire
+    if not lines or not wire:
         return []
-    wire = summary["wire"]
     note = (
-        f"{len(wire['tensors'])} tensors, {matrices(summary)} only; {megabytes(wire['bytes_up'])} "
-        f"from the hospitals, {megabytes(wire['bytes_down'])} to them."
+        f"{len(wire.tensors)} tensors, {matrices(summary)} only; {megabytes(wire.bytes_up)} "
+        f"from the hospitals, {megabytes(wire.bytes_down)} to them."
     )
     return [Block(title="Bytes on the wire", note=note, svgs=(bytes_svg(lines),))]
 
 
-def _judgement(summary: Mapping[str, Any]) -> list[Block]:
+def _judgement(summary: Summary) -> list[Block]:
     blocks = []
-    judge = summary.get("judge")
+    judge = summary.judge
     if judge:
         # A run that was judged by an earlier version has one judge, without its name inside.
         judges = judge.get("judges") or {judge["model"]: judge}
@@ -288,13 +278,12 @@ def _judgement(summary: Mapping[str, Any]) -> list[Block]:
         headers = ("", "judge", "appropriateness", "scored", "unscored")
         note = "Suitable drugs / all drugs, averaged over samples."
         blocks.append(Block(title="Judge", note=note, headers=headers, rows=rows))
-    if summary.get("review"):
-        blocks.append(_reviewers(summary))
+    if summary.review:
+        blocks.append(_reviewers(summary, summary.review))
     return blocks
 
 
-def _reviewers(summary: Mapping[str, Any]) -> Block:
-    review = summary["review"]
+def _reviewers(summary: Summary, review: Mapping[str, Any]) -> Block:
     rows = tuple(
         (
             model_name(model, summary),

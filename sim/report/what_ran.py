@@ -1,10 +1,8 @@
 """What ran, with all that decides it."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from common.config import Config
 from common.configio import differences
+from common.records import Summary
 from sim.report.html import Block
 from sim.report.words import peak_memory
 
@@ -12,26 +10,28 @@ PLACES = ("run.", "data.path", "data.drug-map", "judge.", "federation.workers")
 """Keys that name places of a machine, or change nothing of a run's result."""
 
 
-def what_ran(config: Config, summary: Mapping[str, Any]) -> Block:
+def what_ran(config: Config, summary: Summary) -> Block:
     """Return the facts of one run."""
-    adapter, train, federation = summary["adapter"], config.train, config.federation
+    train, federation, adapter = config.train, config.federation, summary.adapter
+    dtype, attention, scaling = summary.dtype, summary.attention, summary.scaling
     partition, data = config.partition, config.data
     scheme = f"{partition.scheme}"
     if partition.scheme == "dirichlet":
         scheme += f", alpha {partition.alpha:g}"
     facts = {
-        "backbone": summary["backbone"]["name"],
-        "adapter": f"{adapter['mode']}, rank {adapter['rank']}, alpha {adapter['alpha']:g}",
-        "adapted projections": ", ".join(adapter["targets"]),
-        "trainable parameters": f"{summary['trainable_parameters']:,}",
+        "backbone": summary.backbone.name if summary.backbone else "–",
+        "adapter": f"{adapter.mode}, rank {adapter.rank}, alpha {adapter.alpha:g}"
+        if adapter
+        else "–",
+        "adapted projections": ", ".join(adapter.targets) if adapter else "–",
+        "trainable parameters": f"{summary.trainable_parameters:,}",
         "patients": f"{scheme}; held out: {data.validation_fraction:g} to validate, "
         f"{data.test_fraction:g} to test",
     }
-    if summary.get("mode") == "single":
-        scaling = summary.get("scaling", {})
-        facts["steps"] = f"{scaling.get('steps', '–')}, {scaling.get('epochs', '–')} epochs"
+    if scaling:
+        facts["steps"] = f"{scaling.steps:,}, {scaling.epochs:g} epochs"
     else:
-        facts["hospitals, rounds"] = f"{len(summary['hospitals'])}, {summary.get('rounds', '–')}"
+        facts["hospitals, rounds"] = f"{len(summary.hospitals)}, {summary.rounds}"
         facts["steps"] = (
             f"train.steps {train.steps}, train.epochs {train.epochs:g} in all"
             if train.steps or train.epochs
@@ -43,7 +43,7 @@ def what_ran(config: Config, summary: Mapping[str, Any]) -> Block:
         )
     facts |= {
         "batch": "drawn by chance, see Privacy"
-        if summary.get("privacy")
+        if summary.privacy
         else f"{train.batch_size} samples, {train.accumulation} of these in a step",
         "optimizer": f"{train.optimizer}, learning rate {train.learning_rate:g}, state "
         + ("kept" if train.keep_state else "made anew in every round"),
@@ -51,16 +51,16 @@ def what_ran(config: Config, summary: Mapping[str, Any]) -> Block:
         "longest sample": f"{train.max_length:,} tokens",
         "seeds": f"data order {train.seed}, A {config.adapter.seed}, hospitals {partition.seed}, "
         f"splits {data.split_seed}, rounds {federation.seed}, test cases {config.evaluation.seed}",
-        "device": summary["device"],
-        "arithmetic": f"{summary['dtype']['value']} ({summary['dtype']['reason']})",
-        "attention": f"{summary['attention']['kernel']} ({summary['attention']['reason']})",
-        "backbone loads, workers": f"{summary['backbone_loads']}, {summary['workers']}",
-        "time": f"{summary['seconds']:.0f} s",
+        "device": summary.device,
+        "arithmetic": f"{dtype.value} ({dtype.reason})" if dtype else "–",
+        "attention": f"{attention.kernel} ({attention.reason})" if attention else "–",
+        "backbone loads, workers": f"{summary.backbone_loads}, {summary.workers}",
+        "time": f"{summary.seconds:.0f} s",
         "peak memory": peak_memory(summary),
-        "sha256 of B": summary["b_sha256"],
+        "sha256 of B": summary.b_sha256,
     }
-    rows = [(name, str(fact)) for name, fact in facts.items()]
-    rows += [("scaled", note) for note in summary.get("scaling", {}).get("notes", [])]
+    rows = list(facts.items())
+    rows += [("scaled", note) for note in (scaling.notes if scaling else ())]
     return Block(title="What ran", headers=("", ""), rows=tuple(rows), text_cells=True)
 
 

@@ -1,7 +1,8 @@
 """How a run's facts read: names of models, figures with intervals, sizes, standing sentences."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+
+from common.records import Figures, Summary
 
 NOTICE = "Research only, not for clinical use."
 SOURCES = {
@@ -30,24 +31,25 @@ RANDOM_WEIGHTS = (
 )
 
 
-def peak_memory(summary: Mapping[str, Any]) -> str:
+def peak_memory(summary: Summary) -> str:
     """Say how much memory a run took, on the host and on a GPU.
 
-    >>> peak_memory({"peak_rss_bytes": 2**30, "peak_device_bytes": 2**32})
+    >>> peak_memory(Summary(peak_rss_bytes=2**30, peak_device_bytes=2**32))
     '1.00 GiB, on the GPU 4.00 GiB'
     """
-    sizes = [("", summary["peak_rss_bytes"]), ("on the GPU ", summary.get("peak_device_bytes"))]
+    sizes = [("", summary.peak_rss_bytes), ("on the GPU ", summary.peak_device_bytes)]
     return ", ".join(f"{where}{size / 2**30:.2f} GiB" for where, size in sizes if size)
 
 
-def model_name(model: str, summary: Mapping[str, Any]) -> str:
+def model_name(model: str, summary: Summary) -> str:
     """Name a row of answers for people: a model, a baseline, or an earlier checkpoint of the run.
 
-    >>> model_name("fedrx", {}), model_name("round-00001", {"rounds": 4})
+    >>> model_name("fedrx", Summary()), model_name("round-00001", Summary(rounds=4))
     ('FedRx (trained B)', 'FedRx, round 1 of 4')
     """
     unit, _, count = model.partition("-")
-    totals = {"round": summary.get("rounds"), "step": summary.get("scaling", {}).get("steps")}
+    steps = summary.scaling.steps if summary.scaling else 0
+    totals = {"round": summary.rounds, "step": steps}
     if totals.get(unit) and count.isdigit():
         return f"FedRx, {unit} {int(count)} of {totals[unit]}"
     return MODEL_NAMES.get(model, model)
@@ -62,6 +64,15 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
+def figure(values: Figures, name: str) -> str:
+    """Format one of a model's figures.
+
+    >>> figure(Figures(f1=0.5, intervals={"f1": (0.4, 0.6)}), "f1")
+    '0.500 (0.40–0.60)'
+    """
+    return with_interval(getattr(values, name), values.interval(name))
+
+
 def with_interval(value: float | None, interval: Sequence[float | None] | None) -> str:
     """Format a metric with its interval.
 
@@ -73,13 +84,9 @@ def with_interval(value: float | None, interval: Sequence[float | None] | None) 
     return f"{value:.3f} ({interval[0]:.2f}–{interval[1]:.2f})"
 
 
-def matrices(summary: Mapping[str, Any]) -> str:
-    """Name the matrices that a run trains and sends.
-
-    >>> matrices({"adapter": {"mode": "fa-lora"}}), matrices({"adapter": {"mode": "lora"}})
-    ('B', 'A and B')
-    """
-    return "A and B" if summary["adapter"]["mode"] == "lora" else "B"
+def matrices(summary: Summary) -> str:
+    """Name the matrices that a run trains and sends."""
+    return "A and B" if summary.adapter and summary.adapter.mode == "lora" else "B"
 
 
 def megabytes(count: float) -> str:

@@ -18,7 +18,7 @@ from common.rundir import Checkpoint, RunDirectory
 from common.tensor_files import Tensors
 from common.training.resident_session import backbone_spec
 from sim.report.html import markdown_text
-from sim.report.words import COLUMNS, NOTICE, model_name
+from sim.report.words import COLUMNS, NOTICE, model_name, number
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -219,25 +219,21 @@ def _privacy_line(summary: Summary) -> str:
 
 
 def _metrics_lines(summary: Summary) -> list[str]:
-    told = summary.as_json()
-    metrics = told["metrics"]
+    metrics = summary.metrics
     first = next(iter(metrics.values()))
     rows = [
-        f"| {markdown_text(model_name(model, told))} | "
-        + " | ".join("–" if values[key] is None else f"{values[key]:.3f}" for key, _ in COLUMNS)
+        f"| {markdown_text(model_name(model, summary))} | "
+        + " | ".join(number(getattr(values, key)) for key, _ in COLUMNS)
         + " |"
         for model, values in metrics.items()
     ]
     return [
-        f"## {first['samples']} held-out admissions of {first['patients']} patients",
+        f"## {first.samples} held-out admissions of {first.patients} patients",
         "",
         "| | " + " | ".join(name for _, name in COLUMNS) + " |",
         "|---" * (len(COLUMNS) + 1) + "|",
         *rows,
         "",
-        (
-            f"Sets of drugs at the {first['level']} level, macro means; an unparseable answer "
-            "counts 0."
-        ),
+        (f"Sets of drugs at the {first.level} level, macro means; an unparseable answer counts 0."),
         "",
     ]

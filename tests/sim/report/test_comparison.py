@@ -24,6 +24,7 @@ def make(path, *, answers, f1, truths=TRUTHS, **changed):
     run = RunDirectory.create(config, directory=path)
     summary = {
         "source": "demo",
+        "b_sha256": "b" * 64,
         "backbone": {"name": "tiny", "fingerprint": "f" * 64},
         "hospitals": [],
         "rounds": 2,

@@ -139,9 +139,8 @@ def test_what_was_sent_is_named(run, mode, sent):
 @pytest.mark.parametrize("name", ["tiny", "embedded"])
 def test_answers_of_random_weights_are_called_that(run, name):
     run.write_json("summary.json", {**run.read_json("summary.json"), "backbone": {"name": name}})
-    summary = run.read_json("summary.json")
     told = io.StringIO()
-    show_summary(Console(file=told, width=200), run, summary)
+    show_summary(Console(file=told, width=200), run, run.summary())
     for text in (told.getvalue(), write_report(run).read_text()):
         assert (RANDOM_WEIGHTS in html.unescape(text)) == (name == "tiny")
 
@@ -158,7 +157,7 @@ def test_an_earlier_checkpoints_answers_are_called_that(run, model, facts, label
     summary["metrics"][model] = values(0.111)
     run.write_json("summary.json", summary)
     told = io.StringIO()
-    show_summary(Console(file=told, width=200), run, summary)
+    show_summary(Console(file=told, width=200), run, run.summary())
     page = write_report(run).read_text()
     for text in (told.getvalue(), page, (run.path / "report.md").read_text()):
         assert re.search(label + r"\W.*0\.111", text)
@@ -175,8 +174,7 @@ def test_a_private_run_ends_with_its_guarantee_and_its_verdict(run, multiplier, 
         "noise_multiplier": multiplier,
     }
     told = io.StringIO()
-    summary = {**run.read_json("summary.json"), "privacy": privacy}
-    show_summary(Console(file=told, width=200), run, summary)
+    show_summary(Console(file=told, width=200), run, run.summary().having(privacy=privacy))
     guarantee = f"each patient: epsilon 5.999 at delta 0.0001; noise multiplier {multiplier:g}"
     assert guarantee in told.getvalue()
     assert re.search(f"noise over signal, per step: .*{words}", told.getvalue())
