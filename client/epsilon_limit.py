@@ -1,21 +1,22 @@
 """A deployed hospital's own limit on what all runs together may spend on its patients."""
 
-import fcntl
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+
+from pydantic import ValidationError
 
 from client.policy import Policy
 from common.config import Config
 from common.configio import config_digest, run_digest
 from common.errors import RunFailed
-from common.files import json_line, needing_room
+from common.files import json_line, locked
 from common.privacy.accounting import epsilon, rdp_epsilon
+from common.privacy.budget.synced import append, read
 from common.privacy.settings import is_private, plan_of
+from common.records import Record
 from common.training.budget import steps_in_all
 
 PROMISES = "privacy-promises.jsonl"
@@ -34,7 +35,7 @@ class LimitReached(RunFailed):
     """The hospital takes no part in this run. The text holds public constants alone."""
 
 
-class Promise(NamedTuple):
+class Promise(Record):
     """What one run may spend on each patient of this hospital."""
 
     run: str
@@ -69,15 +70,20 @@ def keep_to_limit(
     largest_delta = policy.max_delta or default_delta(patients())
     _check_private(sent, policy, largest_delta)
     plan = plan_of(sent)
-    asked = Promise(run_digest(sent), plan.fingerprint, epsilon(plan).value, plan.delta)
-    with _promises(folder / PROMISES) as (known, append):
+    asked = Promise(
+        run=run_digest(sent),
+        plan=plan.fingerprint,
+        epsilon=epsilon(plan).value,
+        delta=plan.delta,
+    )
+    with _promises(folder / PROMISES) as (known, write):
         before = known.get(asked.run)
         if before is not None and before.plan != asked.plan:
             raise LimitReached("this run was promised its cost under another privacy plan")
         others = [one for one in known.values() if one.run != asked.run]
         _check_sum(others, asked, policy.max_epsilon, largest_delta)
         if before is None:
-            append(asked)
+            write(asked)
 
 
 def default_delta(patients: int) -> float:
@@ -183,34 +189,23 @@ def _promises(
     file: Path,
 ) -> Iterator[tuple[dict[str, Promise], Callable[[Promise], None]]]:
     """Hold the promises' file; yield what it says, by run, and how to add a line, synced."""
-    with needing_room(PROMISES):
-        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        text = os.pread(handle, os.fstat(handle).st_size, 0).decode("utf-8", errors="replace")
+    with locked(file) as handle:
+        text = read(handle)
         # A last line without its end was torn by a crash, and nothing was released for it.
         whole = text[: text.rfind("\n") + 1]
         known = {one.run: one for one in map(_promise, whole.splitlines())}
 
-        def append(one: Promise) -> None:
+        def write(one: Promise) -> None:
             os.ftruncate(handle, len(whole.encode()))
-            line = json_line(one._asdict()).encode()
-            with needing_room(PROMISES):
-                if os.write(handle, line) != len(line):
-                    raise LimitReached(f"{PROMISES}: short write; nothing is released")
-                os.fsync(handle)
+            append(handle, json_line(one.as_json()), file, LimitReached, PROMISES)
 
-        yield known, append
-    finally:
-        os.close(handle)
+        yield known, write
 
 
 def _promise(line: str) -> Promise:
     try:
-        found: dict[str, Any] = json.loads(line)
-        one = Promise(**found)
-        return one._replace(epsilon=float(one.epsilon), delta=float(one.delta))
-    except (ValueError, TypeError):
+        return Promise.model_validate_json(line)
+    except ValidationError:
         raise LimitReached(
             f"{PROMISES} is damaged: what earlier runs cost is unknown, and nothing is released"
         ) from None

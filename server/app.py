@@ -14,7 +14,7 @@ from common.configio import from_flat, settled
 from common.errors import DiskFull, FedrxError
 from common.model.adapter.layout import AdapterLayout, adapter_layout, adapter_spec, initial_tensors
 from common.model.backbone.load import BackboneSpec, resolve_backbone
-from common.privacy.budget.receipts import PRIVACY, privacy_summary
+from common.privacy.budget.receipts import privacy_lines, privacy_summary
 from common.privacy.settings import HOSPITAL, hospital_warning, plan_of, protects
 from common.provenance import environment, peak_rss_bytes, source_digest, tensors_sha256
 from common.records import RunRecord, Summary
@@ -117,8 +117,8 @@ def summarise(
     b: Tensors,
 ) -> dict[str, Any]:
     """Return the server's part of summary.json."""
-    hellos = [roster.hellos[name] for name in sorted(roster.hellos)]
-    first = hellos[0]
+    told = [roster.handshakes[name] for name in sorted(roster.handshakes)]
+    first = told[0]
     losses = {
         event["round"]: event["value"]
         for event in run.metrics("validation-loss")
@@ -127,7 +127,7 @@ def summarise(
     losses |= {event["round"]: None for event in run.metrics(NOT_EVALUATED)}
     privacy = {}
     if roster.plan:
-        privacy["privacy"] = privacy_summary(roster.plan, run.lines(PRIVACY))
+        privacy["privacy"] = privacy_summary(roster.plan, privacy_lines(run))
         if roster.plan.unit == HOSPITAL:
             warning = hospital_warning(roster.plan, layout.trainable_parameters)
             privacy["privacy"]["warning"] = warning
@@ -145,12 +145,7 @@ def summarise(
         },
         "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint},
         "hospitals": [
-            {
-                "name": hello["hospital"],
-                "patients": hello.get("patients"),
-                "samples": hello.get("samples"),
-            }
-            for hello in hellos
+            {"name": one.hospital, "patients": one.patients, "samples": one.samples} for one in told
         ],
         "rounds": config.federation.rounds,
         **privacy,
@@ -161,9 +156,9 @@ def summarise(
         "workers": len(loads),
         "validation_loss": [losses[index] for index in sorted(losses)],
         "peak_rss_bytes": peak_rss_bytes(),
-        "device": first["device"],
-        "attention": {"kernel": first["attention"], "reason": first["attention-reason"]},
-        "dtype": {"value": first["dtype"], "reason": first["dtype-reason"]},
+        "device": first.device,
+        "attention": {"kernel": first.attention, "reason": first.attention_reason},
+        "dtype": {"value": first.dtype, "reason": first.dtype_reason},
     }
 
 

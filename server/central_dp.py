@@ -57,7 +57,7 @@ class HospitalPrivacyAggregator(Aggregator):
             )
         # the round before is in its checkpoint; what was charged for this one and never
         # checkpointed pays for this attempt
-        self.ledger.settle(server_round - 1, server_round - 1)
+        self.ledger.record_release(server_round - 1, server_round - 1)
         self.ledger.charge(server_round, server_round - self.ledger.taken)
         before_P = _flat(b)
         total_P = np.zeros_like(before_P)

@@ -1,7 +1,9 @@
 """What a Flower node is to the server: a hospital, or left out and why, so far or for good."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
+
+from common.wire.handshake import Handshake
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +22,7 @@ class Node:
 class Admitted(Node):
     """A hospital: its handshake was accepted."""
 
-    hello: dict[str, Any]
+    handshake: Handshake
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from common.privacy.budget.receipts import PRIVACY, ledger_line
+from common.privacy.budget.receipts import PRIVACY, PrivacyLine, ledger_line, privacy_lines
 from common.privacy.plan import PrivacyPlan
 from common.rundir import RunDirectory
-
-LEAST = "least_steps"
-"""Marks a line that no hospital told: ``steps`` is the worst case, this what is certain."""
 
 
 class PrivacyAccount:
@@ -25,7 +22,7 @@ class PrivacyAccount:
         self.run, self.plan = run, plan
         self._last: dict[str, int] = {}
         self._least: dict[str, list[tuple[int, int]]] = {}
-        for line in run.lines(PRIVACY):
+        for line in privacy_lines(run):
             self._remember(line)
 
     def bounds(self, hospital: str, server_round: int, steps: int) -> tuple[int, int]:
@@ -39,11 +36,13 @@ class PrivacyAccount:
         again = max((count for number, count in known if number >= server_round), default=0)
         return max(earlier + steps, again), self.plan.steps
 
-    def told(self, hospital: str, server_round: int, steps: int) -> None:
+    def record_reply(self, hospital: str, server_round: int, steps: int) -> None:
         """Write what a checked reply says that the hospital's ledger has charged so far."""
         self._write(ledger_line(self.plan, hospital, server_round, steps))
 
-    def lost(self, hospital: str, server_round: int, steps: int, *, answered: bool = False) -> None:
+    def record_missing(
+        self, hospital: str, server_round: int, steps: int, *, answered: bool = False
+    ) -> None:
         """Write the worst case of a hospital that was asked and whose reply was not accepted.
 
         It may have released this round's ``steps``; its ledger pays for no more than the plan's.
@@ -57,9 +56,9 @@ class PrivacyAccount:
         worst = min(self._last.get(hospital, 0) + steps, self.plan.steps)
         certain = self.bounds(hospital, server_round, steps if answered else 0)[0]
         line = ledger_line(self.plan, hospital, server_round, worst)
-        self._write({**line, LEAST: min(certain, self.plan.steps)})
+        self._write(line.model_copy(update={"least_steps": min(certain, self.plan.steps)}))
 
-    def lost_with_the_server(
+    def record_interrupted(
         self, wire: Iterable[Mapping[str, Any]], server_round: int, steps: int
     ) -> None:
         """Write the worst case of hospitals that an earlier process asked and heard no more of.
@@ -69,23 +68,20 @@ class PrivacyAccount:
             server_round: The round that the earlier process died in.
             steps: Of that round.
         """
-        known = {
-            line["hospital"] for line in self.run.lines(PRIVACY) if line["round"] == server_round
-        }
+        known = {line.hospital for line in privacy_lines(self.run) if line.round == server_round}
         asked = {
             line["hospital"]
             for line in wire
             if (line["direction"], line["kind"], line["round"]) == ("down", "train", server_round)
         }
         for hospital in sorted(asked - known):
-            self.lost(hospital, server_round, steps)
+            self.record_missing(hospital, server_round, steps)
 
-    def _write(self, line: dict[str, Any]) -> None:
-        self.run.append(PRIVACY, line)
+    def _write(self, line: PrivacyLine) -> None:
+        self.run.append(PRIVACY, line.as_json())
         self._remember(line)
 
-    def _remember(self, line: Mapping[str, Any]) -> None:
-        hospital, steps = str(line["hospital"]), int(line["steps"])
-        self._last[hospital] = steps
-        known = self._least.setdefault(hospital, [])
-        known.append((int(line["round"]), int(line.get(LEAST, steps))))
+    def _remember(self, line: PrivacyLine) -> None:
+        self._last[line.hospital] = line.steps
+        certain = line.steps if line.least_steps is None else line.least_steps
+        self._least.setdefault(line.hospital, []).append((line.round, certain))

@@ -24,7 +24,7 @@ from common.wire.contract import (
     only_record,
     shortened,
 )
-from common.wire.handshake import check_hello, claimed_name
+from common.wire.handshake import Handshake, check_hello, claimed_name
 from common.wire.identity import NONCE, Impostor, check_signature, new_nonce
 from server.clock import Clock
 from server.messages import OnMessage, exchange
@@ -58,9 +58,9 @@ class Roster:
         return {node: one.name for node, one in self._admitted()}
 
     @property
-    def hellos(self) -> dict[str, dict[str, Any]]:
-        """Hospital -> what it said in the handshake, of those that came in this process."""
-        return {one.name: one.hello for _, one in self._admitted()}
+    def handshakes(self) -> dict[str, Handshake]:
+        """Hospital -> what it said of itself, of those that came in this process."""
+        return {one.name: one.handshake for _, one in self._admitted()}
 
     def _admitted(self) -> list[tuple[int, Admitted]]:
         return [(node, one) for node, one in self.nodes.items() if isinstance(one, Admitted)]
@@ -68,7 +68,7 @@ class Roster:
     @property
     def admitted(self) -> list[str]:
         """The hospitals that were ever admitted, in the order of their names."""
-        return sorted(self.remembered | set(self.hellos))
+        return sorted(self.remembered | set(self.handshakes))
 
     @property
     def arrived(self) -> int:
@@ -91,11 +91,11 @@ class Roster:
             for one in self.nodes.values()
             if isinstance(one, LeftOut) and not isinstance(one, Retried) and not one.impostor
         }
-        return {*self.hellos, *refused}
+        return {*self.handshakes, *refused}
 
     def can_go_on(self, needed: int) -> bool:
         """Return whether somebody is here and enough were known before a resume."""
-        return bool(self.hellos) and self.known >= needed
+        return bool(self.handshakes) and self.known >= needed
 
     def facts(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: who was admitted, and how many had shown up."""
@@ -157,10 +157,9 @@ class Roster:
             reply = replies.get(node)
             name = _name_in(reply) or f"node {node}"
             try:
-                hello = self._checked_hello(name, reply, timeout_seconds)
-                if self.keys is not None:
-                    check_signature(self.keys, nonces[node], node, hello)
-                self._enter(node, name, hello, nodes)
+                self._enter(
+                    node, self._handshake(name, node, reply, nonces[node], timeout_seconds), nodes
+                )
                 continue
             except Impostor as error:  # the hospital that it names is not to blame
                 one = LeftOut(name=f"node {node}", reason=str(error), impostor=True)
@@ -213,41 +212,42 @@ class Roster:
         found = {(one.name, one.reason) for one in self.nodes.values() if isinstance(one, LeftOut)}
         return "".join(f"; {name}: {why.removeprefix(f'{name}: ')}" for name, why in sorted(found))
 
-    def _enter(
-        self, node: int, hospital: str, hello: dict[str, Any], connected: Collection[int]
-    ) -> None:
+    def _enter(self, node: int, told: Handshake, connected: Collection[int]) -> None:
+        hospital = told.hospital
         theirs = Fingerprints(
-            a=hello["a-sha256"], backbone=hello["backbone-sha256"], source=hello["source-sha256"]
+            a=told.a_sha256, backbone=told.backbone_sha256, source=told.source_sha256
         )
         self.ours.check(hospital, theirs)
-        if self.plan and hello["privacy-plan-sha256"] != self.plan.fingerprint:
+        if self.plan and told.privacy_plan_sha256 != self.plan.fingerprint:
             raise RunFailed(
                 f"{hospital}: its privacy plan differs from the server's; "
                 "fix: give both sides the same [privacy] section"
             )
-        if self.of and hello["of"] != self.of:
-            raise RunFailed(_miscount(hospital, hello["of"], self.of))
+        if self.of and told.federation_size != self.of:
+            raise RunFailed(_miscount(told, self.of))
         before = next((old for old, name in self.names.items() if name == hospital), None)
         if before is not None and before in connected:
             raise RunFailed(f"two nodes call themselves {hospital}; fix: one node per hospital")
         if before is not None:
             del self.nodes[before]
-        self.nodes[node] = Admitted(name=hospital, hello=hello)
+        self.nodes[node] = Admitted(name=hospital, handshake=told)
 
-    def _checked_hello(
-        self, name: str, reply: Message | None, timeout_seconds: float
-    ) -> dict[str, Any]:
+    def _handshake(
+        self, name: str, node: int, reply: Message | None, nonce: str, timeout_seconds: float
+    ) -> Handshake:
         if reply is None:
             raise RunFailed(f"a hospital did not answer the handshake in {timeout_seconds:.0f} s")
         if reply.has_error():
             reason = shortened(reply.error.reason, LONGEST_REASON)
             raise RunFailed(f"a hospital failed in the handshake: {reason}")
         try:
-            record = only_record(reply.content, "config")
-            signed = self.keys is not None
-            return check_hello(record, private=self.plan is not None, signed=signed)
+            record, signed = only_record(reply.content, "config"), self.keys is not None
+            handshake = check_hello(record, private=self.plan is not None, signed=signed)
         except ContractError as error:
             raise RunFailed(f"{name}: its handshake breaks the contract: {error}") from None
+        if self.keys is not None:
+            check_signature(self.keys, nonce, node, record)
+        return handshake
 
     def count(self, expected: int) -> int:
         """Return how many hospitals there are by most admitted hospitals' account.
@@ -255,7 +255,7 @@ class Roster:
         Args:
             expected: What decides between equally many; else the smaller number does.
         """
-        votes = Counter(hello["of"] for hello in self.hellos.values())
+        votes = Counter(told.federation_size for told in self.handshakes.values())
         return max(votes, key=lambda of: (votes[of], of == expected, -of), default=1)
 
     def fix_number(self, of: int) -> dict[str, str]:
@@ -267,11 +267,10 @@ class Roster:
         self.of = of
         left_out: dict[str, str] = {}
         for node, one in self._admitted():
-            if one.hello["of"] != of:
-                name, reason = one.name, _miscount(one.name, one.hello["of"], of)
-                self.nodes[node] = LeftOut(name=name, reason=reason)
-                left_out[name] = reason
-                _log.warning("%s is left out: %s", name, reason)
+            if one.handshake.federation_size != of:
+                left_out[one.name] = _miscount(one.handshake, of)
+                self.nodes[node] = LeftOut(name=one.name, reason=left_out[one.name])
+                _log.warning("%s is left out: %s", one.name, left_out[one.name])
         return left_out
 
     def connected(self, nodes: Iterable[int]) -> dict[str, int]:
@@ -315,5 +314,5 @@ def _name_in(reply: Message | None) -> str | None:
     return claimed_name(records[0]) if len(records) == 1 else None
 
 
-def _miscount(hospital: str, theirs: int, of: int) -> str:
-    return f"{hospital}: it counts {theirs} hospitals, the federation has {of}"
+def _miscount(told: Handshake, of: int) -> str:
+    return f"{told.hospital}: it counts {told.federation_size} hospitals, the federation has {of}"

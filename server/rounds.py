@@ -111,7 +111,7 @@ class Rounds:
         self.run.forget_metrics(after_round=last)
         if self.account:
             cost = private_steps(self.config, self.roster.plan, last + 1)
-            self.account.lost_with_the_server(self.run.lines("wire.jsonl"), last + 1, cost)
+            self.account.record_interrupted(self.run.lines("wire.jsonl"), last + 1, cost)
         self.run.write_status("running", round=last)
         return self._round(last, checkpoint.b, checkpoints.part(CARRIED, checkpoint))
 
@@ -138,7 +138,7 @@ class Rounds:
         started = self.clock.monotonic()
         while True:
             self._admit(0, strict=strict)
-            sizes = {hello["of"] for hello in self.roster.hellos.values()}
+            sizes = {one.federation_size for one in self.roster.handshakes.values()}
             if strict and len(sizes) > 1:
                 raise RunFailed(f"the hospitals disagree on how many they are: {sorted(sizes)}")
             of = self.roster.of or self.roster.count(federation.hospitals)
@@ -155,7 +155,7 @@ class Rounds:
                 )
             self.clock.sleep(0.5)
         self._leave_out(self.roster.fix_number(of), 0)
-        if not self.roster.hellos:
+        if not self.roster.handshakes:
             raise RunFailed("every hospital was refused; metrics.jsonl has the reasons")
         self.config = replace(self.config, federation=replace(federation, hospitals=of))
         check_strategy(self.config.federation)
@@ -169,7 +169,7 @@ class Rounds:
         nodes, needed, wanted = self._ready(server_round)
         account, cost = self.account, private_steps(self.config, self.roster.plan, server_round)
         answered_by: set[str] = set()
-        hellos = self.roster.hellos
+        handshakes = self.roster.handshakes
 
         def check(reply: Message, hospital: str) -> Update:
             answered_by.add(hospital)
@@ -179,7 +179,7 @@ class Rounds:
                 hospital=hospital,
                 server_round=server_round,
                 charged=account.bounds(hospital, server_round, cost) if account else None,
-                due=None if account else train_due(self.config, hellos[hospital], server_round),
+                due=None if account else train_due(self.config, handshakes[hospital], server_round),
                 codec=self.config.federation.codec,
                 base=last.received,
             )
@@ -187,10 +187,12 @@ class Rounds:
         updates, failures = self._ask("train", nodes, last, server_round, check)
         if account:
             for hospital in sorted(failures):
-                account.lost(hospital, server_round, cost, answered=hospital in answered_by)
+                account.record_missing(
+                    hospital, server_round, cost, answered=hospital in answered_by
+                )
         for hospital, update in updates.items():
             if account:
-                account.told(hospital, server_round, int(update.metrics["steps"]))
+                account.record_reply(hospital, server_round, int(update.metrics["steps"]))
                 continue
             for name in ("train-loss", "weight", "steps", "seconds"):
                 self.run.metric(name, update.metrics[name], round=server_round, hospital=hospital)
@@ -222,8 +224,8 @@ class Rounds:
         """
         if self.roster.plan is not None:
             return
-        server_round, hellos = last.number, self.roster.hellos
-        able = [name for name in sorted(hellos) if hellos[name]["validation-samples"]]
+        server_round, handshakes = last.number, self.roster.handshakes
+        able = [name for name in sorted(handshakes) if handshakes[name].validation_samples]
         connected = self.roster.connected(self.grid.get_node_ids())
         nodes = [connected[name] for name in able if name in connected]
         needed = self._quorum(len(able))
@@ -241,7 +243,7 @@ class Rounds:
             return read_evaluate_reply(
                 reply.content,
                 server_round=server_round,
-                most_tokens=most_validation_tokens(self.config, hellos[hospital]),
+                most_tokens=most_validation_tokens(self.config, handshakes[hospital]),
             )
 
         losses, failures = self._ask("evaluate", nodes, last, server_round, check)
@@ -304,11 +306,11 @@ class Rounds:
         check: Callable[[Message, str], Answer],
     ) -> tuple[dict[str, Answer], dict[str, str]]:
         """Send the last B to each node; return checked answers, and reasons of the refused."""
-        names, hellos = self.roster.names, self.roster.hellos
+        names, handshakes = self.roster.names, self.roster.handshakes
         steps = 1
         if kind == "train":
-            asked = [hellos[names[node]] for node in nodes]
-            steps = max(steps_expected(self.config, hello, server_round) for hello in asked)
+            asked = [handshakes[names[node]] for node in nodes]
+            steps = max(steps_expected(self.config, told, server_round) for told in asked)
         pace = self.paces.get(kind)
         started = self.clock.monotonic()
         replies = exchange(

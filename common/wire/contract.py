@@ -179,7 +179,7 @@ def check_scalars(record: Mapping[str, Any], allowed: frozenset[str]) -> dict[st
             raise ContractError(f"scalar {shortened(unknown[0])!r} is not allowed")
         raise ContractError(f"no scalar {missing[0]!r}")
     for key, value in record.items():
-        if isinstance(value, list | bytes):
+        if not isinstance(value, str | int | float):
             raise ContractError(f"scalar {key!r} is not a scalar")
         if isinstance(value, float) and not math.isfinite(value):
             raise ContractError(f"scalar {key!r} is not finite")

@@ -24,7 +24,7 @@ NODE_KEY = "node.key"
 NONCE, SIGNATURE = "nonce", "signature"
 """Scalars of the handshake: to the hospital, and back."""
 NONCE_PATTERN = re.compile(r"[0-9a-f]{32}")
-SIGNATURE_PATTERN = re.compile(r"[0-9a-f]{16,256}")
+SIGNATURE_PATTERN = "[0-9a-f]{16,256}"
 _ALGORITHM = ec.ECDSA(hashes.SHA384())
 
 

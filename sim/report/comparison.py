@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.configio import flatten
+from common.data.handling import handling_of
 from common.errors import UserError
 from common.evaluation.answers_file import read_answers
 from common.evaluation.metrics import drug_map_of, f1_by_admission, interval_of_mean
@@ -22,7 +23,7 @@ from sim.report.html import Bar, Block, to_html, to_markdown
 from sim.report.plots import Points, lines_svg
 from sim.report.run_report import finished_summary
 from sim.report.what_ran import PLACES
-from sim.report.words import COLUMNS, NOTICE, SOURCES, figure, megabytes, number
+from sim.report.words import COLUMNS, NOTICE, figure, megabytes, number
 
 COMPARISON = "comparison.json"
 RESAMPLES = 2000
@@ -123,8 +124,8 @@ def same_cases(groups: Mapping[str, Sequence[Compared]]) -> bool:
 
 
 def _notices(groups: Mapping[str, Sequence[Compared]]) -> list[Block]:
-    sources = {one.summary.source or "credentialed" for runs in groups.values() for one in runs}
-    words = " ".join(SOURCES[source] for source in sorted(sources))
+    told = {handling_of(one.summary.source).report for runs in groups.values() for one in runs}
+    words = " ".join(sorted(told))
     return [Block(note=f"{NOTICE} {words}", warning=True), *_other_cases(groups)]
 
 

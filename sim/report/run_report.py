@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.data.handling import handling_of
 from common.errors import UserError
 from common.evaluation.answers_file import read_answers
 from common.files import write_text
@@ -24,7 +25,6 @@ from sim.report.words import (
     COLUMNS,
     NOTICE,
     RANDOM_WEIGHTS,
-    SOURCES,
     figure,
     matrices,
     megabytes,
@@ -75,9 +75,8 @@ def run_blocks(run: RunDirectory) -> list[Block]:
         UserError: if the run has not been finished.
     """
     summary, config = finished_summary(run), run.config()
-    source = summary.source or "credentialed"
     blocks = [
-        Block(note=f"{NOTICE} {SOURCES[source]}", warning=True),
+        Block(note=f"{NOTICE} {handling_of(summary.source).report}", warning=True),
         *_result(summary),
         *_incidents(run),
         *_losses(run),
@@ -89,7 +88,7 @@ def run_blocks(run: RunDirectory) -> list[Block]:
         *_wire(run, summary),
         *_judgement(summary),
     ]
-    if source in ("synthetic", "demo"):
+    if handling_of(summary.source).is_open:
         blocks += _samples(run)
     return blocks
 

@@ -5,11 +5,6 @@ from collections.abc import Sequence
 from common.records import Figures, Summary
 
 NOTICE = "Research only, not for clinical use."
-SOURCES = {
-    "synthetic": "Synthetic data: these figures prove that the system works, nothing about care.",
-    "demo": "MIMIC-IV demo (100 patients, open): figures prove correctness, not quality.",
-    "credentialed": "Credentialed data: this report shows aggregates only. Handle it as agreed.",
-}
 MODEL_NAMES = {
     "fedrx": "FedRx (trained B)",
     "untrained": "untrained backbone",

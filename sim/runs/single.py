@@ -9,7 +9,7 @@ from common.errors import UserError
 from common.limits import available_cpus
 from common.model.adapter.layout import adapter_spec
 from common.model.backbone.load import loads
-from common.privacy.budget.receipts import PRIVACY, privacy_summary
+from common.privacy.budget.receipts import privacy_lines, privacy_summary
 from common.privacy.settings import is_private, protects, with_calibrated_noise
 from common.provenance import peak_device_bytes, peak_rss_bytes, tensors_sha256
 from common.records import (
@@ -121,7 +121,7 @@ def summarise(training: SingleTraining, preparation: Preparation) -> Summary:
         dtype=DtypeFacts(value=session.dtype.value, reason=session.dtype.reason),
     )
     if training.guard:
-        privacy = privacy_summary(training.guard.ledger.plan, run.lines(PRIVACY))
+        privacy = privacy_summary(training.guard.ledger.plan, privacy_lines(run))
         summary = summary.having(privacy=privacy)
     return summary
 

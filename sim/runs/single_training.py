@@ -199,13 +199,11 @@ class SingleTraining:
         costs nothing: the next process begins by settling.
         """
         if self.guard:
-            self.guard.settle(self.state.step, self.session, source_digest())
+            self.guard.record_release(self.state.step, self.session, source_digest())
             ledger = self.guard.ledger
             line = ledger_line(ledger.plan, self.hospital.name, self.state.step, ledger.steps)
-            self.run.append(PRIVACY, line)
-            spent = (
-                f"step {self.state.step}/{self.total.value}: epsilon {float(line['epsilon']):.3f}"
-            )
+            self.run.append(PRIVACY, line.as_json())
+            spent = f"step {self.state.step}/{self.total.value}: epsilon {float(line.epsilon):.3f}"
             self.console.print(f"{spent} spent", highlight=False)
 
     def _tidy(self) -> None:

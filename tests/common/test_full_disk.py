@@ -184,13 +184,13 @@ def test_a_folder_that_finds_no_room_is_one_line(tmp_path, monkeypatch):
 
 WRITERS = {
     # here a full disk becomes a line
-    *("common/files.py", "common/privacy/budget/ledger.py", "client/epsilon_limit.py"),
+    *("common/files.py", "common/privacy/budget/synced.py"),
     *("client/kept_state.py", "common/evaluation/judge/cache.py"),
     # these say it themselves, or go on without: a form's answer, two logs
     *("sim/assist/server.py", "client/handlers.py", "sim/process/failures.py"),
     # before or beside a run, where the command line makes a line of any OSError
     *("common/data/synthetic/write.py", "common/model/backbone/embedded.py"),
-    *("sim/process/lock.py", "sim/flower/superlink.py", "sim/flower/run_hospital.py"),
+    *("sim/flower/superlink.py", "sim/flower/run_hospital.py"),
     "sim/flower/run_config.py",
 }
 

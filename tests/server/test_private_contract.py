@@ -197,19 +197,19 @@ def test_bounds_come_from_what_was_told_and_never_from_what_was_assumed(
     run = RunDirectory(tmp_path)
     account = PrivacyAccount(run, plan)
     assert account.bounds("h", 1, 2) == (2, 16)
-    account.lost("h", 1, 2)
+    account.record_missing("h", 1, 2)
     assert account.bounds("h", 2, 2) == (2, 16)  # the message may never have reached it
-    account.told("h", 2, 4)
-    account.lost("h", 3, 2)  # nothing came back
+    account.record_reply("h", 2, 4)
+    account.record_missing("h", 3, 2)  # nothing came back
     for known in (account, PrivacyAccount(run, plan)):  # and after a restart
         assert known.bounds("h", 4, 2) == (6, 16)
         assert known.bounds("h", 2, 2) == (4, 16)  # asked again: the same answer, for free
-    account.lost("h", 4, 2, answered=True)  # what came back was refused
+    account.record_missing("h", 4, 2, answered=True)  # what came back was refused
     assert PrivacyAccount(run, plan).bounds("h", 5, 2) == (8, 16)
     for number in range(5, 12):
-        account.lost("h", number, 2)
+        account.record_missing("h", number, 2)
     last = json.loads((tmp_path / "privacy.jsonl").read_text().splitlines()[-1])
-    assert last == {**ledger_line(plan, "h", 11, 16), "least_steps": 6}
+    assert last == {**ledger_line(plan, "h", 11, 16).as_json(), "least_steps": 6}
 
 
 def count_error() -> None:

@@ -1,14 +1,13 @@
 """What stands between a hospital's training and everything that leaves it."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from common.files import write_json
 from common.model.session import Session
 from common.privacy.budget.ledger import Ledger, LedgerDoubtful
-from common.privacy.budget.receipts import receipt
+from common.privacy.budget.receipts import Receipt, receipt
 from common.privacy.mechanism.gradients import PrivateGradient
 from common.privacy.mechanism.noise import NoiseSource
 from common.privacy.plan import PrivacyPlan
@@ -51,8 +50,10 @@ class Guard:
     ) -> None:
         self.hospital, self.folder, self.seed = hospital, folder, seed
         self.ledger = Ledger(folder / LEDGER, plan)
-        last, paper = self.ledger.entries()[-1], _last_receipt(folder / RECEIPT)
-        charged, released = max(charged, paper["steps"]), max(released, paper["released_steps"])
+        last = self.ledger.entries()[-1]
+        if (folder / RECEIPT).exists():
+            shown = Receipt.read((folder / RECEIPT).read_bytes(), what=RECEIPT)
+            charged, released = max(charged, shown.steps), max(released, shown.released_steps)
         if last.total_steps < charged or last.released_steps < released:
             raise LedgerDoubtful(
                 f"privacy ledger {LEDGER} holds fewer steps than this hospital's other files: it "
@@ -81,20 +82,12 @@ class Guard:
         self.ledger.release(round_number, result)
         self._write_receipt(session, source_digest)
 
-    def settle(self, steps: int, session: Session, source_digest: str) -> None:
+    def record_release(self, steps: int, session: Session, source_digest: str) -> None:
         """Record that a result with the run's first ``steps`` steps is out; renew the receipt."""
-        self.ledger.settle(steps, steps)
+        self.ledger.record_release(steps, steps)
         self._write_receipt(session, source_digest)
 
     def _write_receipt(self, session: Session, source_digest: str) -> None:
         mechanism = self.source.mechanism_for(session)
-        paper = receipt(self.hospital, self.ledger, mechanism, source_digest)
-        write_json(self.folder / RECEIPT, paper)
-
-
-def _last_receipt(receipt_file: Path) -> dict[str, int]:
-    """Return a receipt's step counts; zeros before the first."""
-    if not receipt_file.exists():
-        return {"steps": 0, "released_steps": 0}
-    found: dict[str, int] = json.loads(receipt_file.read_text(encoding="utf-8"))
-    return found
+        shown = receipt(self.hospital, self.ledger, mechanism, source_digest)
+        write_json(self.folder / RECEIPT, shown.as_json())

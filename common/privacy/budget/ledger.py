@@ -6,19 +6,17 @@ has recorded at least what it has released. What was charged and never released 
 attempt: the first one's result never left the hospital.
 """
 
-import dataclasses
-import fcntl
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import ValidationError
 
 from common.errors import RunFailed, UserError
-from common.files import needing_room
+from common.files import locked
+from common.privacy.budget.synced import append, read
 from common.privacy.plan import PrivacyPlan
+from common.records import Record
 
 
 class BudgetExhausted(RunFailed):
@@ -29,8 +27,7 @@ class LedgerDoubtful(RunFailed):
     """The ledger cannot vouch for what was spent: nothing is released. The text holds no data."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Entry:
+class Entry(Record):
     """One line of the ledger."""
 
     number: int
@@ -52,9 +49,6 @@ class Entry:
     """Digest of the result that a release lets out; empty where it is kept elsewhere."""
 
 
-_FIELDS = {entry.name for entry in dataclasses.fields(Entry)}
-
-
 class Ledger:
     """The ledger of one hospital for one run.
 
@@ -71,7 +65,7 @@ class Ledger:
         _ = plan.sigma
         self.path, self.plan = path, plan
         path.parent.mkdir(parents=True, exist_ok=True)
-        with self._locked() as handle:
+        with locked(self.path) as handle:
             entries = self._read(handle)
             if not entries:
                 entries = [self._append(handle, entries, event="open")]
@@ -80,7 +74,7 @@ class Ledger:
 
     def entries(self) -> list[Entry]:
         """Return every entry."""
-        with self._locked() as handle:
+        with locked(self.path) as handle:
             return self._read(handle)
 
     @property
@@ -104,7 +98,7 @@ class Ledger:
         Raises:
             BudgetExhausted: if the plan does not pay for them; nothing is recorded then.
         """
-        with self._locked() as handle:
+        with locked(self.path) as handle:
             entries = self._untouched(handle)
             needed = self._used + steps
             if steps < 0 or needed > self.plan.steps:
@@ -134,9 +128,9 @@ class Ledger:
         """
         if self._used <= self._released:
             raise RunFailed(f"privacy ledger: round {round_number} was not charged")
-        self.settle(round_number, self._used, result)
+        self.record_release(round_number, self._used, result)
 
-    def settle(self, round_number: int, steps: int, result: str = "") -> None:
+    def record_release(self, round_number: int, steps: int, result: str = "") -> None:
         """Record that a result with the run's first ``steps`` steps exists outside the hospital.
 
         An interrupted stretch contains fewer steps than were charged; the rest stays for the next
@@ -145,7 +139,7 @@ class Ledger:
         Raises:
             RunFailed: if the ledger was not charged for that many.
         """
-        with self._locked() as handle:
+        with locked(self.path) as handle:
             entries = self._untouched(handle)
             if steps > entries[-1].total_steps:
                 raise RunFailed(f"privacy ledger: {steps} steps were not charged")
@@ -174,16 +168,6 @@ class Ledger:
             )
         return entries
 
-    @contextmanager
-    def _locked(self) -> Iterator[int]:
-        with needing_room(self.path.name):
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield handle
-        finally:
-            os.close(handle)
-
     def _append(
         self,
         handle: int,
@@ -209,24 +193,19 @@ class Ledger:
             deterministic=self.plan.deterministic_noise,
             result=result,
         )
-        size = os.fstat(handle).st_size
-        torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
-        line = ("\n" if torn else "") + json.dumps(dataclasses.asdict(entry)) + "\n"
-        with needing_room(self.path.name):
-            if os.write(handle, line.encode()) != len(line):
-                raise LedgerDoubtful(
-                    f"privacy ledger {self.path.name}: short write; nothing is released"
-                )
-            os.fsync(handle)
+        text = read(handle)
+        torn = "\n" if text and not text.endswith("\n") else ""
+        line = torn + json.dumps(entry.as_json()) + "\n"
+        append(handle, line, self.path, LedgerDoubtful, f"privacy ledger {self.path.name}")
         return entry
 
     def _read(self, handle: int) -> list[Entry]:
-        text = os.pread(handle, os.fstat(handle).st_size, 0).decode("utf-8", errors="replace")
-        records = [_parse(line) for line in text.splitlines()]
-        if records and records[-1] is None and not text.endswith("\n"):
+        text = read(handle)
+        found = [_entry(line) for line in text.splitlines()]
+        if found and found[-1] is None and not text.endswith("\n"):
             # a process was killed within its write: that charge never returned to its caller
-            records.pop()
-        entries = [Entry(**record) for record in records if record is not None]
+            found.pop()
+        entries = [entry for entry in found if entry is not None]
         charged = released = 0
         for number, entry in enumerate(entries):
             charged += entry.steps
@@ -239,7 +218,7 @@ class Ledger:
                     f"privacy ledger {self.path.name} was opened with another privacy plan",
                     fix="resume with the run's own configuration, or start a new run",
                 )
-        if records and records[-1] is None:
+        if found and found[-1] is None:
             raise self._damaged()
         return entries
 
@@ -247,13 +226,13 @@ class Ledger:
         return LedgerDoubtful(f"privacy ledger {self.path.name} is damaged: nothing is released")
 
 
-def _parse(line: str) -> dict[str, Any] | None:
-    """Return a line's record, or None for what is no whole entry."""
+def _entry(line: str) -> Entry | None:
+    """Return a line's entry, or None for what is no whole entry."""
     try:
-        record = json.loads(line)
-    except ValueError:
+        entry = Entry.model_validate_json(line, strict=True)
+    except ValidationError:
         return None
-    return record if isinstance(record, dict) and set(record) == _FIELDS else None
+    return entry if entry.model_fields_set == set(Entry.model_fields) else None
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,20 +1,22 @@
 """What a hospital can show: which mechanism ran, on what terms, and what it cost."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from common.privacy.accounting import Epsilon, epsilon
 from common.privacy.budget.ledger import Ledger
 from common.privacy.mechanism.noise import noise_name
 from common.privacy.mechanism.release import GaussianMechanism
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import PrivacyPlan, Unit
+from common.records import Record
+from common.rundir import RunDirectory
 
 PRIVACY = "privacy.jsonl"
 """A run's public account: one line per hospital and round, see ``ledger_line``."""
-INFINITY = "infinity"
+INFINITY: Literal["infinity"] = "infinity"
 """JSON has no infinity; ``float(INFINITY)`` is one."""
-
+Number = float | Literal["infinity"]
 
 NOT_COVERED = (
     "metrics of this summary are the simulation's own, on held-out patients, outside the "
@@ -22,7 +24,7 @@ NOT_COVERED = (
 )
 
 
-def json_number(value: float) -> float | str:
+def json_number(value: float) -> Number:
     """Return a number that strict JSON can hold.
 
     >>> json_number(1.5), float(json_number(math.inf))
@@ -31,21 +33,76 @@ def json_number(value: float) -> float | str:
     return value if math.isfinite(value) else INFINITY
 
 
-def ledger_line(plan: PrivacyPlan, hospital: str, round_number: int, steps: int) -> dict[str, Any]:
-    """Return one line of privacy.jsonl: public constants, and epsilon after ``steps`` steps."""
-    cost = epsilon(plan, steps)
-    return {
-        "hospital": hospital,
-        "round": round_number,
-        "sampling_rate": plan.sampling_rate,
-        "noise_multiplier": plan.sigma,
-        "clip_norm": plan.clip_norm,
-        "steps": steps,
-        "epsilon": json_number(cost.value),
-        "delta": plan.delta,
-        "unit": plan.unit,
-        "accountant": accountant_name(plan),
-    }
+class PrivacyLine(Record):
+    """One line of privacy.jsonl: public constants, and what a hospital has spent so far."""
+
+    hospital: str
+    round: int
+    sampling_rate: float
+    noise_multiplier: float
+    clip_norm: float
+    steps: int
+    epsilon: Number
+    delta: float
+    unit: Unit
+    accountant: str
+    least_steps: int | None = None
+    """In a line that no hospital told: ``steps`` is the worst case, this what is certain."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the line under the file's keys."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+def ledger_line(plan: PrivacyPlan, hospital: str, round_number: int, steps: int) -> PrivacyLine:
+    """Return what a hospital has spent after ``steps`` steps."""
+    return PrivacyLine(
+        hospital=hospital,
+        round=round_number,
+        sampling_rate=plan.sampling_rate,
+        noise_multiplier=plan.sigma,
+        clip_norm=plan.clip_norm,
+        steps=steps,
+        epsilon=json_number(epsilon(plan, steps).value),
+        delta=plan.delta,
+        unit=plan.unit,
+        accountant=accountant_name(plan),
+    )
+
+
+def privacy_lines(run: RunDirectory) -> list[PrivacyLine]:
+    """Read a run's privacy.jsonl, in the order of writing."""
+    return [PrivacyLine.read(line, what=PRIVACY) for line in run.lines(PRIVACY)]
+
+
+class Receipt(Record):
+    """What a hospital can show of its ledger: privacy-receipt.json."""
+
+    hospital: str
+    mechanism: str = "DP-SGD on B: Poisson sampling, per-unit clipping, discrete Gaussian noise"
+    unit: Unit
+    relation: str
+    sampling_rate: float
+    noise_multiplier: float
+    clip_norm: float
+    expected_batch: float
+    max_admissions_per_patient: int
+    steps: int
+    released_steps: int
+    planned_steps: int
+    epsilon: Number
+    delta: float
+    accountant: str
+    epsilon_accountant: Number
+    epsilon_cross_check: Number
+    noise: str
+    noise_std: float
+    grid_step: float
+    noise_residue: float
+    parameters: int
+    plan_sha256: str
+    source_digest: str
+    private: bool
 
 
 def accountant_name(plan: PrivacyPlan) -> str:
@@ -61,8 +118,8 @@ def accountant_name(plan: PrivacyPlan) -> str:
 
 def receipt(
     hospital: str, ledger: Ledger, mechanism: GaussianMechanism, source_digest: str
-) -> dict[str, Any]:
-    """Return a hospital's machine-readable receipt for what its ledger holds.
+) -> Receipt:
+    """Return a hospital's receipt for what its ledger holds.
 
     A ledger with a single entry of deterministic noise has epsilon = infinity, whatever the plan
     says.
@@ -77,50 +134,45 @@ def receipt(
     steps = entries[-1].total_steps
     reproducible = any(entry.deterministic for entry in entries) or not mechanism.noise.secret
     cost = Epsilon(math.inf, math.inf, math.inf) if reproducible else epsilon(plan, steps)
-    return {
-        "hospital": hospital,
-        "mechanism": "DP-SGD on B: Poisson sampling, per-unit clipping, discrete Gaussian noise",
-        "unit": plan.unit,
-        "relation": plan.relation,
-        "sampling_rate": plan.sampling_rate,
-        "noise_multiplier": plan.sigma,
-        "clip_norm": plan.clip_norm,
-        "expected_batch": plan.expected_batch,
-        "max_admissions_per_patient": plan.max_admissions_per_patient,
-        "steps": steps,
-        "released_steps": entries[-1].released_steps,
-        "planned_steps": plan.steps,
-        "epsilon": json_number(cost.value),
-        "delta": plan.delta,
-        "accountant": accountant_name(plan),
-        "epsilon_accountant": json_number(cost.accountant),
-        "epsilon_cross_check": json_number(cost.cross_check),
-        "noise": mechanism.noise.name,
-        "noise_std": mechanism.grid.std,
-        "grid_step": mechanism.grid.step,
-        "noise_residue": mechanism.residue,
-        "parameters": mechanism.parameters,
-        "plan_sha256": plan.fingerprint,
-        "source_digest": source_digest,
-        "private": not reproducible,
-    }
+    return Receipt(
+        hospital=hospital,
+        unit=plan.unit,
+        relation=plan.relation,
+        sampling_rate=plan.sampling_rate,
+        noise_multiplier=plan.sigma,
+        clip_norm=plan.clip_norm,
+        expected_batch=plan.expected_batch,
+        max_admissions_per_patient=plan.max_admissions_per_patient,
+        steps=steps,
+        released_steps=entries[-1].released_steps,
+        planned_steps=plan.steps,
+        epsilon=json_number(cost.value),
+        delta=plan.delta,
+        accountant=accountant_name(plan),
+        epsilon_accountant=json_number(cost.accountant),
+        epsilon_cross_check=json_number(cost.cross_check),
+        noise=mechanism.noise.name,
+        noise_std=mechanism.grid.std,
+        grid_step=mechanism.grid.step,
+        noise_residue=mechanism.residue,
+        parameters=mechanism.parameters,
+        plan_sha256=plan.fingerprint,
+        source_digest=source_digest,
+        private=not reproducible,
+    )
 
 
-def privacy_summary(plan: PrivacyPlan, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def privacy_summary(plan: PrivacyPlan, lines: Sequence[PrivacyLine]) -> dict[str, Any]:
     """Return summary.json's ``privacy``: what the run's privacy.jsonl adds up to.
 
     Patients are in one hospital only, so hospitals compose in parallel: epsilon is the largest.
 
     Args:
         plan: The run's plan.
-        lines: Lines of privacy.jsonl in the order of writing.
+        lines: Of the run's privacy.jsonl.
     """
-    last = {line["hospital"]: line for line in lines}
-    per_hospital = [
-        {"hospital": name, "steps": last[name]["steps"], "epsilon": last[name]["epsilon"]}
-        for name in sorted(last)
-    ]
-    largest = max((float(entry["epsilon"]) for entry in per_hospital), default=0.0)
+    last = {line.hospital: line for line in lines}
+    largest = max((float(line.epsilon) for line in last.values()), default=0.0)
     return {
         "unit": plan.unit,
         "relation": plan.relation,
@@ -133,6 +185,8 @@ def privacy_summary(plan: PrivacyPlan, lines: Sequence[Mapping[str, Any]]) -> di
         "sampling_rate": plan.sampling_rate,
         "expected_batch": plan.expected_batch,
         "planned_steps": plan.steps,
-        "per_hospital": per_hospital,
+        "per_hospital": [
+            last[name].model_dump(include={"hospital", "steps", "epsilon"}) for name in sorted(last)
+        ],
         "not_covered": NOT_COVERED,
     }

@@ -164,10 +164,10 @@ def test_an_interrupted_stretch_leaves_its_unused_steps(tmp_path, make_plan) -> 
     path, plan = tmp_path / "ledger.jsonl", make_plan(steps=20)
     ledger = Ledger(path, plan)
     ledger.charge(20, 20)
-    ledger.settle(13, 13)
-    ledger.settle(13, 13)
+    ledger.record_release(13, 13)
+    ledger.record_release(13, 13)
     with pytest.raises(RunFailed, match="21 steps were not charged"):
-        ledger.settle(21, 21)
+        ledger.record_release(21, 21)
     resumed = Ledger(path, plan)
     with pytest.raises(BudgetExhausted):
         resumed.charge(20, 8)

@@ -58,8 +58,10 @@ def test_receipt_and_ledger_line_say_what_ran(make_plan, tmp_path) -> None:
     plan = make_plan()
     ledger = Ledger(tmp_path / "ledger.jsonl", plan)
     ledger.charge(1, 10)
-    paper = receipt("hospital-1", ledger, GaussianMechanism(plan, 100, NoiseSource()), "digest")
-    line = ledger_line(plan, "hospital-1", 1, 10)
+    paper = receipt(
+        "hospital-1", ledger, GaussianMechanism(plan, 100, NoiseSource()), "digest"
+    ).as_json()
+    line = ledger_line(plan, "hospital-1", 1, 10).as_json()
     assert set(line) == {
         *("hospital", "round", "sampling_rate", "noise_multiplier", "clip_norm", "steps"),
         *("epsilon", "delta", "unit", "accountant"),
@@ -75,14 +77,12 @@ def test_reproducible_noise_makes_every_receipt_infinite(make_plan, tmp_path) ->
     fixed = NoiseSource(deterministic=b"0")
     marked = make_plan(deterministic_noise=True)
     ledger = Ledger(tmp_path / "marked.jsonl", marked)
-    assert (
-        float(receipt("h", ledger, GaussianMechanism(marked, 9, fixed), "")["epsilon"]) == math.inf
-    )
-    assert float(ledger_line(marked, "h", 1, 1)["epsilon"]) == math.inf
+    assert float(receipt("h", ledger, GaussianMechanism(marked, 9, fixed), "").epsilon) == math.inf
+    assert float(ledger_line(marked, "h", 1, 1).epsilon) == math.inf
     # a plan that hides it is found out by its source
     hidden = make_plan()
     ledger = Ledger(tmp_path / "hidden.jsonl", hidden)
     ledger.charge(1, 1)
     paper = receipt("h", ledger, GaussianMechanism(hidden, 9, fixed), "")
-    assert (float(paper["epsilon"]), paper["private"]) == (math.inf, False)
+    assert (float(paper.epsilon), paper.private) == (math.inf, False)
     assert json_number(1.25) == 1.25

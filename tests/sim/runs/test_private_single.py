@@ -134,7 +134,7 @@ def test_killed_around_a_checkpoint_the_ledger_covers_it(
     with monkeypatch.context() as patch:
         if written:
             patch.setattr(stepwise, "ledger_line", kill)
-            patch.setattr(type(training.guard), "settle", kill)
+            patch.setattr(type(training.guard), "record_release", kill)
         else:
             patch.setattr(RunDirectory, "save_checkpoint", kill)
         with pytest.raises(Killed):
