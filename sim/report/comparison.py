@@ -216,7 +216,8 @@ def _curves(groups: Mapping[str, Sequence[Compared]]) -> list[Block]:
                 for event in whole:
                     unit = "round" if "round" in event else "step"
                     units.add(unit)
-                    values[event[unit]].append(event["value"])
+                    if event["value"] is not None:
+                        values[event[unit]].append(event["value"])
             if values:
                 lines[name] = [(at, statistics.fmean(found)) for at, found in values.items()]
         if lines:

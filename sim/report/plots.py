@@ -28,7 +28,8 @@ def loss_svg(events: Sequence[Mapping[str, Any]], label: str = "validation loss"
     unit = "round" if any("round" in event for event in events) else "step"
     lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for event in events:
-        lines[event.get("hospital", "")].append((event[unit], event["value"]))
+        if event["value"] is not None:
+            lines[event.get("hospital", "")].append((event[unit], event["value"]))
     mean = lines.pop("", None)
     return lines_svg(dict(sorted(lines.items())), x_label=unit, y_label=label, mean=mean)
 
