@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from common.config import Config
 from common.configio import changed_freely
@@ -30,6 +28,9 @@ from sim.assist.listing import ListedDrugs, Lister
 from sim.assist.orders import Orders
 from sim.assist.patient_form import PatientRequest
 from sim.process.open_run import open_run
+from sim.report.html import Block
+from sim.report.terminal import show_blocks
+from sim.report.words import NOTICE
 
 _FREE_KEYS = (
     *(
@@ -293,31 +294,26 @@ def show_suggestion(
     measures += [f"{request.weight_kg:g} kg"] if request.weight_kg else []
     measures += [f"BMI {request.bmi:.1f}"] if request.bmi else []
     person = {"F": "woman", "M": "man"}[request.sex]
-    console.print("Research only, not for clinical use.", style="bold yellow")
-    console.print(
-        ", ".join([f"{person}, {age_text(request.age)} years", *measures]), highlight=False
-    )
-    for diagnosis in request.diagnoses:
-        label = diagnosis.label if diagnosis.code else "free text"
-        console.print(f"  {label}: {diagnosis.title}", markup=False, highlight=False)
-    for warning in suggestion.warnings:
-        console.print(warning, style="yellow", markup=False, highlight=False)
-    if not suggestion.in_format:
-        return
-    table = Table(title=f"{len(suggestion.drugs)} suggested drugs", title_justify="left")
-    table.add_column("drug")
-    table.add_column("confidence", justify="right")
-    table.add_column("similar stays with it", justify="right")
-    for drug in suggestion.drugs:
-        support = drug.support
-        table.add_row(
-            Text("\n  ! ".join([drug.name, *drug.remarks]), style="yellow" * bool(drug.remarks)),
-            "-" if drug.confidence is None else f"{drug.confidence:.0%}",
-            f"{support.ordered} of {support.similar}" if support else "-",
+    blocks = [
+        Block(note=NOTICE, warning=True),
+        Block(note=", ".join([f"{person}, {age_text(request.age)} years", *measures])),
+        *(Block(note=f"  {d.label or 'free text'}: {d.title}") for d in request.diagnoses),
+        *(Block(note=warning, warning=True) for warning in suggestion.warnings),
+    ]
+    if suggestion.in_format:
+        rows = tuple(
+            (
+                "\n  ! ".join([drug.name, *drug.remarks]),
+                "-" if drug.confidence is None else f"{drug.confidence:.0%}",
+                f"{drug.support.ordered} of {drug.support.similar}" if drug.support else "-",
+            )
+            for drug in suggestion.drugs
         )
-    console.print(table)
-    console.print(f"Why it ends there: {suggestion.ends}.", markup=False, highlight=False)
-    console.print(f"{surroundings.note} Run: {run.path.name}.", style="dim", highlight=False)
+        headers = ("drug", "confidence", "similar stays with it")
+        title = f"{len(suggestion.drugs)} suggested drugs"
+        note = f"Why it ends there: {suggestion.ends}."
+        blocks.append(Block(title=title, headers=headers, rows=rows, note=note))
+    show_blocks(console, [*blocks, Block(note=f"{surroundings.note} Run: {run.path.name}.")])
 
 
 def _require_same(what: str, found: str, recorded: str) -> None:

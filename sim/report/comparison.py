@@ -19,7 +19,7 @@ from common.evaluation.metrics import drug_map_of, f1_by_admission, interval_of_
 from common.files import write_json, write_text
 from common.records import Figures, Summary
 from common.rundir import RunDirectory
-from sim.report.html import Bar, Block, to_html, to_markdown
+from sim.report.html import Bar, Block, to_html, write_page
 from sim.report.plots import Points, lines_svg
 from sim.report.run_report import finished_summary
 from sim.report.what_ran import PLACES
@@ -60,10 +60,7 @@ def write_comparison(runs: Sequence[RunDirectory], target: Path) -> Path:
     blocks = [*_notices(groups), *_standing(groups), *comparison_blocks(groups)]
     target.mkdir(parents=True, exist_ok=True)
     write_json(target / COMPARISON, compared)
-    write_text(target / "report.md", to_markdown("FedRx: runs compared", blocks))
-    page = target / "report.html"
-    write_text(page, to_html("FedRx: runs compared", blocks))
-    return page
+    return write_page(target / "report.html", "FedRx: runs compared", blocks)
 
 
 def write_sweep_page(

@@ -4,7 +4,9 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from common.files import write_text
 from sim.report.page import fill, read
 
 _SPECIAL = re.compile(r"[\\`*\[\]|~#$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
@@ -39,6 +41,13 @@ class Block:
     """The note is what the page has to say."""
     warning: bool = False
     text_cells: bool = False
+
+
+def write_page(page: Path, title: str, blocks: Sequence[Block]) -> Path:
+    """Write a page and, beside it under the same name, its markdown twin; return the page."""
+    write_text(page.with_suffix(".md"), to_markdown(title, blocks))
+    write_text(page, to_html(title, blocks))
+    return page
 
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:

@@ -12,13 +12,12 @@ from typing import Any
 from common.data.handling import handling_of
 from common.errors import UserError
 from common.evaluation.answers_file import read_answers
-from common.files import write_text
 from common.privacy.forecast import verdict
 from common.privacy.settings import plan_of
 from common.records import Figures, Summary
 from common.rundir import RunDirectory
 from common.wire.cohort import NOT_EVALUATED, WITHSTANDS_NOTHING
-from sim.report.html import Bar, Block, to_html, to_markdown
+from sim.report.html import Bar, Block, write_page
 from sim.report.plots import bytes_svg, epsilon_svg, loss_svg, together
 from sim.report.what_ran import settings, what_ran
 from sim.report.words import (
@@ -45,12 +44,8 @@ _PRIVACY_FACTS = {
 
 def write_report(run: RunDirectory) -> Path:
     """Write report.html and report.md of one run; return the page's path."""
-    blocks = run_blocks(run)
     title = f"FedRx: {run.config().run.name}"
-    write_text(run.path / "report.md", to_markdown(title, blocks))
-    page = run.path / "report.html"
-    write_text(page, to_html(title, blocks))
-    return page
+    return write_page(run.path / "report.html", title, run_blocks(run))
 
 
 def finished_summary(run: RunDirectory) -> Summary:
