@@ -92,9 +92,9 @@ def _result(summary: Summary) -> list[Block]:
     """Say first what came out: F1 against the others, or the loss where nothing was answered."""
     metrics = summary.metrics
     if "fedrx" not in metrics:
-        first, *_, last = summary.validation_loss or (None, None)
-        note = f"Validation loss {number(first)} at the start, {number(last)} at the end."
-        return [Block(note=note, lead=True)] if last is not None else []
+        losses = summary.validation_loss or (None,)
+        note = f"Validation loss {number(losses[0])} at the start, {number(losses[-1])} at the end."
+        return [Block(note=note, lead=True)] if losses[-1] is not None else []
     ours = metrics["fedrx"]
     sides: dict[str, list[str]] = {"above": [], "below": [], "not clearly apart from": []}
     for model, values in metrics.items():
