@@ -44,7 +44,7 @@ def plan(
 
     found = plan_run(config, card_bytes=None if card_gb is None else int(card_gb * 1e9))
     show_plan(console_for(json_output), found)
-    print_json(found, json_output)
+    print_json(found.as_json(), json_output)
 
 
 def evaluate(
