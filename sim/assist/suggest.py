@@ -1,5 +1,6 @@
 """``fedrx suggest``: one patient's list from a run's adapter, and what hospitals ordered before."""
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +33,7 @@ from sim.report.html import Block
 from sim.report.terminal import show_blocks
 from sim.report.words import NOTICE
 
+_CODE = re.compile(r"[A-Za-z]?\d[\w.]{1,7}")
 _FREE_KEYS = (
     *(
         "evaluation.max-new-tokens",
@@ -176,11 +178,11 @@ class Assistant:
 
     def _warnings(self, request: PatientRequest, listed: ListedDrugs) -> Iterator[str]:
         free = [diagnosis.title for diagnosis in request.diagnoses if not diagnosis.code]
-        if free:
-            yield (
-                f"Not recognised in {self.context.index.origin}, and read as free text: "
-                f"{'; '.join(free)}."
-            )
+        origin = self.context.index.origin
+        for code in filter(_CODE.fullmatch, free):
+            yield f"{code} looks like a code, but is not in {origin}: it was read as free text."
+        if words := [text for text in free if not _CODE.fullmatch(text)]:
+            yield f"Not recognised in {origin}, and read as free text: {'; '.join(words)}."
         if listed.names is None:
             yield "The model's answer was not a drug list."
         elif self.context.orders is None:

@@ -209,10 +209,13 @@ def test_what_no_table_knows_is_said_in_json_and_on_the_terminal(tiny_run):
     assistant = Assistant(tiny_run, config, context=around)
     request = read_form({**RIGHT, "diagnoses": ["I10", "Q99.99X", "lives alone"]}, around.index)
     suggestion = assistant.suggest(request)
-    assert suggestion.warnings[0] == (
-        "Not recognised in the public ICD-10-CM, and read as free text: Q99.99X; lives alone."
+    assert suggestion.warnings[:2] == (
+        "Q99.99X looks like a code, but is not in the public ICD-10-CM: it was read as free text.",
+        "Not recognised in the public ICD-10-CM, and read as free text: lives alone.",
     )
-    assert "no hospital ever ordered" in suggestion.warnings[1]
+    assert suggestion.warnings[2:] == (
+        "No orders are at hand: a name may be one that no hospital ever ordered.",
+    )
     assert suggestion.as_dict()["warnings"] == suggestion.warnings
     told = io.StringIO()
     show_suggestion(Console(file=told, width=200), tiny_run, request, suggestion, around)

@@ -46,6 +46,7 @@ def make(path, *, answers, f1, truths=TRUTHS, **changed):
                     "patient": {"sex": "F", "age": "7"},
                     "diagnoses": ["Secret, diagnosis"],
                     "truth": truth,
+                    "text": None,
                     "answer": answer if model == "fedrx" else ["x"],
                 },
             )

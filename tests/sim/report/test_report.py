@@ -35,6 +35,12 @@ def values(f1):
     }
 
 
+SCALING = {
+    "train_samples": 8, "steps": 16, "steps_per_epoch": 2, "epochs": 8.0,
+    "checkpoint_steps": [16], "notes": [],
+}
+
+
 @pytest.fixture
 def run(tmp_path):
     run = RunDirectory.create(Config(), directory=tmp_path / "run")
@@ -149,7 +155,7 @@ def test_answers_of_random_weights_are_called_that(run, name):
     ("model", "facts", "label"),
     [
         ("round-00001", {"rounds": 4}, "FedRx, round 1 of 4"),
-        ("step-00000004", {"scaling": {"steps": 16}}, "FedRx, step 4 of 16"),
+        ("step-00000004", {"scaling": SCALING}, "FedRx, step 4 of 16"),
     ],
 )
 def test_an_earlier_checkpoints_answers_are_called_that(run, model, facts, label):
