@@ -26,7 +26,7 @@ from pydantic import BaseModel, Field, StringConstraints, model_validator
 from common.errors import UserError
 from common.files import json_line, utf8, writable
 from sim.assist.patient_form import FormProblems, PatientRequest, read_form
-from sim.assist.suggest import RunContext, Suggestion
+from sim.assist.suggest import Suggestion, Surroundings
 from sim.report.page import render
 
 HOST = "127.0.0.1"
@@ -50,7 +50,7 @@ class Suggester(Protocol):
     """What the page needs of ``sim.assist.suggest.Assistant``."""
 
     @property
-    def context(self) -> RunContext:
+    def surroundings(self) -> Surroundings:
         """Titles to search and admissions to compare."""
 
     def suggest(self, request: PatientRequest) -> Suggestion:
@@ -58,7 +58,7 @@ class Suggester(Protocol):
 
 
 @dataclass(kw_only=True)
-class PageState:
+class Desk:
     """The state of one page: what it was asked, and where decisions go."""
 
     suggester: Suggester
@@ -121,15 +121,15 @@ _WRONG_DECISION = {
 }
 
 
-def make_app(state: PageState, *, port: int) -> FastAPI:
+def make_app(desk: Desk, *, port: int) -> FastAPI:
     """Return the page's application.
 
     Args:
-        state: Its state.
+        desk: Its state.
         port: Where it is served, for the check of hosts and origins.
     """
     app = FastAPI(title="FedRx assist", docs_url=None, redoc_url=None, openapi_url=None)
-    app.include_router(_routes(state, cookie_name(port)))
+    app.include_router(_routes(desk, cookie_name(port)))
     # Starlette's own check of hosts leaves the port out: this one is exact.
     hosts = {f"{name}:{port}" for name in (HOST, "localhost")}
 
@@ -137,7 +137,7 @@ def make_app(state: PageState, *, port: int) -> FastAPI:
     async def guard(
         request: Request, proceed: Callable[[Request], Awaitable[Response]]
     ) -> Response:
-        refusal = _refusal(request, hosts, cookie_name(port), state.secret)
+        refusal = _refusal(request, hosts, cookie_name(port), desk.secret)
         response = refusal if refusal is not None else await proceed(request)
         response.headers.update(_HEADERS)
         return response
@@ -158,18 +158,18 @@ def make_app(state: PageState, *, port: int) -> FastAPI:
     return app
 
 
-def _routes(state: PageState, cookie: str) -> APIRouter:
-    router, index = APIRouter(), state.suggester.context.index
+def _routes(desk: Desk, cookie: str) -> APIRouter:
+    router, index = APIRouter(), desk.suggester.surroundings.index
     page = render(
         "assist.html",
         styles=("base.css", "assist.css"),
         script="assist.js",
         data={
-            **state.about,
+            **desk.about,
             "titles": index.origin,
-            "support": state.suggester.context.note,
-            "supported": state.suggester.context.support is not None,
-            "decisions": str(state.decisions),
+            "support": desk.suggester.surroundings.note,
+            "supported": desk.suggester.surroundings.support is not None,
+            "decisions": str(desk.decisions),
         },
         connect="'self'",
     )
@@ -178,7 +178,7 @@ def _routes(state: PageState, cookie: str) -> APIRouter:
     async def show(request: Request) -> Response:
         if "token" in request.query_params:
             response: Response = RedirectResponse("/", status_code=303)
-            response.set_cookie(cookie, state.secret, httponly=True, samesite="strict", path="/")
+            response.set_cookie(cookie, desk.secret, httponly=True, samesite="strict", path="/")
             return response
         return HTMLResponse(page)
 
@@ -190,23 +190,23 @@ def _routes(state: PageState, cookie: str) -> APIRouter:
     @router.post("/api/suggest")
     async def suggest(form: dict[str, object]) -> dict[str, Any]:
         patient = read_form(form, index)
-        suggestion = await run_in_threadpool(state.suggester.suggest, patient)
-        return {"id": state.remember(patient, suggestion), **suggestion.as_dict()}
+        suggestion = await run_in_threadpool(desk.suggester.suggest, patient)
+        return {"id": desk.remember(patient, suggestion), **suggestion.as_dict()}
 
     @router.post("/api/decision")
     async def decide(decision: Decision) -> dict[str, object]:
-        asked = state.asked.get(decision.id)
+        asked = desk.asked.get(decision.id)
         if asked is None:
             raise FormProblems({"decision": _WRONG_DECISION["id"]})
         record = decision_record(*asked, decision)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         try:
-            append_private(state.decisions, {"time": now, **state.about, **record})
+            append_private(desk.decisions, {"time": now, **desk.about, **record})
         except OSError as error:
             text = f"The decision could not be stored: {error.strerror}."
             raise FormProblems({"decision": text}) from None
-        del state.asked[decision.id]
-        return {"stored": str(state.decisions), "escaped_texts": decision.escaped_texts}
+        del desk.asked[decision.id]
+        return {"stored": str(desk.decisions), "escaped_texts": decision.escaped_texts}
 
     return router
 
@@ -269,13 +269,13 @@ def open_socket(port: int) -> socket.socket:
     return listening
 
 
-def make_server(state: PageState, listening: socket.socket) -> uvicorn.Server:
+def make_server(desk: Desk, listening: socket.socket) -> uvicorn.Server:
     """Return the server of the page; nothing that is typed is logged.
 
     Its ``run(sockets=[listening])`` serves until Ctrl-C.
     """
     config = uvicorn.Config(
-        make_app(state, port=listening.getsockname()[1]),
+        make_app(desk, port=listening.getsockname()[1]),
         log_level="warning",
         access_log=False,
         # X-Forwarded-For and its like are believed by default: there is no proxy here.
@@ -286,9 +286,9 @@ def make_server(state: PageState, listening: socket.socket) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-def address(state: PageState, listening: socket.socket) -> str:
+def address(desk: Desk, listening: socket.socket) -> str:
     """Return the address with the secret, for the person who started it."""
-    return f"http://{HOST}:{listening.getsockname()[1]}/?token={state.secret}"
+    return f"http://{HOST}:{listening.getsockname()[1]}/?token={desk.secret}"
 
 
 def _refusal(request: Request, hosts: set[str], cookie: str, secret: str) -> Response | None:

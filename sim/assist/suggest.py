@@ -101,7 +101,7 @@ class Suggestion:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunContext:
+class Surroundings:
     """What is known around a run without its model: titles to search, admissions to compare."""
 
     index: DiagnosisIndex
@@ -118,7 +118,7 @@ class Assistant:
     Args:
         run: Whose adapter.
         config: Of the run, see ``assistant_config``.
-        context: See ``context_of``.
+        surroundings: See ``surroundings_of``.
         checkpoint: Name; default the last.
 
     Raises:
@@ -130,18 +130,18 @@ class Assistant:
         run: RunDirectory,
         config: Config,
         *,
-        context: RunContext,
+        surroundings: Surroundings,
         checkpoint: str | None = None,
     ) -> None:
         loaded = run.load_checkpoint(checkpoint)
         self.checkpoint = loaded.name
-        self.context = context
+        self.surroundings = surroundings
         self._session = session_of(config)
         inputs = run.inputs()
         _require_same("the backbone", self._session.spec.fingerprint, inputs.backbone)
         _require_same("A", self._session.adapter.a_fingerprint, inputs.a)
         self._session.adapter.load(loaded.b)
-        self._lister = Lister(self._session, config, context.data)
+        self._lister = Lister(self._session, config, surroundings.data)
         self._one_at_a_time = threading.Lock()
 
     def suggest(self, request: PatientRequest) -> Suggestion:
@@ -150,7 +150,7 @@ class Assistant:
         with self._one_at_a_time:
             listed = self._lister.list_drugs(request.admission())
         names = listed.names or ()
-        index, orders = self.context.support, self.context.orders
+        index, orders = self.surroundings.support, self.surroundings.orders
         supports: Sequence[Support | None] = (
             index.support(request.codes, names) if index else [None] * len(names)
         )
@@ -178,20 +178,22 @@ class Assistant:
 
     def _warnings(self, request: PatientRequest, listed: ListedDrugs) -> Iterator[str]:
         free = [diagnosis.title for diagnosis in request.diagnoses if not diagnosis.code]
-        origin = self.context.index.origin
+        origin = self.surroundings.index.origin
         for code in filter(_CODE.fullmatch, free):
             yield f"{code} looks like a code, but is not in {origin}: it was read as free text."
         if words := [text for text in free if not _CODE.fullmatch(text)]:
             yield f"Not recognised in {origin}, and read as free text: {'; '.join(words)}."
         if listed.names is None:
             yield "The model's answer was not a drug list."
-        elif self.context.orders is None:
+        elif self.surroundings.orders is None:
             yield "No orders are at hand: a name may be one that no hospital ever ordered."
         if listed.dropped_diagnoses:
             yield f"The last {listed.dropped_diagnoses} diagnoses did not fit and were not read."
 
 
-def context_of(config: Config, *, load: Callable[[Config], Dataset] = open_hospitals) -> RunContext:
+def surroundings_of(
+    config: Config, *, load: Callable[[Config], Dataset] = open_hospitals
+) -> Surroundings:
     """Look for the run's data; without it, the public titles serve and there is no support.
 
     Args:
@@ -203,7 +205,7 @@ def context_of(config: Config, *, load: Callable[[Config], Dataset] = open_hospi
     except UserError:
         index = DiagnosisIndex(public_diagnoses(), frequency={}, origin="the public ICD-10-CM")
         note = "The run's tables are not on this machine: no support from similar admissions."
-        return RunContext(index=index, support=None, note=note)
+        return Surroundings(index=index, support=None, note=note)
     train = data.train
     known = [
         Diagnosis(title=title, code=code)
@@ -219,7 +221,7 @@ def context_of(config: Config, *, load: Callable[[Config], Dataset] = open_hospi
         f"Support: among the most similar of {len(train):,} admissions of {places} "
         f"({data.source} data), by coded diagnoses."
     )
-    return RunContext(
+    return Surroundings(
         index=index, support=SupportIndex(train), note=note, data=data, orders=Orders(train)
     )
 
@@ -235,17 +237,17 @@ def assistant_config(run: RunDirectory, overrides: Iterable[str] = ()) -> Config
     return replace(changed, evaluation=replace(changed.evaluation, batch_size=1))
 
 
-def within_formulary(config: Config, context: RunContext, asked: Iterable[str]) -> Config:
+def within_formulary(config: Config, surroundings: Surroundings, asked: Iterable[str]) -> Config:
     """Return the configuration, lists held to the formulary unless the user or the run decided.
 
     Args:
         config: See ``assistant_config``.
-        context: Whether orders are at hand.
+        surroundings: Whether orders are at hand.
         asked: The user's overrides.
     """
     settings = config.evaluation
     decided = any(one.startswith(("evaluation.method", "evaluation.decoding")) for one in asked)
-    at_hand = context.orders is not None or settings.formulary
+    at_hand = surroundings.orders is not None or settings.formulary
     if decided or settings.method != "generate" or settings.decoding != "greedy" or not at_hand:
         return config
     return replace(config, evaluation=replace(settings, decoding="formulary"))
@@ -287,7 +289,7 @@ def show_suggestion(
     run: RunDirectory,
     request: PatientRequest,
     suggestion: Suggestion,
-    context: RunContext,
+    surroundings: Surroundings,
 ) -> None:
     """Show one list on the terminal."""
     measures = [f"{request.height_cm:g} cm"] if request.height_cm else []
@@ -313,7 +315,7 @@ def show_suggestion(
         title = f"{len(suggestion.drugs)} suggested drugs"
         note = f"Why it ends there: {suggestion.ends}."
         blocks.append(Block(title=title, headers=headers, rows=rows, note=note))
-    show_blocks(console, [*blocks, Block(note=f"{context.note} Run: {run.path.name}.")])
+    show_blocks(console, [*blocks, Block(note=f"{surroundings.note} Run: {run.path.name}.")])
 
 
 def _require_same(what: str, found: str, recorded: str) -> None:

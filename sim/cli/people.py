@@ -153,9 +153,9 @@ def suggest(
     from sim.assist.suggest import (
         Assistant,
         assistant_config,
-        context_of,
         find_run,
         show_suggestion,
+        surroundings_of,
         within_formulary,
     )
 
@@ -164,18 +164,18 @@ def suggest(
     console = console_for(json_output)
     if run is None:
         console.print(f"run: {directory.path}", style="dim", markup=False, highlight=False)
-    context = context_of(config)
-    config = within_formulary(config, context, set_ or ())
+    surroundings = surroundings_of(config)
+    config = within_formulary(config, surroundings, set_ or ())
     form = {"sex": sex, "age": age, "height": height, "weight": weight, "diagnoses": diagnosis}
     try:
-        request = read_form(form, context.index)
+        request = read_form(form, surroundings.index)
     except FormProblems as error:
         raise UserError(
             str(error), fix="for instance --sex F --age 71 --height 165 --weight 80 -d I50.9 -d I10"
         ) from None
-    assistant = Assistant(directory, config, context=context, checkpoint=checkpoint)
+    assistant = Assistant(directory, config, surroundings=surroundings, checkpoint=checkpoint)
     suggestion = assistant.suggest(request)
-    show_suggestion(console, directory, request, suggestion, context)
+    show_suggestion(console, directory, request, suggestion, surroundings)
     print_json({"patient": request.as_dict(), **suggestion.as_dict()}, json_output)
 
 
@@ -189,13 +189,13 @@ def assist(
     set_: SetOption = None,
 ) -> None:
     """Serve the assist page on this machine alone (research only, not for clinical use)."""
-    from sim.assist.server import DECISIONS, PageState, address, make_server, open_socket
+    from sim.assist.server import DECISIONS, Desk, address, make_server, open_socket
     from sim.assist.suggest import (
         Assistant,
         about_run,
         assistant_config,
-        context_of,
         find_run,
+        surroundings_of,
         within_formulary,
     )
 
@@ -206,10 +206,10 @@ def assist(
         console.print(f"run: {directory.path}", style="dim", markup=False, highlight=False)
     listening = open_socket(port)
     console.print("loading the model ...", style="dim")
-    context = context_of(config)
-    config = within_formulary(config, context, set_ or ())
-    assistant = Assistant(directory, config, context=context, checkpoint=checkpoint)
-    state = PageState(
+    surroundings = surroundings_of(config)
+    config = within_formulary(config, surroundings, set_ or ())
+    assistant = Assistant(directory, config, surroundings=surroundings, checkpoint=checkpoint)
+    state = Desk(
         suggester=assistant,
         decisions=(log or directory.path / DECISIONS).absolute(),
         about=about_run(directory, config, assistant.checkpoint),

@@ -16,11 +16,11 @@ from sim.assist.orders import Orders
 from sim.assist.patient_form import FormProblems, read_form
 from sim.assist.suggest import (
     Assistant,
-    RunContext,
+    Surroundings,
     assistant_config,
-    context_of,
     find_run,
     show_suggestion,
+    surroundings_of,
     within_formulary,
 )
 
@@ -109,7 +109,7 @@ def opened(config):
 
 def test_support_rests_on_training_admissions_alone():
     config = Config(federation=FederationConfig(hospitals=2))
-    found = context_of(config, load=opened)
+    found = surroundings_of(config, load=opened)
     similar = found.support.similar(["10:I10"])
     assert f"{len(similar)} admissions of 2 training hospitals" in found.note
     # A fifth is held out, a tenth validates.
@@ -121,7 +121,7 @@ def test_without_the_data_titles_are_the_public_ones_and_there_is_no_support():
     def missing(config):
         raise UserError("gone")
 
-    found = context_of(Config(), load=missing)
+    found = surroundings_of(Config(), load=missing)
     assert found.support is None
     assert found.index.read("I50.9").title == "Heart failure, unspecified"
     assert "not on this machine" in found.note
@@ -149,8 +149,8 @@ def tiny_run(tmp_path):
 def test_a_tiny_run_answers_the_same_each_time(tiny_run):
     pytest.importorskip("llguidance")
     config = assistant_config(tiny_run)
-    assistant = Assistant(tiny_run, config, context=context_of(config))
-    request = read_form(RIGHT, assistant.context.index)
+    assistant = Assistant(tiny_run, config, surroundings=surroundings_of(config))
+    request = read_form(RIGHT, assistant.surroundings.index)
     first, second = assistant.suggest(request), assistant.suggest(request)
     assert first.drugs
     assert first.in_format
@@ -163,7 +163,7 @@ def test_a_run_with_another_backbone_or_a_is_refused(tiny_run):
     config = assistant_config(tiny_run)
     tiny_run.write_json("environment.json", {"inputs": {"backbone": "0" * 64}})
     with pytest.raises(UserError, match="backbone is not what the run was trained with"):
-        Assistant(tiny_run, config, context=context_of(config))
+        Assistant(tiny_run, config, surroundings=surroundings_of(config))
 
 
 def test_overrides_of_what_was_trained_are_refused(tiny_run):
@@ -196,7 +196,7 @@ def test_the_newest_finished_run_is_found(tmp_path, monkeypatch):
     ],
 )
 def test_lists_are_held_to_the_formulary_unless_someone_decided(asked, settings, orders, decoding):
-    around = RunContext(index=INDEX, support=None, note="", orders=Orders([]) if orders else None)
+    around = Surroundings(index=INDEX, support=None, note="", orders=Orders([]) if orders else None)
     config = Config(evaluation=EvaluationConfig(**settings))
     assert within_formulary(config, around, asked).evaluation.decoding == decoding
 
@@ -205,8 +205,8 @@ def test_lists_are_held_to_the_formulary_unless_someone_decided(asked, settings,
 def test_what_no_table_knows_is_said_in_json_and_on_the_terminal(tiny_run):
     """No data is at hand either: nothing can be said about names."""
     config = assistant_config(tiny_run)
-    around = context_of(config)
-    assistant = Assistant(tiny_run, config, context=around)
+    around = surroundings_of(config)
+    assistant = Assistant(tiny_run, config, surroundings=around)
     request = read_form({**RIGHT, "diagnoses": ["I10", "Q99.99X", "lives alone"]}, around.index)
     suggestion = assistant.suggest(request)
     assert suggestion.warnings[:2] == (

@@ -36,8 +36,12 @@ def values(f1):
 
 
 SCALING = {
-    "train_samples": 8, "steps": 16, "steps_per_epoch": 2, "epochs": 8.0,
-    "checkpoint_steps": [16], "notes": [],
+    "train_samples": 8,
+    "steps": 16,
+    "steps_per_epoch": 2,
+    "epochs": 8.0,
+    "checkpoint_steps": [16],
+    "notes": [],
 }
 
 
