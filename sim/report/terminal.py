@@ -21,6 +21,7 @@ from sim.report.words import (
     model_name,
     number,
     peak_memory,
+    speed,
 )
 
 SHOWN = (
@@ -64,7 +65,10 @@ def show_summary(console: Console, run: RunDirectory, summary: Summary) -> None:
             f"workers {summary.workers}",
             highlight=False,
         )
-    console.print(f"{summary.seconds:.0f} s, peak memory {peak_memory(summary)}", highlight=False)
+    console.print(
+        f"{summary.seconds:.0f} s{speed(summary, ', ')}, peak memory {peak_memory(summary)}",
+        highlight=False,
+    )
     console.print(f"report: {run.path / 'report.html'}", markup=False, highlight=False)
 
 

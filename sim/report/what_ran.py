@@ -4,7 +4,7 @@ from common.config import Config
 from common.configio import differences
 from common.records import Summary
 from sim.report.html import Block
-from sim.report.words import peak_memory
+from sim.report.words import peak_memory, speed
 
 PLACES = ("run.", "data.path", "data.drug-map", "judge.", "federation.workers")
 """Keys that name places of a machine, or change nothing of a run's result."""
@@ -56,6 +56,7 @@ def what_ran(config: Config, summary: Summary) -> Block:
         "attention": f"{attention.kernel} ({attention.reason})" if attention else "–",
         "backbone loads, workers": f"{summary.backbone_loads}, {summary.workers}",
         "time": f"{summary.seconds:.0f} s",
+        **({"one worker's speed": speed(summary)} if speed(summary) else {}),
         "peak memory": peak_memory(summary),
         "sha256 of B": summary.b_sha256,
     }

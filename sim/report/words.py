@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from common.model.adapter.spec import SCHEMES
 from common.records import Figures, Summary
 
 NOTICE = "Research only, not for clinical use."
@@ -79,9 +80,20 @@ def with_interval(value: float | None, interval: Sequence[float | None] | None) 
     return f"{value:.3f} ({interval[0]:.2f}–{interval[1]:.2f})"
 
 
+def speed(summary: Summary, before: str = "") -> str:
+    """Say how fast a worker trained, where that is told.
+
+    >>> speed(Summary(tokens_per_second=19932.6), ", "), speed(Summary())
+    (', 19,933 tokens/s in training', '')
+    """
+    found = summary.tokens_per_second
+    return f"{before}{found:,.0f} tokens/s in training" if found else ""
+
+
 def matrices(summary: Summary) -> str:
     """Name the matrices that a run trains and sends."""
-    return "A and B" if summary.adapter and summary.adapter.mode == "lora" else "B"
+    held = SCHEMES[summary.adapter.mode].held if summary.adapter else ("lora_B",)
+    return " and ".join(part.removeprefix("lora_") for part in held)
 
 
 def megabytes(count: float) -> str:
