@@ -208,7 +208,7 @@ def test_what_is_documented_or_our_own_is_not_taken_for_one():
 # Modules of ours in the place of others.
 STANDS_FOR = {
     "AdaptedLinear": nn.Linear.forward,
-    "Fp8Linear": nn.Linear.forward,
+    "QuantisedLinear": nn.Linear.forward,
     "SequenceRope": LlamaRotaryEmbedding.forward,
 }
 

@@ -26,6 +26,7 @@ from common.model.backbone.embedded import FOLDER
 from common.model.kernels.attention import choose_attention
 from common.model.kernels.elementwise import choose_kernels
 from common.model.kernels.frozen import fp8_obstacle
+from common.model.kernels.nf4 import nf4_obstacle
 from common.model.session import DTYPES, choose_device, choose_dtype
 from common.provenance import pip_install
 from common.user_cache import fedrx_cache
@@ -176,7 +177,8 @@ def _kernels() -> Finding:
     device = torch.device(choose_device("auto").value)
     choice = choose_kernels("auto", device)
     fp8 = fp8_obstacle(device, DTYPES[choose_dtype("auto", device).value])
-    found = f"{choice.value}: {choice.reason}; model.weights=fp8: {fp8 or 'runs here'}"
+    weights = f"model.weights=fp8: {fp8 or 'runs here'}; nf4: {nf4_obstacle() or 'runs here'}"
+    found = f"{choice.value}: {choice.reason}; {weights}"
     return Finding(check="kernels", state="ok", found=found)
 
 

@@ -7,6 +7,7 @@ from common.provenance import pip_install
 
 OPTIONAL = {
     "llguidance": "llguidance",
+    "bitsandbytes": "bitsandbytes",
     "tensorboard": "tensorboard",
     "mlflow": "mlflow-skinny",
     "fhir": "fhir.resources",

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from rich.console import Console
 
+import client.app
 from common.config import IN_PROCESS, Config
 from common.data.handling import handling_of
 from common.data.partition import Hospital
@@ -95,6 +96,7 @@ def train_rounds(run: Run) -> dict[str, float]:
             run.peak.tick()
 
         if config.run.backend == IN_PROCESS:
+            run.worker = client.app.worker()
             run_in_process(config, on_tick=on_tick)
         else:
             workers = config.federation.workers

@@ -25,6 +25,7 @@ from common.provenance import (
 )
 from common.records import Inputs, Mode, Record, RunRecord, Summary
 from common.rundir import ENVIRONMENT, RUN, SUMMARY, RunDirectory
+from common.training.worker import Worker
 from sim.answers.evaluate import FREE_KEYS, evaluate_run
 from sim.process.lock import exclusive
 from sim.process.peak_memory import PeakMemory
@@ -84,11 +85,13 @@ class Kind:
             summary = summary.having(training_seconds=round(run.seconds, 3))
         directory.write_json(SUMMARY, summary.having(source=data.source))
         run.enter(EVALUATION)
-        evaluate_run(directory, overrides=run.overrides, console=console, data=data)
+        evaluate_run(
+            directory, overrides=run.overrides, console=console, worker=run.worker, data=data
+        )
         summary = directory.summary()
         peaks: dict[str, int | None] = {"peak_rss_bytes": max(run.peak.bytes, peak_rss_bytes())}
-        if "peak_device_bytes" in summary.model_fields_set:  # trained in this process
-            peaks["peak_device_bytes"] = peak_device_bytes()
+        devices = [size for size in (summary.peak_device_bytes, peak_device_bytes()) if size]
+        peaks["peak_device_bytes"] = max(devices, default=None)
         directory.write_json(SUMMARY, summary.having(seconds=round(run.seconds, 3), **peaks))
         run.enter(REPORT)
         return _finish(directory, console, self.place(directory))
@@ -113,6 +116,8 @@ class Run:
     seconds_before: float = 0.0
     """Spent by earlier processes."""
     peak: PeakMemory = field(default_factory=PeakMemory)
+    worker: Worker = field(default_factory=Worker)
+    """Has the backbone open, for training in this process and for the answers."""
     result: Record = field(default_factory=Summary)
     """Content of summary.json, once all is done."""
 
@@ -157,6 +162,7 @@ def start(
     command_line: Sequence[str],
     run_dir: Path | None = None,
     inside: bool = False,
+    worker: Worker | None = None,
 ) -> Run:
     """Begin a run and see it through.
 
@@ -167,6 +173,7 @@ def start(
         command_line: Stored in environment.json.
         run_dir: Run directory; default below ``runs``.
         inside: Whether a run around this one says how to go on.
+        worker: Of a run around this one.
 
     Raises:
         UserError: before anything is written.
@@ -192,6 +199,7 @@ def start(
     console.print(f"run directory: {directory.path}", markup=False, highlight=False)
     with exclusive(directory):
         run = Run(chosen, directory, record, config, preparation, console, command_line, started)
+        run.worker = worker or run.worker
         return run.live(inside=inside)
 
 
@@ -203,6 +211,7 @@ def resume(
     console: Console,
     command_line: Sequence[str],
     inside: bool = False,
+    worker: Worker | None = None,
 ) -> Mapping[str, Any]:
     """Go on with a run from its last checkpoint.
 
@@ -214,6 +223,7 @@ def resume(
         console: Where progress and results are shown.
         command_line: Added to environment.json.
         inside: Whether a run around this one says how to go on.
+        worker: Of a run around this one.
 
     Returns:
         The content of summary.json; a finished run's is returned as it is.
@@ -248,6 +258,7 @@ def resume(
         _note_resumption(directory, command_line, console)
         known = (kind, directory, record, config, preparation, console, command_line, started)
         run = Run(*known, overrides=overrides if answering else ())
+        run.worker = worker or run.worker
         return run.live(inside=inside).result.as_json()
 
 
