@@ -38,16 +38,7 @@ def update(
 ) -> LocalResult:
     """Train one hospital for one round, starting from the global B.
 
-    Args:
-        session: Resident backbone; its adapter is overwritten.
-        hospital: The hospital's tokens.
-        b: Global B by wire key.
-        state: Optimizer state and step count; updated in place.
-        config: The run's configuration.
-        server_round: Round, from 1.
-        on_step: Called after each optimizer step.
-        source: Where gradients come from; the plain batch gradient when None. A private source
-            tells no loss, and then the result has no metrics either.
+    ``state`` is updated in place. A private ``source`` tells no loss, nor has the result metrics.
     """
     session.adapter.load(b)
     samples = 0 if source is not None else len(hospital.train)

@@ -56,14 +56,7 @@ def _note_failure(run: RunDirectory, reason: str) -> None:
 
 
 def federate(grid: Grid, config: Config, run: RunDirectory, *, clock: Clock = time) -> None:
-    """Shake hands, run the rounds, and write summary.json.
-
-    Args:
-        grid: Flower's grid.
-        config: Complete configuration.
-        run: A run directory that has been created.
-        clock: What waits for hospitals and measured seconds go by.
-    """
+    """Shake hands, run the rounds, and write summary.json."""
     started = clock.monotonic()
     backbone = resolve_backbone(config.model.backbone)
     layout = adapter_layout(backbone, adapter_spec(config.adapter))

@@ -63,9 +63,6 @@ class Rounds:
     def start(self, b: Tensors) -> Tensors:
         """Run all rounds, or those after the last checkpoint, and return the last B.
 
-        Args:
-            b: The global B before round 1.
-
         Raises:
             ChangedRun: if the run directory is that of another configuration, A or backbone.
             RunFailed: if the handshake fails or a round stays below its quorum.

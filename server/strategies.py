@@ -123,6 +123,15 @@ def _fewest_for_krum(config: FederationConfig) -> Fewest:
     )
 
 
+def _adaptive(kind: type[FedAdam] | type[FedYogi]) -> StrategySpec:
+    return StrategySpec(
+        make=lambda c: kind(eta=c.server_learning_rate or 0.01, **_COMMON),
+        begin=_set_arrays,
+        state=_moments,
+        restore=_set_moments,
+    )
+
+
 STRATEGIES: dict[str, StrategySpec] = {
     "fedavg": StrategySpec(make=lambda c: FedAvg(**_COMMON)),
     "fedprox": StrategySpec(make=lambda c: FedProx(proximal_mu=c.proximal_mu, **_COMMON)),
@@ -136,18 +145,8 @@ STRATEGIES: dict[str, StrategySpec] = {
         state=_momentum,
         restore=_set_momentum,
     ),
-    "fedadam": StrategySpec(
-        make=lambda c: FedAdam(eta=c.server_learning_rate or 0.01, **_COMMON),
-        begin=_set_arrays,
-        state=_moments,
-        restore=_set_moments,
-    ),
-    "fedyogi": StrategySpec(
-        make=lambda c: FedYogi(eta=c.server_learning_rate or 0.01, **_COMMON),
-        begin=_set_arrays,
-        state=_moments,
-        restore=_set_moments,
-    ),
+    "fedadam": _adaptive(FedAdam),
+    "fedyogi": _adaptive(FedYogi),
     "fedmedian": StrategySpec(make=lambda c: FedMedian(**_COMMON)),
     "trimmed-mean": StrategySpec(
         make=lambda c: FedTrimmedAvg(beta=c.trim, **_COMMON), fewest=_fewest_to_trim

@@ -21,11 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 class Aggregator:
-    """One of Flower's strategies, with the state that it carries over rounds.
-
-    Args:
-        config: Names the strategy and its settings.
-    """
+    """One of Flower's strategies, with the state that it carries over rounds."""
 
     def __init__(self, config: FederationConfig) -> None:
         self.config, self.spec = config, STRATEGIES[config.strategy]
@@ -33,11 +29,6 @@ class Aggregator:
 
     def aggregate(self, b: Tensors, updates: Sequence[Update], *, server_round: int) -> Tensors:
         """Aggregate checked updates to the next global B (fp32).
-
-        Args:
-            b: The global B that the updates started from.
-            updates: One per hospital, in any order.
-            server_round: Round, from 1.
 
         Raises:
             RunFailed: if the strategy fails, returns nothing, or something that is not finite.
