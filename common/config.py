@@ -236,6 +236,12 @@ class PrivacyConfig:
     noise_multiplier: float = option(
         0.0, "noise standard deviation over the clip norm; 0: from target-epsilon", low=0
     )
+    most_patients: int = option(
+        0,
+        "public bound on the patients of one hospital, which delta is held to; 0: none is stated, "
+        "and data.synthetic-patients bounds the synthetic source",
+        low=0,
+    )
     clip_norm: float = option(1.0, "largest L2 norm of one unit's gradient", above=0)
     sampling_rate: float = option(
         0.1, "probability with which each unit enters a step", above=0, high=1

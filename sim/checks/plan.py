@@ -24,7 +24,7 @@ from common.model.footprint import (
 )
 from common.model.session import choose_dtype, device_kind
 from common.privacy.forecast import forecast, lines
-from common.privacy.settings import plan_of, protects
+from common.privacy.settings import delta_note, plan_of, protects
 from common.training.budget import checkpoint_steps, steps_in_all, steps_of_round
 from common.wire.codecs import wire_layout
 from common.wire.cohort import check_only, sampled
@@ -113,7 +113,8 @@ def plan(config: Config, *, card_bytes: int | None = None) -> dict[str, Any]:
     }
     if protects(config):
         target = config.privacy.target_epsilon
-        found["privacy"] = forecast(plan_of(config), trained, target_epsilon=target)
+        outlook = forecast(plan_of(config), trained, target_epsilon=target)
+        found["privacy"] = outlook | {"delta_note": delta_note(config)}
     return found
 
 
@@ -175,8 +176,9 @@ def show_plan(console: Console, found: dict[str, Any]) -> None:
         "(validation sends B down once more)",
         highlight=False,
     )
-    for line in lines(found["privacy"]) if "privacy" in found else ():
-        console.print(line, highlight=False, markup=False)
+    if "privacy" in found:
+        for line in (*lines(found["privacy"]), found["privacy"]["delta_note"]):
+            console.print(line, highlight=False, markup=False)
 
 
 def _card(asked: int | None, device: str) -> Choice[int]:
