@@ -31,6 +31,7 @@ from server.clock import Clock
 from server.expected_replies import most_validation_tokens, private_steps, steps_expected, train_due
 from server.messages import Recorder, answered, exchange, require
 from server.privacy_account import PrivacyAccount
+from server.progress import log, round_line
 from server.roster import Roster
 from server.screening import outliers, with_capped_weights
 from server.strategies import check_strategy
@@ -83,7 +84,8 @@ class Rounds:
                 self.run.metric(WITHSTANDS_NOTHING, len(updates), round=number)
             b = aggregator.aggregate(last.received, updates, server_round=number)
             last = self._round(number, b, last.carried)
-            self.evaluate(last)
+            loss = self.evaluate(last)
+            log.info(round_line(number, self.config.federation.rounds, updates, loss))
             self.run.metric("round-seconds", self._since(started), round=number)
             self._save(last, aggregator)
             self.run.write_status("running", round=number)
@@ -96,7 +98,7 @@ class Rounds:
     def _first(self, b: Tensors, aggregator: Aggregator) -> Round:
         """Return the round before the first: B as it begins, evaluated and saved."""
         first = self._round(0, b, {})
-        self.evaluate(first)
+        log.info(round_line(0, self.config.federation.rounds, [], self.evaluate(first)))
         self._save(first, aggregator)
         return first
 
@@ -210,8 +212,8 @@ class Rounds:
             self._refuse(hospital, reason, server_round)
         return found
 
-    def evaluate(self, last: Round) -> None:
-        """Ask every hospital for its validation loss of the last B; log the weighted mean.
+    def evaluate(self, last: Round) -> float | None:
+        """Ask every hospital for its validation loss of the last B; return the weighted mean.
 
         With privacy on nobody is asked: no loss leaves a hospital. With too few of the admitted
         hospitals connected the round is trained and not evaluated, which is logged.
@@ -220,7 +222,7 @@ class Rounds:
             RunFailed: below quorum, with every failed hospital's reason.
         """
         if self.roster.plan is not None:
-            return
+            return None
         server_round, handshakes = last.number, self.roster.handshakes
         able = [name for name in sorted(handshakes) if handshakes[name].validation_samples]
         connected = self.roster.connected(self.grid.get_node_ids())
@@ -234,7 +236,7 @@ class Rounds:
             _log.warning("round %d is not evaluated: %s", server_round, reason)
             self.run.metric(NOT_EVALUATED, reason, round=server_round)
         if len(nodes) < needed:
-            return
+            return None
 
         def check(reply: Message, hospital: str) -> dict[str, float]:
             return read_evaluate_reply(
@@ -252,6 +254,7 @@ class Rounds:
                 "validation-loss", metrics["loss"], round=server_round, hospital=hospital
             )
         self.run.metric("validation-loss", total / weight, round=server_round)
+        return total / weight
 
     def _admit(self, server_round: int, *, strict: bool) -> None:
         left_out = self.roster.admit(
