@@ -92,8 +92,10 @@ def contend(contender: str, folder: Path) -> dict[str, Any]:
         frame = pd.read_csv(folder / "hosp" / "prescriptions.csv.gz", low_memory=False)
         answer = {"rows": len(frame)}
     elif contender == "lists":
-        from common.data.mimic.orders import drug_lists, read_orders
-        from common.data.mimic.tables import find_tables, read
+        from common.data.cleaning.orders import drug_lists
+        from common.data.mimic.orders import read_orders
+        from common.data.mimic.tables import find_tables
+        from common.data.tables import read
 
         tables = find_tables(folder)
         known = read(tables["admissions"])["hadm_id"].cast(pl.Int64)
@@ -104,7 +106,7 @@ def contend(contender: str, folder: Path) -> dict[str, Any]:
         from common.data.prepare import prepare_source
 
         found = prepare_source(DataConfig(path=str(folder)), cache_dir=folder.parent / "cache")
-        counts = found.prepared.counts
+        counts = found.prepared.counts.as_json()
         answer = {"samples": counts["samples"], "pairs": counts["pairs_clean"]}
     seconds = time.perf_counter() - started
     return {

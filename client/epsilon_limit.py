@@ -12,9 +12,9 @@ from client.policy import Policy
 from common.config import Config
 from common.configio import config_digest, run_digest
 from common.errors import RunFailed
-from common.files import json_line
+from common.files import json_line, locked
 from common.privacy.accounting import epsilon, rdp_epsilon
-from common.privacy.budget.synced import append, locked, read
+from common.privacy.budget.synced import append, read
 from common.privacy.settings import is_private, plan_of
 from common.records import Record
 from common.training.budget import steps_in_all

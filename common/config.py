@@ -47,7 +47,14 @@ def option(
 class DataConfig:
     """Where the tables are and how they become samples."""
 
-    path: str = option("synthetic", "folder of MIMIC-IV tables (it holds hosp/), or `synthetic`")
+    path: str = option(
+        "synthetic",
+        "folder of MIMIC-IV tables (it holds hosp/), a MEDS data set (data/, metadata/) or eICU's "
+        "tables (patient.csv.gz ...), or `synthetic`",
+    )
+    meds_codes: str = option(
+        "", "toml file that says what the codes of a MEDS data set mean; empty: as for MIMIC-IV"
+    )
     synthetic_patients: int = option(240, "patients that the synthetic source writes", low=10)
     synthetic_seed: int = option(0, "seed of the synthetic source", low=0)
     split_seed: int = option(0, "seed of the hash that puts a patient into a split", low=0)
@@ -88,10 +95,16 @@ class PartitionConfig:
         "insurance",
         "anchor-year-group",
         "careunit",
+        "site",
         "dirichlet",
     ] = option("iid", "what decides a patient's hospital")
     alpha: float = option(0.5, "concentration of the dirichlet scheme", above=0)
-    min_patients: int = option(1, "smallest hospital that is accepted, in patients", low=1)
+    min_patients: int = option(
+        1,
+        "smallest hospital that is accepted, in patients; with scheme = site smaller sites are "
+        "pooled",
+        low=1,
+    )
     seed: int = option(0, "seed of the partition", low=0)
 
 

@@ -7,6 +7,7 @@ nothing that is written fails by it (``utf8``).
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import tempfile
@@ -62,6 +63,51 @@ def atomic_path(target: Path, *, mode: int = 0o600) -> Iterator[Path]:
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield a place beside ``target`` for a folder that takes its name when the block succeeds.
+
+    Processes that make the same folder at once each fill their own; the first to end wins. What
+    else the block leaves beside the yielded place is removed.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+        made = Path(scratch) / target.name
+        yield made
+        try:
+            made.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, refusal: Exception | None = None) -> Iterator[int]:
+    """Hold a file, made when absent, against other processes; the system frees it at their end.
+
+    Args:
+        path: The file, for its owner alone.
+        refusal: Raised where another process holds it; without one this waits.
+
+    Yields:
+        Its descriptor: read it anywhere, write at its end.
+
+    Raises:
+        DiskFull: if there is no room for a new file.
+    """
+    with needing_room(path.name):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+        except BlockingIOError:
+            assert refusal is not None
+            raise refusal from None
+        yield handle
+    finally:
+        os.close(handle)
 
 
 def utf8(text: str) -> bytes:

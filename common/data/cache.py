@@ -7,23 +7,22 @@ none, and never reaches a decoder that would make other samples of it.
 import hashlib
 import io
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
-from common.data.mimic.admissions import Prepared
-from common.errors import UserError
+from common.data.samples import Counts, Prepared
+from common.errors import DiskFull, UserError
+from common.files import write_bytes
 
 _ENTRY = "fedrx"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
-def cache_key(parts: Mapping[str, Any]) -> str:
+def cache_key(parts: Mapping[str, object]) -> str:
     """Return a key over ``parts`` and the source of this package, so that new code reads anew."""
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     for module in sorted(Path(__file__).parent.rglob("*.py")):
@@ -36,8 +35,9 @@ def writing(folder: Path) -> Iterator[None]:
     """Turn what a full or write-protected disk raises into one line."""
     try:
         yield
-    except (OSError, pl.exceptions.PolarsError) as error:
-        reason = getattr(error, "strerror", None) or "the samples cannot be encoded"
+    except (OSError, DiskFull, pl.exceptions.PolarsError) as error:
+        problem = error.__cause__ or error
+        reason = getattr(problem, "strerror", None) or "the samples cannot be encoded"
         raise UserError(
             f"the cache folder {folder} cannot be written ({reason})",
             fix="set FEDRX_CACHE to a folder that you can write to and that has room",
@@ -67,15 +67,16 @@ def store(path: Path, prepared: Prepared) -> None:
         "drugs": prepared.drugs,
         "titles": prepared.titles,
         "codes": prepared.codes,
-        "counts": prepared.counts,
+        "counts": prepared.counts.as_json(),
     }
     with writing(path.parent):
-        encoded = io.BytesIO()
+        parquet = io.BytesIO()
         prepared.frame.write_parquet(
-            encoded, metadata={_ENTRY: json.dumps(content, ensure_ascii=False)}
+            parquet, metadata={_ENTRY: json.dumps(content, ensure_ascii=False)}
         )
+        encoded = parquet.getvalue()
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _replace(path, encoded.getbuffer())
+        write_bytes(path, hashlib.sha256(encoded).digest() + encoded)
 
 
 def load(path: Path) -> Prepared | None:
@@ -94,21 +95,7 @@ def load(path: Path) -> Prepared | None:
             drugs=tuple(content["drugs"]),
             titles=tuple(content["titles"]),
             codes=tuple(content["codes"]),
-            counts=content["counts"],
+            counts=Counts(**content["counts"]),
         )
     except (KeyError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException):
         return None
-
-
-def _replace(path: Path, encoded: memoryview) -> None:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")  # mode 0600
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(hashlib.sha256(encoded).digest())
-            stream.write(encoded)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

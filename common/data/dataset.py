@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import Config
-from common.data.mimic.admissions import Progress
-from common.data.partition import Hospital, assign_hospitals
+from common.data.partition import Hospital, assign_hospitals, pooled_sites
 from common.data.prepare import load_samples
-from common.data.samples import Admission, SampleTable
+from common.data.samples import Admission, Progress, SampleTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +48,8 @@ def open_hospitals(
     samples = load_samples(config.data, cache_dir=cache_dir, progress=progress)
     if progress is not None:
         progress("dealing patients to hospitals")
+        if pooled := pooled_sites(samples.admissions, config.partition):
+            progress(pooled)
     hospitals = assign_hospitals(
         samples.admissions,
         config.partition,

@@ -4,9 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from common.data.mimic.tables import find_tables, read
 from common.data.names import normalise_string
 from common.data.samples import Admission
 
@@ -24,12 +22,14 @@ class Diagnosis:
 
     @property
     def label(self) -> str:
-        """The code as people write it, with the version where it is not ICD-10.
+        """The code as people write it, with the version where it is not ICD-10; no ICD, no label.
 
         >>> Diagnosis(title="", code="10:E119").label, Diagnosis(title="", code="9:4019").label
         ('E11.9', '401.9 (ICD-9)')
         """
         version, _, code = self.code.partition(":")
+        if version not in ("9", "10"):
+            return ""
         whole = 4 if version == "9" and code.startswith("E") else 3
         dotted = f"{code[:whole]}.{code[whole:]}" if len(code) > whole else code
         return f"{dotted} (ICD-9)" if version == "9" else dotted
@@ -116,20 +116,6 @@ def public_diagnoses() -> list[Diagnosis]:
         Diagnosis(title=icd.get_description(code), code=f"10:{code}")
         for code in dict.fromkeys(icd.get_all_codes(False))
         if icd.is_leaf(code)
-    ]
-
-
-def table_diagnoses(folder: Path) -> list[Diagnosis]:
-    """Return all titles of a MIMIC-IV folder's d_icd_diagnoses.
-
-    Raises:
-        UserError: If there is no such table, or it cannot be read.
-    """
-    frame = read(find_tables(folder)["d_icd_diagnoses"]).drop_nulls()
-    rows = zip(frame["icd_code"], frame["icd_version"], frame["long_title"], strict=True)
-    return [
-        Diagnosis(title=" ".join(title.split()), code=f"{version.strip()}:{code.strip()}")
-        for code, version, title in rows
     ]
 
 

@@ -8,13 +8,13 @@ admission.
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from common.config import DataConfig, PartitionConfig
 from common.data.missing import apply_policies, fit_medians, policies_of
-from common.data.samples import Admission
+from common.data.samples import UNKNOWN, Admission
 from common.errors import UserError
 from common.seeds import stream
 
@@ -91,9 +91,7 @@ def assign_hospitals(
     Raises:
         UserError: A hospital would be smaller than ``min_patients`` or have no training samples.
     """
-    first: dict[int, Admission] = {}
-    for one in admissions:
-        first.setdefault(one.patient, one)
+    first = _first(admissions)
     home = _homes(first, config, hospitals)
     digits = len(str(hospitals))
     rooms: list[dict[Split, list[Admission]]] = [
@@ -118,6 +116,14 @@ def assign_hospitals(
     for hospital in named:
         _check_size(hospital, config, hospitals, len(first))
     return named
+
+
+def _first(admissions: Iterable[Admission]) -> dict[int, Admission]:
+    """Return the first admission of each patient."""
+    first: dict[int, Admission] = {}
+    for one in admissions:
+        first.setdefault(one.patient, one)
+    return first
 
 
 def _hospital(
@@ -181,13 +187,15 @@ def _homes(
         }
     if config.scheme == "dirichlet":
         return _dirichlet(first, config, hospitals)
+    if config.scheme == "site":
+        return _by_site(first, config, hospitals)
     return _by_attribute(first, ATTRIBUTES[config.scheme], config, hospitals)
 
 
 def _by_attribute(
     first: Mapping[int, Admission], attribute: str, config: PartitionConfig, hospitals: int
 ) -> dict[int, int]:
-    """Give whole groups to hospitals, the largest first to the smallest hospital so far.
+    """Give whole groups to hospitals.
 
     With fewer groups than hospitals, the largest group is halved by hash until they suffice.
     """
@@ -207,6 +215,11 @@ def _by_attribute(
         half = len(members) // 2
         groups[key[0], serial + 1], groups[key[0], serial + 2] = members[:half], members[half:]
         serial += 2
+    return _dealt(groups, hospitals)
+
+
+def _dealt(groups: Mapping[Any, Sequence[int]], hospitals: int) -> dict[int, int]:
+    """Give whole groups to hospitals, the largest first to the smallest hospital so far."""
     sizes = [0] * hospitals
     home: dict[int, int] = {}
     for _, members in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
@@ -214,6 +227,50 @@ def _by_attribute(
         sizes[place] += len(members)
         home.update(dict.fromkeys(members, place))
     return home
+
+
+def pooled_sites(admissions: Sequence[Admission], config: PartitionConfig) -> str:
+    """Say how many sites are below ``min_patients``, and so share one pool; empty if none."""
+    small, whole = _sites(_first(admissions), config)
+    if config.scheme != "site" or not small:
+        return ""
+    patients = sum(map(len, small.values()))
+    return (
+        f"{len(small)} of {len(small) + len(whole)} sites have fewer than partition.min-patients="
+        f"{config.min_patients} patients: their {patients} patients are pooled"
+    )
+
+
+def _sites(
+    first: Mapping[int, Admission], config: PartitionConfig
+) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """Return the patients of the sites that are too small, and of the others."""
+    sites = _classes(first, "site", config)
+    small = {site: found for site, found in sites.items() if len(found) < config.min_patients}
+    return small, {site: found for site, found in sites.items() if site not in small}
+
+
+def _by_site(
+    first: Mapping[int, Admission], config: PartitionConfig, hospitals: int
+) -> dict[int, int]:
+    """Give whole sites to hospitals, those below ``min_patients`` as one pool; none is divided."""
+    small, groups = _sites(first, config)
+    if small.keys() | groups.keys() <= {UNKNOWN}:
+        raise UserError(
+            "partition.scheme=site for data that names no sites",
+            allowed="eICU's tables, or a MEDS data set with a column of hospitals",
+            fix="set another partition.scheme",
+        )
+    if small:
+        groups[""] = [patient for members in small.values() for patient in members]
+    if len(groups) < hospitals:
+        raise UserError(
+            f"federation.hospitals={hospitals} with partition.scheme=site for {len(groups)} sites"
+            + f", of which one is a pool of {len(small)}" * bool(small),
+            allowed=f"1 to {len(groups)}",
+            fix="lower federation.hospitals, or partition.min-patients",
+        )
+    return _dealt(groups, hospitals)
 
 
 def _dirichlet(

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import itemgetter
@@ -11,16 +10,12 @@ from pathlib import Path
 import polars as pl
 
 from common.config import DataConfig
-from common.data.cache import cache_key, load, require_writable, store, writing
-from common.data.mimic.admissions import Prepared, Progress, prepare_tables
+from common.data.cache import cache_key, load, require_writable, store
 from common.data.mimic.orders import CHUNK_ROWS
-from common.data.mimic.tables import find_tables
-from common.data.samples import Admission, SampleTable
-from common.data.source import hash_tables, source_of
-from common.data.synthetic.write import write_tables
+from common.data.samples import Admission, Prepared, Progress, SampleTable
+from common.data.source import hash_files
+from common.data.sources import source_for
 from common.user_cache import fedrx_cache
-
-SYNTHETIC_PATH = "synthetic"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +24,7 @@ class PreparedSource:
 
     prepared: Prepared
     source: str
+    """The tag."""
     file_hashes: Mapping[str, str]
 
 
@@ -39,39 +35,37 @@ def prepare_source(
     chunk_rows: int = CHUNK_ROWS,
     progress: Progress | None = None,
 ) -> PreparedSource:
-    """Prepare the tables of ``config.path`` into the cache, or find them there.
+    """Prepare the data of ``config.path`` into the cache, or find it there.
 
-    The cache is keyed by the tables' sha256, the settings that shape samples, and this package's
-    source. ``config.path == "synthetic"`` first writes the synthetic tables into the cache, and
-    then goes the same way as any folder.
+    The cache is keyed by the files' sha256, the settings that shape samples, and this package's
+    source.
 
     Args:
-        config: Where the tables are and how they become samples.
+        config: Where the data is and how it becomes samples.
         cache_dir: Cache folder (default: the user's, see ``fedrx_cache``).
         chunk_rows: Rows of prescriptions per batch; the result does not depend on it.
         progress: Called with one line for each step.
 
     Raises:
-        UserError: Tables that cannot be used as they are, or a cache that cannot be written; the
+        UserError: Data that cannot be used as it is, or a cache that cannot be written; the
             cache holds what it held.
     """
+    say = progress or (lambda _line: None)
     cache = cache_dir or fedrx_cache()
-    folder = data_folder(config, cache)
-    tables = find_tables(folder)
-    hashes = hash_tables(tables)
+    source = source_for(config.path)
+    folder = source.folder(config, cache)
+    hashes = hash_files(source.files(folder, config))
     key = cache_key({"files": hashes, "drop_flushes": config.drop_flushes})
     path = cache / "samples" / f"{key}.samples"
     prepared = load(path)
     if prepared is None:
         require_writable(path.parent)
-        prepared = prepare_tables(
-            folder, drop_flushes=config.drop_flushes, chunk_rows=chunk_rows, progress=progress
-        )
+        prepared = source.read(folder, config, chunk_rows=chunk_rows, progress=say)
         store(path, prepared)
-    elif progress is not None:
-        progress("samples are in the cache")
-    source = source_of(folder, tables, hashes)
-    return PreparedSource(prepared=prepared, source=source, file_hashes=hashes)
+    else:
+        say("samples are in the cache")
+    tag = source.tag(folder, hashes)
+    return PreparedSource(prepared=prepared, source=tag, file_hashes=hashes)
 
 
 def load_samples(
@@ -83,28 +77,6 @@ def load_samples(
     """
     found = prepare_source(config, cache_dir=cache_dir, progress=progress)
     return sample_table(found.prepared, source=found.source, file_hashes=found.file_hashes)
-
-
-def data_folder(config: DataConfig, cache: Path) -> Path:
-    """Return the folder of the tables, writing the synthetic ones when they are asked for."""
-    if config.path != SYNTHETIC_PATH:
-        return Path(config.path).expanduser().absolute()
-    key = cache_key({"patients": config.synthetic_patients, "seed": config.synthetic_seed})
-    folder = cache / "synthetic" / key
-    if folder.is_dir():
-        return folder
-    with writing(folder.parent):
-        folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as scratch:
-            written = Path(scratch) / key
-            write_tables(written, patients=config.synthetic_patients, seed=config.synthetic_seed)
-            # Another process may have been faster; its tables are the same.
-            try:
-                written.rename(folder)
-            except OSError:
-                if not folder.is_dir():
-                    raise
-    return folder
 
 
 def sample_table(prepared: Prepared, *, source: str, file_hashes: Mapping[str, str]) -> SampleTable:

@@ -1,10 +1,15 @@
 """What the rest of the system knows of the data: one admission is one sample."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+
+import polars as pl
+
+from common.records import Record
 
 UNKNOWN = "unknown"
+Progress = Callable[[str], None]
+"""Is called with one line for each step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +41,87 @@ class Admission:
     insurance: str = UNKNOWN
     anchor_year_group: str = UNKNOWN
     careunit: str = UNKNOWN
+    site: str = UNKNOWN
+    """The hospital that the data names; it deals patients, and is shown nowhere."""
+
+
+class Range(Record):
+    """Smallest and largest value."""
+
+    min: int
+    max: int
+
+
+class Lengths(Record):
+    """How long the lists are."""
+
+    mean: float
+    min: int
+    max: int
+
+
+class Outliers(Record):
+    """Body measures outside of what is plausible, in rows."""
+
+    height: int = 0
+    weight: int = 0
+    bmi: int = 0
+
+
+class BmiCheck(Record):
+    """Patient-days with height, weight and BMI, and in how many the three agree."""
+
+    triples: int = 0
+    within_one: int = 0
+    """BMI within 1 kg/m2 of what height and weight give."""
+
+
+class Counts(Record):
+    """What cleaning counted, as ``fedrx data describe --json`` and data.json say it."""
+
+    rows: dict[str, int]
+    """Rows read, by table."""
+    rows_out: dict[str, int]
+    """Rows or list items that are in use, by table."""
+    drug_type: dict[str, int]
+    pairs_raw: int
+    """Distinct (admission, spelling) of the main drugs."""
+    pairs_normalised: int
+    pairs_clean: int
+    """The same at the string level, and without flushes."""
+    names_clean: int
+    flush_rows: int
+    samples: int
+    patients: int
+    drugs_per_sample: Lengths
+    diagnosis_rows_joined: int
+    diagnosis_rows_unmatched: int
+    age_differs_from_anchor: int
+    age_over_89: int
+    age: Range
+    height: int
+    """Samples with a height; and so on."""
+    weight: int
+    height_and_weight: int
+    no_height_no_weight: int
+    outliers: Outliers
+    bmi_check: BmiCheck
+    dropped: dict[str, int]
+    """Rows left out, by ``table.reason``; with ``rows_out`` they add up to ``rows``."""
+    null_spelled: dict[str, int]
+    """Cells that spelled NULL, by ``table.column``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Samples in columns; lists hold indices into the vocabularies."""
+
+    frame: pl.DataFrame
+    """One row per sample, in the order of patient and time; columns as in ``Admission``."""
+    drugs: tuple[str, ...]
+    titles: tuple[str, ...]
+    codes: tuple[str, ...]
+    counts: Counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +129,7 @@ class SampleTable:
     """All samples of one source, and how they came about."""
 
     admissions: tuple[Admission, ...]
-    counts: Mapping[str, Any]
-    """What ``describe --json`` prints about cleaning; holds no patient rows."""
+    counts: Counts
     source: str
     """``synthetic``, ``demo`` or ``credentialed``."""
     file_hashes: Mapping[str, str] = field(default_factory=dict)

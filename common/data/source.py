@@ -1,90 +1,73 @@
-"""Where tables come from: synthetic, the open demo, or (whenever in doubt) credentialed.
-
-The tag gates what may leave the machine, so it rests on content: every table in use must have a
-known sha256. A manifest alone proves nothing: the hashes in it must be those of the tables.
-"""
+"""The seam of data sources: what a source answers, whoever wrote its tables."""
 
 import hashlib
-import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 
-from common.data.mimic.tables import Table, reading
-from common.data.synthetic.write import MANIFEST_NAME
-
-SYNTHETIC, DEMO, CREDENTIALED = "synthetic", "demo", "credentialed"
-
-DEMO_SHA256: Mapping[str, tuple[str, str]] = {
-    "patients": (
-        "59dcc6cd8450ddf03ad32cc7d76e41caa4c9633541715987f590c74835cf6fae",
-        "d6f7f45cad83a977cfe40cf80572ad13df3970071c5f91bf2fd319c3903516f0",
-    ),
-    "admissions": (
-        "910b9f160ffdf1e08ea673585393f347c773ccc87d66875c627584a903ae8493",
-        "b08247c945ce0c69c505cf3427c6442135b89d9ea6315a89d4adb7b1733ce1d4",
-    ),
-    "diagnoses_icd": (
-        "958565670c0b3903c0c12825366dc2bae8561d2d55f16feac0c949dd630ed3e4",
-        "ffb493244933ae7e1cbb17183f78a2e65625bd253489c01d376bfdc49df774af",
-    ),
-    "d_icd_diagnoses": (
-        "0f715a3c4c5e44400305d4deb86ff648e499a3bfcb946f353e8b030022d3ec06",
-        "e1eaafe3916f25cb2162dc95c31c280d834434531afa3a91b40bdf9943e58d2b",
-    ),
-    "prescriptions": (
-        "33c392ba5b9299b08eca0a61911ba106f0aebdba26ed31b856bb9ffd49fe3654",
-        "3865f9f13bec8bdfa6eca6205d26d1a55c40051a5c7d396609a68e532775db9d",
-    ),
-    "omr": (
-        "6d7c69dbb2c79b9d1de7d1e68f3424ad248821d7c074dc6537d7290774af39b9",
-        "64a75e495f3c85b16981c94fe72c4818f8dd67eeff534604a12d5f974c9c938f",
-    ),
-    "services": (
-        "28306d68e952fe2cc9ef6e60b0afda93c27d7a06bee8ef39e71ccc4de5ded793",
-        "78d0093c8829fa86dd1c1895128e62615d0da15a8faa4123f0ecfe00213dfcc7",
-    ),
-    "transfers": (
-        "41151539886d12d57159b65ffe4d7df5a7ef8ceb7cd113ea9a56fbfbfd78a87c",
-        "75a8f8c8bcaecb57406bbec43aa1cffee72cf2b91195a949aa7f21426432da8b",
-    ),
-}
-"""Tables of the MIMIC-IV Clinical Database Demo 2.2 (Johnson et al., PhysioNet): sha256 of the
-csv.gz, as in its SHA256SUMS.txt, and of the csv inside."""
+from common.config import DataConfig
+from common.data.icd import Diagnosis
+from common.data.samples import Prepared, Progress
+from common.data.tables import reading
 
 
-def hash_tables(tables: Mapping[str, Table]) -> dict[str, str]:
-    """Return the sha256 of every table's file, by its path below the data folder.
+class Source(ABC):
+    """One kind of data: how it is recognised, read and handled. ``common.data.sources`` lists all.
+
+    A source hands over samples in columns (``common.data.assemble`` makes them of its tables, and
+    counts every row that is left out) and a tag, which says what may leave the machine
+    (``common.data.handling``).
+    """
+
+    @abstractmethod
+    def claims(self, path: str) -> bool:
+        """Tell whether ``data.path`` is of this kind."""
+
+    def folder(self, config: DataConfig, cache: Path) -> Path:
+        """Return the folder of the data; a source that makes its own puts it into the cache."""
+        del cache
+        return Path(config.path).expanduser().absolute()
+
+    @abstractmethod
+    def files(self, folder: Path, config: DataConfig) -> dict[str, Path]:
+        """Return every file that samples depend on, by its path below the folder.
+
+        Raises:
+            UserError: One that is needed is missing or is no such file.
+        """
+
+    @abstractmethod
+    def tag(self, folder: Path, hashes: Mapping[str, str]) -> str:
+        """Return the tag by content alone; whatever is not recognised is credentialed.
+
+        Args:
+            folder: Of the data.
+            hashes: sha256 of ``files``, by the same names.
+        """
+
+    @abstractmethod
+    def read(
+        self, folder: Path, config: DataConfig, *, chunk_rows: int, progress: Progress
+    ) -> Prepared:
+        """Read and clean the tables.
+
+        Raises:
+            UserError: Tables that cannot be used as they are.
+        """
+
+    @abstractmethod
+    def titles(self, folder: Path, config: DataConfig) -> list[Diagnosis]:
+        """Return the diagnoses that the source has a title for, beyond those of its samples."""
+
+
+def hash_files(files: Mapping[str, Path]) -> dict[str, str]:
+    """Return the sha256 of every file, by name.
 
     Raises:
         UserError: A file that cannot be read.
     """
     hashes = {}
-    for table in tables.values():
-        with reading(table), table.path.open("rb") as stream:
-            hashes[table.label] = hashlib.file_digest(stream, "sha256").hexdigest()
+    for label, path in files.items():
+        with reading(label), path.open("rb") as stream:
+            hashes[label] = hashlib.file_digest(stream, "sha256").hexdigest()
     return hashes
-
-
-def source_of(folder: Path, tables: Mapping[str, Table], hashes: Mapping[str, str]) -> str:
-    """Return ``synthetic``, ``demo`` or ``credentialed`` (all that is not recognised).
-
-    Args:
-        folder: The data folder, where the generator leaves its manifest.
-        tables: The tables in use.
-        hashes: From ``hash_tables``.
-    """
-    if all(hashes[table.label] in DEMO_SHA256[name] for name, table in tables.items()):
-        return DEMO
-    recorded = _manifest_hashes(folder)
-    if all(recorded.get(table.label) == hashes[table.label] for table in tables.values()):
-        return SYNTHETIC
-    return CREDENTIALED
-
-
-def _manifest_hashes(folder: Path) -> dict[str, str]:
-    """Read the generator's record of its files; empty when there is none in its form."""
-    try:
-        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-        return {label: str(entry["sha256"]) for label, entry in manifest["tables"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}

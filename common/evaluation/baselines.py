@@ -64,7 +64,7 @@ def nearest_neighbours(
         for shared_n in (asked_bc @ fit.codes_nc.T).toarray():
             # The test admission's own norm is the same for all its neighbours: it changes nothing.
             weight_n = shared_n / norms_n
-            near = _largest(weight_n, neighbours)
+            near = largest(weight_n, neighbours)
             if not shared_n.any():
                 weight_n, near = np.ones(len(train)), np.arange(len(train))
             votes_d = fit.drugs_nd[near].T @ weight_n[near]
@@ -132,8 +132,8 @@ class _Fit:
         codes = sorted({code for one in train for code in one.diagnosis_codes})
         code_column = {code: column for column, code in enumerate(codes)}
         return cls(
-            codes_nc=_presence((one.diagnosis_codes for one in train), code_column),
-            drugs_nd=_presence((map(normalise_string, one.drugs) for one in train), names),
+            codes_nc=presence((one.diagnosis_codes for one in train), code_column),
+            drugs_nd=presence((map(normalise_string, one.drugs) for one in train), names),
             code_column=code_column,
             spellings=tuple(
                 min(spelled[name], key=lambda spelling: (-spelled[name][spelling], spelling))
@@ -147,14 +147,14 @@ class _Fit:
         return frequency
 
     def codes_of(self, admissions: Sequence[Admission]) -> csr_array:
-        return _presence((one.diagnosis_codes for one in admissions), self.code_column)
+        return presence((one.diagnosis_codes for one in admissions), self.code_column)
 
     def named(self, drugs: NDArray[np.intp]) -> DrugList:
         return tuple(self.spellings[drug] for drug in drugs)
 
 
-def _presence(rows: Iterable[Iterable[str]], column: Mapping[str, int]) -> csr_array:
-    """Return a 0/1 matrix; items without a column are unknown and left out."""
+def presence(rows: Iterable[Iterable[str]], column: Mapping[str, int]) -> csr_array:
+    """Return a 0/1 matrix (rows, columns); items without a column are unknown and left out."""
     found = [sorted({column[item] for item in row if item in column}) for row in rows]
     return csr_array(
         (
@@ -170,7 +170,7 @@ def _ranked(score_d: NDArray[np.float64]) -> NDArray[np.intp]:
     return np.argsort(-score_d, kind="stable")
 
 
-def _largest(score_n: NDArray[np.float64], number: int) -> NDArray[np.intp]:
+def largest(score_n: NDArray[np.float64], number: int) -> NDArray[np.intp]:
     """Return the places of the largest scores without sorting all; ties go to the earlier."""
     bound = np.partition(score_n, -number)[-number]
     above = np.flatnonzero(score_n > bound)

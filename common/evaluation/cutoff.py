@@ -76,12 +76,7 @@ def fit_cutoff(
     Raises:
         UserError: If there is no admission.
     """
-    if not scores:
-        raise UserError(
-            "evaluation.method=score: a hospital has no validation patients to choose the "
-            "threshold on",
-            fix="raise data.validation-fraction, or set evaluation.method to generate",
-        )
+    require_validation(scores)
     scores_AN = np.array(scores)
     truth_AN = np.array(truths, dtype=bool)
     true_A = truth_AN.sum(axis=1) + np.array(missing)
@@ -90,6 +85,20 @@ def fit_cutoff(
     return Cutoff(
         threshold=threshold, slope=slope, intercept=intercept, admissions=len(scores), f1=f1
     )
+
+
+def require_validation(validation: Sequence[object], hospital: str = "a hospital") -> None:
+    """Check that there is somebody to choose a threshold on.
+
+    Raises:
+        UserError: If there is not.
+    """
+    if not validation:
+        raise UserError(
+            f"evaluation.method=score: {hospital} has no validation patients to choose the "
+            "threshold on",
+            fix="raise data.validation-fraction, or set evaluation.method to generate",
+        )
 
 
 def _best_threshold(

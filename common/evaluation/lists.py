@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from common.config import Config
 from common.evaluation.answers_file import CutoffFacts, Generation
 from common.evaluation.constrained import answer_grammar
-from common.evaluation.cutoff import Cutoff
+from common.evaluation.cutoff import Cutoff, require_validation
 from common.evaluation.drug_scores import drug_scores
 from common.evaluation.drug_trie import require_room
 from common.evaluation.formulary import formularies
@@ -168,6 +168,18 @@ class ListMaker:
         for ranker in used.values():
             require_room(ranker.trie, self._settings.max_new_tokens)
         return lambda prompt: used[hospitals[prompt]].matcher()
+
+
+def check_lists(hospitals: Sequence["Hospital"], config: Config) -> None:
+    """Check before anything is trained that held-out patients can be answered as asked for.
+
+    Raises:
+        UserError: If scored lists are asked for where nobody can choose their threshold.
+    """
+    if config.evaluation.method == "score":
+        for hospital in hospitals:
+            if hospital.test:
+                require_validation(hospital.validation, hospital.name)
 
 
 def read_answer(text: str, *, finished: bool) -> list[str] | None:

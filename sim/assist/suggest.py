@@ -20,8 +20,8 @@ from common.data.icd import (
     DiagnosisIndex,
     code_frequency,
     public_diagnoses,
-    table_diagnoses,
 )
+from common.data.sources import titles_of
 from common.errors import UserError
 from common.evaluation.judge.gate import source_of_run
 from common.evaluation.support import Support, SupportIndex
@@ -32,7 +32,6 @@ from sim.assist.listing import Lister
 from sim.assist.patient_form import PatientRequest
 from sim.process.open_run import open_run
 
-SYNTHETIC_PATH = "synthetic"
 _CODE = re.compile(r"[A-Za-z]?\d[\w.]{1,7}")
 _FREE_KEYS = (
     *(
@@ -183,8 +182,7 @@ def surroundings_of(
         for one in data.samples.admissions
         for title, code in zip(one.diagnoses, one.diagnosis_codes, strict=True)
     ]
-    if config.data.path != SYNTHETIC_PATH:
-        known += table_diagnoses(Path(config.data.path).expanduser())
+    known += titles_of(config.data)
     index = DiagnosisIndex(
         known, frequency=code_frequency(train), origin=f"the titles of the {data.source} tables"
     )

@@ -1,6 +1,6 @@
 """``fedrx data``: from tables to samples, counts and synthetic tables."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,10 +11,14 @@ from common.configio import from_flat, parse_overrides
 from common.errors import UserError
 from sim.cli.options import JsonOption, SetOption, console_for, print_json
 
-app = typer.Typer(no_args_is_help=True, help="MIMIC-IV or synthetic tables to samples.")
+app = typer.Typer(no_args_is_help=True, help="MIMIC-IV, MEDS, eICU or synthetic data to samples.")
 
 DirArgument = Annotated[
-    str, typer.Argument(metavar="DIR", help="Folder that holds hosp/, or `synthetic`.")
+    str,
+    typer.Argument(
+        metavar="DIR",
+        help="Folder of MIMIC-IV (it holds hosp/), of a MEDS data set or of eICU, or `synthetic`.",
+    ),
 ]
 
 
@@ -68,7 +72,7 @@ def synthesize(
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same files.")] = 0,
     json_output: JsonOption = False,
 ) -> None:
-    """Write synthetic MIMIC-IV tables with planted defects, and a manifest of them."""
+    """Write synthetic MIMIC-IV tables with planted defects, and a manifest of their hashes."""
     from common.data.synthetic.write import write_tables
 
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -84,4 +88,4 @@ def synthesize(
         markup=False,
         highlight=False,
     )
-    print_json(asdict(manifest), json_output)
+    print_json(manifest.as_json(), json_output)

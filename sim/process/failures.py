@@ -10,8 +10,9 @@ import tempfile
 import traceback
 from pathlib import Path
 
+from common.data.handling import CREDENTIALED, handling_of
 from common.errors import FedrxError, RunFailed
-from common.evaluation.judge.gate import CREDENTIALED, source_of_run
+from common.evaluation.judge.gate import source_of_run
 from common.rundir import SUMMARY, RunDirectory
 
 ERROR_LOG = "error.log"
@@ -46,7 +47,7 @@ def described(error: Exception, run: RunDirectory | None) -> str:
     kind = type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         text = f"{kind}: {error.strerror}" + (f": {error.filename}" if error.filename else "")
-    elif _source(run) == CREDENTIALED:
+    elif not handling_of(_source(run)).is_open:
         frames = traceback.extract_tb(error.__traceback__)
         where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
         text = f"{kind}{where}"

@@ -1,10 +1,10 @@
 """One process at a time on a run directory."""
 
 import contextlib
-import fcntl
 from collections.abc import Iterator
 
 from common.errors import UserError
+from common.files import locked
 from common.rundir import RunDirectory
 
 
@@ -15,11 +15,6 @@ def exclusive(run: RunDirectory) -> Iterator[None]:
     Raises:
         UserError: if another process is at work on it.
     """
-    with (run.path / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"another process is at work on {run.path}", fix="wait for it, or end it"
-            ) from None
+    busy = UserError(f"another process is at work on {run.path}", fix="wait for it, or end it")
+    with locked(run.path / ".lock", refusal=busy):
         yield

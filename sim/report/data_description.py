@@ -70,7 +70,7 @@ def prepare(
     """
     found = prepare_source(config.data, cache_dir=cache_dir, progress=progress)
     return {
-        **found.prepared.counts,
+        **found.prepared.counts.as_json(),
         "source": found.source,
         "digest": table_digest(found.prepared),
     }
@@ -87,6 +87,7 @@ def describe(
     say = progress or (lambda _: None)
     opened = open_hospitals(config, cache_dir=cache_dir, progress=progress)
     table, hospitals = opened.samples, opened.hospitals
+    counts = table.counts.as_json()
     sizes = [_sizes(one) for one in hospitals]
     if config.partition.scheme in ATTRIBUTES:
         groups = _group_counts(table, hospitals, config.partition.scheme)
@@ -103,8 +104,8 @@ def describe(
             seed=config.evaluation.seed,
         )
     data = {
-        **table.counts,
-        "dropped": {**table.counts["dropped"], **_missing_drops(hospitals)},
+        **counts,
+        "dropped": {**counts["dropped"], **_missing_drops(hospitals)},
         "source": table.source,
         "partition": {
             "scheme": config.partition.scheme,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common.data.handling import handling_of
 from common.errors import UserError
 from common.evaluation.answers_file import read_answers
 from common.files import write_json, write_text
@@ -18,11 +19,6 @@ from sim.report.html import Block, to_html, to_markdown
 from sim.report.plots import bytes_svg, epsilon_svg, loss_svg
 
 NOTICE = "Research only, not for clinical use."
-SOURCES = {
-    "synthetic": "Synthetic data: these figures prove that the system works, nothing about care.",
-    "demo": "MIMIC-IV demo (100 patients, open): figures prove correctness, not quality.",
-    "credentialed": "Credentialed data: this report shows aggregates only. Handle it as agreed.",
-}
 MODEL_NAMES = {
     "fedrx": "FedRx (trained B)",
     "untrained": "untrained backbone",
@@ -124,7 +120,7 @@ def run_blocks(run: RunDirectory) -> list[Block]:
     source = summary.get("source", "credentialed")
     blocks = [
         Block(note=NOTICE, warning=True),
-        Block(note=SOURCES[source], warning=True),
+        Block(note=handling_of(source).report, warning=True),
         _what_ran(run, summary),
         *_incidents(run),
         *_losses(run),
@@ -134,7 +130,7 @@ def run_blocks(run: RunDirectory) -> list[Block]:
         *_privacy(run, summary),
         *_judgement(summary),
     ]
-    if source in ("synthetic", "demo"):
+    if handling_of(source).is_open:
         blocks += _samples(run)
     return blocks
 

@@ -8,6 +8,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from common.config import Config
+from common.data.handling import handling_of
 from common.errors import UserError
 from common.files import write_bytes, write_json, write_text
 from common.model.adapter.falora import Adapter
@@ -25,13 +26,6 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
 CARD_TITLE = "# FedRx adapter: drug lists from diagnoses"
 FOLDER = "adapter"
-_HANDLING = {
-    "synthetic": "It was trained on synthetic data and knows nothing about care.",
-    "demo": "It was trained on the MIMIC-IV Clinical Database Demo (100 patients, Open Database "
-    "License): it proves that the training works, not that its answers are good.",
-    "credentialed": "It was trained on credentialed data. Weights can reveal what they were "
-    "trained on: do not share or publish them beyond what your data use agreement allows.",
-}
 
 
 def export_run(
@@ -159,7 +153,7 @@ def model_card(
         "",
         CARD_TITLE,
         "",
-        f"**{NOTICE}** {_HANDLING[source]}",
+        f"**{NOTICE}** {handling_of(source).card}",
         "",
         (
             "Given a patient's physical data and the diagnoses of one hospital stay, the model "

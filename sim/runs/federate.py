@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from common.config import IN_PROCESS, Config
+from common.data.handling import handling_of
 from common.data.partition import Hospital
 from common.errors import FedrxError
 from common.limits import available_cpus
@@ -76,7 +77,7 @@ class Federation(Kind):
             return run.directory.summary()
         except FedrxError:
             told = tracebacks(run.directory)[earlier:].rstrip()
-            if told and run.preparation.data.source != "credentialed":
+            if told and handling_of(run.preparation.data.source).is_open:
                 Console(stderr=True, soft_wrap=True).print(told, markup=False, highlight=False)
             raise
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from common.config import Config
 from common.data.dataset import Dataset, open_hospitals
 from common.evaluation.answers import choose_cases
+from common.evaluation.lists import check_lists
 from common.model.adapter.layout import AdapterLayout, adapter_layout, adapter_spec
 from common.model.backbone.load import BackboneSpec, resolve_backbone
 from common.privacy.mechanism.isolation import check_backbone
@@ -47,6 +48,7 @@ def prepare(config: Config, console: Console) -> Preparation:
     for hospital in data.hospitals:
         checkpoint_steps(config, steps_in_all(config, len(hospital.train)).value)
     choose_cases(data.hospitals, samples=config.evaluation.samples, seed=config.evaluation.seed)
+    check_lists(data.hospitals, config)
     backbone = resolve_backbone(config.model.backbone, progress=say)
     if is_private(config):
         check_backbone(backbone)
@@ -69,7 +71,7 @@ def data_facts(preparation: Preparation) -> Mapping[str, object]:
     return {
         "source": table.source,
         "file_hashes": table.file_hashes,
-        "counts": {name: value for name, value in table.counts.items() if name != "age"},
+        "counts": {name: value for name, value in table.counts.as_json().items() if name != "age"},
         "hospitals": [
             {
                 "name": hospital.name,
@@ -89,7 +91,12 @@ def with_absolute_paths(config: Config) -> Config:
     data, model, evaluation = config.data, config.model, config.evaluation
     return replace(
         config,
-        data=replace(data, path=_absolute(data.path), drug_map=_absolute(data.drug_map)),
+        data=replace(
+            data,
+            path=_absolute(data.path),
+            meds_codes=_absolute(data.meds_codes),
+            drug_map=_absolute(data.drug_map),
+        ),
         model=replace(model, backbone=_absolute(model.backbone)),
         evaluation=replace(
             evaluation,

@@ -9,14 +9,16 @@ import pandas as pd
 import pytest
 
 from common.config import DataConfig
-from common.data.prepare import data_folder, load_samples
+from common.data.prepare import load_samples
+from common.data.sources import source_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return data_folder(DataConfig(synthetic_patients=15), tmp_path_factory.mktemp("cache"))
+    config = DataConfig(synthetic_patients=15)
+    return source_for("synthetic").folder(config, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.mark.process
@@ -48,7 +50,7 @@ def test_copies_are_new_patients_with_the_same_lists(source, tmp_path):
     assert replicate(source, tmp_path / "copies", 3 * rows) == 3
     one = load_samples(DataConfig(path=str(source)), cache_dir=tmp_path)
     three = load_samples(DataConfig(path=str(tmp_path / "copies")), cache_dir=tmp_path)
-    assert three.counts["samples"] == 3 * one.counts["samples"]
-    assert three.counts["patients"] == 3 * one.counts["patients"]
-    assert three.counts["pairs_clean"] == 3 * one.counts["pairs_clean"]
+    assert three.counts.as_json()["samples"] == 3 * one.counts.as_json()["samples"]
+    assert three.counts.as_json()["patients"] == 3 * one.counts.as_json()["patients"]
+    assert three.counts.as_json()["pairs_clean"] == 3 * one.counts.as_json()["pairs_clean"]
     assert three.source == "credentialed"

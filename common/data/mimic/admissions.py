@@ -1,38 +1,30 @@
-"""From tables to one row per admission, with every dropped row counted under its reason."""
+"""MIMIC-IV's tables to samples: each is read, cleaned and counted, then all are joined."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
-from common.data.mimic.diagnoses import DiagnosisLists, diagnosis_lists
-from common.data.mimic.measures import Measures, clean_measures, measures_at_admission
-from common.data.mimic.orders import CHUNK_ROWS, DrugLists, drug_lists, read_orders
-from common.data.mimic.tables import Table, find_tables, read, times, whole_numbers
-from common.data.samples import UNKNOWN
+from common.data.cleaning.assemble import (
+    PLAUSIBLE_AGE,
+    Book,
+    assemble,
+    items,
+    plausible_age,
+    refuse_orphans,
+)
+from common.data.cleaning.measures import Measures, clean_measures
+from common.data.cleaning.orders import DrugLists, drug_lists
+from common.data.mimic.diagnoses import read_diagnoses
+from common.data.mimic.orders import CHUNK_ROWS, read_orders
+from common.data.mimic.tables import find_tables
+from common.data.samples import Prepared, Progress
+from common.data.tables import Table, read, spelled_nulls, times, whole_numbers
 from common.errors import UserError
 
-OLDEST_SHOWN_AGE = 89
-PLAUSIBLE_AGE = (0, 120)
-"""Inclusive limits; outside is a typing error, and the admission is dropped and counted."""
 _CAREUNIT_EVENT = "admit"
-_MOST_ORPHANS = 0.5
-
-Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """Samples in columns; lists hold indices into the vocabularies."""
-
-    frame: pl.DataFrame
-    """One row per sample, in the order of patient and time; columns as in ``Admission``."""
-    drugs: tuple[str, ...]
-    titles: tuple[str, ...]
-    codes: tuple[str, ...]
-    counts: Mapping[str, Any]
+_RESULTS = {"Height (Inches)": "height", "Weight (Lbs)": "weight", "BMI (kg/m2)": "bmi"}
+"""omr's result_name: measure."""
 
 
 def prepare_tables(
@@ -55,13 +47,13 @@ def prepare_tables(
     """
     say = progress or (lambda _: None)
     tables = find_tables(folder)
-    book = _Book()
+    book = Book()
     say("reading patients and admissions")
     patients = _patients(tables["patients"], book)
     stays = _stays(tables["admissions"], patients, book)
     known = stays["hadm_id"]
     say("reading diagnoses")
-    diagnoses = _diagnoses(tables, known, book)
+    diagnoses = read_diagnoses(tables["diagnoses_icd"], tables["d_icd_diagnoses"], known, book)
     say("reading body measures")
     measures = _measures(tables["omr"], patients, book)
     say("streaming prescriptions")
@@ -69,69 +61,26 @@ def prepare_tables(
     services = _attribute(tables, "services", "transfertime", "curr_service", known, book)
     careunits = _attribute(tables, "transfers", "intime", "careunit", known, book)
     say("joining one row per admission")
-    samples = (
-        stays.join(diagnoses.lists, on="hadm_id", how="left")
-        .join(drugs.lists, on="hadm_id", how="left")
-        .join(measures_at_admission(stays, measures), on="hadm_id", how="left")
-        .join(services, on="hadm_id", how="left")
-        .join(careunits, on="hadm_id", how="left")
-        .sort("subject_id", "admittime", "hadm_id")
-    )
-    complete = _complete(samples, book)
-    book.out["admissions"] = complete.height
-    if complete.is_empty():
-        raise UserError(
-            f"no samples after cleaning in {folder}",
-            allowed="at least one admission with a plausible age, diagnoses and MAIN drugs",
-            fix="check that the tables come from one version of MIMIC-IV",
-        )
-    frame = _sample_columns(complete)
-    return Prepared(
-        frame=frame,
-        drugs=drugs.vocabulary,
-        titles=diagnoses.titles,
-        codes=diagnoses.codes,
-        counts={
-            **_counts(book, drugs, diagnoses, measures, stays, frame),
-            "null_spelled": {
-                f"{table.name}.{column}": cells
-                for table in tables.values()
-                for column, cells in sorted(table.nulls.items())
-                if cells
-            },
-        },
+    return assemble(
+        stays.join(services.rename({"curr_service": "service"}), on="hadm_id", how="left").join(
+            careunits, on="hadm_id", how="left"
+        ),
+        book,
+        diagnoses=diagnoses,
+        drugs=drugs,
+        measures=measures,
+        folder=folder,
+        null_spelled=spelled_nulls(tables),
     )
 
 
-class _Book:
-    """Rows in, rows out and reasons, by table; each is counted by itself, none by subtraction."""
-
-    def __init__(self) -> None:
-        self.rows: dict[str, int] = {}
-        self.out: dict[str, int] = {}
-        self.dropped: dict[str, dict[str, int]] = {}
-        self.drug_type: dict[str, int] = {}
-
-    def drop(self, table: str, **reasons: int) -> None:
-        entries = self.dropped.setdefault(table, {})
-        for reason, number in reasons.items():
-            entries[reason] = entries.get(reason, 0) + number
-
-    def flat(self) -> dict[str, int]:
-        return {
-            f"{table}.{reason}": number
-            for table, reasons in self.dropped.items()
-            for reason, number in reasons.items()
-        }
-
-
-def _patients(table: Table, book: _Book) -> pl.DataFrame:
+def _patients(table: Table, book: Book) -> pl.DataFrame:
     frame = read(
         table,
         numbers=("subject_id", "anchor_age", "anchor_year"),
         attributes=("gender", "anchor_year_group"),
     )
-    book.rows["patients"] = frame.height
+    book.read("patients", frame.height)
     doubled = frame.height - frame["subject_id"].n_unique()
     if doubled:
         raise UserError(
@@ -139,16 +88,16 @@ def _patients(table: Table, book: _Book) -> pl.DataFrame:
             allowed="one row for each patient",
             fix="remove the duplicate patients, or fetch the file again",
         )
-    book.out["patients"] = frame.height
+    book.keep("patients", frame.height)
     return frame
 
 
-def _stays(table: Table, patients: pl.DataFrame, book: _Book) -> pl.DataFrame:
+def _stays(table: Table, patients: pl.DataFrame, book: Book) -> pl.DataFrame:
     frame = read(
         table, numbers=("subject_id", "hadm_id"), attributes=("admission_type", "insurance")
     )
     frame = times(frame, table, "admittime", required=True)
-    book.rows["admissions"] = frame.height
+    book.read("admissions", frame.height)
     distinct = frame.unique()
     doubled = distinct.height - distinct["hadm_id"].n_unique()
     if doubled:
@@ -157,54 +106,41 @@ def _stays(table: Table, patients: pl.DataFrame, book: _Book) -> pl.DataFrame:
             allowed="one row for each admission",
             fix="remove the duplicate admissions, or fetch the file again",
         )
-    stays = distinct.join(patients, on="subject_id").with_columns(_age())
-    _refuse_orphans(table, distinct.height - stays.height, distinct.height, "a patient")
-    book.drop(
-        "admissions",
-        duplicate=frame.height - distinct.height,
-        unknown_patient=distinct.height - stays.height,
-    )
+    stays = distinct.join(patients, on="subject_id").with_columns(age=_age())
+    orphans = distinct.height - stays.height
+    refuse_orphans(table.label, orphans, distinct.height, "a patient")
+    duplicate = frame.height - distinct.height
+    book.drop("admissions", {"duplicate": duplicate, "unknown_patient": orphans})
     return stays
 
 
 def _age() -> pl.Expr:
     """Age at admission; null where it, or the age that it is counted from, is implausible."""
     anchor = pl.col("anchor_age")
-    age = anchor + pl.col("admittime").dt.year() - pl.col("anchor_year")
-    plausible = anchor.is_between(*PLAUSIBLE_AGE) & age.is_between(*PLAUSIBLE_AGE)
-    return pl.when(plausible).then(age).alias("age")
+    age = plausible_age(anchor + pl.col("admittime").dt.year() - pl.col("anchor_year"))
+    return pl.when(anchor.is_between(*PLAUSIBLE_AGE)).then(age)
 
 
-def _diagnoses(tables: Mapping[str, Table], known: pl.Series, book: _Book) -> DiagnosisLists:
-    table, dictionary = tables["diagnoses_icd"], tables["d_icd_diagnoses"]
-    lists = diagnosis_lists(table, dictionary, known)
-    rows = lists.rows
-    book.rows["diagnoses_icd"], book.rows["d_icd_diagnoses"] = rows, lists.dictionary_rows
-    book.drop("diagnoses_icd", **lists.dropped)
-    _refuse_orphans(table, lists.dropped["unknown_admission"], rows, "an admission")
-    if lists.unmatched > _MOST_ORPHANS * rows:
-        raise UserError(
-            f"{table.label}: {lists.unmatched} of {rows} rows match no title in {dictionary.label}",
-            fix="use both tables from the same version",
-        )
-    book.out["diagnoses_icd"] = _items(lists.lists["diagnoses"])
-    book.drop("d_icd_diagnoses", **lists.untitled)
-    book.out["d_icd_diagnoses"] = lists.dictionary_titles
-    return lists
-
-
-def _measures(table: Table, patients: pl.DataFrame, book: _Book) -> Measures:
-    measures = clean_measures(table, patients["subject_id"])
-    book.rows["omr"] = measures.read
-    book.drop("omr", **measures.dropped)
-    book.out["omr"] = measures.rows.height
+def _measures(table: Table, patients: pl.DataFrame, book: Book) -> Measures:
+    frame = read(table, numbers=("subject_id", "seq_num"))
+    found = times(frame, table, "chartdate", required=True).select(
+        "subject_id",
+        "seq_num",
+        pl.col("chartdate").cast(pl.Date).alias("date"),
+        pl.col("result_name").replace_strict(_RESULTS, default=None).alias("kind"),
+        pl.col("result_value").str.strip_chars().cast(pl.Float64, strict=False).alias("value"),
+    )
+    measures = clean_measures(found, patients["subject_id"])
+    book.read("omr", measures.read)
+    book.drop("omr", measures.dropped)
+    book.keep("omr", measures.rows.height)
     return measures
 
 
 def _drugs(
     table: Table,
     known: pl.Series,
-    book: _Book,
+    book: Book,
     drop_flushes: bool,
     chunk_rows: int,
     say: Progress,
@@ -216,8 +152,8 @@ def _drugs(
     )
     lists = drug_lists(orders, known, drop_flushes=drop_flushes)
     book.drug_type = dict(orders.drug_type)
-    book.rows["prescriptions"] = orders.rows
-    book.drop("prescriptions", **lists.dropped)
+    book.read("prescriptions", orders.rows)
+    book.drop("prescriptions", lists.dropped)
     main = orders.drug_type.get("MAIN", 0)
     if not main:
         raise UserError(
@@ -225,33 +161,20 @@ def _drugs(
             allowed="MAIN, BASE, ADDITIVE in column drug_type",
             fix="use the table as PhysioNet ships it",
         )
-    _refuse_orphans(table, lists.dropped["unknown_admission"], main, "an admission")
-    book.out["prescriptions"] = _items(lists.lists["drugs"])
+    refuse_orphans(table.label, lists.dropped["unknown_admission"], main, "an admission")
+    book.keep("prescriptions", items(lists.lists["drugs"]))
     return lists
 
 
-def _items(lists: pl.Series) -> int:
-    return int(lists.list.len().sum())
-
-
-def _refuse_orphans(table: Table, orphans: int, rows: int, parent: str) -> None:
-    """A few orphans are counted and dropped; more than half means that tables do not belong."""
-    if orphans > _MOST_ORPHANS * rows:
-        raise UserError(
-            f"{table.label}: {orphans} of {rows} rows belong to {parent} that is in no table",
-            fix="use all tables from the same version of MIMIC-IV",
-        )
-
-
 def _attribute(
-    tables: Mapping[str, Table], name: str, time: str, value: str, known: pl.Series, book: _Book
+    tables: Mapping[str, Table], name: str, time: str, value: str, known: pl.Series, book: Book
 ) -> pl.DataFrame:
     """First value of an admission in time; an empty frame when the table is absent."""
     if name not in tables:
         return pl.DataFrame(schema={"hadm_id": pl.Int64, value: pl.String})
     table = tables[name]
     rows = read(table, attributes=(value,))
-    book.rows[name] = rows.height
+    book.read(name, rows.height)
     told = rows.drop_nulls(value)
     if "eventtype" in rows.columns:
         told = told.filter(pl.col("eventtype") == _CAREUNIT_EVENT)
@@ -261,92 +184,11 @@ def _attribute(
         .join(known.to_frame(), on="hadm_id", how="semi")
     )
     first = placed.sort("hadm_id", time, value, nulls_last=True).unique("hadm_id", keep="first")
-    book.drop(
-        name,
-        not_in_use=rows.height - told.height,
-        unknown_admission=told.height - placed.height,
-        later=placed.height - first.height,
-    )
-    book.out[name] = first.height
+    unused = {
+        "not_in_use": rows.height - told.height,
+        "unknown_admission": told.height - placed.height,
+        "later": placed.height - first.height,
+    }
+    book.drop(name, unused)
+    book.keep(name, first.height)
     return first.select("hadm_id", value)
-
-
-def _complete(samples: pl.DataFrame, book: _Book) -> pl.DataFrame:
-    """Keep the admissions that lack nothing; the first thing that is missing is the reason."""
-    for reason, column in (
-        ("implausible_age", "age"),
-        ("no_diagnoses", "diagnoses"),
-        ("no_drugs", "drugs"),
-    ):
-        kept = samples.filter(pl.col(column).is_not_null())
-        book.drop("admissions", **{reason: samples.height - kept.height})
-        samples = kept
-    return samples
-
-
-def _sample_columns(complete: pl.DataFrame) -> pl.DataFrame:
-    attributes = {
-        "sex": "gender",
-        "service": "curr_service",
-        "admission_type": "admission_type",
-        "insurance": "insurance",
-        "anchor_year_group": "anchor_year_group",
-        "careunit": "careunit",
-    }
-    return complete.select(
-        pl.col("subject_id").alias("patient"),
-        pl.col("hadm_id").alias("admission"),
-        "age",
-        "height_cm",
-        "weight_kg",
-        "bmi",
-        "diagnoses",
-        "drugs",
-        *(pl.col(old).fill_null(UNKNOWN).alias(new) for new, old in attributes.items()),
-    )
-
-
-def _counts(
-    book: _Book,
-    drugs: DrugLists,
-    diagnoses: DiagnosisLists,
-    measures: Measures,
-    stays: pl.DataFrame,
-    frame: pl.DataFrame,
-) -> dict[str, Any]:
-    lengths = frame["drugs"].list.len()
-    tall, heavy = frame["height_cm"].is_not_null(), frame["weight_kg"].is_not_null()
-    kinds = ("MAIN", "BASE", "ADDITIVE")
-    return {
-        "rows": book.rows,
-        "rows_out": book.out,
-        "drug_type": dict.fromkeys(kinds, 0) | book.drug_type,
-        **drugs.counts,
-        "samples": frame.height,
-        "patients": frame["patient"].n_unique(),
-        "drugs_per_sample": {
-            "mean": float(lengths.sum()) / frame.height,
-            "min": _whole(lengths.min()),
-            "max": _whole(lengths.max()),
-        },
-        "diagnosis_rows_joined": diagnoses.joined,
-        "diagnosis_rows_unmatched": diagnoses.unmatched,
-        "age_differs_from_anchor": int((stays["age"] != stays["anchor_age"]).sum()),
-        "age_over_89": int((stays["age"] > OLDEST_SHOWN_AGE).sum()),
-        "age": {"min": _whole(stays["age"].min()), "max": _whole(stays["age"].max())},
-        "height": int(tall.sum()),
-        "weight": int(heavy.sum()),
-        "height_and_weight": int((tall & heavy).sum()),
-        "no_height_no_weight": int((~tall & ~heavy).sum()),
-        "outliers": measures.outliers,
-        "bmi_check": {
-            "triples": measures.bmi_triples,
-            "within_one": measures.bmi_triples_within_one,
-        },
-        "dropped": book.flat(),
-    }
-
-
-def _whole(value: object) -> int:
-    assert isinstance(value, int)
-    return value

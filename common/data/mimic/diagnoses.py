@@ -1,91 +1,49 @@
-"""Diagnoses of an admission: ordered titles, joined on code and version together.
+"""diagnoses_icd and its dictionary, read as text: codes keep their leading zeros."""
 
-The same digits mean different things in ICD-9 and ICD-10, so a join on the code alone is wrong.
-"""
-
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import polars as pl
 
-from common.data.mimic.tables import NULL_OF_NAMES, Table, read
+from common.data.cleaning.assemble import Book, items, refuse_orphans
+from common.data.cleaning.diagnoses import KEY, DiagnosisLists, diagnosis_lists, match_titles
+from common.data.tables import NULL_OF_NAMES, Table, read
 from common.errors import UserError
 
-_KEY = ["icd_code", "icd_version"]
 _LONGEST_ICD9 = 5
+_MOST_UNMATCHED = 0.5
 
 
-@dataclass(frozen=True, kw_only=True)
-class DiagnosisLists:
-    """One ordered diagnosis list per admission."""
-
-    lists: pl.DataFrame
-    """hadm_id, diagnoses: list of indices into ``titles`` and ``codes``."""
-    titles: tuple[str, ...]
-    codes: tuple[str, ...]
-    """``version:code``, parallel to ``titles``."""
-    rows: int
-    """Rows read."""
-    joined: int
-    """Rows whose code and version have a title."""
-    unmatched: int
-    dropped: Mapping[str, int]
-    dictionary_rows: int
-    """Rows of the dictionary."""
-    dictionary_titles: int
-    """Rows of the dictionary that are in use."""
-    untitled: Mapping[str, int]
-    """Rows of the dictionary that were left out, by reason."""
-
-
-def diagnosis_lists(table: Table, dictionary: Table, known: pl.Series) -> DiagnosisLists:
+def read_diagnoses(table: Table, dictionary: Table, known: pl.Series, book: Book) -> DiagnosisLists:
     """Join diagnoses with their titles and list them by seq_num.
 
     Args:
         table: diagnoses_icd as found.
         dictionary: d_icd_diagnoses as found.
         known: Admissions that exist (hadm_id).
+        book: Rows of both are counted here.
 
     Raises:
         UserError: Damaged tables, ids that cannot be read, or codes that lost their leading zeros.
     """
-    titles, untitled, dictionary_rows = _dictionary(dictionary)
+    titles, untitled = _dictionary(dictionary)
     coded = _coded(table, numbers=("hadm_id", "seq_num"))
-    # Everything about codes is decided on distinct ones: few thousand instead of millions.
-    codes = coded.group_by(_KEY).len("rows").join(titles, on=_KEY, how="left").sort(*_KEY)
-    unmatched = codes.filter(pl.col("title").is_null())
-    _refuse_lost_zeros(unmatched, codes, titles, table)
-    used = codes.filter(pl.col("title").is_not_null()).with_row_index("diagnosis")
-    joined, lost = int(used["rows"].sum()), int(unmatched["rows"].sum())
-    placed = (
-        coded.lazy()
-        .join(used.lazy().select(*_KEY, "diagnosis"), on=_KEY)
-        .select("hadm_id", "seq_num", "diagnosis")
-        .join(known.rename("hadm_id").to_frame().unique().lazy(), on="hadm_id", how="semi")
-        .collect()
-    )
-    ordered = placed.sort("hadm_id", "seq_num", "diagnosis").unique(
-        ["hadm_id", "diagnosis"], keep="first", maintain_order=True
-    )
-    lists = ordered.group_by("hadm_id", maintain_order=True).agg(
-        pl.col("diagnosis").alias("diagnoses")
-    )
-    return DiagnosisLists(
-        lists=lists,
-        titles=tuple(used["title"]),
-        codes=tuple(used.select(pl.format("{}:{}", "icd_version", "icd_code")).to_series()),
-        rows=coded.height,
-        joined=joined,
-        unmatched=lost,
-        dropped={
-            "unmatched_code": lost,
-            "unknown_admission": joined - placed.height,
-            "duplicate": placed.height - ordered.height,
-        },
-        dictionary_rows=dictionary_rows,
-        dictionary_titles=titles.height,
-        untitled=untitled,
-    )
+    codes = match_titles(coded, titles)
+    _refuse_lost_zeros(codes, titles, table)
+    lists = diagnosis_lists(coded, codes, known)
+    book.read("diagnoses_icd", lists.rows)
+    book.read("d_icd_diagnoses", titles.height + sum(untitled.values()))
+    book.drop("diagnoses_icd", lists.dropped)
+    refuse_orphans(table.label, lists.dropped["unknown_admission"], lists.rows, "an admission")
+    if lists.unmatched > _MOST_UNMATCHED * lists.rows:
+        raise UserError(
+            f"{table.label}: {lists.unmatched} of {lists.rows} rows match no title in "
+            f"{dictionary.label}",
+            fix="use both tables from the same version",
+        )
+    book.keep("diagnoses_icd", items(lists.lists["diagnoses"]))
+    book.drop("d_icd_diagnoses", untitled)
+    book.keep("d_icd_diagnoses", titles.height)
+    return lists
 
 
 def _coded(table: Table, *, numbers: Sequence[str]) -> pl.DataFrame:
@@ -104,18 +62,18 @@ def _coded(table: Table, *, numbers: Sequence[str]) -> pl.DataFrame:
     return frame
 
 
-def _dictionary(table: Table) -> tuple[pl.DataFrame, dict[str, int], int]:
+def _dictionary(table: Table) -> tuple[pl.DataFrame, dict[str, int]]:
     parsed = _coded(table, numbers=()).select(
-        *_KEY,
+        *KEY,
         pl.col("long_title").str.replace_all(r"\s+", " ").str.strip_chars().alias("title"),
     )
     titled = parsed.filter(~pl.col("title").fill_null("").is_in(["", NULL_OF_NAMES]))
     titles = titled.unique()
-    dropped = {
+    untitled = {
         "no_title": parsed.height - titled.height,
         "duplicate": titled.height - titles.height,
     }
-    doubled = titles.height - titles.select(_KEY).n_unique()
+    doubled = titles.height - titles.select(KEY).n_unique()
     if doubled:
         raise UserError(
             f"{table.label}: {doubled} codes have several titles, "
@@ -123,21 +81,20 @@ def _dictionary(table: Table) -> tuple[pl.DataFrame, dict[str, int], int]:
             allowed="one title for each icd_code and icd_version",
             fix="fetch the original file; read icd_code as text",
         )
-    return titles, dropped, parsed.height
+    return titles, untitled
 
 
-def _refuse_lost_zeros(
-    unmatched: pl.DataFrame, codes: pl.DataFrame, titles: pl.DataFrame, table: Table
-) -> None:
+def _refuse_lost_zeros(codes: pl.DataFrame, titles: pl.DataFrame, table: Table) -> None:
     """Raise when unmatched codes match after padding, more often than intact zeros do.
 
     A few such rows among many intact ones are a flaw of single rows, and stay merely unmatched.
     """
-    short = unmatched.filter(pl.col("icd_version") == 9).select(*_KEY, "rows")
+    unmatched = codes.filter(pl.col("title").is_null())
+    short = unmatched.filter(pl.col("icd_version") == 9).select(*KEY, "rows")
     padded = [
         short.with_columns(
             ("0" * zeros + pl.col("icd_code")).alias("icd_code"), pl.col("icd_code").alias("short")
-        ).join(titles, on=_KEY, how="semi")
+        ).join(titles, on=KEY, how="semi")
         for zeros in range(1, _LONGEST_ICD9)
     ]
     lost = int(pl.concat(padded).unique("short")["rows"].sum())

@@ -1,19 +1,13 @@
-"""Prescriptions: millions of order lines streamed to one drug list per admission.
-
-The table is never held whole: batches are reduced to one row per (admission, spelling) as they
-come, and nothing is joined before that. The result does not depend on the batch size, nor on the
-order of the rows.
-"""
+"""Prescriptions, streamed: batches are reduced as they come, and the table is never held whole."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import polars as pl
 
-from common.data.mimic.tables import (
+from common.data.cleaning.orders import Orders, one_row_per_pair
+from common.data.tables import (
     MORE_FIELDS,
-    NULL_OF_NAMES,
     NULLS,
     TIME_FORMAT,
     Table,
@@ -28,50 +22,9 @@ from common.data.mimic.tables import (
     was_float,
     whole_number,
 )
-from common.data.names import normalise_string
 
 CHUNK_ROWS = 500_000
-_BUCKET_ROWS = 1_000_000
-_KEYS = ("hadm_id", "drug")
 _NULL_KINDS = frozenset(spelling.upper() for spelling in NULLS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Orders:
-    """Order lines of drug_type MAIN, reduced batch by batch."""
-
-    pairs: pl.DataFrame
-    """hadm_id (null: no number), drug (as spelled; empty for an empty cell), rows, start (first;
-    may be null): one row for each batch, admission and spelling."""
-    drug_type: Mapping[str, int]
-    """Rows by drug_type, all kinds, in capitals and without outer blanks."""
-    rows: int
-    """Rows read."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DrugLists:
-    """One drug list per admission."""
-
-    lists: pl.DataFrame
-    """hadm_id, drugs: list of indices into ``vocabulary``, by first start."""
-    vocabulary: tuple[str, ...]
-    counts: Mapping[str, int]
-    dropped: Mapping[str, int]
-    """Rows left out, by reason; with the list items they add up to the rows read."""
-
-
-def is_flush(name: str) -> bool:
-    """Tell whether a string-level name is a catheter flush, which is no therapy.
-
-    >>> is_flush("sodium chloride 0.9% flush"), is_flush("heparin flush (10 units/ml)")
-    (True, True)
-    >>> is_flush("heparin")
-    False
-    """
-    return "flush" in name and any(
-        kind in name for kind in ("saline", "sodium chloride", "heparin")
-    )
 
 
 def read_orders(
@@ -104,13 +57,13 @@ def read_orders(
     kinds: Counter[str] = Counter()
     parts: list[pl.DataFrame] = []
     rows = lost = unnumbered = 0
-    with reading(table):
+    with reading(table.label):
         for batch in lines.collect_batches(
             chunk_size=chunk_rows, maintain_order=False, engine="streaming"
         ):
             rows += batch.height
             if batch[MORE_FIELDS].any():
-                raise bad_width(table)
+                raise bad_width(table.label)
             for kind, number in batch["drug_type"].value_counts().iter_rows():
                 spelled = kind in _NULL_KINDS
                 table.nulls["drug_type"] += number * spelled
@@ -119,7 +72,8 @@ def read_orders(
             unnumbered += bad
             starts, bad = mend(table, batch["starttime"], batch["start"], midnight)
             lost += bad
-            parts.append(_one_row_per_pair(batch.with_columns(hadm_id=stays, start=starts)))
+            main = batch.with_columns(hadm_id=stays, start=starts)
+            parts.append(one_row_per_pair(main.filter(pl.col("drug_type") == "MAIN")))
             if on_rows is not None:
                 on_rows(rows)
     require_rows(table, rows)
@@ -128,133 +82,3 @@ def read_orders(
     if lost:
         raise bad_times(table, "starttime", lost)
     return Orders(pairs=pl.concat(parts), drug_type=kinds, rows=rows)
-
-
-def drug_lists(orders: Orders, known: pl.Series, *, drop_flushes: bool = True) -> DrugLists:
-    """Clean the orders and list each admission's drugs.
-
-    Two spellings that are equal at the string level are one drug, shown in the spelling that
-    started first; the list goes by first start, ties and absent times by name.
-
-    Args:
-        orders: What ``read_orders`` found.
-        known: Admissions that exist (hadm_id).
-        drop_flushes: Leave saline and heparin flushes out.
-    """
-    spellings = sorted(orders.pairs["drug"].unique().cast(pl.String))
-    names = _name_table(spellings)
-    stays = known.rename("hadm_id").to_frame().unique()
-    tally: Counter[str] = Counter()
-    lists, found = [], []
-    # An admission is in one bucket, so buckets can be cleaned one after the other, in less memory.
-    buckets = 1 + orders.pairs.height // _BUCKET_ROWS
-    for bucket in range(buckets):
-        merged = (
-            orders.pairs.lazy()
-            .filter((pl.col("hadm_id").fill_null(0) % buckets).abs() == bucket)
-            .group_by(_KEYS)
-            .agg(pl.col("rows").sum(), pl.col("start").min())
-            .collect()
-        )
-        drugs = _clean(merged.join(names, on="drug"), stays, drop_flushes, tally)
-        found.append(drugs.filter(~pl.col("flush"))["name_id"].unique())
-        lists.append(
-            drugs.group_by("hadm_id").agg(
-                pl.col("drug_id").sort_by("start", "name_id", nulls_last=True).alias("drugs")
-            )
-        )
-    return DrugLists(
-        lists=pl.concat(lists),
-        vocabulary=tuple(" ".join(spelling.split()) for spelling in spellings),
-        counts={
-            **{key: tally[key] for key in ("pairs_raw", "pairs_normalised", "pairs_clean")},
-            "names_clean": pl.concat(found).n_unique(),
-            "flush_rows": tally["flush_rows"],
-        },
-        dropped={
-            **_other_kinds(orders.drug_type),
-            **{
-                reason: tally[reason]
-                for reason in ("empty_name", "unknown_admission", "flush", "duplicate")
-            },
-        },
-    )
-
-
-def _other_kinds(drug_type: Mapping[str, int]) -> dict[str, int]:
-    """Return the rows that are not MAIN by reason; kinds that share a reason are summed."""
-    reasons: Counter[str] = Counter()
-    for kind, number in sorted(drug_type.items()):
-        if kind != "MAIN":
-            reasons[f"drug_type_{kind.lower() or 'empty'}"] += number
-    return dict(reasons)
-
-
-def _clean(
-    pairs: pl.DataFrame, stays: pl.DataFrame, drop_flushes: bool, tally: Counter[str]
-) -> pl.DataFrame:
-    """Return one row per (admission, name) that stays, and count rows and pairs on the way."""
-    named = pairs.filter(pl.col("name_id").is_not_null())
-    placed = named.join(stays, on="hadm_id", how="semi")
-    distinct = _one_spelling(placed)
-    therapy = distinct.filter(~pl.col("flush"))
-    flush_rows = _rows(placed.filter(pl.col("flush")))
-    dropped_rows, drugs = (flush_rows, therapy) if drop_flushes else (0, distinct)
-    tally.update(
-        pairs_raw=placed.height,
-        pairs_normalised=distinct.height,
-        pairs_clean=therapy.height,
-        flush_rows=flush_rows,
-        empty_name=_rows(pairs) - _rows(named),
-        unknown_admission=_rows(named) - _rows(placed),
-        flush=dropped_rows,
-        duplicate=_rows(placed) - dropped_rows - drugs.height,
-    )
-    return drugs
-
-
-def _rows(pairs: pl.DataFrame) -> int:
-    return int(pairs["rows"].sum())
-
-
-def _one_row_per_pair(batch: pl.DataFrame) -> pl.DataFrame:
-    return (
-        batch.lazy()
-        .filter(pl.col("drug_type") == "MAIN")
-        .group_by(_KEYS)
-        .agg(pl.len().cast(pl.UInt32).alias("rows"), pl.col("start").min())
-        .collect()
-    )
-
-
-def _one_spelling(pairs: pl.DataFrame) -> pl.DataFrame:
-    """Keep the spelling that started first; only names with several spellings need the sort."""
-    first = (
-        pairs.filter(pl.col("varied"))
-        .sort("hadm_id", "name_id", "start", "drug_id", nulls_last=True)
-        .unique(["hadm_id", "name_id"], keep="first", maintain_order=True)
-    )
-    return pl.concat([pairs.filter(~pl.col("varied")), first])
-
-
-def _name_table(spellings: Sequence[str]) -> pl.DataFrame:
-    """Number spellings and string-level names by their sorted order, not by how they came."""
-    names = ["" if s.strip() == NULL_OF_NAMES else normalise_string(s) for s in spellings]
-    ranks = {name: rank for rank, name in enumerate(sorted(set(names)))}
-    uses = Counter(names)
-    return pl.DataFrame(
-        {
-            "drug": spellings,
-            "drug_id": range(len(names)),
-            "name_id": [ranks[name] if name else None for name in names],
-            "varied": [uses[name] > 1 for name in names],
-            "flush": [is_flush(name) for name in names],
-        },
-        schema={
-            "drug": pl.Categorical,
-            "drug_id": pl.UInt32,
-            "name_id": pl.UInt32,
-            "varied": pl.Boolean,
-            "flush": pl.Boolean,
-        },
-    )

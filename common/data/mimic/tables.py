@@ -1,21 +1,10 @@
-"""MIMIC-IV tables on disk: found by name, read by header, refused with one clear line.
+"""MIMIC-IV's tables: which there are, which columns are in use, and where they lie."""
 
-Everything is read as text first (codes keep their leading zeros); numbers and times are parsed
-here, by column, so that a bad file is named and no cell value ever reaches a message.
-"""
-
-import csv
-import gzip
 import os
-import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
 from pathlib import Path
 
-import polars as pl
-
+from common.data.tables import Table, find_csv, open_table
 from common.errors import UserError
 
 COLUMNS = {
@@ -31,44 +20,7 @@ COLUMNS = {
 """Tables under hosp/ and the columns in use."""
 OPTIONAL = ("services", "transfers")
 """Only partition attributes come from these; without them the attribute is ``unknown``."""
-SUFFIXES = (".csv.gz", ".csv")
-TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
-DATE_FORMAT = "%Y-%m-%d"
-NULL_OF_NAMES = r"\N"
-OFFICE = ("N/A", "n/a", "#N/A", "(null)")
-"""What spreadsheets and database clients show for NULL, and write."""
-NULLS = (NULL_OF_NAMES, "NA", "None", "NULL", "null", "NaN", "nan", "NaT", "<NA>", *OFFICE)
-"""How exports write NULL, letter by letter: databases, R, Python, pandas.
-
-They are NULL where a number, a time or an attribute stands. Drugs and diagnosis titles are names
-and never NULL in MIMIC-IV: there "NA" may be somebody's word for sodium, and only ``\\N`` is none.
-"""
-MORE_FIELDS = "more fields"
-"""Column of ``scan``: what stands after a row's last column; null in a row like its header."""
 _SEARCH_DEPTH = 4
-_TOO_WIDE = ("found more fields", "column names not specified in schema")
-"""What the parser says of a row longer than the header, and of a first row that is."""
-_DAMAGED_FIX = "fetch the file again and compare it with SHA256SUMS.txt"
-_REWRITTEN_FIX = (
-    "keep the file as PhysioNet ships it (a spreadsheet or data frame may have rewritten it)"
-)
-_EXACT_FLOAT = 2**53
-"""Beyond it a whole number that was once a float may be another one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """One table's file, already known to have the columns in use."""
-
-    name: str
-    path: Path
-    label: str
-    """Path below the data folder, for messages: ``hosp/omr.csv.gz``."""
-    columns: tuple[str, ...]
-    header: tuple[str, ...] = ()
-    """All columns of the file, in its order."""
-    nulls: Counter[str] = field(default_factory=Counter, compare=False)
-    """Cells that spelled NULL, by column, as far as the table was read."""
 
 
 def find_tables(folder: Path) -> dict[str, Table]:
@@ -90,187 +42,20 @@ def find_tables(folder: Path) -> dict[str, Table]:
         path = _locate(folder, name)
         if path is not None:
             label = path.relative_to(folder).as_posix()
-            table = Table(name=name, path=path, label=label, columns=columns)
-            tables[name] = replace(table, header=_header(table))
+            tables[name] = open_table(name, path, label, columns)
     return tables
-
-
-def scan(table: Table) -> pl.LazyFrame:
-    """Return the columns in use, and ``MORE_FIELDS``, as lazy text columns; an empty cell is null.
-
-    The parser refuses a row with too many fields only where it reads every column, and reading a
-    big table then takes a third longer. Here one column beyond the header's shows such rows,
-    unless the cell that was pushed out is empty.
-    """
-    rows = pl.scan_csv(
-        table.path,
-        has_header=False,
-        skip_lines=1,
-        schema=dict.fromkeys((*table.header, MORE_FIELDS), pl.String),
-        missing_columns="insert",
-        glob=False,
-    )
-    return rows.select(*table.columns, MORE_FIELDS)
-
-
-def read(
-    table: Table, *, numbers: Sequence[str] = (), attributes: Sequence[str] = ()
-) -> pl.DataFrame:
-    """Read the table's columns in use as text, but ``numbers`` as int64.
-
-    Args:
-        table: The table as found.
-        numbers: Columns with a whole number in every row.
-        attributes: Columns of words that may be NULL, however that is spelled.
-
-    Raises:
-        UserError: A damaged file, one without rows or with a row longer than its header, or a cell
-            of ``numbers`` that is empty or not a whole number (the column is named, never the
-            cell).
-    """
-    with reading(table):
-        # Every column: only then the parser refuses a row with too many fields.
-        rows = pl.scan_csv(table.path, infer_schema=False, glob=False).collect(engine="streaming")
-        frame = rows.select(table.columns)
-    require_rows(table, frame.height)
-    frame = frame.with_columns(blank_nulls(table, frame[name]) for name in attributes)
-    return frame.with_columns(whole_numbers(table, frame[name], required=True) for name in numbers)
-
-
-def blank_nulls(table: Table, text: pl.Series) -> pl.Series:
-    """Empty the cells that spell NULL, and count them with the table."""
-    spelled = text.str.strip_chars().is_in(NULLS).fill_null(False)
-    table.nulls[text.name] += int(spelled.sum())
-    return text.set(spelled, None)
-
-
-def whole_numbers(table: Table, text: pl.Series, *, required: bool = False) -> pl.Series:
-    """Parse a text column to int64; a cell that is empty or spells NULL is null.
-
-    Raises:
-        UserError: A cell is no whole number, or null where ``required``.
-    """
-    digits = text.str.strip_chars().cast(pl.Int64, strict=False)
-    values, unreadable = mend(table, text, digits, was_float)
-    bad = values.null_count() if required else unreadable
-    if bad:
-        raise bad_numbers(table, text.name, bad, empty=bad - unreadable)
-    return values
-
-
-def whole_number(column: str) -> pl.Expr:
-    """Parse a text column to int64; null where it is not all digits."""
-    return pl.col(column).str.strip_chars().cast(pl.Int64, strict=False)
-
-
-def was_float(text: pl.Series) -> pl.Series:
-    """Read whole numbers that a spreadsheet or data frame wrote as floats, where that is exact.
-
-    >>> was_float(pl.Series(["22995465.0", "7.5", "2.3E+07", "12345678901234567.0"])).to_list()
-    [22995465, None, None, None]
-    """
-    whole = text.str.strip_chars().str.extract(r"^([+-]?\d+)\.0*$").cast(pl.Int64, strict=False)
-    return whole.set(whole.abs() > _EXACT_FLOAT, None)
-
-
-def mend(
-    table: Table, text: pl.Series, parsed: pl.Series, again: Callable[[pl.Series], pl.Series]
-) -> tuple[pl.Series, int]:
-    """Look again at cells that were not parsed; most columns have none, and cost nothing here.
-
-    Args:
-        table: Where NULL's spellings are counted.
-        text: The cells.
-        parsed: What came of them at first.
-        again: Another way to read a cell.
-
-    Returns:
-        The values, and the number of cells that are neither read nor NULL.
-    """
-    if parsed.null_count() > text.null_count():
-        text = blank_nulls(table, text)
-        parsed = parsed.fill_null(again(text))
-    return parsed, parsed.null_count() - text.null_count()
-
-
-def require_rows(table: Table, rows: int) -> None:
-    """Refuse a table that has a header and nothing below it."""
-    if rows == 0:
-        raise UserError(f"{table.label} has no rows", fix=_DAMAGED_FIX)
-
-
-@contextmanager
-def reading(table: Table) -> Iterator[None]:
-    """Turn what a reader raises on a bad file into one line without cell values."""
-    try:
-        yield
-    except pl.exceptions.PolarsError as error:
-        if any(sign in str(error) for sign in _TOO_WIDE):
-            raise bad_width(table) from None
-        kind = "is not UTF-8 text" if "utf" in str(error).lower() else "is not a well-formed csv"
-        raise UserError(f"{table.label} {kind}", fix=_DAMAGED_FIX) from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{table.label} {_io_problem(error)}", fix=_DAMAGED_FIX) from None
-
-
-def times(frame: pl.DataFrame, table: Table, column: str, *, required: bool) -> pl.DataFrame:
-    """Parse a text column of times (``2180-05-06 22:23:00``) or dates to datetime.
-
-    Raises:
-        UserError: A cell is in another format, or empty where ``required``.
-    """
-    text = frame[column]
-    first = text.str.to_datetime(TIME_FORMAT, strict=False)
-    values, unreadable = mend(table, text, first, midnight)
-    lost = values.null_count() if required else unreadable
-    if lost:
-        raise bad_times(table, column, lost)
-    return frame.with_columns(values)
-
-
-def midnight(text: pl.Series) -> pl.Series:
-    """Parse dates as their midnight; null where a cell is none."""
-    return text.str.to_datetime(DATE_FORMAT, strict=False)
-
-
-def bad_numbers(table: Table, column: str, cells: int, *, empty: int = 0) -> UserError:
-    """Return the error for cells of a column of whole numbers that hold none."""
-    return UserError(
-        f"{table.label}: {cells} cells of column {column} are no whole number"
-        + f" ({empty} of them empty)" * bool(empty),
-        allowed="digits in every row, as in 22995465 or 22995465.0",
-        fix=_REWRITTEN_FIX,
-    )
-
-
-def bad_times(table: Table, column: str, cells: int) -> UserError:
-    """Return the error for cells of a time column that cannot be read."""
-    return UserError(
-        f"{table.label}: {cells} cells of column {column} are no time",
-        allowed="YYYY-MM-DD HH:MM:SS",
-        fix=_REWRITTEN_FIX,
-    )
-
-
-def bad_width(table: Table) -> UserError:
-    """Return the error for rows whose cells may stand under the wrong column."""
-    return UserError(
-        f"{table.label} has rows with more fields than its header",
-        allowed="one field for each column; text that holds a comma in quotes",
-        fix=_DAMAGED_FIX,
-    )
 
 
 def _check_root(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(
             f"data.path={folder} is not a folder",
-            allowed="a MIMIC-IV folder that holds hosp/, or synthetic",
+            allowed="a folder of MIMIC-IV (it holds hosp/), MEDS or eICU, or synthetic",
             fix="set data.path",
         )
     if (folder / "hosp").is_dir():
         return
-    if any(_file(folder, name) for name in ("prescriptions", "admissions")):
+    if any(find_csv(folder, name) for name in ("prescriptions", "admissions")):
         raise UserError(
             f"data.path={folder} holds tables but no hosp/",
             fix="name the folder above, or move the tables into hosp/",
@@ -278,7 +63,7 @@ def _check_root(folder: Path) -> None:
     below = sorted(_folders_with_hosp(folder))
     raise UserError(
         f"data.path={folder} holds no hosp/",
-        allowed="the folder of one MIMIC-IV version",
+        allowed="the folder of one MIMIC-IV version, of a MEDS data set, or of eICU's tables",
         fix=f"use data.path={' or '.join(map(str, below[:3]))}"
         if below
         else "fetch MIMIC-IV or its demo from PhysioNet, or set data.path=synthetic",
@@ -295,16 +80,11 @@ def _folders_with_hosp(folder: Path) -> Iterator[Path]:
             folders.clear()
 
 
-def _file(folder: Path, name: str) -> Path | None:
-    candidates = (folder / f"{name}{suffix}" for suffix in SUFFIXES)
-    return next((path for path in candidates if path.is_file()), None)
-
-
 def _locate(folder: Path, name: str) -> Path | None:
-    path = _file(folder / "hosp", name)
+    path = find_csv(folder / "hosp", name)
     if path is not None:
         return path
-    elsewhere = next((p for p in (_file(d, name) for d in _other_folders(folder)) if p), None)
+    elsewhere = next((p for p in (find_csv(d, name) for d in _other_folders(folder)) if p), None)
     if elsewhere is not None:
         raise UserError(
             f"{elsewhere.relative_to(folder).as_posix()} is in the wrong folder",
@@ -324,62 +104,3 @@ def _other_folders(folder: Path) -> list[Path]:
     below = sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "hosp")
     inside = sorted(path for path in (folder / "hosp").iterdir() if path.is_dir())
     return [folder, *below, *inside]
-
-
-def _header(table: Table) -> tuple[str, ...]:
-    """Return the names of the file's columns, all in use among them, each once."""
-    with reading(table):
-        header = _first_line(table.path)
-    if not header.strip():
-        raise UserError(f"{table.label} is empty", fix=_DAMAGED_FIX)
-    names = _fields(header, ",")
-    missing = [name for name in table.columns if name not in names]
-    if not missing:
-        _refuse_repeated(table, names)
-        return tuple(names)
-    for delimiter, word in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
-        if set(table.columns) & set(_fields(header, delimiter)):
-            raise UserError(
-                f"{table.label} is delimited by {word}",
-                allowed="commas",
-                fix="export it again with commas, or fetch the original",
-            )
-    raise UserError(
-        f"{table.label} lacks column {', '.join(missing)}",
-        allowed=f"a header with {', '.join(table.columns)}, in any order",
-        fix="use the table as PhysioNet ships it",
-    )
-
-
-def _refuse_repeated(table: Table, names: Sequence[str]) -> None:
-    repeated = sorted({name or "(blank)" for name in names if names.count(name) > 1})
-    if repeated:
-        raise UserError(
-            f"{table.label} has several columns named {', '.join(repeated)}",
-            allowed="one column of each name",
-            fix="use the table as PhysioNet ships it",
-        )
-
-
-def _fields(header: str, delimiter: str) -> list[str]:
-    return [name.strip() for name in next(csv.reader([header], delimiter=delimiter))]
-
-
-def _first_line(path: Path) -> str:
-    with path.open("rb") as raw:
-        zipped = raw.read(2) == b"\x1f\x8b"
-    if path.suffix == ".gz" and not zipped:
-        if path.stat().st_size == 0:
-            return ""
-        raise gzip.BadGzipFile
-    with gzip.open(path, "rb") if zipped else path.open("rb") as stream:
-        line: bytes = stream.readline(1 << 16)
-    return line.decode("utf-8-sig", errors="replace").rstrip("\r\n")
-
-
-def _io_problem(error: Exception) -> str:
-    if isinstance(error, PermissionError):
-        return "cannot be read (permission denied)"
-    if isinstance(error, gzip.BadGzipFile) or "gzip header" in str(error):
-        return "is not a gzip file"
-    return "is truncated or damaged"

@@ -1,21 +1,17 @@
-"""The table rows of one invented patient, the defects planted in them, and a count of both."""
+"""The table rows of one invented patient, with the defects planted in them."""
 
 import zlib
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from common.data.synthetic.catalogue import (
     ADDITIVES,
     FLUSHES,
-    GROUPS,
     INTENSIVE_CARE_UNITS,
-    STATUS_CODES,
     VEHICLES,
     WARDS,
     Drug,
@@ -40,8 +36,10 @@ _REPEAT = 0.25
 _VARIANT_OF_REPEATS = 0.06
 _ORPHAN = 0.02
 # Patients who carry the single defects, so that the smallest source has them too.
-_OUTLIER_PATIENT = 0
-_HEAVY_PATIENT = 1
+_OUTLIERS = {
+    0: (("Height (Inches)", "5"), ("BMI (kg/m2)", "4649.4")),
+    1: (("Weight (Lbs)", "20250"),),
+}
 _OLD_PATIENT = 2
 _ORPHAN_PATIENT = 3
 
@@ -54,70 +52,43 @@ class _Line(NamedTuple):
     pharmacy: int
 
 
-class Tally:
-    """What was written so far: planted defects, and what a correct cleaning must count."""
+class Numbers:
+    """Where the source's running numbers stand: ids follow from them, spread over their range."""
 
     def __init__(self) -> None:
-        self.planted: Counter[str] = Counter()
-        self.drug_type: Counter[str] = Counter()
-        self.counts: Counter[str] = Counter()
-        self.names: set[str] = set()
-        self.shortest = self.longest = 0
-        self.admissions = self.pharmacies = self.transfers = 0
+        self._admissions = self._pharmacies = self._transfers = 0
 
-    def sample(self, drugs: int, height: bool, weight: bool) -> None:
-        """Count one admission that has diagnoses and drugs."""
-        self.shortest = min(self.shortest or drugs, drugs)
-        self.longest = max(self.longest, drugs)
-        self.counts["samples"] += 1
-        self.counts["drugs"] += drugs
-        self.counts["height"] += height
-        self.counts["weight"] += weight
-        self.counts["height_and_weight"] += height and weight
-        self.counts["no_height_no_weight"] += not (height or weight)
+    def admission(self) -> int:
+        """Return the next hadm_id."""
+        self._admissions += 1
+        return 20_000_000 + (self._admissions - 1) * 6_180_339 % 9_999_991
 
-    def expected(self, rows: Mapping[str, int]) -> dict[str, Any]:
-        """Return the counts under the names that ``fedrx data describe`` prints."""
-        names = (
-            *("pairs_raw", "pairs_normalised", "pairs_clean", "flush_rows", "samples", "patients"),
-            *("age_differs_from_anchor", "age_over_89"),
-            *("height", "weight", "height_and_weight", "no_height_no_weight"),
-        )
-        return {
-            "rows": dict(rows),
-            "drug_type": {kind: self.drug_type[kind] for kind in ("MAIN", "BASE", "ADDITIVE")},
-            **{name: self.counts[name] for name in names},
-            "names_clean": len(self.names),
-            "drugs_per_sample": {
-                "mean": self.counts["drugs"] / max(1, self.counts["samples"]),
-                "min": self.shortest,
-                "max": self.longest,
-            },
-            "diagnosis_rows_joined": rows["diagnoses_icd"],
-            "diagnosis_rows_unmatched": 0,
-            "outliers": {kind: self.planted[f"{kind}_outliers"] for kind in _OUTLIERS},
-        }
+    def transfer(self) -> int:
+        """Return the next transfer_id."""
+        self._transfers += 1
+        return 30_000_000 + (self._transfers - 1) * 6_180_339 % 9_999_991
+
+    def pharmacy(self, *, same: bool) -> int:
+        """Return the next pharmacy_id, or the last one again."""
+        self._pharmacies += not same
+        return 10_000_000 + self._pharmacies * 61_803_399 % 89_999_999
 
 
-_OUTLIERS = ("height", "weight", "bmi")
-
-
-def patient_rows(patient: Patient, seed: int, index: int, tally: Tally) -> Iterator[Row]:
-    """Yield one patient's rows in all tables, and count them in ``tally``.
+def patient_rows(patient: Patient, seed: int, index: int, numbers: Numbers) -> Iterator[Row]:
+    """Yield one patient's rows in all tables, defects among them.
 
     Rows of an admission come in no order of their own (neither seq_num nor time), as in MIMIC-IV.
 
     Args:
         patient: Whom to write.
         seed: The source's seed.
-        index: The patient's number, from 0; ids follow from it and from ``tally``.
-        tally: Updated.
+        index: The patient's number, from 0; the subject_id follows from it.
+        numbers: Of the source; go on.
     """
     random = stream(seed, "synthetic-rows", index)
     subject = 10_000_000 + index * 7_368_787 % 9_999_991
     if index == _OLD_PATIENT:
         patient = replace(patient, anchor_age=HIDDEN_OLD_AGE)
-    tally.planted["patients_above_89"] += patient.anchor_age == HIDDEN_OLD_AGE
     last = patient.stays[-1]
     died = random.random() < 0.03
     yield (
@@ -127,18 +98,11 @@ def patient_rows(patient: Patient, seed: int, index: int, tally: Tally) -> Itera
             *(patient.anchor_year_group, last.discharged.date() if died else ""),
         ),
     )
-    known, rows = _measure_rows(random, subject, index, patient, tally)
-    yield from rows
-    samples = tally.counts["samples"]
+    yield from _measure_rows(random, subject, index, patient)
     language = "ENGLISH" if random.random() < 0.9 else "?"
     race = _RACES[random.integers(len(_RACES))]
     for stay in patient.stays:
-        admission = 20_000_000 + tally.admissions * 6_180_339 % 9_999_991
-        tally.admissions += 1
-        age = patient.anchor_age + stay.admitted.year - patient.anchor_year
-        tally.counts["age_differs_from_anchor"] += age != patient.anchor_age
-        tally.counts["age_over_89"] += age > 89
-        ids = (subject, admission)
+        ids = (subject, numbers.admission())
         dead = died and stay is last
         yield (
             "hosp/admissions",
@@ -148,83 +112,62 @@ def patient_rows(patient: Patient, seed: int, index: int, tally: Tally) -> Itera
                 *(stay.insurance, language, "SINGLE", race, "", "", int(dead)),
             ),
         )
-        yield from _place_rows(random, ids, stay, tally)
-        defect = random.random()
-        coded = not _NO_ORDERS <= defect < _NO_ORDERS + _NO_DIAGNOSES
-        if coded:
-            yield from _diagnosis_rows(random, ids, stay, tally)
-        tally.planted["stays_without_diagnoses"] += not coded
-        lines: list[_Line] = []
-        if defect < _NO_ORDERS:
-            tally.planted["stays_without_orders"] += 1
-        elif _NO_ORDERS + _NO_DIAGNOSES <= defect < _NO_ORDERS + _NO_DIAGNOSES + _ONLY_FLUSHES:
-            lines = _lines(random, (), stay.admitted, tally)
-            tally.planted["stays_with_only_flushes"] += 1
-        else:
-            lines = _lines(random, stay.orders, stay.admitted, tally)
-        drugs = _count_lines(lines, tally)
-        if coded and drugs:
-            tally.sample(drugs, *(_known_before(days, stay) for days in known))
-        yield from _line_rows(random, ids, lines)
+        yield from _place_rows(random, ids, stay, numbers)
+        yield from _coded_and_ordered(random, ids, stay, numbers)
     if index == _ORPHAN_PATIENT or random.random() < _ORPHAN:
-        lines = _lines(random, last.orders[:2], last.admitted, tally, flushes=0)
-        for line in lines:
-            tally.drug_type[line.drug_type] += 1
-            tally.planted["orphan_rows"] += line.drug_type == "MAIN"
+        lines = _lines(random, last.orders[:2], last.admitted, numbers, flushes=0)
         yield from _line_rows(random, (subject, 19_000_000 + index % 900_000), lines)
-    tally.counts["patients"] += tally.counts["samples"] > samples
+
+
+def _coded_and_ordered(
+    random: np.random.Generator, ids: tuple[int, int], stay: Stay, numbers: Numbers
+) -> Iterator[Row]:
+    """Yield diagnoses and orders; a few stays lack the one, the other, or all but flushes."""
+    defect = random.random()
+    if not _NO_ORDERS <= defect < _NO_ORDERS + _NO_DIAGNOSES:
+        yield from _diagnosis_rows(random, ids, stay)
+    if defect < _NO_ORDERS:
+        return
+    flushed = _NO_ORDERS + _NO_DIAGNOSES <= defect < _NO_ORDERS + _NO_DIAGNOSES + _ONLY_FLUSHES
+    orders = () if flushed else stay.orders
+    yield from _line_rows(random, ids, _lines(random, orders, stay.admitted, numbers))
 
 
 def _measure_rows(
-    random: np.random.Generator, subject: int, index: int, patient: Patient, tally: Tally
-) -> tuple[tuple[list[datetime], list[datetime]], list[Row]]:
-    """Return the days on which height and weight became known, and the rows of omr."""
+    random: np.random.Generator, subject: int, index: int, patient: Patient
+) -> list[Row]:
     rows: list[tuple[datetime, str, str]] = []
-    heights: list[datetime] = []
-    weights: list[datetime] = []
     weight = patient.weight_pounds
     has_height, has_weight = random.random(2) < (0.66, 0.78)
     for number, stay in enumerate(patient.stays):
         day = stay.admitted - timedelta(days=int(random.integers(0, 60)))
-        late = random.random() < 0.15
-        if late:
+        if random.random() < 0.15:
             day = stay.discharged + timedelta(days=2)
-            tally.planted["measures_after_admission"] += 1
         if number and random.random() < 0.4:
             continue
         if has_height:
-            heights.append(day)
             rows.append((day, "Height (Inches)", str(patient.height_inches)))
         if has_weight:
-            weights.append(day)
             rows.append((day, "Weight (Lbs)", f"{weight:g}"))
             rows.append((day, "Blood Pressure", f"{random.integers(95, 170)}/70"))
         if has_height and has_weight:
             bmi = weight * _BMI_FACTOR / patient.height_inches**2
             rows.append((day, "BMI (kg/m2)", f"{bmi:.1f}"))
         weight = round(weight * float(np.clip(random.normal(1, 0.03), 0.9, 1.1)), 1)
-    first = patient.stays[0].admitted
     # On the very day, so that a missing rejection shows in the sample and not only in a count.
-    if index == _OUTLIER_PATIENT:
-        rows += [(first, "Height (Inches)", "5"), (first, "BMI (kg/m2)", "4649.4")]
-        tally.planted["height_outliers"] += 1
-        tally.planted["bmi_outliers"] += 1
-    if index == _HEAVY_PATIENT:
-        rows.append((first, "Weight (Lbs)", "20250"))
-        tally.planted["weight_outliers"] += 1
-    numbered: list[Row] = [
-        ("hosp/omr", (subject, day.date(), number, name, value))
-        for number, (day, name, value) in enumerate(rows, 1)
-    ]
-    return (heights, weights), _shuffled(random, numbered)
-
-
-def _known_before(days: Sequence[datetime], stay: Stay) -> bool:
-    return any(day.date() <= stay.admitted.date() for day in days)
+    first = patient.stays[0].admitted
+    rows += [(first, name, value) for name, value in _OUTLIERS.get(index, ())]
+    return _shuffled(
+        random,
+        [
+            ("hosp/omr", (subject, day.date(), number, name, value))
+            for number, (day, name, value) in enumerate(rows, 1)
+        ],
+    )
 
 
 def _place_rows(
-    random: np.random.Generator, ids: tuple[int, int], stay: Stay, tally: Tally
+    random: np.random.Generator, ids: tuple[int, int], stay: Stay, numbers: Numbers
 ) -> Iterator[Row]:
     unit = INTENSIVE_CARE_UNITS[stay.service] if stay.intensive_care else WARDS[stay.service]
     begin, end = stay.admitted, stay.discharged
@@ -235,42 +178,26 @@ def _place_rows(
         yield "hosp/services", (*ids, half, stay.service, "SURG")
     moves = (("admit", unit, begin, half), ("transfer", WARDS[stay.service], half, end))
     for event, place, entered, left in (*moves, ("discharge", "", end, "")):
-        transfer = 30_000_000 + tally.transfers * 6_180_339 % 9_999_991
-        tally.transfers += 1
+        transfer = numbers.transfer()
         yield "hosp/transfers", (*ids, transfer, event, place, entered, left)
         if event == "admit" and stay.intensive_care:
             days = (half - begin).total_seconds() / 86_400
             yield "icu/icustays", (*ids, transfer, unit, unit, begin, half, days)
 
 
-def _diagnosis_rows(
-    random: np.random.Generator, ids: tuple[int, int], stay: Stay, tally: Tally
-) -> list[Row]:
-    clash = _clashing_codes()
+def _diagnosis_rows(random: np.random.Generator, ids: tuple[int, int], stay: Stay) -> list[Row]:
     rows: list[Row] = []
     for number, code in enumerate(stay.diagnoses, 1):
         row = ("hosp/diagnoses_icd", (*ids, number, code.code, code.version))
-        copies = 1 + int(random.random() < _DUPLICATE)
-        rows += [row] * copies
-        tally.planted["duplicate_diagnosis_rows"] += copies - 1
-        tally.planted["leading_zero_rows"] += copies * code.code.startswith("0")
-        tally.planted["clashing_code_rows"] += copies * (code.code in clash)
+        rows += [row] * (1 + int(random.random() < _DUPLICATE))
     return _shuffled(random, rows)
-
-
-@lru_cache(maxsize=1)
-def _clashing_codes() -> frozenset[str]:
-    codes = {code for group in GROUPS for code in group.codes}
-    codes |= {code for status in STATUS_CODES for code in status}
-    times = Counter(code.code for code in codes)
-    return frozenset(code for code, number in times.items() if number > 1)
 
 
 def _lines(
     random: np.random.Generator,
     orders: Sequence[Order],
     admitted: datetime,
-    tally: Tally,
+    numbers: Numbers,
     *,
     flushes: int | None = None,
 ) -> list[_Line]:
@@ -280,9 +207,7 @@ def _lines(
     def add(
         drug_type: str, drug: Drug, spelling: str, start: datetime, *, same: bool = False
     ) -> None:
-        tally.pharmacies += not same
-        number = 10_000_000 + tally.pharmacies * 61_803_399 % 89_999_999
-        lines.append(_Line(drug_type, drug, spelling, start, number))
+        lines.append(_Line(drug_type, drug, spelling, start, numbers.pharmacy(same=same)))
 
     for order in orders:
         drug, start = order.drug, order.start
@@ -290,7 +215,6 @@ def _lines(
         chance = random.random(3)
         if chance[0] < _DUPLICATE:
             lines.append(lines[-1])
-            tally.planted["duplicate_prescription_rows"] += 1
         if drug.route.startswith("IV") and chance[1] < 0.8:
             vehicle = VEHICLES[random.integers(len(VEHICLES))]
             add("BASE", vehicle, vehicle.name, start, same=True)
@@ -299,7 +223,6 @@ def _lines(
             spelling = drug.name
             if chance[2] < _REPEAT * _VARIANT_OF_REPEATS:
                 spelling = _variant(random, drug.name)
-                tally.planted["spelling_variant_rows"] += 1
             add("MAIN", drug, spelling, again)
     if orders and random.random() < 0.02:
         additive = ADDITIVES[random.integers(len(ADDITIVES))]
@@ -317,19 +240,6 @@ def _variant(random: np.random.Generator, name: str) -> str:
     offered = (name.upper(), name.lower(), name.replace(" ", "  "), f"{name} ", f" {name}")
     others = [spelling for spelling in offered if spelling != name]
     return others[random.integers(len(others))]
-
-
-def _count_lines(lines: Sequence[_Line], tally: Tally) -> int:
-    """Count one existing admission's lines; return the length of its drug list."""
-    main = [line for line in lines if line.drug_type == "MAIN"]
-    clean = {line.drug.name for line in main if line.drug not in FLUSHES}
-    tally.drug_type.update(line.drug_type for line in lines)
-    tally.counts["pairs_raw"] += len({line.spelling for line in main})
-    tally.counts["pairs_normalised"] += len({line.drug.name for line in main})
-    tally.counts["pairs_clean"] += len(clean)
-    tally.counts["flush_rows"] += sum(line.drug in FLUSHES for line in main)
-    tally.names |= clean
-    return len(clean)
 
 
 def _line_rows(

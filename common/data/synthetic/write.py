@@ -1,26 +1,29 @@
 """The synthetic source: MIMIC-IV's tables about patients who never lived, with planted defects.
 
 Same headers, column order and value formats as MIMIC-IV 2.2, written as csv.gz from one seed; a
-manifest beside the tables says that they are synthetic, what was planted, and what a correct
-cleaning must find. Provider ids and the names inside the gz headers say SYNTHETIC too.
+manifest beside the tables says that they are synthetic and what their hashes are. Provider ids and
+the names inside the gz headers say SYNTHETIC too.
 """
 
 import csv
 import gzip
 import hashlib
 import io
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING
 
 from common.data.synthetic.catalogue import GROUPS, STATUS_CODES
 from common.data.synthetic.patients import simulate
-from common.data.synthetic.rows import Tally, patient_rows
+from common.data.synthetic.rows import Numbers, patient_rows
 from common.errors import UserError
-from common.files import write_json
+from common.files import atomic_path, write_json
+from common.records import Record
+
+if TYPE_CHECKING:
+    from _csv import Writer
 
 MANIFEST_NAME = "synthetic.json"
 NOTICE = "SYNTHETIC: invented patients, written by a program. No row describes a person."
@@ -44,21 +47,23 @@ HEADERS: Mapping[str, str] = {
 _COMPRESSION = 5
 
 
-@dataclass(frozen=True, kw_only=True)
-class SyntheticManifest:
-    """What was written, and what a correct cleaning must find in it."""
+class WrittenTable(Record):
+    """One file of the source."""
+
+    rows: int
+    sha256: str
+
+
+class SyntheticManifest(Record):
+    """What was written."""
 
     source: str
     """Always ``synthetic``."""
     notice: str
     seed: int
     patients: int
-    tables: dict[str, dict[str, Any]]
-    """File below the folder: ``rows`` and ``sha256`` (of the file)."""
-    planted: dict[str, int]
-    """Defect: how often it was planted."""
-    expected: dict[str, Any]
-    """The counts of ``fedrx data describe``, counted while writing."""
+    tables: dict[str, WrittenTable]
+    """By file below the folder."""
 
 
 def write_tables(
@@ -87,7 +92,6 @@ def write_tables(
         raise UserError(
             f"{patients} synthetic patients", allowed="1 or more", fix="ask for at least one"
         )
-    paths = {table: directory / f"{table}.csv.gz" for table in HEADERS}
     manifest_path = directory / MANIFEST_NAME
     if not manifest_path.exists() and any(directory.glob("*/*.csv*")):
         raise UserError(
@@ -95,75 +99,53 @@ def write_tables(
             allowed="a new folder, or an earlier synthetic source",
             fix="name another folder",
         )
-    tally = Tally()
+    paths = {table: directory / f"{table}.csv.gz" for table in HEADERS}
+    rows: Counter[str] = Counter()
+    numbers = Numbers()
     with ExitStack() as stack:
         writers = {
-            table: stack.enter_context(_TableWriter(path, HEADERS[table]))
+            table: stack.enter_context(_table_writer(path, HEADERS[table]))
             for table, path in paths.items()
         }
-        for row in _dictionary_rows():
-            writers["hosp/d_icd_diagnoses"].write(row)
+
+        def write(table: str, cells: tuple[object, ...]) -> None:
+            writers[table].writerow(cells)
+            rows[table] += 1
+
+        for cells in _dictionary_rows():
+            write("hosp/d_icd_diagnoses", cells)
         for index in range(patients):
-            for table, row in patient_rows(simulate(seed, index), seed, index, tally):
-                writers[table].write(row)
+            for table, cells in patient_rows(simulate(seed, index), seed, index, numbers):
+                write(table, cells)
             if progress is not None:
                 progress(index + 1)
-    manifest_path.unlink(missing_ok=True)
-    tables = {}
-    for table, writer in writers.items():
-        writer.publish()
-        tables[f"{table}.csv.gz"] = {"rows": writer.rows, "sha256": _sha256(paths[table])}
+        manifest_path.unlink(missing_ok=True)
     manifest = SyntheticManifest(
         source="synthetic",
         notice=NOTICE,
         seed=seed,
         patients=patients,
-        tables=tables,
-        planted=dict(sorted(tally.planted.items())),
-        expected=tally.expected({table.split("/")[1]: w.rows for table, w in writers.items()}),
+        tables={
+            f"{table}.csv.gz": WrittenTable(rows=rows[table], sha256=_sha256(path))
+            for table, path in paths.items()
+        },
     )
-    write_json(manifest_path, asdict(manifest))
+    write_json(manifest_path, manifest.as_json())
     return manifest
 
 
-class _TableWriter:
-    """One csv.gz under a provisional name, the same bytes for the same rows."""
-
-    def __init__(self, path: Path, header: str) -> None:
-        self.rows = 0
-        self._path = path
-        self._partial = path.with_suffix(".partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._partial.open("wb")
+@contextmanager
+def _table_writer(path: Path, header: str) -> Iterator["Writer"]:
+    """Yield the writer of one csv.gz: the same bytes for the same rows."""
+    with (
+        atomic_path(path) as partial,
+        partial.open("wb") as file,
         # A fixed time, and a name that says what this is, in the gzip header.
-        self._gzip = gzip.GzipFile(
-            f"SYNTHETIC-{path.stem}", "wb", _COMPRESSION, self._file, mtime=0
-        )
-        self._text = io.TextIOWrapper(self._gzip, encoding="utf-8", newline="")
-        self._writer = csv.writer(self._text, lineterminator="\n")
-        self._text.write(header + "\n")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._text.close()
-        self._gzip.close()
-        self._file.close()
-        if kind is not None:
-            self._partial.unlink(missing_ok=True)
-
-    def write(self, row: tuple[object, ...]) -> None:
-        self._writer.writerow(row)
-        self.rows += 1
-
-    def publish(self) -> None:
-        self._partial.replace(self._path)
+        gzip.GzipFile(f"SYNTHETIC-{path.stem}", "wb", _COMPRESSION, file, mtime=0) as packed,
+        io.TextIOWrapper(packed, encoding="utf-8", newline="") as text,
+    ):
+        text.write(header + "\n")
+        yield csv.writer(text, lineterminator="\n")
 
 
 def _dictionary_rows() -> list[tuple[object, ...]]:

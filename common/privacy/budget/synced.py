@@ -1,28 +1,13 @@
-"""A file that is only appended to, by one process at a time, each line on the disk when it counts.
+"""A file that is only appended to, held by one process, each line on the disk when it counts.
 
 What was spent must be known before anything is released: a line is one write and one fsync.
 """
 
-import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import RunFailed
 from common.files import needing_room
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[int]:
-    """Open (mode 0600, made if absent) and hold a file; yield its handle."""
-    with needing_room(path.name):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield handle
-    finally:
-        os.close(handle)
 
 
 def read(handle: int) -> str:

@@ -81,10 +81,13 @@ def test_an_implausible_age_drops_the_admission_and_is_counted(
     prepared = prepare_tables(write_tables(**small))
     ages = dict(prepared.frame.select("admission", "age").iter_rows())
     assert ages == ({21: 90} if age is None else {11: age, 21: 90})
-    assert prepared.counts["dropped"]["admissions.implausible_age"] == (age is None)
-    assert prepared.counts["rows_out"]["admissions"] == len(ages)
-    assert prepared.counts["age"] == {"min": min(ages.values()), "max": 90 if age != 120 else 120}
-    assert prepared.counts["dropped"]["prescriptions.unknown_admission"] == 0
+    assert prepared.counts.as_json()["dropped"]["admissions.implausible_age"] == (age is None)
+    assert prepared.counts.as_json()["rows_out"]["admissions"] == len(ages)
+    assert prepared.counts.as_json()["age"] == {
+        "min": min(ages.values()),
+        "max": 90 if age != 120 else 120,
+    }
+    assert prepared.counts.as_json()["dropped"]["prescriptions.unknown_admission"] == 0
 
 
 def test_no_plausible_age_is_refused(write_tables, small):
@@ -100,7 +103,7 @@ def test_the_same_digits_in_both_icd_versions_keep_their_own_titles(write_tables
     )
     prepared = prepare_tables(write_tables(**small))
     assert "Something else" not in prepared.titles
-    assert prepared.counts["diagnosis_rows_joined"] == 3
+    assert prepared.counts.as_json()["diagnosis_rows_joined"] == 3
 
 
 def test_result_is_the_same_from_csv_and_from_gz(write_tables, tmp_path):
@@ -186,7 +189,7 @@ def test_rows_in_are_rows_out_and_the_reasons(write_tables, small_tables, change
         # The small tables stay in, so that there are samples, and orphans are no majority.
         tables[name] = tables[name] * 5 + rows if name != "services" else rows
     prepared = prepare_tables(write_tables(**tables))
-    counts = prepared.counts
+    counts = prepared.counts.as_json()
     for name, rows in counts["rows"].items():
         assert rows == len(tables[name])
         reasons = {k: n for k, n in counts["dropped"].items() if k.startswith(f"{name}.")}

@@ -173,8 +173,8 @@ def test_single_flawed_codes_among_intact_ones_are_counted(write_tables, small, 
         {"subject_id": 2, "hadm_id": 21, "seq_num": 2, "icd_code": "389", "icd_version": 9}
     )
     table = load_samples(DataConfig(path=str(write_tables(**small))), cache_dir=cache)
-    assert table.counts["diagnosis_rows_unmatched"] == 1
-    assert table.counts["dropped"]["diagnoses_icd.unmatched_code"] == 1
+    assert table.counts.as_json()["diagnosis_rows_unmatched"] == 1
+    assert table.counts.as_json()["dropped"]["diagnoses_icd.unmatched_code"] == 1
 
 
 def test_duplicate_patients_are_refused(write_tables, small, cache):
@@ -195,8 +195,8 @@ def test_a_few_prescriptions_without_admissions_are_counted(write_tables, small,
         {"hadm_id": number, "drug_type": "MAIN", "drug": "Aspirin"} for number in (999, "")
     ]
     table = load_samples(DataConfig(path=str(write_tables(**small))), cache_dir=cache)
-    assert table.counts["dropped"]["prescriptions.unknown_admission"] == 2
-    assert table.counts["samples"] == 2
+    assert table.counts.as_json()["dropped"]["prescriptions.unknown_admission"] == 2
+    assert table.counts.as_json()["samples"] == 2
 
 
 @pytest.mark.parametrize("table", ["patients", "prescriptions", "omr", "d_icd_diagnoses"])

@@ -39,7 +39,7 @@ def table(mimic_demo, tmp_path_factory):
     ],
 )
 def test_number(table, key, expected):
-    assert table.counts[key] == expected
+    assert table.counts.as_json()[key] == expected
 
 
 @pytest.mark.parametrize(
@@ -53,11 +53,11 @@ def test_number(table, key, expected):
     ],
 )
 def test_rows_read(table, name, rows):
-    assert table.counts["rows"][name] == rows
+    assert table.counts.as_json()["rows"][name] == rows
 
 
 def test_drugs_per_sample(table):
-    drugs = table.counts["drugs_per_sample"]
+    drugs = table.counts.as_json()["drugs_per_sample"]
     assert drugs["mean"] == pytest.approx(27.74, abs=0.005)
     assert (drugs["min"], drugs["max"]) == (4, 88)
     lengths = [len(one.drugs) for one in table.admissions]
@@ -66,7 +66,7 @@ def test_drugs_per_sample(table):
 
 
 def test_rows_in_are_rows_out_and_the_reasons(table):
-    counts = table.counts
+    counts = table.counts.as_json()
     for name, rows in counts["rows"].items():
         reasons = sum(n for key, n in counts["dropped"].items() if key.startswith(f"{name}."))
         assert rows == counts["rows_out"][name] + reasons, name

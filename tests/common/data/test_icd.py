@@ -2,7 +2,9 @@
 
 import pytest
 
-from common.data.icd import Diagnosis, DiagnosisIndex, public_diagnoses, table_diagnoses
+from common.config import DataConfig
+from common.data.icd import Diagnosis, DiagnosisIndex, public_diagnoses
+from common.data.mimic.source import MimicIV
 
 
 def index(frequency=None):
@@ -64,7 +66,7 @@ def test_what_a_person_writes(text, code, title):
 @pytest.mark.slow
 def test_the_public_titles_are_those_of_the_demos_dictionary(mimic_demo):
     """Editions differ by a few per cent of the codes; the titles of shared codes, by spellings."""
-    official = {one.code: one.title for one in table_diagnoses(mimic_demo)}
+    official = {one.code: one.title for one in MimicIV().titles(mimic_demo, DataConfig())}
     public = public_diagnoses()
     shared = [one for one in public if one.code in official]
     assert len({one.code for one in public}) == len(public) > 70_000

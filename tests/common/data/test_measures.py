@@ -24,7 +24,7 @@ def measure(kind, date, value, seq=1, subject=1):
 def first_sample(folder):
     prepared = prepare_tables(folder)
     table = sample_table(prepared, source="credentialed", file_hashes={})
-    return table.admissions[0], prepared.counts
+    return table.admissions[0], prepared.counts.as_json()
 
 
 def test_units_and_bmi(write_tables):

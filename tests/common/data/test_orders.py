@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.data.mimic.orders import Orders, drug_lists, is_flush, read_orders
+from common.data.cleaning.orders import Orders, drug_lists, is_flush
+from common.data.mimic.orders import read_orders
 from common.data.mimic.tables import find_tables
 from common.data.names import normalise_string
 
@@ -147,7 +148,7 @@ def test_chunk_size_and_row_order_change_nothing(write_tables, many_rows):
 def test_buckets_give_the_same(write_tables, many_rows, monkeypatch):
     folder = write_tables(prescriptions=many_rows)
     whole = by_code(folder, chunk_rows=len(many_rows))
-    monkeypatch.setattr("common.data.mimic.orders._BUCKET_ROWS", 50)
+    monkeypatch.setattr("common.data.cleaning.orders._BUCKET_ROWS", 50)
     lists, reasons, counts = by_code(folder, chunk_rows=20)
     assert (lists, reasons, counts) == whole
 

@@ -24,7 +24,7 @@ def entries(cache: Path) -> list[Path]:
 def test_the_cache_gives_the_same_samples(write_tables, tmp_path, monkeypatch):
     config = DataConfig(path=str(write_tables()))
     first = load_samples(config, cache_dir=tmp_path)
-    monkeypatch.setattr("common.data.prepare.prepare_tables", None)
+    monkeypatch.setattr("common.data.mimic.source.prepare_tables", None)
     assert load_samples(config, cache_dir=tmp_path) == first
     assert isinstance(first.admissions[0], Admission)
 
@@ -119,7 +119,7 @@ def test_full_disk_under_synthetic_tables_is_one_line(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("common.data.prepare.write_tables", fail)
+    monkeypatch.setattr("common.data.synthetic.source.write_tables", fail)
     assert "No space left" in refused_write(DataConfig(synthetic_patients=12), tmp_path).what
     assert list((tmp_path / "synthetic").iterdir()) == []
 
@@ -128,7 +128,9 @@ def test_a_cache_that_cannot_be_written_is_told_before_the_reading(
     write_tables, tmp_path, monkeypatch
 ):
     prepared: list[object] = []
-    monkeypatch.setattr("common.data.prepare.prepare_tables", lambda *a, **k: prepared.append(a))
+    monkeypatch.setattr(
+        "common.data.mimic.source.prepare_tables", lambda *a, **k: prepared.append(a)
+    )
     (tmp_path / "cache").write_text("a file where the folder should be")
     refused_write(DataConfig(path=str(write_tables())), tmp_path / "cache")
     assert prepared == []
@@ -176,7 +178,7 @@ def test_processes_may_prepare_at_once(write_tables, tmp_path, path):
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert len(digests) == 1
     assert len(entries(tmp_path)) == 1
-    assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".writing")]
+    assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
 
 
 def test_synthetic_seed_and_size_decide_the_tables(tmp_path):

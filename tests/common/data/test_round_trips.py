@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 
 from common.config import DataConfig
-from common.data.mimic.tables import COLUMNS, NULLS
+from common.data.mimic.tables import COLUMNS
 from common.data.prepare import load_samples
+from common.data.tables import NULLS
 
 NUMBERS = {
     "patients": ("subject_id", "anchor_age", "anchor_year"),
@@ -30,7 +31,7 @@ def samples(folder, tmp_path):
 def same(found, expected):
     assert found.admissions == expected.admissions
     assert found.digest == expected.digest
-    assert found.counts["dropped"] == expected.counts["dropped"]
+    assert found.counts.as_json()["dropped"] == expected.counts.as_json()["dropped"]
 
 
 @pytest.mark.parametrize("table", NUMBERS)
@@ -40,7 +41,7 @@ def test_whole_numbers_written_as_floats_are_read(write_tables, small, tmp_path,
         row.update({name: f"{row[name]}.0" for name in NUMBERS[table] if name in row})
     found = samples(write_tables(**small), tmp_path)
     same(found, expected)
-    assert found.counts["null_spelled"] == {}
+    assert found.counts.as_json()["null_spelled"] == {}
 
 
 def test_what_pandas_makes_of_a_column_with_a_gap_changes_nothing(write_tables, small, tmp_path):
@@ -85,11 +86,13 @@ def test_a_null_is_null_however_it_is_spelled_and_is_counted(
     found = samples(write_tables(**tables["spelled"]), tmp_path)
     expected = samples(write_tables(**tables["empty"]), tmp_path)
     same(found, expected)
-    assert found.counts["null_spelled"] == dict(cells)
-    assert expected.counts["null_spelled"] == {}
-    for name, rows in found.counts["rows"].items():
-        reasons = {k: n for k, n in found.counts["dropped"].items() if k.startswith(f"{name}.")}
-        assert rows == found.counts["rows_out"][name] + sum(reasons.values()), name
+    assert found.counts.as_json()["null_spelled"] == dict(cells)
+    assert expected.counts.as_json()["null_spelled"] == {}
+    for name, rows in found.counts.as_json()["rows"].items():
+        reasons = {
+            k: n for k, n in found.counts.as_json()["dropped"].items() if k.startswith(f"{name}.")
+        }
+        assert rows == found.counts.as_json()["rows_out"][name] + sum(reasons.values()), name
 
 
 @pytest.mark.parametrize("name", ["NA", "None", "NULL", "nan"])
@@ -108,15 +111,15 @@ def test_a_backslash_n_is_no_name(write_tables, small, tmp_path):
     expected = samples(write_tables(), tmp_path)
     found = samples(write_tables(**small), tmp_path)
     assert found.admissions == expected.admissions
-    assert found.counts["dropped"]["prescriptions.empty_name"] == 1
-    assert found.counts["dropped"]["d_icd_diagnoses.no_title"] == 1
+    assert found.counts.as_json()["dropped"]["prescriptions.empty_name"] == 1
+    assert found.counts.as_json()["dropped"]["d_icd_diagnoses.no_title"] == 1
 
 
 @pytest.mark.slow
 def test_the_demo_spells_no_null_and_says_the_same_in_floats(mimic_demo, tmp_path):
     """Every whole number of every table as a data frame with a gap would write it."""
     expected = samples(mimic_demo, tmp_path)
-    assert expected.counts["null_spelled"] == {}
+    assert expected.counts.as_json()["null_spelled"] == {}
     (tmp_path / "floats" / "hosp").mkdir(parents=True)
     for table in COLUMNS:
         source = mimic_demo / "hosp" / f"{table}.csv.gz"

@@ -7,9 +7,10 @@ import shutil
 import pytest
 
 from common.config import DataConfig
+from common.data.mimic.source import DEMO_SHA256
 from common.data.mimic.tables import COLUMNS
-from common.data.prepare import data_folder, load_samples
-from common.data.source import DEMO_SHA256
+from common.data.prepare import load_samples
+from common.data.sources import source_for
 from common.data.synthetic.write import MANIFEST_NAME
 
 
@@ -20,7 +21,7 @@ def tag(folder, cache):
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
-    return data_folder(DataConfig(synthetic_patients=20), cache)
+    return source_for("synthetic").folder(DataConfig(synthetic_patients=20), cache)
 
 
 @pytest.fixture

@@ -1,47 +1,32 @@
 """Every cleaning rule against the planted defects, without the demo.
 
-Two programs meet here: the generator counts what it plants while it writes, and the cleaning
-counts what it finds in the tables.
+Two programs meet here: plain loops over the rows count what was planted and what must come out,
+and the cleaning counts what it finds in the tables.
 """
 
 import csv
+import datetime
 import gzip
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from common.config import DataConfig
 from common.data.prepare import load_samples
 from common.data.samples import SampleTable
-from common.data.synthetic.write import SyntheticManifest, write_tables
+from common.data.synthetic.catalogue import DRUGS, FLUSHES
+from common.data.synthetic.write import HEADERS, write_tables
 
-PLANTED = (
-    "bmi_outliers",
-    "clashing_code_rows",
-    "duplicate_diagnosis_rows",
-    "duplicate_prescription_rows",
-    "height_outliers",
-    "leading_zero_rows",
-    "measures_after_admission",
-    "orphan_rows",
-    "patients_above_89",
-    "spelling_variant_rows",
-    "stays_with_only_flushes",
-    "stays_without_diagnoses",
-    "stays_without_orders",
-    "weight_outliers",
-)
-
-Source = tuple[Path, SyntheticManifest, SampleTable]
-
-
-@pytest.fixture(scope="module", params=[0, 1, 2])
-def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Source:
-    folder = tmp_path_factory.mktemp("tables")
-    manifest = write_tables(folder, patients=240, seed=request.param)
-    cache = tmp_path_factory.mktemp("cache")
-    return folder, manifest, load_samples(DataConfig(path=str(folder)), cache_dir=cache)
+MAIN_KINDS = ("MAIN", "BASE", "ADDITIVE")
+SPELLINGS = {*DRUGS, *(drug.name for drug in FLUSHES)}
+LIMITS = {
+    "height": ("Height (Inches)", 36, 96),
+    "weight": ("Weight (Lbs)", 40, 1200),
+    "bmi": ("BMI (kg/m2)", 8, 200),
+}
+DAYS_BEFORE = datetime.timedelta(days=60)
 
 
 def table(folder: Path, name: str) -> list[dict[str, str]]:
@@ -49,35 +34,157 @@ def table(folder: Path, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def folded(name: str) -> str:
+    return " ".join(name.casefold().split())
+
+
+class Counted:
+    """What stands in the tables, and what a correct cleaning must make of it, row by row."""
+
+    def __init__(self, folder: Path) -> None:
+        names = [name.split("/")[1] for name in HEADERS]
+        self.tables = {n: table(folder, name) for n, name in zip(names, HEADERS, strict=True)}
+        self.stays = {row["hadm_id"]: row for row in self.tables["admissions"]}
+        self.lines: dict[str, list[str]] = defaultdict(list)
+        for row in self.tables["prescriptions"]:
+            if row["drug_type"] == "MAIN" and row["hadm_id"] in self.stays:
+                self.lines[row["hadm_id"]].append(row["drug"])
+        self.drugs = {
+            stay: {folded(name) for name in lines if "Flush" not in name}
+            for stay, lines in self.lines.items()
+        }
+        self.coded = {row["hadm_id"] for row in self.tables["diagnoses_icd"]}
+        self.samples = [stay for stay in self.stays if stay in self.coded and self.drugs.get(stay)]
+        self.days: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        self.outliers = Counter(dict.fromkeys(LIMITS, 0))
+        for row in self.tables["omr"]:
+            for kind, (name, low, high) in LIMITS.items():
+                if row["result_name"] == name and low <= float(row["result_value"]) <= high:
+                    self.days[row["subject_id"]][kind].append(row["chartdate"])
+                elif row["result_name"] == name:
+                    self.outliers[kind] += 1
+
+    def planted(self) -> dict[str, int]:
+        """Count each defect."""
+        coded, ordered = self.tables["diagnoses_icd"], self.tables["prescriptions"]
+        versions = Counter(row["icd_code"] for row in self.tables["d_icd_diagnoses"])
+        main = [row for row in ordered if row["drug_type"] == "MAIN"]
+        return {
+            **{f"{kind}_outliers": number for kind, number in self.outliers.items()},
+            "clashing_code_rows": sum(versions[row["icd_code"]] > 1 for row in coded),
+            "duplicate_diagnosis_rows": len(coded) - len({tuple(row.values()) for row in coded}),
+            "duplicate_prescription_rows": len(main) - len({tuple(r.values()) for r in main}),
+            "leading_zero_rows": sum(row["icd_code"].startswith("0") for row in coded),
+            "measures_after_admission": sum(
+                self.is_late(subject, day)
+                for subject, kinds in self.days.items()
+                for day in {day for days in kinds.values() for day in days}
+            ),
+            "orphan_rows": sum(row["hadm_id"] not in self.stays for row in main),
+            "patients_above_89": sum(r["anchor_age"] == "91" for r in self.tables["patients"]),
+            "spelling_variant_rows": sum(row["drug"] not in SPELLINGS for row in main),
+            "stays_with_only_flushes": sum(not drugs for drugs in self.drugs.values()),
+            "stays_without_diagnoses": len(self.stays.keys() - self.coded),
+            "stays_without_orders": len(self.stays.keys() - self.lines.keys()),
+        }
+
+    def is_late(self, subject: str, day: str) -> bool:
+        """Tell whether no admission of the patient follows a measure within sixty days."""
+        measured = datetime.date.fromisoformat(day)
+        admitted = [
+            datetime.date.fromisoformat(row["admittime"][:10])
+            for row in self.stays.values()
+            if row["subject_id"] == subject
+        ]
+        return not any(measured <= one <= measured + DAYS_BEFORE for one in admitted)
+
+    def known(self, stay: str, kind: str) -> bool:
+        """Tell whether a measure was taken on or before the day of admission."""
+        row = self.stays[stay]
+        return any(d <= row["admittime"][:10] for d in self.days[row["subject_id"]][kind])
+
+    def expected(self) -> dict[str, Any]:
+        """Return the counts of ``fedrx data describe``."""
+        anchors = {row["subject_id"]: row for row in self.tables["patients"]}
+        ages = {
+            stay: int(anchors[row["subject_id"]]["anchor_age"])
+            + int(row["admittime"][:4])
+            - int(anchors[row["subject_id"]]["anchor_year"])
+            for stay, row in self.stays.items()
+        }
+        kinds = Counter(row["drug_type"] for row in self.tables["prescriptions"])
+        lengths = [len(self.drugs[stay]) for stay in self.samples]
+        tall = {stay for stay in self.samples if self.known(stay, "height")}
+        heavy = {stay for stay in self.samples if self.known(stay, "weight")}
+        return {
+            "drug_type": {kind: kinds[kind] for kind in MAIN_KINDS},
+            "pairs_raw": sum(len(set(lines)) for lines in self.lines.values()),
+            "pairs_normalised": sum(len(set(map(folded, x))) for x in self.lines.values()),
+            "pairs_clean": sum(map(len, self.drugs.values())),
+            "names_clean": len(set().union(*self.drugs.values())),
+            "flush_rows": sum("Flush" in name for x in self.lines.values() for name in x),
+            "samples": len(self.samples),
+            "patients": len({self.stays[stay]["subject_id"] for stay in self.samples}),
+            "drugs_per_sample": {
+                "mean": sum(lengths) / len(lengths),
+                "min": min(lengths),
+                "max": max(lengths),
+            },
+            "diagnosis_rows_joined": len(self.tables["diagnoses_icd"]),
+            "diagnosis_rows_unmatched": 0,
+            "age_differs_from_anchor": sum(
+                age != int(anchors[self.stays[stay]["subject_id"]]["anchor_age"])
+                for stay, age in ages.items()
+            ),
+            "age_over_89": sum(age > 89 for age in ages.values()),
+            "height": len(tall),
+            "weight": len(heavy),
+            "height_and_weight": len(tall & heavy),
+            "no_height_no_weight": len(set(self.samples) - tall - heavy),
+            "outliers": dict(self.outliers),
+        }
+
+
+Source = tuple[Path, Counted, SampleTable]
+
+
+@pytest.fixture(scope="module", params=[0, 1, 2])
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Source:
+    folder = tmp_path_factory.mktemp("tables")
+    write_tables(folder, patients=240, seed=request.param)
+    cache = tmp_path_factory.mktemp("cache")
+    return folder, Counted(folder), load_samples(DataConfig(path=str(folder)), cache_dir=cache)
+
+
 def test_every_defect_is_planted(source: Source) -> None:
-    manifest = source[1]
-    assert tuple(manifest.planted) == PLANTED
-    assert [defect for defect, number in manifest.planted.items() if number < 1] == []
+    planted = source[1].planted()
+    assert [defect for defect, number in planted.items() if number < 1] == []
 
 
 def test_the_smallest_source_has_the_single_defects(tmp_path: Path) -> None:
-    planted = write_tables(tmp_path, patients=10, seed=0).planted
+    write_tables(tmp_path, patients=10, seed=0)
+    planted = Counted(tmp_path).planted()
     single = ("bmi_outliers", "height_outliers", "weight_outliers", "orphan_rows")
     assert all(planted[defect] >= 1 for defect in (*single, "patients_above_89"))
 
 
 def test_cleaning_finds_what_was_written(source: Source) -> None:
-    _, manifest, found = source
-    expected = dict(manifest.expected)
-    rows = expected.pop("rows")
+    _, counted, found = source
+    counts, expected = found.counts.as_json(), counted.expected()
+    rows = {name: len(rows) for name, rows in counted.tables.items() if name != "icustays"}
+    assert counts["rows"] == rows
     lengths = expected.pop("drugs_per_sample")
-    assert {name: rows[name] for name in found.counts["rows"]} == dict(found.counts["rows"])
-    assert dict(found.counts["drugs_per_sample"]) == pytest.approx(lengths, abs=1e-4)
-    assert {name: found.counts[name] for name in expected} == expected
-    assert found.source == manifest.source == "synthetic"
+    assert counts["drugs_per_sample"] == pytest.approx(lengths, abs=1e-9)
+    assert {name: counts[name] for name in expected} == expected
+    assert found.source == "synthetic"
 
 
 def test_dropped_rows_are_the_planted_ones(source: Source) -> None:
-    _, manifest, found = source
-    planted, dropped = manifest.planted, found.counts["dropped"]
+    _, counted, found = source
+    planted, dropped = counted.planted(), found.counts.dropped
     assert dropped["diagnoses_icd.duplicate"] == planted["duplicate_diagnosis_rows"]
     assert dropped["prescriptions.unknown_admission"] == planted["orphan_rows"]
-    assert dropped["prescriptions.flush"] == manifest.expected["flush_rows"]
+    assert dropped["prescriptions.flush"] == counted.expected()["flush_rows"]
     assert dropped["omr.outlier_height"] == planted["height_outliers"]
     without_list = planted["stays_without_orders"] + planted["stays_with_only_flushes"]
     without_samples = dropped["admissions.no_drugs"] + dropped["admissions.no_diagnoses"]
@@ -98,7 +205,7 @@ def test_no_defect_reaches_a_sample(source: Source) -> None:
 
 
 def test_titles_of_clashing_codes_are_told_apart_by_version(source: Source) -> None:
-    folder, manifest, found = source
+    folder, counted, found = source
     titles = defaultdict(set)
     for one in found.admissions:
         for code, title in zip(one.diagnosis_codes, one.diagnoses, strict=True):
@@ -109,14 +216,14 @@ def test_titles_of_clashing_codes_are_told_apart_by_version(source: Source) -> N
     # A join on the code alone would make as many rows too many as there are clashing rows.
     meanings = Counter(row["icd_code"] for row in table(folder, "hosp/d_icd_diagnoses"))
     naive = sum(meanings[row["icd_code"]] for row in table(folder, "hosp/diagnoses_icd"))
-    surplus = naive - found.counts["diagnosis_rows_joined"]
-    assert surplus == manifest.planted["clashing_code_rows"]
+    surplus = naive - found.counts.as_json()["diagnosis_rows_joined"]
+    assert surplus == counted.planted()["clashing_code_rows"]
 
 
 def test_leading_zeros_survive(source: Source) -> None:
-    folder, manifest, found = source
+    folder, counted, found = source
     zeros = [row for row in table(folder, "hosp/diagnoses_icd") if row["icd_code"].startswith("0")]
-    assert len(zeros) == manifest.planted["leading_zero_rows"]
+    assert len(zeros) == counted.planted()["leading_zero_rows"]
     kept = {one.admission: one.diagnosis_codes for one in found.admissions}
     for row in zeros:
         stay = int(row["hadm_id"])

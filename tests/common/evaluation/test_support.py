@@ -1,7 +1,9 @@
 """Support by hand on five admissions."""
 
+import random
+
 from common.data.samples import Admission
-from common.evaluation.support import NEIGHBOURS, Support, SupportIndex
+from common.evaluation.support import NEIGHBOURS, Support, SupportIndex, category
 
 
 def one(codes, drugs):
@@ -43,3 +45,23 @@ def test_only_the_nearest_count():
     assert len(near) == NEIGHBOURS
     assert near[:2] == [1, 2]
     assert 0 not in near
+
+
+def test_neighbours_are_those_of_a_plain_loop():
+    draw = random.Random(0)
+    pool = [f"10:{draw.choice('ABCD')}{draw.randrange(30):02d}{n % 10}" for n in range(60)]
+    drawn = [tuple(draw.sample(pool, draw.randint(0, 8))) for _ in range(200)]
+    train = [
+        Admission(patient=n, admission=n, sex="F", age=50, diagnosis_codes=codes, drugs=("a",))
+        for n, codes in enumerate(drawn)
+    ]
+    index = SupportIndex(train)
+    for _ in range(40):
+        codes = [*draw.sample(pool, draw.randint(0, 6)), "", "9:unseen"]
+        asked = {category(code) for code in codes if code}
+        scored = []
+        for place, own in enumerate(drawn):
+            other = set(map(category, own))
+            if asked & other:
+                scored.append((-len(asked & other) / len(asked | other), place))
+        assert index.similar(codes) == [place for _, place in sorted(scored)[:NEIGHBOURS]]

@@ -28,7 +28,7 @@ def no_data(monkeypatch):
     def refuse(*_args, **_kwargs):
         raise AssertionError("a plan has read data or weights")
 
-    monkeypatch.setattr(plan_module, "load_samples", refuse)
+    monkeypatch.setattr(plan_module, "open_hospitals", refuse)
     monkeypatch.setattr("common.model.backbone.load.load_model", refuse)
 
 
@@ -142,13 +142,10 @@ def test_epochs_count_the_largest_hospital(monkeypatch):
         def __init__(self, samples):
             self.train = range(samples)
 
-    class Rows:
-        admissions = ()
+    class Opened:
+        hospitals = (Room(10), Room(17))
 
-    monkeypatch.setattr(plan_module, "load_samples", lambda config: Rows())
-    monkeypatch.setattr(
-        plan_module, "assign_hospitals", lambda *args, **kwargs: (Room(10), Room(17))
-    )
+    monkeypatch.setattr(plan_module, "open_hospitals", lambda config: Opened())
     config = from_flat({"train.epochs": 2.0, "train.batch-size": 4})
     assert plan(config)["steps"] == 2 * 5
 

@@ -27,16 +27,16 @@ def test_single_hashes_the_tables_once(tmp_path, monkeypatch):
         "evaluation.bootstrap": 100,
     }
     hashed = []
-    hash_tables = common.data.prepare.hash_tables
+    hash_files = common.data.prepare.hash_files
 
-    def counted(tables):
-        hashed.append(len(tables))
-        return hash_tables(tables)
+    def counted(files):
+        hashed.append(len(files))
+        return hash_files(files)
 
-    monkeypatch.setattr(common.data.prepare, "hash_tables", counted)
+    monkeypatch.setattr(common.data.prepare, "hash_files", counted)
     config = from_flat(keys)
     summary = single(
         config, console=Console(file=io.StringIO()), command_line=(), run_dir=tmp_path / "run"
     )
-    assert summary["metrics"]["fedrx"]["samples"] == 2
+    assert summary.metrics["fedrx"].samples == 2
     assert len(hashed) == 1

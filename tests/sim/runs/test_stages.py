@@ -378,6 +378,12 @@ def test_a_wrong_path_is_input_and_a_full_disk_is_a_failure(
     assert "/x/file" in error
 
 
+def test_scored_lists_without_validation_patients_are_refused_before_training():
+    config = from_flat({**TINY, "evaluation.method": "score", "data.validation-fraction": 0.0})
+    with pytest.raises(UserError, match=r"raise data\.validation-fraction"):
+        sim.runs.preparation.prepare(config, silent())
+
+
 class Touched(Exception):
     """Data or weights were read although the answer was known."""
 
@@ -395,6 +401,9 @@ class Touched(Exception):
         ("federate", {"adapter.targets": "q_porj"}, "q_porj"),
         ("federate", {"model.attention": "flash-attn"}, "model.attention"),
         ("single", {"data.normalisation": "map", "data.drug-map": "absent.csv"}, "absent.csv"),
+        ("single", {"data.normalisation": "atc-3", "data.drug-map": "absent.csv"}, "absent.csv"),
+        ("federate", {"evaluation.formulary": "absent.txt"}, "absent.txt"),
+        ("federate", {"evaluation.interactions": "absent.csv"}, "absent.csv"),
     ],
 )
 def test_what_cannot_work_is_refused_before_data_and_weights(

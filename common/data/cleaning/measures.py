@@ -1,6 +1,6 @@
 """Height, weight and BMI of an admission, without knowledge from after its day.
 
-omr has no hadm_id: each admission takes the latest plausible value on or before its own date.
+Measures know no admission: each takes the latest plausible value on or before its own date.
 """
 
 from collections.abc import Mapping
@@ -8,16 +8,10 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from common.data.mimic.tables import Table, read, times
-
-KINDS = {
-    "height": ("Height (Inches)", "height_cm"),
-    "weight": ("Weight (Lbs)", "weight_kg"),
-    "bmi": ("BMI (kg/m2)", "bmi"),
-}
-"""Measure: (result_name in omr, field of the sample)."""
+KINDS = {"height": "height_cm", "weight": "weight_kg", "bmi": "bmi"}
+"""Measure: field of the sample."""
 PLAUSIBLE = {"height": (36.0, 96.0), "weight": (40.0, 1200.0), "bmi": (8.0, 200.0)}
-"""Inclusive limits in the table's units (in, lb, kg/m2); outside is a typing error, and counted."""
+"""Inclusive limits in inches, pounds and kg/m2; outside is a typing error, and counted."""
 CM_PER_INCH = 2.54
 KG_PER_POUND = 0.45359237
 BMI_FACTOR = 703.07
@@ -26,7 +20,7 @@ BMI_FACTOR = 703.07
 
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """Plausible body measures in the table's units."""
+    """Plausible body measures."""
 
     rows: pl.DataFrame
     """subject_id, date, seq_num, kind, value."""
@@ -44,23 +38,14 @@ class Measures:
         return {kind: self.dropped[f"outlier_{kind}"] for kind in KINDS}
 
 
-def clean_measures(table: Table, patients: pl.Series) -> Measures:
+def clean_measures(found: pl.DataFrame, patients: pl.Series) -> Measures:
     """Keep plausible numbers of known patients; count the rest.
 
     Args:
-        table: omr as found.
+        found: subject_id, date, seq_num, kind (null: another result), value (null: no number).
         patients: Known subject_ids.
-
-    Raises:
-        UserError: A damaged table, or ids or dates that cannot be read.
     """
-    frame = read(table, numbers=("subject_id", "seq_num"))
-    parsed = times(frame, table, "chartdate", required=True)
-    names = {name: kind for kind, (name, _) in KINDS.items()}
-    sorted_out = parsed.with_columns(
-        pl.col("result_name").replace_strict(names, default=None).alias("kind"),
-        pl.col("result_value").str.strip_chars().cast(pl.Float64, strict=False).alias("value"),
-    ).with_columns(
+    sorted_out = found.with_columns(
         pl.when(pl.col("kind").is_null())
         .then(pl.lit("other_result"))
         .when(~pl.col("subject_id").is_in(patients.implode()))
@@ -72,13 +57,7 @@ def clean_measures(table: Table, patients: pl.Series) -> Measures:
         .alias("reason")
     )
     reasons = dict(sorted_out["reason"].drop_nulls().value_counts().iter_rows())
-    columns = (
-        "subject_id",
-        pl.col("chartdate").cast(pl.Date).alias("date"),
-        "seq_num",
-        "kind",
-        "value",
-    )
+    columns = ("subject_id", "date", "seq_num", "kind", "value")
     rows = sorted_out.filter(pl.col("reason").is_null()).select(columns)
     # With the outliers: a wrong height makes a wrong BMI, and the formula holds all the same.
     triples = _same_day_triples(sorted_out.drop_nulls(["kind", "value"]).select(columns))
@@ -86,7 +65,7 @@ def clean_measures(table: Table, patients: pl.Series) -> Measures:
     order = ("other_result", "unknown_patient", "no_number", *(f"outlier_{k}" for k in KINDS))
     return Measures(
         rows=rows,
-        read=frame.height,
+        read=found.height,
         dropped={reason: reasons.get(reason, 0) for reason in order},
         bmi_triples=triples.height,
         bmi_triples_within_one=int((error.abs() <= 1).sum()),
@@ -106,7 +85,7 @@ def measures_at_admission(admissions: pl.DataFrame, measures: Measures) -> pl.Da
         hadm_id, height_cm, weight_kg, bmi (null where never measured before).
     """
     result = admissions.select("hadm_id", "subject_id", pl.col("admittime").cast(pl.Date))
-    for kind, (_, column) in KINDS.items():
+    for kind, column in KINDS.items():
         latest = (
             measures.rows.filter(pl.col("kind") == kind)
             .sort("subject_id", "date", "seq_num", "value")

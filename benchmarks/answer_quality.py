@@ -1,0 +1,173 @@
+"""What makes answers better: every trial on validation patients, none chosen on held-out ones.
+
+    OMP_NUM_THREADS=1 python benchmarks/answer_quality.py --out FILE [--only NAME,...]
+
+A trial is a configuration file and a few keys that differ from it. Its hospitals train as in a
+federation (the product's local update, weighted means of B), and answer validation patients. Scored
+lists need validation patients for their threshold, so each hospital's are halved by patient: each
+half is answered with the threshold of the other. The file grows by a row after every trial; a name
+that is in it is not tried again. Held-out patients are answered by a run of the chosen file.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from client.local_update import update
+from common.config import Config
+from common.configio import read_config
+from common.data.dataset import open_hospitals
+from common.data.partition import Hospital
+from common.evaluation.answers import B, evaluate_answers
+from common.files import write_json
+from common.model.adapter.layout import initial_tensors
+from common.model.session import Session
+from common.training.optimiser import TrainState
+from common.training.resident_session import close_session, session_of, tokens_of
+
+ROOT = Path(__file__).resolve().parents[1]
+ALL_SEVEN = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+SHUFFLED = ("data.drug-order=shuffled", f"adapter.targets={ALL_SEVEN}", "adapter.rank=16")
+DEMO, HOSPITALS = "demo.toml", "hospitals.toml"
+STEPS_64 = ("federation.rounds=4", "federation.local-steps=16")
+STEPS_128 = ("federation.rounds=8", "federation.local-steps=16")
+BEFORE = (
+    *("data.drug-order=first-start", "adapter.targets=q_proj,v_proj", "adapter.rank=16"),
+    *("train.learning-rate=1e-2", *STEPS_64),
+)
+TRIALS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "before": (DEMO, BEFORE),
+    "shuffled": (DEMO, (*SHUFFLED, "train.learning-rate=1e-2", *STEPS_64)),
+    "rate-3e-2": (DEMO, (*SHUFFLED, "train.learning-rate=3e-2", *STEPS_64)),
+    "steps-128": (DEMO, (*SHUFFLED, "train.learning-rate=3e-2", *STEPS_128)),
+    "rank-32": (DEMO, (*SHUFFLED, "train.learning-rate=3e-2", "adapter.rank=32", *STEPS_64)),
+}
+"""Name -> configuration file and what differs from it."""
+METHODS = {
+    "scored": ("score", "greedy"),
+    "formulary": ("generate", "formulary"),
+    "greedy": ("generate", "greedy"),
+}
+KEPT = ("f1", "jaccard", "precision", "recall", "output_rate")
+
+
+def train(session: Session, hospitals: Sequence[Hospital], config: Config) -> B:
+    """Return B after all rounds: local updates, then means weighted by training samples."""
+    b = initial_tensors(session.adapter.shapes, session.adapter.spec)
+    states = [TrainState() for _ in hospitals]
+    tokens = [tokens_of(config, hospital, session) for hospital in hospitals]
+    weights = [len(one.train) / sum(len(own.train) for own in tokens) for one in tokens]
+    for server_round in range(1, config.federation.rounds + 1):
+        updated = [
+            update(session, own, b, state, config, server_round=server_round).b
+            for own, state in zip(tokens, states, strict=True)
+        ]
+        b = {
+            key: sum(w * one[key] for w, one in zip(weights, updated, strict=True)).astype("f4")
+            for key in b
+        }
+        print(f"  round {server_round}", flush=True)
+    return b
+
+
+def halves(hospital: Hospital) -> tuple[Hospital, Hospital]:
+    """Return the hospital twice: one half of its validation patients answers, the other chooses."""
+    patients = sorted({one.patient for one in hospital.validation})
+    first = set(patients[::2])
+    a = tuple(one for one in hospital.validation if one.patient in first)
+    b = tuple(one for one in hospital.validation if one.patient not in first)
+    return replace(hospital, validation=a, test=b), replace(hospital, validation=b, test=a)
+
+
+def answered(
+    session: Session, hospitals: Sequence[Hospital], config: Config, b: B, method: str
+) -> dict[str, Any]:
+    """Return figures of validation patients under one method, and of the baselines."""
+    way, decoding = METHODS[method]
+    settings = replace(
+        config.evaluation, method=way, decoding=decoding, samples=0, threshold_samples=0
+    )
+    asked = replace(config, evaluation=settings)
+    if method == "scored":
+        sides = list(zip(*map(halves, hospitals), strict=True))
+    else:
+        sides = [[replace(one, test=one.validation) for one in hospitals]]
+    started = time.perf_counter()
+    found = [evaluate_answers(session, side, asked, {"fedrx": b}) for side in sides]
+    seconds = time.perf_counter() - started
+    samples = [one.facts.samples for one in found]
+
+    def mean(model: str, key: str) -> float:
+        values = [one.metrics[model][key] for one in found]
+        values = [v["value"] if isinstance(v, dict) else v or 0.0 for v in values]
+        return sum(n * v for n, v in zip(samples, values, strict=True)) / sum(samples)
+
+    row = {key: round(mean("fedrx", key), 4) for key in KEPT}
+    if method == "scored":
+        row["prauc"] = round(mean("fedrx", "prauc"), 4)
+        errors = [one.metrics["fedrx"]["calibration"]["expected_error"] for one in found]
+        row["expected_calibration_error"] = round(max(errors), 4)
+    row["baselines_f1"] = {
+        model: round(mean(model, "f1"), 4) for model in found[0].metrics if model != "fedrx"
+    }
+    row["samples"] = sum(samples)
+    row["seconds"] = round(seconds, 1)
+    row["generation_seconds"] = sum(one.facts.generation["fedrx"].seconds for one in found)
+    return row
+
+
+def configured(name: str, extra: Sequence[str]) -> Config:
+    """Return a trial's configuration."""
+    file, changes = TRIALS[name]
+    return read_config(ROOT / "configs" / file, [*changes, *extra])
+
+
+def tried(name: str, methods: Sequence[str], extra: Sequence[str]) -> dict[str, Any]:
+    """Train and answer one trial."""
+    config = configured(name, extra)
+    close_session()
+    data, session = open_hospitals(config), session_of(config)
+    started = time.perf_counter()
+    b = train(session, data.hospitals, config)
+    seconds = time.perf_counter() - started
+    return {
+        "name": name,
+        "file": TRIALS[name][0],
+        "changes": [*TRIALS[name][1], *extra],
+        "source": data.source,
+        "seeds": {"train": config.train.seed, "adapter": config.adapter.seed},
+        "steps_per_hospital": config.federation.rounds * config.federation.local_steps,
+        "training_seconds": round(seconds, 1),
+        "validation": {
+            method: answered(session, data.hospitals, config, b, method) for method in methods
+        },
+    }
+
+
+def main() -> None:
+    """Try what has not been tried, a row at a time."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", default=",".join(TRIALS))
+    parser.add_argument("--methods", default="scored,formulary,greedy")
+    parser.add_argument("--set", action="append", default=[])
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = json.loads(options.out.read_text()) if options.out.exists() else []
+    for name in options.only.split(","):
+        if any(row["name"] == name for row in rows):
+            continue
+        print(name, flush=True)
+        rows.append(tried(name, options.methods.split(","), options.set))
+        write_json(options.out, rows)
+        print(json.dumps(rows[-1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Cleaning rules, whoever wrote the tables: columns in, one row per admission out."""

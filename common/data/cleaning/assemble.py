@@ -1,0 +1,193 @@
+"""From cleaned parts to one row per admission, with every dropped row counted under its reason."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import polars as pl
+
+from common.data.cleaning.diagnoses import DiagnosisLists
+from common.data.cleaning.measures import Measures, measures_at_admission
+from common.data.cleaning.orders import DrugLists
+from common.data.samples import (
+    UNKNOWN,
+    BmiCheck,
+    Counts,
+    Lengths,
+    Outliers,
+    Prepared,
+    Range,
+)
+from common.errors import UserError
+
+OLDEST_SHOWN_AGE = 89
+PLAUSIBLE_AGE = (0, 120)
+"""Inclusive limits; outside is a typing error, and the admission is dropped and counted."""
+ATTRIBUTES = ("service", "admission_type", "insurance", "anchor_year_group", "careunit")
+SITE = "site"
+"""Only in samples of a source that names sites."""
+_MOST_ORPHANS = 0.5
+
+
+class Book:
+    """Rows in, rows out and reasons, by table; each is counted by itself, none by subtraction."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, int] = {}
+        self.out: dict[str, int] = {}
+        self.dropped: dict[str, dict[str, int]] = {}
+        self.drug_type: dict[str, int] = {}
+
+    def read(self, table: str, rows: int) -> None:
+        """Count the rows that were read."""
+        self.rows[table] = rows
+
+    def drop(self, table: str, reasons: Mapping[str, int]) -> None:
+        """Count rows that were left out, each reason once."""
+        self.dropped.setdefault(table, {}).update(reasons)
+
+    def keep(self, table: str, rows: int) -> None:
+        """Count the rows, or items of lists, that are in use."""
+        self.out[table] = rows
+
+
+def refuse_orphans(label: str, orphans: int, rows: int, parent: str) -> None:
+    """A few orphans are counted and dropped; more than half means that tables do not belong.
+
+    Raises:
+        UserError: More than half of the rows have no parent.
+    """
+    if orphans > _MOST_ORPHANS * rows:
+        raise UserError(
+            f"{label}: {orphans} of {rows} rows belong to {parent} that is in no table",
+            fix="use all tables from the same version of the data",
+        )
+
+
+def plausible_age(age: pl.Expr) -> pl.Expr:
+    """Return the age, null where it cannot be one."""
+    return pl.when(age.is_between(*PLAUSIBLE_AGE)).then(age)
+
+
+def assemble(
+    stays: pl.DataFrame,
+    book: Book,
+    *,
+    diagnoses: DiagnosisLists,
+    drugs: DrugLists,
+    measures: Measures,
+    folder: Path,
+    null_spelled: Mapping[str, int],
+) -> Prepared:
+    """Join the parts; an admission that lacks an age, diagnoses or drugs is dropped and counted.
+
+    Args:
+        stays: hadm_id, subject_id, admittime, gender, age (null: implausible); and what the
+            source has of ``anchor_age``, ``ATTRIBUTES`` and ``SITE``.
+        book: What was counted so far.
+        diagnoses: Of the admissions.
+        drugs: Of the admissions.
+        measures: Of the patients.
+        folder: Named where nothing is left.
+        null_spelled: Cells that spelled NULL, by ``table.column``.
+
+    Raises:
+        UserError: No sample is left.
+    """
+    samples = (
+        stays.join(diagnoses.lists, on="hadm_id", how="left")
+        .join(drugs.lists, on="hadm_id", how="left")
+        .join(measures_at_admission(stays, measures), on="hadm_id", how="left")
+        .sort("subject_id", "admittime", "hadm_id")
+    )
+    complete = _complete(samples, book)
+    book.keep("admissions", complete.height)
+    if complete.is_empty():
+        raise UserError(
+            f"no samples after cleaning in {folder}",
+            allowed="at least one admission with a plausible age, diagnoses and MAIN drugs",
+            fix="check that the tables come from one version of the data",
+        )
+    frame = _sample_columns(complete)
+    lengths = frame["drugs"].list.len()
+    tall, heavy = frame["height_cm"].is_not_null(), frame["weight_kg"].is_not_null()
+    age = stays["age"]
+    counts = Counts(
+        rows=book.rows,
+        rows_out=book.out,
+        drug_type=dict.fromkeys(("MAIN", "BASE", "ADDITIVE"), 0) | book.drug_type,
+        **drugs.counts,
+        samples=frame.height,
+        patients=frame["patient"].n_unique(),
+        drugs_per_sample=Lengths(mean=int(lengths.sum()) / frame.height, **_range(lengths)),
+        diagnosis_rows_joined=diagnoses.joined,
+        diagnosis_rows_unmatched=diagnoses.unmatched,
+        age_differs_from_anchor=int((age != stays["anchor_age"]).sum())
+        if "anchor_age" in stays.columns
+        else 0,
+        age_over_89=int((age > OLDEST_SHOWN_AGE).sum()),
+        age=Range(**_range(age)),
+        height=int(tall.sum()),
+        weight=int(heavy.sum()),
+        height_and_weight=int((tall & heavy).sum()),
+        no_height_no_weight=int((~tall & ~heavy).sum()),
+        outliers=Outliers(**measures.outliers),
+        bmi_check=BmiCheck(
+            triples=measures.bmi_triples, within_one=measures.bmi_triples_within_one
+        ),
+        dropped={
+            f"{table}.{reason}": number
+            for table, reasons in book.dropped.items()
+            for reason, number in reasons.items()
+        },
+        null_spelled=dict(null_spelled),
+    )
+    return Prepared(
+        frame=frame,
+        drugs=drugs.vocabulary,
+        titles=diagnoses.titles,
+        codes=diagnoses.codes,
+        counts=counts,
+    )
+
+
+def items(lists: pl.Series) -> int:
+    """Return how many items all lists hold."""
+    return int(lists.list.len().sum())
+
+
+def _complete(samples: pl.DataFrame, book: Book) -> pl.DataFrame:
+    """Keep the admissions that lack nothing; the first thing that is missing is the reason."""
+    for reason, column in (
+        ("implausible_age", "age"),
+        ("no_diagnoses", "diagnoses"),
+        ("no_drugs", "drugs"),
+    ):
+        kept = samples.filter(pl.col(column).is_not_null())
+        book.drop("admissions", {reason: samples.height - kept.height})
+        samples = kept
+    return samples
+
+
+def _sample_columns(complete: pl.DataFrame) -> pl.DataFrame:
+    known = {name: pl.col(name) for name in ("gender", *ATTRIBUTES) if name in complete.columns}
+    texts = {
+        name: known.get(name, pl.lit(None, pl.String)).fill_null(UNKNOWN)
+        for name in ("gender", *ATTRIBUTES)
+    }
+    columns = ("age", "height_cm", "weight_kg", "bmi", "diagnoses", "drugs")
+    site = [pl.col(SITE).fill_null(UNKNOWN)] if SITE in complete.columns else []
+    return complete.select(
+        pl.col("subject_id").alias("patient"),
+        pl.col("hadm_id").alias("admission"),
+        *columns,
+        texts.pop("gender").alias("sex"),
+        *(text.alias(name) for name, text in texts.items()),
+        *site,
+    )
+
+
+def _range(numbers: pl.Series) -> dict[str, int]:
+    low, high = numbers.min(), numbers.max()
+    assert isinstance(low, int)
+    assert isinstance(high, int)
+    return {"min": low, "max": high}

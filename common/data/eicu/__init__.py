@@ -1,0 +1,1 @@
+"""The eICU Collaborative Research Database: unit stays of many hospitals, times as minutes."""

@@ -1,0 +1,93 @@
+"""Which codes of a MEDS data set mean what: MEDS fixes the columns, and every extraction its codes.
+
+``MIMIC_IV`` is for the MEDS working group's extraction of MIMIC-IV (MIMIC_IV_MEDS, its
+event_configs.yaml); other extractions are told by a toml file with the same keys
+(``data.meds-codes``).
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from common.errors import UserError
+from common.records import Record
+
+SEPARATOR = "//"
+"""Between the parts of a code."""
+
+
+class MeasureCode(Record):
+    """The code of one body measure, whole, and the unit of its value."""
+
+    kind: Literal["height", "weight", "bmi"]
+    unit: Literal["in", "cm", "lb", "kg", "kg/m2"]
+
+
+class Codes(Record):
+    """Beginnings of codes; what follows one is its content, up to the next separator."""
+
+    birth: str = "MEDS_BIRTH"
+    """The whole code of a birth; age is counted from its time."""
+    sex: str = "GENDER//"
+    admission: str = "HOSPITAL_ADMISSION//"
+    """Then: admission type."""
+    discharge: str = "HOSPITAL_DISCHARGE//"
+    diagnosis: str = "DIAGNOSIS//ICD//"
+    """Then: version, code."""
+    drug: str = "MEDICATION//START//"
+    """Then: name."""
+    careunit: str = "TRANSFER_TO//admit//"
+    insurance: str = "INSURANCE//"
+    service: str = "SERVICE//"
+    """MIMIC-IV's extraction has none."""
+    measures: dict[str, MeasureCode] = Field(
+        default={
+            "Height (Inches)": MeasureCode(kind="height", unit="in"),
+            "Weight (Lbs)": MeasureCode(kind="weight", unit="lb"),
+            "BMI (kg/m2)": MeasureCode(kind="bmi", unit="kg/m2"),
+        }
+    )
+    admission_column: str = "hadm_id"
+    """Column with the admission of an event; an event without one belongs to the admission that
+    its time lies in."""
+    sequence_column: str = "seq_num"
+    """Column with the place of a diagnosis in its admission, and of a measure among those of its
+    day; without one the file's order counts."""
+    site_column: str = "hospital_id"
+    """Column, in the events of admissions, with the hospital; without one there are no sites."""
+
+    @property
+    def prefixes(self) -> dict[str, str]:
+        """Kind of event: beginning of its codes."""
+        kinds = ("sex", "admission", "discharge", "diagnosis", "drug", "careunit", "insurance")
+        return {kind: getattr(self, kind) for kind in (*kinds, "service")}
+
+
+MIMIC_IV = Codes()
+
+
+def read_codes(path: str) -> Codes:
+    """Read a toml file of codes; without a path those of MIMIC-IV's extraction.
+
+    Raises:
+        UserError: It cannot be read, or holds a key or unit that does not exist.
+    """
+    if not path:
+        return MIMIC_IV
+    what = f"data.meds-codes={path}"
+    try:
+        with Path(path).expanduser().open("rb") as stream:
+            content = tomllib.load(stream)
+    except (OSError, ValueError):
+        raise UserError(
+            f"{what} cannot be read as toml",
+            allowed="a file with keys such as admission, diagnosis, drug (common/data/README.md)",
+            fix="set data.meds-codes, or leave it out for MIMIC-IV's codes",
+        ) from None
+    codes = Codes.read(content, what=what)
+    empty = [kind for kind in ("admission", "diagnosis", "drug") if not codes.prefixes[kind]]
+    if empty:
+        raise UserError(f"{what}: {empty[0]} is empty", fix="name the beginning of its codes")
+    return codes

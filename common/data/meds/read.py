@@ -1,0 +1,318 @@
+"""From events to samples: linked to admissions, cleaned by the common rules, and counted.
+
+Shards are read one after the other: MEDS keeps a subject's events in one shard.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import polars as pl
+
+from common.data.cleaning.assemble import (
+    SITE,
+    Book,
+    assemble,
+    items,
+    plausible_age,
+    refuse_orphans,
+)
+from common.data.cleaning.diagnoses import DiagnosisLists, diagnosis_lists, match_titles
+from common.data.cleaning.measures import CM_PER_INCH, KG_PER_POUND, Measures, clean_measures
+from common.data.cleaning.orders import Orders, drug_lists, one_row_per_pair
+from common.data.meds.codes import Codes
+from common.data.meds.events import find_shards, read_shard, read_titles, split_code
+from common.data.samples import Prepared, Progress
+from common.errors import UserError
+
+UNITS = {"in": 1.0, "cm": 1 / CM_PER_INCH, "lb": 1.0, "kg": 1 / KG_PER_POUND, "kg/m2": 1.0}
+"""Factor to the units of the cleaning rules."""
+NO_NAME = "UNK"
+"""How MEDS extractions write a part that was NULL."""
+_FIX = "check the codes (data.meds-codes) and the extraction"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """What all shards gave, kind by kind."""
+
+    births: list[pl.DataFrame] = field(default_factory=list)
+    sexes: list[pl.DataFrame] = field(default_factory=list)
+    stays: list[pl.DataFrame] = field(default_factory=list)
+    diagnoses: list[pl.DataFrame] = field(default_factory=list)
+    orders: list[pl.DataFrame] = field(default_factory=list)
+    measures: list[pl.DataFrame] = field(default_factory=list)
+    attributes: dict[str, list[pl.DataFrame]] = field(default_factory=dict)
+    """hadm_id and the value, in the order of time, by attribute."""
+    rows: Counter[str] = field(default_factory=Counter)
+    """Events by kind, and ``events``: all of them."""
+
+
+def prepare_events(
+    folder: Path, codes: Codes, *, drop_flushes: bool, progress: Progress
+) -> Prepared:
+    """Read, clean and join the events of a MEDS data set.
+
+    Args:
+        folder: Holds ``data/`` and ``metadata/``.
+        codes: What the codes mean.
+        drop_flushes: Leave saline and heparin flushes out of the drug lists.
+        progress: Called with one line for each step.
+
+    Raises:
+        UserError: Shards that cannot be used as they are, or without an event of a needed kind.
+    """
+    files = find_shards(folder)
+    titles = read_titles(folder, codes)
+    parts, seen = _Parts(), pl.Series("subject_id", [], pl.Int64)
+    for label, path in files.items():
+        if not label.startswith("data/"):
+            continue
+        progress(f"reading {label}")
+        events, total = read_shard(label, path, codes)
+        subjects = events["subject_id"].unique()
+        if subjects.is_in(seen.implode()).any():
+            raise UserError(
+                f"{label} holds subjects of another shard",
+                allowed="each subject in one shard, as MEDS says",
+                fix="extract again, or name one data set's folder",
+            )
+        seen = pl.concat([seen, subjects])
+        parts.rows["events"] += total
+        _sort_out(events, label, codes, parts)
+    return _join(parts, titles, folder, codes, drop_flushes)
+
+
+def _sort_out(events: pl.DataFrame, label: str, codes: Codes, parts: _Parts) -> None:
+    kinds = {kind: group for (kind,), group in events.group_by("kind", maintain_order=True)}
+    for kind, group in kinds.items():
+        parts.rows[str(kind)] += group.height
+    empty = events.clear()
+    stays = _stays(kinds.get("admission", empty), kinds.get("discharge", empty), label, codes)
+    stays = stays.with_columns(
+        # An admission without a number gets one of its own, below zero.
+        hadm_id=pl.coalesce("admission", -1 - pl.int_range(pl.len()) - sum(map(len, parts.stays)))
+    )
+    parts.stays.append(stays)
+    parts.births.append(kinds.get("birth", empty))
+    parts.sexes.append(kinds.get("sex", empty))
+    parts.measures.append(kinds.get("measure", empty))
+    parts.diagnoses.append(_placed(kinds.get("diagnosis", empty), stays))
+    drugs = _placed(kinds.get("drug", empty), stays).select(
+        "hadm_id",
+        _part(codes.drug, 0).replace(NO_NAME, "").fill_null("").cast(pl.Categorical).alias("drug"),
+        pl.col("time").alias("start"),
+    )
+    parts.orders.append(one_row_per_pair(drugs))
+    for kind in ("careunit", "insurance", "service"):
+        placed = _placed(kinds.get(kind, empty), stays)
+        value = _part(codes.prefixes[kind], 0).replace(NO_NAME, None)
+        told = placed.with_columns(value.alias(kind)).sort("hadm_id", "time", kind, nulls_last=True)
+        parts.attributes.setdefault(kind, []).append(told.select("hadm_id", kind))
+
+
+def _stays(
+    admissions: pl.DataFrame, discharges: pl.DataFrame, label: str, codes: Codes
+) -> pl.DataFrame:
+    """Return one row per admission with its end: that of the same number, or else the next one."""
+    timeless = admissions["time"].null_count()
+    if timeless:
+        raise UserError(f"{label}: {timeless} admissions have no time", fix=_FIX)
+    distinct = admissions.unique(
+        ["subject_id", "time", "code", "admission"], keep="first", maintain_order=True
+    )
+    numbered = distinct["admission"].drop_nulls()
+    doubled = len(numbered) - numbered.n_unique()
+    if doubled:
+        raise UserError(
+            f"{label}: {doubled} events repeat an admission with other content",
+            allowed="one admission event for each admission",
+            fix=_FIX,
+        )
+    named = discharges.drop_nulls("admission").group_by("admission").agg(pl.col("time").max())
+    nameless = discharges.filter(pl.col("admission").is_null()).select("subject_id", "time")
+    following = nameless.drop_nulls().with_columns(end=pl.col("time")).sort("time")
+    stays = (
+        distinct.select(
+            "subject_id",
+            "admission",
+            pl.col("time").alias("admittime"),
+            _part(codes.admission, 0).replace(NO_NAME, None).alias("admission_type"),
+            SITE,
+        )
+        .join(named.rename({"time": "named"}), on="admission", how="left")
+        .sort("admittime")
+        .join_asof(
+            following,
+            left_on="admittime",
+            right_on="time",
+            by="subject_id",
+            strategy="forward",
+            check_sortedness=False,
+        )
+    )
+    return stays.with_columns(end=pl.coalesce("named", "end")).drop("named", "time", strict=False)
+
+
+def _placed(events: pl.DataFrame, stays: pl.DataFrame) -> pl.DataFrame:
+    """Give each event its admission: the one it names, or the one that its time lies in."""
+    around = stays.select("subject_id", "admittime", "end", around="hadm_id").sort("admittime")
+    timed = events.sort("time", maintain_order=True).join_asof(
+        around,
+        left_on="time",
+        right_on="admittime",
+        by="subject_id",
+        strategy="backward",
+        check_sortedness=False,
+    )
+    inside = pl.when(pl.col("end").is_null() | (pl.col("time") <= pl.col("end"))).then("around")
+    return timed.with_columns(hadm_id=pl.coalesce("admission", inside)).sort("row")
+
+
+def _join(
+    parts: _Parts, titles: pl.DataFrame, folder: Path, codes: Codes, drop_flushes: bool
+) -> Prepared:
+    book = Book()
+    rows = parts.rows
+    for kind, prefix in (
+        ("admission", codes.admission),
+        ("diagnosis", codes.diagnosis),
+        ("drug", codes.drug),
+    ):
+        if not rows[kind]:
+            raise UserError(
+                f"{folder} holds no event whose code begins with {prefix}",
+                allowed="admissions, diagnoses and drugs under the codes of MIMIC-IV's extraction",
+                fix="set data.meds-codes to a file with the codes of this data set",
+            )
+    used = sum(number for kind, number in rows.items() if kind != "events")
+    book.read("events", rows["events"])
+    book.drop("events", {"other_code": rows["events"] - used})
+    book.keep("events", used)
+    stays = _known_stays(parts, codes, book)
+    known = stays["hadm_id"]
+    diagnoses = _diagnoses(parts, titles, known, book, codes)
+    measures = _measures(parts, codes, book)
+    orders = Orders(
+        pairs=pl.concat(parts.orders), drug_type={"MAIN": rows["drug"]}, rows=rows["drug"]
+    )
+    book.drug_type = dict(orders.drug_type)
+    drugs = drug_lists(orders, known, drop_flushes=drop_flushes)
+    book.read("drugs", rows["drug"])
+    book.drop("drugs", drugs.dropped)
+    refuse_orphans("drugs", drugs.dropped["unknown_admission"], rows["drug"], "an admission")
+    book.keep("drugs", items(drugs.lists["drugs"]))
+    for kind, found in parts.attributes.items():
+        stays = stays.join(_first(pl.concat(found), kind, known, book), on="hadm_id", how="left")
+    if not stays[SITE].drop_nulls().len():
+        stays = stays.drop(SITE)
+    return assemble(
+        stays,
+        book,
+        diagnoses=diagnoses,
+        drugs=drugs,
+        measures=measures,
+        folder=folder,
+        null_spelled={},
+    )
+
+
+def _known_stays(parts: _Parts, codes: Codes, book: Book) -> pl.DataFrame:
+    """Return the admissions of patients with a birth; a patient's first birth and sex count."""
+    births = _one_each(pl.concat(parts.births), "births", book).drop_nulls("time")
+    sexes = _one_each(pl.concat(parts.sexes), "sexes", book)
+    stays = pl.concat(parts.stays)
+    repeated = len(stays) - stays["hadm_id"].n_unique()
+    if repeated:
+        raise UserError(
+            f"{repeated} admissions of different shards have one number",
+            allowed="one admission event for each admission",
+            fix=_FIX,
+        )
+    found = stays.join(births.select("subject_id", birth="time"), on="subject_id").join(
+        sexes.select("subject_id", gender=_part(codes.sex, 0)),
+        on="subject_id",
+        how="left",
+    )
+    book.read("admissions", parts.rows["admission"])
+    orphans = stays.height - found.height
+    refuse_orphans("admissions", orphans, stays.height, "a patient with a birth")
+    book.drop(
+        "admissions",
+        {"duplicate": parts.rows["admission"] - stays.height, "unknown_patient": orphans},
+    )
+    came, born = pl.col("admittime").dt, pl.col("birth").dt
+    years = came.year().cast(pl.Int64) - born.year()
+    birthday = pl.col("birth").dt.offset_by(pl.format("{}y", years))
+    age = years - (pl.col("admittime") < birthday).cast(pl.Int64)
+    return found.with_columns(age=plausible_age(age))
+
+
+def _diagnoses(
+    parts: _Parts, titles: pl.DataFrame, known: pl.Series, book: Book, codes: Codes
+) -> DiagnosisLists:
+    events = pl.concat(parts.diagnoses)
+    coded = events.select(
+        "hadm_id",
+        pl.coalesce("sequence", "row").alias("seq_num"),
+        _part(codes.diagnosis, 0).alias("icd_version"),
+        _part(codes.diagnosis, 1).alias("icd_code"),
+    )
+    lists = diagnosis_lists(coded, match_titles(coded, titles), known)
+    book.read("diagnoses", lists.rows)
+    book.drop("diagnoses", lists.dropped)
+    refuse_orphans("diagnoses", lists.dropped["unknown_admission"], lists.rows, "an admission")
+    book.keep("diagnoses", items(lists.lists["diagnoses"]))
+    return lists
+
+
+def _measures(parts: _Parts, codes: Codes, book: Book) -> Measures:
+    events = pl.concat(parts.measures)
+    timed = events.drop_nulls("time")
+    kinds = {code: one.kind for code, one in codes.measures.items()}
+    factors = {code: UNITS[one.unit] for code, one in codes.measures.items()}
+    found = timed.select(
+        "subject_id",
+        pl.coalesce("sequence", "row").alias("seq_num"),
+        pl.col("time").cast(pl.Date).alias("date"),
+        pl.col("code").replace_strict(kinds, default=None, return_dtype=pl.String).alias("kind"),
+        value=pl.col("text").str.strip_chars().cast(pl.Float64, strict=False)
+        * pl.col("code").replace_strict(factors, default=None, return_dtype=pl.Float64),
+    )
+    patients = pl.concat(parts.births)["subject_id"].unique()
+    measures = clean_measures(found, patients)
+    book.read("measures", events.height)
+    book.drop("measures", {"no_time": events.height - timed.height, **measures.dropped})
+    book.keep("measures", measures.rows.height)
+    return measures
+
+
+def _one_each(events: pl.DataFrame, table: str, book: Book) -> pl.DataFrame:
+    first = events.sort("subject_id", "time", "code", nulls_last=True).unique(
+        "subject_id", keep="first", maintain_order=True
+    )
+    book.read(table, events.height)
+    book.drop(table, {"duplicate": events.height - first.height})
+    book.keep(table, first.height)
+    return first
+
+
+def _first(found: pl.DataFrame, kind: str, known: pl.Series, book: Book) -> pl.DataFrame:
+    """Return the first value of each admission; ``found`` is in the order of time."""
+    told = found.drop_nulls(kind)
+    placed = told.join(known.to_frame(), on="hadm_id", how="semi")
+    first = placed.unique("hadm_id", keep="first", maintain_order=True)
+    book.read(kind, found.height)
+    unused = {
+        "not_in_use": found.height - told.height,
+        "unknown_admission": told.height - placed.height,
+        "later": placed.height - first.height,
+    }
+    book.drop(kind, unused)
+    book.keep(kind, first.height)
+    return first
+
+
+def _part(prefix: str, place: int) -> pl.Expr:
+    """Return one part of ``code`` after its beginning; null where there is none."""
+    return split_code(prefix).list.get(place, null_on_oob=True)
