@@ -24,7 +24,7 @@ from common.wire.contract import (
     read_train_reply,
     train_message,
 )
-from server import checkpoints
+from server import checkpoints, kept_updates
 from server.central_dp import aggregator_for
 from server.checkpoints import CARRIED, STRATEGY, Round
 from server.clock import Clock
@@ -80,6 +80,8 @@ class Rounds:
         for number in range(last.number + 1, self.config.federation.rounds + 1):
             started = self.clock.monotonic()
             updates = self.train(last, number)
+            if self.config.federation.keep_updates:
+                kept_updates.keep(self.run, number, updates)
             if not aggregator.withstands(len(updates)):
                 self.run.metric(WITHSTANDS_NOTHING, len(updates), round=number)
             b = aggregator.aggregate(last.received, updates, server_round=number)
@@ -326,18 +328,16 @@ class Rounds:
         self.run.metric(f"{kind}-exchange-seconds", self._since(started), round=server_round)
         answers: dict[str, Answer] = {}
         failures: dict[str, str] = {}
-        accepted: list[int] = []
         for node in nodes:
             hospital = names[node]
             try:
                 answers[hospital] = check(answered(replies.messages.get(node)), hospital)
-                accepted.append(node)
             except ContractError as error:
                 failures[hospital] = str(error)
                 self._refuse(hospital, str(error), server_round)
-        if accepted:
+        if answers:
             now = Pace(
-                seconds=max(replies.seconds[node] for node in accepted),
+                seconds=max(replies.seconds[node] for node in nodes if names[node] in answers),
                 steps=steps,
                 hospitals=len(nodes),
             )

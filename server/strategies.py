@@ -27,6 +27,7 @@ from common.config import FederationConfig
 from common.errors import UserError
 from common.wire.cohort import sampled
 from common.wire.contract import Tensors
+from server.q_fedavg import QFedAvg
 
 WEIGHT = "weight"
 _COMMON: dict[str, Any] = {
@@ -71,7 +72,7 @@ def _set_record(strategy: FedAvgM, b: Tensors) -> None:
     strategy.current_arrays = to_record(b)
 
 
-def _set_arrays(strategy: FedAdam | FedYogi, b: Tensors) -> None:
+def _set_arrays(strategy: FedAdam | FedYogi | QFedAvg, b: Tensors) -> None:
     strategy.current_arrays = {key: value.astype(np.float64) for key, value in sorted(b.items())}
 
 
@@ -153,6 +154,12 @@ STRATEGIES: dict[str, StrategySpec] = {
     ),
     "krum": StrategySpec(
         make=lambda c: Krum(num_malicious_nodes=c.malicious, **_COMMON), fewest=_fewest_for_krum
+    ),
+    "q-fedavg": StrategySpec(
+        make=lambda c: QFedAvg(
+            q=c.fairness, lipschitz=1 / (c.server_learning_rate or 1.0), **_COMMON
+        ),
+        begin=_set_arrays,
     ),
 }
 

@@ -15,6 +15,7 @@ from common.config import FederationConfig
 from common.errors import RunFailed
 from common.wire.contract import Tensors, Update
 from common.wire.undocumented_flower import AppExitException
+from server.q_fedavg import LOSS
 from server.strategies import STRATEGIES, WEIGHT, to_record, withstands
 
 _log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def finite(b: Tensors, server_round: int) -> Tensors:
 
 
 def _as_reply(update: Update, weight: float) -> Message:
-    content = RecordDict(
-        {"arrays": to_record(update.b), "metrics": MetricRecord({WEIGHT: float(weight)})}
-    )
+    told = {LOSS: update.metrics[LOSS]} if LOSS in update.metrics else {}
+    metrics = MetricRecord({WEIGHT: float(weight), **told})
+    content = RecordDict({"arrays": to_record(update.b), "metrics": metrics})
     return Message(content=content, dst_node_id=0, message_type="train")

@@ -40,11 +40,13 @@ def plan_of(config: Config) -> PrivacyPlan:
     sampling of hospitals amplifies nothing, because the server knows whom it asked.
 
     Raises:
-        UserError: if delta would let a whole unit be disclosed, if the number of steps, one unit's
-            gradient, or whether one hospital takes part would depend on other units, if a given
-            noise multiplier misses the target, or if no noise reaches it.
+        UserError: if delta would let a whole unit be disclosed, if the server needs or keeps what
+            is protected, if the number of steps, one unit's gradient, or whether one hospital
+            takes part would depend on other units, if a given noise multiplier misses the target,
+            or if no noise reaches it.
     """
     _refuse_large_delta(config)
+    _refuse_what_stays(config)
     if config.privacy.unit == HOSPITAL:
         federation = config.federation
         if federation.fraction < 1:
@@ -90,6 +92,23 @@ def _refuse_large_delta(config: Config) -> None:
             "publish one of them in full would count as private",
             allowed=f"less than 1 / {bound.value}",
             fix=f"set privacy.delta to at most 1 / (10 x {bound.value}) = {_usual(bound):.2g}",
+        )
+
+
+def _refuse_what_stays(config: Config) -> None:
+    """Refuse a server that needs or keeps what the protection takes away."""
+    federation = config.federation
+    if federation.strategy == "q-fedavg":
+        raise UserError(
+            "federation.strategy=q-fedavg weighs hospitals by their losses, and with privacy no "
+            "loss leaves a hospital",
+            fix="set another federation.strategy",
+        )
+    if federation.keep_updates and config.privacy.unit == HOSPITAL:
+        raise UserError(
+            "federation.keep-updates with privacy.unit=hospital keeps what hospitals send before "
+            "it is clipped and noised",
+            fix="set federation.keep-updates = false",
         )
 
 
