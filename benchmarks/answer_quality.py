@@ -1,12 +1,14 @@
 """What makes answers better: every trial on validation patients, none chosen on held-out ones.
 
     OMP_NUM_THREADS=1 python benchmarks/answer_quality.py --out FILE [--only NAME,...]
+    OMP_NUM_THREADS=1 python benchmarks/answer_quality.py --out FILE --run DIR --name NAME
 
 A trial is a configuration file and a few keys that differ from it. Its hospitals train as in a
 federation (the product's local update, weighted means of B), and answer validation patients. Scored
 lists need validation patients for their threshold, so each hospital's are halved by patient: each
 half is answered with the threshold of the other. The file grows by a row after every trial; a name
-that is in it is not tried again. Held-out patients are answered by a run of the chosen file.
+that is in it is not tried again. ``--run`` adds a finished run: its B on validation patients, and
+what its own evaluation found on held-out ones.
 """
 
 import argparse
@@ -22,20 +24,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from client.local_update import update
 from common.config import Config
-from common.configio import read_config
+from common.configio import differences, read_config
 from common.data.dataset import open_hospitals
 from common.data.partition import Hospital
 from common.evaluation.answers import B, evaluate_answers
 from common.files import write_json
 from common.model.adapter.layout import initial_tensors
 from common.model.session import Session
+from common.rundir import RunDirectory
 from common.training.optimiser import TrainState
 from common.training.resident_session import close_session, session_of, tokens_of
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL_SEVEN = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 SHUFFLED = ("data.drug-order=shuffled", f"adapter.targets={ALL_SEVEN}", "adapter.rank=16")
-DEMO, HOSPITALS = "demo.toml", "hospitals.toml"
+DEMO = "demo.toml"
 STEPS_64 = ("federation.rounds=4", "federation.local-steps=16")
 STEPS_128 = ("federation.rounds=8", "federation.local-steps=16")
 BEFORE = (
@@ -151,6 +154,37 @@ def tried(name: str, methods: Sequence[str], extra: Sequence[str]) -> dict[str, 
     }
 
 
+def finished(folder: Path, name: str, methods: Sequence[str]) -> dict[str, Any]:
+    """Return a finished run as a trial, with its held-out figures."""
+    run = RunDirectory.open(folder)
+    config, summary = run.config(), run.read_json("summary.json")
+    data, session = open_hospitals(config), session_of(config)
+    b = run.load_checkpoint().b
+    told = summary["metrics"]
+    return {
+        "name": name,
+        "changes": [f"{one.key}={one.new}" for one in differences(Config(), config)],
+        "source": data.source,
+        "seeds": {"train": config.train.seed, "adapter": config.adapter.seed},
+        "steps_per_hospital": config.federation.rounds * config.federation.local_steps,
+        "training_seconds": summary["training_seconds"],
+        "validation": {
+            method: answered(session, data.hospitals, config, b, method) for method in methods
+        },
+        "held_out": {
+            "method": config.evaluation.method,
+            "samples": told["fedrx"]["samples"],
+            "patients": told["fedrx"]["patients"],
+            **{key: told["fedrx"].get(key) for key in (*KEPT, "prauc", "f1_beyond")},
+            "f1_interval": told["fedrx"]["intervals"]["f1"],
+            "expected_calibration_error": told["fedrx"]
+            .get("calibration", {})
+            .get("expected_error"),
+            "others_f1": {model: one["f1"] for model, one in told.items() if model != "fedrx"},
+        },
+    }
+
+
 def main() -> None:
     """Try what has not been tried, a row at a time."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -158,14 +192,22 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(TRIALS))
     parser.add_argument("--methods", default="scored,formulary,greedy")
     parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--name", default="run")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = json.loads(options.out.read_text()) if options.out.exists() else []
-    for name in options.only.split(","):
+    kept = json.loads(options.out.read_text()) if options.out.exists() else {}
+    rows: list[dict[str, Any]] = kept.setdefault("trials", [])
+    methods = options.methods.split(",")
+    for name in [options.name] if options.run else options.only.split(","):
         if any(row["name"] == name for row in rows):
             continue
         print(name, flush=True)
-        rows.append(tried(name, options.methods.split(","), options.set))
-        write_json(options.out, rows)
+        rows.append(
+            finished(options.run, name, methods)
+            if options.run
+            else tried(name, methods, options.set)
+        )
+        write_json(options.out, kept)
         print(json.dumps(rows[-1]), flush=True)
 
 

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from common.errors import DiskFull
 
+BLOCK_BYTES = 4096
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """A full disk, a full quota, a file beyond the limit of its process."""
 
@@ -150,6 +151,25 @@ def write_bytes(target: Path, content: bytes) -> None:
 def write_text(target: Path, text: str) -> None:
     """Write a text file atomically, for its owner alone."""
     write_bytes(target, utf8(text))
+
+
+def write_bytes_or_over(target: Path, content: bytes) -> None:
+    """Write a small file atomically; where that finds no room, over what the file has already.
+
+    A file of at most one block takes no more room when it is written over, so that a failure can
+    be told on a full disk.
+
+    Raises:
+        DiskFull: if there is no such file, or its new content is longer than a block.
+    """
+    try:
+        write_bytes(target, content)
+    except DiskFull:
+        if not target.is_file() or len(content) > BLOCK_BYTES:
+            raise
+        with needing_room(target.name), target.open("r+b") as file:
+            file.write(content)
+            file.truncate()
 
 
 def json_document(value: Any) -> str:

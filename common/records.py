@@ -174,7 +174,15 @@ class Figures(Readings):
     samples: int = 0
 
 
-class Summary(Record):
+class PartialRecord(Record):
+    """A kind of record whose file has the keys that were given, and no others."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the keys that were given."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+class Summary(PartialRecord):
     """summary.json of a run that trains; what a kind of run does not have is not in its file."""
 
     mode: Mode | None = None
@@ -195,6 +203,8 @@ class Summary(Record):
     validation_loss: tuple[float | None, ...] = ()
     seconds: float = 0.0
     training_seconds: float | None = None
+    start_seconds: dict[str, float] = {}
+    """Of a federation on Ray: by phase, until the first message to train."""
     peak_rss_bytes: int = 0
     peak_device_bytes: int | None = None
     device: str = ""
@@ -206,10 +216,6 @@ class Summary(Record):
     evaluation: dict[str, Any] | None = None
     judge: dict[str, Any] | None = None
     review: dict[str, Any] | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the keys that were given, and no others."""
-        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
     def having(self, **values: Any) -> Self:
         """Return the summary with these values in the place of its own."""
@@ -290,3 +296,60 @@ class MembershipRecord(Record):
     findings: tuple[dict[str, Json], ...]
     passed: bool
     seconds: float
+
+
+class Parameters(Record):
+    """Values of a backbone and of the two matrices."""
+
+    backbone: int
+    a: int
+    b: int
+
+
+class AdapterShape(Record):
+    """What is to be trained."""
+
+    mode: str
+    rank: int
+    targets: tuple[str, ...]
+
+
+class Recomputation(DtypeFacts):
+    """What the backward pass computes again, and why."""
+
+    total_bytes: dict[str, int]
+    """Of each choice."""
+
+
+class Workers(Record):
+    """How many there are, and why; more than one only on a CPU, where they share the memory."""
+
+    value: int
+    reason: str
+
+
+class PlanRecord(PartialRecord):
+    """What a run will need."""
+
+    backbone: str
+    adapter: AdapterShape
+    parameters: Parameters
+    batch_tokens: int
+    device: str
+    dtype: DtypeFacts
+    recompute: Recomputation
+    memory_bytes: dict[str, int]
+    """By part with ``total``: the peak of a training step of one worker with the chosen
+    recomputation."""
+    generation_bytes: int
+    card_bytes: int
+    card: str
+    workers: Workers
+    fits: bool
+    spare_bytes: int
+    bytes_per_round: int
+    """Of training: down and up again, all hospitals that are asked."""
+    steps: int
+    """Of one hospital, in all."""
+    steps_reason: str
+    privacy: dict[str, Any] | None = None

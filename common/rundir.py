@@ -36,6 +36,7 @@ from common.files import (
     read_json_lines,
     utf8,
     write_bytes,
+    write_bytes_or_over,
     write_json,
     write_text,
 )
@@ -135,10 +136,7 @@ class RunDirectory:
         return read_config(self.path / "config.toml")
 
     def record(self) -> RunRecord | None:
-        """Read run.json; of a run made before there was one, what environment.json tells of it.
-
-        None where the run was ended before it began.
-        """
+        """Read run.json, else what environment.json tells; None of a run that never began."""
         content = self.read_json(RUN)
         if content.get("schema_version", SCHEMA) != SCHEMA:
             raise UserError(
@@ -161,9 +159,10 @@ class RunDirectory:
         return Summary.read(self.read_json(SUMMARY), what=str(self.path / SUMMARY))
 
     def write_status(self, state: State, **facts: Any) -> None:
-        """Replace status.json; ``updated`` is UTC."""
+        """Replace status.json, also on a full disk; ``updated`` is UTC."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        write_json(self.path / "status.json", {"state": state, "updated": now, **facts})
+        content = json_document({"state": state, "updated": now, **facts})
+        write_bytes_or_over(self.path / "status.json", utf8(content))
 
     def status(self) -> dict[str, Any]:
         """Read status.json."""

@@ -52,7 +52,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _note_failure(run: RunDirectory, reason: str) -> None:
-    """Say so in status.json; on a full disk the old status stays, and the error alone tells."""
+    """Say so in status.json; where that cannot be written, the error alone tells."""
     with contextlib.suppress(OSError, DiskFull):
         run.write_status("failed", error=reason)
 

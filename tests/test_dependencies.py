@@ -17,7 +17,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT, TOOL = PYPROJECT["project"], PYPROJECT["tool"]
 EXTRAS = PROJECT["optional-dependencies"]
 # Declared though no line of ours imports them.
-NEEDED_BY_TRANSFORMERS = {"accelerate": "reads gguf files", "gguf": "reads gguf files"}
+NEEDED_BY_TRANSFORMERS = {"accelerate": "reads gguf files"}
 # Tests ask them, of the versions that Flower brings, about proxies and memory.
 WHAT_FLOWER_BRINGS = {"ray", "grpcio", "requests"}
 WITH_TORCH_FOR_GPUS = {"triton"}
@@ -56,7 +56,7 @@ def test_every_dependency_is_imported_by_the_product():
 
 
 def test_everything_that_the_product_imports_is_declared():
-    optional = names(EXTRAS["flash-attn"] + EXTRAS["constrained"])
+    optional = names(EXTRAS["flash-attn"] + EXTRAS["constrained"] + EXTRAS["bundle"])
     assert imported(*PACKAGES) - names(PROJECT["dependencies"]) == optional | WITH_TORCH_FOR_GPUS
 
 

@@ -97,7 +97,7 @@ def evaluate_answers(
     }
     beside = figures(
         rows,
-        {model: [one.ranking for one in given] for model, given in answers.items()},
+        answers,
         Compared(
             config=config,
             hospitals=[hospitals[case.hospital].name for case in cases],
@@ -175,10 +175,10 @@ def _baseline_answers(
         places = [place for place, case in enumerate(cases) if case.hospital == number]
         asked = [cases[place].admission for place in places]
         for name, baseline in BASELINES.items():
-            for place, drugs in zip(
+            for place, found in zip(
                 places, baseline(hospital.train, asked) if asked else (), strict=True
             ):
-                answers[name][place] = Answer(None, drugs)
+                answers[name][place] = Answer(None, found.listed, order=found.drugs)
     return answers
 
 

@@ -9,6 +9,7 @@ the mean length of the neighbours' lists, regression the mean length in training
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +27,22 @@ _RAREST_REGRESSED = 5
 _MOST_FITTED_SAMPLES = 20_000
 
 
+class Ranked(NamedTuple):
+    """All drugs of the training split for one admission, and how many of them are its list."""
+
+    drugs: DrugList
+    """The likeliest first."""
+    length: int
+
+    @property
+    def listed(self) -> DrugList:
+        """The list."""
+        return self.drugs[: self.length]
+
+
 def popularity(
     train: Sequence[Admission], test: Sequence[Admission], *, drugs_listed: int | None = None
-) -> list[DrugList]:
+) -> list[Ranked]:
     """Give everyone the most common drugs of the training split.
 
     Args:
@@ -41,12 +55,12 @@ def popularity(
     ranked_d = _ranked(fit.frequency_d)
     if drugs_listed is None:
         drugs_listed = _best_length(fit.drugs_nd, ranked_d)
-    return [fit.named(ranked_d[:drugs_listed])] * len(test)
+    return [Ranked(fit.named(ranked_d), drugs_listed)] * len(test)
 
 
 def nearest_neighbours(
     train: Sequence[Admission], test: Sequence[Admission], *, neighbours: int = 10
-) -> list[DrugList]:
+) -> list[Ranked]:
     """Let the training admissions with the most similar diagnoses vote.
 
     Similarity is the cosine of the sets of (version, code), and the weight of a vote. The drugs
@@ -69,13 +83,13 @@ def nearest_neighbours(
                 weight_n, near = np.ones(len(train)), np.arange(len(train))
             votes_d = fit.drugs_nd[near].T @ weight_n[near]
             length = round(np.average(lengths_n[near], weights=weight_n[near]))
-            lists.append(fit.named(_ranked(votes_d)[:length]))
+            lists.append(Ranked(fit.named(_ranked(votes_d)), length))
     return lists
 
 
 def logistic_regression(
     train: Sequence[Admission], test: Sequence[Admission], *, inverse_penalty: float = 0.1
-) -> list[DrugList]:
+) -> list[Ranked]:
     """Regress every drug on the diagnoses, and list the most probable ones.
 
     One L2-penalised regression a drug on the presence of each (version, code). The list is as
@@ -99,10 +113,10 @@ def logistic_regression(
         model.fit(fit.codes_nc, fit.drugs_nd[:, [drug]].toarray().ravel())
         probable_bd[:, drug] = model.predict_proba(asked_bc)[:, 1]
     length = round(fit.drugs_nd.sum() / len(spaced))
-    return [fit.named(_ranked(probable_d)[:length]) for probable_d in probable_bd]
+    return [Ranked(fit.named(_ranked(probable_d)), length) for probable_d in probable_bd]
 
 
-BASELINES: Mapping[str, Callable[[Sequence[Admission], Sequence[Admission]], list[DrugList]]] = {
+BASELINES: Mapping[str, Callable[[Sequence[Admission], Sequence[Admission]], list[Ranked]]] = {
     "popularity": popularity,
     "nearest_neighbours": nearest_neighbours,
     "logistic_regression": logistic_regression,

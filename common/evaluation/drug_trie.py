@@ -118,7 +118,9 @@ def drug_trie(names: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> Dru
 
     going_on = tuple(leaf(path) for path in onward)
     ending = tuple(leaf([*path, end]) for path in ended)
-    if any(children[node] for node in (*going_on, *ending)):
+    leaves = {*going_on, *ending}
+    # A tokenizer that folds characters may write two names alike.
+    if any(children[node] for node in leaves) or len(leaves) < 2 * len(names):
         raise _not_by_lines()
     return DrugTrie(
         names=tuple(names),
@@ -216,7 +218,7 @@ def _tokens(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[
 
 def _not_by_lines() -> UserError:
     return UserError(
-        "model.backbone: its tokenizer merges a drug's name with the line before or after it, so "
-        "a formulary does not say what may come next",
+        "model.backbone: its tokenizer merges a drug's name with its neighbours' lines or writes "
+        "two names alike, so a formulary does not say what may come next",
         fix="set evaluation.decoding to grammar or greedy, and evaluation.method to generate",
     )

@@ -15,6 +15,7 @@ from common.config import Config
 from common.data.names import normalise_string
 from common.evaluation.answers_file import Prediction
 from common.evaluation.interactions import Interactions, interaction_figures, read_interactions
+from common.evaluation.lists import Answer
 from common.evaluation.metrics import (
     Estimate,
     drug_map_of,
@@ -23,10 +24,12 @@ from common.evaluation.metrics import (
     score,
 )
 from common.evaluation.ranking import Ranking
-from common.evaluation.ranking_metrics import average_precision, calibration
+from common.evaluation.ranking_metrics import at_k, average_precision, calibration
 
 REFERENCES = ("popularity", "nearest_neighbours", "logistic_regression")
 """Whom models are compared with, admission by admission."""
+DEPTHS = (5, 10, 20)
+"""k of precision and recall at k."""
 BY_HOSPITAL = ("precision", "recall", "jaccard", "f1")
 
 
@@ -48,14 +51,14 @@ class Compared:
 
 def figures(
     rows: Mapping[str, Sequence[Prediction]],
-    rankings: Mapping[str, Sequence[Ranking | None]],
+    answers: Mapping[str, Sequence[Answer]],
     compared: Compared,
 ) -> dict[str, dict[str, JsonValue]]:
     """Return what stands beside each model's metrics.
 
     Args:
         rows: Predictions by model, each in the order of the cases.
-        rankings: Rankings by model, in the same order; None where a list was not scored.
+        answers: What the rows were made of, in the same order: rankings and confidences.
         compared: What they share.
     """
     data, settings = compared.config.data, compared.config.evaluation
@@ -78,12 +81,16 @@ def figures(
             part["interactions"] = _interactions(of_model, interactions)
         if len(set(compared.hospitals)) > 1:
             part |= _by_hospital(of_model, compared, drug_map)
-        ranked = [ranking for ranking in rankings.get(model, ()) if ranking is not None]
-        if len(ranked) == len(of_model):
-            part["prauc"] = interval(
-                [_precision(row, one) for row, one in zip(of_model, ranked, strict=True)]
-            )
-            part["calibration"] = _calibration(of_model, ranked)
+        given = answers.get(model, ())
+        orders = [one.order for one in given if one.order is not None]
+        if len(orders) == len(of_model):
+            hits = [_hits(row, order) for row, order in zip(of_model, orders, strict=True)]
+            true = [len(set(map(normalise_string, row.truth))) for row in of_model]
+            part["prauc"] = interval(list(map(average_precision, hits, true)))
+            part["at"] = _depths(hits, true)
+            rankings = [one.ranking for one in given if one.ranking is not None]
+            if rankings:
+                part["calibration"] = _calibration(hits, rankings)
         if model not in REFERENCES:
             part["f1_beyond"] = {
                 other: interval(np.subtract(f1[model], f1[other]).tolist())
@@ -135,19 +142,24 @@ def _by_hospital(
     return {"by_hospital": each, "worst_hospital": worst[1]}
 
 
-def _hits(row: Prediction, ranking: Ranking) -> list[bool]:
+def _hits(row: Prediction, order: Sequence[str]) -> list[bool]:
     true = set(map(normalise_string, row.truth))
-    return [normalise_string(drug.name) in true for drug in ranking.drugs]
+    return [normalise_string(name) in true for name in order]
 
 
-def _precision(row: Prediction, ranking: Ranking) -> float:
-    return average_precision(_hits(row, ranking), len(set(map(normalise_string, row.truth))))
+def _depths(hits: Sequence[Sequence[bool]], true: Sequence[int]) -> JsonValue:
+    found: dict[str, JsonValue] = {}
+    for k in DEPTHS:
+        pairs = [at_k(one, count, k) for one, count in zip(hits, true, strict=True)]
+        precision, recall = np.mean(pairs, axis=0).tolist()
+        found[str(k)] = {"precision": precision, "recall": recall}
+    return found
 
 
-def _calibration(rows: Sequence[Prediction], rankings: Sequence[Ranking]) -> JsonValue:
+def _calibration(hits: Sequence[Sequence[bool]], rankings: Sequence[Ranking]) -> JsonValue:
     told = calibration(
         [drug.confidence for ranking in rankings for drug in ranking.drugs],
-        [hit for row, ranking in zip(rows, rankings, strict=True) for hit in _hits(row, ranking)],
+        [hit for one in hits for hit in one],
     )
     return {
         "brier": told.brier,

@@ -37,8 +37,10 @@ class Answer(NamedTuple):
     """None: the text is not in the format."""
     escaped: int = 0
     """Names that UTF-8 cannot hold."""
+    order: tuple[str, ...] | None = None
+    """Of a ranking: all names, the likeliest first."""
     ranking: Ranking | None = None
-    """Of a scored list."""
+    """Of a scored list: with confidences."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +122,13 @@ class ListMaker:
             for ranker, one, place in zip(rankers, scores, prompts.hospitals, strict=True)
         ]
         answers = [
-            Answer(None, tuple(drug.name for drug in one.listed), ranking=one) for one in rankings
+            Answer(
+                None,
+                tuple(drug.name for drug in one.listed),
+                order=tuple(drug.name for drug in one.drugs),
+                ranking=one,
+            )
+            for one in rankings
         ]
         return answers, Generation(
             seconds=0,

@@ -35,6 +35,21 @@ def average_precision(hits_N: Sequence[bool], true: int) -> float:
     return float(precision_N[hits].sum() / true)
 
 
+def at_k(hits_N: Sequence[bool], true: int, k: int) -> tuple[float, float]:
+    """Return precision and recall of a ranking's first k drugs.
+
+    Args:
+        hits_N: By falling probability, whether each drug was ordered.
+        true: How many were ordered, those that are not ranked included.
+        k: Depth; a shorter ranking misses what it does not hold.
+
+    >>> at_k([True, False, True, True], 4, 2)
+    (0.5, 0.25)
+    """
+    found = sum(hits_N[:k])
+    return found / k, found / true
+
+
 class Bin(NamedTuple):
     """Confidences of one band."""
 

@@ -106,18 +106,18 @@ def reopen(
     Raises:
         UserError: if the data, the backbone or A are not those of the run.
     """
-    inputs = run.read_json("environment.json").get("inputs", {})
+    inputs = run.inputs()
     data = data or open_hospitals(config)
     # With other data, held-out patients could be ones that were trained on.
-    _require("the data", data.digest, inputs.get("samples"), "data.path")
+    _require("the data", data.digest, inputs.samples, "data.path")
     session = session_of(config)
-    _require("the backbone", session.spec.fingerprint, inputs.get("backbone"), "model.backbone")
-    _require("A", session.adapter.a_fingerprint, inputs.get("a"), "adapter.seed")
+    _require("the backbone", session.spec.fingerprint, inputs.backbone, "model.backbone")
+    _require("A", session.adapter.a_fingerprint, inputs.a, "adapter.seed")
     return data, session
 
 
-def _require(what: str, found: str, recorded: str | None, key: str) -> None:
-    if recorded is not None and found != recorded:
+def _require(what: str, found: str, recorded: str, key: str) -> None:
+    if recorded not in ("", found):
         raise UserError(
             f"{what} is not what the run was trained with: {found[:12]}, not {recorded[:12]}",
             fix=f"restore what {key} named",

@@ -22,7 +22,12 @@ from common.evaluation.review.packet import (
     make_packet,
     packet_folder,
 )
-from common.evaluation.review.packet_import import Review, check_against_packet, read_review
+from common.evaluation.review.packet_import import (
+    Review,
+    check_against_packet,
+    read_review,
+    refuse_twins,
+)
 from common.evaluation.review.scores import summarise_reviews
 from common.files import utf8, write_json, write_text
 from common.rundir import RunDirectory
@@ -97,8 +102,8 @@ def import_reviews(run: RunDirectory, files: Sequence[Path]) -> dict[str, Any]:
         The ``review`` part of summary.json.
 
     Raises:
-        UserError: For a file that is damaged, of another packet, or not a review; nothing is
-            imported then.
+        UserError: For a file that is damaged, of another packet, not a review, or the work of
+            somebody who is there under another name; nothing is imported then.
     """
     read = [(file, read_review(file)) for file in files]
     packets = {review.packet for _, review in read}
@@ -120,11 +125,14 @@ def import_reviews(run: RunDirectory, files: Sequence[Path]) -> dict[str, Any]:
             fix="import the newer one, or give the reviewers different names",
         )
     folder = run.path / packet_folder(packet.sha256) / "reviews"
-    for _, review in read:
-        write_json(folder / f"{_slug(review.reviewer)}.json", review.as_json())
-    reviews = [
-        Review.read(file.read_bytes(), what=str(file)) for file in sorted(folder.glob("*.json"))
-    ]
+    kept = {
+        file.name: Review.read(file.read_bytes(), what=str(file)) for file in folder.glob("*.json")
+    }
+    new = {f"{_slug(review.reviewer)}.json": review for _, review in read}
+    reviews = [review for _, review in sorted({**kept, **new}.items())]
+    refuse_twins(reviews)
+    for name, review in new.items():
+        write_json(folder / name, review.as_json())
     result = summarise_reviews(
         packet, reviews, predictions, read_judgements(run), run.config().data
     )

@@ -4,7 +4,7 @@ From shapes alone: no weights are read, and data only where the number of steps 
 """
 
 import math
-from typing import Any
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -25,6 +25,14 @@ from common.model.footprint import (
 from common.model.session import choose_dtype, device_kind
 from common.privacy.forecast import forecast, lines
 from common.privacy.settings import delta_note, plan_of, protects
+from common.records import (
+    AdapterShape,
+    DtypeFacts,
+    Parameters,
+    PlanRecord,
+    Recomputation,
+    Workers,
+)
 from common.training.budget import checkpoint_steps, steps_in_all, steps_of_round
 from common.wire.codecs import wire_layout
 from common.wire.cohort import check_only, sampled
@@ -33,24 +41,29 @@ from sim.flower.worker_count import choose_workers, planned_recompute, training_
 
 PAPER_CARD_BYTES = 48_000_000_000
 """RTX 6000 Ada, 48 GB: the paper's card."""
+SMALLEST_SHOWN_BYTES = 5_000_000
+"""Below, a part would be shown as 0.00 GB."""
+PARTS = {
+    "weights": "the frozen backbone",
+    "adapter": "the trained matrices in fp32, and the frozen A",
+    "gradients": "of the trained matrices; with privacy of each patient apart",
+    "optimizer": "its state: momentum, or adamw's two moments",
+    "activations": "what the forward pass keeps for the backward pass",
+    "working": "buffers of the layer that is being computed",
+    "logits": "hidden states at the answers, and a chunk of scores of the vocabulary",
+    "runtime": "Python, PyTorch and their libraries",
+    "holes": "what the allocator cannot use",
+    "total": "",
+}
 
 
-def plan(config: Config, *, card_bytes: int | None = None) -> dict[str, Any]:
+def plan(config: Config, *, card_bytes: int | None = None) -> PlanRecord:
     """Return what a run will need.
 
     Args:
         config: Complete configuration.
         card_bytes: Memory to fit into; default the GPU's that is here, else 48 GB; with
             ``train.device = "cpu"`` this machine's.
-
-    Returns:
-        ``parameters`` {backbone, a, b}, ``memory_bytes`` by part with ``total`` (the peak of a
-        training step of one worker with the chosen recomputation), ``workers`` {value, reason}
-        (more than one only on a CPU, where they share the memory), ``recompute`` {value, reason,
-        total_bytes of each choice}, ``generation_bytes``, ``card_bytes``, ``fits``,
-        ``spare_bytes``, ``bytes_per_round`` (of training: down and up again, all hospitals that
-        are asked),
-        ``steps`` (of one hospital, in all) and, with privacy, ``privacy``.
 
     Raises:
         UserError: If the backbone's shape or the data cannot be found, a value is not allowed, or
@@ -89,33 +102,33 @@ def plan(config: Config, *, card_bytes: int | None = None) -> dict[str, Any]:
         check_strategy(federation)
         check_only(federation)
         steps_of_round(config, samples.value, 1)
-    found = {
-        "backbone": config.model.backbone,
-        "adapter": {"mode": adapter.mode, "rank": adapter.rank, "targets": list(adapter.targets)},
-        "parameters": {"backbone": counts.backbone, "a": counts.a, "b": counts.b},
-        "batch_tokens": train.batch_size * train.max_length,
-        "device": device,
-        "dtype": dtype.as_dict(),
-        "recompute": {
-            **chosen.as_dict(),
-            "total_bytes": {choice: one.total for choice, one in footprints.items()},
-        },
-        "memory_bytes": peak.as_dict(),
-        "generation_bytes": answering,
-        "card_bytes": card.value,
-        "card": card.reason,
-        "workers": workers.as_dict(),
-        "fits": needed <= card.value,
-        "spare_bytes": card.value - needed,
-        "bytes_per_round": 2 * asked_hospitals(federation) * message_bytes(config, shape),
-        "steps": steps.value,
-        "steps_reason": f"{steps.reason}; {samples.reason}" if samples.reason else steps.reason,
-    }
-    if protects(config):
-        target = config.privacy.target_epsilon
-        outlook = forecast(plan_of(config), trained, target_epsilon=target)
-        found["privacy"] = outlook | {"delta_note": delta_note(config)}
-    return found
+    found = PlanRecord(
+        backbone=config.model.backbone,
+        adapter=AdapterShape(mode=adapter.mode, rank=adapter.rank, targets=adapter.targets),
+        parameters=Parameters(backbone=counts.backbone, a=counts.a, b=counts.b),
+        batch_tokens=train.batch_size * train.max_length,
+        device=device,
+        dtype=DtypeFacts(value=dtype.value, reason=dtype.reason),
+        recompute=Recomputation(
+            value=chosen.value,
+            reason=chosen.reason,
+            total_bytes={choice: one.total for choice, one in footprints.items()},
+        ),
+        memory_bytes=peak.as_dict(),
+        generation_bytes=answering,
+        card_bytes=card.value,
+        card=card.reason,
+        workers=Workers(value=workers.value, reason=workers.reason),
+        fits=needed <= card.value,
+        spare_bytes=card.value - needed,
+        bytes_per_round=2 * asked_hospitals(federation) * message_bytes(config, shape),
+        steps=steps.value,
+        steps_reason=f"{steps.reason}; {samples.reason}" if samples.reason else steps.reason,
+    )
+    if not protects(config):
+        return found
+    outlook = forecast(plan_of(config), trained, target_epsilon=config.privacy.target_epsilon)
+    return found.model_copy(update={"privacy": outlook | {"delta_note": delta_note(config)}})
 
 
 def asked_hospitals(federation: FederationConfig) -> int:
@@ -134,51 +147,46 @@ def message_bytes(config: Config, shape: BackboneShape) -> int:
     return shape.layers * sum(dtype.itemsize * math.prod(wire) for dtype, wire in layouts)
 
 
-def show_plan(console: Console, found: dict[str, Any]) -> None:
+def show_plan(console: Console, found: PlanRecord) -> None:
     """Print a plan as people read it."""
-    counts, parts = found["parameters"], found["memory_bytes"]
-    console.print(
-        f"{found['backbone']}: {counts['backbone']:,} parameters; A {counts['a']:,} (frozen), "
-        f"B {counts['b']:,}",
-        highlight=False,
-        markup=False,
+    say = partial(console.print, highlight=False, markup=False)
+    counts, parts, chosen = found.parameters, found.memory_bytes, found.recompute
+    say(
+        f"{found.backbone}: {counts.backbone:,} parameters; A {counts.a:,} (frozen), B {counts.b:,}"
     )
     table = Table(
-        title=f"memory of one worker at the peak of a step of {found['batch_tokens']:,} tokens"
+        title=f"memory of one worker at the peak of a step of {found.batch_tokens:,} tokens"
     )
     table.add_column("part")
     table.add_column("GB", justify="right")
-    for name, size in parts.items():
-        table.add_row(name, f"{size / 1e9:.2f}", end_section=name == "holes")
+    table.add_column("holds")
+    shown = {name: size for name, size in parts.items() if size >= SMALLEST_SHOWN_BYTES}
+    for name, size in shown.items():
+        last = name == list(shown)[-2]
+        table.add_row(name, f"{size / 1e9:.2f}", PARTS[name], end_section=last)
     console.print(table)
-    totals = ", ".join(
-        f"{choice} {size / 1e9:.1f}" for choice, size in found["recompute"]["total_bytes"].items()
+    totals = ", ".join(f"{choice} {size / 1e9:.1f}" for choice, size in chosen.total_bytes.items())
+    say(
+        f"recompute {chosen.value} ({chosen.reason}): what the backward pass computes again in "
+        f"place of keeping it; GB by choice: {totals}"
     )
-    chosen = found["recompute"]
-    console.print(f"recompute {chosen['value']} ({chosen['reason']}); GB by choice: {totals}")
-    workers = found["workers"]
-    if workers["value"] > 1:
-        together = workers["value"] * parts["total"] / 1e9
-        console.print(
-            f"{workers['value']} workers ({workers['reason']}): {together:.1f} GB together",
-            highlight=False,
-        )
-    verdict = "fits" if found["fits"] else "does not fit"
-    console.print(
-        f"{verdict} {found['card']}: {found['spare_bytes'] / 1e9:+.1f} GB to spare; answering "
-        f"takes {found['generation_bytes'] / 1e9:.1f} GB",
-        style="green" if found["fits"] else "red",
-        highlight=False,
+    workers = found.workers
+    if workers.value > 1:
+        together = workers.value * parts["total"] / 1e9
+        say(f"{workers.value} workers ({workers.reason}): {together:.1f} GB together")
+    verdict = "fits" if found.fits else "does not fit"
+    say(
+        f"{verdict} {found.card}: {found.spare_bytes / 1e9:+.1f} GB to spare; answering takes "
+        f"{found.generation_bytes / 1e9:.1f} GB",
+        style="green" if found.fits else "red",
     )
-    console.print(
-        f"{found['steps']:,} steps ({found['steps_reason']}); "
-        f"{found['bytes_per_round'] / 1e6:.1f} MB on the wire to train a round, up and down "
-        "(validation sends B down once more)",
-        highlight=False,
+    say(
+        f"{found.steps:,} steps ({found.steps_reason}); {found.bytes_per_round / 1e6:.1f} MB on "
+        "the wire to train a round, up and down (validation sends B down once more)"
     )
-    if "privacy" in found:
-        for line in (*lines(found["privacy"]), found["privacy"]["delta_note"]):
-            console.print(line, highlight=False, markup=False)
+    privacy = found.privacy
+    for line in (*lines(privacy), privacy["delta_note"]) if privacy else ():
+        say(line)
 
 
 def _card(asked: int | None, device: str) -> Choice[int]:

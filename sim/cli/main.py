@@ -5,7 +5,7 @@ import importlib.metadata
 import sys
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from click import ClickException
@@ -29,6 +29,9 @@ from sim.cli.options import (
     print_json,
     with_backend,
 )
+
+if TYPE_CHECKING:
+    from common.rundir import RunDirectory
 
 app = typer.Typer(
     name="fedrx",
@@ -259,8 +262,16 @@ def resume(
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
     out: Annotated[
-        Path, typer.Option("--out", help="Folder of the comparison of several runs.")
-    ] = Path("fedrx-comparison"),
+        Path | None,
+        typer.Option("--out", help="Folder of the comparison of several runs, or of the bundle."),
+    ] = None,
+    bundle: Annotated[
+        bool,
+        typer.Option("--bundle", help="Configuration, environment and figures as an RO-Crate."),
+    ] = False,
+    tripod_llm: Annotated[
+        bool, typer.Option("--tripod-llm", help="The reporting checklist, as far as a run knows.")
+    ] = False,
 ) -> None:
     """Write the report page of a run, or one page that compares several."""
     from common.rundir import RunDirectory
@@ -269,13 +280,33 @@ def report(
     from sim.runs.paper_table import rank_runs
 
     named = [RunDirectory.open(path) for path in runs]
+    if bundle or tripod_llm:
+        _write_for_a_paper(named, out, bundle=bundle, tripod_llm=tripod_llm)
+        return
     # A paper run has its own table; what can be compared are the runs inside.
     opened = [one for run in named for one in rank_runs(run)]
     if len(named) > 1:
-        page = write_comparison(opened, out)
+        page = write_comparison(opened, out or Path("fedrx-comparison"))
     else:
         page = write_report(named[0]) if opened == named else renew_table(named[0])
     console_for(False).print(f"report: {page.absolute()}", markup=False, highlight=False)
+
+
+def _write_for_a_paper(
+    runs: "list[RunDirectory]", out: Path | None, *, bundle: bool, tripod_llm: bool
+) -> None:
+    from sim.report.bundle import write_bundle
+    from sim.report.tripod import write_checklist
+
+    if len(runs) != 1:
+        raise UserError(
+            "--bundle and --tripod-llm are of one run", fix="name one run, or run it once for each"
+        )
+    console = console_for(False)
+    if bundle:
+        console.print(f"bundle: {write_bundle(runs[0], out)}", markup=False, highlight=False)
+    if tripod_llm:
+        console.print(f"checklist: {write_checklist(runs[0])}", markup=False, highlight=False)
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """The verbs about one run before and after it: plan, evaluate, export."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -44,7 +44,7 @@ def plan(
 
     found = plan_run(config, card_bytes=None if card_gb is None else int(card_gb * 1e9))
     show_plan(console_for(json_output), found)
-    print_json(found, json_output)
+    print_json(found.as_json(), json_output)
 
 
 def evaluate(
@@ -65,12 +65,21 @@ def evaluate(
 def export(
     run: RunArgument,
     target: Annotated[
-        Path | None, typer.Option("--out", help="Folder to write; default RUN/adapter.")
+        Path | None, typer.Option("--out", help="Folder to write; default in RUN.")
     ] = None,
     checkpoint: CheckpointOption = None,
+    layout: Annotated[
+        Literal["peft", "merged", "gguf"],
+        typer.Option("--format", help="PEFT and vLLM, merged weights, or llama.cpp."),
+    ] = "peft",
+    base_model: Annotated[
+        str, typer.Option("--base-model", help="Hub id of a backbone that is a local folder.")
+    ] = "",
 ) -> None:
-    """Write the trained adapter as PEFT loads it, with a model card."""
+    """Write the trained adapter for others to load, with a model card."""
     from sim.runs.export import export_run
 
-    folder = export_run(open_run(run), target, checkpoint=checkpoint)
-    console_for(False).print(f"adapter: {folder}", markup=False, highlight=False)
+    folder = export_run(
+        open_run(run), target, checkpoint=checkpoint, layout=layout, base_model=base_model
+    )
+    console_for(False).print(f"{layout}: {folder}", markup=False, highlight=False)

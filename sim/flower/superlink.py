@@ -33,6 +33,7 @@ from common.configio import flatten, toml_scalar
 from common.errors import DiskFull, RunFailed, UserError
 from common.files import write_text
 from common.rundir import TRAINED, RunDirectory
+from sim.flower import orphans
 from sim.flower.bundle import stage_app
 from sim.flower.child_environment import (
     RUN_VARIABLE,
@@ -42,6 +43,7 @@ from sim.flower.child_environment import (
     write_scripts,
 )
 from sim.flower.flower_log import true_cause
+from sim.flower.start_phases import FLOWER, SUPERLINK, phases_of
 
 START_SECONDS = 120.0
 STOP_SECONDS = 15.0
@@ -125,7 +127,7 @@ def superlink(run: Path, port: int = 0) -> Iterator[SuperLink]:
         RunFailed: if it does not come up.
     """
     port = free_port(port)
-    with working_folder() as folder:
+    with working_folder() as folder, _orphans_ended(folder):
         for sub in ("empty", "home"):
             (folder / sub).mkdir()
         write_text(
@@ -169,6 +171,7 @@ def run_flower(
     workers: int,
     gpus_per_worker: float,
     on_tick: Callable[[], None],
+    on_phase: Callable[[str], None] = lambda phase: None,
 ) -> None:
     """Run the federation of ``config`` to its end.
 
@@ -178,11 +181,15 @@ def run_flower(
         workers: Ray actors.
         gpus_per_worker: Share of a GPU that each actor holds.
         on_tick: Called a few times a second, to show progress.
+        on_phase: Called with the phase that the start has come to; empty once hospitals train.
 
     Raises:
         RunFailed: if Flower does not end the run as completed, with the reason.
     """
+    on_phase(SUPERLINK)
     with superlink(run.path, config.run.port) as link:
+        on_phase(FLOWER)
+        phase = phases_of(link.folder, run)
         app = stage_app(link.folder, version=importlib.metadata.version("fedrx"))
         overrides = link.folder / "run-config.toml"
         write_text(
@@ -201,7 +208,12 @@ def run_flower(
         )
         if started.returncode or '"success": true' not in started.stdout:
             raise _failed(run.path, "Flower did not take the run", started.stdout + started.stderr)
-        state, details = _watch(link, run, on_tick)
+
+        def look() -> None:
+            on_phase(phase())
+            on_tick()
+
+        state, details = _watch(link, run, look)
         if state != "finished:completed":
             log = link.flwr("log", json.loads(started.stdout)["run-id"], CONNECTION, "--show")
             failure = _failed(
@@ -311,6 +323,23 @@ def _failed(run: Path, what: str, *logs: str, otherwise: str = "") -> RunFailed:
     except (OSError, DiskFull) as error:
         return RunFailed(f"{what}: {cause} ({getattr(error, 'strerror', None) or error})")
     return RunFailed(f"{what}: {cause}; see {run / FLOWER_LOG}")
+
+
+@contextlib.contextmanager
+def _orphans_ended(folder: Path) -> Iterator[None]:
+    """Keep a process that ends a launch's processes should this one be killed with -9."""
+    watching = subprocess.Popen(
+        [sys.executable, "-I", orphans.__file__, str(folder), str(folder / "home")],
+        cwd=folder,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield
+    finally:
+        watching.communicate(b"ended")
 
 
 def end_with_parent() -> None:

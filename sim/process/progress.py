@@ -34,7 +34,7 @@ class Meter:
     def __init__(self, console: Console, label: str, total: int, *, done: int = 0) -> None:
         self.console, self.label, self.total = console, label, total
         self._first = done
-        self._last_line = time.monotonic()
+        self._last_line, self._said = time.monotonic(), ""
         self._pace_from: tuple[float, int] | None = None
         self._bar: Progress | None = None
         self._task: Any = None
@@ -78,7 +78,10 @@ class Meter:
         if time.monotonic() - self._last_line > PLAIN_SECONDS:
             self._last_line = time.monotonic()
             parts = [f"{self.label} {done}/{self.total}", note, self._left(done)]
-            self.console.print(", ".join(part for part in parts if part), markup=False)
+            line = ", ".join(part for part in parts if part)
+            if line != self._said:
+                self.console.print(line, markup=False)
+            self._said = line
 
     def _left(self, done: int) -> str:
         if self._pace_from is None or done == self._pace_from[1]:
@@ -104,6 +107,9 @@ class RunProgress:
         self._done = 0
         self._seen_events = self._events_bytes = 0
         self._meter = Meter(console, "local steps", steps)
+        self._phase, self._phase_began = "", time.monotonic()
+        self.start_seconds: dict[str, float] = {}
+        """Seconds of each phase of the start, in order."""
 
     def __enter__(self) -> "RunProgress":
         """Start showing."""
@@ -125,7 +131,17 @@ class RunProgress:
         for file in (self.run.path / "hospitals").glob("*/steps.jsonl"):
             self._done += self._new_lines(file)
         self._show_events()
-        self._meter.update(self._done)
+        self._meter.update(self._done, f"starting: {self._phase}" if self._phase else "")
+
+    def phase(self, name: str) -> None:
+        """Show that the start has come to a phase; with an empty name, that it is over."""
+        if name == self._phase:
+            return
+        if self._phase:
+            seconds = round(time.monotonic() - self._phase_began, 3)
+            self.start_seconds[self._phase] = seconds
+            self.console.print(f"start: {self._phase} {seconds:.1f} s", style="dim")
+        self._phase, self._phase_began = name, time.monotonic()
 
     def _new_lines(self, file: Path) -> int:
         with file.open("rb") as lines:

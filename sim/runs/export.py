@@ -1,53 +1,87 @@
-"""``fedrx export``: a run's adapter as PEFT loads it, A and B, with a model card."""
+"""``fedrx export``: a run's adapter for PEFT, merged into the backbone, or for llama.cpp.
 
+Each folder has a model card that says what the weights are and how a list is generated with them.
+"""
+
+import re
 import shutil
 import tempfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from common.config import Config
-from common.data.handling import handling_of
 from common.errors import UserError
 from common.files import write_bytes, write_json, write_text
 from common.model.adapter.falora import Adapter
 from common.model.adapter.layout import adapter_spec, meta_adapter
-from common.model.backbone.load import BackboneSpec
-from common.records import Summary
-from common.rundir import Checkpoint, RunDirectory
+from common.model.backbone.llama_config import read_llama_config
+from common.model.backbone.load import (
+    BackboneSpec,
+    load_model,
+    load_tokenizer,
+    without_progress_bars,
+)
+from common.rundir import RunDirectory
 from common.tensor_files import Tensors
 from common.training.resident_session import backbone_spec
-from sim.report.html import markdown_text
-from sim.report.run_report import COLUMNS, NOTICE, model_name
+from sim.runs.model_card import CARD_TITLE, Format, model_card
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+GGUF_FILE = "adapter.gguf"
 CARD_FILE = "README.md"
-CARD_TITLE = "# FedRx adapter: drug lists from diagnoses"
-FOLDER = "adapter"
+FOLDERS: dict[Format, str] = {"peft": "adapter", "merged": "merged", "gguf": "gguf"}
+_WRITTEN = (
+    *(CONFIG_FILE, WEIGHTS_FILE, GGUF_FILE, CARD_FILE, "config.json", "generation_config.json"),
+    *(
+        "model*.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer*",
+        "special_tokens_map.json",
+    ),
+    *("chat_template.jinja", "vocab.json", "merges.txt", "added_tokens.json"),
+)
+"""What an export may have written; another folder's files are not replaced."""
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def export_run(
-    run: RunDirectory, target: Path | None = None, *, checkpoint: str | None = None
+    run: RunDirectory,
+    target: Path | None = None,
+    *,
+    checkpoint: str | None = None,
+    layout: Format = "peft",
+    base_model: str = "",
 ) -> Path:
-    """Write a run's adapter in PEFT's layout, with a model card. No weights are loaded.
+    """Write a run's adapter in one of the layouts, with a model card.
+
+    ``peft``: adapter_config.json and adapter_model.safetensors (fp32), which PEFT and vLLM load;
+    no weights of the backbone are read. ``merged``: the backbone with W + s B A in its projections,
+    rounded to the backbone's own dtype, which transformers and vLLM load. ``gguf``: adapter.gguf
+    (fp32), which llama.cpp loads with ``--lora``.
 
     Args:
         run: Any run directory with a checkpoint.
-        target: Folder to write; default ``adapter`` in the run directory. An earlier export
-            there is replaced.
+        target: Folder to write; default ``adapter``, ``merged`` or ``gguf`` in the run directory.
+            An earlier export there is replaced.
         checkpoint: Name of a checkpoint; default the last.
+        layout: ``peft``, ``merged`` or ``gguf``.
+        base_model: Hub id of a backbone that is a local folder.
 
     Returns:
-        The folder: adapter_config.json, adapter_model.safetensors (fp32), README.md.
+        The folder.
 
     Raises:
-        UserError: If there is no checkpoint, the target holds other files, or the backbone or A
-            are not those of the run.
+        UserError: If there is no checkpoint, the target holds other files, ``base_model`` is no
+            hub id, or the backbone or A are not those of the run.
     """
     config, loaded = run.config(), run.load_checkpoint(checkpoint)
-    folder = (target or run.path / FOLDER).expanduser().absolute()
+    folder = (target or run.path / FOLDERS[layout]).expanduser().absolute()
     if not _replaceable(folder):
         raise UserError(
             f"{folder} holds something else",
@@ -55,6 +89,7 @@ def export_run(
             fix="name another folder",
         )
     backbone = backbone_spec(config.model.backbone)
+    hub_id = _hub_id(backbone, base_model)
     adapter = meta_adapter(backbone, adapter_spec(config.adapter))
     begun = run.inputs()
     for what, now, before in (
@@ -66,13 +101,20 @@ def export_run(
                 f"{what} is not what the run was trained with",
                 fix="restore what model.backbone named, and this version's adapter.seed",
             )
+    tensors = lora_tensors(adapter, loaded.b)
+    card = model_card(run, config, backbone, loaded, layout=layout, hub_id=hub_id)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         written = Path(scratch) / folder.name
         written.mkdir()
-        write_json(written / CONFIG_FILE, peft_config(config, backbone))
-        write_bytes(written / WEIGHTS_FILE, save(peft_tensors(adapter, loaded.b)))
-        write_text(written / CARD_FILE, model_card(run, config, backbone, loaded))
+        if layout == "peft":
+            write_json(written / CONFIG_FILE, peft_config(config, hub_id))
+            write_bytes(written / WEIGHTS_FILE, save(peft_tensors(tensors)))
+        elif layout == "merged":
+            _write_merged(written, backbone, tensors, scale=adapter.spec.scale)
+        else:
+            _write_gguf(written / GGUF_FILE, backbone, tensors, alpha=adapter.spec.alpha)
+        write_text(written / CARD_FILE, card)
         shutil.rmtree(folder, ignore_errors=True)
         written.rename(folder)
     return folder
@@ -85,18 +127,35 @@ def _replaceable(folder: Path) -> bool:
     names = {path.name for path in folder.iterdir()}
     card = folder / CARD_FILE
     ours = card.is_file() and CARD_TITLE in card.read_text(encoding="utf-8", errors="replace")
-    return not names or (ours and names <= {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE})
+    return not names or (
+        ours and all(any(fnmatch(name, one) for one in _WRITTEN) for name in names)
+    )
 
 
-def peft_config(config: Config, backbone: BackboneSpec) -> dict[str, object]:
-    """Return adapter_config.json as PEFT's LoraConfig reads it."""
+def _hub_id(backbone: BackboneSpec, named: str) -> str:
+    """Return under which name others find the backbone; empty for one that has none.
+
+    A folder's name is never one: who loads the adapter would look for it on the hub.
+    """
+    if named and not _HUB_ID.fullmatch(named):
+        raise UserError(
+            f"--base-model {named}",
+            allowed="a hub id, OWNER/NAME",
+            fix="name the model whose files the backbone's folder holds",
+        )
+    return named or backbone.hub_id
+
+
+def peft_config(config: Config, hub_id: str) -> dict[str, object]:
+    """Return adapter_config.json as PEFT's LoraConfig and vLLM read it."""
     adapter = config.adapter
+    whole = float(adapter.alpha).is_integer()
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": public_name(backbone),
+        "base_model_name_or_path": hub_id or None,
         "r": adapter.rank,
-        "lora_alpha": adapter.alpha,
+        "lora_alpha": int(adapter.alpha) if whole else adapter.alpha,
         "target_modules": list(adapter_spec(adapter).targets),
         "lora_dropout": 0.0,
         "bias": "none",
@@ -104,8 +163,8 @@ def peft_config(config: Config, backbone: BackboneSpec) -> dict[str, object]:
     }
 
 
-def peft_tensors(adapter: Adapter, b: Tensors) -> Tensors:
-    """Name A and B as PEFT does.
+def lora_tensors(adapter: Adapter, b: Tensors) -> Tensors:
+    """Return A and B of every module (fp32) as ``MODULE.lora_A`` and ``MODULE.lora_B``.
 
     Args:
         adapter: Gives A, as drawn from its seed.
@@ -113,125 +172,65 @@ def peft_tensors(adapter: Adapter, b: Tensors) -> Tensors:
     """
     everything = {**({} if adapter.spec.mode == "lora" else adapter.a_state()), **b}
     return {
-        f"base_model.model.{key}.weight": np.asarray(value, dtype=np.float32, order="C")
-        for key, value in everything.items()
+        key: np.asarray(value, dtype=np.float32, order="C") for key, value in everything.items()
     }
 
 
-def public_name(backbone: BackboneSpec) -> str:
-    """Return the hub id, or what of a local name may leave the machine: no parent folder.
+def peft_tensors(tensors: Tensors) -> Tensors:
+    """Name A and B as PEFT does."""
+    return {f"base_model.model.{key}.weight": value for key, value in tensors.items()}
 
-    >>> from common.model.backbone.load import resolve_backbone
-    >>> public_name(resolve_backbone("tiny"))
-    'tiny'
+
+def _write_merged(folder: Path, backbone: BackboneSpec, tensors: Tensors, *, scale: float) -> None:
+    """Write the backbone with W + s B A, summed in fp32 and rounded to its own dtype."""
+    dtype = torch.float32
+    if backbone.folder is not None:
+        dtype = read_llama_config(backbone.folder, backbone.name).dtype or torch.bfloat16
+    model = load_model(backbone, device=torch.device("cpu"), dtype=dtype)
+    for key in tensors:
+        module, _, letter = key.rpartition(".")
+        if letter == "lora_B":
+            a, b = (torch.from_numpy(tensors[f"{module}.lora_{one}"]) for one in "AB")
+            weight = model.get_submodule(module).weight
+            weight.copy_(weight.float() + scale * (b @ a))
+    with without_progress_bars():
+        model.save_pretrained(folder)
+    load_tokenizer(backbone).save_pretrained(folder)
+
+
+def _write_gguf(file: Path, backbone: BackboneSpec, tensors: Tensors, *, alpha: float) -> None:
+    """Write A and B under llama.cpp's names, B's rows of q and k in the order of its rotation.
+
+    Llama's halves of a head are rotated against each other; llama.cpp rotates neighbours, and
+    keeps the rows of q_proj and k_proj interleaved. The rows of an update are those of its B.
     """
-    return backbone.hub_id or Path(backbone.name).name
+    import gguf
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, backbone.shape.layers)
+    heads = {"q_proj": backbone.shape.heads, "k_proj": backbone.shape.kv_heads}
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    for key, value in tensors.items():
+        module, _, letter = key.rpartition(".")
+        count = heads.get(module.rpartition(".")[2])
+        if letter == "lora_B" and count:
+            value = interleaved(value, count)
+        writer.add_tensor(f"{names.get_name(module)}.weight.{letter.lower()}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
-def source_of_weights(backbone: BackboneSpec) -> str:
-    """Return what the model card's code loads: the hub id, or a place to fill in."""
-    return backbone.hub_id or f"the folder of {public_name(backbone)}"
+def interleaved(b_DR: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+    """Put the rows of each head's two halves in turn.
 
-
-def model_card(
-    run: RunDirectory, config: Config, backbone: BackboneSpec, checkpoint: Checkpoint
-) -> str:
-    """Return the README of the exported adapter: what it is, what it may be used for, figures."""
-    summary = run.summary()
-    source = summary.source or "credentialed"
-    adapter, train = config.adapter, config.train
-    hospitals = len(summary.hospitals) or config.federation.hospitals
-    where = checkpoint.facts
-    counts = [f"{name} {where[name]}" for name in ("round", "step") if name in where]
-    moment = ", ".join(counts) or "the only one"
-    lines = [
-        "---",
-        *([f"base_model: {backbone.hub_id}"] if backbone.hub_id else []),
-        "library_name: peft",
-        "tags: [lora, federated-learning, research-only]",
-        "---",
-        "",
-        CARD_TITLE,
-        "",
-        f"**{NOTICE}** {handling_of(source).card}",
-        "",
-        (
-            "Given a patient's physical data and the diagnoses of one hospital stay, the model "
-            "lists the drugs that were ordered. Diagnoses are coded at discharge and the list is "
-            "the whole stay's orders: this reconstructs, it does not advise."
-        ),
-        "",
-        "| | |",
-        "|---|---|",
-        f"| backbone | {markdown_text(public_name(backbone))} |",
-        f"| backbone sha256 | `{backbone.fingerprint}` |",
-        (
-            f"| adapter | {adapter.mode}, rank {adapter.rank}, alpha {adapter.alpha:g}, "
-            f"on {', '.join(adapter_spec(adapter).targets)} |"
-        ),
-        (
-            f"| training | {hospitals} hospital(s), {train.optimizer}, learning rate "
-            f"{train.learning_rate:g}; checkpoint {checkpoint.name} ({moment}) |"
-        ),
-        *_weights_lines(config),
-        f"| data | {source} |",
-        f"| privacy | {_privacy_line(summary)} |",
-        "",
-    ]
-    if checkpoint.name == (summary.evaluation or {}).get("checkpoint"):
-        lines += _metrics_lines(summary)
-    lines += [
-        "## Use",
-        "",
-        "```python",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        f'backbone = AutoModelForCausalLM.from_pretrained("{source_of_weights(backbone)}")',
-        'model = PeftModel.from_pretrained(backbone, "this folder")',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _weights_lines(config: Config) -> list[str]:
-    """Say in which format the backbone was, where it was not the one that the adapter is for."""
-    if config.model.weights != "fp8":
-        return []
-    return ["| trained on | the backbone's projections in fp8; the adapter is for bf16 weights |"]
-
-
-def _privacy_line(summary: Summary) -> str:
-    privacy = summary.privacy
-    if not privacy:
-        return "trained without differential privacy"
-    epsilon = privacy["epsilon"]
-    if epsilon is None:
-        return "no guarantee (epsilon is infinite)"
-    return f"epsilon {epsilon:.3f}, delta {privacy['delta']:g}, per {privacy['unit']}"
-
-
-def _metrics_lines(summary: Summary) -> list[str]:
-    told = summary.as_json()
-    metrics = told["metrics"]
-    first = next(iter(metrics.values()))
-    rows = [
-        f"| {markdown_text(model_name(model, told))} | "
-        + " | ".join("–" if values[key] is None else f"{values[key]:.3f}" for key, _ in COLUMNS)
-        + " |"
-        for model, values in metrics.items()
-    ]
-    return [
-        f"## {first['samples']} held-out admissions of {first['patients']} patients",
-        "",
-        "| | " + " | ".join(name for _, name in COLUMNS) + " |",
-        "|---" * (len(COLUMNS) + 1) + "|",
-        *rows,
-        "",
-        (
-            f"Sets of drugs at the {first['level']} level, macro means; an unparseable answer "
-            "counts 0."
-        ),
-        "",
-    ]
+    >>> interleaved(np.arange(8.0).reshape(8, 1), 2).ravel().tolist()
+    [0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0]
+    """
+    d, r = b_DR.shape
+    return np.ascontiguousarray(
+        b_DR.reshape(heads, 2, d // heads // 2, r).swapaxes(1, 2).reshape(d, r)
+    )

@@ -63,18 +63,18 @@ class Federation(Kind):
         return {**super().facts(record), "workers": self.workers.as_dict()}
 
     def place(self, directory: RunDirectory) -> Mapping[str, int]:
-        """Return the last round that has a checkpoint."""
-        return {"round": last_round(directory)}
+        """Return the last round that has a checkpoint; -1 before the first."""
+        names = directory.checkpoint_names()
+        return {"round": int(directory.checkpoint_facts(names[-1])["round"]) if names else -1}
 
     def train(self, run: Run) -> Summary:
         """Run the rounds after the last checkpoint (or all); the server sums them up."""
         end_leftovers(run.directory.path)
         earlier = len(tracebacks(run.directory))
         try:
-            rounds = run.directory.metrics("round-seconds")
-            run.seconds_before = float(sum(event["value"] for event in rounds))
-            train_rounds(run)
-            return run.directory.summary()
+            start = train_rounds(run)
+            summary = run.directory.summary()
+            return summary.having(start_seconds=start) if start else summary
         except FedrxError:
             told = tracebacks(run.directory)[earlier:].rstrip()
             if told and handling_of(run.preparation.data.source).is_open:
@@ -82,10 +82,10 @@ class Federation(Kind):
             raise
 
 
-def train_rounds(run: Run) -> None:
-    """Run the rounds that are left, with progress shown and memory sampled."""
+def train_rounds(run: Run) -> dict[str, float]:
+    """Run the rounds that are left, with progress shown; return the seconds of their start."""
     config, directory = run.config, run.directory
-    directory.write_status("started", round=last_round(directory))
+    directory.write_status("started", **run.kind.place(directory))
     shutil.rmtree(directory.path / "workers", ignore_errors=True)
     steps = total_steps(config, run.preparation.data.hospitals)
     with RunProgress(
@@ -106,7 +106,9 @@ def train_rounds(run: Run) -> None:
                 workers=workers,
                 gpus_per_worker=gpus_per_worker(config, workers),
                 on_tick=on_tick,
+                on_phase=progress.phase,
             )
+    return progress.start_seconds
 
 
 def resolved(config: Config) -> Config:
@@ -116,12 +118,6 @@ def resolved(config: Config) -> Config:
     """
     config = with_absolute_paths(with_calibrated_noise(config))
     return replace(config, train=replace(config.train, threads=threads_per_worker(config)))
-
-
-def last_round(directory: RunDirectory) -> int:
-    """Return the last round that has a checkpoint; -1 before the first."""
-    names = directory.checkpoint_names()
-    return int(directory.checkpoint_facts(names[-1])["round"]) if names else -1
 
 
 def threads_per_worker(config: Config) -> int:

@@ -73,13 +73,14 @@ class Kind:
     def work(self, run: "Run") -> Record:
         """Do all that is left: training, answers, report."""
         directory, console, data = run.directory, run.console, run.preparation.data
-        if is_trained(directory):
-            run.seconds_before = directory.summary().training_seconds or 0.0
-        else:
-            summary = self.train(run).having(source=data.source)
-            if summary.training_seconds is None:
-                summary = summary.having(training_seconds=round(run.seconds, 3))
-            directory.write_json(SUMMARY, summary)
+        summary, rounds = directory.summary(), directory.metrics("round-seconds")
+        spent = float(sum(event["value"] for event in rounds))
+        run.seconds_before = summary.training_seconds or spent
+        if not is_trained(directory):
+            summary = self.train(run)
+        if summary.training_seconds is None:
+            summary = summary.having(training_seconds=round(run.seconds, 3))
+        directory.write_json(SUMMARY, summary.having(source=data.source))
         run.enter(EVALUATION)
         evaluate_run(directory, overrides=run.overrides, console=console, data=data)
         summary = directory.summary()

@@ -9,18 +9,16 @@ from rich.console import Console
 
 from common.config import Config
 from common.configio import Scalar, from_flat, read_config
-from common.data.dataset import open_hospitals
+from common.data.dataset import Dataset
 from common.errors import UserError
-from common.evaluation.answers import evaluate_answers
 from common.evaluation.answers_file import Evaluation
 from common.provenance import source_root
 from common.records import Inputs, Record, RunRecord
 from common.rundir import RunDirectory, remove_unbegun
-from common.training.resident_session import close_session, session_of
+from common.training.resident_session import close_session
 from sim.answers.evaluate import evaluate_run
 from sim.process.lock import exclusive
 from sim.process.open_run import rank_folder
-from sim.process.progress import Meter
 from sim.report.run_report import write_report
 from sim.runs.lifecycle import Kind, Run, resume, start
 from sim.runs.paper_table import build_table, model_of, show_table, write_table
@@ -181,36 +179,22 @@ def _finish_rank(run: Run, rank: int) -> None:
         resume(folder, kinds=(Single,), console=console, command_line=line, inside=True)
     run.directory.write_status("running", stage=EVALUATION, rank=rank)
     with exclusive(one), after_training(one, "the answers", "fedrx evaluate"):
-        _answer_with_checkpoints(one, config, console)
+        _answer_with_checkpoints(one, console, run.preparation.data)
 
 
-def _answer_with_checkpoints(run: RunDirectory, config: Config, console: Console) -> None:
-    """Answer the same held-out admissions with the earlier checkpoints, as a run's end does."""
-    known, summary = Evaluation.read(run), run.summary()
-    if known is None or known.facts.way[:2] != (summary.checkpoints[-1].name, config.evaluation):
-        # Somebody has evaluated another checkpoint, or in another way: the table needs its own.
-        evaluate_run(run, console=console)
-        known, summary = Evaluation.read(run), run.summary()
-    names = [
-        checkpoint.name
-        for checkpoint in summary.checkpoints
-        if model_of(summary, checkpoint) not in summary.metrics
-    ]
-    if known is None or not names:
-        return
-    with Meter(console, "answers", len(names) * known.facts.samples) as meter:
-        evaluation = evaluate_answers(
-            session_of(config),
-            open_hospitals(config).hospitals,
-            config,
-            {name: run.load_checkpoint(name).b for name in names},
-            progress=lambda model, done, of: meter.update(names.index(model) * of + done, model),
-        )
-    found = replace(
-        evaluation,
-        facts=known.facts,
-        metrics={name: evaluation.metrics[name] for name in names},
-        predictions=[row for row in evaluation.predictions if row.model in names],
-    )
-    known.beside(found).write(run, summary.as_json())
-    write_report(run)
+def _answer_with_checkpoints(run: RunDirectory, console: Console, data: Dataset) -> None:
+    """Answer the same held-out admissions with every checkpoint, as a run's end does with the last.
+
+    Where somebody has evaluated the run in another way, all is answered anew: the table needs its
+    own.
+    """
+    summary = run.summary()
+    way, renewed = (summary.checkpoints[-1].name, run.config().evaluation), False
+    for checkpoint in summary.checkpoints:
+        known = Evaluation.read(run)
+        answered = known is not None and known.facts.way[:2] == way
+        if not answered or model_of(summary, checkpoint) not in run.summary().metrics:
+            evaluate_run(run, checkpoint=checkpoint.name, console=console, data=data)
+            renewed = True
+    if renewed:
+        write_report(run)

@@ -1,12 +1,13 @@
 """What is known of a run before anything is started: its data, hospitals and backbone."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from common.config import Config
+from common.configio import flatten, from_flat
 from common.data.dataset import Dataset, open_hospitals
 from common.evaluation.answers import choose_cases
 from common.evaluation.lists import check_lists
@@ -21,6 +22,10 @@ from sim.process.early import check_settings
 
 BUILT_IN = ("synthetic", "embedded", "tiny")
 """Data and backbones that are no folders, even where a folder has their name."""
+PATHS = (
+    *("data.path", "data.meds-codes", "data.drug-map", "model.backbone"),
+    *("evaluation.formulary", "evaluation.interactions"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,22 +93,8 @@ def data_facts(preparation: Preparation) -> Mapping[str, object]:
 
 def with_absolute_paths(config: Config) -> Config:
     """Make existing paths absolute, since workers run elsewhere; names (``synthetic``) stay."""
-    data, model, evaluation = config.data, config.model, config.evaluation
-    return replace(
-        config,
-        data=replace(
-            data,
-            path=_absolute(data.path),
-            meds_codes=_absolute(data.meds_codes),
-            drug_map=_absolute(data.drug_map),
-        ),
-        model=replace(model, backbone=_absolute(model.backbone)),
-        evaluation=replace(
-            evaluation,
-            formulary=_absolute(evaluation.formulary),
-            interactions=_absolute(evaluation.interactions),
-        ),
-    )
+    flat = flatten(config)
+    return from_flat({key: _absolute(str(flat[key])) for key in PATHS}, base=config)
 
 
 def _absolute(path: str) -> str:

@@ -12,17 +12,8 @@ from common.model.backbone.load import loads
 from common.privacy.budget.receipts import privacy_lines, privacy_summary
 from common.privacy.settings import delta_warning, is_private, protects, with_calibrated_noise
 from common.provenance import peak_device_bytes, peak_rss_bytes, tensors_sha256
-from common.records import (
-    AdapterFacts,
-    BackboneFacts,
-    CheckpointFacts,
-    DtypeFacts,
-    HospitalFacts,
-    KernelFacts,
-    Summary,
-    WireTotals,
-)
-from common.rundir import RunDirectory
+from common.records import Summary
+from common.rundir import SUMMARY, RunDirectory
 from common.training.resident_session import session_of, tokens_of
 from sim.runs.lifecycle import Kind, Run, start
 from sim.runs.preparation import Preparation, with_absolute_paths
@@ -87,43 +78,42 @@ def summarise(training: SingleTraining, preparation: Preparation) -> Summary:
     adapter, hospital = training.config.adapter, preparation.data.hospitals[0]
     losses = {event["step"]: event["value"] for event in run.metrics("validation-loss")}
     checkpoints = [{"name": name, **run.checkpoint_facts(name)} for name in run.checkpoint_names()]
-    summary = Summary(
-        mode="single",
-        trainable_parameters=session.adapter.trainable_parameters,
-        adapter=AdapterFacts(
-            mode=adapter.mode,
-            rank=adapter.rank,
-            alpha=adapter.alpha,
-            targets=adapter_spec(adapter).targets,
-        ),
-        backbone=BackboneFacts(
-            name=preparation.backbone.name, fingerprint=preparation.backbone.fingerprint
-        ),
-        hospitals=(
-            HospitalFacts(name=hospital.name, patients=hospital.patients, samples=hospital.samples),
-        ),
-        rounds=0,
-        scaling=scaling(training),
-        checkpoints=tuple(
-            CheckpointFacts(**facts, validation_loss=losses.get(facts["step"]))
-            for facts in checkpoints
-        ),
-        b_sha256=tensors_sha256(session.adapter.state()),
-        wire=WireTotals(tensors=(), bytes_up=0, bytes_down=0),
-        backbone_loads=loads(),
-        workers=1,
-        validation_loss=tuple(losses[step] for step in sorted(losses)),
-        training_seconds=round(training.seconds, 3),
-        peak_rss_bytes=peak_rss_bytes(),
-        peak_device_bytes=peak_device_bytes(),
-        device=session.device.value,
-        attention=KernelFacts(kernel=session.attention.value, reason=session.attention.reason),
-        dtype=DtypeFacts(value=session.dtype.value, reason=session.dtype.reason),
-    )
+    figures = {
+        "mode": Single.mode,
+        "trainable_parameters": session.adapter.trainable_parameters,
+        "adapter": {
+            "mode": adapter.mode,
+            "rank": adapter.rank,
+            "alpha": adapter.alpha,
+            "targets": adapter_spec(adapter).targets,
+        },
+        "backbone": {
+            "name": preparation.backbone.name,
+            "fingerprint": preparation.backbone.fingerprint,
+        },
+        "hospitals": [
+            {"name": hospital.name, "patients": hospital.patients, "samples": hospital.samples}
+        ],
+        "rounds": 0,
+        "scaling": scaling(training),
+        "checkpoints": [
+            {**facts, "validation_loss": losses.get(facts["step"])} for facts in checkpoints
+        ],
+        "b_sha256": tensors_sha256(session.adapter.state()),
+        "wire": {"tensors": [], "bytes_up": 0, "bytes_down": 0},
+        "backbone_loads": loads(),
+        "workers": 1,
+        "validation_loss": [losses[step] for step in sorted(losses)],
+        "training_seconds": round(training.seconds, 3),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_device_bytes": peak_device_bytes(),
+        "device": session.device.value,
+        "attention": {"kernel": session.attention.value, "reason": session.attention.reason},
+        "dtype": session.dtype.as_dict(),
+    }
     if training.guard:
-        privacy = privacy_summary(training.guard.ledger.plan, privacy_lines(run))
-        summary = summary.having(privacy=privacy)
-    return summary
+        figures["privacy"] = privacy_summary(training.guard.ledger.plan, privacy_lines(run))
+    return Summary.read(figures, what=SUMMARY)
 
 
 single = partial(start, kind=Single)

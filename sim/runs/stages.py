@@ -58,7 +58,7 @@ def reported(
         raise
     except Exception as error:
         failure = _failure(directory, error)
-        # On a full disk the old status stays; the line is what counts.
+        # Where not even the status can be written, the line is what counts.
         with contextlib.suppress(OSError, ValueError, FedrxError):
             if directory.status()["state"] != "finished":
                 told = failure.what if isinstance(failure, StageFailed) else str(failure)

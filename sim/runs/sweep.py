@@ -7,6 +7,7 @@ an interrupted sweep goes on where it stopped.
 
 import itertools
 import math
+import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from common.config import Config
 from common.configio import Scalar, differences, flatten, from_flat, parse_overrides
 from common.errors import UserError
 from common.files import write_text
+from common.provenance import shown_command
 from common.records import RunRecord, Summary
 from common.rundir import RUN, RunDirectory, remove_unbegun
 from common.wire.cohort import hospital_names, sampled
@@ -198,6 +200,7 @@ def sweep(
     Raises:
         UserError: if another process is at work on it, or a run in it is not the cell's.
     """
+    again = shlex.join(shown_command(command_line)) or "the same `fedrx sweep`"
     folder.mkdir(parents=True, exist_ok=True)
     directory, arms = RunDirectory(folder), dict[str, dict[int, list[Summary]]]()
     with exclusive(directory):
@@ -209,7 +212,10 @@ def sweep(
             try:
                 summary = _run(cell, folder / cell.folder, console, command_line)
             except StageFailed as error:
-                raise StageFailed(error.what, command="the same `fedrx sweep`") from error
+                raise StageFailed(error.what, command=again) from error
+            except KeyboardInterrupt:
+                console.print(f"go on with: {again}", markup=False, highlight=False)
+                raise
             arms.setdefault(cell.arm, {}).setdefault(cell.seed, []).append(summary)
     rows = [
         ArmRow(arm, len(seeds), tabulate([seeds[seed] for seed in sorted(seeds)]))

@@ -19,7 +19,15 @@ from common.config import Config
 from common.errors import DiskFull
 from common.evaluation.answers_file import Prediction, read_answers, write_answers
 from common.evaluation.judge.cache import Exchanges, Lost
-from common.files import append_json_line, needing_room, read_json_lines, write_json, write_text
+from common.files import (
+    BLOCK_BYTES,
+    append_json_line,
+    needing_room,
+    read_json_lines,
+    write_bytes_or_over,
+    write_json,
+    write_text,
+)
 from common.privacy.budget.ledger import Ledger
 from common.privacy.plan import PrivacyPlan
 from common.provenance import source_root
@@ -215,3 +223,21 @@ def test_no_other_file_of_the_product_writes_by_itself():
         if any(map(writes, ast.walk(ast.parse(path.read_text(encoding="utf-8")))))
     }
     assert found == WRITERS
+
+
+def test_what_takes_no_more_room_is_written_over_what_is_there(tmp_path, monkeypatch):
+    """A short document over a longer one; nothing longer than a block, and no new file."""
+    file = tmp_path / "status.json"
+    file.write_bytes(b"x" * 100)
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    write_bytes_or_over(file, b"short")
+    assert file.read_bytes() == b"short"
+    for place, content in ((file, b"y" * (BLOCK_BYTES + 1)), (tmp_path / "new", b"short")):
+        with pytest.raises(DiskFull, match="No space left on device"):
+            write_bytes_or_over(place, content)
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+    assert file.read_bytes() == b"short"

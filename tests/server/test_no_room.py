@@ -75,14 +75,14 @@ def test_a_server_without_room_fails_in_one_line(
         run.load_checkpoint(name)
 
 
-def test_where_the_status_finds_no_room_either_the_first_line_is_told(
+def test_where_the_status_finds_no_new_room_it_is_written_over_the_old_one(
     tiny_config, run_main, full_at, tmp_path
 ):
     folder = tmp_path / "run"
     full_at("metrics.jsonl", "status.json", after=2)  # the status was written twice
     with pytest.raises(DiskFull, match=r"^metrics.jsonl cannot be written: No space left"):
         run_main(tiny_config(run__directory=str(folder)))
-    assert RunDirectory(folder).status()["state"] == "running"
+    assert RunDirectory(folder).status()["state"] == "failed"
 
 
 @pytest.mark.parametrize("file", ["state-00001.safetensors", "steps.jsonl"])

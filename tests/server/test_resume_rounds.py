@@ -37,11 +37,17 @@ def killed_at(count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["fedavg", "fedadam"])
-def test_run_killed_anywhere_ends_in_the_same_b(strategy, tiny_config, in_process, copy_run):
-    """Killed before its first, middle and last messages; the strategy's moments come back too."""
+@pytest.mark.parametrize(
+    ("strategy", "order"), [("fedavg", "first-start"), ("fedadam", "shuffled")]
+)
+def test_run_killed_anywhere_ends_in_the_same_b(strategy, order, tiny_config, in_process, copy_run):
+    """Killed before its first, middle and last messages; the strategy's moments and each pass's
+    order of drugs come back too."""
     config = tiny_config(
-        federation__strategy=strategy, federation__rounds=3, train__schedule="cosine"
+        federation__strategy=strategy,
+        federation__rounds=3,
+        train__schedule="cosine",
+        data__drug_order=order,
     )
     uninterrupted = in_process(config)
     sent = sum(direction == "down" for direction, _, _ in uninterrupted.grid.messages)

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -52,6 +53,8 @@ class Review(_FromPage):
     saved: Text
     cases: Mapping[str, ReviewedCase]
     """By number."""
+    state: Text = ""
+    """Names one start of the page by one person; empty of an earlier page."""
     escaped: int = 0
     """Texts that UTF-8 cannot hold as they were, see ``common.files``."""
 
@@ -103,6 +106,34 @@ def read_review(path: Path) -> Review:
         ) from None
     except (ValueError, RecursionError):
         raise UserError(f"{what} holds no JSON", fix="download it again from the page") from None
+
+
+def refuse_twins(reviews: Sequence[Review]) -> None:
+    """Refuse one person's work under two names: it would count as two who agree.
+
+    Args:
+        reviews: Of one packet, one per reviewer.
+
+    Raises:
+        UserError: If two of them come from one start of the page, or are the same in every mark,
+            missing drug and comment.
+    """
+    for one, other in combinations(reviews, 2):
+        same = one.cases == other.cases and any(map(_touched, one.cases.values()))
+        if same or (one.state and one.state == other.state):
+            raise UserError(
+                f"the reviews of {one.reviewer} and {other.reviewer} are one person's: "
+                + ("all marks are the same" if same else "they come from one start of the page"),
+                allowed="one review a person, each started on the page under the own name",
+                fix="import one of them",
+            )
+
+
+def _touched(case: ReviewedCase) -> bool:
+    lists = case.lists.values()
+    return bool(case.comment) or any(
+        any(one.marks) or one.missing or one.overall is not None for one in lists
+    )
 
 
 def check_against_packet(review: Review, shown: Shown, *, name: str) -> None:

@@ -155,7 +155,7 @@ def load_model(
     # With accelerate, weights go from the file to a GPU without a copy on the host.
     straight = device.type == "cuda" and importlib.util.find_spec("accelerate") is not None
     place: dict[str, Any] = {"device_map": {"": device}} if straight else {}
-    with _without_progress_bars():
+    with without_progress_bars():
         model = LlamaForCausalLM.from_pretrained(
             spec.folder,
             dtype=dtype,
@@ -169,7 +169,7 @@ def load_model(
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
     """Keep transformers' own bars out of our output, and leave its switch as it was."""
     from transformers.utils import logging
 

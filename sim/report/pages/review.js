@@ -16,8 +16,11 @@
     return node;
   };
 
-  const blank = () => ({
-    packet: sha256, reviewer: "", saved: "",
+  // One reviewer's work on this packet, kept under the name; `state` tells one start from another.
+  const keyOf = (name) => `${STORE}:${name.toLowerCase()}`;
+
+  const blank = (name) => ({
+    packet: sha256, state: crypto.randomUUID(), reviewer: name, saved: "",
     cases: Object.fromEntries(shown.cases.map((c) => [c.id, {
       comment: "",
       lists: Object.fromEntries(c.lists.map((l) => [l.id, {
@@ -26,15 +29,24 @@
     }])),
   });
 
-  const restored = () => {
+  const restored = (key) => {
     try {
-      const kept = JSON.parse(localStorage.getItem(STORE));
-      return kept && kept.packet === sha256 ? kept : blank();
-    } catch { return blank(); }
+      const kept = JSON.parse(localStorage.getItem(key));
+      return kept && kept.packet === sha256 ? kept : null;
+    } catch { return null; }
   };
 
-  let state = restored();
+  // Under STORE alone an earlier page kept its only reviewer.
+  const knownKeys = () => {
+    try {
+      return Object.keys(localStorage).filter((key) => key === STORE || key.startsWith(`${STORE}:`)).sort();
+    } catch { return []; }
+  };
+
+  let state = null;
   let place = 0;
+  // Where a key acts, wherever the focus is: a list's letter, and a drug's number or the list's end.
+  let at = { list: null, drug: 0 };
 
   const caseShown = () => shown.cases[place];
   const caseState = (c = caseShown()) => state.cases[c.id];
@@ -42,7 +54,7 @@
   const save = () => {
     state.saved = new Date().toISOString();
     try {
-      localStorage.setItem(STORE, JSON.stringify(state));
+      localStorage.setItem(keyOf(state.reviewer), JSON.stringify(state));
       $("saved").textContent = `Saved in this browser at ${new Date().toTimeString().slice(0, 5)}`;
     } catch {
       $("saved").textContent = "This browser keeps nothing: download before you close the page";
@@ -50,8 +62,8 @@
     counts();
   };
 
-  const countOf = (c) => {
-    const lists = Object.values(caseState(c).lists);
+  const countOf = (c, of = state) => {
+    const lists = Object.values(of.cases[c.id].lists);
     const all = lists.reduce((n, l) => n + l.marks.length, 0);
     return [lists.reduce((n, l) => n + l.marks.filter(Boolean).length, 0), all];
   };
@@ -95,6 +107,7 @@
       className: "drug", tabIndex: 0, "aria-label": `${drug}: keep, remove or unsure`,
       "data-list": listId, "data-drug": number,
     }, make("span", { className: "name", textContent: drug }), make("span", { className: "marks" }, ...buttons));
+    row.addEventListener("focus", () => here(listId, number));
     buttons.forEach((b) => b.addEventListener("click", () => {
       setMark(row, row.dataset.mark === b.dataset.value ? null : b.dataset.value);
       row.focus();
@@ -143,15 +156,17 @@
     }));
     showChips();
     showOverall();
-    return make("section", { className: "card list", "data-list": listed.id, "aria-label": `List ${listed.id}` },
+    const card = make("section", { className: "card list", "data-list": listed.id, "aria-label": `List ${listed.id}` },
       make("header", {}, make("h3", { textContent: `List ${listed.id}` }), make("span", { className: "count small soft" })),
       rows.length ? make("ul", { className: "drugs" }, ...rows)
         : make("p", { className: "soft", textContent: "This list is empty." }),
       make("div", { className: "more" },
         make("div", {}, make("span", { className: "label", textContent: "Missing drugs" }),
           make("div", { className: "adding" }, input, addButton), chips),
-        make("div", { className: "overall" }, make("b", { textContent: "Overall" }),
+        make("div", { className: "overall", tabIndex: -1 }, make("b", { textContent: "Overall" }),
           make("span", { className: "marks" }, ...marks), word)));
+    card.querySelector(".more").addEventListener("focusin", () => here(listed.id, rows.length));
+    return card;
   };
 
   const fact = (label, value, unit = "") =>
@@ -174,42 +189,75 @@
     $("next").disabled = place === shown.cases.length - 1;
     counts();
     window.scrollTo(0, 0);
-    if (focus) (document.querySelector(".drug") || $("title")).focus({ preventScroll: true });
+    here(c.lists[0]?.id, 0);
+    if (focus) (spot() || $("title")).focus({ preventScroll: true });
   };
 
-  const move = (row, step) => {
-    const rows = [...document.querySelectorAll(".drug")];
-    const next = rows[rows.indexOf(row) + step];
-    if (next) { next.focus(); next.scrollIntoView({ block: "nearest" }); }
+  const cardOf = (letter) => document.querySelector(`.list[data-list="${letter}"]`);
+
+  const spot = () => {
+    const card = cardOf(at.list);
+    return card && (card.querySelectorAll(".drug")[at.drug] || card.querySelector(".overall"));
   };
 
-  const moveList = (row, step) => {
-    const cards = [...document.querySelectorAll(".list")];
-    const card = cards[cards.findIndex((c) => c.contains(row)) + step];
-    const next = card && card.querySelector(".drug, .missing");
-    if (next) { next.focus(); card.scrollIntoView({ block: "nearest" }); }
+  const here = (list, drug) => {
+    at = { list, drug };
+    document.querySelectorAll(".here").forEach((node) => node.classList.remove("here"));
+    spot()?.classList.add("here");
+  };
+
+  const go = (list, drug) => {
+    here(list, drug);
+    spot()?.focus();
+    spot()?.scrollIntoView({ block: "nearest" });
+  };
+
+  // Down the drugs of a list, to its overall mark, and on to the next list.
+  const move = (step) => {
+    const { lists } = caseShown();
+    const number = lists.findIndex((l) => l.id === at.list);
+    const drug = at.drug + step;
+    if (drug >= 0 && drug <= lists[number].drugs.length) go(at.list, drug);
+    else if (lists[number + step]) go(lists[number + step].id, step > 0 ? 0 : lists[number + step].drugs.length);
+  };
+
+  const moveList = (step) => {
+    const { lists } = caseShown();
+    const next = lists[lists.findIndex((l) => l.id === at.list) + step];
+    if (next) go(next.id, 0);
+  };
+
+  const mark = (value) => {
+    const row = spot();
+    if (!row.matches(".drug")) {
+      say(`List ${at.list} has no drug left to mark: 1 to 5 for all of it, ↑ back, → next list.`);
+      return;
+    }
+    say("");
+    setMark(row, value);
+    if (value) move(1);
   };
 
   document.addEventListener("keydown", (event) => {
-    const target = event.target;
-    if (target.matches("input, textarea")) { if (event.key === "Escape") target.blur(); return; }
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const row = target.closest(".drug");
-    const card = target.closest(".list") || document.querySelector(".list");
-    const mark = { k: "keep", r: "remove", u: "unsure" }[event.key.toLowerCase()];
-    const act = {
-      ArrowDown: () => (row ? move(row, 1) : document.querySelector(".drug")?.focus()),
-      ArrowUp: () => row && move(row, -1),
-      ArrowRight: () => moveList(row || card, 1),
-      ArrowLeft: () => moveList(row || card, -1),
-      n: () => show(place + 1), p: () => show(place - 1),
-      m: () => card?.querySelector(".missing").focus(),
-      Backspace: () => row && setMark(row, null),
-    }[event.key];
-    // The last mark of a list stays in it, so that the overall mark that follows is that list's.
-    if (mark && row) { setMark(row, mark); if (row.nextElementSibling) move(row, 1); }
-    else if (/^[1-5]$/.test(event.key) && card) card.querySelector(`[data-overall="${event.key}"]`).click();
-    else if (act) act();
+    if (!state || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.target.matches("input, textarea")) {
+      if (event.key === "Escape") (spot() || event.target.blur())?.focus?.();
+      return;
+    }
+    const listed = {
+      k: () => mark("keep"), r: () => mark("remove"), u: () => mark("unsure"),
+      Backspace: () => { if (!spot().matches(".drug") && at.drug) move(-1); mark(null); },
+      ArrowDown: () => move(1), ArrowUp: () => move(-1), ArrowRight: () => moveList(1), ArrowLeft: () => moveList(-1),
+      m: () => cardOf(at.list).querySelector(".missing").focus(),
+    };
+    const anywhere = {
+      n: () => { if (!$("next").disabled) show(place + 1); },
+      p: () => { if (!$("previous").disabled) show(place - 1); },
+    };
+    const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
+    const act = anywhere[key] || (spot() && listed[key]);
+    if (act) act();
+    else if (/^[1-5]$/.test(key) && spot()) cardOf(at.list).querySelector(`[data-overall="${key}"]`).click();
     else return;
     event.preventDefault();
   });
@@ -217,18 +265,12 @@
   const hex = (buffer) => [...new Uint8Array(buffer)].map((b) => b.toString(16).padStart(2, "0")).join("");
 
   $("download").addEventListener("click", async () => {
-    if (!state.reviewer.trim()) {
-      $("reviewer").setAttribute("aria-invalid", "true");
-      $("reviewer").focus();
-      say("Fill in your name or initials first: reviews are told apart by it.");
-      return;
-    }
     save();
     const body = JSON.stringify(state);
     const digest = hex(await crypto.subtle.digest("SHA-256", new TextEncoder().encode(body)));
     const file = new Blob([JSON.stringify({ format: shown.format, sha256: digest, body }, null, 1)], { type: "application/json" });
     const link = make("a", { href: URL.createObjectURL(file) });
-    const name = state.reviewer.trim().toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "") || "reviewer";
+    const name = state.reviewer.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "") || "reviewer";
     link.download = `fedrx-review-${sha256.slice(0, 8)}-${name}.json`;
     link.click();
     URL.revokeObjectURL(link.href);
@@ -236,16 +278,72 @@
     $("saved").textContent = open ? `Downloaded; ${open} case${open > 1 ? "s" : ""} not finished yet` : "Downloaded";
   });
 
-  $("reviewer").addEventListener("input", () => {
-    state.reviewer = $("reviewer").value;
-    $("reviewer").removeAttribute("aria-invalid");
-    say("");
+  // Nobody works under a name that somebody else has chosen: who it is, is asked at every start.
+  const working = (yes) => {
+    document.querySelectorAll(".working").forEach((node) => { node.hidden = !yes; });
+    $("who").hidden = yes;
+  };
+
+  const refuse = (text) => {
+    $("who-message").textContent = text;
+    $("who-message").hidden = !text;
+    $("reviewer").setAttribute("aria-invalid", Boolean(text));
+    $("reviewer").focus();
+  };
+
+  const begin = (of) => {
+    state = of;
+    $("name").textContent = state.reviewer;
+    working(true);
     save();
-  });
+    show(0);
+  };
+
+  const typed = () => $("reviewer").value.trim().replace(/\s+/g, " ");
+
+  const start = () => {
+    const name = typed();
+    if (!name) refuse("Fill in your name or initials: reviews are told apart by it.");
+    else if (restored(keyOf(name))) refuse(`${name} has marks here already: go on as ${name}, or take another name.`);
+    else begin(blank(name));
+  };
+
+  const goOn = (key) => {
+    const kept = restored(key);
+    const name = kept.reviewer.trim().replace(/\s+/g, " ") || typed();
+    if (!name) refuse("Fill in the name first that these marks are to have.");
+    else {
+      begin({ state: crypto.randomUUID(), ...kept, reviewer: name });
+      if (key === STORE) localStorage.removeItem(STORE);
+    }
+  };
+
+  const ask = () => {
+    state = null;
+    working(false);
+    $("reviewer").value = "";
+    $("known").replaceChildren(...knownKeys().filter(restored).map((key) => {
+      const kept = restored(key);
+      const [done, all] = shown.cases.map((c) => countOf(c, kept)).reduce(([a, b], [c, d]) => [a + c, b + d], [0, 0]);
+      const button = make("button", {
+        type: "button", className: "button",
+        textContent: kept.reviewer ? `Go on as ${kept.reviewer}` : "Go on with marks without a name",
+      });
+      button.addEventListener("click", () => goOn(key));
+      return make("li", {}, button, make("span", { className: "small soft", textContent: `${done} of ${all} drugs marked` }));
+    }));
+    refuse("");
+  };
+
+  $("start").addEventListener("click", start);
+  $("reviewer").addEventListener("keydown", (event) => { if (event.key === "Enter") start(); });
+  $("another").addEventListener("click", ask);
   $("comment").addEventListener("input", () => { caseState().comment = $("comment").value; save(); });
   $("previous").addEventListener("click", () => show(place - 1));
   $("next").addEventListener("click", () => show(place + 1));
-  window.addEventListener("storage", (event) => { if (event.key === STORE) { state = restored(); show(place, false); } });
+  window.addEventListener("storage", (event) => {
+    if (state && event.key === keyOf(state.reviewer)) { state = restored(event.key) || state; show(place, false); }
+  });
 
   const SOURCES = {
     synthetic: "Synthetic patients.",
@@ -253,11 +351,10 @@
     credentialed: "Credentialed data: keep this file on approved machines, and share it with nobody outside the agreement.",
   };
   $("source").textContent = SOURCES[shown.source] || SOURCES.credentialed;
-  $("reviewer").value = state.reviewer;
   document.querySelector("#cases ol").append(...shown.cases.map((_, i) => {
     const button = make("button", { type: "button" }, make("span", { textContent: `Case ${i + 1}` }), make("span", { className: "count" }));
     button.addEventListener("click", () => show(i));
     return make("li", {}, button);
   }));
-  show(0);
+  ask();
 })();

@@ -17,6 +17,7 @@ from common.data.prepare import load_samples
 from common.data.samples import Admission
 from common.evaluation.baselines import (
     BASELINES,
+    Ranked,
     logistic_regression,
     nearest_neighbours,
     popularity,
@@ -48,12 +49,16 @@ def random_admissions(seed: int, number: int) -> list[Admission]:
     return found
 
 
+def listed(found: Sequence[Ranked]) -> list[tuple[str, ...]]:
+    return [one.listed for one in found]
+
+
 def test_popularity_by_hand() -> None:
     train = [admission("A", ["x", "y"]), admission("A", ["x", "z"]), admission("B", ["X", "y"])]
     test = [admission("Q", ["q"])] * 2
-    assert popularity(train, test, drugs_listed=2) == [("x", "y"), ("x", "y")]
+    assert listed(popularity(train, test, drugs_listed=2)) == [("x", "y"), ("x", "y")]
     # Mean Jaccard on train: k=1 (1/2 + 1/2 + 1/2)/3; k=2 (1 + 1/3 + 1)/3; k=3 (2/3 * 3)/3.
-    assert popularity(train, test) == [("x", "y"), ("x", "y")]
+    assert listed(popularity(train, test)) == [("x", "y"), ("x", "y")]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -65,7 +70,7 @@ def test_popularitys_length_is_the_best_on_train(seed: int) -> None:
         np.mean([len(set(top) & set(a.drugs)) / len(set(top) | set(a.drugs)) for a in train])
         for top in (ranked[:k] for k in range(1, len(ranked) + 1))
     ]
-    assert popularity(train, train[:1]) == [tuple(ranked[: 1 + int(np.argmax(jaccard))])]
+    assert listed(popularity(train, train[:1])) == [tuple(ranked[: 1 + int(np.argmax(jaccard))])]
 
 
 def test_spellings_are_one_drug_shown_in_the_commonest() -> None:
@@ -75,7 +80,7 @@ def test_spellings_are_one_drug_shown_in_the_commonest() -> None:
         admission("B", ["Heparin", "b"]),
         admission("B", ["b"]),
     ]
-    assert popularity(train, train[:1], drugs_listed=1) == [("Heparin",)]
+    assert listed(popularity(train, train[:1], drugs_listed=1)) == [("Heparin",)]
 
 
 def test_neighbours_by_hand() -> None:
@@ -86,12 +91,12 @@ def test_neighbours_by_hand() -> None:
         admission("A", ["a"]),
     ]
     # To AB: 1, 1/2, 0, 1/sqrt 2. Of two: a 1.71, b 1; length (2 * 1 + 1 * 0.71) / 1.71 = 1.6 -> 2.
-    assert nearest_neighbours(train, [admission("AB", [])], neighbours=2) == [("a", "b")]
+    assert listed(nearest_neighbours(train, [admission("AB", [])], neighbours=2)) == [("a", "b")]
     # To AC: 1/2, 1/2, 0.71, 0.71. Of three, in order of votes: a 1.21, then c, d, e 0.71 and b 1/2;
     # length (2 * 0.5 + 3 * 0.71 + 1 * 0.71) / 1.91 = 2.
-    assert nearest_neighbours(train, [admission("AC", [])], neighbours=3) == [("a", "c")]
+    assert listed(nearest_neighbours(train, [admission("AC", [])], neighbours=3)) == [("a", "c")]
     # No shared code: everybody votes alike; mean length 7/4 -> 2.
-    assert nearest_neighbours(train, [admission("Z", [])], neighbours=2) == [("a", "b")]
+    assert listed(nearest_neighbours(train, [admission("Z", [])], neighbours=2)) == [("a", "b")]
 
 
 def test_neighbours_are_scikit_learns() -> None:
@@ -101,7 +106,7 @@ def test_neighbours_are_scikit_learns() -> None:
     # Rounded, so that equal similarities tie in both; then the earlier admission comes first.
     similarity = np.round(cosine_similarity(asked, x), 9)
     found = nearest_neighbours(train, test, neighbours=7)
-    for row, drugs in zip(similarity, found, strict=True):
+    for row, drugs in zip(similarity, listed(found), strict=True):
         nearest = np.argsort(-row, kind="stable")[:7]
         votes: dict[str, float] = {}
         for n in nearest:
@@ -126,9 +131,13 @@ def test_regression_is_one_scikit_learn_model_a_drug() -> None:
         ]
     )
     length = round(np.mean([len(a.drugs) for a in train]))
-    for column, drugs in enumerate(logistic_regression(train, test)):
-        best = sorted(range(len(names)), key=lambda n: -probable[n, column])[:length]
-        assert set(drugs) == {names[n] for n in best}
+    for column, found in enumerate(logistic_regression(train, test)):
+        best = sorted(range(len(names)), key=lambda n: -probable[n, column])
+        assert set(found.listed) == {names[n] for n in best[:length]}
+        # The whole ranking, up to ties.
+        places = [names.index(drug) for drug in found.drugs]
+        assert sorted(places) == list(range(len(names)))
+        assert np.diff(probable[places, column]).max() < 1e-3
 
 
 @pytest.mark.parametrize("baseline", BASELINES.values(), ids=list(BASELINES))
@@ -152,10 +161,10 @@ def test_empty_splits(baseline) -> None:
     with pytest.raises(ValueError, match="no admissions"):
         baseline([], train)
     # Codes, and whole admissions, that training never saw.
-    assert all(baseline(train, [admission("Z", ["q"]), admission("", ["q"])]))
+    assert all(listed(baseline(train, [admission("Z", ["q"]), admission("", ["q"])])))
 
 
-Baseline = Callable[[Sequence[Admission], Sequence[Admission]], list[tuple[str, ...]]]
+Baseline = Callable[[Sequence[Admission], Sequence[Admission]], list[Ranked]]
 
 
 def cross_validated(admissions: Sequence[Admission], baseline: Baseline, folds=None) -> Metrics:
@@ -165,7 +174,7 @@ def cross_validated(admissions: Sequence[Admission], baseline: Baseline, folds=N
     for train, test in folds or GroupKFold(5).split(patients, groups=patients):
         answers = baseline([admissions[n] for n in train], [admissions[n] for n in test])
         rows += [
-            SimpleNamespace(cluster=patients[n], truth=admissions[n].drugs, answer=answer)
+            SimpleNamespace(cluster=patients[n], truth=admissions[n].drugs, answer=answer.listed)
             for n, answer in zip(test, answers, strict=True)
         ]
     return score(rows, level="string", vocabulary=(), resamples=0)

@@ -139,6 +139,18 @@ def test_a_tokenizer_that_merges_lines_is_refused(session):
         drug_trie(NAMES, Merging())
 
 
+def test_a_tokenizer_that_writes_two_names_alike_is_refused(session):
+    class Folding:
+        eos_token_id = 1
+
+        def __call__(self, texts, add_special_tokens):
+            return session.tokenizer([text.lower() for text in texts], add_special_tokens=False)
+
+    assert drug_trie(["Aspirin", "Senna"], Folding())
+    with pytest.raises(UserError, match="two names alike"):
+        drug_trie(["Aspirin", "aspirin"], Folding())
+
+
 def test_the_trie_shares_beginnings(trie, session):
     assert trie.leaves_below[ROOT] == 2 * len(NAMES)
     texts = {

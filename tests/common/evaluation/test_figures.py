@@ -8,6 +8,7 @@ import pytest
 from common.config import Config, DataConfig, EvaluationConfig
 from common.evaluation.answers_file import Patient, Prediction
 from common.evaluation.figures import Compared, figures
+from common.evaluation.lists import Answer
 from common.evaluation.metrics import f1_by_admission, interval_of_mean, score
 from common.evaluation.ranking import RankedDrug, Ranking
 
@@ -44,7 +45,11 @@ def compared(**settings):
 
 def found(rankings=(), **settings):
     both = {"fedrx": rows("fedrx", LISTS), "popularity": rows("popularity", POPULAR)}
-    return figures(both, {"fedrx": list(rankings)}, compared(**settings))
+    answers = [
+        Answer(None, (), order=one and tuple(drug.name for drug in one.drugs), ranking=one)
+        for one in rankings
+    ]
+    return figures(both, {"fedrx": answers}, compared(**settings))
 
 
 def test_lengths_are_means_and_no_list_has_none():
@@ -98,8 +103,11 @@ def ranking(confidences):
     return Ranking(drugs=drugs, length=1, threshold=0.5, admissions=3)
 
 
+RANKED = ranking({"b1": 0.9, "A1": 0.8, "C1": 0.1})
+
+
 def test_rankings_have_average_precision_and_calibration():
-    one = ranking({"b1": 0.9, "A1": 0.8, "C1": 0.1})
+    one = RANKED
     part = found([one] * 4)["fedrx"]
     # B1, A1, C1 against {A1 B1}, {A1}, {A1 C1 D1}, {B1}; D1 is not ranked.
     expected = (1 + 1 / 2 + (1 / 2 + 2 / 3) / 3 + 1) / 4
@@ -109,6 +117,16 @@ def test_rankings_have_average_precision_and_calibration():
     true = np.array([1, 1, 0, 0, 1, 0, 0, 1, 1, 1, 0, 0])
     assert part["calibration"]["brier"] == pytest.approx(np.square(told - true).mean())
     assert "prauc" not in found([one, None, one, one])["fedrx"]
+    # Of three ranked drugs 2, 1, 2 and 1 were ordered; of 2, 1, 3 and 1.
+    assert part["at"]["5"]["precision"] == pytest.approx((2 + 1 + 2 + 1) / 4 / 5)
+    assert part["at"]["10"]["recall"] == pytest.approx((1 + 1 + 2 / 3 + 1) / 4)
+
+
+def test_a_ranking_without_confidences_has_no_calibration():
+    answers = [Answer(None, (), order=("B1", "A1", "C1"))] * 4
+    part = figures({"popularity": rows("popularity", POPULAR)}, {"popularity": answers}, compared())
+    assert part["popularity"]["prauc"]["value"] == found([RANKED] * 4)["fedrx"]["prauc"]["value"]
+    assert "calibration" not in part["popularity"]
 
 
 def test_interactions_are_those_of_the_users_file(tmp_path):

@@ -186,6 +186,32 @@ def test_reviews_add_up_over_imports_and_a_newer_one_replaces(run, tmp_path):
         import_reviews(run, [first, newer])
 
 
+def test_one_persons_work_under_two_names_is_refused(run, tmp_path):
+    make_review(run)
+    packet = packet_of(run)
+    marks = {("case-1", "x"): ["keep", "remove"]}
+    one = {**review(packet, "One", marks), "state": "s1"}
+    first = write(tmp_path / "a.json", one)
+    twin = write(tmp_path / "b.json", {**one, "reviewer": "Two", "state": "s2"})
+    start = write(tmp_path / "c.json", {**review(packet, "Two", {}, overall=2), "state": "s1"})
+    for file, why in ((twin, "all marks are the same"), (start, "from one start of the page")):
+        with pytest.raises(UserError, match=f"One and Two are one person's: .*{why}"):
+            import_reviews(run, [first, file])
+    assert not list((run.path / "review").glob("*/reviews/*"))
+    assert import_reviews(run, [first])["reviewers"] == ["One"]
+    with pytest.raises(UserError, match="one person's"):
+        import_reviews(run, [twin])
+    # A comment tells two apart who agree; reviews without a mark say nothing, and are no twins.
+    commented = {**one, "reviewer": "Two", "state": "s2"}
+    number = next(iter(commented["cases"]))
+    cases = {**commented["cases"], number: {**commented["cases"][number], "comment": "I agree"}}
+    assert len(import_reviews(run, [write(twin, {**commented, "cases": cases})])["reviewers"]) == 2
+    empty = [write(tmp_path / f"{n}.json", review(packet, n, {})) for n in ("Three", "Four")]
+    assert len(import_reviews(run, empty)["reviewers"]) == 4
+    # And one's own newer file is no twin of the older.
+    assert len(import_reviews(run, [first])["reviewers"]) == 4
+
+
 def change(content, *path, to):
     *way, last = path
     place = content

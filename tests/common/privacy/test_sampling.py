@@ -117,7 +117,7 @@ def test_a_patients_admissions_do_not_depend_on_other_patients(make_plan) -> Non
 class Drawn(PrivateGradient):
     """The real source, except that it notes who is drawn in place of computing gradients."""
 
-    def clipped_sum(self, session: Any, drawn: Any) -> torch.Tensor:
+    def clipped_sum(self, session: Any, drawn: Any, *, step: int = 0) -> torch.Tensor:
         self.last = [self.dataset[member].unit for unit in drawn for member in unit]
         return torch.zeros(session.adapter.trainable_parameters)
 

@@ -119,3 +119,25 @@ def test_nothing_to_audit_is_said_before_anything_is_written(tmp_path) -> None:
     with pytest.raises(UserError, match="protects nobody"):
         run_audit(tmp_path / "fixed", **{"privacy.deterministic-noise": True})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (TypeError("a newer library"), "the audit failed: TypeError.*; fix: start it again"),
+        (RunFailed("the ledger was wronged"), "^the ledger was wronged$"),
+    ],
+)
+def test_an_audit_that_does_not_come_to_its_end_is_failed(tmp_path, monkeypatch, error, said):
+    """Whatever ends it; nothing offers to resume it."""
+
+    def broken(*args: Any, **keys: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("sim.checks.audit.one_run_audit", broken)
+    with pytest.raises(RunFailed, match=said) as caught:
+        run_audit(tmp_path / "run")
+    assert "fedrx resume" not in str(caught.value)
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["stage"]) == ("failed", "audit")
+    assert not (tmp_path / "run" / "summary.json").exists()

@@ -16,9 +16,13 @@ from common.model.adapter.layout import adapter_layout, adapter_spec
 from common.model.backbone.load import resolve_backbone
 from common.wire.codecs import encode
 from sim.checks import plan as plan_module
-from sim.checks.plan import plan, show_plan
+from sim.checks.plan import PARTS, show_plan
 
 PAPER = Path(__file__).resolve().parents[3] / "configs" / "paper.toml"
+
+
+def plan(config, **options):
+    return plan_module.plan(config, **options).as_json()
 
 
 @pytest.fixture(autouse=True)
@@ -189,13 +193,32 @@ def test_hospital_level_privacy_stands_in_the_plan_too():
     assert found["privacy"]["noise_to_signal"] == pytest.approx(by_hand)
 
 
-def test_what_a_person_reads_names_the_verdict():
+def shown(found) -> str:
     out = io.StringIO()
-    show_plan(Console(file=out, width=200), plan(read_config(PAPER), card_bytes=48_000_000_000))
-    text = out.getvalue()
+    show_plan(Console(file=out, width=200), found)
+    return out.getvalue()
+
+
+def test_what_a_person_reads_names_the_verdict():
+    text = shown(plan_module.plan(read_config(PAPER), card_bytes=48_000_000_000))
     assert "fits 48 GB: +5." in text
     assert "B 2,621,440" in text
     assert "4,875 steps" in text
+
+
+def test_every_part_is_explained_and_none_of_nothing_is_shown():
+    """The rows add up to the total as far as the two figures behind the point go."""
+    found = plan_module.plan(read_config(PAPER), card_bytes=48_000_000_000)
+    assert set(PARTS) == set(found.memory_bytes)
+    text = shown(found)
+    rows = [line.split("│")[1:4] for line in text.splitlines() if line.startswith("│")]
+    sizes = {name.strip(): float(size) for name, size, _ in rows}
+    assert min(sizes.values()) > 0
+    left_out = set(found.memory_bytes) - set(sizes)
+    assert "optimizer" in left_out  # plain SGD keeps nothing
+    assert all(found.memory_bytes[name] < 5_000_000 for name in left_out)
+    assert sum(sizes.values()) == pytest.approx(2 * sizes["total"], abs=0.06)
+    assert all(why.strip() == PARTS[name.strip()] for name, _, why in rows)
 
 
 def test_a_backbone_that_is_nowhere_is_the_users_to_mend():

@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+import sim.runs.federate
 from common.errors import RunFailed
+from common.rundir import RunDirectory
 from sim.cli.options import with_backend
 from sim.runs.federate import federate
 from sim.runs.resume import resume
@@ -54,6 +56,27 @@ def test_an_interrupted_run_goes_on_to_the_same_b(short, tmp_path, monkeypatch):
     monkeypatch.undo()
     again = resume(tmp_path / "cut", console=QUIET, command_line=["fedrx"])
     assert again["b_sha256"] == whole["b_sha256"]
+
+
+def test_a_run_that_ends_between_server_and_launcher_is_summed_up(short, tmp_path, monkeypatch):
+    """The server has told what it knows; seconds and source are the launcher's to tell."""
+    train_rounds = sim.runs.federate.train_rounds
+
+    def cut(run):
+        train_rounds(run)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sim.runs.federate, "train_rounds", cut)
+    with pytest.raises(KeyboardInterrupt):
+        started(short, tmp_path / "run")
+    told = RunDirectory.open(tmp_path / "run").summary()
+    assert told.training_seconds is None
+    # A second training would be cut again.
+    again = resume(tmp_path / "run", console=QUIET, command_line=["fedrx"])
+    assert again["source"] == "synthetic"
+    spent = [e["value"] for e in RunDirectory(tmp_path / "run").metrics("round-seconds")]
+    assert sum(spent) <= again["training_seconds"] <= again["seconds"]
+    assert again["b_sha256"] == told.b_sha256
 
 
 def test_a_failing_federation_is_a_failed_run(short, tmp_path, monkeypatch):

@@ -2,10 +2,13 @@
 
 import os
 import signal
+import time
 
 import pytest
 
 pytestmark = pytest.mark.ray
+GONE_SECONDS = 60
+"""Seconds on a machine that has nothing else to do: 1 to 3."""
 
 
 def handshake_begun(run):
@@ -40,6 +43,11 @@ def test_killed_at_five_moments_the_run_ends_in_the_same_b(base, laboratory):
         os.killpg(started.process.pid, signal.SIGKILL)
         started.wait()
         assert started.code == -signal.SIGKILL
+        # SuperLink and Ray go along: an actor that trained on would hold its GPU.
+        deadline = time.monotonic() + GONE_SECONDS
+        while started.left() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert started.left() == []
         assert started.run.status()["state"] != "finished"
         started = laboratory.resume(started.run)
     started.wait()

@@ -8,7 +8,8 @@ from rich.console import Console
 import sim.flower.worker_count
 from common.configio import from_flat
 from common.model.backbone.known_shapes import shape_of
-from sim.checks.plan import plan, show_plan
+from sim.checks import plan as plan_module
+from sim.checks.plan import show_plan
 from sim.flower.worker_count import choose_workers, training_footprints
 
 KEYS = {"train.device": "cpu", "train.dtype": "fp32", "train.recompute": "all"}
@@ -56,14 +57,15 @@ def test_a_larger_step_gets_fewer_workers():
 
 
 def test_plan_counts_all_workers_that_share_the_memory():
+    plan = plan_module.plan
     found = plan(from_flat(KEYS), card_bytes=int(3.5 * each(KEYS)))
-    total = found["memory_bytes"]["total"]
-    assert (found["workers"]["value"], found["fits"]) == (3, True)
-    assert found["spare_bytes"] == found["card_bytes"] - 3 * total
+    total = found.memory_bytes["total"]
+    assert (found.workers.value, found.fits) == (3, True)
+    assert found.spare_bytes == found.card_bytes - 3 * total
     asked = plan(from_flat({**KEYS, "federation.workers": 4}), card_bytes=int(3.5 * each(KEYS)))
-    assert (asked["workers"]["value"], asked["fits"]) == (4, False)
+    assert (asked.workers.value, asked.fits) == (4, False)
     out = io.StringIO()
     show_plan(Console(file=out, width=200), asked)
     assert f"4 workers (federation.workers): {4 * total / 1e9:.1f} GB together" in out.getvalue()
     alone = plan(from_flat({**KEYS, "federation.hospitals": 1}), card_bytes=10**12)
-    assert alone["workers"]["value"] == 1
+    assert alone.workers.value == 1

@@ -1,13 +1,16 @@
 """A clinician's way through the packet in a real browser: keys, mouse, reload, download, import."""
 
+import hashlib
 import http.server
 import json
+import os
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from sim.answers.review import import_reviews, make_review
 
 
@@ -52,6 +55,22 @@ def press(browser, *keys):
         ActionChains(browser).send_keys(key).perform()
 
 
+def start(browser, name):
+    """Say at the start who reviews."""
+    field = browser.find_element("id", "reviewer")
+    field.clear()
+    field.send_keys(name)
+    browser.find_element("id", "start").click()
+
+
+def go_on(browser, name):
+    for button in browser.find_elements("css selector", "#known button"):
+        if button.text == f"Go on as {name}":
+            button.click()
+            return
+    raise AssertionError(f"{name} is not known")
+
+
 def downloaded(folder):
     for _ in range(100):
         files = [f for f in folder.iterdir() if f.suffix == ".json"]
@@ -68,6 +87,15 @@ def test_mark_reload_download_import(browser, run, tmp_path, requested_urls):
     page = make_review(run)
     browser.get(page.as_uri())
     assert "not for clinical use" in browser.find_element("tag name", "body").text
+
+    if folder := os.environ.get("FEDRX_PICTURES"):
+        browser.save_screenshot(f"{folder}/review-start.png")
+
+    # Before anything is shown, the page asks who reviews; without a name it says what is missing.
+    assert not browser.find_element("id", "lists").is_displayed()
+    browser.find_element("id", "start").click()
+    assert "name or initials" in browser.find_element("id", "who-message").text
+    start(browser, "  Dr. Å   B ")
     assert browser.find_element("id", "title").text == "Case 1 of 3"
 
     # Keyboard: list A has two drugs, list B one; the page starts on the first.
@@ -90,13 +118,9 @@ def test_mark_reload_download_import(browser, run, tmp_path, requested_urls):
     browser.find_elements("css selector", '[data-overall="2"]')[1].click()
     browser.find_element("id", "comment").send_keys("Dose?")
 
-    # Without a name there is no download, and the page says why.
-    browser.find_element("id", "download").click()
-    assert "name or initials" in browser.find_element("id", "message").text
-
-    browser.find_element("id", "reviewer").send_keys("Dr. Å B")
     browser.refresh()
-    assert browser.find_element("id", "reviewer").get_attribute("value") == "Dr. Å B"
+    go_on(browser, "Dr. Å B")
+    assert browser.find_element("id", "name").text == "Dr. Å B"
     assert [name for name, _ in marks(browser)] == names
     assert [mark for _, mark in marks(browser)] == marked
     assert browser.find_element("css selector", ".chip").text.startswith("Lisinopril")
@@ -137,6 +161,7 @@ def test_nothing_in_the_page_runs_or_reaches_the_network(browser, run, listener,
     """Markup in names stays text, and even a script inside the page gets nothing out."""
     url, asked = listener
     browser.get(make_review(run).as_uri())
+    start(browser, "One")
     assert "<img src=x onerror=alert(1)>" in browser.find_element("id", "diagnoses").text
     browser.find_element("css selector", "#cases li:nth-child(2) button").click()
     assert "</script><script>alert(2)</script>" in [name for name, _ in marks(browser)]
@@ -167,6 +192,129 @@ def test_nothing_in_the_page_runs_or_reaches_the_network(browser, run, listener,
     assert asked == []
     refused = [e["message"] for e in browser.get_log("browser")]
     assert sum("Content Security Policy" in message for message in refused) >= 7
+
+
+@pytest.mark.browser
+def test_a_second_person_in_the_same_browser_begins_anew(browser, run, tmp_path):
+    page = make_review(run)
+    browser.get(page.as_uri())
+    start(browser, "Anna")
+    press(browser, "k", "r", "4", "n", "u")
+    browser.find_element("id", "download").click()
+    first = downloaded(tmp_path / "downloads")
+    first = first.rename(tmp_path / "anna.json")
+
+    browser.find_element("id", "another").click()
+    assert not browser.find_element("id", "lists").is_displayed()
+    press(browser, "r")  # no key acts on the first person's marks meanwhile
+    start(browser, "ANNA")
+    assert "ANNA has marks here already" in browser.find_element("id", "who-message").text
+    start(browser, "Bert")
+    assert browser.find_element("id", "name").text == "Bert"
+    assert browser.find_element("id", "title").text == "Case 1 of 3"
+    assert {mark for _, mark in marks(browser)} == {""}
+    press(browser, "r", "r", "k", "2")
+    browser.find_element("id", "download").click()
+    second = downloaded(tmp_path / "downloads")
+
+    browser.refresh()
+    known = [b.text for b in browser.find_elements("css selector", "#known button")]
+    assert known == ["Go on as Anna", "Go on as Bert"]
+    go_on(browser, "Anna")
+    assert [mark for _, mark in marks(browser)] == ["keep", "remove", ""]
+    result = import_reviews(run, [first, second])
+    assert result["reviewers"] == ["Anna", "Bert"]
+    assert result["agreement"]["unanimous"] == 1 / 2  # A: keep, remove; B: remove, remove
+
+    # The same marks from another start, and other marks from the same start: both are one person's.
+    content = json.loads(second.read_text())
+    body = json.loads(content["body"])
+    changed = {number: {**case, "comment": "mine"} for number, case in body["cases"].items()}
+    for name, twin in (("Carl", {"state": "another"}), ("Dora", {"cases": changed})):
+        text = json.dumps({**body, "reviewer": name, **twin})
+        file = tmp_path / f"{name}.json"
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        file.write_text(json.dumps({**content, "body": text, "sha256": digest}))
+        with pytest.raises(UserError, match=rf"reviews of Bert and {name} are one person's"):
+            import_reviews(run, [file])
+    assert run.read_json("summary.json")["review"] == result
+
+
+@pytest.mark.browser
+def test_keys_act_where_the_reviewer_is(browser, run):
+    """Also without a focus, and never on a drug that was marked before the list's end."""
+    from selenium.webdriver.common.keys import Keys
+
+    browser.set_window_size(1280, 800)
+    browser.get(make_review(run).as_uri())
+    start(browser, "One")
+
+    def shown():
+        return [mark for _, mark in marks(browser)]
+
+    press(browser, "k", "k", "r", "r")
+    assert shown() == ["keep", "keep", ""]
+    assert "no drug left" in browser.find_element("id", "message").text
+    press(browser, "3")
+    chosen = browser.find_element("css selector", '[data-list="A"] [data-overall="3"]')
+    assert chosen.get_attribute("aria-pressed") == "true"
+    press(browser, Keys.ARROW_UP, "u")
+    assert shown() == ["keep", "unsure", ""]
+    press(browser, Keys.ARROW_DOWN)
+    browser.find_element("id", "title").click()
+    browser.execute_script("document.activeElement.blur()")
+    press(browser, "r")
+    assert shown() == ["keep", "unsure", "remove"]
+    browser.find_element("id", "another").send_keys("p")
+    press(browser, Keys.BACKSPACE)
+    assert shown() == ["keep", "unsure", ""]
+    press(browser, "n")
+    browser.execute_script("document.activeElement.blur()")
+    press(browser, "k")
+    assert shown()[0] == "keep"
+
+
+WORDS_BROKEN = """
+return [...document.querySelectorAll('.drug .name')].flatMap((node) => {
+  const text = node.firstChild;
+  return [...text.data.matchAll(/[^ -]+/g)].filter((word) => {
+    const range = document.createRange();
+    range.setStart(text, word.index);
+    range.setEnd(text, word.index + word[0].length);
+    return new Set([...range.getClientRects()].map((r) => Math.round(r.top))).size > 1;
+  }).map((word) => word[0]);
+});
+"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_legend_is_in_sight_and_names_break_between_words(browser, run, width):
+    lines = run.lines("predictions.jsonl")
+    lines[0]["answer"] = [
+        "Hydrochlorothiazide Losartan Potassium Tablet",
+        "Piperacillin-Tazobactam 4.5 g",
+    ]
+    (run.path / "predictions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False},
+    )
+    browser.get(make_review(run).as_uri())
+    start(browser, "One")
+    for height in (0, 10_000):
+        browser.execute_script(f"window.scrollTo(0, {height})")
+        place = browser.execute_script(
+            "const r = document.querySelector('.keys').getBoundingClientRect();"
+            "return [r.top, r.bottom, innerHeight]"
+        )
+        assert 0 <= place[0] < place[1] <= place[2]
+    assert browser.execute_script(WORDS_BROKEN) == []
+    wide = "return document.documentElement.scrollWidth <= innerWidth"
+    assert browser.execute_script(wide)
+    if folder := os.environ.get("FEDRX_PICTURES"):
+        browser.execute_script("window.scrollTo(0, 0)")
+        browser.save_screenshot(f"{folder}/review-{width}.png")
 
 
 def test_the_page_is_one_file_without_addresses(run):

@@ -45,3 +45,25 @@ def test_a_private_round_shows_epsilon_and_no_loss(tmp_path):
             shows.tick()
     lines = shown.getvalue().splitlines()
     assert lines == ["round 1/2: epsilon 1.500 spent", "round 2/2: epsilon inf spent"]
+
+
+def test_a_start_names_its_phases_with_their_seconds_and_says_nothing_twice(clock, tmp_path):
+    run = RunDirectory.create(Config(), directory=tmp_path / "run")
+    shown = io.StringIO()
+    with RunProgress(Console(file=shown, width=200), run, steps=4, rounds=2) as shows:
+        for now, phase in ((0, "SuperLink"), (20, "SuperLink"), (40, "SuperLink"), (42, "Ray")):
+            clock[0] = now
+            shows.phase(phase)
+            shows.tick()
+        clock[0] = 50
+        shows.phase("")
+        shows.phase("")
+        for clock[0] in (60, 80, 100):
+            shows.tick()
+    assert shown.getvalue().splitlines() == [
+        "local steps 0/4, starting: SuperLink",
+        "start: SuperLink 42.0 s",
+        "start: Ray 8.0 s",
+        "local steps 0/4",
+    ]
+    assert shows.start_seconds == {"SuperLink": 42.0, "Ray": 8.0}

@@ -1,21 +1,28 @@
 """The exported adapter, loaded with PEFT alone, against our own model."""
 
 import json
+import re
 
+import gguf
 import numpy as np
 import peft
 import pytest
 import torch
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from common.config import Config
 from common.configio import from_flat
 from common.errors import UserError
-from common.model.backbone.load import load_model
+from common.evaluation.generate import generate
+from common.model.backbone.load import load_model, load_tokenizer
 from common.rundir import RunDirectory
+from common.text.batches import encode_prompt
+from common.text.prompts import messages
 from common.training.resident_session import backbone_spec, close_session, session_of
 from sim.runs.export import export_run
+from sim.runs.model_card import EXAMPLE, _serve_lines
 
 
 def configure(backbone: str, **more: object) -> Config:
@@ -150,6 +157,173 @@ def test_the_card_says_what_it_is_for(tmp_path):
     ):
         assert phrase in card
     assert str(tmp_path) not in card
+
+
+def saved_backbone(folder):
+    """The tiny backbone as a folder that transformers loads, as a user would have one."""
+    spec = backbone_spec("tiny")
+    load_model(spec, device=torch.device("cpu"), dtype=torch.float32).save_pretrained(folder)
+    load_tokenizer(spec).save_pretrained(folder)
+    return folder
+
+
+def our_answer(config, run):
+    """The list that the run itself generates for the card's patient."""
+    session = session_of(config)
+    session.adapter.load(run.load_checkpoint().b)
+    ids, _ = encode_prompt(EXAMPLE, session.tokenizer, max_length_tokens=2048)
+    (made,) = generate(session, [ids], max_new_tokens=12, batch_size=1)
+    return session.tokenizer.decode(list(made.tokens), skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("layout", ["peft", "merged"])
+def test_the_cards_code_generates_the_runs_list(tmp_path, monkeypatch, capsys, layout):
+    """From a local folder with a hub id, whose place in the code the folder takes here."""
+    base = saved_backbone(tmp_path / "backbone")
+    config = configure(str(base), **{"evaluation.max-new-tokens": 12})
+    run = trained_run(config, tmp_path / "run")
+    folder = export_run(run, layout=layout, base_model="someone/some-llama")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "base_model: someone/some-llama\n" in card.split("---")[1]
+    (code,) = re.findall("```python\n(.*?)```", card, re.S)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 14
+    expected = our_answer(config, run)
+    close_session()
+    monkeypatch.chdir(folder)
+    exec(code.replace('"someone/some-llama"', repr(str(base))), {})
+    assert capsys.readouterr().out.splitlines()[-len(expected.splitlines()) :] == (
+        expected.splitlines()
+    )
+    assert expected
+    system, user = messages(EXAMPLE)
+    assert system["content"] in card
+    assert user["content"] in card
+
+
+@pytest.mark.parametrize("more", [{}, {"adapter.targets": "q_proj,k_proj,v_proj,o_proj,down_proj"}])
+def test_merged_weights_give_the_same_logits(tmp_path, more):
+    config = configure("tiny", **more)
+    run = trained_run(config, tmp_path / "run")
+    folder = export_run(run, layout="merged")
+    ids = torch.randint(5, 900, (1, 31), generator=torch.Generator().manual_seed(1))
+    session = session_of(config)
+    session.adapter.load(run.load_checkpoint().b)
+    with torch.no_grad():
+        ours = session.model(input_ids=ids).logits
+        theirs = AutoModelForCausalLM.from_pretrained(folder)(input_ids=ids).logits
+    assert float((ours - theirs).abs().max() / ours.abs().max()) < 1e-5
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template == session.tokenizer.chat_template
+    assert tokenizer("Aspirin 81 mg").input_ids == session.tokenizer("Aspirin 81 mg").input_ids
+    assert export_run(run, layout="merged") == folder  # its own files may be replaced
+
+
+def test_the_gguf_adapter_gives_the_same_logits(tmp_path):
+    """Read by gguf, its rows put back by transformers' reader of gguf Llamas."""
+    targets = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+    config = configure("tiny", **{"adapter.targets": targets})
+    run = trained_run(config, tmp_path / "run")
+    reader = gguf.GGUFReader(export_run(run, layout="gguf") / "adapter.gguf")
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+    assert fields["general.type"] == "adapter"
+    assert fields["general.architecture"] == "llama"
+    assert (fields["adapter.type"], fields["adapter.lora.alpha"]) == ("lora", 12.0)
+    model = load_model(backbone_spec("tiny"), device=torch.device("cpu"), dtype=torch.float32)
+    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    assert len(tensors) == 2 * 7 * 2
+    turned = LlamaTensorProcessor(model.config.to_dict())
+    names = {
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
+    for layer in range(2):
+        for theirs, ours in names.items():
+            a, b = (tensors[f"blk.{layer}.{theirs}.weight.lora_{one}"] for one in "ab")
+            b = turned.process(b, f"blk.{layer}.{theirs}.weight").weights
+            model.get_submodule(f"model.layers.{layer}.{ours}").weight.add_(12.0 / 8 * (b @ a))
+    ids = torch.randint(5, 900, (1, 31), generator=torch.Generator().manual_seed(1))
+    session = session_of(config)
+    session.adapter.load(run.load_checkpoint().b)
+    with torch.no_grad():
+        ours = session.model(input_ids=ids).logits
+        read = model(input_ids=ids).logits
+    assert float((ours - read).abs().max() / ours.abs().max()) < 1e-5
+
+
+def test_a_folders_name_is_never_a_hub_id(tmp_path):
+    """AutoPeft says that it needs the backbone, and does not look for the folder on the hub."""
+    base = saved_backbone(tmp_path / "my-llama")
+    run = trained_run(configure(str(base)), tmp_path / "run")
+    folder = export_run(run)
+    content = json.loads((folder / "adapter_config.json").read_text())
+    assert content["base_model_name_or_path"] is None
+    assert "base_model:" not in (folder / "README.md").read_text(encoding="utf-8")
+    content = json.loads(
+        (export_run(run, base_model="someone/some-llama") / "adapter_config.json").read_text()
+    )
+    assert content["base_model_name_or_path"] == "someone/some-llama"
+    for name in ("my-llama", "/data/my-llama", "a/b/c", "../x"):
+        with pytest.raises(UserError, match="--base-model"):
+            export_run(run, base_model=name)
+
+
+# What vLLM's PEFTHelper wants, and refuses.
+def test_the_config_is_one_that_vllm_takes(tmp_path):
+    run = trained_run(configure("tiny"), tmp_path / "run")
+    content = json.loads((export_run(run) / "adapter_config.json").read_text())
+    assert {"r", "lora_alpha", "target_modules"} <= set(content)
+    assert (type(content["r"]), type(content["lora_alpha"])) == (int, int)
+    assert content["bias"] == "none"
+    assert not {"modules_to_save", "use_dora", "use_rslora"} & set(content)
+    known = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert set(content["target_modules"]) <= known
+    assert "--max-lora-rank 8 " in (run.path / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("rank", "phrase"),
+    [(33, "--max-lora-rank 64 "), (513, "vLLM takes ranks up to 512: serve the merged weights")],
+)
+def test_the_card_names_a_rank_that_vllm_has(rank, phrase):
+    assert phrase in "\n".join(_serve_lines("peft", rank=rank, hub_id="a/b"))
+
+
+@pytest.mark.parametrize(
+    ("privacy", "covered"),
+    [
+        ({"epsilon": 3.0, "delta": 1e-5, "unit": "patient"}, "tell of any one patient"),
+        ({"epsilon": 3.0, "delta": 1e-5, "unit": "hospital"}, "tell of any one hospital's data"),
+        ({"epsilon": None, "delta": 1e-5, "unit": "patient"}, None),
+        (None, None),
+    ],
+)
+def test_a_private_runs_card_says_what_is_covered(tmp_path, privacy, covered):
+    run = trained_run(configure("tiny"), tmp_path / "run")
+    run.write_json("summary.json", {"privacy": privacy} if privacy else {})
+    card = (export_run(run) / "README.md").read_text(encoding="utf-8")
+    assert ("What the guarantee covers" in card) == (covered is not None)
+    assert covered is None or (covered in card and "Not covered: the figures below" in card)
+
+
+@pytest.mark.parametrize(
+    ("source", "hub_id", "licence"),
+    [
+        ("demo", "HuggingFaceTB/SmolLM2-135M-Instruct", "license: apache-2.0"),
+        ("synthetic", "meta-llama/Llama-3.1-8B-Instruct", "license: llama3.1"),
+        ("demo", "someone/llama", "license: other\nlicense_name: as-the-backbone"),
+        (None, "meta-llama/Llama-3.1-8B", "license: other\nlicense_name: data-use-agreement"),
+    ],
+)
+def test_the_licence_is_the_backbones_or_the_agreements(tmp_path, source, hub_id, licence):
+    run = trained_run(configure("tiny"), tmp_path / "run")
+    run.write_json("summary.json", {"source": source} if source else {})
+    card = (export_run(run, base_model=hub_id) / "README.md").read_text(encoding="utf-8")
+    assert f"{licence}\n" in card.split("---")[1]
 
 
 def test_unknown_source_counts_as_credentialed(tmp_path):

@@ -37,6 +37,6 @@ def test_single_hashes_the_tables_once(tmp_path, monkeypatch):
     config = from_flat(keys)
     summary = single(
         config, console=Console(file=io.StringIO()), command_line=(), run_dir=tmp_path / "run"
-    )
+    ).result
     assert summary.metrics["fedrx"].samples == 2
     assert len(hashed) == 1

@@ -60,8 +60,10 @@ def test_describe_federate_single_and_suggest(config: Config, tmp_path: Path) ->
     sizes = [one["patients"] for one in found.data["partition"]["hospitals"]]
     assert len(sizes) == 2
     assert min(sizes) > 5
-    together = federate(config, console=quiet(), command_line=(), run_dir=tmp_path / "federated")
-    alone = single(config, console=quiet(), command_line=(), run_dir=tmp_path / "single")
+    together = federate(
+        config, console=quiet(), command_line=(), run_dir=tmp_path / "federated"
+    ).result
+    alone = single(config, console=quiet(), command_line=(), run_dir=tmp_path / "single").result
     for summary in (together, alone):
         assert summary.source == "credentialed"
         assert summary.metrics["fedrx"].samples == 2

@@ -1,0 +1,159 @@
+"""``fedrx report --bundle``: what a paper's readers need of a run, as an RO-Crate without rows.
+
+It holds the configuration, the environment and the figures: no patient rows, no answers, no
+weights, no times, no folders of this machine, no reviewers' names. Before anything is written,
+every text is checked for what looks like an id or a date.
+"""
+
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from common.configio import flatten, from_flat, to_toml
+from common.data.handling import CREDENTIALED, handling_of
+from common.errors import UserError
+from common.files import json_document, json_line, new_folder, write_text
+from common.privacy.settings import is_private
+from common.provenance import pip_install
+from common.rundir import RunDirectory
+
+FOLDER = "bundle"
+METADATA = "ro-crate-metadata.json"
+_ENVIRONMENT = (
+    *("python", "system", "machine", "processor", "cpus", "accelerators"),
+    *("versions", "git_commit", "source_digest"),
+)
+_TITLES = {
+    "config.toml": ("Configuration: every key, re-runnable with data of one's own", "text/toml"),
+    "environment.json": ("Versions, processor, accelerators, source digest", "application/json"),
+    "data.json": ("Hashes of the tables, counts, reasons of dropped rows", "application/json"),
+    "figures.json": ("The run's figures, as in its summary.json", "application/json"),
+    "metrics.jsonl": ("Events of the training: name, value, round", "application/jsonl"),
+    "privacy.jsonl": ("What each hospital spent, by round", "application/jsonl"),
+}
+_PRIVATE = frozenset({"time", "updated", "reviewers", "command_line", "prompt_date"})
+"""Keys that are left out at any depth: times, names of people, command lines."""
+_ID = re.compile(r"(?<![\w.])[1-3]\d{7}(?![\w.])")
+"""As MIMIC-IV's patients (1...), admissions (2...) and stays (3...) are numbered."""
+_DATE = re.compile(
+    r"(?<!\d)(?:(?:19|2[01])\d\d[-/]\d{1,2}[-/]\d{1,2}|\d{1,2}[-./]\d{1,2}[-./](?:19|2[01])\d\d)(?!\d)"
+)
+
+
+def write_bundle(run: RunDirectory, target: Path | None = None) -> Path:
+    """Write a run's bundle.
+
+    Args:
+        run: A run with figures.
+        target: Folder to write; default ``bundle`` in the run directory. An earlier bundle there
+            is replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: If the run has no figures, a text holds what looks like an id or a date, the
+            folder holds something else, or the package rocrate is not installed.
+    """
+    try:
+        from rocrate.rocrate import ROCrate
+    except ImportError:
+        raise UserError("--bundle needs the package rocrate", fix=pip_install("rocrate")) from None
+    folder = (target or run.path / FOLDER).expanduser().absolute()
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if folder.exists() and names and not (METADATA in names and names <= {METADATA, *_TITLES}):
+        raise UserError(
+            f"{folder} holds something else",
+            allowed="a new or empty folder, or an earlier bundle",
+            fix="name another folder with --out",
+        )
+    files = contents(run)
+    source = run.summary().source or CREDENTIALED
+    crate = ROCrate()
+    crate.name = "A FedRx run"
+    crate.description = (
+        "Configuration, environment and figures of one run of FedRx, without patient rows, answers "
+        f"or weights. Research only, not for clinical use. {handling_of(source).report}"
+    )
+    with new_folder(folder) as written:
+        scratch = written.parent / "files"
+        for name, content in files.items():
+            write_text(scratch / name, content)
+            title, kind = _TITLES[name]
+            crate.add_file(scratch / name, name, properties={"name": title, "encodingFormat": kind})
+        crate.write(written)
+        shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def contents(run: RunDirectory) -> dict[str, str]:
+    """Return the bundle's files, checked.
+
+    Raises:
+        UserError: If the run has no figures, or a text holds what looks like an id or a date.
+    """
+    summary = _public(run.read_json("summary.json"))
+    if not summary:
+        raise UserError(f"{run.path} has no figures yet", fix="`fedrx resume` it")
+    environment = run.read_json("environment.json")
+    documents: dict[str, list[Any]] = {
+        "environment.json": [
+            _public({k: environment[k] for k in _ENVIRONMENT if k in environment})
+        ],
+        # Of a private run no count of patients is told.
+        "data.json": [] if is_private(run.config()) else [_public(run.read_json("data.json"))],
+        "figures.json": [summary],
+        "metrics.jsonl": [_public(event) for event in run.lines("metrics.jsonl")],
+        "privacy.jsonl": [_public(line) for line in run.lines("privacy.jsonl")],
+    }
+    keys = _public(flatten(run.config()))
+    if keys["data.path"] != "synthetic":
+        keys["data.path"] = "DATA"
+    keys |= {"run.directory": "", "run.hospital-keys": ""}
+    config = to_toml(from_flat(keys), heading="Of a bundle: data.path is yours to fill in.")
+    _check("config.toml", [config])
+    files = {"config.toml": config}
+    for name, values in documents.items():
+        if any(values):
+            _check(name, _texts(values))
+            files[name] = (
+                "".join(map(json_line, values)) if name.endswith("l") else json_document(values[0])
+            )
+    return files
+
+
+def _public(value: Any) -> Any:
+    """Leave out times and people, and of a place on this machine all but its last name."""
+    if isinstance(value, Mapping):
+        return {key: _public(one) for key, one in value.items() if key not in _PRIVATE}
+    if isinstance(value, list | tuple):
+        return [_public(one) for one in value]
+    if isinstance(value, str) and value.startswith(("/", "~", "./", "../")):
+        return Path(value).name
+    return value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every key and every text; numbers of ours are counts and measures."""
+    if isinstance(value, Mapping):
+        for key, one in value.items():
+            yield str(key)
+            yield from _texts(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _texts(one)
+    elif isinstance(value, str):
+        yield value
+
+
+def _check(name: str, texts: Any) -> None:
+    for text in texts:
+        for what, pattern in (("an id", _ID), ("a date", _DATE)):
+            if pattern.search(text):
+                raise UserError(
+                    f"the bundle's {name} would hold what looks like {what}: nothing was written",
+                    allowed="no ids, no dates",
+                    fix="look for it in the configuration's names and the hospitals' names",
+                )

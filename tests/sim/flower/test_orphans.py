@@ -1,0 +1,71 @@
+"""kill -9 of the launcher takes along what it has started, and nothing else."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+# A launcher whose SuperLink has a child in a session of its own, as Ray's actors are.
+LAUNCHER = """
+import subprocess, sys, time
+from pathlib import Path
+from sim.flower.superlink import superlink
+with superlink(Path(sys.argv[1])) as link:
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    subprocess.Popen(sleep, env=link.environment, start_new_session=True)
+    print(link.folder, flush=True)
+    if sys.argv[2] == "stay":
+        time.sleep(600)
+"""
+WAIT_SECONDS = 60
+
+
+def of_launch(folder: str) -> list[psutil.Process]:
+    """Return the processes that work in a launcher's folder, or watch over it."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            home = process.environ().get("FLWR_HOME", "")
+            if home.startswith(folder) or folder in process.cmdline():
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def launched(run, mode: str) -> tuple[subprocess.Popen[str], str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, str(run), mode], stdout=subprocess.PIPE, text=True
+    )
+    return process, process.stdout.readline().strip()
+
+
+@pytest.mark.process
+def test_a_killed_launcher_takes_its_processes_and_its_folder_along(tmp_path):
+    other, untouched = launched(tmp_path / "other", "stay")
+    killed, folder = launched(tmp_path / "killed", "stay")
+    assert len(of_launch(folder)) >= 3  # the SuperLink, the child, the watch
+    assert Path(folder).is_dir()
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    deadline = time.monotonic() + WAIT_SECONDS
+    while of_launch(folder) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert of_launch(folder) == []
+    assert not Path(folder).exists()
+    assert len(of_launch(untouched)) >= 3
+    other.send_signal(signal.SIGTERM)
+    other.wait()
+    assert of_launch(untouched) == []
+    assert not Path(untouched).exists()
+
+
+@pytest.mark.process
+def test_a_launcher_that_ends_by_itself_leaves_nothing(tmp_path):
+    process, folder = launched(tmp_path / "run", "go")
+    assert process.wait() == 0
+    assert of_launch(folder) == []

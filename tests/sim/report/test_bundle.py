@@ -1,0 +1,161 @@
+"""The bundle read back as an RO-Crate, and what must not be in it."""
+
+import json
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from common.config import Config, DataConfig, PrivacyConfig, RunConfig
+from common.errors import UserError
+from common.rundir import RunDirectory
+from sim.cli.main import app
+from sim.report.bundle import METADATA, write_bundle
+
+
+def make_run(folder, *, name="trial", hospital="hospital-1", noise=0.0):
+    config = Config(
+        privacy=PrivacyConfig(noise_multiplier=noise),
+        data=DataConfig(path=str(folder / "secret-place" / "mimic")),
+        run=RunConfig(name=name, directory=str(folder / "run")),
+    )
+    run = RunDirectory.create(config, directory=folder / "run")
+    run.write_json(
+        "environment.json",
+        {
+            "python": "3.11.2",
+            "versions": {"torch": "2.12.0"},
+            "command_line": ["fedrx", "federate", "--set", f"data.path={folder}"],
+            "prompt_date": "2024-07-26",
+        },
+    )
+    run.write_json(
+        "summary.json",
+        {
+            "source": "credentialed",
+            "seconds": 12.5,
+            "hospitals": [{"name": hospital, "patients": 10000001, "samples": 9}],
+            "metrics": {"fedrx": {"f1": 0.25, "samples": 9}},
+            "wire": {"tensors": ["B"], "bytes_up": 21000000, "bytes_down": 21000000},
+            "review": {
+                "reviewers": ["Dr. Anna Secret"],
+                "cases": 3,
+                "agreement": {"alpha_drugs": None},
+            },
+        },
+    )
+    run.write_json("data.json", {"counts": {"patients": 77}})
+    run.metric("validation-loss", 2.5, round=1, hospital=hospital)
+    run.append("predictions.jsonl", {"case": "case-0001", "truth": ["row-secret"]})
+    run.append("privacy.jsonl", {"round": 1, "hospital": hospital, "epsilon": 0.5})
+    return run
+
+
+def test_the_crate_is_read_back_with_its_files(tmp_path):
+    pytest.importorskip("rocrate")
+    from rocrate.rocrate import ROCrate
+
+    run = make_run(tmp_path)
+    folder = write_bundle(run)
+    assert folder == run.path / "bundle"
+    crate = ROCrate(folder)
+    listed = {entity.id for entity in crate.data_entities}
+    assert listed == {p.name for p in folder.iterdir()} - {METADATA}
+    assert listed == {
+        *("config.toml", "environment.json", "data.json", "figures.json"),
+        *("metrics.jsonl", "privacy.jsonl"),
+    }
+    assert all(entity["encodingFormat"] for entity in crate.data_entities)
+    assert "not for clinical use" in crate.description
+    figures = json.loads((folder / "figures.json").read_text())
+    assert figures["metrics"]["fedrx"]["f1"] == 0.25
+    assert figures["seconds"] == 12.5
+    (event,) = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert (event["value"], "time" in event) == (2.5, False)
+    config = tomllib.loads((folder / "config.toml").read_text())
+    assert config["data"]["path"] == "DATA"
+    assert config["run"]["name"] == "trial"
+
+
+def test_no_row_place_time_or_name_of_a_person_is_in_it(tmp_path):
+    pytest.importorskip("rocrate")
+    folder = write_bundle(make_run(tmp_path), tmp_path / "out")
+    texts = "".join(p.read_text(encoding="utf-8") for p in folder.iterdir())
+    for secret in ("row-secret", "case-0001", str(tmp_path), "secret-place", "Anna", "2024-07-26"):
+        assert secret not in texts
+
+
+@pytest.mark.parametrize("name", ["patient-10000032", "22595853", "of 2180-05-06", "6.5.2180"])
+@pytest.mark.parametrize("where", ["name", "hospital"])
+def test_what_looks_like_an_id_or_a_date_stops_the_bundle(tmp_path, name, where):
+    pytest.importorskip("rocrate")
+    run = make_run(tmp_path, **{where: name})
+    with pytest.raises(UserError, match="looks like an? (id|date): nothing was written") as caught:
+        write_bundle(run)
+    assert name not in str(caught.value)
+    assert not (run.path / "bundle").exists()
+    assert {p.name for p in run.path.iterdir()}.isdisjoint({"bundle", ".bundle"})
+
+
+def test_a_private_runs_bundle_counts_nobody(tmp_path):
+    pytest.importorskip("rocrate")
+    folder = write_bundle(make_run(tmp_path, noise=1.0))
+    assert not (folder / "data.json").exists()
+    assert (folder / "privacy.jsonl").exists()
+
+
+def test_counts_and_digests_are_no_ids(tmp_path):
+    """Numbers of ours, versions and hashes of eight and more digits pass."""
+    pytest.importorskip("rocrate")
+    run = make_run(tmp_path)
+    summary = run.read_json("summary.json")
+    run.write_json("summary.json", {**summary, "b_sha256": "1234567890" * 6 + "abcd"})
+    assert write_bundle(run).is_dir()
+
+
+def test_an_earlier_bundle_is_replaced_and_nothing_else(tmp_path):
+    pytest.importorskip("rocrate")
+    run = make_run(tmp_path)
+    folder = write_bundle(run, tmp_path / "out")
+    run.metric("validation-loss", 2.0, round=2)
+    assert len((write_bundle(run, folder) / "metrics.jsonl").read_text().splitlines()) == 2
+    (folder / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds something else"):
+        write_bundle(run, folder)
+    assert (folder / "mine.txt").read_text() == "mine"
+
+
+def test_without_the_library_it_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rocrate.rocrate", None)
+    with pytest.raises(UserError, match="pip install 'rocrate"):
+        write_bundle(make_run(tmp_path))
+
+
+def test_a_run_without_figures_has_no_bundle(tmp_path):
+    pytest.importorskip("rocrate")
+    run = RunDirectory.create(Config(), directory=tmp_path / "run")
+    with pytest.raises(UserError, match="no figures yet"):
+        write_bundle(run)
+
+
+def test_the_command_writes_both_for_one_run(tmp_path):
+    pytest.importorskip("rocrate")
+    run = make_run(tmp_path)
+    told = CliRunner().invoke(app, ["report", str(run.path), "--bundle", "--tripod-llm"])
+    assert told.exit_code == 0
+    assert f"bundle: {run.path / 'bundle'}" in told.output
+    assert (run.path / "tripod-llm.md").read_text(encoding="utf-8").startswith("# TRIPOD-LLM")
+    two = CliRunner().invoke(app, ["report", str(run.path), str(run.path), "--bundle"])
+    assert isinstance(two.exception, UserError)
+    assert "of one run" in str(two.exception)
+
+
+def test_the_citation_names_the_project():
+    text = (Path(__file__).parents[3] / "CITATION.cff").read_text(encoding="utf-8")
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    assert text.startswith("cff-version: 1.2.0\n")
+    assert f"version: {project['version']}\n" in text
+    assert f"license: {project['license']}\n" in text
+    assert "  - name: FedRx developers\n" in text

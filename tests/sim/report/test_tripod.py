@@ -1,0 +1,99 @@
+"""The checklist: every item once, filled only with what the run says."""
+
+import re
+from dataclasses import replace
+
+from common.config import Config, PrivacyConfig
+from common.records import Summary
+from common.rundir import RunDirectory
+from sim.report.tripod import ITEMS, answers, write_checklist
+
+PEOPLE = ("1", "2", "3a", "3b", "13", "14a", "14b", "14c", "14d", "15", "19a", "19g")
+SUMMARY = {
+    "source": "demo",
+    "hospitals": [
+        {"name": "hospital-1", "patients": 40, "samples": 60},
+        {"name": "hospital-2", "patients": 30, "samples": 45},
+    ],
+    "backbone": {"name": "/data/private/llama|8b", "fingerprint": "f" * 64},
+    "b_sha256": "b" * 64,
+    "seconds": 90.0,
+    "device": "cpu",
+    "peak_rss_bytes": 2**31,
+    "workers": 2,
+    "metrics": {
+        "fedrx": {"f1": 0.3481, "samples": 32},
+        "popularity": {"f1": 0.4131, "samples": 32},
+        "untrained": {"f1": None, "samples": 32},
+    },
+    "privacy": {"epsilon": 6.0, "delta": 1e-5, "unit": "patient"},
+    "review": {
+        "reviewers": ["Anna Secret", "Bert Secret"],
+        "cases": 5,
+        "agreement": {"alpha_drugs": 0.75},
+        "judge": {"agree": 0.8, "drugs": 10},
+    },
+    "judge": {"model": "judge-1"},
+}
+
+
+def rows(text):
+    return dict(re.findall(r"^\| (\d+[a-g]?) \| [^|]+ \| (.+) \|$", text, re.MULTILINE))
+
+
+def test_items_are_the_guidelines_in_order(tmp_path):
+    numbers = [int(re.match(r"\d+", item)[0]) for item in ITEMS]
+    assert numbers == sorted(numbers)
+    assert set(numbers) == set(range(1, 20))
+    letters = {
+        n: "".join(i[len(str(n)) :] for i in ITEMS if re.fullmatch(rf"{n}[a-g]?", i))
+        for n in numbers
+    }
+    assert {n: one for n, one in letters.items() if one} == {
+        3: "ab",
+        5: "abcde",
+        6: "abcde",
+        7: "abcde",
+        8: "abc",
+        9: "ab",
+        14: "abcdef",
+        16: "abcd",
+        19: "abcdefg",
+    }
+
+
+def test_a_run_that_knows_nothing_leaves_results_to_the_author(tmp_path):
+    run = RunDirectory.create(Config(), directory=tmp_path / "run")
+    run.write_json("summary.json", {})
+    text = write_checklist(run).read_text(encoding="utf-8")
+    found = rows(text)
+    assert list(found) == list(ITEMS)
+    for item in (*PEOPLE, "6a", "7b", "7d", "7e", "8a", "8b", "12", "16d", "17", "18"):
+        assert found[item] == "author"
+    assert "no differential privacy" in found["6b"]
+
+
+def test_what_the_run_knows_is_filled_in(tmp_path):
+    config = replace(Config(), privacy=PrivacyConfig(target_epsilon=6.0))
+    run = RunDirectory.create(config, directory=tmp_path / "run")
+    run.write_json("summary.json", SUMMARY)
+    text = write_checklist(run).read_text(encoding="utf-8")
+    found = rows(text)
+    assert list(found) == list(ITEMS)
+    assert all(found[item] == "author" for item in PEOPLE)
+    assert found["17"].startswith("F1 0.348 on 32 held-out admissions")
+    assert found["7e"] == "popularity (F1 0.413)"
+    assert found["16d"] == "2 hospital(s), 70 patients, 105 admissions"
+    assert found["12"] == "90 s on cpu, peak memory 2.00 GiB, 2 worker(s)"
+    assert "epsilon 6.000, delta 1e-05 per patient" in found["6b"]
+    assert "2 reviewer(s) of 5 cases, Krippendorff's alpha 0.750" in found["8b"]
+    assert "agrees with the reviewers on 80% of 10 drugs" in found["7b"]
+    assert "sha256 ffffffffffff; B sha256 bbbbbbbbbbbb" in found["6a"]
+    for secret in ("Secret", "/data/private", str(tmp_path)):
+        assert secret not in text
+
+
+def test_a_private_runs_sizes_stay_untold():
+    hidden = [{"name": "hospital-1"}, {"name": "hospital-2"}]
+    known = answers(Config(), Summary.model_validate({**SUMMARY, "hospitals": hidden}))
+    assert "16d" not in known
