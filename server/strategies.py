@@ -27,7 +27,7 @@ from common.config import FederationConfig
 from common.errors import UserError
 from common.wire.cohort import sampled
 from common.wire.contract import Tensors
-from server.q_fedavg import QFedAvg
+from server.q_fedavg import LOSS, QFedAvg
 
 WEIGHT = "weight"
 _COMMON: dict[str, Any] = {
@@ -55,6 +55,8 @@ class StrategySpec:
     make: Callable[[FederationConfig], Strategy]
     begin: Callable[[Any, Tensors], None] = lambda strategy, b: None
     """Tell a strategy, before each round, the global B that the updates start from (fp64)."""
+    reads: tuple[str, ...] = ()
+    """Figures of a hospital's reply that it weighs by."""
     state: Callable[[Any], Tensors] = lambda strategy: {}
     """What the strategy carries over rounds, as named fp64 tensors."""
     restore: Callable[[Any, Tensors], None] = lambda strategy, tensors: None
@@ -160,6 +162,7 @@ STRATEGIES: dict[str, StrategySpec] = {
             q=c.fairness, lipschitz=1 / (c.server_learning_rate or 1.0), **_COMMON
         ),
         begin=_set_arrays,
+        reads=(LOSS,),
     ),
 }
 

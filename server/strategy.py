@@ -15,7 +15,6 @@ from common.config import FederationConfig
 from common.errors import RunFailed
 from common.wire.contract import Tensors, Update
 from common.wire.undocumented_flower import AppExitException
-from server.q_fedavg import LOSS
 from server.strategies import STRATEGIES, WEIGHT, to_record, withstands
 
 _log = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ class Aggregator:
             )
         uniform = self.config.weighting == "uniform"
         replies = [
-            _as_reply(update, 1.0 if uniform else update.weight)
+            _as_reply(update, 1.0 if uniform else update.weight, self.spec.reads)
             for update in sorted(updates, key=lambda update: update.hospital)
         ]
         self.spec.begin(self.strategy, b)
@@ -80,8 +79,8 @@ def finite(b: Tensors, server_round: int) -> Tensors:
     return result
 
 
-def _as_reply(update: Update, weight: float) -> Message:
-    told = {LOSS: update.metrics[LOSS]} if LOSS in update.metrics else {}
-    metrics = MetricRecord({WEIGHT: float(weight), **told})
+def _as_reply(update: Update, weight: float, reads: Sequence[str]) -> Message:
+    figures = {name: update.metrics[name] for name in reads}
+    metrics = MetricRecord({WEIGHT: float(weight), **figures})
     content = RecordDict({"arrays": to_record(update.b), "metrics": metrics})
     return Message(content=content, dst_node_id=0, message_type="train")
