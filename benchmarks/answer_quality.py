@@ -33,7 +33,7 @@ from common.model.adapter.layout import initial_tensors
 from common.model.session import Session
 from common.rundir import RunDirectory
 from common.training.optimiser import TrainState
-from common.training.resident_session import close_session, session_of, tokens_of
+from common.training.worker import Worker
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL_SEVEN = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
@@ -61,11 +61,12 @@ METHODS = {
 KEPT = ("f1", "jaccard", "precision", "recall", "output_rate")
 
 
-def train(session: Session, hospitals: Sequence[Hospital], config: Config) -> B:
+def train(worker: Worker, hospitals: Sequence[Hospital], config: Config) -> B:
     """Return B after all rounds: local updates, then means weighted by training samples."""
+    session = worker.session(config)
     b = initial_tensors(session.adapter.shapes, session.adapter.spec)
     states = [TrainState() for _ in hospitals]
-    tokens = [tokens_of(config, hospital, session) for hospital in hospitals]
+    tokens = [worker.tokens(config, hospital) for hospital in hospitals]
     weights = [len(one.train) / sum(len(own.train) for own in tokens) for one in tokens]
     for server_round in range(1, config.federation.rounds + 1):
         updated = [
@@ -135,10 +136,10 @@ def configured(name: str, extra: Sequence[str]) -> Config:
 def tried(name: str, methods: Sequence[str], extra: Sequence[str]) -> dict[str, Any]:
     """Train and answer one trial."""
     config = configured(name, extra)
-    close_session()
-    data, session = open_hospitals(config), session_of(config)
+    data, worker = open_hospitals(config), Worker()
+    session = worker.session(config)
     started = time.perf_counter()
-    b = train(session, data.hospitals, config)
+    b = train(worker, data.hospitals, config)
     seconds = time.perf_counter() - started
     return {
         "name": name,
@@ -158,7 +159,7 @@ def finished(folder: Path, name: str, methods: Sequence[str]) -> dict[str, Any]:
     """Return a finished run as a trial, with its held-out figures."""
     run = RunDirectory.open(folder)
     config, summary = run.config(), run.read_json("summary.json")
-    data, session = open_hospitals(config), session_of(config)
+    data, session = open_hospitals(config), Worker().session(config)
     b = run.load_checkpoint().b
     told = summary["metrics"]
     return {

@@ -35,6 +35,10 @@ class Script:
     def __init__(self, tokens: int, end: int) -> None:
         self._left, self._end = tokens, end
 
+    def accepts(self, preferred: int) -> bool:
+        """Leave every token to ``choose``."""
+        return False
+
     def choose(self, logits_V: torch.Tensor, preferred: int) -> int:
         """Return the argmax that is not the end token, until the script is over."""
         self._left -= 1
@@ -158,6 +162,13 @@ class Timed:
 
     def __init__(self, matcher: Matcher) -> None:
         self._matcher = matcher
+
+    def accepts(self, preferred: int) -> bool:
+        """Ask the matcher."""
+        started = time.process_time()
+        accepted = self._matcher.accepts(preferred)
+        Timed.spent += time.process_time() - started
+        return accepted
 
     def choose(self, logits_V: torch.Tensor, preferred: int) -> int:
         """Ask the matcher."""

@@ -82,11 +82,11 @@ def open_random(
     model = random_llama(shape, on, DTYPES[dtype])
     model.set_attn_implementation(attention.register())
     spec = AdapterSpec(rank=min(options.rank, shape.hidden), alpha=16.0)
-    adapter = attach(model, spec)
     kernels = choose_kernels(options.kernels, on)
     functions = kernels_named(kernels.value)
-    if weights == "fp8":
-        quantise(model, functions)
+    if weights != "bf16":
+        quantise(model, weights, on, functions)
+    adapter = attach(model, spec)
     recompute = choose_recompute(
         options.recompute,
         shape=shape,
@@ -291,7 +291,7 @@ def exactness(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: distance(gradient(variant(session, kernels=name), data), reference)
         for name in CANDIDATES
-        if on_gpu or name == "compiled"
+        if on_gpu
     }
     session = variant(session, kernels="torch")
     prompts = [list(one.input_ids) for one in data]

@@ -46,7 +46,7 @@ from common.seeds import stream
 from common.text.batches import Encoded, encode, encode_prompt
 from common.training.hospital_data import HospitalData
 from common.training.optimiser import TrainState
-from common.training.resident_session import session_of
+from common.training.worker import Worker
 
 UNSEEN_BITS = 1 / math.log(2)
 EPSILONS = (math.inf, 6.0, 1.0)
@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
             "privacy.expected-batch": 16.0,
         }
     )
-    session = session_of(base)
+    session = Worker().session(base)
     table = load_samples(base.data)
     (node,) = assign_hospitals(table.admissions, base.partition, hospitals=1, data=base.data)
     rows = []

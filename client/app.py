@@ -5,14 +5,27 @@ message to the hospital's resident worker (``client.resident_worker``), where th
 memory.
 """
 
+import functools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+if TYPE_CHECKING:
+    from common.training.worker import Worker
+
 app = ClientApp()
 WORKER = "worker"
 """Key of the node configuration: the resident worker's socket."""
+
+
+@functools.cache
+def worker() -> "Worker":
+    """Return what this process keeps: Flower hands an app nothing of its own from call to call."""
+    from common.training.worker import Worker
+
+    return Worker()
 
 
 @app.query()
@@ -40,4 +53,4 @@ def _answer(kind: str, message: Message, context: Context) -> Message:
         return ask(Path(str(context.node_config[WORKER])), kind, message, context)
     from client.handlers import answer
 
-    return answer(kind, message, context)
+    return answer(kind, message, context, worker())

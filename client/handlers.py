@@ -33,7 +33,7 @@ from common.provenance import source_digest
 from common.training.budget import steps_before_round
 from common.training.loop import StepReport
 from common.training.optimiser import TrainState
-from common.training.resident_session import backbone_spec, report_loads, session_of, tokens_of
+from common.training.worker import Worker
 from common.wire.codecs import compress, is_lossy
 from common.wire.contract import (
     CONFIG,
@@ -58,18 +58,18 @@ SETTINGS = (
     "train.",
 )
 """A user's error that begins with such a key quotes what the server sent, and nothing local."""
-Handler = Callable[[Config, Message, Context], RecordDict]
+Handler = Callable[[Config, Message, Context, Worker], RecordDict]
 
 
-def hello(config: Config, message: Message, context: Context) -> RecordDict:
+def hello(config: Config, message: Message, context: Context, worker: Worker) -> RecordDict:
     """Answer the handshake: name, fingerprints, sizes, and what was chosen with the reasons."""
     hospital = hospital_of(config, context.node_config)
-    session = session_of(config)
-    report_loads(config)
+    session = worker.session(config)
+    worker.report(config)
     facts: dict[str, str | int] = {
         "hospital": hospital.name,
         "a-sha256": session.adapter.a_fingerprint,
-        "backbone-sha256": backbone_spec(config.model.backbone).fingerprint_as(
+        "backbone-sha256": worker.backbone(config.model.backbone).fingerprint_as(
             session.weights.value
         ),
         "source-sha256": source_digest(),
@@ -108,11 +108,11 @@ def asked_nonce(message: Message) -> str:
     return nonce
 
 
-def train_round(config: Config, message: Message, context: Context) -> RecordDict:
+def train_round(config: Config, message: Message, context: Context, worker: Worker) -> RecordDict:
     """Train one round from the global B."""
     hospital = hospital_of(config, context.node_config)
-    session = session_of(config)
-    b, server_round = received(config, message, context)
+    session = worker.session(config)
+    b, server_round = received(config, message, context, worker)
     folder = private_folder(config, hospital.name)
     private = is_private(config)
     policy = own_policy(context.node_config)
@@ -130,7 +130,7 @@ def train_round(config: Config, message: Message, context: Context) -> RecordDic
         record = {"round": server_round, "step": step.step, "loss": step.loss}
         append_json_line(folder / STEPS, {**record, "seconds": round(step.seconds, 3)})
 
-    tokens = tokens_of(config, hospital, session)
+    tokens = worker.tokens(config, hospital)
     if private:
         result = private_update(
             session,
@@ -146,7 +146,8 @@ def train_round(config: Config, message: Message, context: Context) -> RecordDic
         result = update(session, tokens, b, state, config, server_round=server_round, on_step=log)
         if config.train.keep_state:
             save_state(folder, state, server_round=server_round)
-    report_loads(config)
+    worker.count(config, result.tokens, result.metrics.get("seconds", 0.0))
+    worker.report(config)
     metrics = {"round": float(server_round), **result.metrics}
     if protects(config) and not private:
         # hospital-level: the server pays, one release a round; it is told nothing but B
@@ -155,13 +156,15 @@ def train_round(config: Config, message: Message, context: Context) -> RecordDic
     return train_reply(wire, metrics, private=protects(config))
 
 
-def received(config: Config, message: Message, context: Context) -> tuple[Tensors, int]:
+def received(
+    config: Config, message: Message, context: Context, worker: Worker
+) -> tuple[Tensors, int]:
     """Return the B and the round that the server sent, checked.
 
     Raises:
         ContractError: for a broken contract, or an entry beyond what the hospital's policy allows.
     """
-    shapes = session_of(config).adapter.shapes
+    shapes = worker.session(config).adapter.shapes
     b, server_round = read_message(message.content, shapes, config.federation.codec)
     policy = own_policy(context.node_config)
     if policy:
@@ -179,19 +182,21 @@ def in_codec(config: Config, folder: Path, b: Tensors, base: Tensors, server_rou
     carried = load_kept(folder, "carried", before_round=server_round)
     change = {key: value - base[key] for key, value in b.items()}
     wire, left = compress(codec, change, carried)
-    keep(folder, "carried", left, server_round=server_round)
+    keep(folder, "carried", carried | left, server_round=server_round)
     return wire
 
 
-def evaluate_round(config: Config, message: Message, context: Context) -> RecordDict:
+def evaluate_round(
+    config: Config, message: Message, context: Context, worker: Worker
+) -> RecordDict:
     """Return the validation loss of the global B."""
     if protects(config):
         raise ContractError("with privacy on, no loss leaves a hospital")
     hospital = hospital_of(config, context.node_config)
-    session = session_of(config)
-    b, server_round = received(config, message, context)
-    metrics = evaluate(session, tokens_of(config, hospital, session), b)
-    report_loads(config)
+    session = worker.session(config)
+    b, server_round = received(config, message, context, worker)
+    metrics = evaluate(session, worker.tokens(config, hospital), b)
+    worker.report(config)
     return evaluate_reply({"round": float(server_round), **metrics})
 
 
@@ -202,7 +207,7 @@ HANDLERS: dict[str, Handler] = {
 }
 
 
-def answer(kind: str, message: Message, context: Context) -> Message:
+def answer(kind: str, message: Message, context: Context, worker: Worker) -> Message:
     """Answer one message; only clean error texts leave.
 
     These are the texts that never hold anything of the data, and with privacy off those about the
@@ -226,7 +231,7 @@ def answer(kind: str, message: Message, context: Context) -> Message:
                 folder,
                 patients=lambda: hospital_of(config, context.node_config).patients,
             )
-        return Message(content=HANDLERS[kind](config, message, context), reply_to=message)
+        return Message(content=HANDLERS[kind](config, message, context, worker), reply_to=message)
     except Exception as error:
         if _may_leave(error, config):
             raise

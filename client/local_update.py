@@ -19,10 +19,12 @@ class LocalResult:
     """What one local update gives."""
 
     b: Tensors
-    """Updated matrices (fp32) by wire key."""
+    """What the round sends: updated matrices (fp32) by wire key."""
     metrics: dict[str, float]
     """``weight`` (training samples), ``train-loss`` (mean per label token), ``steps``,
     ``seconds``; none of these where the gradient source tells no loss."""
+    tokens: int = 0
+    """Packed tokens that were trained on, for the hospital's own machine; 0 where it tells none."""
 
 
 def update(
@@ -41,6 +43,7 @@ def update(
     ``state`` is updated in place. A private ``source`` tells no loss, nor has the result metrics.
     """
     session.adapter.load(b)
+    session.adapter.start_round(server_round)
     samples = 0 if source is not None else len(hospital.train)
     if config.federation.strategy == "fedprox":
         source = Proximal(
@@ -59,10 +62,12 @@ def update(
         on_step=on_step,
         source=source,
     )
+    sent = session.adapter.spec.scheme.shapes(server_round, session.adapter.state())
     if metrics.loss is None:
-        return LocalResult(b=session.adapter.state(), metrics={})
+        return LocalResult(b=sent, metrics={})
     return LocalResult(
-        b=session.adapter.state(),
+        b=sent,
+        tokens=metrics.tokens,
         metrics={
             "weight": float(samples),
             "train-loss": metrics.loss.mean,

@@ -4,7 +4,7 @@ In a deployment Flower starts a new process for every message (flwr issue 3670),
 backbone takes minutes. The ClientApp hands its message to this worker over a unix socket that
 only its owner may open. A worker serves one source digest: code that differs from the app's is
 refused, and the backbone is kept by its name, device and dtype
-(``common.training.resident_session``).
+(``common.training.worker``).
 
 A request is one JSON line (kind, source digest, sizes) and two protocol buffers, message and
 context; the answer is one JSON line (error or size) and one protocol buffer. Whatever a request
@@ -21,7 +21,7 @@ import stat
 from collections.abc import Iterator
 from io import BufferedRWPair
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context, Message
 
@@ -35,6 +35,9 @@ from common.wire.undocumented_flower import (
     message_from_proto,
     message_to_proto,
 )
+
+if TYPE_CHECKING:
+    from common.training.worker import Worker
 
 LONGEST_PATH_BYTES = 100
 """Unix sockets have short names."""
@@ -118,17 +121,20 @@ def listening(path: Path) -> Iterator[socket.socket]:
 
 def serve(server: socket.socket) -> None:
     """Answer one message after another until the process is ended."""
+    from common.training.worker import Worker
+
+    worker = Worker()
     while True:
         connection, _ = server.accept()
         try:
             connection.settimeout(STALL_SECONDS)
             with connection, connection.makefile("rwb") as stream:
-                _serve_one(stream)
+                _serve_one(stream, worker)
         except Exception as error:  # one connection must not end the worker of all others
             _log.warning("a request was dropped: %s", type(error).__name__)
 
 
-def _serve_one(stream: BufferedRWPair) -> None:
+def _serve_one(stream: BufferedRWPair, worker: "Worker") -> None:
     from client.handlers import answer
 
     line = stream.readline(LONGEST_HEAD_BYTES)
@@ -143,7 +149,7 @@ def _serve_one(stream: BufferedRWPair) -> None:
         _write(stream, {"error": error}, [])
         return
     try:
-        reply = answer(head["kind"], message, context)
+        reply = answer(head["kind"], message, context, worker)
     except FedrxError as failure:
         _write(stream, {"error": str(failure)}, [])
         return

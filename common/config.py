@@ -116,11 +116,10 @@ class ModelConfig:
     attention: Literal["auto", "cudnn", "flash-attn", "torch-flash", "sdpa", "eager"] = option(
         "auto", "attention kernel"
     )
-    kernels: Literal["auto", "triton", "compiled", "torch"] = option(
-        "auto", "who does the elementwise work"
-    )
-    weights: Literal["bf16", "fp8"] = option(
-        "bf16", "format of the frozen weights: bf16 (or what train.dtype says), or fp8 on a GPU"
+    kernels: Literal["auto", "triton", "torch"] = option("auto", "who does the elementwise work")
+    weights: Literal["bf16", "fp8", "nf4"] = option(
+        "bf16",
+        "format of the frozen weights: bf16 (or what train.dtype says), fp8 on a GPU, or nf4",
     )
 
 
@@ -128,7 +127,9 @@ class ModelConfig:
 class AdapterConfig:
     """The low-rank adapter."""
 
-    mode: Literal["fa-lora", "lora"] = option("fa-lora", "what is trained: B alone, or A and B")
+    mode: Literal["fa-lora", "lora", "rolora"] = option(
+        "fa-lora", "what is trained: B alone; A and B; B in odd rounds and A in even ones"
+    )
     rank: int = option(16, "rank r", low=1, high=512)
     alpha: float = option(
         16.0, "scale numerator: the update is alpha / rank * B A", above=0, high=1e6
@@ -363,6 +364,17 @@ class RunConfig:
         "",
         "server's folder of the hospitals' public keys (NAME.pub): who calls itself NAME must sign "
         "with that key; empty: names are not checked (a simulation)",
+    )
+    tracker: Literal["none", "tensorboard", "mlflow"] = option(
+        "none", "who draws the curves of metrics.jsonl while it trains"
+    )
+    tracker_url: str = option(
+        "",
+        "MLflow server; empty: files in the run directory; a host that is not loopback counts only "
+        "on the command line",
+    )
+    tracker_agreement: str = option(
+        "", "agreement that lets that host get figures of credentialed data"
     )
 
 

@@ -158,6 +158,15 @@ def peak_device_bytes() -> int | None:
     return int(torch.cuda.max_memory_allocated())
 
 
+def tokens_per_second(tokens: int, seconds: float) -> float | None:
+    """Return a training speed to a tenth; None where tokens are not told (privacy).
+
+    >>> tokens_per_second(8192, 0.411), tokens_per_second(0, 2.0)
+    (19931.9, None)
+    """
+    return round(tokens / seconds, 1) if tokens and seconds else None
+
+
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

@@ -203,6 +203,8 @@ class Summary(PartialRecord):
     validation_loss: tuple[float | None, ...] = ()
     seconds: float = 0.0
     training_seconds: float | None = None
+    tokens_per_second: float | None = None
+    """Packed tokens that one worker trains on in a second of its own; None where it is not told."""
     start_seconds: dict[str, float] = {}
     """Of a federation on Ray: by phase, until the first message to train."""
     peak_rss_bytes: int = 0
@@ -328,6 +330,16 @@ class Workers(Record):
     reason: str
 
 
+class MeasuredTime(Record):
+    """What training takes on a card that was measured."""
+
+    card: str
+    seconds_per_step: float
+    hours: float
+    """Of all steps of all hospitals, one after the other."""
+    source: str
+
+
 class PlanRecord(PartialRecord):
     """What a run will need."""
 
@@ -352,4 +364,6 @@ class PlanRecord(PartialRecord):
     steps: int
     """Of one hospital, in all."""
     steps_reason: str
+    measured: tuple[MeasuredTime, ...] = ()
+    """For a GPU."""
     privacy: dict[str, Any] | None = None

@@ -16,7 +16,13 @@ from common.model.adapter.layout import AdapterLayout, adapter_layout, adapter_s
 from common.model.backbone.load import BackboneSpec, resolve_backbone
 from common.privacy.budget.receipts import privacy_lines, privacy_summary
 from common.privacy.settings import HOSPITAL, hospital_warning, plan_of, protects
-from common.provenance import environment, peak_rss_bytes, source_digest, tensors_sha256
+from common.provenance import (
+    environment,
+    peak_rss_bytes,
+    source_digest,
+    tensors_sha256,
+    tokens_per_second,
+)
 from common.records import RunRecord, Summary
 from common.rundir import ENVIRONMENT, RUN, SUMMARY, TRAINED, RunDirectory
 from common.wire.cohort import NOT_EVALUATED
@@ -61,12 +67,14 @@ def federate(grid: Grid, config: Config, run: RunDirectory, *, clock: Clock = ti
     """Shake hands, run the rounds, and write summary.json."""
     started = clock.monotonic()
     backbone = resolve_backbone(config.model.backbone)
-    layout = adapter_layout(backbone, adapter_spec(config.adapter))
+    adapter = adapter_spec(config.adapter)
+    layout = adapter_layout(backbone, adapter)
     rounds = Rounds(
         grid=grid,
         config=config,
         run=run,
         shapes=layout.shapes,
+        scheme=adapter.scheme,
         roster=Roster(
             ours=Fingerprints(
                 a=layout.a_fingerprint,
@@ -79,7 +87,7 @@ def federate(grid: Grid, config: Config, run: RunDirectory, *, clock: Clock = ti
         ),
         clock=clock,
     )
-    b = rounds.start(initial_tensors(layout.shapes, adapter_spec(config.adapter)))
+    b = rounds.start(initial_tensors(layout.shapes, adapter))
     run.write_config(rounds.config)
     summary = summarise(rounds.config, run, backbone, layout, rounds.roster, b)
     summary["seconds"] = round(clock.monotonic() - started, 3)
@@ -127,10 +135,12 @@ def summarise(
         if roster.plan.unit == HOSPITAL:
             warning = hospital_warning(roster.plan, layout.trainable_parameters)
             privacy["privacy"]["warning"] = warning
-    loads = [
-        run.read_json(f"workers/{file.name}")["backbone_loads"]
+    workers = [
+        run.read_json(f"workers/{file.name}")
         for file in sorted((run.path / "workers").glob("*.json"))
     ]
+    seconds = sum(one["training_seconds"] for one in workers)
+    peaks = [one["peak_device_bytes"] for one in workers if one["peak_device_bytes"]]
     return {
         "trainable_parameters": layout.trainable_parameters,
         "adapter": {
@@ -147,11 +157,13 @@ def summarise(
         **privacy,
         "b_sha256": tensors_sha256(b),
         "wire": wire_totals(run),
-        "overhead_seconds_per_hospital_round": overhead_seconds(run, len(loads)),
-        "backbone_loads": sum(loads),
-        "workers": len(loads),
+        "overhead_seconds_per_hospital_round": overhead_seconds(run, len(workers)),
+        "backbone_loads": sum(one["backbone_loads"] for one in workers),
+        "workers": len(workers),
         "validation_loss": [losses[index] for index in sorted(losses)],
+        "tokens_per_second": tokens_per_second(sum(one["tokens"] for one in workers), seconds),
         "peak_rss_bytes": peak_rss_bytes(),
+        "peak_device_bytes": max(peaks, default=None),
         "device": first.device,
         "attention": {"kernel": first.attention, "reason": first.attention_reason},
         "dtype": {"value": first.dtype, "reason": first.dtype_reason},

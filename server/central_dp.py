@@ -15,6 +15,7 @@ import torch
 
 from common.config import FederationConfig
 from common.errors import RunFailed
+from common.model.adapter.scheme import Scheme
 from common.privacy.budget.guard import LEDGER
 from common.privacy.budget.ledger import Ledger
 from common.privacy.mechanism.noise import NoiseSource
@@ -68,13 +69,13 @@ class HospitalPrivacyAggregator(Aggregator):
 
 
 def aggregator_for(
-    config: FederationConfig, plan: PrivacyPlan | None, run: RunDirectory
+    config: FederationConfig, scheme: Scheme, plan: PrivacyPlan | None, run: RunDirectory
 ) -> Aggregator:
     """Return what aggregates a run's rounds; with privacy on all hospitals weigh the same."""
     if plan is None:
-        return Aggregator(config)
+        return Aggregator(config, scheme)
     if plan.unit != HOSPITAL:
-        return Aggregator(replace(config, weighting="uniform"))
+        return Aggregator(replace(config, weighting="uniform"), scheme)
     return HospitalPrivacyAggregator(config, plan, Ledger(run.path / LEDGER, plan))
 
 

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 
 from common.config import Config
 from common.errors import RunFailed
+from common.model.adapter.scheme import Scheme
 from common.privacy.settings import HOSPITAL
 from common.rundir import Checkpoint, RunDirectory
 from common.wire.cohort import NOT_EVALUATED, WITHSTANDS_NOTHING
@@ -54,6 +55,9 @@ class Rounds:
     config: Config
     run: RunDirectory
     shapes: Shapes
+    """Of all that the server holds and sends."""
+    scheme: Scheme
+    """What of it a round's replies hold."""
     roster: Roster
     account: PrivacyAccount | None = None
     """With privacy on: what each hospital has spent, as the run directory tells it."""
@@ -75,7 +79,7 @@ class Rounds:
         self.gather()
         if self.roster.plan:
             self.account = PrivacyAccount(self.run, self.roster.plan)
-        aggregator = aggregator_for(self.config.federation, self.roster.plan, self.run)
+        aggregator = aggregator_for(self.config.federation, self.scheme, self.roster.plan, self.run)
         last = self._resumed(checkpoint, aggregator) if checkpoint else self._first(b, aggregator)
         for number in range(last.number + 1, self.config.federation.rounds + 1):
             started = self.clock.monotonic()
@@ -84,8 +88,9 @@ class Rounds:
                 kept_updates.keep(self.run, number, updates)
             if not aggregator.withstands(len(updates)):
                 self.run.metric(WITHSTANDS_NOTHING, len(updates), round=number)
-            b = aggregator.aggregate(last.received, updates, server_round=number)
-            last = self._round(number, b, last.carried)
+            base = self.scheme.shapes(number, last.received)
+            b = aggregator.aggregate(base, updates, server_round=number)
+            last = self._round(number, last.received | b, last.carried)
             loss = self.evaluate(last)
             log.info(round_line(number, self.config.federation.rounds, updates, loss))
             self.run.metric("round-seconds", self._since(started), round=number)
@@ -176,7 +181,7 @@ class Rounds:
             answered_by.add(hospital)
             return read_train_reply(
                 reply.content,
-                self.shapes,
+                self.scheme.shapes(server_round, self.shapes),
                 hospital=hospital,
                 server_round=server_round,
                 charged=account.bounds(hospital, server_round, cost) if account else None,

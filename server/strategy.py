@@ -13,6 +13,8 @@ from flwr.app import Message, MetricRecord, RecordDict
 
 from common.config import FederationConfig
 from common.errors import RunFailed
+from common.model.adapter.scheme import Scheme
+from common.model.adapter.spec import SCHEMES
 from common.wire.contract import Tensors, Update
 from common.wire.undocumented_flower import AppExitException
 from server.strategies import STRATEGIES, WEIGHT, to_record, withstands
@@ -21,14 +23,17 @@ _log = logging.getLogger(__name__)
 
 
 class Aggregator:
-    """One of Flower's strategies, with the state that it carries over rounds."""
+    """One of Flower's strategies, with the state that it carries over rounds.
 
-    def __init__(self, config: FederationConfig) -> None:
-        self.config, self.spec = config, STRATEGIES[config.strategy]
-        self.strategy = self.spec.make(config)
+    Where rounds send different parts of the adapter (``scheme``), each has a state of its own.
+    """
+
+    def __init__(self, config: FederationConfig, scheme: Scheme = SCHEMES["fa-lora"]) -> None:
+        self.config, self.scheme, self.spec = config, scheme, STRATEGIES[config.strategy]
+        self._state: Tensors = {}
 
     def aggregate(self, b: Tensors, updates: Sequence[Update], *, server_round: int) -> Tensors:
-        """Aggregate checked updates to the next global B (fp32).
+        """Aggregate checked updates to the next global values (fp32) of what a round sends.
 
         Raises:
             RunFailed: if the strategy fails, returns nothing, or something that is not finite.
@@ -45,13 +50,17 @@ class Aggregator:
             _as_reply(update, 1.0 if uniform else update.weight, self.spec.reads)
             for update in sorted(updates, key=lambda update: update.hospital)
         ]
-        self.spec.begin(self.strategy, b)
+        strategy, block = self.spec.make(self.config), self.scheme.block(server_round)
+        before = {k.removeprefix(block): v for k, v in self._state.items() if k.startswith(block)}
+        self.spec.restore(strategy, before)
+        self.spec.begin(strategy, b)
         try:
-            arrays, _ = self.strategy.aggregate_train(server_round, replies)
+            arrays, _ = strategy.aggregate_train(server_round, replies)
         except AppExitException as error:
             raise RunFailed(f"round {server_round}: {self.config.strategy}: {error}") from None
         if arrays is None:
             raise RunFailed(f"round {server_round}: the strategy returned no aggregate")
+        self._state |= {block + key: value for key, value in self.spec.state(strategy).items()}
         return finite({key: arrays[key].numpy() for key in sorted(arrays)}, server_round)
 
     def withstands(self, updates: int) -> bool:
@@ -60,11 +69,11 @@ class Aggregator:
 
     def state(self) -> Tensors:
         """Return what the strategy carries over rounds, as named fp64 tensors."""
-        return self.spec.state(self.strategy)
+        return dict(self._state)
 
     def restore(self, tensors: Tensors) -> None:
         """Set what ``state`` returned."""
-        self.spec.restore(self.strategy, tensors)
+        self._state = dict(tensors)
 
 
 def finite(b: Tensors, server_round: int) -> Tensors:

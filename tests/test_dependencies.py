@@ -22,6 +22,9 @@ NEEDED_BY_TRANSFORMERS = {"accelerate": "reads gguf files"}
 WHAT_FLOWER_BRINGS = {"ray", "grpcio", "requests"}
 WITH_TORCH_FOR_GPUS = {"triton"}
 PEERS_IF_THERE = {"liger-kernel"}  # a benchmark measures it where a person has installed it
+BROUGHT_TO_TORCH = {"tensorboard"}  # torch.utils.tensorboard imports it
+NAMED_OTHERWISE = {"fhir": "fhir.resources", "mlflow": "mlflow-skinny"}
+"""Distributions by module, where an extra is not installed."""
 TOOLS = {"ruff": "ruff", "mypy": "mypy", "import-linter": "lint-imports"}
 WITHOUT_UPPER_END = {"flash-attn"}  # no CUDA machine here: what it passes with is not known
 
@@ -47,7 +50,11 @@ def imported(*folders: str) -> set[str]:
     modules -= {*sys.stdlib_module_names, *PACKAGES}
     modules -= {path.stem for path in (*ROOT.rglob("*.py"), *ROOT.glob(".ci/*.py"))}
     found = importlib.metadata.packages_distributions()
-    return {normal(name) for module in modules for name in found.get(module, [module])}
+    return {
+        normal(name)
+        for module in modules
+        for name in found.get(module, [NAMED_OTHERWISE.get(module, module)])
+    }
 
 
 def test_every_dependency_is_imported_by_the_product():
@@ -56,13 +63,15 @@ def test_every_dependency_is_imported_by_the_product():
 
 
 def test_everything_that_the_product_imports_is_declared():
-    optional = names(EXTRAS["flash-attn"] + EXTRAS["constrained"] + EXTRAS["bundle"])
+    optional = names([line for name in EXTRAS if name != "test" for line in EXTRAS[name]])
+    optional -= BROUGHT_TO_TORCH
     assert imported(*PACKAGES) - names(PROJECT["dependencies"]) == optional | WITH_TORCH_FOR_GPUS
 
 
 def test_what_tests_bring_is_imported_by_tests_or_benchmarks_or_is_a_tool_of_ci():
     idle = names(EXTRAS["test"]) - imported("tests", "benchmarks")
-    assert idle == {*TOOLS, "pytest-timeout", *WITH_TORCH_FOR_GPUS}
+    by_the_product = names(EXTRAS["nf4"])  # tests go through it
+    assert idle == {*TOOLS, "pytest-timeout", *WITH_TORCH_FOR_GPUS, *by_the_product}
     declared = names(PROJECT["dependencies"] + EXTRAS["test"])
     assert imported("tests", "benchmarks") <= declared | WHAT_FLOWER_BRINGS | PEERS_IF_THERE
     commands = (ROOT / ".ci" / "run").read_text(encoding="utf-8")

@@ -31,15 +31,19 @@ class _AnswerMatcher:
     def __init__(self, matcher: "LLMatcher") -> None:
         self._matcher = matcher
 
+    def accepts(self, preferred: int) -> bool:
+        """Move on by a token, if the grammar allows it."""
+        return bool(self._matcher.try_consume_tokens([preferred]) == 1)
+
     def choose(self, logits_V: Tensor, preferred: int) -> int:
         """Return the likeliest token that the grammar allows, and move on by it."""
-        if self._matcher.try_consume_tokens([preferred]) == 1:
+        if self.accepts(preferred):
             return preferred
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         allowed = np.unpackbits(bits, bitorder="little")[: len(logits_V)].astype(bool)
         refused_V = torch.ones(len(logits_V), dtype=torch.bool)
         refused_V[: len(allowed)] = torch.from_numpy(~allowed)
-        token = int(logits_V.masked_fill(refused_V.to(logits_V.device), -torch.inf).argmax())
+        token = int(logits_V.masked_fill(refused_V, -torch.inf).argmax())
         self._matcher.consume_token(token)
         return token
 

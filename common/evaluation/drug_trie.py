@@ -150,22 +150,38 @@ class FormularyMatcher:
         if self._left == 1:
             self._use(trie.going_on[0])
 
+    def accepts(self, preferred: int) -> bool:
+        """Move on by a token, if a name of the formulary allows it."""
+        if self._header:
+            allowed = preferred == self._header[-1]
+        else:
+            allowed = self._open(self._trie.children[self._node].get(preferred))
+        if allowed:
+            self._move(preferred)
+        return allowed
+
     def choose(self, logits_V: Tensor, preferred: int) -> int:
         """Return the likeliest token that a name of the formulary allows, and move on by it."""
+        if self.accepts(preferred):
+            return preferred
         if self._header:
-            return self._header.pop()
-        following = self._trie.children[self._node]
-        token = preferred
-        if not self._open(following.get(preferred)):
+            token = self._header[-1]
+        else:
+            following = self._trie.children[self._node]
             allowed = [token for token, node in following.items() if self._open(node)]
             token = allowed[0]
             if len(allowed) > 1:
-                places = torch.tensor(allowed, device=logits_V.device)
-                token = allowed[int(logits_V[places].argmax())]
-        self._node = following[token]
+                token = allowed[int(logits_V[torch.tensor(allowed)].argmax())]
+        self._move(token)
+        return token
+
+    def _move(self, token: int) -> None:
+        if self._header:
+            self._header.pop()
+            return
+        self._node = self._trie.children[self._node][token]
         if not self._trie.children[self._node]:
             self._finish_name(self._trie.names_of_leaves[self._node])
-        return token
 
     def _open(self, node: int | None) -> bool:
         return node is not None and self._trie.leaves_below[node] > self._used.get(node, 0)

@@ -32,11 +32,15 @@ class Generated:
 class Matcher(Protocol):
     """What one sequence may say next under a grammar."""
 
+    def accepts(self, preferred: int) -> bool:
+        """Move on by the likeliest token of all, if it is allowed; else stay where it is."""
+        ...
+
     def choose(self, logits_V: Tensor, preferred: int) -> int:
         """Return the likeliest allowed token and move on by it.
 
         Args:
-            logits_V: Logits of the next token.
+            logits_V: Logits of the next token, on the host.
             preferred: Their argmax.
         """
         ...
@@ -181,9 +185,17 @@ class SlotGeneration:
     def take(self, rows: list[SlotRow], logits_BV: Tensor) -> None:
         """Choose each row's next token, and free the slots of those that end."""
         chosen: list[int] = logits_BV.argmax(-1).tolist()
-        for place, (row, token) in enumerate(zip(rows, chosen, strict=True)):
-            if row.matcher is not None:
-                token = row.matcher.choose(logits_BV[place], token)
+        refused = [
+            (place, row.matcher)
+            for place, row in enumerate(rows)
+            if row.matcher is not None and not row.matcher.accepts(chosen[place])
+        ]
+        if refused:
+            # One copy for all of them: every look at a device's value waits for the device.
+            on_host_RV = logits_BV[[place for place, _ in refused]].cpu()
+            for logits_V, (place, matcher) in zip(on_host_RV, refused, strict=True):
+                chosen[place] = matcher.choose(logits_V, chosen[place])
+        for row, token in zip(rows, chosen, strict=True):
             if token not in self._ends:
                 row.tokens.append(token)
             if token in self._ends or len(row.tokens) == self._limit:

@@ -4,13 +4,17 @@ Every part is a formula over the shape but two, which were measured: what a proc
 the backbone, and what the allocator loses to holes.
 """
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from common.errors import UserError
+from common.model.adapter.scheme import A, B
 from common.model.adapter.spec import AdapterSpec, check_rank
 from common.model.backbone.load import BackboneShape
+from common.model.kernels.nf4 import NF4_BLOCK, NF4_SCALES
 from common.model.memory import RECOMPUTE, saved_bytes_per_token_layer
 
 # Resident before the backbone is loaded: interpreter and libraries; on a GPU its context.
@@ -40,6 +44,10 @@ class Parameters:
     backbone: int
     a: int
     b: int
+
+    def of(self, parts: Iterable[str]) -> int:
+        """Count the values of some of the adapter's matrices (``common.model.adapter.scheme``)."""
+        return sum({A: self.a, B: self.b}[part] for part in parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +136,10 @@ def training_footprint(
         optimizer: ``sgd``, ``sgd-momentum`` or ``adamw``.
         device: ``cpu`` or ``cuda``.
         private_bytes: What differential privacy holds beside the gradient.
-        weights: ``bf16`` (in ``value_bytes``) or ``fp8``.
+        weights: ``bf16`` (in ``value_bytes``), ``fp8`` or ``nf4``.
     """
     counts = count_parameters(shape, adapter)
-    trained = counts.b + (counts.a if adapter.mode == "lora" else 0)
+    held = counts.of(adapter.scheme.held)
     saved = {
         choice: batch_tokens
         * saved_bytes_per_token_layer(shape, adapter, value_bytes=value_bytes, recompute=choice)
@@ -144,6 +152,8 @@ def training_footprint(
     wide, narrow = _WORKING_BUFFERS[device]
     buffers = [batch_tokens * value_bytes * shape.intermediate] * wide
     buffers += [batch_tokens * value_bytes * shape.hidden] * narrow
+    if weights == "nf4":  # the largest weight, dequantised for a product
+        buffers.append(value_bytes * max(w * h for w, h in _projections(shape).values()))
     working = sum(buffers)
     # Hidden states at the labels, their gradient, and one chunk of logits.
     labelled = 3 * batch_tokens * shape.hidden * value_bytes
@@ -156,9 +166,9 @@ def training_footprint(
         holes = _CPU_HOLES * sum(min(buffer, _LARGEST_KEPT_BYTES) for buffer in buffers)
     return Footprint(
         weights=weights_bytes(shape, adapter, value_bytes=value_bytes, weights=weights),
-        adapter=4 * trained + (0 if adapter.mode == "lora" else value_bytes * counts.a),
-        gradients=4 * trained + private_bytes,
-        optimizer=4 * trained * _STATE_TENSORS[optimizer],
+        adapter=4 * held + value_bytes * counts.of({A, B} - set(adapter.scheme.held)),
+        gradients=4 * held + private_bytes,
+        optimizer=4 * held * _STATE_TENSORS[optimizer],
         activations=int(activations),
         working=working,
         logits=int(logits),
@@ -176,16 +186,20 @@ def weights_bytes(
         shape: The backbone's sizes.
         adapter: What is attached.
         value_bytes: 2 for bf16, 4 for fp32.
-        weights: ``bf16`` (in ``value_bytes``) or ``fp8``: a byte for each weight of a layer's
-            projections, and a scale in fp32 for each of their outputs.
+        weights: ``bf16`` (in ``value_bytes``); ``fp8``: a byte for each weight of a layer's
+            projections, and a scale in fp32 for each of their outputs; ``nf4``: half a byte, and
+            scales of blocks.
     """
     whole = count_parameters(shape, adapter).backbone * value_bytes
-    if weights != "fp8":
+    if weights not in ("fp8", "nf4"):
         return whole
-    sizes = _projections(shape).values()
-    return whole - shape.layers * sum(
-        wide * high * (value_bytes - 1) - 4 * high for wide, high in sizes
-    )
+    smaller = 0
+    for wide, high in _projections(shape).values():
+        blocks = math.ceil(wide * high / NF4_BLOCK)
+        nf4 = math.ceil(wide * high / 2) + blocks + 4 * math.ceil(blocks / NF4_SCALES)
+        smaller += nf4 if weights == "nf4" else wide * high + 4 * high
+    projections = sum(wide * high for wide, high in _projections(shape).values())
+    return whole - shape.layers * (projections * value_bytes - smaller)
 
 
 def generation_bytes(
@@ -207,7 +221,7 @@ def generation_bytes(
         columns: Longest prompt and answer, in tokens.
         value_bytes: 2 for bf16, 4 for fp32.
         device: ``cpu`` or ``cuda``.
-        weights: ``bf16`` (in ``value_bytes``) or ``fp8``.
+        weights: ``bf16`` (in ``value_bytes``), ``fp8`` or ``nf4``.
     """
     sizes = _projections(shape)
     copies = sum(wide * high for name, (wide, high) in sizes.items() if name in adapter.targets)

@@ -10,6 +10,7 @@ from common.choice import Choice
 from common.errors import UserError
 from common.limits import available_memory_bytes
 from common.model.adapter.falora import AdapterSpec
+from common.model.adapter.scheme import A
 from common.model.backbone.load import BackboneShape
 
 RECOMPUTE = ("none", "mlp", "half", "all")
@@ -38,7 +39,7 @@ def saved_bytes_per_token_layer(
     keys_values = 2 * shape.kv_heads * shape.head_dim * value_bytes
     groups = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2}
     products = len(adapter.targets) * adapter.rank * value_bytes
-    if adapter.mode == "lora":
+    if A in adapter.scheme.held:
         # A's gradient needs the input of each group of projections.
         inputs = {groups.get(target, 3) for target in adapter.targets}
         width = {0: hidden, 1: heads, 2: hidden, 3: shape.intermediate * value_bytes}

@@ -233,15 +233,18 @@ def open_session(
     kernels_choice = choose_kernels(kernels, on)
     weights_choice = choose_weights(weights, on, arithmetic)
     tokenizer = load_tokenizer(spec)
-    model = load_model(spec, device=on, dtype=arithmetic)
+    # Quantised weight by weight on its way to the device: the whole may not fit there before.
+    host = torch.device("cpu")
+    model = load_model(spec, device=host if weights_choice.value == "nf4" else on, dtype=arithmetic)
     model.set_attn_implementation(register())
+    functions = kernels_named(kernels_choice.value)
+    if weights_choice.value in ("fp8", "nf4"):
+        quantise(model, weights_choice.value, on, functions)
+        model.to(on)
     attached = attach(model, adapter)
     from common.model.kernels import fused_layer as lean
 
     recompute_choice = Choice("none", "this Llama's layers are transformers' own")
-    functions = kernels_named(kernels_choice.value)
-    if weights_choice.value == "fp8":
-        quantise(model, functions)
     if lean.supported(model):
         recompute_choice = choose_recompute(
             recompute,

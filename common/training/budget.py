@@ -1,10 +1,12 @@
 """How many steps a run takes, and why: one rule for hospitals and the single-node mode."""
 
 import math
+from collections.abc import Iterator
 
 from common.choice import Choice
 from common.config import Config
 from common.errors import UserError
+from common.model.adapter.scheme import Scheme
 
 
 def steps_in_all(config: Config, train_samples: int) -> Choice[int]:
@@ -59,6 +61,24 @@ def steps_of_round(config: Config, train_samples: int, server_round: int) -> Cho
     before = total.value * (server_round - 1) // rounds
     after = total.value * server_round // rounds
     return Choice(after - before, f"{total.reason}, dealt to {rounds} rounds")
+
+
+def stretches(
+    config: Config, scheme: Scheme, train_samples: int, *, start: int, stop: int
+) -> Iterator[tuple[int, int]]:
+    """Cut the steps from ``start`` to ``stop`` where what is trained changes.
+
+    Yields:
+        The round, and the step before which the stretch ends.
+    """
+    if not scheme.block(1):
+        yield 1, stop
+        return
+    for server_round in range(1, config.federation.rounds + 1):
+        ends = min(stop, steps_before_round(config, train_samples, server_round + 1))
+        if start < ends:
+            yield server_round, ends
+            start = ends
 
 
 def steps_per_epoch(config: Config, train_samples: int) -> int:

@@ -19,7 +19,8 @@ class TrainState:
     step: int = 0
     """Optimizer steps done so far, over all rounds."""
     optimizer: dict[str, Tensor] = field(default_factory=dict)
-    """torch's optimizer state of the flat buffer, by torch's names; on the CPU."""
+    """torch's optimizer state of the flat buffer, by torch's names; on the CPU. Where rounds train
+    different parts of the adapter, each part has its own, under its name (``Scheme.block``)."""
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return everything as named tensors, for a safetensors file.
@@ -44,9 +45,10 @@ class TrainState:
 
 
 class FlatOptimizer:
-    """torch's SGD or AdamW on one parameter: the adapter's flat buffer."""
+    """torch's SGD or AdamW on one parameter: the flat buffer of what the round trains."""
 
     def __init__(self, adapter: Adapter, config: TrainConfig, state: TrainState) -> None:
+        self._block, self._others = adapter.block, {}
         self._parameter = torch.nn.Parameter(adapter.flat)
         self._parameter.grad = adapter.flat_grad
         if config.optimizer == "sgd":
@@ -66,9 +68,13 @@ class FlatOptimizer:
                 foreach=False,
             )
         for name, tensor in state.optimizer.items():
+            if not name.startswith(self._block):
+                self._others[name] = tensor
+                continue
             # torch keeps its step counter on the CPU.
             where = tensor.device if tensor.ndim == 0 else adapter.flat.device
-            self._optimizer.state[self._parameter][name] = tensor.to(where, copy=True)
+            own = name.removeprefix(self._block)
+            self._optimizer.state[self._parameter][own] = tensor.to(where, copy=True)
 
     def step(self, learning_rate: float) -> None:
         """Apply the flat gradient at this learning rate."""
@@ -76,10 +82,10 @@ class FlatOptimizer:
         self._optimizer.step()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return torch's state tensors by name, copied to the CPU."""
+        """Return torch's state tensors by name, copied to the CPU, and those of other parts."""
         state = self._optimizer.state[self._parameter]
-        return {
-            name: tensor.detach().to("cpu", copy=True)
+        return self._others | {
+            self._block + name: tensor.detach().to("cpu", copy=True)
             for name, tensor in state.items()
             if isinstance(tensor, Tensor)
         }

@@ -4,6 +4,10 @@ A message to a hospital holds one ArrayRecord with the B matrices and one Config
 allow-listed scalars. The reply holds one ArrayRecord with the same keys and one MetricRecord of
 allow-listed scalars. A never travels: both sides draw it from its seed and compare fingerprints
 in a ``query`` message before round 1.
+
+Other adapter schemes than FA-LoRA hold more (``common.model.adapter.scheme``): then a message to a
+hospital has all that the scheme holds, and a reply what its round sends, and no other key. "B"
+stands for either below.
 """
 
 import io

@@ -14,7 +14,7 @@ from common.evaluation.answers_file import Evaluation, Facts
 from common.model.session import Session
 from common.rundir import RunDirectory
 from common.tensor_files import Altered
-from common.training.resident_session import session_of
+from common.training.worker import Worker
 from sim.process.early import check_device
 from sim.process.progress import Meter
 
@@ -35,6 +35,7 @@ def evaluate_run(
     checkpoint: str | None = None,
     overrides: Iterable[str] = (),
     console: Console | None = None,
+    worker: Worker | None = None,
     data: Dataset | None = None,
 ) -> dict[str, Any]:
     """Answer held-out admissions with a run's B, the untrained backbone and the baselines.
@@ -49,6 +50,7 @@ def evaluate_run(
         checkpoint: Name of a checkpoint; default the last.
         overrides: ``key=value``; only ``evaluation.*`` and where and how to compute.
         console: Where progress is shown, if anywhere.
+        worker: Who may have the backbone open already.
         data: The run's, where it is open already.
 
     Returns:
@@ -61,7 +63,7 @@ def evaluate_run(
     config = changed_freely(run.config(), overrides, FREE_KEYS)
     check_device(config)
     loaded, last = run.load_checkpoint(checkpoint), run.load_checkpoint()
-    data, session = reopen(run, config, data)
+    data, session = reopen(run, config, worker or Worker(), data)
     settings = config.evaluation
     way = (last.name, settings, session.device.value, session.dtype.value)
     known = None
@@ -94,13 +96,14 @@ def evaluate_run(
 
 
 def reopen(
-    run: RunDirectory, config: Config, data: Dataset | None = None
+    run: RunDirectory, config: Config, worker: Worker, data: Dataset | None = None
 ) -> tuple[Dataset, Session]:
     """Return a run's data and a session, as they were when it was trained.
 
     Args:
         run: The run's directory.
         config: Its configuration, or one that differs in what cannot change them.
+        worker: Opens the session.
         data: The run's, where it is open already.
 
     Raises:
@@ -110,7 +113,7 @@ def reopen(
     data = data or open_hospitals(config)
     # With other data, held-out patients could be ones that were trained on.
     _require("the data", data.digest, inputs.samples, "data.path")
-    session = session_of(config)
+    session = worker.session(config)
     _require("the backbone", session.spec.fingerprint, inputs.backbone, "model.backbone")
     _require("A", session.adapter.a_fingerprint, inputs.a, "adapter.seed")
     return data, session

@@ -25,6 +25,7 @@ from pydantic import BaseModel, Field, StringConstraints, model_validator
 
 from common.errors import UserError
 from common.files import json_line, utf8, writable
+from sim.assist.cds_hooks import LARGEST_BODY_BYTES, PREFIX
 from sim.assist.patient_form import FormProblems, PatientRequest, read_form
 from sim.assist.suggest import Suggestion, Surroundings
 from sim.report.page import render
@@ -121,15 +122,18 @@ _WRONG_DECISION = {
 }
 
 
-def make_app(desk: Desk, *, port: int) -> FastAPI:
+def make_app(desk: Desk, *, port: int, services: APIRouter | None = None) -> FastAPI:
     """Return the page's application.
 
     Args:
         desk: Its state.
         port: Where it is served, for the check of hosts and origins.
+        services: For hospital systems, from ``sim.assist.cds_hooks``.
     """
     app = FastAPI(title="FedRx assist", docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(_routes(desk, cookie_name(port)))
+    if services:
+        app.include_router(services)
     # Starlette's own check of hosts leaves the port out: this one is exact.
     hosts = {f"{name}:{port}" for name in (HOST, "localhost")}
 
@@ -269,13 +273,15 @@ def open_socket(port: int) -> socket.socket:
     return listening
 
 
-def make_server(desk: Desk, listening: socket.socket) -> uvicorn.Server:
-    """Return the server of the page; nothing that is typed is logged.
+def make_server(
+    desk: Desk, listening: socket.socket, *, services: APIRouter | None = None
+) -> uvicorn.Server:
+    """Return the server of the page (and of ``services``); nothing that is sent is logged.
 
     Its ``run(sockets=[listening])`` serves until Ctrl-C.
     """
     config = uvicorn.Config(
-        make_app(desk, port=listening.getsockname()[1]),
+        make_app(desk, port=listening.getsockname()[1], services=services),
         log_level="warning",
         access_log=False,
         # X-Forwarded-For and its like are believed by default: there is no proxy here.
@@ -291,6 +297,14 @@ def address(desk: Desk, listening: socket.socket) -> str:
     return f"http://{HOST}:{listening.getsockname()[1]}/?token={desk.secret}"
 
 
+def service_lines(desk: Desk, listening: socket.socket) -> list[str]:
+    """Return where hospital systems find the services, and the token that they send."""
+    return [
+        f"CDS Hooks 2.0: http://{HOST}:{listening.getsockname()[1]}{PREFIX}",
+        f"Authorization: Bearer {desk.secret}",
+    ]
+
+
 def _refusal(request: Request, hosts: set[str], cookie: str, secret: str) -> Response | None:
     """Return why a request is not answered; None if it is."""
     if request.headers.get("host", "") not in hosts:
@@ -299,6 +313,7 @@ def _refusal(request: Request, hosts: set[str], cookie: str, secret: str) -> Res
     foreign = origin is not None and origin.removeprefix("http://") not in hosts
     site = request.headers.get("sec-fetch-site", "none")
     entering = request.url.path == "/" and request.method == "GET"
+    service = request.url.path.startswith(PREFIX)
     if foreign or (site not in ("same-origin", "none") and not entering):
         return _refused(403, "Requests from other pages are refused.")
     if request.method == "POST":
@@ -306,12 +321,25 @@ def _refusal(request: Request, hosts: set[str], cookie: str, secret: str) -> Res
         if kind != "application/json":
             return _refused(415, "Send JSON.")
         length = request.headers.get("content-length", "")
-        if not length.isdigit() or int(length) > _LARGEST_BODY_BYTES:
+        largest = LARGEST_BODY_BYTES if service else _LARGEST_BODY_BYTES
+        if not length.isdigit() or int(length) > largest:
             return _problem({"form": "This is too long."})
+    if service:
+        return _service_refusal(request, secret)
     given = request.query_params.get("token") if entering else None
     given = given or request.cookies.get(cookie, "")
     if not secrets.compare_digest(utf8(given), utf8(secret)):
         return _refused(403, "Open the address that `fedrx assist` printed on the terminal.")
+    return None
+
+
+def _service_refusal(request: Request, secret: str) -> Response | None:
+    """Discovery is open, as CDS Hooks has it, and says nothing of anybody."""
+    if request.method == "GET":
+        return None
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not secrets.compare_digest(utf8(given), utf8(secret)):
+        return _refused(401, "Send the token that `fedrx assist` printed: Authorization: Bearer.")
     return None
 
 

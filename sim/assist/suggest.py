@@ -27,7 +27,7 @@ from common.evaluation.judge.gate import source_of_run
 from common.evaluation.support import Support, SupportIndex
 from common.rundir import RunDirectory
 from common.text.prompts import age_text
-from common.training.resident_session import session_of
+from common.training.worker import Worker
 from sim.assist.listing import Lister
 from sim.assist.patient_form import PatientRequest
 from sim.process.open_run import open_run
@@ -39,6 +39,7 @@ _FREE_KEYS = (
         "evaluation.method",
         "evaluation.decoding",
         "evaluation.formulary",
+        "evaluation.interactions",
         "model.attention",
         "model.kernels",
         "model.weights",
@@ -128,13 +129,18 @@ class Assistant:
         loaded = run.load_checkpoint(checkpoint)
         self.checkpoint = loaded.name
         self.surroundings = surroundings
-        self._session = session_of(config)
+        self._session = Worker().session(config)
         inputs = run.read_json("environment.json").get("inputs", {})
         _require_same("the backbone", self._session.spec.fingerprint, inputs.get("backbone"))
         _require_same("A", self._session.adapter.a_fingerprint, inputs.get("a"))
         self._session.adapter.load(loaded.b)
         self._lister = Lister(self._session, config, surroundings.data)
         self._one_at_a_time = threading.Lock()
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody is being answered."""
+        return self._one_at_a_time.locked()
 
     def suggest(self, request: PatientRequest) -> Suggestion:
         """Answer for one patient; deterministic."""

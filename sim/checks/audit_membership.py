@@ -17,6 +17,7 @@ from common.records import MembershipRecord
 from common.rundir import RunDirectory
 from common.tensor_files import Tensors
 from common.text.batches import Encoded, encode
+from common.training.worker import Worker
 from sim.answers.evaluate import reopen
 from sim.checks.audit import plain, show
 from sim.checks.audit_page import claim_of, write_audit_page
@@ -52,7 +53,7 @@ def audit_membership(
         raise UserError(f"{run.path} is {state}", allowed="a finished run", fix="`fedrx resume` it")
     config = run.config()
     with exclusive(run):
-        data, session = reopen(run, config)
+        data, session = reopen(run, config, Worker())
         adapter = session.adapter
         models: list[Tensors] = [
             run.load_checkpoint().b,

@@ -26,11 +26,13 @@ from common.model.backbone.embedded import FOLDER
 from common.model.kernels.attention import choose_attention
 from common.model.kernels.elementwise import choose_kernels
 from common.model.kernels.frozen import fp8_obstacle
+from common.model.kernels.nf4 import nf4_obstacle
 from common.model.session import DTYPES, choose_device, choose_dtype
 from common.provenance import pip_install
 from common.user_cache import fedrx_cache
 from sim.flower.proxies import nginx_command
 from sim.flower.superlink import superlink
+from sim.process.extras import OPTIONAL, absent
 
 DEMO_MEMORY_BYTES = 6 * 2**30
 DEMO_DISK_BYTES = 2 * 2**30
@@ -175,7 +177,8 @@ def _kernels() -> Finding:
     device = torch.device(choose_device("auto").value)
     choice = choose_kernels("auto", device)
     fp8 = fp8_obstacle(device, DTYPES[choose_dtype("auto", device).value])
-    found = f"{choice.value}: {choice.reason}; model.weights=fp8: {fp8 or 'runs here'}"
+    weights = f"model.weights=fp8: {fp8 or 'runs here'}; nf4: {nf4_obstacle() or 'runs here'}"
+    found = f"{choice.value}: {choice.reason}; {weights}"
     return Finding(check="kernels", state="ok", found=found)
 
 
@@ -192,14 +195,10 @@ def _backbone() -> Finding:
 
 
 def _extras() -> Finding:
-    optional = ["llguidance"]
+    optional = dict(OPTIONAL)
     if choose_device("auto").value == "cuda":
-        optional.append("flash-attn")
-    missing = [
-        pip_install(name)
-        for name in optional
-        if importlib.util.find_spec(name.replace("-", "_")) is None
-    ]
+        optional["flash_attn"] = "flash-attn"
+    missing = [pip_install(package) for module, package in optional.items() if absent(module)]
     if missing:
         fix = "only if you want them: " + ", ".join(missing)
         return Finding(check="extras", state="note", found="some are absent", fix=fix)

@@ -4,6 +4,7 @@ From shapes alone: no weights are read, and data only where the number of steps 
 """
 
 import math
+from collections.abc import Collection
 from functools import partial
 
 import torch
@@ -15,6 +16,8 @@ from common.config import Config, FederationConfig
 from common.data.dataset import open_hospitals
 from common.limits import total_memory_bytes
 from common.model.adapter.layout import adapter_spec
+from common.model.adapter.scheme import A, B
+from common.model.adapter.spec import SCHEMES
 from common.model.backbone.known_shapes import shape_of
 from common.model.backbone.load import BackboneShape
 from common.model.footprint import (
@@ -24,10 +27,11 @@ from common.model.footprint import (
 )
 from common.model.session import choose_dtype, device_kind
 from common.privacy.forecast import forecast, lines
-from common.privacy.settings import delta_note, plan_of, protects
+from common.privacy.settings import delta_note, is_private, plan_of, protects
 from common.records import (
     AdapterShape,
     DtypeFacts,
+    MeasuredTime,
     Parameters,
     PlanRecord,
     Recomputation,
@@ -37,6 +41,7 @@ from common.training.budget import checkpoint_steps, steps_in_all, steps_of_roun
 from common.wire.codecs import wire_layout
 from common.wire.cohort import check_only, sampled
 from server.strategies import check_strategy
+from sim.checks.measured_cards import CARDS, seconds_per_step
 from sim.flower.worker_count import choose_workers, planned_recompute, training_footprints
 
 PAPER_CARD_BYTES = 48_000_000_000
@@ -76,7 +81,8 @@ def plan(config: Config, *, card_bytes: int | None = None) -> PlanRecord:
     dtype = _dtype(train.dtype, device)
     value_bytes = 2 if dtype.value == "bf16" else 4
     counts = count_parameters(shape, adapter)
-    trained = counts.b + (counts.a if adapter.mode == "lora" else 0)
+    rounds = range(1, federation.rounds + 1)
+    trained = max(counts.of(adapter.scheme.trained(number)) for number in rounds)
     footprints = training_footprints(config, shape, device=device, value_bytes=value_bytes)
     chosen = planned_recompute(train.recompute, footprints, card.value)
     peak = footprints[chosen.value]
@@ -121,14 +127,50 @@ def plan(config: Config, *, card_bytes: int | None = None) -> PlanRecord:
         workers=Workers(value=workers.value, reason=workers.reason),
         fits=needed <= card.value,
         spare_bytes=card.value - needed,
-        bytes_per_round=2 * asked_hospitals(federation) * message_bytes(config, shape),
+        bytes_per_round=asked_hospitals(federation) * exchange_bytes(config, shape),
         steps=steps.value,
         steps_reason=f"{steps.reason}; {samples.reason}" if samples.reason else steps.reason,
     )
+    if device == "cuda":
+        times = measured_times(config, shape, chosen.value, steps.value)
+        found = found.model_copy(update={"measured": times})
     if not protects(config):
         return found
     outlook = forecast(plan_of(config), trained, target_epsilon=config.privacy.target_epsilon)
     return found.model_copy(update={"privacy": outlook | {"delta_note": delta_note(config)}})
+
+
+def measured_times(
+    config: Config, shape: BackboneShape, recompute: str, steps: int
+) -> tuple[MeasuredTime, ...]:
+    """Return the time of a step, and of all steps, on cards that were measured.
+
+    With a measured card at hand it alone. Samples count as full; a private step's are those that
+    its plan expects.
+    """
+    train, here = config.train, torch.cuda.is_available() and torch.cuda.get_device_name(0)
+    samples = float(train.batch_size * train.accumulation)
+    if is_private(config):
+        samples = plan_of(config).expected_batch
+    cards = [card for card in CARDS if card.name == here] or list(CARDS)
+    times = []
+    for card in cards:
+        seconds = seconds_per_step(
+            card,
+            shape,
+            tokens=samples * train.max_length,
+            weights=config.model.weights,
+            recompute=recompute,
+            private=is_private(config),
+        )
+        if seconds is not None:
+            hours = steps * config.federation.hospitals * seconds / 3600
+            times.append(
+                MeasuredTime(
+                    card=card.name, seconds_per_step=seconds, hours=hours, source=card.source
+                )
+            )
+    return tuple(times)
 
 
 def asked_hospitals(federation: FederationConfig) -> int:
@@ -136,13 +178,19 @@ def asked_hospitals(federation: FederationConfig) -> int:
     return 1 if federation.only else sampled(federation.fraction, federation.hospitals)
 
 
-def message_bytes(config: Config, shape: BackboneShape) -> int:
+def exchange_bytes(config: Config, shape: BackboneShape) -> int:
+    """Return the bytes of a round's tensors to one hospital and back, mean over the rounds."""
+    scheme, rounds = adapter_spec(config.adapter).scheme, config.federation.rounds
+    up = sum(message_bytes(config, shape, scheme.sends(n)) for n in range(1, rounds + 1))
+    return message_bytes(config, shape, scheme.held) + round(up / rounds)
+
+
+def message_bytes(config: Config, shape: BackboneShape, parts: Collection[str]) -> int:
     """Return the bytes of the tensors in one message, as ``federation.codec`` writes them."""
     adapter = adapter_spec(config.adapter)
-    sizes = adapted_sizes(shape, adapter)
-    tensors = [(sizes[name][1], adapter.rank) for name in adapter.targets]
-    if adapter.mode == "lora":
-        tensors += [(adapter.rank, sizes[name][0]) for name in adapter.targets]
+    widths = [adapted_sizes(shape, adapter)[name] for name in adapter.targets]
+    tensors = [(high, adapter.rank) for _, high in widths if B in parts]
+    tensors += [(adapter.rank, wide) for wide, _ in widths if A in parts]
     layouts = [wire_layout(config.federation.codec, tensor) for tensor in tensors]
     return shape.layers * sum(dtype.itemsize * math.prod(wire) for dtype, wire in layouts)
 
@@ -151,9 +199,8 @@ def show_plan(console: Console, found: PlanRecord) -> None:
     """Print a plan as people read it."""
     say = partial(console.print, highlight=False, markup=False)
     counts, parts, chosen = found.parameters, found.memory_bytes, found.recompute
-    say(
-        f"{found.backbone}: {counts.backbone:,} parameters; A {counts.a:,} (frozen), B {counts.b:,}"
-    )
+    frozen = "" if A in SCHEMES[found.adapter.mode].held else " (frozen)"
+    say(f"{found.backbone}: {counts.backbone:,} parameters; A {counts.a:,}{frozen}, B {counts.b:,}")
     table = Table(
         title=f"memory of one worker at the peak of a step of {found.batch_tokens:,} tokens"
     )
@@ -184,6 +231,11 @@ def show_plan(console: Console, found: PlanRecord) -> None:
         f"{found.steps:,} steps ({found.steps_reason}); {found.bytes_per_round / 1e6:.1f} MB on "
         "the wire to train a round, up and down (validation sends B down once more)"
     )
+    for one in found.measured:
+        say(
+            f"training on one {one.card}: {one.seconds_per_step:.2f} s a full step, "
+            f"{one.hours:.1f} h in all ({one.source})"
+        )
     privacy = found.privacy
     for line in (*lines(privacy), privacy["delta_note"]) if privacy else ():
         say(line)

@@ -221,6 +221,13 @@ def sweep(
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds 0, 1, ... of each arm.")] = 3,
     set_: SetOption = None,
     run_dir: RunDirOption = None,
+    slurm: Annotated[
+        str, typer.Option("--slurm", metavar="PARTITION", help="Each run as a job on Slurm.")
+    ] = "",
+    slurm_set: Annotated[
+        list[str] | None,
+        typer.Option("--slurm-set", help="key=value of sbatch, for instance gres=gpu:1."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs only.")] = False,
     json_output: JsonOption = False,
 ) -> None:
@@ -241,6 +248,17 @@ def sweep(
         console.print(f"{len(cells)} runs")
         return
     folder = run_dir or Path("runs") / f"sweep-{config.run.name}"
+    if slurm or slurm_set:
+        from sim.runs.slurm import run_cells
+
+        run_cells(
+            cells,
+            folder,
+            partition=slurm,
+            options=slurm_set or (),
+            console=console,
+            command_line=sys.argv,
+        )
     print_json(run_sweep(cells, folder, console=console, command_line=sys.argv), json_output)
 
 

@@ -184,12 +184,19 @@ def assist(
         Path | None, typer.Option("--log", help="Decisions; default decisions.jsonl in RUN.")
     ] = None,
     checkpoint: CheckpointOption = None,
+    cds_hooks: Annotated[
+        bool, typer.Option("--cds-hooks", help="Serve CDS Hooks 2.0 to a hospital system, too.")
+    ] = False,
     set_: SetOption = None,
 ) -> None:
     """Serve the assist page on this machine alone (research only, not for clinical use)."""
-    from sim.assist.server import DECISIONS, Desk, address, make_server, open_socket
+    from sim.assist.cds_hooks import routes_of_run
+    from sim.assist.chart import require_fhir
+    from sim.assist.server import DECISIONS, Desk, address, make_server, open_socket, service_lines
     from sim.assist.suggest import Assistant, about_run, assistant_config, find_run, surroundings_of
 
+    if cds_hooks:
+        require_fhir()
     directory = find_run(run)
     config = assistant_config(directory, set_ or ())
     console = console_for(False)
@@ -209,10 +216,13 @@ def assist(
         "Research only, not for clinical use. Open in a browser on this machine:",
         address(desk, listening),
         f"decisions: {desk.decisions}",
-        "Ctrl-C stops.",
     ]
-    console.print("\n".join(lines), markup=False, highlight=False)
-    make_server(desk, listening).run(sockets=[listening])
+    services = None
+    if cds_hooks:
+        services = routes_of_run(assistant, config)
+        lines += service_lines(desk, listening)
+    console.print("\n".join([*lines, "Ctrl-C stops."]), markup=False, highlight=False)
+    make_server(desk, listening, services=services).run(sockets=[listening])
 
 
 def _renew_report(run: RunDirectory) -> None:

@@ -27,7 +27,7 @@ def training_footprints(
     """
     train, adapter = config.train, adapter_spec(config.adapter)
     counts = count_parameters(shape, adapter)
-    trained = counts.b + (counts.a if adapter.mode == "lora" else 0)
+    trained = counts.of(adapter.scheme.held)
     momentum = train.optimizer == "sgd" and train.momentum
     return {
         choice: training_footprint(

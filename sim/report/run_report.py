@@ -13,6 +13,7 @@ from common.data.handling import handling_of
 from common.errors import UserError
 from common.evaluation.answers_file import read_answers
 from common.files import write_json, write_text
+from common.model.adapter.spec import SCHEMES
 from common.rundir import RunDirectory
 from common.wire.cohort import NOT_EVALUATED, WITHSTANDS_NOTHING
 from sim.report.html import Block, to_html, to_markdown
@@ -145,6 +146,16 @@ def peak_memory(summary: dict[str, Any]) -> str:
     return ", ".join(f"{where}{size / 2**30:.2f} GiB" for where, size in sizes if size)
 
 
+def speed(summary: dict[str, Any], before: str = "") -> str:
+    """Say how fast a worker trained, where that is told.
+
+    >>> speed({"tokens_per_second": 19932.6}, ", "), speed({})
+    (', 19,933 tokens/s in training', '')
+    """
+    found = summary.get("tokens_per_second")
+    return f"{before}{found:,.0f} tokens/s in training" if found else ""
+
+
 def _what_ran(run: RunDirectory, summary: dict[str, Any]) -> Block:
     config = run.config()
     adapter, train = summary["adapter"], config.train
@@ -160,6 +171,7 @@ def _what_ran(run: RunDirectory, summary: dict[str, Any]) -> Block:
         ("attention", f"{summary['attention']['kernel']} ({summary['attention']['reason']})"),
         ("backbone loads, workers", f"{summary['backbone_loads']}, {summary['workers']}"),
         ("time", f"{summary['seconds']:.0f} s"),
+        *([("one worker's speed", speed(summary))] if speed(summary) else []),
         ("peak memory", peak_memory(summary)),
         ("sha256 of B", str(summary["b_sha256"])),
     ]
@@ -364,7 +376,8 @@ def matrices(summary: dict[str, Any]) -> str:
     >>> matrices({"adapter": {"mode": "fa-lora"}}), matrices({"adapter": {"mode": "lora"}})
     ('B', 'A and B')
     """
-    return "A and B" if summary["adapter"]["mode"] == "lora" else "B"
+    held = SCHEMES[summary["adapter"]["mode"]].held
+    return " and ".join(part.removeprefix("lora_") for part in held)
 
 
 def megabytes(count: float) -> str:

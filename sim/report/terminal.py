@@ -20,6 +20,7 @@ from sim.report.run_report import (
     model_name,
     number,
     peak_memory,
+    speed,
     with_interval,
 )
 
@@ -66,7 +67,8 @@ def show_summary(console: Console, run: RunDirectory, summary: dict[str, Any]) -
             highlight=False,
         )
     console.print(
-        f"{summary['seconds']:.0f} s, peak memory {peak_memory(summary)}", highlight=False
+        f"{summary['seconds']:.0f} s{speed(summary, ', ')}, peak memory {peak_memory(summary)}",
+        highlight=False,
     )
     console.print(f"report: {run.path / 'report.html'}", markup=False, highlight=False)
 

@@ -24,11 +24,11 @@ from common.model.backbone.load import (
     BackboneSpec,
     load_model,
     load_tokenizer,
+    resolve_backbone,
     without_progress_bars,
 )
 from common.rundir import RunDirectory
 from common.tensor_files import Tensors
-from common.training.resident_session import backbone_spec
 from sim.runs.model_card import CARD_TITLE, Format, model_card
 
 CONFIG_FILE = "adapter_config.json"
@@ -88,7 +88,7 @@ def export_run(
             allowed="a new or empty folder, or an earlier export",
             fix="name another folder",
         )
-    backbone = backbone_spec(config.model.backbone)
+    backbone = resolve_backbone(config.model.backbone)
     hub_id = _hub_id(backbone, base_model)
     adapter = meta_adapter(backbone, adapter_spec(config.adapter))
     begun = run.inputs()
@@ -167,10 +167,10 @@ def lora_tensors(adapter: Adapter, b: Tensors) -> Tensors:
     """Return A and B of every module (fp32) as ``MODULE.lora_A`` and ``MODULE.lora_B``.
 
     Args:
-        adapter: Gives A, as drawn from its seed.
-        b: Trained matrices by wire key; in mode ``lora`` A is among them.
+        adapter: Gives A as it is drawn, where no round trains it.
+        b: All that a run holds of the adapter, by wire key.
     """
-    everything = {**({} if adapter.spec.mode == "lora" else adapter.a_state()), **b}
+    everything = adapter.drawn_a() | b
     return {
         key: np.asarray(value, dtype=np.float32, order="C") for key, value in everything.items()
     }

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from rich.console import Console
 
+import client.app
 from common.config import IN_PROCESS, Config
 from common.data.handling import handling_of
 from common.data.partition import Hospital
@@ -88,15 +89,15 @@ def train_rounds(run: Run) -> dict[str, float]:
     directory.write_status("started", **run.kind.place(directory))
     shutil.rmtree(directory.path / "workers", ignore_errors=True)
     steps = total_steps(config, run.preparation.data.hospitals)
-    with RunProgress(
-        run.console, directory, steps=steps, rounds=config.federation.rounds
-    ) as progress:
+    rounds = config.federation.rounds
+    with run.curves(), RunProgress(run.console, directory, steps=steps, rounds=rounds) as progress:
 
         def on_tick() -> None:
             progress.tick()
             run.peak.tick()
 
         if config.run.backend == IN_PROCESS:
+            run.worker = client.app.worker()
             run_in_process(config, on_tick=on_tick)
         else:
             workers = config.federation.workers

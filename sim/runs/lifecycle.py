@@ -5,6 +5,7 @@ A kind of run (``federate``, ``single``, ``paper``, ``audit``) supplies what dif
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,11 +25,13 @@ from common.provenance import (
 )
 from common.records import Inputs, Mode, Record, RunRecord, Summary
 from common.rundir import ENVIRONMENT, RUN, SUMMARY, RunDirectory
+from common.training.worker import Worker
 from sim.answers.evaluate import FREE_KEYS, evaluate_run
 from sim.process.lock import exclusive
 from sim.process.peak_memory import PeakMemory
 from sim.report.run_report import write_report
 from sim.report.terminal import show_summary
+from sim.runs.curves import check_tracker, curves, with_tracker
 from sim.runs.preparation import Preparation, data_facts, fingerprints, prepare
 from sim.runs.stages import EVALUATION, REPORT, after_training, is_trained, reported
 
@@ -82,11 +85,13 @@ class Kind:
             summary = summary.having(training_seconds=round(run.seconds, 3))
         directory.write_json(SUMMARY, summary.having(source=data.source))
         run.enter(EVALUATION)
-        evaluate_run(directory, overrides=run.overrides, console=console, data=data)
+        evaluate_run(
+            directory, overrides=run.overrides, console=console, worker=run.worker, data=data
+        )
         summary = directory.summary()
         peaks: dict[str, int | None] = {"peak_rss_bytes": max(run.peak.bytes, peak_rss_bytes())}
-        if "peak_device_bytes" in summary.model_fields_set:  # trained in this process
-            peaks["peak_device_bytes"] = peak_device_bytes()
+        devices = [size for size in (summary.peak_device_bytes, peak_device_bytes()) if size]
+        peaks["peak_device_bytes"] = max(devices, default=None)
         directory.write_json(SUMMARY, summary.having(seconds=round(run.seconds, 3), **peaks))
         run.enter(REPORT)
         return _finish(directory, console, self.place(directory))
@@ -111,6 +116,8 @@ class Run:
     seconds_before: float = 0.0
     """Spent by earlier processes."""
     peak: PeakMemory = field(default_factory=PeakMemory)
+    worker: Worker = field(default_factory=Worker)
+    """Has the backbone open, for training in this process and for the answers."""
     result: Record = field(default_factory=Summary)
     """Content of summary.json, once all is done."""
 
@@ -124,6 +131,16 @@ class Run:
     def seconds(self) -> float:
         """Seconds of all processes until now."""
         return self.seconds_before + time.monotonic() - self.started
+
+    def curves(self) -> AbstractContextManager[object]:
+        """Return what draws the curves of what is trained in its block."""
+        return curves(
+            self.directory,
+            self.config,
+            source=self.preparation.data.source,
+            command_line=self.command_line,
+            console=self.console,
+        )
 
     def enter(self, stage: str) -> None:
         """Say in status.json that a stage begins."""
@@ -145,6 +162,7 @@ def start(
     command_line: Sequence[str],
     run_dir: Path | None = None,
     inside: bool = False,
+    worker: Worker | None = None,
 ) -> Run:
     """Begin a run and see it through.
 
@@ -155,6 +173,7 @@ def start(
         command_line: Stored in environment.json.
         run_dir: Run directory; default below ``runs``.
         inside: Whether a run around this one says how to go on.
+        worker: Of a run around this one.
 
     Raises:
         UserError: before anything is written.
@@ -164,8 +183,10 @@ def start(
     started, chosen = time.monotonic(), kind()
     RunDirectory.require_new(config, directory=run_dir)
     settled = config = chosen.settle(config)
+    check_tracker(config, command_line)
     preparation, inputs = chosen.prepare(config, console), Inputs()
     if preparation:
+        check_tracker(config, command_line, source=preparation.data.source)
         config, inputs = chosen.ready(config, preparation, console), fingerprints(preparation)
     directory = RunDirectory.create(settled, directory=run_dir)
     config = replace(config, run=replace(config.run, directory=str(directory.path)))
@@ -178,6 +199,7 @@ def start(
     console.print(f"run directory: {directory.path}", markup=False, highlight=False)
     with exclusive(directory):
         run = Run(chosen, directory, record, config, preparation, console, command_line, started)
+        run.worker = worker or run.worker
         return run.live(inside=inside)
 
 
@@ -189,6 +211,7 @@ def resume(
     console: Console,
     command_line: Sequence[str],
     inside: bool = False,
+    worker: Worker | None = None,
 ) -> Mapping[str, Any]:
     """Go on with a run from its last checkpoint.
 
@@ -200,6 +223,7 @@ def resume(
         console: Where progress and results are shown.
         command_line: Added to environment.json.
         inside: Whether a run around this one says how to go on.
+        worker: Of a run around this one.
 
     Returns:
         The content of summary.json; a finished run's is returned as it is.
@@ -226,6 +250,7 @@ def resume(
         console.print("the run is finished: nothing to do")
         return directory.read_json(SUMMARY)
     started = time.monotonic()
+    check_tracker(config, command_line)
     with exclusive(directory):
         preparation = kind.prepare(config, console)
         if preparation:
@@ -233,6 +258,7 @@ def resume(
         _note_resumption(directory, command_line, console)
         known = (kind, directory, record, config, preparation, console, command_line, started)
         run = Run(*known, overrides=overrides if answering else ())
+        run.worker = worker or run.worker
         return run.live(inside=inside).result.as_json()
 
 
@@ -245,13 +271,15 @@ def _unchanged_config(
         UserError: naming every key that differs, with both values.
     """
     begun = from_flat(record.config)
-    changes = differences(begun, read_config(directory.path / "config.toml", overrides))
+    now = read_config(directory.path / "config.toml", overrides)
+    changes = differences(begun, now)
     if changes:
         raise UserError(
             "a run goes on as it began; changed: " + "; ".join(map(str, changes)),
             fix="undo the change, or start a new run with it",
         )
-    return replace(begun, run=replace(begun.run, directory=str(directory.path)))
+    settings = with_tracker(begun.run, now.run)
+    return replace(begun, run=replace(settings, directory=str(directory.path)))
 
 
 def require_same_inputs(begun: Inputs, preparation: Preparation) -> None:

@@ -135,9 +135,11 @@ def _front(source: str, *, layout: Format, hub_id: str) -> list[str]:
 
 def _weights_lines(config: Config) -> list[str]:
     """Say in which format the backbone was, where it was not the one that the adapter is for."""
-    if config.model.weights != "fp8":
+    weights = config.model.weights
+    if weights == "bf16":
         return []
-    return ["| trained on | the backbone's projections in fp8; the adapter is for bf16 weights |"]
+    found = f"the backbone's projections in {weights}; the adapter is for the bf16 backbone"
+    return [f"| trained on | {found} |"]
 
 
 def _privacy_line(summary: Summary) -> str:

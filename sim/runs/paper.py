@@ -4,18 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from common.config import Config
 from common.configio import Scalar, from_flat, read_config
-from common.data.dataset import Dataset
 from common.errors import UserError
 from common.evaluation.answers_file import Evaluation
 from common.provenance import source_root
 from common.records import Inputs, Record, RunRecord
 from common.rundir import RunDirectory, remove_unbegun
-from common.training.resident_session import close_session
 from sim.answers.evaluate import evaluate_run
 from sim.process.lock import exclusive
 from sim.process.open_run import rank_folder
@@ -168,21 +167,21 @@ def _finish_rank(run: Run, rank: int) -> None:
             config.run, directory=str(folder), name=f"{config.run.name}-{rank_folder(rank)}"
         ),
     )
-    close_session()
-    one, line = RunDirectory(folder), run.command_line
+    one = RunDirectory(folder)
+    options: Any = {"console": console, "command_line": run.command_line, "worker": run.worker}
     if one.record() is None:
         remove_unbegun(folder)
         console.rule(f"rank {rank}")
-        single(config, console=console, command_line=line, run_dir=folder, inside=True)
+        single(config, run_dir=folder, inside=True, **options)
     elif one.status()["state"] != "finished":
         console.rule(f"rank {rank}, resumed")
-        resume(folder, kinds=(Single,), console=console, command_line=line, inside=True)
+        resume(folder, kinds=(Single,), inside=True, **options)
     run.directory.write_status("running", stage=EVALUATION, rank=rank)
     with exclusive(one), after_training(one, "the answers", "fedrx evaluate"):
-        _answer_with_checkpoints(one, console, run.preparation.data)
+        _answer_with_checkpoints(one, run)
 
 
-def _answer_with_checkpoints(run: RunDirectory, console: Console, data: Dataset) -> None:
+def _answer_with_checkpoints(run: RunDirectory, around: Run) -> None:
     """Answer the same held-out admissions with every checkpoint, as a run's end does with the last.
 
     Where somebody has evaluated the run in another way, all is answered anew: the table needs its
@@ -194,7 +193,13 @@ def _answer_with_checkpoints(run: RunDirectory, console: Console, data: Dataset)
         known = Evaluation.read(run)
         answered = known is not None and known.facts.way[:2] == way
         if not answered or model_of(summary, checkpoint) not in run.summary().metrics:
-            evaluate_run(run, checkpoint=checkpoint.name, console=console, data=data)
+            evaluate_run(
+                run,
+                checkpoint=checkpoint.name,
+                console=around.console,
+                worker=around.worker,
+                data=around.preparation.data,
+            )
             renewed = True
     if renewed:
         write_report(run)

@@ -8,13 +8,11 @@ from common.config import Config
 from common.errors import UserError
 from common.limits import available_cpus
 from common.model.adapter.layout import adapter_spec
-from common.model.backbone.load import loads
 from common.privacy.budget.receipts import privacy_lines, privacy_summary
 from common.privacy.settings import delta_warning, is_private, protects, with_calibrated_noise
-from common.provenance import peak_device_bytes, peak_rss_bytes, tensors_sha256
+from common.provenance import peak_device_bytes, peak_rss_bytes, tensors_sha256, tokens_per_second
 from common.records import Summary
 from common.rundir import SUMMARY, RunDirectory
-from common.training.resident_session import session_of, tokens_of
 from sim.runs.lifecycle import Kind, Run, start
 from sim.runs.preparation import Preparation, with_absolute_paths
 from sim.runs.single_training import SingleTraining, scaling
@@ -36,20 +34,20 @@ class Single(Kind):
 
     def train(self, run: Run) -> Summary:
         """Train from the last checkpoint (or from nothing) to the end."""
-        session = session_of(run.config)
         training = SingleTraining(
             run=run.directory,
             config=run.config,
-            session=session,
-            hospital=tokens_of(run.config, run.preparation.data.hospitals[0], session),
+            session=run.worker.session(run.config),
+            hospital=run.worker.tokens(run.config, run.preparation.data.hospitals[0]),
             console=run.console,
         )
         training.restore()
         run.seconds_before = training.seconds_before
         for note in (*filter(None, [delta_warning(run.config)]), *scaling(training).notes):
             run.console.print(note, markup=False, highlight=False)
-        training.finish()
-        return summarise(training, run.preparation)
+        with run.curves():
+            training.finish()
+        return summarise(training, run.preparation).having(backbone_loads=run.worker.loads)
 
 
 def one_node(config: Config) -> Config:
@@ -77,10 +75,11 @@ def summarise(training: SingleTraining, preparation: Preparation) -> Summary:
     run, session = training.run, training.session
     adapter, hospital = training.config.adapter, preparation.data.hospitals[0]
     losses = {event["step"]: event["value"] for event in run.metrics("validation-loss")}
+    steps = run.metrics("train-loss")
     checkpoints = [{"name": name, **run.checkpoint_facts(name)} for name in run.checkpoint_names()]
     figures = {
         "mode": Single.mode,
-        "trainable_parameters": session.adapter.trainable_parameters,
+        "trainable_parameters": session.adapter.held_parameters,
         "adapter": {
             "mode": adapter.mode,
             "rank": adapter.rank,
@@ -101,10 +100,12 @@ def summarise(training: SingleTraining, preparation: Preparation) -> Summary:
         ],
         "b_sha256": tensors_sha256(session.adapter.state()),
         "wire": {"tensors": [], "bytes_up": 0, "bytes_down": 0},
-        "backbone_loads": loads(),
         "workers": 1,
         "validation_loss": [losses[step] for step in sorted(losses)],
         "training_seconds": round(training.seconds, 3),
+        "tokens_per_second": tokens_per_second(
+            sum(event["tokens"] for event in steps), sum(event["seconds"] for event in steps)
+        ),
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": peak_device_bytes(),
         "device": session.device.value,

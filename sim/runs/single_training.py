@@ -28,7 +28,7 @@ from common.provenance import source_digest, tensors_sha256
 from common.records import Scaling
 from common.rundir import RunDirectory, damaged
 from common.tensor_files import Tensors
-from common.training.budget import checkpoint_steps, steps_in_all, steps_per_epoch
+from common.training.budget import checkpoint_steps, steps_in_all, steps_per_epoch, stretches
 from common.training.hospital_data import HospitalData
 from common.training.loop import StepReport, train
 from common.training.optimiser import TrainState
@@ -116,6 +116,15 @@ class SingleTraining:
         places = {*self.kept.value, *(range(every, total, every) if every else ())}
         return sorted(place for place in places if place > self.state.step)
 
+    def _stretches(self, place: int) -> list[tuple[int, int]]:
+        """Return the rounds of a federation, and their last steps, on the way to a step."""
+        samples, scheme = len(self.hospital.train), self.session.adapter.spec.scheme
+        first = self.state.step
+        found = stretches(
+            self.config, scheme, 0 if self.guard else samples, start=first, stop=place
+        )
+        return list(found)
+
     def _train_to(self, place: int, stop: Stop, meter: Meter) -> None:
         def on_step(report: StepReport) -> None:
             self._log(report)
@@ -125,17 +134,19 @@ class SingleTraining:
         if self.guard:
             self.guard.charge(place, place - self.state.step)
         try:
-            train(
-                self.session,
-                self.hospital.train,
-                self.config.train,
-                self.state,
-                steps=place - self.state.step,
-                schedule_steps=self.total.value,
-                stream=self.hospital.name,
-                on_step=on_step,
-                source=self.guard.source if self.guard else None,
-            )
+            for server_round, stop_at in self._stretches(place):
+                self.session.adapter.start_round(server_round)
+                train(
+                    self.session,
+                    self.hospital.train,
+                    self.config.train,
+                    self.state,
+                    steps=stop_at - self.state.step,
+                    schedule_steps=self.total.value,
+                    stream=self.hospital.name,
+                    on_step=on_step,
+                    source=self.guard.source if self.guard else None,
+                )
         except (Stopped, RunFailed):
             # Both come between two updates, so B and the optimizer's state belong together.
             if self.state.step and math.isfinite(b_norm(self.session.adapter.state())):

@@ -210,7 +210,7 @@ def sweep(
             label = f"{number}/{len(cells)}: {cell.arm}, seed {cell.seed} {cell.part}"
             console.print(label, style="bold", markup=False)
             try:
-                summary = _run(cell, folder / cell.folder, console, command_line)
+                summary = run_cell(cell, folder / cell.folder, console, command_line)
             except StageFailed as error:
                 raise StageFailed(error.what, command=again) from error
             except KeyboardInterrupt:
@@ -283,7 +283,12 @@ def _cells(row: ArmRow) -> list[str]:
     return cells
 
 
-def _run(cell: Cell, folder: Path, console: Console, command_line: Sequence[str]) -> Summary:
+def run_cell(cell: Cell, folder: Path, console: Console, command_line: Sequence[str]) -> Summary:
+    """Run a cell in its folder, or go on with it; a finished one is not run again.
+
+    Raises:
+        UserError: if the folder holds another run than the cell's.
+    """
     run = RunDirectory(folder)
     if run.record() is None:
         remove_unbegun(folder)

@@ -44,10 +44,7 @@ def test_every_contestant_takes_every_workload(figures):
     cases = {(case["who"], case["workload"]) for case in found["cases"]}
     whos = ("ours", "ours, private", "peft", "peft, checkpointing")
     assert cases == {(who, load) for who in whos for load in ("full", "mixed")}
-    assert {case["kernels"] for case in found["cases"] if "kernels" in case} == {
-        "torch",
-        "compiled",
-    }
+    assert {case["kernels"] for case in found["cases"] if "kernels" in case} == {"torch"}
     for case in found["cases"]:
         assert case["tokens_per_second"] == pytest.approx(sum(case["lengths"]) / case["seconds"])
         assert case["lengths"] == ([40] * 4 if case["workload"] == "full" else [40, 22, 14, 8])
@@ -59,7 +56,6 @@ def test_every_contestant_takes_every_workload(figures):
 def test_exactness_and_agreement_are_measured(figures):
     found, _ = figures
     assert found["exactness"]["tokens of graphs equal slots'"] is True
-    assert 0 < found["exactness"]["compiled"]["gradient"] < 1e-5
     for one in found["agreement_with_eager"].values():
         assert one["hidden_states"] < 1e-5
         assert 0 < one["gradient"] < 1e-4

@@ -19,6 +19,7 @@ from common.configio import config_digest, flatten, from_flat, run_digest
 from common.errors import RunFailed
 from common.privacy.accounting import epsilon
 from common.privacy.settings import plan_of, with_calibrated_noise
+from common.training.worker import Worker
 from common.wire.contract import ContractError, train_message
 
 KEYS = {
@@ -280,7 +281,7 @@ def ask(config, folder, kind="query", server_round=0, content=None, **node):
     node = {"hospital": "north", "data": "synthetic", "folder": str(folder), **node}
     content = content or RecordDict({"config": ConfigRecord({"round": server_round})})
     context = Context(1, 1, node, RecordDict(), flatten(config))
-    return client.handlers.answer(kind, Message(content, 1, kind), context)
+    return client.handlers.answer(kind, Message(content, 1, kind), context, Worker())
 
 
 @pytest.mark.parametrize("text", [None, "max-epsilom = 1\n", "max-epsilon = 0\n"])

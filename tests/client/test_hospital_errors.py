@@ -16,6 +16,7 @@ from client.policy import POLICY
 from common.configio import flatten
 from common.errors import RunFailed, UserError
 from common.rundir import RunDirectory
+from common.training.worker import Worker
 
 PLANTED = "secret-project", "10023456"
 
@@ -83,12 +84,12 @@ def test_no_path_and_no_id_leaves_a_hospital(
     if isinstance(fail, str):
         deployed[2][fail] = str(planted)
     else:
-        honest = client.handlers.tokens_of
+        honest = Worker.tokens
 
-        def tokens_of(config, hospital, session):
-            return fail(planted) if hospital.name == "west" else honest(config, hospital, session)
+        def tokens(worker, config, hospital):
+            return fail(planted) if hospital.name == "west" else honest(worker, config, hospital)
 
-        monkeypatch.setattr(client.handlers, "tokens_of", tokens_of)
+        monkeypatch.setattr(Worker, "tokens", tokens)
     told = ""
     with caplog.at_level(logging.DEBUG):
         if mismatch == "stop" and isinstance(fail, str):
@@ -136,7 +137,7 @@ def test_what_stays_in_a_hospital_is_for_its_owner_alone(deployed, tiny_config, 
 def query(config, node) -> Message:
     message = Message(RecordDict({"config": ConfigRecord({"round": 0})}), 1, "query")
     return client.handlers.answer(
-        "query", message, Context(1, 1, node, RecordDict(), flatten(config))
+        "query", message, Context(1, 1, node, RecordDict(), flatten(config)), Worker()
     )
 
 

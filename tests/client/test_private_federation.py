@@ -201,7 +201,7 @@ def test_scalars_on_the_wire_are_the_same_without_one_patient(
         return (dataclasses.replace(first, train=kept), *rest)
 
     monkeypatch.setattr(client.node, "hospitals_of", without_one)
-    monkeypatch.setattr(common.training.resident_session, "_encoded", {})
+    client.app.worker.cache_clear()
     seen = run_federation(tmp_path / "neighbour")[0]
     assert gone
     for (_, one), (_, other) in zip(honest[0], seen, strict=True):
@@ -209,7 +209,7 @@ def test_scalars_on_the_wire_are_the_same_without_one_patient(
     plain = {"privacy.noise-multiplier": 0.0}
     counts = [scalars(m).get("samples") for _, m in run_federation(tmp_path / "mutant", **plain)[0]]
     monkeypatch.setattr(client.node, "hospitals_of", whole)
-    monkeypatch.setattr(common.training.resident_session, "_encoded", {})
+    client.app.worker.cache_clear()
     others = [scalars(m).get("samples") for _, m in run_federation(tmp_path / "again", **plain)[0]]
     assert counts != others
 

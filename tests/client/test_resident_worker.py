@@ -22,6 +22,7 @@ from client.handlers import answer
 from common.configio import flatten
 from common.errors import RunFailed, UserError
 from common.provenance import source_digest
+from common.training.worker import Worker
 
 SECONDS = 300
 SECRET = "mrn-10023456"
@@ -150,7 +151,7 @@ def test_answers_as_the_app_does_with_one_load(socket, tiny_config, tmp_path):
     assert stat.S_IMODE(socket.stat().st_mode) == 0o600
     config = tiny_config(run__directory=str(tmp_path / "run"))
     message, context = query_of(config)
-    direct = answer("query", message, context)
+    direct = answer("query", message, context, Worker())
     for _ in range(4):
         reply = client.resident_worker.ask(socket, "query", message, context)
         assert dict(reply.content["config"]) == dict(direct.content["config"])

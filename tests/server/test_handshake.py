@@ -9,9 +9,9 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.serde import message_from_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 
+import client.app
 from common.choice import FASTEST, Choice
 from common.errors import RunFailed
-from common.training.resident_session import session_of
 from common.wire.handshake import check_hello
 
 HOSTILE = 1
@@ -83,7 +83,7 @@ def test_hostile_handshake_is_refused(kind, tiny_config, in_process, others_sha)
 
 def test_what_torch_says_of_a_kernel_stays_in_the_hospital(tiny_config, in_process, monkeypatch):
     config = tiny_config(federation__rounds=1)
-    session = session_of(config)
+    session = client.app.worker().session(config)
     words = f"{FASTEST} (cudnn: tried, and refused (No engine at 0x7f))"
     monkeypatch.setattr(session, "attention", Choice(session.attention.value, words))
     done = in_process(config)

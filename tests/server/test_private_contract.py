@@ -16,6 +16,7 @@ from common.privacy.budget.ledger import BudgetExhausted, LedgerDoubtful
 from common.privacy.budget.receipts import ledger_line
 from common.privacy.settings import plan_of
 from common.rundir import RunDirectory
+from common.training.worker import Worker
 from common.wire.contract import ContractError, Update, read_train_reply, train_reply
 from server.privacy_account import PrivacyAccount
 
@@ -233,7 +234,7 @@ def doubt() -> None:
 def test_no_error_text_leaves_a_private_hospital(
     tiny_config, in_process, tmp_path, monkeypatch, fail, unit
 ) -> None:
-    monkeypatch.setattr(client.handlers, "tokens_of", lambda *a: fail())
+    monkeypatch.setattr(Worker, "tokens", lambda *a: fail())
     with pytest.raises(RunFailed) as error:
         in_process(tiny_config(**PRIVATE, privacy__unit=unit))
     assert "hospital-2: failed: the reason stays in the hospital, in errors.txt" in str(error.value)
@@ -245,11 +246,11 @@ def test_no_error_text_leaves_a_private_hospital(
 def test_without_privacy_a_type_and_a_place_are_told_and_no_value(
     tiny_config, in_process, monkeypatch
 ) -> None:
-    monkeypatch.setattr(client.handlers, "tokens_of", lambda *a: count_error())
+    monkeypatch.setattr(Worker, "tokens", lambda *a: count_error())
     with pytest.raises(RunFailed, match="UserError at test_private_contract.py") as error:
         in_process(tiny_config())
     assert "40" not in str(error.value)
-    monkeypatch.setattr(client.handlers, "tokens_of", lambda *a: value_error())
+    monkeypatch.setattr(Worker, "tokens", lambda *a: value_error())
     with pytest.raises(RunFailed, match="ValueError at test_private_contract.py") as error:
         in_process(tiny_config())
     assert "81.5" not in str(error.value)
@@ -257,7 +258,7 @@ def test_without_privacy_a_type_and_a_place_are_told_and_no_value(
 
 @pytest.mark.parametrize("fail", [budget, doubt])
 def test_a_refusal_without_data_is_told(tiny_config, in_process, monkeypatch, fail) -> None:
-    monkeypatch.setattr(client.handlers, "tokens_of", lambda *a: fail())
+    monkeypatch.setattr(Worker, "tokens", lambda *a: fail())
     with pytest.raises(RunFailed, match="nothing is released"):
         in_process(tiny_config(**PRIVATE))
 
@@ -275,4 +276,4 @@ def test_the_partitions_counts_stay_in_a_private_hospital(tiny_config, in_proces
 def test_a_private_hospital_evaluates_nothing(tiny_config, tmp_path) -> None:
     config = tiny_config(**PRIVATE, run__directory=str(tmp_path))
     with pytest.raises(ContractError, match="no loss leaves"):
-        client.handlers.HANDLERS["evaluate"](config, None, None)
+        client.handlers.HANDLERS["evaluate"](config, None, None, None)

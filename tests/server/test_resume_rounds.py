@@ -15,7 +15,7 @@ from common.errors import RunFailed
 from common.rundir import RunDirectory
 from common.training.hospital_data import encode_hospital
 from common.training.loop import TrainState, train
-from common.training.resident_session import session_of
+from common.training.worker import Worker
 from server.timeouts import Pace
 
 
@@ -132,12 +132,17 @@ def test_one_hospital_equals_the_plain_loop(tiny_config, in_process):
     """Rounds with kept state are one uninterrupted training: the same B, bit for bit."""
     config = tiny_config(federation__hospitals=1, federation__rounds=3, train__schedule="linear")
     federated = in_process(config)
-    session = session_of(config)
+    session = Worker().session(config)
     data = encode_hospital(hospitals_of(config.data, config.partition, 1)[0], session, config)
     session.adapter.flat.zero_()
-    train(
+    metrics = train(
         session, data.train, config.train, TrainState(), steps=6, schedule_steps=6, stream=data.name
     )
+    (file,) = federated.run.path.glob("workers/*.json")
+    worker = json.loads(file.read_text())
+    assert worker["tokens"] == metrics.tokens > 0
+    rate = worker["tokens"] / worker["training_seconds"]
+    assert federated.summary["tokens_per_second"] == pytest.approx(rate, rel=0.01)
     ours = federated.run.load_checkpoint().b
     difference = max(np.abs(ours[k] - v).max() for k, v in session.adapter.state().items())
     assert difference <= 1e-6
@@ -148,7 +153,7 @@ def test_reset_state_starts_a_new_optimizer_on_the_next_batches(tiny_config, in_
     """``train.keep-state = false``: a plain loop with a fresh optimizer each round, same data."""
     config = tiny_config(federation__hospitals=1, federation__rounds=2, train__keep_state=False)
     federated = in_process(config)
-    session = session_of(config)
+    session = Worker().session(config)
     data = encode_hospital(hospitals_of(config.data, config.partition, 1)[0], session, config)
     session.adapter.flat.zero_()
     for start in (0, 2):

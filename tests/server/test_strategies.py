@@ -17,7 +17,7 @@ from common.privacy.settings import plan_of
 from common.rundir import RunDirectory
 from common.training.gradients import BatchGradient
 from common.training.hospital_data import encode_hospital
-from common.training.resident_session import session_of
+from common.training.worker import Worker
 from common.wire.contract import Update
 from server.strategies import STRATEGIES, check_strategy
 from server.strategy import Aggregator
@@ -235,7 +235,7 @@ def test_an_aggregate_that_is_not_finite_fails():
 def test_proximal_gradient_is_that_of_the_penalty(tiny_config):
     """Against a central difference of ``mu / 2 * |b - anchor|^2``."""
     config = tiny_config()
-    session = session_of(config)
+    session = Worker().session(config)
     data = encode_hospital(hospitals_of(config.data, config.partition, 3)[0], session, config)
     flat = session.adapter.flat
     flat.copy_(flat.new_tensor(np.random.default_rng(0).normal(size=flat.shape)) * 0.01)

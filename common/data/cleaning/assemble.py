@@ -37,6 +37,12 @@ class Book:
         self.dropped: dict[str, dict[str, int]] = {}
         self.drug_type: dict[str, int] = {}
 
+    def add(self, table: str, rows: int, dropped: Mapping[str, int], out: int) -> None:
+        """Count a table: rows read, left out by reason, and rows or items that are in use."""
+        self.read(table, rows)
+        self.drop(table, dropped)
+        self.keep(table, out)
+
     def read(self, table: str, rows: int) -> None:
         """Count the rows that were read."""
         self.rows[table] = rows

@@ -180,10 +180,10 @@ def _diagnoses(
         .select("icd_code", "icd_version", title=_title())
     )
     lists = diagnosis_lists(coded, match_titles(coded, titles), stays["hadm_id"])
-    book.read("diagnosis", frame.height + reasons.height)
-    book.drop("diagnosis", lists.dropped)
     refuse_orphans(table.label, lists.dropped["unknown_admission"], frame.height, "a unit stay")
-    book.keep("diagnosis", items(lists.lists["diagnoses"]))
+    book.add(
+        "diagnosis", frame.height + reasons.height, lists.dropped, items(lists.lists["diagnoses"])
+    )
     return lists
 
 
@@ -244,10 +244,8 @@ def _drugs(
     orders = Orders(pairs=one_row_per_pair(kept), drug_type=kinds, rows=lines.height)
     lists = drug_lists(orders, known, drop_flushes=drop_flushes)
     book.drug_type = kinds
-    book.read("medication", lines.height)
-    book.drop("medication", lists.dropped)
     refuse_orphans(table.label, lists.dropped["unknown_admission"], kept.height, "a unit stay")
-    book.keep("medication", items(lists.lists["drugs"]))
+    book.add("medication", lines.height, lists.dropped, items(lists.lists["drugs"]))
     return lists
 
 
@@ -273,7 +271,5 @@ def _measures(stays: pl.DataFrame, book: Book) -> Measures:
     cells = pl.concat([heights, weights]).filter(pl.col("written").fill_null("") != "")
     found = cells.drop("written").with_columns(seq_num=pl.lit(0, pl.Int64))
     measures = clean_measures(found, stays["subject_id"].unique())
-    book.read("measures", measures.read)
-    book.drop("measures", measures.dropped)
-    book.keep("measures", measures.rows.height)
+    book.add("measures", measures.read, measures.dropped, measures.rows.height)
     return measures

@@ -21,7 +21,7 @@ from common.data.cleaning.diagnoses import DiagnosisLists, diagnosis_lists, matc
 from common.data.cleaning.measures import CM_PER_INCH, KG_PER_POUND, Measures, clean_measures
 from common.data.cleaning.orders import Orders, drug_lists, one_row_per_pair
 from common.data.meds.codes import Codes
-from common.data.meds.events import find_shards, read_shard, read_titles, split_code
+from common.data.meds.events import CODES_FILE, find_shards, read_shard, read_titles, split_code
 from common.data.samples import Prepared, Progress
 from common.errors import UserError
 
@@ -29,6 +29,8 @@ UNITS = {"in": 1.0, "cm": 1 / CM_PER_INCH, "lb": 1.0, "kg": 1 / KG_PER_POUND, "k
 """Factor to the units of the cleaning rules."""
 NO_NAME = "UNK"
 """How MEDS extractions write a part that was NULL."""
+_LINES = 10
+"""Lines of progress at most."""
 _FIX = "check the codes (data.meds-codes) and the extraction"
 
 
@@ -63,12 +65,12 @@ def prepare_events(
         UserError: Shards that cannot be used as they are, or without an event of a needed kind.
     """
     files = find_shards(folder)
+    shards = {label: path for label, path in files.items() if label != CODES_FILE}
     titles = read_titles(folder, codes)
     parts, seen = _Parts(), pl.Series("subject_id", [], pl.Int64)
-    for label, path in files.items():
-        if not label.startswith("data/"):
-            continue
-        progress(f"reading {label}")
+    for place, (label, path) in enumerate(shards.items()):
+        if place % -(-len(shards) // _LINES) == 0:
+            progress(f"reading events: shard {place + 1} of {len(shards)}")
         events, total = read_shard(label, path, codes)
         subjects = events["subject_id"].unique()
         if subjects.is_in(seen.implode()).any():
@@ -186,9 +188,7 @@ def _join(
                 fix="set data.meds-codes to a file with the codes of this data set",
             )
     used = sum(number for kind, number in rows.items() if kind != "events")
-    book.read("events", rows["events"])
-    book.drop("events", {"other_code": rows["events"] - used})
-    book.keep("events", used)
+    book.add("events", rows["events"], {"other_code": rows["events"] - used}, used)
     stays = _known_stays(parts, codes, book)
     known = stays["hadm_id"]
     diagnoses = _diagnoses(parts, titles, known, book, codes)
@@ -198,10 +198,8 @@ def _join(
     )
     book.drug_type = dict(orders.drug_type)
     drugs = drug_lists(orders, known, drop_flushes=drop_flushes)
-    book.read("drugs", rows["drug"])
-    book.drop("drugs", drugs.dropped)
     refuse_orphans("drugs", drugs.dropped["unknown_admission"], rows["drug"], "an admission")
-    book.keep("drugs", items(drugs.lists["drugs"]))
+    book.add("drugs", rows["drug"], drugs.dropped, items(drugs.lists["drugs"]))
     for kind, found in parts.attributes.items():
         stays = stays.join(_first(pl.concat(found), kind, known, book), on="hadm_id", how="left")
     if not stays[SITE].drop_nulls().len():
@@ -259,10 +257,8 @@ def _diagnoses(
         _part(codes.diagnosis, 1).alias("icd_code"),
     )
     lists = diagnosis_lists(coded, match_titles(coded, titles), known)
-    book.read("diagnoses", lists.rows)
-    book.drop("diagnoses", lists.dropped)
     refuse_orphans("diagnoses", lists.dropped["unknown_admission"], lists.rows, "an admission")
-    book.keep("diagnoses", items(lists.lists["diagnoses"]))
+    book.add("diagnoses", lists.rows, lists.dropped, items(lists.lists["diagnoses"]))
     return lists
 
 
@@ -281,9 +277,12 @@ def _measures(parts: _Parts, codes: Codes, book: Book) -> Measures:
     )
     patients = pl.concat(parts.births)["subject_id"].unique()
     measures = clean_measures(found, patients)
-    book.read("measures", events.height)
-    book.drop("measures", {"no_time": events.height - timed.height, **measures.dropped})
-    book.keep("measures", measures.rows.height)
+    book.add(
+        "measures",
+        events.height,
+        {"no_time": events.height - timed.height, **measures.dropped},
+        measures.rows.height,
+    )
     return measures
 
 
@@ -291,9 +290,7 @@ def _one_each(events: pl.DataFrame, table: str, book: Book) -> pl.DataFrame:
     first = events.sort("subject_id", "time", "code", nulls_last=True).unique(
         "subject_id", keep="first", maintain_order=True
     )
-    book.read(table, events.height)
-    book.drop(table, {"duplicate": events.height - first.height})
-    book.keep(table, first.height)
+    book.add(table, events.height, {"duplicate": events.height - first.height}, first.height)
     return first
 
 
@@ -302,14 +299,12 @@ def _first(found: pl.DataFrame, kind: str, known: pl.Series, book: Book) -> pl.D
     told = found.drop_nulls(kind)
     placed = told.join(known.to_frame(), on="hadm_id", how="semi")
     first = placed.unique("hadm_id", keep="first", maintain_order=True)
-    book.read(kind, found.height)
     unused = {
         "not_in_use": found.height - told.height,
         "unknown_admission": told.height - placed.height,
         "later": placed.height - first.height,
     }
-    book.drop(kind, unused)
-    book.keep(kind, first.height)
+    book.add(kind, found.height, unused, first.height)
     return first
 
 

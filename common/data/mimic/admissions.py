@@ -80,7 +80,6 @@ def _patients(table: Table, book: Book) -> pl.DataFrame:
         numbers=("subject_id", "anchor_age", "anchor_year"),
         attributes=("gender", "anchor_year_group"),
     )
-    book.read("patients", frame.height)
     doubled = frame.height - frame["subject_id"].n_unique()
     if doubled:
         raise UserError(
@@ -88,7 +87,7 @@ def _patients(table: Table, book: Book) -> pl.DataFrame:
             allowed="one row for each patient",
             fix="remove the duplicate patients, or fetch the file again",
         )
-    book.keep("patients", frame.height)
+    book.add("patients", frame.height, {}, frame.height)
     return frame
 
 
@@ -131,9 +130,7 @@ def _measures(table: Table, patients: pl.DataFrame, book: Book) -> Measures:
         pl.col("result_value").str.strip_chars().cast(pl.Float64, strict=False).alias("value"),
     )
     measures = clean_measures(found, patients["subject_id"])
-    book.read("omr", measures.read)
-    book.drop("omr", measures.dropped)
-    book.keep("omr", measures.rows.height)
+    book.add("omr", measures.read, measures.dropped, measures.rows.height)
     return measures
 
 
@@ -152,8 +149,6 @@ def _drugs(
     )
     lists = drug_lists(orders, known, drop_flushes=drop_flushes)
     book.drug_type = dict(orders.drug_type)
-    book.read("prescriptions", orders.rows)
-    book.drop("prescriptions", lists.dropped)
     main = orders.drug_type.get("MAIN", 0)
     if not main:
         raise UserError(
@@ -162,7 +157,7 @@ def _drugs(
             fix="use the table as PhysioNet ships it",
         )
     refuse_orphans(table.label, lists.dropped["unknown_admission"], main, "an admission")
-    book.keep("prescriptions", items(lists.lists["drugs"]))
+    book.add("prescriptions", orders.rows, lists.dropped, items(lists.lists["drugs"]))
     return lists
 
 
@@ -174,7 +169,6 @@ def _attribute(
         return pl.DataFrame(schema={"hadm_id": pl.Int64, value: pl.String})
     table = tables[name]
     rows = read(table, attributes=(value,))
-    book.read(name, rows.height)
     told = rows.drop_nulls(value)
     if "eventtype" in rows.columns:
         told = told.filter(pl.col("eventtype") == _CAREUNIT_EVENT)
@@ -189,6 +183,5 @@ def _attribute(
         "unknown_admission": told.height - placed.height,
         "later": placed.height - first.height,
     }
-    book.drop(name, unused)
-    book.keep(name, first.height)
+    book.add(name, rows.height, unused, first.height)
     return first.select("hadm_id", value)

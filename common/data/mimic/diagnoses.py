@@ -30,9 +30,6 @@ def read_diagnoses(table: Table, dictionary: Table, known: pl.Series, book: Book
     codes = match_titles(coded, titles)
     _refuse_lost_zeros(codes, titles, table)
     lists = diagnosis_lists(coded, codes, known)
-    book.read("diagnoses_icd", lists.rows)
-    book.read("d_icd_diagnoses", titles.height + sum(untitled.values()))
-    book.drop("diagnoses_icd", lists.dropped)
     refuse_orphans(table.label, lists.dropped["unknown_admission"], lists.rows, "an admission")
     if lists.unmatched > _MOST_UNMATCHED * lists.rows:
         raise UserError(
@@ -40,9 +37,9 @@ def read_diagnoses(table: Table, dictionary: Table, known: pl.Series, book: Book
             f"{dictionary.label}",
             fix="use both tables from the same version",
         )
-    book.keep("diagnoses_icd", items(lists.lists["diagnoses"]))
-    book.drop("d_icd_diagnoses", untitled)
-    book.keep("d_icd_diagnoses", titles.height)
+    book.add("diagnoses_icd", lists.rows, lists.dropped, items(lists.lists["diagnoses"]))
+    entries = titles.height + sum(untitled.values())
+    book.add("d_icd_diagnoses", entries, untitled, titles.height)
     return lists
 
 

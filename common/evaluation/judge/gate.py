@@ -17,7 +17,7 @@ from common.data.handling import handling_of, strictest
 from common.errors import UserError
 
 _CONNECT_SECONDS = 1.0
-_SHORTEST_AGREEMENT = 12
+SHORTEST_AGREEMENT = 12
 Resolver = Callable[[str, int], list[str]]
 
 
@@ -65,6 +65,7 @@ def check_endpoint(
     source: str,
     statement: Statement | None = None,
     resolver: Resolver = resolve,
+    key: str = "judge.base-url",
 ) -> Endpoint:
     """Decide whether data of ``source`` may go to ``base_url``.
 
@@ -73,11 +74,12 @@ def check_endpoint(
         source: ``synthetic``, ``demo`` or anything else, which counts as credentialed.
         statement: From the command line.
         resolver: Looks ``localhost`` up.
+        key: Whose address it is.
 
     Raises:
         UserError: If the address is malformed, or the data may not go there.
     """
-    scheme, host, port, path = _parts(base_url)
+    scheme, host, port, path = _parts(base_url, key)
     _check_statement(statement, host)
     address = _literal(host)
     is_open = handling_of(source).is_open
@@ -86,7 +88,7 @@ def check_endpoint(
         _demand(statement, host, scheme)
     target = f"[{address}]" if address and ":" in address else address or host
     if host == "localhost":
-        addresses = _localhost(resolver, port)
+        addresses = _localhost(resolver, port, key)
         # Over https the certificate is for the name, and guards it by itself.
         if scheme == "http":
             pinned = _answering(addresses, port)
@@ -100,12 +102,12 @@ def check_endpoint(
     )
 
 
-def _parts(base_url: str) -> tuple[str, str, int, str]:
+def _parts(base_url: str, key: str) -> tuple[str, str, int, str]:
     """Take the address apart, refusing everything that two parsers could read differently."""
     complaint = UserError(
-        "judge.base-url is not a plain http(s) address",
+        f"{key} is not a plain http(s) address",
         allowed="http://HOST:PORT/PATH without user, query or fragment",
-        fix="for instance judge.base-url=http://127.0.0.1:8000/v1",
+        fix=f"for instance {key}=http://127.0.0.1:8000/v1",
     )
     odd = any(not "!" <= character <= "~" or character in '\\"<>^`{|}%' for character in base_url)
     try:
@@ -141,14 +143,14 @@ def _is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address).is_loopback
 
 
-def _localhost(resolver: Resolver, port: int) -> list[str]:
+def _localhost(resolver: Resolver, port: int, key: str) -> list[str]:
     try:
         addresses = resolver("localhost", port)
     except OSError:
         addresses = []
     if not addresses or not all(_is_loopback(address) for address in addresses):
         raise UserError(
-            "judge.base-url: localhost does not resolve to loopback on this machine",
+            f"{key}: localhost does not resolve to loopback on this machine",
             fix="use 127.0.0.1 in its place",
         )
     return addresses
@@ -174,10 +176,10 @@ def _check_statement(statement: Statement | None, host: str) -> None:
             allowed="the host of judge.base-url",
             fix="name the host that the agreement covers, in both places",
         )
-    if len(statement.agreement.strip()) < _SHORTEST_AGREEMENT:
+    if len(statement.agreement.strip()) < SHORTEST_AGREEMENT:
         raise UserError(
             "--agreement is too short to name an agreement",
-            allowed=f"at least {_SHORTEST_AGREEMENT} characters",
+            allowed=f"at least {SHORTEST_AGREEMENT} characters",
             fix="name the contract or data-use agreement and its date",
         )
 

@@ -1,9 +1,8 @@
 """FA-LoRA: low-rank adapters whose A is drawn once and frozen, and whose B is trained.
 
 ``y = x W^T + s (x A^T) B^T`` with ``s = alpha / rank`` (FFA-LoRA, Sun et al., ICLR 2024,
-arXiv 2403.12313). Only B is trained, kept and sent. One autograd function does the whole
-projection: it keeps ``x A^T`` (rank wide) instead of ``x``, and the gradient of B - or every
-packed segment's gradient of B, for differential privacy - comes from the same backward pass.
+arXiv 2403.12313). Only B is trained, kept and sent. What is computed is in
+``common.model.adapter.projections``; here is the trainable state.
 
 Shapes: T packed tokens, D input width, O output width, R rank, P trainable parameters,
 S packed segments, U units (rows of a unit-gradient buffer).
@@ -12,259 +11,118 @@ S packed segments, U units (rows of a unit-gradient buffer).
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from common.errors import UserError
+from common.model.adapter.projections import AdaptedLinear, UnitCapture
+from common.model.adapter.scheme import A, B, part_of
 from common.model.adapter.spec import AdapterSpec, HashedA, draw_a
-from common.model.kernels.elementwise import Kernels
-from common.model.kernels.frozen import (
-    Fp8Weight,
-    FrozenWeight,
-    frozen_weight,
-    input_gradient,
-    products,
-)
+from common.model.kernels.frozen import HEAD, QuantisedLinear
 
-__all__ = ["AdaptedLinear", "Adapter", "AdapterSpec", "attach", "draw_a"]
-HEAD = {"lm_head"}
-"""Never adapted: the loss reads the head's weights, not its module."""
-
-# Projections that read the same input: one product with all their A's serves the whole group.
-_SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-
-
-@dataclass(kw_only=True)
-class _UnitCapture:
-    """Where the running backward pass puts each segment's gradient."""
-
-    bounds: tuple[int, ...]
-    rows: tuple[int, ...]
-    out_UP: Tensor
-
-
-class _Group:
-    """Adapted projections that read the same input, computed together.
-
-    The first projection that is called computes all of them; the others find their output ready.
-    """
-
-    def __init__(self, adapter: "Adapter", modules: Sequence["AdaptedLinear"]) -> None:
-        self.adapter = adapter
-        self.modules = tuple(modules)
-        self._input: Tensor | None = None
-        self._ready: dict[int, Tensor] = {}
-        if adapter.spec.mode == "fa-lora":
-            # One buffer, so that x A^T is one product; the modules' A are views of it.
-            self.a_GD = torch.cat([module.lora_A.detach() for module in modules])
-            for module, a_RD in zip(modules, self.a_GD.chunk(len(modules)), strict=True):
-                module.lora_A = a_RD
-
-    def output(self, module: "AdaptedLinear", x: Tensor) -> Tensor:
-        """Return one member's output for ``x``, [..., O]."""
-        if self._input is not x or id(module) not in self._ready:
-            outputs = self._compute(x)
-            self._ready = {id(member): y for member, y in zip(self.modules, outputs, strict=True)}
-            self._input = x
-        y = self._ready.pop(id(module))
-        if not self._ready:
-            self._input = None
-        return y
-
-    def _compute(self, x: Tensor, beside: Sequence[nn.Module] = ()) -> tuple[Tensor, ...]:
-        if self.adapter.spec.mode == "fa-lora":
-            a_GD = self.a_GD
-        else:
-            a_GD = torch.cat([module.lora_A for module in self.modules])
-        flat: list[Any] = []
-        for module in self.modules:
-            flat += [module.weight, module.bias, module.lora_B]
-        return cast("tuple[Tensor, ...]", _adapted(x, self, tuple(beside), a_GD, *flat))
-
-    def together(self, x: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
-        """Return the outputs of projections of one input, this group's and frozen ones."""
-        beside = [module for module in modules if module not in self.modules]
-        outputs = self._compute(x, beside)
-        order = [*self.modules, *beside]
-        return [outputs[order.index(module)] for module in modules]
-
-
-class _AdaptedFunction(torch.autograd.Function):
-    """The adapted projections of one group as one node of the graph."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        group: _Group,
-        beside: tuple[Any, ...],
-        a_GD: Tensor,
-        *tensors: Any,
-    ) -> Any:
-        triples = [tensors[i : i + 3] for i in range(0, len(tensors), 3)]
-        scale = group.adapter.spec.scale
-        x_TD = x.reshape(-1, x.shape[-1])
-        z_TG = x_TD @ a_GD.to(x.dtype).T
-        weights, biases, bs = zip(*triples, strict=True)
-        weights = *weights, *map(frozen_weight, beside)
-        y_TOs = products(x_TD, weights, (*biases, *(module.bias for module in beside)))
-        outputs = []
-        for y_TO, b_OR, z_TR in zip(y_TOs, bs, z_TG.chunk(len(bs), 1), strict=False):
-            y_TO.addmm_(z_TR, b_OR.to(x.dtype).T, alpha=scale)
-            outputs.append(y_TO.view(*x.shape[:-1], -1))
-        outputs += [y_TO.view(*x.shape[:-1], -1) for y_TO in y_TOs[len(bs) :]]
-        ctx.group, ctx.shape = group, x.shape
-        ctx.keeps_x = ctx.needs_input_grad[3]
-        # The weights are the modules' own, and frozen: nothing can change them in between.
-        ctx.weights = weights
-        ctx.save_for_backward(z_TG, a_GD, *([x_TD] if ctx.keeps_x else []), *bs)
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        z_TG, a_GD, *bs = ctx.saved_tensors
-        x_TD = bs.pop(0) if ctx.keeps_x else None
-        group: _Group = ctx.group
-        spec = group.adapter.spec
-        g_TOs = [g.reshape(-1, g.shape[-1]) for g in grads]
-        d_x = d_a = None
-        if ctx.needs_input_grad[0] or ctx.keeps_x:
-            low_TG = torch.cat(
-                [g_TO @ b_OR.to(g_TO.dtype) for g_TO, b_OR in zip(g_TOs, bs, strict=False)], 1
-            )
-            if ctx.needs_input_grad[0]:
-                d_x = input_gradient(list(zip(g_TOs, ctx.weights, strict=True)))
-                d_x.addmm_(low_TG, a_GD.to(d_x.dtype), alpha=spec.scale)
-                d_x = d_x.view(ctx.shape)
-        capture = group.adapter.capture
-        d_bs: list[Tensor | None] = []
-        for module, g_TO, z_TR in zip(group.modules, g_TOs, z_TG.chunk(len(bs), 1), strict=False):
-            if capture is None:
-                d_bs.append((g_TO.T @ z_TR).float().mul_(spec.scale))
-            else:
-                group.adapter.add_unit_products(module.key + ".lora_B", capture, g_TO, z_TR)
-                d_bs.append(None)
-        if x_TD is not None and capture is None:
-            d_a = (low_TG.T @ x_TD).float().mul_(spec.scale)
-        elif x_TD is not None and capture is not None:
-            for module, low_TR in zip(group.modules, low_TG.chunk(len(bs), 1), strict=True):
-                group.adapter.add_unit_products(module.key + ".lora_A", capture, low_TR, x_TD)
-        return d_x, None, None, d_a, *(t for d_b in d_bs for t in (None, None, d_b))
-
-
-# torch's stubs leave Function.apply untyped.
-_adapted: Any = _AdaptedFunction.apply
-
-
-class AdaptedLinear(nn.Module):
-    """A frozen linear layer with its low-rank update; takes the place of the ``nn.Linear``."""
-
-    group: _Group
-    lora_A: Tensor
-    lora_B: Tensor
-
-    def __init__(self, base: nn.Linear, key: str) -> None:
-        super().__init__()
-        self.weight: FrozenWeight = base.weight
-        self.bias = base.bias
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.dtype = base.weight.dtype
-        self.key = key
-        self.merged_OD: Tensor | None = None
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return ``x W^T + s (x A^T) B^T``, [..., O]; the name is the ``nn.Linear``'s."""
-        if self.merged_OD is not None:
-            return functional.linear(input, self.merged_OD, self.bias)
-        return self.group.output(self, input)
-
-    def quantise(self, kernels: Kernels) -> None:
-        """Put the frozen weight into fp8."""
-        assert isinstance(self.weight, Tensor)
-        quantised = Fp8Weight.of(self.weight, kernels)
-        del self.weight
-        self.weight = quantised
+__all__ = ["Adapter", "AdapterSpec", "attach", "draw_a"]
+_FROZEN = (nn.Linear, QuantisedLinear)
 
 
 class Adapter:
-    """The trainable state of one model: a flat fp32 buffer that the modules' B are views of.
+    """The trainable state of one model: a flat fp32 buffer that the modules' matrices view.
 
     Attributes:
         spec: What was attached.
-        flat: [P] fp32; trainable values in the order of ``keys`` (B; with A in mode ``lora``).
-        flat_grad: [P] fp32; the parameters' ``grad`` are views of it.
-        keys: Sorted wire keys.
+        keys: Sorted wire keys of all that the scheme holds.
         shapes: Shape of each key.
+        flat: [P] fp32; the values that the current round trains, in the order of their keys.
+        flat_grad: [P] fp32; the trained parameters' ``grad`` are views of it.
+        slices: Where each trained key is in ``flat``.
+        block: The scheme's name for what is trained, see ``Scheme.block``.
         capture: Set while unit gradients are collected, see ``unit_gradients``.
     """
 
     def __init__(self, model: nn.Module, spec: AdapterSpec) -> None:
         self.spec = spec
-        self.capture: _UnitCapture | None = None
+        self.capture: UnitCapture | None = None
+        # The embedding: a projection may be quantised.
+        self._like = next(model.parameters())
         self.modules = _replace_targets(model, spec)
         shapes: dict[str, tuple[int, int]] = {}
         for module in self.modules:
-            shapes[module.key + ".lora_B"] = (module.out_features, spec.rank)
-            if spec.mode == "lora":
-                shapes[module.key + ".lora_A"] = (spec.rank, module.in_features)
+            sizes = {A: (spec.rank, module.in_features), B: (module.out_features, spec.rank)}
+            shapes |= {f"{module.key}.{part}": sizes[part] for part in spec.scheme.held}
         self.keys = tuple(sorted(shapes))
         self.shapes = {key: shapes[key] for key in self.keys}
-        device = self.modules[0].weight.device
         size = sum(math.prod(shape) for shape in shapes.values())
-        self.flat = torch.zeros(size, dtype=torch.float32, device=device)
-        self.flat_grad = torch.zeros_like(self.flat)
-        self.slices: dict[str, slice] = {}
+        self._values = torch.zeros(size, dtype=torch.float32, device=self._like.device)
+        self._gradients = torch.zeros_like(self._values)
+        self._places: dict[str, slice] = {}
         start = 0
-        for key in self.keys:
+        # What the first round trains comes first, so that every round's values lie together.
+        first = spec.scheme.trained(1)
+        for key in sorted(self.keys, key=lambda key: (part_of(key) not in first, key)):
             stop = start + math.prod(shapes[key])
-            self.slices[key] = slice(start, stop)
+            self._places[key] = slice(start, stop)
             start = stop
         self._initial_a = HashedA(spec)
+        self._parameters: dict[str, nn.Parameter] = {}
         for module in self.modules:
             self._bind(module)
+            module.adapter = self
         self.a_fingerprint = self._initial_a.digest()
-        for group in _grouped(self.modules):
-            shared = _Group(self, group)
-            for module in group:
-                module.group = shared
+        self.start_round(1)
+
+    def start_round(self, server_round: int) -> None:
+        """Train, from now on, what the scheme trains in this round."""
+        scheme = self.spec.scheme
+        trained = [key for key in self._places if part_of(key) in scheme.trained(server_round)]
+        start, stop = self._places[trained[0]].start, self._places[trained[-1]].stop
+        assert stop - start == sum(math.prod(self.shapes[key]) for key in trained)
+        self.flat, self.flat_grad = self._values[start:stop], self._gradients[start:stop]
+        self.block = scheme.block(server_round)
+        self.slices = {}
+        for key in trained:
+            place = self._places[key]
+            self.slices[key] = slice(place.start - start, place.stop - start)
+        for key, parameter in self._parameters.items():
+            parameter.requires_grad_(key in self.slices)
 
     def _bind(self, module: AdaptedLinear) -> None:
-        module.lora_B = self._parameter(module.key + ".lora_B")
-        device, dtype = module.weight.device, module.dtype
         # Drawn on the meta device too: a server without weights knows A's fingerprint by it.
         drawn = draw_a(self.spec, module.key, module.in_features)
         self._initial_a.add(module.key, drawn)
-        a_RD = torch.from_numpy(drawn).to(device)
-        if self.spec.mode == "lora":
-            module.lora_A = self._parameter(module.key + ".lora_A")
+        a_RD = torch.from_numpy(drawn).to(self._like.device)
+        for part in self.spec.scheme.held:
+            setattr(module, part, self._parameter(f"{module.key}.{part}"))
+        if A in self.spec.scheme.held:
             module.lora_A.data.copy_(a_RD)
         else:
-            module.register_buffer("lora_A", a_RD.to(dtype), persistent=False)
+            module.register_buffer(A, a_RD.to(self._like.dtype), persistent=False)
 
     def _parameter(self, key: str) -> nn.Parameter:
-        where, shape = self.slices[key], self.shapes[key]
-        parameter = nn.Parameter(self.flat[where].view(shape))
-        parameter.grad = self.flat_grad[where].view(shape)
+        where, shape = self._places[key], self.shapes[key]
+        parameter = nn.Parameter(self._values[where].view(shape))
+        parameter.grad = self._gradients[where].view(shape)
+        self._parameters[key] = parameter
         return parameter
 
     @property
     def trainable_parameters(self) -> int:
-        """Number of trained values P."""
+        """Number of values P that the current round trains."""
         return self.flat.numel()
 
+    @property
+    def held_parameters(self) -> int:
+        """Number of values that some round trains."""
+        return self._values.numel()
+
     def state(self) -> dict[str, NDArray[np.float32]]:
-        """Return fp32 copies of the trainable matrices by wire key."""
-        host = self.flat.detach().cpu().numpy().copy()
-        return {key: host[self.slices[key]].reshape(self.shapes[key]).copy() for key in self.keys}
+        """Return fp32 copies of all held matrices by wire key."""
+        host = self._values.detach().cpu().numpy()
+        return {key: host[self._places[key]].reshape(self.shapes[key]).copy() for key in self.keys}
 
     def load(self, state: Mapping[str, NDArray[np.float32]]) -> None:
-        """Set the trainable matrices.
+        """Set all held matrices.
 
         Raises:
             ValueError: If a key is missing or unknown, or a shape or dtype differs; nothing is
@@ -280,17 +138,13 @@ class Adapter:
                 raise ValueError(
                     f"{key} is {state[key].dtype} {tuple(state[key].shape)}, not float32 {shape}"
                 )
-        host = np.concatenate([np.ravel(state[key]) for key in self.keys])
-        self.flat.copy_(torch.from_numpy(host))
+        host = np.concatenate([np.ravel(state[key]) for key in self._places])
+        self._values.copy_(torch.from_numpy(host))
 
-    def a_state(self) -> dict[str, NDArray[np.float32]]:
-        """Return A by wire key in fp32, as drawn (mode ``lora``: as trained so far)."""
+    def drawn_a(self) -> dict[str, NDArray[np.float32]]:
+        """Return A by wire key in fp32 as it is drawn, before any training."""
         return {
-            module.key + ".lora_A": (
-                module.lora_A.detach().cpu().numpy().copy()
-                if self.spec.mode == "lora"
-                else draw_a(self.spec, module.key, module.in_features)
-            )
+            f"{module.key}.{A}": draw_a(self.spec, module.key, module.in_features)
             for module in self.modules
         }
 
@@ -317,14 +171,14 @@ class Adapter:
         fits = out_UP.dtype == torch.float32 and out_UP.shape[1:] == self.flat.shape
         if not fits or len(rows) + 1 != len(cu_seqlens):
             raise ValueError("unit gradients need [U, P] fp32 and one row per segment")
-        self.capture = _UnitCapture(bounds=tuple(cu_seqlens), rows=tuple(rows), out_UP=out_UP)
+        self.capture = UnitCapture(bounds=tuple(cu_seqlens), rows=tuple(rows), out_UP=out_UP)
         try:
             yield
         finally:
             self.capture = None
 
     def add_unit_products(
-        self, key: str, capture: _UnitCapture, left_TM: Tensor, right_TN: Tensor
+        self, key: str, capture: UnitCapture, left_TM: Tensor, right_TN: Tensor
     ) -> None:
         """Add every segment's ``s * left^T right`` to its unit's row (backward pass only)."""
         shape, where = self.shapes[key], self.slices[key]
@@ -341,7 +195,7 @@ class Adapter:
         with torch.no_grad():
             for module in self.modules:
                 update = self.spec.scale * (module.lora_B.float() @ module.lora_A.float())
-                module.merged_OD = (module.weight.float() + update).to(module.dtype)
+                module.merged_OD = (module.weight.float() + update).to(self._like.dtype)
         try:
             yield
         finally:
@@ -371,11 +225,11 @@ def _replace_targets(model: nn.Module, spec: AdapterSpec) -> tuple[AdaptedLinear
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in {*spec.targets} - HEAD
+        if isinstance(module, _FROZEN) and name.rsplit(".", 1)[-1] in {*spec.targets} - HEAD
     ]
     missing = set(spec.targets) - {name.rsplit(".", 1)[-1] for name, _ in found}
     if missing:
-        linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if type(m) is nn.Linear}
+        linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if type(m) in _FROZEN}
         raise UserError(
             f"adapter.targets: no layer has {', '.join(sorted(missing))}",
             allowed=", ".join(sorted(linear - HEAD)),
@@ -388,12 +242,3 @@ def _replace_targets(model: nn.Module, spec: AdapterSpec) -> tuple[AdaptedLinear
         setattr(model.get_submodule(parent), child, replacement)
         adapted.append(replacement)
     return tuple(adapted)
-
-
-def _grouped(modules: Sequence[AdaptedLinear]) -> list[list[AdaptedLinear]]:
-    groups: dict[tuple[str, ...], list[AdaptedLinear]] = {}
-    for module in modules:
-        parent, _, child = module.key.rpartition(".")
-        shared = next((names for names in _SHARED_INPUTS if child in names), (child,))
-        groups.setdefault((parent, *shared), []).append(module)
-    return list(groups.values())

@@ -9,18 +9,18 @@ from numpy.typing import NDArray
 
 from common.config import AdapterConfig
 from common.model.adapter.falora import Adapter, AdapterSpec, attach, draw_a
+from common.model.adapter.scheme import A, part_of
 from common.model.backbone.llama_config import read_llama_config
 from common.model.backbone.load import BackboneSpec
 from common.model.backbone.tiny import tiny_config
 
-A_SUFFIX = ".lora_A"
-
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterLayout:
-    """Wire keys with shapes, and the fingerprint of A."""
+    """Wire keys with shapes, and the fingerprint of A as it is drawn."""
 
     shapes: dict[str, tuple[int, ...]]
+    """Of all that the server holds; what a round sends of it says the spec's scheme."""
     a_fingerprint: str
     trainable_parameters: int
 
@@ -42,15 +42,15 @@ def adapter_spec(config: AdapterConfig) -> AdapterSpec:
 def initial_tensors(
     shapes: Mapping[str, tuple[int, ...]], spec: AdapterSpec
 ) -> dict[str, NDArray[np.float32]]:
-    """Return what training starts from: B zero, and A as drawn where A is trained too.
+    """Return what training starts from: B zero, and A as drawn where it is held.
 
     Args:
-        shapes: Of the trained tensors, by wire key.
+        shapes: Of the held tensors, by wire key.
         spec: Draws A.
     """
     return {
-        key: draw_a(spec, key.removesuffix(A_SUFFIX), shape[1])
-        if key.endswith(A_SUFFIX)
+        key: draw_a(spec, key.rpartition(".")[0], shape[1])
+        if part_of(key) == A
         else np.zeros(shape, dtype=np.float32)
         for key, shape in shapes.items()
     }
@@ -65,7 +65,7 @@ def adapter_layout(backbone: BackboneSpec, spec: AdapterSpec) -> AdapterLayout:
     return AdapterLayout(
         shapes=dict(adapter.shapes),
         a_fingerprint=adapter.a_fingerprint,
-        trainable_parameters=adapter.trainable_parameters,
+        trainable_parameters=adapter.held_parameters,
     )
 
 

@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import UserError
+from common.model.adapter.rolora import RoLoRA
+from common.model.adapter.scheme import A, B, Scheme
 from common.seeds import stream
 
 INITIALISERS = ("kaiming-uniform", "orthonormal")
-MODES = ("fa-lora", "lora")
+SCHEMES = {"fa-lora": Scheme((B,)), "lora": Scheme((A, B)), "rolora": RoLoRA((A, B))}
 _ORTHONORMAL_GRID = 2.0**-20
 
 
@@ -31,20 +33,26 @@ class AdapterSpec:
     """Seed of A, which is drawn per module name."""
     initialiser: str = "kaiming-uniform"
     mode: str = "fa-lora"
-    """``fa-lora`` trains B alone, ``lora`` trains A and B."""
+    """Names the scheme: ``fa-lora`` trains B alone, ``lora`` trains A and B, ``rolora``
+    one of them after the other."""
 
     def __post_init__(self) -> None:
         """Check the values that configuration files set."""
         if self.rank < 1:
             raise UserError(f"adapter.rank={self.rank}", allowed="1 or more")
-        if self.mode not in MODES:
-            raise UserError(f"adapter.mode={self.mode!r}", allowed=", ".join(MODES))
+        if self.mode not in SCHEMES:
+            raise UserError(f"adapter.mode={self.mode!r}", allowed=", ".join(SCHEMES))
         if self.initialiser not in INITIALISERS:
             raise UserError(
                 f"adapter.initialiser={self.initialiser!r}", allowed=", ".join(INITIALISERS)
             )
         if not self.targets:
             raise UserError("adapter.targets is empty", fix="name at least one projection")
+
+    @property
+    def scheme(self) -> Scheme:
+        """What each round trains and sends."""
+        return SCHEMES[self.mode]
 
     @property
     def scale(self) -> float:

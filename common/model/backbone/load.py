@@ -27,8 +27,6 @@ from common.user_cache import fedrx_cache
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-_loads = 0
-
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneShape:
@@ -76,19 +74,14 @@ class BackboneSpec:
     """Kind of its rotary position embedding, as transformers names it."""
 
     def fingerprint_as(self, weights: str) -> str:
-        """Return what hospitals must agree on: fp8 weights are another function.
+        """Return what hospitals must agree on: quantised weights are another function.
 
         Args:
             weights: Format of the frozen weights, see ``common.model.kernels.frozen``.
         """
-        if weights != "fp8":
+        if weights in ("bf16", "fp32"):
             return self.fingerprint
         return hashlib.sha256(f"{self.fingerprint} {weights}".encode()).hexdigest()
-
-
-def loads() -> int:
-    """Return how many times weights were loaded in this process."""
-    return _loads
 
 
 def resolve_backbone(
@@ -145,9 +138,7 @@ def resolve_backbone(
 def load_model(
     spec: BackboneSpec, *, device: torch.device, dtype: torch.dtype
 ) -> "LlamaForCausalLM":
-    """Load the weights (counted by ``loads``), frozen and in evaluation mode."""
-    global _loads
-    _loads += 1
+    """Load the weights, frozen and in evaluation mode."""
     if spec.folder is None:
         return tiny.tiny_model().to(device=device, dtype=dtype).requires_grad_(False)
     from transformers import LlamaForCausalLM

@@ -1,4 +1,4 @@
-"""Elementwise work of a step behind one seam: plain torch, torch.compile, or Triton kernels.
+"""Elementwise work of a step behind one seam: plain torch, or Triton kernels.
 
 A ``Kernels`` holds the arithmetic and no autograd: what is saved for the backward pass is decided
 once, by the functions that call it (`common.model.kernels.fused_layer`, `common.training.loss`), so
@@ -11,8 +11,6 @@ F = E / 2, R rows, V vocabulary.
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +24,7 @@ FP8_LARGEST = 448.0
 """Of e4m3, which has no infinity."""
 FP8_SMALLEST_SCALE = 1e-30
 """So that a row of zeros stays one."""
-CANDIDATES = ("triton", "compiled", "torch")
+CANDIDATES = ("triton", "torch")
 
 # Rows that are worked on at a time on a CPU, so that fp32 intermediates stay in its cache.
 _CPU_ROWS = 256
@@ -103,16 +101,7 @@ def kernels_named(name: str) -> Kernels:
         from common.model.kernels.elementwise_triton import TRITON
 
         return TRITON
-    return _compiled() if name == "compiled" else TORCH
-
-
-@cache
-def _compiled() -> Kernels:
-    """Compile the pure functions; each compiles when first called, once for each dtype."""
-    # Packed batches have ever new lengths: after the second one a function takes any.
-    compile_one: Any = torch.compile
-    compiled = {name: compile_one(function, fullgraph=True) for name, function in _PURE.items()}
-    return Kernels(**compiled)
+    return TORCH
 
 
 def _row_blocks(x: Tensor) -> range:
@@ -225,68 +214,3 @@ TORCH = Kernels(
     transpose=_transpose,
 )
 """Plain torch operations; on a CPU in blocks that stay in its cache."""
-
-
-def _pure_norm(x_TD: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    wide_TD = x_TD.float()
-    rstd_T1 = (wide_TD.square().mean(1, keepdim=True) + epsilon).rsqrt()
-    return (wide_TD * rstd_T1).to(x_TD.dtype) * weight_D, rstd_T1
-
-
-def _pure_norm_backward(
-    d_out_TD: Tensor, d_x_TD: Tensor, x_TD: Tensor, rstd_T1: Tensor, weight_D: Tensor
-) -> Tensor:
-    normed_TD, d_normed_TD = x_TD.float() * rstd_T1, d_out_TD.float() * weight_D.float()
-    inner_T1 = (d_normed_TD * normed_TD).mean(1, keepdim=True)
-    return ((d_normed_TD - normed_TD * inner_T1) * rstd_T1 + d_x_TD.float()).to(x_TD.dtype)
-
-
-def _pure_swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
-    return (functional.silu(gate_TI.float()) * up_TI.float()).to(gate_TI.dtype)
-
-
-def _pure_swiglu_backward(
-    d_out_TI: Tensor, gate_TI: Tensor, up_TI: Tensor
-) -> tuple[Tensor, Tensor]:
-    gate, up, d_out = gate_TI.float(), up_TI.float(), d_out_TI.float()
-    share = torch.sigmoid(gate)
-    d_gate = d_out * up * share * (1.0 + gate * (1.0 - share))
-    return d_gate.to(gate_TI.dtype), (d_out * gate * share).to(up_TI.dtype)
-
-
-def _pure_rotate(
-    q_THE: Tensor, k_TGE: Tensor, cos_TE: Tensor, sin_TE: Tensor, back: bool
-) -> tuple[Tensor, Tensor]:
-    half = q_THE.shape[-1] // 2
-    cos_T1F, sin_T1F = cos_TE[:, None, :half].float(), sin_TE[:, None, :half].float()
-    if back:
-        sin_T1F = -sin_T1F
-    rotated = []
-    for x_THE in (q_THE, k_TGE):
-        first, second = x_THE[..., :half].float(), x_THE[..., half:].float()
-        halves = [first * cos_T1F - second * sin_T1F, second * cos_T1F + first * sin_T1F]
-        rotated.append(torch.cat(halves, -1).to(x_THE.dtype))
-    return rotated[0], rotated[1]
-
-
-def _pure_losses(logits_RV: Tensor, labels_R1: Tensor, weights_R1: Tensor | None) -> Tensor:
-    wide_RV = logits_RV.float()
-    lse_R1 = wide_RV.logsumexp(1, keepdim=True)
-    losses_R = (lse_R1 - wide_RV.gather(1, labels_R1)).squeeze(1)
-    if weights_R1 is not None:
-        columns_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
-        hit_RV = (columns_V[None] == labels_R1).float()
-        logits_RV.copy_(((wide_RV - lse_R1).exp() - hit_RV) * weights_R1)
-    return losses_R
-
-
-_PURE = {
-    "norm": _pure_norm,
-    "norm_backward": _pure_norm_backward,
-    "swiglu": _pure_swiglu,
-    "swiglu_backward": _pure_swiglu_backward,
-    "rotate": _pure_rotate,
-    "losses": _pure_losses,
-    "quantise": _quantise,
-    "transpose": _transpose,
-}

@@ -1,9 +1,11 @@
 """Frozen linear maps: their weight appears in the forward product and in the input's gradient.
 
-A frozen weight has no gradient of its own, so a format needs two products and nothing else. In
-fp8 (e4m3) every output row of the weight has one scale, and so has every token of an input or a
-gradient; both directions read the same quantised weight, so a gradient is that of the function
-that was computed. The rows of an input do not touch each other.
+A frozen weight has no gradient of its own, so a format needs two products and nothing else. Both
+directions read the same quantised weight, so a gradient is that of the function that was computed,
+and the rows of an input do not touch each other. In fp8 (e4m3) every output row of the weight has
+one scale, and so has every token of an input or a gradient. In nf4 (Dettmers et al., 2023,
+arXiv 2305.14314) blocks of 64 weights share a scale; a weight is dequantised for each product,
+which is then one in the backbone's own arithmetic.
 
 Shapes: T packed tokens, D input width, O output width.
 """
@@ -19,10 +21,13 @@ from torch.nn import functional
 from common.choice import Choice
 from common.errors import UserError
 from common.model.kernels.elementwise import Kernels
+from common.model.kernels.nf4 import Nf4Weight, nf4_obstacle
+from common.provenance import pip_install
 from common.undocumented.torch_names import scaled_mm
 
-WEIGHTS = ("bf16", "fp8")
-_FP8 = torch.float8_e4m3fn
+WEIGHTS = ("bf16", "fp8", "nf4")
+HEAD = {"lm_head"}
+"""Neither quantised nor adapted: the loss reads the head's weights, not its module."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +45,6 @@ class Fp8Weight:
         """Quantise a weight, one scale for each output."""
         values_OD, scales_O1 = kernels.quantise(weight_OD.detach(), None)
         return cls(values_OD=values_OD, scales_O1=scales_O1, kernels=kernels)
-
-    @property
-    def device(self) -> torch.device:
-        """Where it lies."""
-        return self.values_OD.device
 
     def float(self) -> Tensor:
         """Return it in fp32, as it is used."""
@@ -81,7 +81,7 @@ def _scaled(
     return (product_TN * left_T1 * right_N1.view(1, -1)).to(dtype)
 
 
-FrozenWeight = Tensor | Fp8Weight
+FrozenWeight = Tensor | Fp8Weight | Nf4Weight
 
 
 def products(
@@ -91,8 +91,8 @@ def products(
     outputs = []
     quantised: tuple[Tensor, Tensor] | None = None
     for weight, bias_O in zip(weights, biases, strict=True):
-        if isinstance(weight, Tensor):
-            outputs.append(functional.linear(x_TD, weight, bias_O))
+        if not isinstance(weight, Fp8Weight):
+            outputs.append(functional.linear(x_TD, _dense(weight), bias_O))
             continue
         quantised = quantised or weight.kernels.quantise(x_TD, None)
         out_TO = weight.product(*quantised, x_TD.dtype)
@@ -102,32 +102,37 @@ def products(
 
 def input_gradient(pairs: Sequence[tuple[Tensor, FrozenWeight]]) -> Tensor:
     """Return the sum of ``g W`` over projections of one input, [T, D]."""
-    (first_TO, weight), *rest = pairs
-    total_TD = first_TO @ weight if isinstance(weight, Tensor) else weight.gradient(first_TO)
-    for g_TO, weight in rest:
-        if isinstance(weight, Tensor):
-            total_TD.addmm_(g_TO, weight)
+    total_TD: Tensor | None = None
+    for g_TO, weight in pairs:
+        if isinstance(weight, Fp8Weight):
+            found_TD = weight.gradient(g_TO)
+            total_TD = found_TD if total_TD is None else total_TD.add_(found_TD)
+        elif total_TD is None:
+            total_TD = g_TO @ _dense(weight)
         else:
-            total_TD.add_(weight.gradient(g_TO))
+            total_TD.addmm_(g_TO, _dense(weight))
+    assert total_TD is not None
     return total_TD
 
 
-class Fp8Linear(nn.Module):
-    """A frozen linear layer in fp8; takes the place of an ``nn.Linear``."""
+def _dense(weight: Tensor | Nf4Weight) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight.dense()
 
-    def __init__(self, base: nn.Linear, kernels: Kernels) -> None:
+
+class QuantisedLinear(nn.Module):
+    """A frozen linear layer in another format; takes the place of an ``nn.Linear``."""
+
+    def __init__(self, base: nn.Linear, weight: FrozenWeight) -> None:
         super().__init__()
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.bias = base.bias
-        self.quantised = Fp8Weight.of(base.weight, kernels)
+        self.bias, self.weight = base.bias, weight
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input W^T + bias``, [..., O]."""
         if input.ndim == 2:  # as it is, so that the residual can be added in its memory
             return shared_input(input, (self,))[0]
-        return shared_input(input.reshape(-1, input.shape[-1]), (self,))[0].view(
-            *input.shape[:-1], -1
-        )
+        flat_TD = input.reshape(-1, input.shape[-1])
+        return shared_input(flat_TD, (self,))[0].view(*input.shape[:-1], -1)
 
 
 def shared_input(x_TD: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:
@@ -138,16 +143,11 @@ def shared_input(x_TD: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ..
 
     Args:
         x_TD: The input.
-        modules: ``nn.Linear`` or ``Fp8Linear``, frozen.
+        modules: ``nn.Linear`` or ``QuantisedLinear``, frozen.
     """
-    weights, biases = [frozen_weight(one) for one in modules], [one.bias for one in modules]
-    return cast("tuple[Tensor, ...]", _shared_input(x_TD, weights, biases))
-
-
-def frozen_weight(module: Any) -> FrozenWeight:
-    """Return what an ``nn.Linear`` or ``Fp8Linear`` multiplies by."""
-    weight: FrozenWeight = module.quantised if isinstance(module, Fp8Linear) else module.weight
-    return weight
+    maps: Sequence[Any] = modules
+    outputs = _shared_input(x_TD, [one.weight for one in maps], [one.bias for one in maps])
+    return cast("tuple[Tensor, ...]", outputs)
 
 
 class _SharedInput(torch.autograd.Function):
@@ -182,10 +182,12 @@ def choose_weights(requested: str, device: torch.device, dtype: torch.dtype) -> 
     if requested == "bf16":
         name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
         return Choice(name, "as train.dtype computes")
-    obstacle = fp8_obstacle(device, dtype)
+    obstacle = nf4_obstacle() if requested == "nf4" else fp8_obstacle(device, dtype)
     if obstacle:
         raise UserError(
-            f"model.weights={requested} cannot run here: {obstacle}", fix="set model.weights=bf16"
+            f"model.weights={requested} cannot run here: {obstacle}",
+            fix="set model.weights=bf16"
+            + (f", or {pip_install('bitsandbytes')}" if requested == "nf4" else ""),
         )
     return Choice(requested, "asked for")
 
@@ -201,20 +203,23 @@ def fp8_obstacle(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-def quantise(model: nn.Module, kernels: Kernels) -> None:
-    """Put every frozen linear map of a model's layers into fp8, in place.
+def quantise(model: nn.Module, weights: str, device: torch.device, kernels: Kernels) -> None:
+    """Put every frozen linear map of a model's layers into fp8 or nf4, in place.
 
-    Embeddings and the language-model head keep their dtype, and so do A and B.
+    Embeddings and the language-model head keep their dtype.
 
     Args:
-        model: A Llama with its adapter attached, on its device.
-        kernels: Who quantises.
+        model: A Llama without adapter, anywhere.
+        weights: ``fp8`` or ``nf4``.
+        device: Where the quantised weights go, one after the other.
+        kernels: Who quantises to fp8.
     """
-    from common.model.adapter.falora import HEAD, AdaptedLinear
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, AdaptedLinear):
-            module.quantise(kernels)
-        elif isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] not in HEAD:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, Fp8Linear(module, kernels))
+    for name in [name for name, one in model.named_modules() if isinstance(one, nn.Linear)]:
+        parent, _, child = name.rpartition(".")
+        if child not in HEAD:
+            # Nothing else holds it, so that its memory is free when it has been replaced.
+            module: Any = model.get_submodule(name)
+            weight_OD = module.weight.to(device)
+            quantised = Nf4Weight.of(weight_OD) if weights == "nf4" else None
+            linear = QuantisedLinear(module, quantised or Fp8Weight.of(weight_OD, kernels))
+            setattr(model.get_submodule(parent), child, linear)

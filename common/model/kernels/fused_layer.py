@@ -8,7 +8,7 @@ up, and the adapter's rank-wide product. Nothing else is needed while the backbo
 Shapes: T packed tokens, D hidden width, I MLP width, H heads, G key/value heads, E head width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM
 
-from common.model.adapter.falora import AdaptedLinear
+from common.model.adapter.projections import Projections
 from common.model.kernels.attention import Packing, attend
 from common.model.kernels.elementwise import TORCH, Kernels
-from common.model.kernels.frozen import Fp8Linear, shared_input
+from common.model.kernels.frozen import QuantisedLinear
 from common.undocumented.transformers_names import LlamaDecoderLayer
 
-_FROZEN = (nn.Linear, Fp8Linear)
+_FROZEN = (nn.Linear, QuantisedLinear)
 KeepKeys = Callable[[int, Tensor, Tensor], None]
 """(layer, k_TGE, v_TGE): what packed prompts leave for generation."""
 
@@ -37,6 +37,9 @@ class LeanLayer(LlamaDecoderLayer):
         # All of it, so that transformers' own forward finds what a later release adds.
         self.__dict__.update(base.__dict__)
         self.recompute, self.kernels, self.last = recompute, kernels, last
+        attention, mlp = base.self_attn, base.mlp
+        self.qkv = Projections(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.gate_up = Projections(mlp.gate_proj, mlp.up_proj)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output, [1, T, D] for packed batches."""
@@ -76,10 +79,7 @@ class LeanLayer(LlamaDecoderLayer):
         attention = self.self_attn
         normed_TD, x_TD = rms_norm(x_TD, self.input_layernorm, self.kernels)
         width = attention.head_dim
-        q_THE, k_TGE, v_TGE = (
-            y_TO.view(len(x_TD), -1, width)
-            for y_TO in _outputs(normed_TD, attention.q_proj, attention.k_proj, attention.v_proj)
-        )
+        q_THE, k_TGE, v_TGE = (y_TO.view(len(x_TD), -1, width) for y_TO in self.qkv(normed_TD))
         q_THE, k_TGE = _rotate(q_THE, k_TGE, cos_TE, sin_TE, self.kernels)
         if keep is not None:
             keep(attention.layer_idx, k_TGE, v_TGE)
@@ -92,7 +92,7 @@ class LeanLayer(LlamaDecoderLayer):
 
     def _mlp(self, x_TD: Tensor) -> Tensor:
         normed_TD, x_TD = rms_norm(x_TD, self.post_attention_layernorm, self.kernels)
-        gate_TI, up_TI = _outputs(normed_TD, self.mlp.gate_proj, self.mlp.up_proj)
+        gate_TI, up_TI = self.gate_up(normed_TD)
         return _add(x_TD, self.mlp.down_proj, _swiglu(gate_TI, up_TI, self.kernels))
 
 
@@ -125,32 +125,6 @@ def rms_norm(x_TD: Tensor, norm: nn.Module, kernels: Kernels) -> tuple[Tensor, T
     """
     normed = _rms_norm(x_TD, norm.weight, norm.variance_epsilon, kernels)
     return cast("tuple[Tensor, Tensor]", normed)
-
-
-def projected(x_TD: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
-    """Return the outputs of projections of one input as one node of the graph.
-
-    The input is quantised once, and its gradients are summed within the products.
-
-    Args:
-        x_TD: The input.
-        modules: Frozen or adapted; all adapted ones that read this input are among them.
-    """
-    adapted = next((one for one in modules if isinstance(one, AdaptedLinear)), None)
-    if adapted is None:
-        return list(shared_input(x_TD, modules))
-    if adapted.merged_OD is not None:
-        return [module(x_TD) for module in modules]
-    return adapted.group.together(x_TD, modules)
-
-
-def _outputs(x_TD: Tensor, *modules: nn.Module) -> list[Tensor]:
-    """Return the projections of one input; on a GPU as one node.
-
-    It is the same function, but its gradients are added in another order: CPUs, whose runs are
-    compared value by value, leave the sum to autograd.
-    """
-    return projected(x_TD, modules) if x_TD.is_cuda else [module(x_TD) for module in modules]
 
 
 def _add(residual_TD: Tensor, projection: nn.Module, x: Tensor) -> Tensor:

@@ -51,9 +51,9 @@ class PrivateGradient:
         return StepLoss(loss_sum=None, label_tokens=0, packed_tokens=0)
 
     def mechanism_for(self, session: Session) -> GaussianMechanism:
-        """Return the mechanism for this adapter's size."""
-        if self.mechanism is None:
-            parameters = session.adapter.trainable_parameters
+        """Return the mechanism for as many values as the adapter's round trains."""
+        parameters = session.adapter.trainable_parameters
+        if self.mechanism is None or self.mechanism.parameters != parameters:
             self.mechanism = GaussianMechanism(self.plan, parameters, self.noise)
         return self.mechanism
 

@@ -105,6 +105,22 @@ def test_a_patients_admissions_without_numbers_are_told_apart_by_time(tmp_path):
     ]
 
 
+def test_events_without_a_time_are_counted_or_placed_by_their_number(tmp_path):
+    untimed = ("MEDICATION//START//Insulin", "MEDICATION//START//Heparin", "Height")
+    events = [
+        {**row, "time": None} if row["code"].startswith(untimed) else row for row in small_events()
+    ]
+    found = load(write_small(tmp_path / "meds", events), tmp_path / "cache")
+    assert [one.drugs for one in found.admissions] == [
+        ("Furosemide",),
+        ("Lisinopril",),
+        ("Heparin",),
+    ]
+    assert found.counts.dropped["drugs.unknown_admission"] == 2
+    assert found.counts.dropped["measures.no_time"] == 1
+    balanced(found.counts)
+
+
 def test_extra_orders_shards_and_chunks_change_nothing(tmp_path):
     one = load(write_small(tmp_path / "a"), tmp_path / "cache")
     turned = load(write_small(tmp_path / "b", small_events()[::-1]), tmp_path / "cache")

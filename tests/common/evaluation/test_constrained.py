@@ -59,5 +59,5 @@ def test_random_answers_parse(session):
 
 def test_without_llguidance_the_fix_is_named(session, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'fedrx\[constrained\]'"):
+    with pytest.raises(UserError, match="pip install 'llguidance"):
         answer_grammar(session)

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from common.evaluation import decode_graph
-from common.evaluation.generate import Generated, generate
+from common.evaluation.generate import Generated, SlotGeneration, generate
 from common.evaluation.slots import SlotCache, cache_argument
 from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.load import load_model, resolve_backbone
@@ -110,17 +110,34 @@ def test_the_adapter_speaks_and_is_left_as_it_was(session, prompts):
     assert generate(session, prompts, max_new_tokens=LIMIT, batch_size=4) == trained
 
 
-def test_a_matcher_chooses_in_place_of_the_argmax(session, prompts, way):
+def test_a_matcher_chooses_in_place_of_the_argmax(session, prompts, way, monkeypatch):
+    copies, steps = [], 0
+
     class OnlyEven:
         def __init__(self, prompt):
             assert 0 <= prompt < len(prompts)
+
+        def accepts(self, preferred):
+            return preferred % 2 == 0
 
         def choose(self, logits_V, preferred):
             allowed = logits_V.clone()
             allowed[1::2] = -torch.inf
             return int(allowed.argmax())
 
+    to_host, taken = torch.Tensor.cpu, SlotGeneration.take
+
+    def counted(self, rows, logits_BV):
+        nonlocal steps
+        steps += 1
+        taken(self, rows, logits_BV)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda t: copies.append(len(t)) or to_host(t))
+    monkeypatch.setattr(SlotGeneration, "take", counted)
     answers = generate(session, prompts, max_new_tokens=8, batch_size=4, matcher=OnlyEven)
+    # A step looks at the device once, however many rows are refused.
+    assert len(copies) <= steps
+    assert max(copies) > 1
     tokens = [token for answer in answers for token in answer.tokens]
     assert len(tokens) == 8 * len(prompts)
     assert all(token % 2 == 0 for token in tokens)

@@ -17,11 +17,11 @@ def test_a_depends_on_seed_and_module_and_on_nothing_else():
     base = attach(tiny_model(), SPEC)
     again = attach(tiny_model().to(torch.bfloat16), replace(SPEC, mode="lora"))
     assert again.a_fingerprint == base.a_fingerprint
-    for key, a_RD in base.a_state().items():
-        np.testing.assert_array_equal(again.a_state()[key], a_RD)
+    for key, a_RD in base.drawn_a().items():
+        np.testing.assert_array_equal(again.drawn_a()[key], a_RD)
     for other in (replace(SPEC, seed=4), replace(SPEC, alpha=4.0), replace(SPEC, rank=8)):
         assert attach(tiny_model(), other).a_fingerprint != base.a_fingerprint
-    values = list(base.a_state().values())
+    values = list(base.drawn_a().values())
     assert not np.array_equal(values[0], values[1])
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from common.errors import UserError
 from common.model.adapter.falora import AdapterSpec
 from common.model.backbone import embedded
-from common.model.backbone.load import loads, resolve_backbone
+from common.model.backbone.load import resolve_backbone
 from common.model.backbone.tiny import tiny_model, tiny_tokenizer
 from common.model.kernels.attention import choose_attention
 from common.model.session import choose_device, choose_dtype, open_session
@@ -24,9 +24,7 @@ def test_a_folder_is_the_same_backbone_as_the_model_saved_in_it(tmp_path, save_t
     folder = save_tiny(tmp_path / "llama")
     spec = resolve_backbone(str(folder), cache_dir=tmp_path / "cache")
     assert spec.shape == resolve_backbone("tiny").shape
-    before = loads()
     session = open_session(spec, AdapterSpec(rank=2), device="cpu", dtype="fp32")
-    assert loads() == before + 1
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         ours = session.model(input_ids=ids).logits

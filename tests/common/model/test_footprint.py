@@ -17,6 +17,7 @@ from common.model.backbone.known_shapes import KNOWN_SHAPES, shape_of
 from common.model.backbone.load import BackboneShape, resolve_backbone
 from common.model.backbone.tiny import tiny_config
 from common.model.footprint import count_parameters, generation_bytes, training_footprint
+from common.model.kernels.nf4 import Nf4Weight
 from common.model.session import choose_dtype
 from common.training import loss
 
@@ -103,6 +104,24 @@ def test_fp8_takes_a_byte_for_a_projections_weight():
     projections = [one for one in layer.modules() if isinstance(one, torch.nn.Linear)]
     saved = sum(one.weight.numel() - 4 * one.out_features for one in projections)
     assert bf16 - fp8 == 32 * saved
+
+
+def test_nf4_takes_what_its_blocks_and_scales_take():
+    """Against a layer of Llama-3.1-8B's shape that bitsandbytes has quantised."""
+    pytest.importorskip("bitsandbytes")
+    shape, spec = shape_of(LLAMA_8B), AdapterSpec()
+    bf16, nf4 = (
+        footprint.weights_bytes(shape, spec, value_bytes=2, weights=weights)
+        for weights in ("bf16", "nf4")
+    )
+    taken = {}
+    for wide, high in set(footprint.adapted_sizes(shape, spec).values()):
+        held = Nf4Weight.of(torch.ones(high, wide, dtype=torch.bfloat16))
+        parts = (held.blocks, held.state.absmax, held.state.state2.absmax)
+        taken[wide, high] = 2 * wide * high - sum(part.nbytes for part in parts)
+    saved = sum(taken[size] for size in footprint.adapted_sizes(shape, spec).values())
+    assert bf16 - nf4 == 32 * saved
+    assert nf4 < 6e9
 
 
 def test_a_step_on_a_gpu_is_planned_within_3_percent():

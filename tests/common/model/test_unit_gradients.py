@@ -44,9 +44,12 @@ def single_unit_gradient(session, sample):
     return gradient
 
 
-@pytest.mark.parametrize("mode", ["fa-lora", "lora"])
-def test_equal_to_a_loop_of_single_unit_passes(mode):
+@pytest.mark.parametrize(
+    ("mode", "server_round"), [("fa-lora", 1), ("lora", 1), ("rolora", 1), ("rolora", 2)]
+)
+def test_equal_to_a_loop_of_single_unit_passes(mode, server_round):
     session = session_with_b(mode)
+    session.adapter.start_round(server_round)
     units = samples()
     out_UP = torch.zeros(len(units), session.adapter.trainable_parameters)
     add_unit_gradients(session, pack(units), range(len(units)), out_UP)

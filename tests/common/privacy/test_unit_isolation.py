@@ -275,9 +275,9 @@ def test_a_patient_who_came_three_times_weighs_what_one_visit_weighs(
 
 
 PATHS = [
-    pytest.param({"kernels": "compiled"}, marks=pytest.mark.process),
     {"kernels": "triton"},
     {"weights": "fp8"},
+    {"weights": "nf4"},
     {"weights": "fp8", "kernels": "triton"},
 ]
 """What runs on a GPU only, or when asked for; each by other means here."""
@@ -290,6 +290,8 @@ def test_units_do_not_touch_each_other_on_any_path(
 ) -> None:
     if path.get("kernels") == "triton":
         pytest.importorskip("triton")
+    if path.get("weights") == "nf4":
+        pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(elementwise, "_obstacle", lambda candidate, device: "")
     monkeypatch.setattr(frozen, "fp8_obstacle", lambda device, dtype: "")
     monkeypatch.setattr(Session, "shortens", True)

@@ -18,7 +18,7 @@ from common.evaluation.answers_file import read_answers
 from common.evaluation.judge.plan import plan_judging
 from common.rundir import RunDirectory
 from common.tensor_files import Altered
-from common.training.resident_session import backbone_spec, session_of
+from common.training.worker import Worker
 from sim.answers.evaluate import evaluate_run
 from sim.answers.review import make_review
 from sim.runs.lifecycle import evaluate
@@ -44,7 +44,7 @@ def b_of(config: Config, scale: float) -> dict[str, np.ndarray]:
     random = np.random.default_rng(3)
     return {
         key: (scale * random.standard_normal(shape)).astype(np.float32)
-        for key, shape in session_of(config).adapter.shapes.items()
+        for key, shape in Worker().session(config).adapter.shapes.items()
     }
 
 
@@ -53,7 +53,6 @@ def cache(tmp_path_factory):
     """A cache of its own, so that tests neither read nor fill the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDRX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        backbone_spec.cache_clear()
         yield
 
 
@@ -61,7 +60,7 @@ def cache(tmp_path_factory):
 def finished(cache, tmp_path_factory):
     config = from_flat(KEYS)
     run = RunDirectory.create(config, directory=tmp_path_factory.mktemp("runs") / "run")
-    session = session_of(config)
+    session = Worker().session(config)
     inputs = {
         "samples": load_samples(config.data).digest,
         "backbone": session.spec.fingerprint,

@@ -117,7 +117,7 @@ def test_without_the_data_titles_are_the_public_ones_and_there_is_no_support():
 
 @pytest.fixture
 def tiny_run(tmp_path):
-    from common.training.resident_session import close_session, session_of
+    from common.training.worker import Worker
 
     config = Config(
         model=ModelConfig(backbone="tiny"),
@@ -125,12 +125,10 @@ def tiny_run(tmp_path):
         data=DataConfig(path=str(tmp_path / "absent")),
     )
     run = RunDirectory.create(config, directory=tmp_path / "run")
-    close_session()
-    b = session_of(config).adapter.state()
+    b = Worker().session(config).adapter.state()
     run.save_checkpoint("round-0001", b, facts={})
     run.write_status("finished")
-    yield run
-    close_session()
+    return run
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.model.adapter.layout import initial_tensors
 from common.rundir import RunDirectory
 from common.training.optimiser import TrainState
-from common.training.resident_session import backbone_spec, session_of, tokens_of
+from common.training.worker import Worker
 from sim.checks.audit_membership import MEMBERSHIP, audit_membership
 from sim.cli.main import app
 
@@ -45,16 +45,16 @@ def cache(tmp_path_factory):
     """A cache of its own, so that tests neither read nor fill the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDRX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        backbone_spec.cache_clear()
         yield
 
 
 def finished(folder: Path, **keys: Any) -> RunDirectory:
     config = from_flat({**KEYS, **keys})
-    run, session = RunDirectory.create(config, directory=folder), session_of(config)
+    run, worker = RunDirectory.create(config, directory=folder), Worker()
+    session = worker.session(config)
     table = load_samples(config.data)
     (node,) = assign_hospitals(table.admissions, config.partition, hospitals=1, data=config.data)
-    adapter, hospital = session.adapter, tokens_of(config, node, session)
+    adapter, hospital = session.adapter, worker.tokens(config, node)
     start = initial_tensors(adapter.shapes, adapter.spec)
     b = update(session, hospital, start, TrainState(), config, server_round=1).b
     fingerprints = {"backbone": session.spec.fingerprint, "a": adapter.a_fingerprint}

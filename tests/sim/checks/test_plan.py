@@ -76,7 +76,7 @@ def test_rounds_carry_b_down_and_up_for_every_hospital_that_is_asked():
 
 
 @pytest.mark.parametrize("codec", ["fp32", "bf16", "int8"])
-@pytest.mark.parametrize("mode", ["fa-lora", "lora"])
+@pytest.mark.parametrize("mode", ["fa-lora", "lora", "rolora"])
 def test_bytes_are_those_of_encoded_tensors(codec, mode):
     """Against every tensor of the tiny backbone's adapter, encoded."""
     config = from_flat(
@@ -86,11 +86,17 @@ def test_bytes_are_those_of_encoded_tensors(codec, mode):
             "federation.codec": codec,
             "federation.hospitals": 5,
             "federation.fraction": 0.5,
+            "federation.rounds": 5,
         }
     )
     shapes = adapter_layout(resolve_backbone("tiny"), adapter_spec(config.adapter)).shapes
-    message = sum(encode(codec, np.ones(shape, np.float32)).nbytes for shape in shapes.values())
-    assert plan(config)["bytes_per_round"] == 2 * 3 * message
+    each = {key: encode(codec, np.ones(shape, np.float32)).nbytes for key, shape in shapes.items()}
+    message = down = up = sum(each.values())
+    if mode == "rolora":  # three rounds of B and two of A
+        halves = [sum(n for key, n in each.items() if key.endswith(p)) for p in ("B", "A")]
+        up = round((3 * halves[0] + 2 * halves[1]) / 5)
+        message = (down + up) / 2
+    assert plan(config)["bytes_per_round"] == 3 * (down + up)
     alone = replace(config, federation=replace(config.federation, only="hospital-2"))
     assert plan(alone)["bytes_per_round"] == 2 * message
 
@@ -225,3 +231,35 @@ def test_a_backbone_that_is_nowhere_is_the_users_to_mend():
     with pytest.raises(UserError, match="model.backbone"):
         plan(from_flat({"model.backbone": "nobody/nothing-at-all"}))
     assert plan(Config())["parameters"]["backbone"] == 134_515_008
+
+
+def test_a_measured_card_says_how_long(monkeypatch):
+    """Against the record of the measurement; nothing is said of what was not measured."""
+    results = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
+    cases = json.loads((results / "gpu_paper_run.json").read_text())["cases"]
+
+    def fastest(who):
+        speeds = [
+            case["tokens_per_second"]
+            for case in cases
+            if case["workload"] == "full" and case["who"] == who and case.get("weights") != "fp8"
+        ]
+        return max(speeds)
+
+    monkeypatch.setattr(plan_module.torch.cuda, "is_available", lambda: False)
+    found = plan(read_config(PAPER))
+    (row,) = found["measured"]
+    assert row["card"] == "NVIDIA H200"
+    assert row["seconds_per_step"] == pytest.approx(8192 / fastest("ours"), rel=0.02)
+    assert row["hours"] == pytest.approx(found["steps"] * row["seconds_per_step"] / 3600)
+    private = {
+        "model.backbone": "meta-llama/Llama-3.1-8B-Instruct",
+        "train.max-length": 2048,
+        "privacy.noise-multiplier": 1.0,
+        "privacy.expected-batch": 20.0,
+    }
+    (row,) = plan(from_flat(private))["measured"]
+    assert row["seconds_per_step"] == pytest.approx(40960 / fastest("ours, private"), rel=0.02)
+    for change in ("model.backbone=embedded", "model.weights=nf4", "train.recompute=all"):
+        assert plan(read_config(PAPER, [change]))["measured"] == []
+    assert "measured" not in plan(read_config(PAPER, ["train.device=cpu"]))

@@ -68,16 +68,14 @@ def test_review_make_and_a_wrong_import(run, tmp_path):
 @pytest.mark.slow
 def test_suggest_prints_a_list(run):
     pytest.importorskip("llguidance")
-    from common.training.resident_session import close_session, session_of
+    from common.training.worker import Worker
 
-    close_session()
-    run.save_checkpoint("round-0001", session_of(run.config()).adapter.state(), facts={})
+    run.save_checkpoint("round-0001", Worker().session(run.config()).adapter.state(), facts={})
     patient = ["--sex", "f", "--age", "95", "--height", "165", "--weight", "80"]
     patient += ["-d", "I50.9", "-d", "lives [alone]", "-d", "Z99999"]
     shown, result = fedrx(
         "suggest", run.path, *patient, "-d", "I50.9", "-d", "lives [alone]", "-d", "Z99999"
     )
-    close_session()
     assert "not for clinical use" in shown
     assert "woman, > 89 years, 165 cm, 80 kg, BMI 29.4" in shown
     assert "I50.9: Heart failure, unspecified" in shown

@@ -45,10 +45,10 @@ def test_an_interrupted_run_goes_on_to_the_same_b(short, tmp_path, monkeypatch):
     whole = started(short, tmp_path / "whole")
     from client import handlers
 
-    def fails(config, message, context):
+    def fails(config, message, context, worker):
         if message.content["config"]["round"] == 2:
             raise KeyboardInterrupt
-        return handlers.train_round(config, message, context)
+        return handlers.train_round(config, message, context, worker)
 
     monkeypatch.setitem(handlers.HANDLERS, "train", fails)
     with pytest.raises(KeyboardInterrupt):

@@ -36,6 +36,7 @@ def make_run(folder, *, name="trial", hospital="hospital-1", noise=0.0):
         {
             "source": "credentialed",
             "seconds": 12.5,
+            "backbone": {"name": str(folder / "secret-place" / "llama"), "fingerprint": "f"},
             "hospitals": [{"name": hospital, "patients": 10000001, "samples": 9}],
             "metrics": {"fedrx": {"f1": 0.25, "samples": 9}},
             "wire": {"tensors": ["B"], "bytes_up": 21000000, "bytes_down": 21000000},
@@ -72,6 +73,7 @@ def test_the_crate_is_read_back_with_its_files(tmp_path):
     figures = json.loads((folder / "figures.json").read_text())
     assert figures["metrics"]["fedrx"]["f1"] == 0.25
     assert figures["seconds"] == 12.5
+    assert figures["backbone"]["name"] == "llama"
     (event,) = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert (event["value"], "time" in event) == (2.5, False)
     config = tomllib.loads((folder / "config.toml").read_text())

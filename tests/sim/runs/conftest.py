@@ -14,7 +14,7 @@ from common.configio import from_flat
 from common.rundir import RunDirectory
 from common.text.batches import Encoded
 from common.training.hospital_data import HospitalData
-from common.training.resident_session import session_of
+from common.training.worker import Worker
 from sim.runs.single_training import SingleTraining
 
 BASE: dict[str, Any] = {
@@ -77,7 +77,7 @@ def begin(hospital: HospitalData, tmp_path: Path) -> Callable[..., SingleTrainin
         training = SingleTraining(
             run=run,
             config=config,
-            session=session_of(config),
+            session=Worker().session(config),
             hospital=hospital,
             console=console or Console(file=io.StringIO()),
         )

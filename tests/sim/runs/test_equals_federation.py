@@ -10,7 +10,7 @@ import pytest
 from client.kept_state import load_state, save_state
 from client.local_update import update
 from common.model.adapter.layout import initial_tensors
-from common.training.resident_session import session_of
+from common.training.worker import Worker
 from common.wire.contract import Update
 from server.strategy import Aggregator
 
@@ -22,8 +22,9 @@ LINEAR = {"train.schedule": "linear", "train.warmup-steps": 2, "train.accumulati
 
 def federated(config, hospital, folder):
     """Run the rounds as hospital and server do, without Flower's transport."""
-    session = session_of(config)
-    aggregator = Aggregator(config.federation)
+    session = Worker().session(config)
+    scheme = session.adapter.spec.scheme
+    aggregator = Aggregator(config.federation, scheme)
     b = initial_tensors(session.adapter.shapes, session.adapter.spec)
     for number in range(1, config.federation.rounds + 1):
         state = load_state(folder, before_round=number)
@@ -35,7 +36,7 @@ def federated(config, hospital, folder):
             weight=result.metrics["weight"],
             metrics=result.metrics,
         )
-        b = aggregator.aggregate(b, [reply], server_round=number)
+        b |= aggregator.aggregate(scheme.shapes(number, b), [reply], server_round=number)
     return b
 
 
@@ -49,8 +50,9 @@ def federated(config, hospital, folder):
         {**ADAMW, **DECAY, "federation.rounds": 3, "train.steps": 11},
         {**ADAMW, **DECAY, "federation.rounds": 5, "train.epochs": 2.5},
         {**ADAMW, "adapter.mode": "lora", "federation.rounds": 3, "federation.local-steps": 4},
+        {**ADAMW, "adapter.mode": "rolora", "federation.rounds": 3, "train.steps": 11},
     ],
-    ids=["sgd", "sgd-cosine", "adamw-linear", "adamw-steps", "adamw-epochs", "lora"],
+    ids=["sgd", "sgd-cosine", "adamw-linear", "adamw-steps", "adamw-epochs", "lora", "rolora"],
 )
 def test_one_hospital_is_the_single_node(keys, configure, hospital, begin, tmp_path):
     config = configure(keys)
@@ -69,7 +71,7 @@ def test_without_its_state_the_federation_differs(configure, hospital, begin, tm
     training = begin(config)
     training.finish()
     alone = training.session.adapter.state()
-    session = session_of(config)
+    session = Worker().session(config)
     b = {key: np.zeros(shape, np.float32) for key, shape in session.adapter.shapes.items()}
     for number in (1, 2, 3):
         fresh = load_state(tmp_path / "empty", before_round=number)

@@ -16,11 +16,11 @@ from common.config import Config
 from common.configio import from_flat
 from common.errors import UserError
 from common.evaluation.generate import generate
-from common.model.backbone.load import load_model, load_tokenizer
+from common.model.backbone.load import load_model, load_tokenizer, resolve_backbone
 from common.rundir import RunDirectory
 from common.text.batches import encode_prompt
 from common.text.prompts import messages
-from common.training.resident_session import backbone_spec, close_session, session_of
+from common.training.worker import Worker
 from sim.runs.export import export_run
 from sim.runs.model_card import EXAMPLE, _serve_lines
 
@@ -42,7 +42,7 @@ def configure(backbone: str, **more: object) -> Config:
 
 def trained_run(config: Config, folder) -> RunDirectory:
     run = RunDirectory.create(config, directory=folder)
-    session = session_of(config)
+    session = Worker().session(config)
     random = np.random.default_rng(0)
     b = {
         key: (0.02 * random.standard_normal(shape)).astype(np.float32)
@@ -66,7 +66,7 @@ def largest_difference(config: Config, run: RunDirectory, reference) -> tuple[fl
     """Of our logits to PEFT's and to the bare backbone's, relative to the largest logit."""
     folder = export_run(run)
     ids = torch.randint(5, 900, (1, 31), generator=torch.Generator().manual_seed(1))
-    session = session_of(config)
+    session = Worker().session(config)
     session.adapter.load(run.load_checkpoint().b)
     with torch.no_grad():
         ours = session.model(input_ids=ids).logits
@@ -82,12 +82,15 @@ def largest_difference(config: Config, run: RunDirectory, reference) -> tuple[fl
         {},
         {"adapter.initialiser": "orthonormal"},
         {"adapter.mode": "lora", "adapter.targets": "q_proj,down_proj"},
+        {"adapter.mode": "rolora"},
     ],
 )
 def test_peft_alone_gives_the_same_logits(tmp_path, more):
     config = configure("tiny", **more)
     run = trained_run(config, tmp_path / "run")
-    reference = load_model(backbone_spec("tiny"), device=torch.device("cpu"), dtype=torch.float32)
+    reference = load_model(
+        resolve_backbone("tiny"), device=torch.device("cpu"), dtype=torch.float32
+    )
     to_peft, to_bare = largest_difference(config, run, reference)
     assert to_peft < 1e-5
     assert to_bare > 1e-2
@@ -98,10 +101,9 @@ def test_peft_alone_gives_the_same_logits_on_the_embedded_backbone(tmp_path):
     config = configure("embedded")
     run = trained_run(config, tmp_path / "run")
     reference = AutoModelForCausalLM.from_pretrained(
-        backbone_spec("embedded").folder, dtype=torch.float32
+        resolve_backbone("embedded").folder, dtype=torch.float32
     )
     to_peft, to_bare = largest_difference(config, run, reference)
-    close_session()
     assert to_peft < 1e-5
     assert to_bare > 1e-2
     content = json.loads((run.path / "adapter" / "adapter_config.json").read_text())
@@ -118,7 +120,7 @@ def test_files_are_peft_s_and_hold_a_and_b(tmp_path):
         "adapter_model.safetensors",
     ]
     tensors = load_file(folder / "adapter_model.safetensors")
-    session = session_of(config)
+    session = Worker().session(config)
     expected = {
         f"base_model.model.{m.key}.lora_{letter}.weight"
         for m in session.adapter.modules
@@ -161,7 +163,7 @@ def test_the_card_says_what_it_is_for(tmp_path):
 
 def saved_backbone(folder):
     """The tiny backbone as a folder that transformers loads, as a user would have one."""
-    spec = backbone_spec("tiny")
+    spec = resolve_backbone("tiny")
     load_model(spec, device=torch.device("cpu"), dtype=torch.float32).save_pretrained(folder)
     load_tokenizer(spec).save_pretrained(folder)
     return folder
@@ -169,7 +171,7 @@ def saved_backbone(folder):
 
 def our_answer(config, run):
     """The list that the run itself generates for the card's patient."""
-    session = session_of(config)
+    session = Worker().session(config)
     session.adapter.load(run.load_checkpoint().b)
     ids, _ = encode_prompt(EXAMPLE, session.tokenizer, max_length_tokens=2048)
     (made,) = generate(session, [ids], max_new_tokens=12, batch_size=1)
@@ -188,7 +190,6 @@ def test_the_cards_code_generates_the_runs_list(tmp_path, monkeypatch, capsys, l
     (code,) = re.findall("```python\n(.*?)```", card, re.S)
     assert len([line for line in code.splitlines() if line.strip()]) <= 14
     expected = our_answer(config, run)
-    close_session()
     monkeypatch.chdir(folder)
     exec(code.replace('"someone/some-llama"', repr(str(base))), {})
     assert capsys.readouterr().out.splitlines()[-len(expected.splitlines()) :] == (
@@ -206,7 +207,7 @@ def test_merged_weights_give_the_same_logits(tmp_path, more):
     run = trained_run(config, tmp_path / "run")
     folder = export_run(run, layout="merged")
     ids = torch.randint(5, 900, (1, 31), generator=torch.Generator().manual_seed(1))
-    session = session_of(config)
+    session = Worker().session(config)
     session.adapter.load(run.load_checkpoint().b)
     with torch.no_grad():
         ours = session.model(input_ids=ids).logits
@@ -228,7 +229,7 @@ def test_the_gguf_adapter_gives_the_same_logits(tmp_path):
     assert fields["general.type"] == "adapter"
     assert fields["general.architecture"] == "llama"
     assert (fields["adapter.type"], fields["adapter.lora.alpha"]) == ("lora", 12.0)
-    model = load_model(backbone_spec("tiny"), device=torch.device("cpu"), dtype=torch.float32)
+    model = load_model(resolve_backbone("tiny"), device=torch.device("cpu"), dtype=torch.float32)
     tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
     assert len(tensors) == 2 * 7 * 2
     turned = LlamaTensorProcessor(model.config.to_dict())
@@ -247,7 +248,7 @@ def test_the_gguf_adapter_gives_the_same_logits(tmp_path):
             b = turned.process(b, f"blk.{layer}.{theirs}.weight").weights
             model.get_submodule(f"model.layers.{layer}.{ours}").weight.add_(12.0 / 8 * (b @ a))
     ids = torch.randint(5, 900, (1, 31), generator=torch.Generator().manual_seed(1))
-    session = session_of(config)
+    session = Worker().session(config)
     session.adapter.load(run.load_checkpoint().b)
     with torch.no_grad():
         ours = session.model(input_ids=ids).logits

@@ -11,13 +11,14 @@ from rich.console import Console
 
 from client.private_update import private_update
 from common.configio import from_flat
+from common.model.adapter.layout import initial_tensors
 from common.privacy.budget.guard import LEDGER, RECEIPT
 from common.privacy.budget.ledger import BudgetExhausted, Ledger
 from common.privacy.settings import plan_of
 from common.rundir import RunDirectory
 from common.training.hospital_data import HospitalData
 from common.training.optimiser import TrainState
-from common.training.resident_session import session_of
+from common.training.worker import Worker
 from sim.process.interrupt import Stopped
 from sim.runs import single_training as stepwise
 from sim.runs.single import one_node
@@ -53,7 +54,7 @@ def begin(folder: Path, hospital: HospitalData, **keys: Any) -> SingleTraining:
     training = SingleTraining(
         run=run,
         config=config,
-        session=session_of(config),
+        session=Worker().session(config),
         hospital=hospital,
         console=Console(file=io.StringIO()),
     )
@@ -76,16 +77,17 @@ def test_single_charges_releases_and_tells_no_loss(tmp_path, hospital) -> None:
     assert max(np.abs(value).max() for value in run.load_checkpoint().b.values()) > 0
 
 
-def test_single_equals_a_federation_of_one(tmp_path, hospital) -> None:
+@pytest.mark.parametrize("mode", ["fa-lora", "rolora"])
+def test_single_equals_a_federation_of_one(tmp_path, hospital, mode) -> None:
     """With reproducible noise: two checkpoints of three steps against two rounds of three."""
-    fixed = {"privacy.deterministic-noise": True}
+    fixed = {"privacy.deterministic-noise": True, "adapter.mode": mode}
     training = begin(tmp_path / "single", hospital, **fixed)
     training.finish()
     config, session = training.config, training.session
-    b = {key: np.zeros(shape, np.float32) for key, shape in session.adapter.shapes.items()}
+    b = initial_tensors(session.adapter.shapes, session.adapter.spec)
     state = TrainState()
     for number in (1, 2):
-        b = private_update(
+        b |= private_update(
             session, hospital, b, state, config, server_round=number, folder=tmp_path / "hospital"
         ).b
     for key, value in training.run.load_checkpoint().b.items():

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from common.model.backbone.load import load_model, resolve_backbone
-from common.training.resident_session import session_of
 from common.training.schedule import batch_order
+from common.training.worker import Worker
 
 STEPS = 6
 
@@ -76,7 +76,7 @@ def test_six_steps_equal_a_plain_loop(optimizer, configure, hospital, begin):
             "train.max-grad-norm": 0.3,
         }
     )
-    model, trained = reference_model(config, session_of(config))
+    model, trained = reference_model(config, Worker().session(config))
     kind = torch.optim.SGD if optimizer == "sgd" else torch.optim.AdamW
     reference = kind(trained.values(), lr=1.0, weight_decay=0.05)
     clipped = 0
@@ -110,7 +110,7 @@ def test_six_steps_equal_a_plain_loop(optimizer, configure, hospital, begin):
 
 def test_validation_loss_is_the_mean_over_label_tokens(configure, hospital, begin):
     config = configure({"train.steps": 1})
-    model, _ = reference_model(config, session_of(config))
+    model, _ = reference_model(config, Worker().session(config))
     batch, labels = padded(hospital.validation)
     with torch.no_grad():
         logits = model(**batch).logits

@@ -244,12 +244,12 @@ def test_local_only_trains_on_one_hospital_alone(tiny_config, in_process):
     from client.node import hospitals_of
     from common.training.hospital_data import encode_hospital
     from common.training.loop import TrainState, train
-    from common.training.resident_session import session_of
+    from common.training.worker import Worker
 
     config = tiny_config(federation__only="hospital-2")
     done = in_process(config)
     assert {e["hospital"] for e in done.run.metrics("steps")} == {"hospital-2"}
-    session = session_of(config)
+    session = Worker().session(config)
     data = encode_hospital(hospitals_of(config.data, config.partition, 3)[1], session, config)
     session.adapter.flat.zero_()
     train(

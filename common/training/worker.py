@@ -1,0 +1,91 @@
+"""What one process keeps from message to message, and from stage to stage of a run."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from common.config import Config
+from common.data.partition import Hospital
+from common.files import write_json
+from common.model.adapter.layout import adapter_spec
+from common.model.backbone.load import BackboneSpec, resolve_backbone
+from common.model.session import Session, open_session
+from common.provenance import peak_device_bytes
+from common.training.hospital_data import HospitalData, encode_hospital
+
+
+class Worker:
+    """One backbone with its adapter, open at a time, and the tokens of the hospitals it serves.
+
+    Attributes:
+        loads: How often it has loaded weights.
+    """
+
+    def __init__(self) -> None:
+        self.loads = 0
+        self._trained: dict[str, tuple[int, float]] = {}
+        self._backbone: BackboneSpec | None = None
+        self._session: Session | None = None
+        self._opened: tuple[object, ...] = ()
+        self._tokens: dict[tuple[Config, str], HospitalData] = {}
+
+    def backbone(self, name: str) -> BackboneSpec:
+        """Return a backbone, resolved once."""
+        if self._backbone is None or self._backbone.name != name:
+            self._backbone = resolve_backbone(name)
+        return self._backbone
+
+    def session(self, config: Config) -> Session:
+        """Return the session that a configuration asks for, opened once.
+
+        One that was opened otherwise is let go of first: two backbones do not fit.
+        """
+        model, train = config.model, config.train
+        tokens = train.batch_size * train.max_length
+        settings = (train.device, train.dtype, train.threads, train.recompute, tokens)
+        asked = (model, config.adapter, *settings)
+        if self._session is None or self._opened != asked:
+            self._session = None
+            self._tokens.clear()
+            self._session = open_session(
+                self.backbone(model.backbone),
+                adapter_spec(config.adapter),
+                device=train.device,
+                dtype=train.dtype,
+                attention=model.attention,
+                threads=train.threads or None,
+                recompute=train.recompute,
+                batch_tokens=tokens,
+                kernels=model.kernels,
+                weights=model.weights,
+            )
+            self._opened = asked
+            self.loads += 1
+        return self._session
+
+    def tokens(self, config: Config, hospital: Hospital) -> HospitalData:
+        """Return a hospital's tokens, encoded once."""
+        session, key = self.session(config), (config, hospital.name)
+        if key not in self._tokens:
+            self._tokens[key] = encode_hospital(hospital, session, config)
+        return self._tokens[key]
+
+    def count(self, config: Config, tokens: int, seconds: float) -> None:
+        """Add what was trained for a run, where it may be told."""
+        before = self._trained.get(config.run.directory, (0, 0.0))
+        if tokens:
+            self._trained[config.run.directory] = before[0] + tokens, before[1] + seconds
+
+    def report(self, config: Config) -> None:
+        """Write how often weights were loaded, and how training goes; stays on the machine."""
+        folder = Path(config.run.directory) / "workers"
+        tokens, seconds = self._trained.get(config.run.directory, (0, 0.0))
+        facts = {
+            "backbone_loads": self.loads,
+            "threads": torch.get_num_threads(),
+            "tokens": tokens,
+            "training_seconds": round(seconds, 3),
+            "peak_device_bytes": peak_device_bytes(),
+        }
+        write_json(folder / f"{os.getpid()}.json", facts)

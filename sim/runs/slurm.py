@@ -1,0 +1,207 @@
+"""``fedrx sweep --slurm``: the runs of a sweep as jobs, until all of them are finished.
+
+Each cell is a job that runs it from its last checkpoint, so one that was pre-empted, timed out or
+killed goes on where it stopped. submitit writes the jobs; without Slurm on the machine they are
+processes of it. What the jobs leave in the sweep's folder is what ``fedrx sweep`` leaves.
+"""
+
+import shutil
+import subprocess
+import time
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from common.errors import RunFailed, UserError
+from common.limits import available_cpus
+from common.rundir import RunDirectory
+from sim.process.extras import require_extra
+from sim.process.lock import exclusive
+from sim.runs.sweep import Cell, run_cell
+
+JOBS = "jobs"
+"""Folder of the jobs' output below the sweep's."""
+TRIES = 3
+"""Jobs of one cell that may vanish without a word, as killed ones do."""
+SECONDS = 1.0
+"""Between two looks at the jobs."""
+MINUTES = 24 * 60
+"""Time limit of a job where none is set; one that reaches it is queued again."""
+LOCAL_MINUTES = 30 * 24 * 60
+TIMEOUTS = 1000
+VANISHED = "ended without a word"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellJob:
+    """What a job does."""
+
+    cell: Cell
+    folder: Path
+    """The sweep's."""
+    command_line: tuple[str, ...]
+
+    def __call__(self) -> None:
+        """Run the cell, or go on with it."""
+        place = self.folder / self.cell.folder
+        run_cell(self.cell, place, Console(), self.command_line)
+
+    def checkpoint(self) -> Any:
+        """Return what submitit queues when the job is pre-empted: the same, which goes on."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def require_submitit() -> None:
+    """Check that submitit is installed.
+
+    Raises:
+        UserError: if it is not.
+    """
+    require_extra("submitit", needed_by="--slurm", without="leave --slurm out")
+
+
+def read_options(texts: Sequence[str]) -> dict[str, str]:
+    """Return sbatch's options from ``key=value``.
+
+    >>> read_options(["gres=gpu:1", "time=120"])
+    {'gres': 'gpu:1', 'time': '120'}
+
+    Raises:
+        UserError: for anything else.
+    """
+    options = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        key = key.strip().removeprefix("--")
+        if not (equals and key.replace("-", "").isalnum() and value.strip().isprintable()):
+            raise UserError(
+                f"--slurm-set {text}",
+                allowed="key=value as sbatch has it",
+                fix="for instance --slurm-set gres=gpu:1",
+            )
+        options[key] = value.strip()
+    return options
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    folder: Path,
+    *,
+    partition: str,
+    options: Sequence[str],
+    console: Console,
+    command_line: Sequence[str],
+) -> None:
+    """Run every cell that is not finished, each in a job of its own.
+
+    Args:
+        cells: From ``sim.runs.sweep.plan_cells``.
+        folder: The sweep's; on a cluster all nodes must see it.
+        partition: Slurm's.
+        options: sbatch's, as ``key=value``.
+        console: Where it is said how many are finished.
+        command_line: Stored in each run's environment.json.
+
+    Raises:
+        UserError: for options that are none, without submitit, if Slurm refuses a job, or if
+            another process is at work on the sweep.
+        RunFailed: naming the cells that failed; the others are finished.
+        KeyboardInterrupt: after Ctrl-C; the jobs are cancelled, and their runs can be gone on with.
+    """
+    if not partition:
+        raise UserError("--slurm-set without --slurm", fix="add --slurm PARTITION")
+    read = read_options(options)
+    require_submitit()
+    folder = folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    executor, at_once = _executor(folder / JOBS, partition, read)
+    if executor.cluster == "local":
+        what = f"no Slurm here (srun): {at_once} at a time as processes of this machine"
+        console.print(what, style="yellow", highlight=False)
+    waiting = deque(cell for cell in cells if not _is_finished(folder / cell.folder))
+    running = dict[Any, Cell]()
+    tries, failed = Counter[str](), dict[str, str]()
+    with exclusive(RunDirectory(folder)):
+        try:
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    cell = waiting.popleft()
+                    tries[cell.folder] += 1
+                    work = CellJob(cell=cell, folder=folder, command_line=tuple(command_line))
+                    running[_submitted(executor, work)] = cell
+                for job in [job for job in running if job.done()]:
+                    cell = running.pop(job)
+                    why = _failure(job, folder / cell.folder)
+                    if why == VANISHED and tries[cell.folder] < TRIES:
+                        console.print(f"{cell.folder} {why}: again", markup=False, highlight=False)
+                        waiting.append(cell)
+                    elif why:
+                        failed[cell.folder] = why
+                    else:
+                        console.print(f"{cell.folder} is finished", markup=False, highlight=False)
+                if running:
+                    time.sleep(SECONDS)
+        finally:
+            for job in running:
+                job.cancel(check=False)
+    if failed:
+        told = "; ".join(f"{name}: {why}" for name, why in failed.items())
+        raise RunFailed(
+            f"{len(failed)} of {len(cells)} cells failed: {told}; what the jobs said is in "
+            f"{folder / JOBS}; go on with: the same `fedrx sweep`"
+        )
+
+
+def _is_finished(place: Path) -> bool:
+    run = RunDirectory(place)
+    return run.record() is not None and run.status()["state"] == "finished"
+
+
+def _executor(folder: Path, partition: str, options: Mapping[str, str]) -> tuple[Any, int]:
+    """Return submitit's executor, and how many jobs it may have at once."""
+    import submitit
+
+    if shutil.which("srun") is None:
+        local = submitit.AutoExecutor(folder=folder, cluster="local")
+        local.update_parameters(timeout_min=LOCAL_MINUTES)
+        return local, max(1, available_cpus() // 2)
+    slurm = submitit.AutoExecutor(folder=folder, cluster="slurm", slurm_max_num_timeout=TIMEOUTS)
+    slurm.update_parameters(
+        name="fedrx-sweep",
+        timeout_min=MINUTES,
+        slurm_partition=partition,
+        slurm_additional_parameters=dict(options),
+    )
+    return slurm, TIMEOUTS
+
+
+def _submitted(executor: Any, work: CellJob) -> Any:
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    try:
+        return executor.submit(work)
+    except (FailedJobError, FailedSubmissionError, subprocess.SubprocessError, OSError) as error:
+        line = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"Slurm does not take the job: {line}", fix="mend --slurm and --slurm-set"
+        ) from error
+
+
+def _failure(job: Any, place: Path) -> str:
+    """Return why a job is not finished; empty if it is."""
+    from submitit.core.utils import FailedJobError
+
+    error = job.exception()
+    if error is None:
+        return ""
+    if not isinstance(error, FailedJobError):
+        return VANISHED
+    # The job's own text may quote data; status.json does not.
+    told = RunDirectory(place).status().get("error") if (place / "status.json").exists() else ""
+    return str(told or "the job failed")
