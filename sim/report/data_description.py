@@ -262,7 +262,7 @@ def _group_counts(
     ]
 
 
-def _sizes(hospital: Hospital) -> dict[str, Any]:
+def _sizes(hospital: Hospital) -> dict[str, object]:
     return {
         "name": hospital.name,
         "patients": hospital.patients,
@@ -281,7 +281,7 @@ def _missing_drops(hospitals: Sequence[Hospital]) -> dict[str, int]:
     return drops
 
 
-def _tokens(lengths: TokenLengths | None, backbone: str, reason: str) -> dict[str, Any]:
+def _tokens(lengths: TokenLengths | None, backbone: str, reason: str) -> dict[str, object]:
     if lengths is None:
         return {"backbone": backbone, "samples": 0, "reason": reason}
     total = [prompt + answer for prompt, answer in zip(lengths.prompt, lengths.answer, strict=True)]
