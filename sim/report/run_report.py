@@ -19,6 +19,7 @@ from common.rundir import RunDirectory
 from common.wire.cohort import NOT_EVALUATED, WITHSTANDS_NOTHING
 from sim.report.html import Bar, Block, write_page
 from sim.report.plots import bytes_svg, epsilon_svg, loss_svg, together
+from sim.report.ranking_blocks import ranking_blocks
 from sim.report.what_ran import settings, what_ran
 from sim.report.words import (
     COLUMNS,
@@ -76,6 +77,7 @@ def run_blocks(run: RunDirectory) -> list[Block]:
         *_incidents(run),
         *_losses(run),
         *_metrics(summary),
+        *ranking_blocks(summary),
         _hospitals(run, summary),
         *_privacy(run, summary),
         what_ran(config, summary),
