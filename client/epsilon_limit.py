@@ -55,11 +55,7 @@ def keep_to_limit(
     the hospital knows of how far the server gets, and what it was promised is never taken back.
     Everything that is cheap is checked before anything that is not.
 
-    Args:
-        sent: The run's configuration, as the server sent it.
-        policy: The hospital's own.
-        folder: The hospital's folder, which holds its promises.
-        patients: Asked for the number of patients only if the limit depends on it.
+    ``patients`` is called only where the limit depends on their number.
 
     Raises:
         LimitReached: if the policy does not allow the run.
@@ -121,10 +117,7 @@ def _check_bounds(sent: Config, policy: Policy) -> None:
 def keep_to_steps(sent: Config, policy: Policy, train_samples: int) -> None:
     """Hold a run that counts in epochs to ``max-steps``: how many steps follows from the samples.
 
-    Args:
-        sent: The run's configuration.
-        policy: The hospital's own.
-        train_samples: Of this hospital; 0 for a private step, which does not depend on them.
+    A private step does not depend on the samples; their number is 0 then.
 
     Raises:
         LimitReached: if the run takes more steps; the text tells no count of this hospital.

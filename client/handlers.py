@@ -214,12 +214,6 @@ def answer(kind: str, message: Message, context: Context, worker: Worker) -> Mes
     settings that the server sent. What else went wrong, a path or a count, is in the hospital's
     own ``errors.txt``.
 
-    Args:
-        kind: ``query``, ``train`` or ``evaluate``.
-        message: What the server sent.
-        context: Flower's: run configuration and node.
-        worker: This process's.
-
     Raises:
         FedrxError: with a text that quotes no data and no path.
     """

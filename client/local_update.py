@@ -40,16 +40,7 @@ def update(
 ) -> LocalResult:
     """Train one hospital for one round, starting from the global B.
 
-    Args:
-        session: Resident backbone; its adapter is overwritten.
-        hospital: The hospital's tokens.
-        b: All that the server holds of the adapter, by wire key.
-        state: Optimizer state and step count; updated in place.
-        config: The run's configuration.
-        server_round: Round, from 1.
-        on_step: Called after each optimizer step.
-        source: Where gradients come from; the plain batch gradient when None. A private source
-            tells no loss, and then the result has no metrics either.
+    ``state`` is updated in place. A private ``source`` tells no loss, nor has the result metrics.
     """
     session.adapter.load(b)
     session.adapter.start_round(server_round)

@@ -27,11 +27,6 @@ def local_config(config: Config, node_config: Mapping[str, Any], run_id: int) ->
     In a deployment the node configuration names the hospital (``hospital``), its tables
     (``data``) and the folder for what stays there (``folder``); ``backbone`` is optional.
 
-    Args:
-        config: As Flower hands it over.
-        node_config: Flower's, of this node.
-        run_id: Flower's run id; names the run directory of plain ``flwr run``.
-
     Raises:
         RunFailed: if the node configuration lacks a key, or has one that means nothing.
     """

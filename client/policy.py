@@ -91,11 +91,6 @@ def read_policy(folder: Path) -> Policy:
 def read_model(file: Path, model: type[Model], *, missing: str) -> Model:
     """Read a typed TOML file of a hospital; its keys are the model's, with hyphens.
 
-    Args:
-        file: The file.
-        model: Says what is allowed.
-        missing: The fix where there is no file.
-
     Raises:
         UserError: naming every key that is wrong.
     """

@@ -21,13 +21,7 @@ ANSWERS = "answer-*.safetensors"
 
 
 def guard_of(config: Config, hospital: HospitalData, folder: Path) -> Guard:
-    """Open a hospital's ledger and gradient source under the run's plan.
-
-    Args:
-        config: With privacy on.
-        hospital: The hospital's tokens.
-        folder: The hospital's own folder.
-    """
+    """Open a hospital's ledger and gradient source under the run's plan."""
     return Guard(
         plan_of(config),
         hospital=hospital.name,
@@ -59,16 +53,7 @@ def private_update(
     cost. An answer whose own release is not in the ledger never leaves, and neither does what its
     steps did to the optimizer: the state is kept after the release.
 
-    Args:
-        session: Resident backbone; its adapter is overwritten.
-        hospital: The hospital's tokens.
-        b: Global B by wire key.
-        state: Optimizer state and step count; updated in place and saved.
-        config: The run's configuration.
-        server_round: Round, from 1.
-        folder: The hospital's own folder.
-        on_step: Called after each step; it is told no loss.
-        guard: From ``guard_of``, where a caller watches it; opened here when None.
+    ``on_step`` is told no loss; ``guard`` is handed in by a caller that watches it.
 
     Raises:
         BudgetExhausted: if the ledger does not pay for the round; nothing is trained then.

@@ -53,13 +53,8 @@ _log = logging.getLogger(__name__)
 def ask(path: Path, kind: str, message: Message, context: Context, *, source: str = "") -> Message:
     """Let the resident worker answer a message.
 
-    Args:
-        path: The worker's socket.
-        kind: ``query``, ``train`` or ``evaluate``.
-        message: What the server sent.
-        context: Flower's.
-        source: Source digest of the bundle that came with the message; the worker refuses one that
-            is not its own. Default: this process's.
+    ``source`` is the digest of the bundle that came with the message, by default this process's;
+    the worker refuses one that is not its own.
 
     Raises:
         RunFailed: if there is no worker, it runs other code, or the hospital's work fails.

@@ -41,14 +41,7 @@ _log = logging.getLogger(__name__)
 def answer_tasks(
     address: str, secret: bytes, respond: Respond, *, check: Callable[[], None]
 ) -> None:
-    """Answer one task after another until ``check``, which is called between them, raises.
-
-    Args:
-        address: The SuperNode's Runtime API, on loopback.
-        secret: What the SuperNode was started with.
-        respond: Makes the replies.
-        check: Raises when it is time to end.
-    """
+    """Answer one task after another until ``check``, which is called between them, raises."""
     # Only apps of hospitals: a server may not start agents, models or connectors here.
     wanted = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
     auth = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={_ACQUIRE})

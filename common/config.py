@@ -192,11 +192,25 @@ class FederationConfig:
         low=0,
     )
     strategy: Literal[
-        "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedmedian", "trimmed-mean", "krum"
+        "fedavg",
+        "fedprox",
+        "fedavgm",
+        "fedadam",
+        "fedyogi",
+        "fedmedian",
+        "trimmed-mean",
+        "krum",
+        "q-fedavg",
     ] = option("fedavg", "aggregation")
+    fairness: float = option(
+        1.0, "q of q-fedavg: how much hospitals with a larger loss count more; 0 is fedavg", low=0
+    )
     proximal_mu: float = option(0.01, "weight of fedprox's pull to the global B", low=0)
     server_learning_rate: float = option(
-        0.0, "step of fedavgm, fedadam and fedyogi; 0: 1 for fedavgm, else 0.01", low=0
+        0.0,
+        "step of fedavgm, fedadam and fedyogi, 1 / L of q-fedavg; 0: 1 for fedavgm and q-fedavg, "
+        "else 0.01",
+        low=0,
     )
     server_momentum: float = option(0.9, "momentum of fedavgm", low=0, high=0.9999)
     trim: float = option(0.2, "share that trimmed-mean cuts at each end", low=0, high=0.4999)
@@ -210,6 +224,9 @@ class FederationConfig:
         "largest change of B by one hospital, times the round's median change (L2 norm); a "
         "hospital beyond it is refused in that round; 0: no limit",
         low=0,
+    )
+    keep_updates: bool = option(
+        False, "keep every hospital's B of each round on the server, in updates/"
     )
     fraction: float = option(1.0, "share of the hospitals asked per round", above=0, high=1)
     only: str = option(
@@ -249,6 +266,12 @@ class PrivacyConfig:
     delta: float = option(1e-5, "probability with which epsilon may fail", above=0, high=0.1)
     noise_multiplier: float = option(
         0.0, "noise standard deviation over the clip norm; 0: from target-epsilon", low=0
+    )
+    most_patients: int = option(
+        0,
+        "public bound on the patients of one hospital, which delta is held to; 0: none is stated, "
+        "and data.synthetic-patients bounds the synthetic source",
+        low=0,
     )
     clip_norm: float = option(1.0, "largest L2 norm of one unit's gradient", above=0)
     sampling_rate: float = option(

@@ -176,7 +176,8 @@ def settled(config: Config, *, run_id: int, nodes: int | None = None) -> Config:
     """Complete a configuration that plain ``flwr run`` started, without the launcher.
 
     Such a run has no run directory yet, and Flower's number of simulated SuperNodes decides how
-    many hospitals there are. Server and hospitals derive the same folder from Flower's run id.
+    many hospitals there are. Server and hospitals derive the same folder from Flower's run id,
+    as Flower prints it.
 
     Args:
         config: As Flower hands it over.
@@ -186,7 +187,7 @@ def settled(config: Config, *, run_id: int, nodes: int | None = None) -> Config:
     if config.run.directory:
         return config
     base = Path(os.environ.get("FEDRX_RUNS", "~/fedrx-runs")).expanduser()
-    directory = str(base / f"flwr-{run_id % 2**64:016x}")
+    directory = str(base / f"flwr-{run_id % 2**64}")
     federation = replace(config.federation, hospitals=nodes or config.federation.hospitals)
     return replace(config, federation=federation, run=replace(config.run, directory=directory))
 

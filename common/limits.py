@@ -28,43 +28,31 @@ class Limits:
     """What is left under the tightest limit; cached files that can be dropped are free."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Interface:
-    """File names of one version."""
-
-    limit: str
-    used: str
-    droppable: str
-
-
-_VERSIONS = {
-    1: _Interface(
-        limit="memory.limit_in_bytes", used="memory.usage_in_bytes", droppable="total_inactive_file"
-    ),
-    2: _Interface(limit="memory.max", used="memory.current", droppable="inactive_file"),
+_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
 }
+"""By version: the limit, what is used, and which statistic of it can be dropped."""
 
 
 def cgroup_limits(root: Path = Path("/")) -> Limits:
     """Read the limits of this process's cgroups.
 
-    Args:
-        root: Where ``proc`` and the cgroup mounts are looked for; files that are absent or not as
-            expected limit nothing.
+    Files that are absent or not as expected limit nothing.
     """
     cpus: list[float] = []
     limits: list[int] = []
     free: list[int] = []
     for version, group in _groups(root):
-        names = _VERSIONS[version]
+        limit_file, used_file, droppable_name = _FILES[version]
         quota = _cpu_quota(group, version)
         if quota is not None:
             cpus.append(quota)
-        limit = _number(_read(group / names.limit))
+        limit = _number(_read(group / limit_file))
         if limit is not None and limit < UNLIMITED_BYTES:
             limits.append(limit)
-            used = _number(_read(group / names.used)) or 0
-            droppable = _statistic(_read(group / "memory.stat"), names.droppable)
+            used = _number(_read(group / used_file)) or 0
+            droppable = _statistic(_read(group / "memory.stat"), droppable_name)
             free.append(max(0, limit - max(0, used - droppable)))
     return Limits(
         cpus=min(cpus, default=None),

@@ -39,9 +39,6 @@ def source_digest(root: Path | None = None) -> str:
     Hospitals and server compare it before round 1, so that nobody trains with other code than
     the run was started with. A package that is imported counts as the files it came from: Ray puts
     the working directory ahead of the app, and another ``client/`` there would run unseen.
-
-    Args:
-        root: Folder of the packages; default: wherever the running code comes from.
     """
     return sources_digest(
         (f"{package}/{file.relative_to(folder).as_posix()}", file.read_bytes())

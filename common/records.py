@@ -171,7 +171,19 @@ class Figures(Readings):
 
     model_config = ConfigDict(extra="allow")
 
+    level: str = ""
     samples: int = 0
+    patients: int = 0
+    precision: float | None = None
+    recall: float | None = None
+    length_ratio: float | None = None
+    oov_rate: float | None = None
+    intervals: dict[str, tuple[float | None, float | None]] = {}
+
+    def interval(self, name: str) -> tuple[float, float] | None:
+        """Return the interval of a figure, where there is one."""
+        low, high = self.intervals.get(name, (None, None))
+        return None if low is None or high is None else (low, high)
 
 
 class PartialRecord(Record):

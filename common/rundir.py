@@ -8,6 +8,7 @@
 - ``metrics.jsonl``: one JSON object per event
 - ``wire.jsonl``: one JSON object per message: direction, hospital, tensors, bytes
 - ``checkpoints/NAME/``: b.safetensors and what resuming needs, with its digests; names sort in time
+- ``updates/``: what every hospital sent, one file a round (``federation.keep-updates``)
 - ``hospitals/NAME/``: what stays in a hospital: optimizer state, step metrics
 - ``summary.json``: the run's figures for scripts
 """

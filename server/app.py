@@ -30,6 +30,7 @@ from common.wire.contract import Fingerprints, Tensors
 from common.wire.identity import read_keys
 from server.checkpoints import ChangedRun
 from server.clock import Clock
+from server.progress import note_end, note_start
 from server.roster import Roster
 from server.rounds import Rounds
 
@@ -43,6 +44,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run one federation; the run directory tells how it ended."""
     config = settled(from_flat(context.run_config), run_id=context.run_id)
     run = run_directory(config)
+    note_start(run)
     try:
         federate(grid, config, run)
     except ChangedRun:
@@ -62,14 +64,7 @@ def _note_failure(run: RunDirectory, reason: str) -> None:
 
 
 def federate(grid: Grid, config: Config, run: RunDirectory, *, clock: Clock = time) -> None:
-    """Shake hands, run the rounds, and write summary.json.
-
-    Args:
-        grid: Flower's grid.
-        config: Complete configuration.
-        run: A run directory that has been created.
-        clock: What waits for hospitals and measured seconds go by.
-    """
+    """Shake hands, run the rounds, and write summary.json."""
     started = clock.monotonic()
     backbone = resolve_backbone(config.model.backbone)
     adapter = adapter_spec(config.adapter)
@@ -100,6 +95,7 @@ def federate(grid: Grid, config: Config, run: RunDirectory, *, clock: Clock = ti
     record = run.record()
     if record and record.mode == FLOWER:
         run.write_status("finished", round=config.federation.rounds)
+        note_end(run)
     else:
         # The launcher goes on with the evaluation: a run killed there must not look finished.
         run.write_status("running", stage=TRAINED, round=config.federation.rounds)

@@ -30,10 +30,7 @@ from server.strategy import Aggregator, finite
 class HospitalPrivacyAggregator(Aggregator):
     """The mean of clipped updates, all of the same weight, plus noise.
 
-    Args:
-        config: Only ``fedavg`` keeps the sensitivity that the accounting assumes.
-        plan: Of unit ``hospital``: one step a round, D hospitals a round.
-        ledger: The server's, charged before a round is aggregated.
+    Only ``fedavg`` keeps the sensitivity that the accounting assumes.
     """
 
     def __init__(self, config: FederationConfig, plan: PrivacyPlan, ledger: Ledger) -> None:

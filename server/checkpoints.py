@@ -32,11 +32,6 @@ def inputs_of(ours: Fingerprints) -> dict[str, str]:
 def check_unchanged(facts: Mapping[str, Any], config: Config, ours: Fingerprints) -> None:
     """Compare a checkpoint's configuration and fingerprints with this process's.
 
-    Args:
-        facts: The checkpoint's.
-        config: As Flower hands it over.
-        ours: The server's fingerprints.
-
     Raises:
         ChangedRun: naming everything that differs, with both values.
     """

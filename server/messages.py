@@ -46,14 +46,7 @@ def exchange(
 
     A node that disconnects is not waited for.
 
-    Args:
-        grid: Flower's grid.
-        contents: Node id -> content.
-        kind: ``query``, ``train`` or ``evaluate``.
-        timeout_seconds: Longest wait; also the messages' time to live.
-        names: Node id -> hospital, for the record of messages.
-        on_message: Told of every message in both directions.
-        clock: What the wait is measured by.
+    ``timeout_seconds`` is also the messages' time to live, a minute added.
     """
     node_of: dict[str, int] = {}
     for node, content in contents.items():

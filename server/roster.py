@@ -118,13 +118,7 @@ class Roster:
     ) -> dict[str, str]:
         """Query the connected nodes that are not known yet, or whose next try is due.
 
-        Args:
-            grid: Flower's grid.
-            nodes: Connected nodes.
-            server_round: The round that is about to start; 0 before the first.
-            strict: Any problem ends the run; otherwise the node is left out.
-            timeout_seconds: Longest wait for an answer.
-            on_message: Told of every message in both directions.
+        With ``strict`` any problem ends the run; otherwise the node is left out.
 
         Returns:
             Hospital (or ``node N``) -> reason, of those left out.
@@ -252,8 +246,7 @@ class Roster:
     def count(self, expected: int) -> int:
         """Return how many hospitals there are by most admitted hospitals' account.
 
-        Args:
-            expected: What decides between equally many; else the smaller number does.
+        Between equally many ``expected`` decides, else the smaller number.
         """
         votes = Counter(told.federation_size for told in self.handshakes.values())
         return max(votes, key=lambda of: (votes[of], of == expected, -of), default=1)

@@ -25,13 +25,14 @@ from common.wire.contract import (
     read_train_reply,
     train_message,
 )
-from server import checkpoints
+from server import checkpoints, kept_updates
 from server.central_dp import aggregator_for
 from server.checkpoints import CARRIED, STRATEGY, Round
 from server.clock import Clock
 from server.expected_replies import most_validation_tokens, private_steps, steps_expected, train_due
 from server.messages import Recorder, answered, exchange, require
 from server.privacy_account import PrivacyAccount
+from server.progress import log, round_line
 from server.roster import Roster
 from server.screening import outliers, with_capped_weights
 from server.strategies import check_strategy
@@ -67,9 +68,6 @@ class Rounds:
     def start(self, b: Tensors) -> Tensors:
         """Run all rounds, or those after the last checkpoint, and return the last B.
 
-        Args:
-            b: All that the server holds of the adapter, before round 1.
-
         Raises:
             ChangedRun: if the run directory is that of another configuration, A or backbone.
             RunFailed: if the handshake fails or a round stays below its quorum.
@@ -86,12 +84,15 @@ class Rounds:
         for number in range(last.number + 1, self.config.federation.rounds + 1):
             started = self.clock.monotonic()
             updates = self.train(last, number)
+            if self.config.federation.keep_updates:
+                kept_updates.keep(self.run, number, updates)
             if not aggregator.withstands(len(updates)):
                 self.run.metric(WITHSTANDS_NOTHING, len(updates), round=number)
             base = self.scheme.shapes(number, last.received)
             b = aggregator.aggregate(base, updates, server_round=number)
             last = self._round(number, last.received | b, last.carried)
-            self.evaluate(last)
+            loss = self.evaluate(last)
+            log.info(round_line(number, self.config.federation.rounds, updates, loss))
             self.run.metric("round-seconds", self._since(started), round=number)
             self._save(last, aggregator)
             self.run.write_status("running", round=number)
@@ -104,7 +105,7 @@ class Rounds:
     def _first(self, b: Tensors, aggregator: Aggregator) -> Round:
         """Return the round before the first: B as it begins, evaluated and saved."""
         first = self._round(0, b, {})
-        self.evaluate(first)
+        log.info(round_line(0, self.config.federation.rounds, [], self.evaluate(first)))
         self._save(first, aggregator)
         return first
 
@@ -218,8 +219,8 @@ class Rounds:
             self._refuse(hospital, reason, server_round)
         return found
 
-    def evaluate(self, last: Round) -> None:
-        """Ask every hospital for its validation loss of the last B; log the weighted mean.
+    def evaluate(self, last: Round) -> float | None:
+        """Ask every hospital for its validation loss of the last B; return the weighted mean.
 
         With privacy on nobody is asked: no loss leaves a hospital. With too few of the admitted
         hospitals connected the round is trained and not evaluated, which is logged.
@@ -228,7 +229,7 @@ class Rounds:
             RunFailed: below quorum, with every failed hospital's reason.
         """
         if self.roster.plan is not None:
-            return
+            return None
         server_round, handshakes = last.number, self.roster.handshakes
         able = [name for name in sorted(handshakes) if handshakes[name].validation_samples]
         connected = self.roster.connected(self.grid.get_node_ids())
@@ -242,7 +243,7 @@ class Rounds:
             _log.warning("round %d is not evaluated: %s", server_round, reason)
             self.run.metric(NOT_EVALUATED, reason, round=server_round)
         if len(nodes) < needed:
-            return
+            return None
 
         def check(reply: Message, hospital: str) -> dict[str, float]:
             return read_evaluate_reply(
@@ -260,6 +261,7 @@ class Rounds:
                 "validation-loss", metrics["loss"], round=server_round, hospital=hospital
             )
         self.run.metric("validation-loss", total / weight, round=server_round)
+        return total / weight
 
     def _admit(self, server_round: int, *, strict: bool) -> None:
         left_out = self.roster.admit(
@@ -331,18 +333,16 @@ class Rounds:
         self.run.metric(f"{kind}-exchange-seconds", self._since(started), round=server_round)
         answers: dict[str, Answer] = {}
         failures: dict[str, str] = {}
-        accepted: list[int] = []
         for node in nodes:
             hospital = names[node]
             try:
                 answers[hospital] = check(answered(replies.messages.get(node)), hospital)
-                accepted.append(node)
             except ContractError as error:
                 failures[hospital] = str(error)
                 self._refuse(hospital, str(error), server_round)
-        if accepted:
+        if answers:
             now = Pace(
-                seconds=max(replies.seconds[node] for node in accepted),
+                seconds=max(replies.seconds[node] for node in nodes if names[node] in answers),
                 steps=steps,
                 hospitals=len(nodes),
             )

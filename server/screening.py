@@ -23,11 +23,6 @@ def outliers(config: FederationConfig, b: Tensors, updates: Sequence[Update]) ->
 
     An update is refused if its change of B is longer (L2 norm over all matrices) than
     ``federation.max-update-norm`` times the median of the round.
-
-    Args:
-        config: Its limit; 0 refuses nobody.
-        b: The global B that the updates started from.
-        updates: Checked, one per hospital.
     """
     if not config.max_update_norm or len(updates) < FEWEST:
         return {}

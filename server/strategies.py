@@ -27,6 +27,7 @@ from common.config import FederationConfig
 from common.errors import UserError
 from common.wire.cohort import sampled
 from common.wire.contract import Tensors
+from server.q_fedavg import LOSS, QFedAvg
 
 WEIGHT = "weight"
 _COMMON: dict[str, Any] = {
@@ -54,6 +55,8 @@ class StrategySpec:
     make: Callable[[FederationConfig], Strategy]
     begin: Callable[[Any, Tensors], None] = lambda strategy, b: None
     """Tell a strategy, before each round, the global B that the updates start from (fp64)."""
+    reads: tuple[str, ...] = ()
+    """Figures of a hospital's reply that it weighs by."""
     state: Callable[[Any], Tensors] = lambda strategy: {}
     """What the strategy carries over rounds, as named fp64 tensors."""
     restore: Callable[[Any, Tensors], None] = lambda strategy, tensors: None
@@ -71,7 +74,7 @@ def _set_record(strategy: FedAvgM, b: Tensors) -> None:
     strategy.current_arrays = to_record(b)
 
 
-def _set_arrays(strategy: FedAdam | FedYogi, b: Tensors) -> None:
+def _set_arrays(strategy: FedAdam | FedYogi | QFedAvg, b: Tensors) -> None:
     strategy.current_arrays = {key: value.astype(np.float64) for key, value in sorted(b.items())}
 
 
@@ -123,6 +126,15 @@ def _fewest_for_krum(config: FederationConfig) -> Fewest:
     )
 
 
+def _adaptive(kind: type[FedAdam] | type[FedYogi]) -> StrategySpec:
+    return StrategySpec(
+        make=lambda c: kind(eta=c.server_learning_rate or 0.01, **_COMMON),
+        begin=_set_arrays,
+        state=_moments,
+        restore=_set_moments,
+    )
+
+
 STRATEGIES: dict[str, StrategySpec] = {
     "fedavg": StrategySpec(make=lambda c: FedAvg(**_COMMON)),
     "fedprox": StrategySpec(make=lambda c: FedProx(proximal_mu=c.proximal_mu, **_COMMON)),
@@ -136,24 +148,21 @@ STRATEGIES: dict[str, StrategySpec] = {
         state=_momentum,
         restore=_set_momentum,
     ),
-    "fedadam": StrategySpec(
-        make=lambda c: FedAdam(eta=c.server_learning_rate or 0.01, **_COMMON),
-        begin=_set_arrays,
-        state=_moments,
-        restore=_set_moments,
-    ),
-    "fedyogi": StrategySpec(
-        make=lambda c: FedYogi(eta=c.server_learning_rate or 0.01, **_COMMON),
-        begin=_set_arrays,
-        state=_moments,
-        restore=_set_moments,
-    ),
+    "fedadam": _adaptive(FedAdam),
+    "fedyogi": _adaptive(FedYogi),
     "fedmedian": StrategySpec(make=lambda c: FedMedian(**_COMMON)),
     "trimmed-mean": StrategySpec(
         make=lambda c: FedTrimmedAvg(beta=c.trim, **_COMMON), fewest=_fewest_to_trim
     ),
     "krum": StrategySpec(
         make=lambda c: Krum(num_malicious_nodes=c.malicious, **_COMMON), fewest=_fewest_for_krum
+    ),
+    "q-fedavg": StrategySpec(
+        make=lambda c: QFedAvg(
+            q=c.fairness, lipschitz=1 / (c.server_learning_rate or 1.0), **_COMMON
+        ),
+        begin=_set_arrays,
+        reads=(LOSS,),
     ),
 }
 

@@ -25,9 +25,7 @@ _log = logging.getLogger(__name__)
 class Aggregator:
     """One of Flower's strategies, with the state that it carries over rounds.
 
-    Args:
-        config: Names the strategy and its settings.
-        scheme: Where rounds send different parts of the adapter, each has a state of its own.
+    Where rounds send different parts of the adapter (``scheme``), each has a state of its own.
     """
 
     def __init__(self, config: FederationConfig, scheme: Scheme = SCHEMES["fa-lora"]) -> None:
@@ -36,11 +34,6 @@ class Aggregator:
 
     def aggregate(self, b: Tensors, updates: Sequence[Update], *, server_round: int) -> Tensors:
         """Aggregate checked updates to the next global values (fp32) of what a round sends.
-
-        Args:
-            b: The global values that the updates started from.
-            updates: One per hospital, in any order.
-            server_round: Round, from 1.
 
         Raises:
             RunFailed: if the strategy fails, returns nothing, or something that is not finite.
@@ -54,7 +47,7 @@ class Aggregator:
             )
         uniform = self.config.weighting == "uniform"
         replies = [
-            _as_reply(update, 1.0 if uniform else update.weight)
+            _as_reply(update, 1.0 if uniform else update.weight, self.spec.reads)
             for update in sorted(updates, key=lambda update: update.hospital)
         ]
         strategy, block = self.spec.make(self.config), self.scheme.block(server_round)
@@ -95,8 +88,8 @@ def finite(b: Tensors, server_round: int) -> Tensors:
     return result
 
 
-def _as_reply(update: Update, weight: float) -> Message:
-    content = RecordDict(
-        {"arrays": to_record(update.b), "metrics": MetricRecord({WEIGHT: float(weight)})}
-    )
+def _as_reply(update: Update, weight: float, reads: Sequence[str]) -> Message:
+    figures = {name: update.metrics[name] for name in reads}
+    metrics = MetricRecord({WEIGHT: float(weight), **figures})
+    content = RecordDict({"arrays": to_record(update.b), "metrics": metrics})
     return Message(content=content, dst_node_id=0, message_type="train")

@@ -48,11 +48,6 @@ class Pace:
         The measured time grows with a hospital's steps, and with the number of hospitals, which
         may share workers. Before anything was measured Flower's own limit holds.
 
-        Args:
-            pace: The slowest exchange of this kind so far.
-            steps: Most optimizer steps of one hospital now.
-            hospitals: How many are asked now.
-
         >>> Pace.limit(None, steps=10, hospitals=3)
         43140.0
         >>> Pace.limit(Pace(seconds=30.0, steps=10, hospitals=2), steps=20, hospitals=4)

@@ -106,15 +106,7 @@ def rdp_epsilon(sigma: float, rate: float, steps: int, delta: float) -> float:
 def pld_epsilon(
     sigma: float, rate: float, steps: int, delta: float, *, interval: float = _PLD_INTERVAL
 ) -> float:
-    """Return dp-accounting's pessimistic PLD epsilon.
-
-    Args:
-        sigma: Noise multiplier.
-        rate: Poisson sampling rate.
-        steps: Composed steps.
-        delta: Failure probability.
-        interval: Discretisation of the privacy loss.
-    """
+    """Return dp-accounting's pessimistic PLD epsilon."""
     from dp_accounting import dp_event
     from dp_accounting.pld import pld_privacy_accountant
 
@@ -151,11 +143,7 @@ def calibrate(plan: PrivacyPlan, target_epsilon: float, *, verify: bool = True) 
 
     The result's reported epsilon is at most the target, and within 0.2% of it.
 
-    Args:
-        plan: Calibrated or not.
-        target_epsilon: Epsilon of all steps.
-        verify: Hold the reported figure, of both accountants, to the target; without it the
-            result is good to 1e-3 and serves for forecasts only.
+    Without ``verify`` it is good to 1e-3 and not held to both accountants: for forecasts only.
 
     Raises:
         UserError: if no multiplier up to 1000 reaches the target.

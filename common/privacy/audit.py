@@ -26,6 +26,7 @@ from common.privacy.findings import (
     mean_interval,
     noise_complaints,
     spread_interval,
+    verdict_of,
 )
 from common.privacy.mechanism.clipping import clipped_sum
 from common.privacy.mechanism.gradients import PrivateGradient
@@ -117,13 +118,7 @@ def one_run_audit(
     bound of ``repeats`` independent runs, each at ``CONFIDENCE``: delta allows a single run no
     higher one, but all of them exceed a true claim with probability at most 0.046^repeats.
 
-    Args:
-        plan: A calibrated plan; audited at q = 1 and one step.
-        canaries: M.
-        clip: The clipping under audit.
-        release: The release under audit; default the plan's own mechanism.
-        amplitude: Length of a canary's gradient over the clip norm.
-        repeats: Independent runs.
+    ``clip`` and ``release`` are under audit, by default the plan's own.
     """
     audited = single_release(plan)
     source = NoiseSource()
@@ -167,10 +162,7 @@ def bound_of(
     The surest guesses come first. The number of guesses is fixed beforehand at three values, each
     held to a third of the error probability.
 
-    Args:
-        ratios: Of in against out, one for each canary; or anything that grows with it.
-        taking_part: Who was in.
-        delta: Of the claim.
+    ``ratios`` may be anything that grows with the likelihood ratio of in against out.
     """
     right = ((ratios > 0) == taking_part)[np.argsort(-np.abs(ratios))]
     canaries = len(right)
@@ -193,14 +185,7 @@ def _canary_rows(taking_part: np.ndarray[Any, Any], length: float) -> Iterator[T
 def noise_test(
     plan: PrivacyPlan, *, coordinates: int = 250_000, steps: int = 5, release: Release | None = None
 ) -> Finding:
-    """Compare the noise of ``steps`` empty draws with the plan's claim.
-
-    Args:
-        plan: A calibrated plan.
-        coordinates: P; with ``steps`` at least 10^6 samples by default.
-        steps: Releases.
-        release: The release under test; default the plan's own mechanism.
-    """
+    """Compare the noise of ``steps`` empty draws with the plan's claim."""
     make = release or GaussianMechanism(plan, coordinates, NoiseSource()).release
     empty_P = torch.zeros(coordinates)
     # the grid widens the noise by what rounding costs, more so the larger sigma and P are
@@ -219,7 +204,7 @@ def noise_test(
         limit=1.0,
         false_alarm=3 * FALSE_ALARM,
         passed=not complaints,
-        verdict="as claimed" if not complaints else "wrong " + ", ".join(complaints),
+        verdict=verdict_of("as claimed", complaints),
     )
 
 
@@ -238,13 +223,8 @@ def inversion_test(
     how far its z is from that span; the figure is the area under the ROC curve for a record's
     tokens, as a mean over records: 1 is full disclosure, 0.5 is chance.
 
-    Args:
-        session: With ``v_proj`` adapted, and a rank above a record's number of tokens.
-        records: Of tokens drawn uniformly, as ``chance_limit`` supposes; each alone in its draw,
-            the patient's worst case.
-        plan: A calibrated plan.
-        kind: Where the gradients come from; default the plan's own source.
-        expect_private: Whether the verdict asks for chance level, or for disclosure.
+    ``records`` hold tokens drawn uniformly, as ``chance_limit`` supposes, each alone in its draw:
+    the patient's worst case. ``v_proj`` is adapted at a rank above a record's number of tokens.
 
     Raises:
         ValueError: if so few records cannot tell chance from disclosure.
@@ -283,10 +263,6 @@ def chance_limit(tokens: Sequence[int], vocabulary: int) -> float:
     (n + m + 1) / 12 n m. The mean over independent records is taken as normal; the true tails are
     lighter, as the area is bounded.
 
-    Args:
-        tokens: How many of the vocabulary are positives, for each record.
-        vocabulary: n + m.
-
     >>> round(chance_limit([4], 1024), 2), round(chance_limit([4] * 12, 1024), 2)
     (1.19, 0.7)
     """
@@ -297,13 +273,7 @@ def chance_limit(tokens: Sequence[int], vocabulary: int) -> float:
 
 
 def disclosure(session: Session, gradient_P: Tensor, tokens: Sequence[int]) -> float:
-    """Return the ROC area with which a gradient tells a record's tokens from the others.
-
-    Args:
-        session: The open session.
-        gradient_P: Gradient of the flat adapter buffer.
-        tokens: The record's token ids; the attacker is told how many differ.
-    """
+    """Return the ROC area with which a gradient tells a record's tokens from the others."""
     adapter, layer = session.adapter, session.model.model.layers[0]
     (module,) = [
         m for m in adapter.modules if m.key.startswith("model.layers.0.") and "v_proj" in m.key

@@ -71,10 +71,7 @@ def likelihood_ratios(rounds: list[RoundSeen], plan: PrivacyPlan, *, bare: bool 
     of least variance is mu + v (v G + sigma^2 I)^-1 (y - G mu); its gain on canary i is
     a_i = [v (v G + sigma^2 I)^-1 G]_ii and its error has variance v a_i (1 - a_i).
 
-    Args:
-        rounds: What was seen.
-        plan: Claimed sampling rate and noise.
-        bare: Whether to read the releases without their noise.
+    ``bare`` reads the releases without their noise.
     """
     total_M = np.zeros(len(rounds[0].gram_MM))
     sigma = _BARE_SIGMA if bare else plan.sigma

@@ -30,6 +30,11 @@ class Finding:
     """Largest probability with which a correct mechanism fails; 0 where the check is exact."""
 
 
+def verdict_of(good: str, complaints: Sequence[str]) -> str:
+    """Return a check's verdict: ``good``, or what is wrong."""
+    return "wrong " + ", ".join(complaints) if complaints else good
+
+
 def noise_complaints(noise_SP: np.ndarray[Any, Any]) -> list[str]:
     """Return what is wrong with noise that claims to be independent standard normal.
 

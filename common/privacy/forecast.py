@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from common.privacy.accounting import calibrate, epsilon
-from common.privacy.budget.receipts import accountant_name, json_number
+from common.privacy.budget.receipts import json_number, terms
 from common.privacy.plan import PrivacyPlan
 
 COMFORTABLE = 1.0
@@ -24,28 +24,17 @@ class Change(NamedTuple):
 
 
 def forecast(plan: PrivacyPlan, parameters: int, *, target_epsilon: float = 0.0) -> dict[str, Any]:
-    """Return epsilon, noise over signal and advice for a plan.
-
-    Args:
-        plan: A calibrated plan.
-        parameters: P, trained values.
-        target_epsilon: What the noise was calibrated to; 0: the plan's own epsilon.
-    """
+    """Return epsilon, noise over signal and advice for a plan."""
     cost = epsilon(plan)
     ratio = plan.noise_to_signal(parameters)
     changes: list[Change] = []
     if ratio > COMFORTABLE and not plan.deterministic_noise:
         changes = alternatives(plan, parameters, target_epsilon or cost.value)
     return {
-        "unit": plan.unit,
         "relation": plan.relation,
         "epsilon": json_number(cost.value),
-        "delta": plan.delta,
-        "accountant": accountant_name(plan),
-        "noise_multiplier": plan.sigma,
-        "sampling_rate": plan.sampling_rate,
+        **terms(plan),
         "steps": plan.steps,
-        "clip_norm": plan.clip_norm,
         "expected_batch": plan.expected_batch,
         "noise_to_signal": ratio,
         "verdict": verdict(ratio),

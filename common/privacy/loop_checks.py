@@ -13,7 +13,13 @@ from torch import Tensor
 
 from common.model.session import Session
 from common.privacy.accounting import pld_epsilon
-from common.privacy.findings import FALSE_ALARM, Finding, noise_complaints, spread_interval
+from common.privacy.findings import (
+    FALSE_ALARM,
+    Finding,
+    noise_complaints,
+    spread_interval,
+    verdict_of,
+)
 from common.privacy.mechanism.isolation import PROVEN
 from common.privacy.mechanism.release import ARITHMETIC_SLACK, grid_for
 from common.privacy.plan import PrivacyPlan
@@ -76,13 +82,7 @@ def clipped_alone(
 
 
 def opened(session: Session, step: Step, plan: PrivacyPlan) -> Opening:
-    """Take one release apart.
-
-    Args:
-        session: The session that was trained, not the watched one; its B is overwritten.
-        step: What was seen.
-        plan: What was claimed.
-    """
+    """Take one release apart."""
     adapter = session.adapter
     adapter.flat.copy_(step.before_P)
     by_unit: dict[int, list[list[Encoded]]] = {}
@@ -147,20 +147,14 @@ def loop_noise_check(openings: Sequence[Opening], plan: PrivacyPlan) -> Finding:
         limit=1.0,
         false_alarm=2 * FALSE_ALARM + 2e-9 * pairs,
         passed=not complaints,
-        verdict="as claimed" if not complaints else "wrong " + ", ".join(complaints),
+        verdict=verdict_of("as claimed", complaints),
     )
 
 
 def draw_check(
     runs: Sequence[Watched], twins: tuple[Watched, Watched], plan: PrivacyPlan
 ) -> Finding:
-    """Hold the draws to Poisson sampling at the plan's rate from the secret source.
-
-    Args:
-        runs: Every watched run.
-        twins: Two of them with the same hospital and the same seeds everywhere.
-        plan: What was claimed.
-    """
+    """Hold the draws to Poisson sampling at the plan's rate from the secret source."""
     from scipy.stats import binomtest
 
     rate = plan.sampling_rate
@@ -190,9 +184,7 @@ def draw_check(
         limit=rate,
         false_alarm=6 * FALSE_ALARM,
         passed=not complaints,
-        verdict="Poisson, secret, at the claimed rate"
-        if not complaints
-        else "wrong " + ", ".join(complaints),
+        verdict=verdict_of("Poisson, secret, at the claimed rate", complaints),
     )
 
 

@@ -34,11 +34,6 @@ def patient_losses(
 ) -> tuple[Floats, NDArray[np.int64]]:
     """Return each patient's loss per answer token under each model, a mean over its records.
 
-    Args:
-        session: The open session; its adapter is overwritten.
-        records: Of all patients.
-        models: Adapters by wire key.
-
     Returns:
         [N, M] losses, and the patients' local keys in the same order.
     """
@@ -103,12 +98,7 @@ def membership_findings(
 ) -> list[Finding]:
     """Judge how well patients trained on are told from others by their ratios.
 
-    Args:
-        members_N: Ratios of patients trained on.
-        outsiders_N: Ratios of patients who were not.
-        epsilon: Of the run; infinite without privacy.
-        delta: Of the run.
-        references: Number of reference models, the untrained backbone included.
+    ``references`` counts the untrained backbone; ``epsilon`` is infinite without privacy.
     """
     area, deviation = area_with_deviation(members_N, outsiders_N)
     limit = largest_area(epsilon, delta)

@@ -101,9 +101,6 @@ class PrivacyPlan:
     def noise_to_signal(self, parameters: int) -> float:
         """Return |noise| / |largest possible mean gradient| = sigma sqrt(P) / D.
 
-        Args:
-            parameters: P, entries of B.
-
         >>> plan = PrivacyPlan(clip_norm=1.0, noise_multiplier=2.0, sampling_rate=0.1, steps=10,
         ...     expected_batch=100, max_admissions_per_patient=4, delta=1e-5)
         >>> plan.noise_to_signal(10_000)

@@ -4,13 +4,14 @@ import math
 from dataclasses import replace
 from functools import lru_cache
 
+from common.choice import Choice
 from common.config import Config, PrivacyConfig
 from common.errors import UserError
 from common.privacy.accounting import calibrate, epsilon
 from common.privacy.plan import PrivacyPlan
 from common.training.budget import steps_in_all
 
-HOSPITAL = "hospital"
+HOSPITAL, SYNTHETIC = "hospital", "synthetic"
 INDEPENDENT = "iid"
 """The partition scheme that decides a patient's hospital from that patient alone."""
 CLAIM_SLACK = 1e-9
@@ -39,10 +40,13 @@ def plan_of(config: Config) -> PrivacyPlan:
     sampling of hospitals amplifies nothing, because the server knows whom it asked.
 
     Raises:
-        UserError: if the number of steps, one unit's gradient, or whether one hospital takes part
-            would depend on other units, if a given noise multiplier misses the target, or if no
-            noise reaches it.
+        UserError: if delta would let a whole unit be disclosed, if the server needs or keeps what
+            is protected, if the number of steps, one unit's gradient, or whether one hospital
+            takes part would depend on other units, if a given noise multiplier misses the target,
+            or if no noise reaches it.
     """
+    _refuse_large_delta(config)
+    _refuse_what_stays(config)
     if config.privacy.unit == HOSPITAL:
         federation = config.federation
         if federation.fraction < 1:
@@ -58,6 +62,81 @@ def plan_of(config: Config) -> PrivacyPlan:
     privacy = config.privacy
     steps = steps_in_all(config, train_samples=0).value
     return _plan(privacy, steps, privacy.expected_batch, privacy.sampling_rate)
+
+
+def public_bound(config: Config) -> Choice[int]:
+    """Return a number that the units of one hospital do not exceed, with its name and its key.
+
+    How many patients a hospital has is private, so nothing visible may follow from it. Public is
+    what the configuration states: a bound, the size of made-up data, the number of hospitals. 0:
+    nothing is.
+
+    >>> public_bound(Config())
+    Choice(value=240, reason='patients (data.synthetic-patients)')
+    """
+    if config.privacy.unit == HOSPITAL:
+        return Choice(config.federation.hospitals, "hospitals (federation.hospitals)")
+    if config.privacy.most_patients:
+        return Choice(config.privacy.most_patients, "patients (privacy.most-patients)")
+    if config.data.path == SYNTHETIC and not config.run.hospital_keys:  # no deployment
+        return Choice(config.data.synthetic_patients, "patients (data.synthetic-patients)")
+    return Choice(0, "no bound is stated")
+
+
+def _refuse_large_delta(config: Config) -> None:
+    """Refuse a delta at which publishing one unit in full would count as private."""
+    bound, delta = public_bound(config), config.privacy.delta
+    if bound.value and delta >= 1 / bound.value:
+        raise UserError(
+            f"privacy.delta={delta:g} protects nobody among up to {bound.value} {bound.reason}: to "
+            "publish one of them in full would count as private",
+            allowed=f"less than 1 / {bound.value}",
+            fix=f"set privacy.delta to at most 1 / (10 x {bound.value}) = {_usual(bound):.2g}",
+        )
+
+
+def _refuse_what_stays(config: Config) -> None:
+    """Refuse a server that needs or keeps what the protection takes away."""
+    federation = config.federation
+    if federation.strategy == "q-fedavg":
+        raise UserError(
+            "federation.strategy=q-fedavg weighs hospitals by their losses, and with privacy no "
+            "loss leaves a hospital",
+            fix="set another federation.strategy",
+        )
+    if federation.keep_updates and config.privacy.unit == HOSPITAL:
+        raise UserError(
+            "federation.keep-updates with privacy.unit=hospital keeps what hospitals send before "
+            "it is clipped and noised",
+            fix="set federation.keep-updates = false",
+        )
+
+
+def delta_warning(config: Config) -> str:
+    """Return why delta is large for so many units; empty if it is not, or no bound is public."""
+    bound, delta = public_bound(config), config.privacy.delta
+    if not protects(config) or not bound.value or delta <= _usual(bound):
+        return ""
+    return (
+        f"privacy.delta={delta:g} is above 1 / (10 x {bound.value} {bound.reason}): the usual "
+        f"delta is at most {_usual(bound):.2g}"
+    )
+
+
+def delta_note(config: Config) -> str:
+    """Say what delta means beside the public bound on a hospital's units."""
+    bound = public_bound(config)
+    if not bound.value:
+        return (
+            "delta is compared with no number of patients: that of a hospital is private; state a "
+            "public bound in privacy.most-patients"
+        )
+    within = f"delta is at most 1 / (10 x {bound.value} {bound.reason})"
+    return delta_warning(config) or within
+
+
+def _usual(bound: Choice[int]) -> float:
+    return 1 / (10 * bound.value)
 
 
 def _refuse_dependence(config: Config) -> None:

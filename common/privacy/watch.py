@@ -106,12 +106,7 @@ class WatchedNoise(NoiseSource):
 
 
 class Watch:
-    """Watches one hospital's rounds.
-
-    Args:
-        session: The open session; ``self.session`` is the one to train with.
-        dataset: The hospital's records.
-    """
+    """Watches one hospital's rounds."""
 
     def __init__(self, session: Session, dataset: tuple[Encoded, ...]) -> None:
         values = {one.name: getattr(session, one.name) for one in fields(Session)}

@@ -80,11 +80,6 @@ def decode(codec: str, wire: Array, shape: tuple[int, ...]) -> Array:
 def compress(codec: str, tensors: Tensors, carried: Mapping[str, Array]) -> tuple[Tensors, Tensors]:
     """Write tensors with what earlier messages owe, and return what this one owes.
 
-    Args:
-        codec: Name of the codec.
-        tensors: fp32.
-        carried: What rounding has lost before, by key; an absent key owes nothing.
-
     Returns:
         The wire arrays, and the new debt (empty for ``fp32``).
     """

@@ -97,11 +97,6 @@ def to_record(wire: Tensors) -> ArrayRecord:
 def check_arrays(record: ArrayRecord, shapes: Shapes, codec: str = "fp32") -> Tensors:
     """Unpack an ArrayRecord that must hold exactly the keys of ``shapes``.
 
-    Args:
-        record: What arrived.
-        shapes: Wire key -> shape, of every matrix that may travel and no other.
-        codec: How the matrices are written.
-
     Returns:
         The matrices in fp32.
 
@@ -267,16 +262,8 @@ def read_train_reply(
 ) -> Update:
     """Check a hospital's reply, on the server's side.
 
-    Args:
-        content: What arrived.
-        shapes: Wire key -> shape.
-        hospital: Who sent it.
-        server_round: The round that was asked for.
-        charged: Under differential privacy: the least and the most steps that the hospital's
-            ledger may show, and the weight must be 1; None without it.
-        due: Without it: what weight and steps must be.
-        codec: How the matrices are written.
-        base: The B that the hospital started from; with a lossy codec it sends the change of it.
+    With privacy the weight is 1 and the steps are within ``charged``, what the hospital's ledger
+    may show; without it both are what was ``due``. With a lossy codec a change of ``base`` came.
 
     Raises:
         ContractError: for anything but this round's B, allow-listed finite scalars, a weight that
@@ -284,9 +271,7 @@ def read_train_reply(
     """
     _check_kinds(content, arrays=True, metrics=True, configs=False)
     allowed = TRAIN_REPLY if charged is None else PRIVATE_TRAIN_REPLY
-    metrics = _checked_metrics(content, allowed)
-    _check_round(metrics, server_round)
-    weight = _check_weight(metrics)
+    metrics = _checked_metrics(content, allowed, server_round)
     if charged is not None:
         _check_private(metrics, *charged)
     if due is not None:
@@ -294,7 +279,7 @@ def read_train_reply(
     b = check_arrays(only_record(content, "array"), shapes, codec)
     if is_lossy(codec) and base is not None:
         b = {key: _finite(key, base[key] + change) for key, change in b.items()}
-    return Update(hospital=hospital, b=b, weight=weight, metrics=metrics)
+    return Update(hospital=hospital, b=b, weight=metrics["weight"], metrics=metrics)
 
 
 def read_evaluate_reply(
@@ -302,18 +287,12 @@ def read_evaluate_reply(
 ) -> dict[str, float]:
     """Check a hospital's reply to an evaluate message.
 
-    Args:
-        content: What arrived.
-        server_round: The round that was asked for.
-        most_tokens: The weight is a number of tokens, and no larger.
-
     Raises:
         ContractError: as for ``read_train_reply``; arrays are not allowed at all.
     """
     _check_kinds(content, arrays=False, metrics=True, configs=False)
-    metrics = _checked_metrics(content, EVALUATE_REPLY)
-    _check_round(metrics, server_round)
-    weight = _check_weight(metrics)
+    metrics = _checked_metrics(content, EVALUATE_REPLY, server_round)
+    weight = metrics["weight"]
     if weight > most_tokens or weight != int(weight):
         raise ContractError(f"weight is not a whole number of tokens up to {most_tokens}")
     return metrics
@@ -333,10 +312,7 @@ def shortened(text: str, limit: int = LONGEST_QUOTE) -> str:
 def describe(message: Message, tensors: Collection[str]) -> dict[str, Any]:
     """Return what wire.jsonl records of a message: tensor names, scalar names and bytes.
 
-    Args:
-        message: In either direction; what arrives is not checked yet.
-        tensors: The names that tensors may have; of others, and of scalars that no message has,
-            only the number is told.
+    What arrives is not checked yet: of names that no message has, only the number is told.
     """
     content = message.content
     arrays = list(content.array_records.values())
@@ -361,19 +337,9 @@ def _check_kinds(content: RecordDict, *, arrays: bool, metrics: bool, configs: b
             raise ContractError(f"{count} {kind} records, expected {int(wanted)}")
 
 
-def _check_round(metrics: Mapping[str, Any], server_round: int) -> None:
-    if metrics["round"] != server_round:
-        raise ContractError(f"answers round {metrics['round']}, expected {server_round}")
-
-
-def _check_weight(metrics: Mapping[str, Any]) -> float:
-    weight = metrics["weight"]
-    if isinstance(weight, bool) or not weight > 0:
-        raise ContractError("weight is not a finite positive number")
-    return float(weight)
-
-
-def _checked_metrics(content: RecordDict, allowed: frozenset[str]) -> dict[str, Any]:
+def _checked_metrics(
+    content: RecordDict, allowed: frozenset[str], server_round: int
+) -> dict[str, float]:
     """Return a reply's scalars: floats alone, and what was measured as precisely as is shown."""
     metrics = check_scalars(only_record(content, "metric"), allowed)
     for key, value in metrics.items():
@@ -382,6 +348,10 @@ def _checked_metrics(content: RecordDict, allowed: frozenset[str]) -> dict[str, 
             fault = fault or fault_of(value)
         if fault:
             raise ContractError(f"scalar {key!r} {fault}")
+    if metrics["round"] != server_round:
+        raise ContractError(f"answers round {metrics['round']}, expected {server_round}")
+    if not metrics["weight"] > 0:
+        raise ContractError("weight is not a finite positive number")
     return metrics
 
 

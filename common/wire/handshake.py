@@ -93,10 +93,7 @@ class Handshake(Record):
 def check_hello(record: Mapping[str, Any], *, private: bool, signed: bool = False) -> Handshake:
     """Return a handshake if each value is of its kind.
 
-    Args:
-        record: What arrived.
-        private: Whether differential privacy is on: then a plan comes, and no count.
-        signed: Whether it was asked for a signature.
+    With privacy on a plan comes, and no count.
 
     Raises:
         ContractError: naming the key and what it must be.

@@ -40,12 +40,6 @@ def new_nonce() -> str:
 def sign(folder: Path, nonce: str, node: int, facts: Mapping[str, Any]) -> str:
     """Sign a handshake with the key in a hospital's folder; hexadecimal.
 
-    Args:
-        folder: The hospital's own.
-        nonce: The server's.
-        node: Flower's number of this node.
-        facts: All that the handshake tells.
-
     Raises:
         RunFailed: if the folder holds no such key.
     """
@@ -88,12 +82,6 @@ def check_signature(
     keys: Mapping[str, ec.EllipticCurvePublicKey], nonce: str, node: int, hello: Mapping[str, Any]
 ) -> None:
     """Hold a handshake to the key of the hospital that it names.
-
-    Args:
-        keys: Hospital -> public key.
-        nonce: What this node was sent.
-        node: Flower's number of the node that answered.
-        hello: What it told, its signature included.
 
     Raises:
         Impostor: if the name is nobody's, or the signature is not by that hospital's key.

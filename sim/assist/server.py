@@ -64,7 +64,7 @@ class Desk:
 
     suggester: Suggester
     decisions: Path
-    about: Mapping[str, Any]
+    about: Mapping[str, object]
     """``run``, ``checkpoint``, ``backbone``, ``source``: shown, and stored with each decision."""
     secret: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     asked: "OrderedDict[str, tuple[PatientRequest, Suggestion]]" = field(
@@ -192,13 +192,13 @@ def _routes(desk: Desk, cookie: str) -> APIRouter:
         return [{"code": d.code, "label": d.label, "title": d.title} for d in found]
 
     @router.post("/api/suggest")
-    async def suggest(form: dict[str, Any]) -> dict[str, Any]:
+    async def suggest(form: dict[str, object]) -> dict[str, Any]:
         patient = read_form(form, index)
         suggestion = await run_in_threadpool(desk.suggester.suggest, patient)
         return {"id": desk.remember(patient, suggestion), **suggestion.as_dict()}
 
     @router.post("/api/decision")
-    async def decide(decision: Decision) -> dict[str, Any]:
+    async def decide(decision: Decision) -> dict[str, object]:
         asked = desk.asked.get(decision.id)
         if asked is None:
             raise FormProblems({"decision": _WRONG_DECISION["id"]})
@@ -217,7 +217,7 @@ def _routes(desk: Desk, cookie: str) -> APIRouter:
 
 def decision_record(
     request: PatientRequest, suggestion: Suggestion, decision: Decision
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Check a decision against the list it is about.
 
     Raises:
@@ -244,7 +244,7 @@ def decision_record(
     }
 
 
-def append_private(target: Path, record: Mapping[str, Any]) -> None:
+def append_private(target: Path, record: Mapping[str, object]) -> None:
     """Append one JSON line to a file that only its owner can read."""
     target.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)

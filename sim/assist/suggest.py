@@ -3,14 +3,11 @@
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from common.config import Config
 from common.configio import changed_freely
@@ -28,9 +25,13 @@ from common.evaluation.support import Support, SupportIndex
 from common.rundir import RunDirectory
 from common.text.prompts import age_text
 from common.training.worker import Worker
-from sim.assist.listing import Lister
+from sim.assist.listing import ListedDrugs, Lister
+from sim.assist.orders import Orders
 from sim.assist.patient_form import PatientRequest
 from sim.process.open_run import open_run
+from sim.report.html import Block
+from sim.report.terminal import show_blocks
+from sim.report.words import NOTICE
 
 _CODE = re.compile(r"[A-Za-z]?\d[\w.]{1,7}")
 _FREE_KEYS = (
@@ -57,6 +58,8 @@ class SuggestedDrug:
     """None where no training data is at hand, or no admission is similar."""
     confidence: float | None = None
     """Probability that it is ordered; None where the run's data is not at hand."""
+    remarks: tuple[str, ...] = ()
+    """What the data's orders say against it for this patient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +76,10 @@ class Suggestion:
     seconds: float
     ends: str = ""
     """Why the list ends where it does."""
+    warnings: tuple[str, ...] = ()
+    """What a person must know before reading the list."""
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return plain JSON."""
         return {
             "drugs": [
@@ -83,9 +88,11 @@ class Suggestion:
                     "confidence": drug.confidence,
                     "ordered": drug.support.ordered if drug.support else None,
                     "similar": drug.support.similar if drug.support else None,
+                    "remarks": drug.remarks,
                 }
                 for drug in self.drugs
             ],
+            "warnings": self.warnings,
             "in_format": self.in_format,
             "ends": self.ends,
             "similar": self.similar,
@@ -103,6 +110,7 @@ class Surroundings:
     note: str
     """Where titles and support come from, or why there is none."""
     data: Dataset | None = None
+    orders: Orders | None = None
 
 
 class Assistant:
@@ -130,9 +138,9 @@ class Assistant:
         self.checkpoint = loaded.name
         self.surroundings = surroundings
         self._session = Worker().session(config)
-        inputs = run.read_json("environment.json").get("inputs", {})
-        _require_same("the backbone", self._session.spec.fingerprint, inputs.get("backbone"))
-        _require_same("A", self._session.adapter.a_fingerprint, inputs.get("a"))
+        inputs = run.inputs()
+        _require_same("the backbone", self._session.spec.fingerprint, inputs.backbone)
+        _require_same("A", self._session.adapter.a_fingerprint, inputs.a)
         self._session.adapter.load(loaded.b)
         self._lister = Lister(self._session, config, surroundings.data)
         self._one_at_a_time = threading.Lock()
@@ -148,23 +156,45 @@ class Assistant:
         with self._one_at_a_time:
             listed = self._lister.list_drugs(request.admission())
         names = listed.names or ()
-        index = self.surroundings.support
+        index, orders = self.surroundings.support, self.surroundings.orders
         supports: Sequence[Support | None] = (
             index.support(request.codes, names) if index else [None] * len(names)
         )
         return Suggestion(
             drugs=tuple(
-                SuggestedDrug(name=name, support=support, confidence=confidence)
+                SuggestedDrug(
+                    name=name,
+                    support=support,
+                    confidence=confidence,
+                    remarks=orders.remarks(name, sex=request.sex, age=request.age)
+                    if orders
+                    else (),
+                )
                 for name, support, confidence in zip(
                     names, supports, listed.confidences, strict=True
                 )
             ),
             in_format=listed.names is not None,
             ends=listed.ends,
+            warnings=tuple(self._warnings(request, listed)),
             similar=len(index.similar(request.codes)) if index else 0,
             dropped_diagnoses=listed.dropped_diagnoses,
             seconds=time.perf_counter() - started,
         )
+
+    def _warnings(self, request: PatientRequest, listed: ListedDrugs) -> Iterator[str]:
+        free = [diagnosis.title for diagnosis in request.diagnoses if not diagnosis.code]
+        origin = self.surroundings.index.origin
+        for code in filter(_CODE.fullmatch, free):
+            yield f"{code} looks like a code, but is not in {origin}: it was read as free text."
+        if words := [text for text in free if not _CODE.fullmatch(text)]:
+            yield f"Not recognised in {origin}, and read as free text: {'; '.join(words)}."
+        if listed.names is None:
+            yield "The model's answer was not a drug list."
+        elif self.surroundings.orders is None:
+            yield "No orders are at hand: a name may be one that no hospital ever ordered."
+        if listed.dropped_diagnoses:
+            yield f"The last {listed.dropped_diagnoses} diagnoses did not fit and were not read."
 
 
 def surroundings_of(
@@ -197,7 +227,9 @@ def surroundings_of(
         f"Support: among the most similar of {len(train):,} admissions of {places} "
         f"({data.source} data), by coded diagnoses."
     )
-    return Surroundings(index=index, support=SupportIndex(train), note=note, data=data)
+    return Surroundings(
+        index=index, support=SupportIndex(train), note=note, data=data, orders=Orders(train)
+    )
 
 
 def assistant_config(run: RunDirectory, overrides: Iterable[str] = ()) -> Config:
@@ -209,6 +241,22 @@ def assistant_config(run: RunDirectory, overrides: Iterable[str] = ()) -> Config
     changed = changed_freely(run.config(), overrides, _FREE_KEYS)
     # One answer at a time needs no more than one slot.
     return replace(changed, evaluation=replace(changed.evaluation, batch_size=1))
+
+
+def within_formulary(config: Config, surroundings: Surroundings, asked: Iterable[str]) -> Config:
+    """Return the configuration, lists held to the formulary unless the user or the run decided.
+
+    Args:
+        config: See ``assistant_config``.
+        surroundings: Whether orders are at hand.
+        asked: The user's overrides.
+    """
+    settings = config.evaluation
+    decided = any(one.startswith(("evaluation.method", "evaluation.decoding")) for one in asked)
+    at_hand = surroundings.orders is not None or settings.formulary
+    if decided or settings.method != "generate" or settings.decoding != "greedy" or not at_hand:
+        return config
+    return replace(config, evaluation=replace(settings, decoding="formulary"))
 
 
 def find_run(path: Path | None) -> RunDirectory:
@@ -254,44 +302,30 @@ def show_suggestion(
     measures += [f"{request.weight_kg:g} kg"] if request.weight_kg else []
     measures += [f"BMI {request.bmi:.1f}"] if request.bmi else []
     person = {"F": "woman", "M": "man"}[request.sex]
-    console.print("Research only, not for clinical use.", style="bold yellow")
-    console.print(
-        ", ".join([f"{person}, {age_text(request.age)} years", *measures]), highlight=False
-    )
-    for diagnosis in request.diagnoses:
-        label = diagnosis.label if diagnosis.code else "free text"
-        console.print(f"  {label}: {diagnosis.title}", markup=False, highlight=False)
-        if not diagnosis.code and _CODE.fullmatch(diagnosis.title):
-            console.print(
-                f"  {diagnosis.title} looks like a code, but is not in {surroundings.index.origin}"
-                ": it was read as free text",
-                style="yellow",
-                markup=False,
-                highlight=False,
+    blocks = [
+        Block(note=NOTICE, warning=True),
+        Block(note=", ".join([f"{person}, {age_text(request.age)} years", *measures])),
+        *(Block(note=f"  {d.label or 'free text'}: {d.title}") for d in request.diagnoses),
+        *(Block(note=warning, warning=True) for warning in suggestion.warnings),
+    ]
+    if suggestion.in_format:
+        rows = tuple(
+            (
+                "\n  ! ".join([drug.name, *drug.remarks]),
+                "-" if drug.confidence is None else f"{drug.confidence:.0%}",
+                f"{drug.support.ordered} of {drug.support.similar}" if drug.support else "-",
             )
-    if not suggestion.in_format:
-        console.print("The model's answer was not a drug list.", style="yellow")
-        return
-    table = Table(title=f"{len(suggestion.drugs)} suggested drugs", title_justify="left")
-    table.add_column("drug")
-    table.add_column("confidence", justify="right")
-    table.add_column("similar stays with it", justify="right")
-    for drug in suggestion.drugs:
-        support = drug.support
-        table.add_row(
-            Text(drug.name),
-            "-" if drug.confidence is None else f"{drug.confidence:.0%}",
-            f"{support.ordered} of {support.similar}" if support else "-",
+            for drug in suggestion.drugs
         )
-    console.print(table)
-    console.print(f"Why it ends there: {suggestion.ends}.", markup=False, highlight=False)
-    if suggestion.dropped_diagnoses:
-        console.print(f"{suggestion.dropped_diagnoses} diagnoses did not fit and were not read.")
-    console.print(f"{surroundings.note} Run: {run.path.name}.", style="dim", highlight=False)
+        headers = ("drug", "confidence", "similar stays with it")
+        title = f"{len(suggestion.drugs)} suggested drugs"
+        note = f"Why it ends there: {suggestion.ends}."
+        blocks.append(Block(title=title, headers=headers, rows=rows, note=note))
+    show_blocks(console, [*blocks, Block(note=f"{surroundings.note} Run: {run.path.name}.")])
 
 
-def _require_same(what: str, found: str, recorded: str | None) -> None:
-    if recorded is not None and found != recorded:
+def _require_same(what: str, found: str, recorded: str) -> None:
+    if recorded and found != recorded:
         raise UserError(
             f"{what} is not what the run was trained with: {found[:12]}, not {recorded[:12]}",
             fix="restore what the run's config.toml names",

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.files import write_text
 from common.privacy.findings import Finding
 from common.rundir import RunDirectory
-from sim.report.html import Block, to_html, to_markdown
+from sim.report.html import Block, write_page
 
 QUESTIONS = {
     "one-run audit": "With the best view that anyone can have of a single release, how surely can "
@@ -61,11 +60,8 @@ def cells(finding: Finding) -> tuple[str, ...]:
 def audit_blocks(claim: str, findings: Sequence[Finding]) -> list[Block]:
     """Return the page's blocks."""
     headers = (
-        "attack or check",
-        "what was asked",
-        "figure",
-        "if the claim is true",
-        "95% interval",
+        *("attack or check", "what was asked", "figure", "if the claim is true", "95% interval"),
+        *("limit", "verdict"),
     )
     failed = [one.audit for one in findings if not one.passed]
     outcome = (
@@ -79,7 +75,7 @@ def audit_blocks(claim: str, findings: Sequence[Finding]) -> list[Block]:
         Block(title="What came out", note=outcome, warning=bool(failed)),
         Block(
             title="What was attacked",
-            headers=(*headers, "limit", "verdict"),
+            headers=headers,
             rows=tuple(map(cells, findings)),
             text_cells=True,
         ),
@@ -95,11 +91,8 @@ def audit_blocks(claim: str, findings: Sequence[Finding]) -> list[Block]:
 
 def write_audit_page(run: RunDirectory, claim: str, findings: Sequence[Finding]) -> Path:
     """Write audit.html and audit.md; return the page's path."""
-    blocks, title = audit_blocks(claim, findings), f"FedRx privacy audit: {run.config().run.name}"
-    write_text(run.path / "audit.md", to_markdown(title, blocks))
-    page = run.path / "audit.html"
-    write_text(page, to_html(title, blocks))
-    return page
+    title = f"FedRx privacy audit: {run.config().run.name}"
+    return write_page(run.path / "audit.html", title, audit_blocks(claim, findings))
 
 
 def claim_of(unit: str, epsilon: float, *, delta: float, steps: int) -> str:

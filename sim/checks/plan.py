@@ -27,7 +27,7 @@ from common.model.footprint import (
 )
 from common.model.session import choose_dtype, device_kind
 from common.privacy.forecast import forecast, lines
-from common.privacy.settings import is_private, plan_of, protects
+from common.privacy.settings import delta_note, is_private, plan_of, protects
 from common.records import (
     AdapterShape,
     DtypeFacts,
@@ -136,8 +136,8 @@ def plan(config: Config, *, card_bytes: int | None = None) -> PlanRecord:
         found = found.model_copy(update={"measured": times})
     if not protects(config):
         return found
-    told = forecast(plan_of(config), trained, target_epsilon=config.privacy.target_epsilon)
-    return found.model_copy(update={"privacy": told})
+    outlook = forecast(plan_of(config), trained, target_epsilon=config.privacy.target_epsilon)
+    return found.model_copy(update={"privacy": outlook | {"delta_note": delta_note(config)}})
 
 
 def measured_times(
@@ -236,7 +236,8 @@ def show_plan(console: Console, found: PlanRecord) -> None:
             f"training on one {one.card}: {one.seconds_per_step:.2f} s a full step, "
             f"{one.hours:.1f} h in all ({one.source})"
         )
-    for line in lines(found.privacy) if found.privacy else ():
+    privacy = found.privacy
+    for line in (*lines(privacy), privacy["delta_note"]) if privacy else ():
         say(line)
 
 

@@ -293,7 +293,8 @@ def report(
 ) -> None:
     """Write the report page of a run, or one page that compares several."""
     from common.rundir import RunDirectory
-    from sim.report.run_report import write_comparison, write_report
+    from sim.report.comparison import write_comparison
+    from sim.report.run_report import write_report
     from sim.runs.paper import renew_table
     from sim.runs.paper_table import rank_runs
 

@@ -156,6 +156,7 @@ def suggest(
         find_run,
         show_suggestion,
         surroundings_of,
+        within_formulary,
     )
 
     directory = find_run(run)
@@ -164,6 +165,7 @@ def suggest(
     if run is None:
         console.print(f"run: {directory.path}", style="dim", markup=False, highlight=False)
     surroundings = surroundings_of(config)
+    config = within_formulary(config, surroundings, set_ or ())
     form = {"sex": sex, "age": age, "height": height, "weight": weight, "diagnoses": diagnosis}
     try:
         request = read_form(form, surroundings.index)
@@ -193,7 +195,14 @@ def assist(
     from sim.assist.cds_hooks import routes_of_run
     from sim.assist.chart import require_fhir
     from sim.assist.server import DECISIONS, Desk, address, make_server, open_socket, service_lines
-    from sim.assist.suggest import Assistant, about_run, assistant_config, find_run, surroundings_of
+    from sim.assist.suggest import (
+        Assistant,
+        about_run,
+        assistant_config,
+        find_run,
+        surroundings_of,
+        within_formulary,
+    )
 
     if cds_hooks:
         require_fhir()
@@ -204,9 +213,9 @@ def assist(
         console.print(f"run: {directory.path}", style="dim", markup=False, highlight=False)
     listening = open_socket(port)
     console.print("loading the model ...", style="dim")
-    assistant = Assistant(
-        directory, config, surroundings=surroundings_of(config), checkpoint=checkpoint
-    )
+    surroundings = surroundings_of(config)
+    config = within_formulary(config, surroundings, set_ or ())
+    assistant = Assistant(directory, config, surroundings=surroundings, checkpoint=checkpoint)
     desk = Desk(
         suggester=assistant,
         decisions=(log or directory.path / DECISIONS).absolute(),

@@ -230,8 +230,15 @@ def description_blocks(description: Description) -> list[Block]:
         f"by chance {partition['null_skew']:.3f} (p {partition['p_value']:.2f})"
     )
     title = f"Hospitals: partition by {partition['scheme']}"
-    table = tuple(map(tuple, rows))
-    blocks.append(Block(title=title, note=note, headers=("hospital", *headers[1:]), rows=table))
+    blocks.append(
+        Block(
+            title=title,
+            note=note,
+            headers=("hospital", *headers[1:]),
+            rows=tuple(map(tuple, rows)),
+            text_cells=len(headers) > 6,
+        )
+    )
     note = tokens.get("reason") or (
         f"{tokens['backbone']}: prompt {tokens['prompt']['mean']:.0f} on average, "
         f"answer {tokens['answer']['mean']:.0f}, longest sample {tokens['total']['max']:,}; "
@@ -262,7 +269,7 @@ def _group_counts(
     ]
 
 
-def _sizes(hospital: Hospital) -> dict[str, Any]:
+def _sizes(hospital: Hospital) -> dict[str, object]:
     return {
         "name": hospital.name,
         "patients": hospital.patients,
@@ -281,7 +288,7 @@ def _missing_drops(hospitals: Sequence[Hospital]) -> dict[str, int]:
     return drops
 
 
-def _tokens(lengths: TokenLengths | None, backbone: str, reason: str) -> dict[str, Any]:
+def _tokens(lengths: TokenLengths | None, backbone: str, reason: str) -> dict[str, object]:
     if lengths is None:
         return {"backbone": backbone, "samples": 0, "reason": reason}
     total = [prompt + answer for prompt, answer in zip(lengths.prompt, lengths.answer, strict=True)]

@@ -49,7 +49,7 @@ def write_page(description: Description, folder: Path) -> Path:
     ]
     for name, (title, figure) in figures.items():
         write_bytes(folder / f"{name}.png", rendered(figure, "png"))
-        blocks.append(Block(title=title, svg=inline_svg(figure)))
+        blocks.append(Block(title=title, svgs=(inline_svg(figure),)))
     data = description.data
     page, title = folder / "index.html", f"{data['samples']:,} samples of {data['patients']:,}"
     write_text(page, to_html(f"Data: {title} patients", blocks))

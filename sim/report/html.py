@@ -4,7 +4,9 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from common.files import write_text
 from sim.report.page import fill, read
 
 _SPECIAL = re.compile(r"[\\`*\[\]|~#$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
@@ -15,21 +17,43 @@ _WORLD_WIDE = re.compile(r"\b(www)\.", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bar:
+    """A figure between 0 and 1 with its interval, drawn beside its name."""
+
+    name: str
+    value: float | None
+    text: str
+    interval: tuple[float, float] | None = None
+    ours: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Block:
-    """One piece of the report: a heading with a note, a table, or a plot, or several of them."""
+    """One piece of a page: a heading with a note, bars, a table, or plots, or several of them."""
 
     title: str = ""
     note: str = ""
     headers: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
-    svg: str = ""
+    svgs: tuple[str, ...] = ()
+    bars: tuple[Bar, ...] = ()
+    lead: bool = False
+    """The note is what the page has to say."""
     warning: bool = False
     text_cells: bool = False
 
 
+def write_page(page: Path, title: str, blocks: Sequence[Block]) -> Path:
+    """Write a page and, beside it under the same name, its markdown twin; return the page."""
+    write_text(page.with_suffix(".md"), to_markdown(title, blocks))
+    write_text(page, to_html(title, blocks))
+    return page
+
+
 def to_html(title: str, blocks: Sequence[Block]) -> str:
     """Render blocks as one self-contained page."""
-    policy = "default-src 'none'; style-src 'unsafe-inline'"  # plots carry style attributes
+    # Plots carry style attributes, and a heat map its image.
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return fill("report.html", policy=policy, css=read("report.css"), title=title, blocks=blocks)
 
 
@@ -41,7 +65,7 @@ def to_markdown(title: str, blocks: Sequence[Block]) -> str:
             parts.append(f"## {markdown_text(block.title)}")
         if block.note:
             note = markdown_text(block.note)
-            parts.append(f"**{note}**" if block.warning else note)
+            parts.append(f"**{note}**" if block.warning or block.lead else note)
         if block.rows:
             parts.append(markdown_table(block.headers, block.rows))
     return "\n\n".join(parts) + "\n"

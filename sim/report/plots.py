@@ -1,9 +1,12 @@
-"""The report's plots, as inline SVG that refers to nothing outside itself."""
+"""The pages' plots, as inline SVG that refers to nothing outside itself.
+
+All line plots have one size: two stand side by side on a desk, one fills a phone.
+"""
 
 import io
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from matplotlib import rc_context
@@ -13,44 +16,77 @@ from matplotlib.ticker import MaxNLocator
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#a0aec0"
 MOST_LABELS = 8
-HOSPITAL_COLOURS = [
-    "#c05621",
-    "#2f855a",
-    "#6b46c1",
-    "#b83280",
-    "#0987a0",
-    "#975a16",
-    "#4a5568",
-    "#9b2c2c",
-]
+COLOURS = (
+    *("#c05621", "#2f855a", "#6b46c1", "#b83280"),
+    *("#0987a0", "#975a16", "#4a5568", "#9b2c2c"),
+)
+Points = Sequence[tuple[float, float]]
 
 
-def loss_svg(events: Sequence[dict[str, Any]]) -> str:
-    """Plot validation loss over rounds (or steps): the mean, and each hospital."""
+def loss_svg(events: Sequence[Mapping[str, Any]], label: str = "validation loss") -> str:
+    """Plot a loss over rounds (or steps): the mean, and each hospital."""
     unit = "round" if any("round" in event for event in events) else "step"
     lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for event in events:
-        lines[event.get("hospital", "")].append((event[unit], event["value"]))
-    figure, axes = _axes(f"{unit}s" if unit == "step" else unit, "validation loss")
-    hospitals = sorted(name for name in lines if name)
-    few = len(hospitals) <= MOST_LABELS
-    for index, name in enumerate(hospitals):
-        label = name if few else ("hospitals" if index == 0 else None)
-        colour = HOSPITAL_COLOURS[index] if few else GREY
-        axes.plot(*zip(*sorted(lines[name]), strict=True), color=colour, linewidth=1, label=label)
-    if "" in lines:
+        if event["value"] is not None:
+            lines[event.get("hospital", "")].append((event[unit], event["value"]))
+    mean = lines.pop("", None)
+    return lines_svg(dict(sorted(lines.items())), x_label=unit, y_label=label, mean=mean)
+
+
+def lines_svg(
+    lines: Mapping[str, Points],
+    *,
+    x_label: str,
+    y_label: str,
+    mean: Points | None = None,
+    from_zero: bool = False,
+) -> str:
+    """Plot named lines; lines that coincide are drawn once, under all of their names.
+
+    Args:
+        lines: Points by name.
+        x_label: What is counted.
+        y_label: What is measured.
+        mean: A line that stands out.
+        from_zero: Begin the axis of values at zero.
+    """
+    figure, axes = _axes(x_label, y_label)
+    names: dict[tuple[tuple[float, float], ...], list[str]] = defaultdict(list)
+    for name, points in lines.items():
+        names[tuple(sorted(points))].append(name)
+    few = len(names) <= MOST_LABELS
+    for index, (points, named) in enumerate(names.items()):
+        label = together(named) if few else (f"{len(lines)} hospitals" if index == 0 else None)
+        colour = COLOURS[index] if few else GREY
+        marker = "o" if len(points) <= 30 else None
         axes.plot(
-            *zip(*sorted(lines[""]), strict=True),
-            color=BLUE,
-            linewidth=2.2,
-            marker="o",
-            label="mean",
+            *zip(*points, strict=True), color=colour, marker=marker, ms=3, lw=1.2, label=label
         )
-    axes.legend(frameon=False)
+    if mean:
+        marker = "o" if len(mean) <= 30 else None
+        axes.plot(*zip(*sorted(mean), strict=True), color=BLUE, lw=2.2, marker=marker, label="mean")
+    if from_zero:
+        axes.set_ylim(bottom=0)
+    if len(names) + bool(mean) > 1 or any(lines):
+        axes.legend(frameon=False)
     return inline_svg(figure)
 
 
-def bytes_svg(lines: Sequence[dict[str, Any]]) -> str:
+def together(names: Sequence[str]) -> str:
+    """Name lines that coincide.
+
+    >>> together(["a"]), together(["a", "b"]), together(["h-1", "h-2", "h-3", "h-4"])
+    ('a', 'a and b, equal', 'h-1 to h-4: 4, equal')
+    """
+    if len(names) == 1:
+        return names[0]
+    if len(names) > 3:
+        return f"{names[0]} to {names[-1]}: {len(names)}, equal"
+    return f"{', '.join(names[:-1])} and {names[-1]}, equal"
+
+
+def bytes_svg(lines: Sequence[Mapping[str, Any]]) -> str:
     """Plot megabytes per round in both directions."""
     totals: dict[str, dict[int, int]] = {"up": defaultdict(int), "down": defaultdict(int)}
     for line in lines:
@@ -71,19 +107,14 @@ def bytes_svg(lines: Sequence[dict[str, Any]]) -> str:
     return inline_svg(figure)
 
 
-def epsilon_svg(lines: Sequence[dict[str, Any]], unit: str) -> str:
+def epsilon_svg(lines: Sequence[Mapping[str, Any]], unit: str) -> str:
     """Plot spent epsilon over rounds (or steps) for each hospital."""
-    spent: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    spent: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for line in lines:
         if math.isfinite(float(line["epsilon"])):
             spent[line["hospital"]].append((line["round"], float(line["epsilon"])))
-    figure, axes = _axes(unit, "epsilon spent")
-    for name in sorted(spent):
-        axes.plot(*zip(*sorted(spent[name]), strict=True), marker="o", label=name)
-    axes.set_ylim(bottom=0)
-    if 0 < len(spent) <= MOST_LABELS:
-        axes.legend(frameon=False)
-    return inline_svg(figure)
+    ordered = dict(sorted(spent.items()))
+    return lines_svg(ordered, x_label=unit, y_label="epsilon spent", from_zero=True)
 
 
 def framed(
@@ -107,15 +138,14 @@ def inline_svg(figure: Figure) -> str:
 def rendered(figure: Figure, kind: Literal["svg", "png"]) -> bytes:
     """Draw a figure; no date and a fixed salt for ids: an equal one gives equal bytes."""
     stream = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else {}
     with rc_context({"svg.hashsalt": "fedrx"}):
-        figure.savefig(
-            stream, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else {}
-        )
+        figure.savefig(stream, format=kind, dpi=130, metadata=metadata)
     return stream.getvalue()
 
 
 def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
-    figure, axes = framed(x_label, y_label, width=7.2, height=3.2)
+    figure, axes = framed(x_label, y_label, width=6.0, height=3.4)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     # A nearly constant loss reads as itself, not as differences from an offset.
     axes.ticklabel_format(axis="y", useOffset=False)

@@ -1,109 +1,67 @@
-"""The report of one or several runs: one offline HTML page and its markdown twin.
+"""The report of one run: one offline HTML page and its markdown twin, from the same blocks.
 
-Both are rendered from the same blocks. The page carries its own plots (inline SVG) and refers to
-nothing outside itself. Sample answers appear only where the data's source allows it.
+The page says what came out first, then how it came about, then what ran with all that decides it.
+It carries its own plots (inline SVG) and refers to nothing outside itself. Sample answers appear
+only where the data's source allows it.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.data.handling import handling_of
 from common.errors import UserError
 from common.evaluation.answers_file import read_answers
-from common.files import write_json, write_text
-from common.model.adapter.spec import SCHEMES
+from common.privacy.forecast import verdict
+from common.privacy.settings import plan_of
+from common.records import Figures, Summary
 from common.rundir import RunDirectory
 from common.wire.cohort import NOT_EVALUATED, WITHSTANDS_NOTHING
-from sim.report.html import Block, to_html, to_markdown
-from sim.report.plots import bytes_svg, epsilon_svg, loss_svg
+from sim.report.html import Bar, Block, write_page
+from sim.report.plots import bytes_svg, epsilon_svg, loss_svg, together
+from sim.report.ranking_blocks import ranking_blocks
+from sim.report.what_ran import settings, what_ran
+from sim.report.words import (
+    COLUMNS,
+    NOTICE,
+    RANDOM_WEIGHTS,
+    figure,
+    matrices,
+    megabytes,
+    model_name,
+    number,
+)
 
-NOTICE = "Research only, not for clinical use."
-MODEL_NAMES = {
-    "fedrx": "FedRx (trained B)",
-    "untrained": "untrained backbone",
-    "nearest_neighbours": "nearest neighbours",
-    "logistic_regression": "logistic regression",
-}
-COLUMNS = (
-    ("output_rate", "output rate"),
-    ("precision", "precision"),
-    ("recall", "recall"),
-    ("jaccard", "Jaccard"),
-    ("f1", "F1"),
-    ("length_ratio", "length ratio"),
-    ("oov_rate", "out of vocabulary"),
-)
-RANDOM_WEIGHTS = (
-    "The tiny backbone's weights are random: the run shows that everything works, and its answers "
-    "mean nothing."
-)
 SAMPLE_CASES = 3
-COMPARISON = "comparison.json"
+_BASELINES = ("popularity", "nearest_neighbours", "logistic_regression")
+_PRIVACY_FACTS = {
+    "noise_multiplier": "noise multiplier",
+    "sampling_rate": "sampling rate q",
+    "clip_norm": "clip norm",
+    "expected_batch": "expected batch",
+    "planned_steps": "steps paid for",
+}
 
 
 def write_report(run: RunDirectory) -> Path:
     """Write report.html and report.md of one run; return the page's path."""
-    blocks = run_blocks(run)
     title = f"FedRx: {run.config().run.name}"
-    write_text(run.path / "report.md", to_markdown(title, blocks))
-    page = run.path / "report.html"
-    write_text(page, to_html(title, blocks))
-    return page
+    return write_page(run.path / "report.html", title, run_blocks(run))
 
 
-def write_comparison(runs: Sequence[RunDirectory], target: Path) -> Path:
-    """Write one page that compares several runs: figures side by side, then each run.
+def finished_summary(run: RunDirectory) -> Summary:
+    """Return a run's summary.
 
     Raises:
-        UserError: if a run has not been finished, or the folder holds anything but an earlier
-            comparison of the very same runs.
+        UserError: if the run has not been finished.
     """
-    compared = {"runs": [str(run.path) for run in runs]}
-    if target.exists() and any(target.iterdir()) and _read(target / COMPARISON) != compared:
+    summary = run.summary()
+    if not summary.b_sha256:
         raise UserError(
-            f"{target} holds something else",
-            allowed="a new or empty folder, or an earlier comparison of these runs",
-            fix="name another --out",
+            f"{run.path} has no summary.json: the run has not finished",
+            fix="finish it with `fedrx resume`, then ask for the report again",
         )
-    rows = []
-    for run in runs:
-        summary, config = run.read_json("summary.json"), run.config()
-        metrics = summary.get("metrics", {}).get("fedrx", {})
-        losses = summary.get("validation_loss") or [None]
-        rows.append(
-            (
-                run.path.name,
-                f"{config.adapter.mode} r{config.adapter.rank}",
-                str(len(summary.get("hospitals", []))),
-                str(summary.get("rounds", "–")),
-                number(losses[-1]),
-                *(number(metrics.get(key)) for key, _ in COLUMNS),
-                megabytes(summary.get("wire", {}).get("bytes_up", 0)),
-                _epsilon(summary),
-            )
-        )
-    headers = (
-        *("run", "adapter", "hospitals", "rounds", "validation loss"),
-        *(name for _, name in COLUMNS),
-        *("sent up", "epsilon"),
-    )
-    blocks = [Block(note=NOTICE, warning=True)]
-    blocks.append(Block(title="Runs compared", headers=headers, rows=tuple(rows)))
-    for run in runs:
-        blocks.append(Block(title=f"Run {run.path.name}"))
-        blocks.extend(run_blocks(run))
-    target.mkdir(parents=True, exist_ok=True)
-    write_json(target / COMPARISON, compared)
-    write_text(target / "report.md", to_markdown("FedRx: runs compared", blocks))
-    page = target / "report.html"
-    write_text(page, to_html("FedRx: runs compared", blocks))
-    return page
-
-
-def _read(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return summary
 
 
 def run_blocks(run: RunDirectory) -> list[Block]:
@@ -112,71 +70,67 @@ def run_blocks(run: RunDirectory) -> list[Block]:
     Raises:
         UserError: if the run has not been finished.
     """
-    summary = run.read_json("summary.json")
-    if not summary:
-        raise UserError(
-            f"{run.path} has no summary.json: the run has not finished",
-            fix="finish it with `fedrx resume`, then ask for the report again",
-        )
-    source = summary.get("source", "credentialed")
+    summary, config = finished_summary(run), run.config()
     blocks = [
-        Block(note=NOTICE, warning=True),
-        Block(note=handling_of(source).report, warning=True),
-        _what_ran(run, summary),
+        Block(note=f"{NOTICE} {handling_of(summary.source).report}", warning=True),
+        *_result(summary),
         *_incidents(run),
         *_losses(run),
         *_metrics(summary),
-        *_hospitals(run, summary),
-        *_wire(run, summary),
+        *ranking_blocks(summary),
+        _hospitals(run, summary),
         *_privacy(run, summary),
+        what_ran(config, summary),
+        settings(config),
+        *_wire(run, summary),
         *_judgement(summary),
     ]
-    if handling_of(source).is_open:
+    if handling_of(summary.source).is_open:
         blocks += _samples(run)
     return blocks
 
 
-def peak_memory(summary: dict[str, Any]) -> str:
-    """Say how much memory a run took, on the host and on a GPU.
-
-    >>> peak_memory({"peak_rss_bytes": 2**30, "peak_device_bytes": 2**32})
-    '1.00 GiB, on the GPU 4.00 GiB'
-    """
-    sizes = [("", summary["peak_rss_bytes"]), ("on the GPU ", summary.get("peak_device_bytes"))]
-    return ", ".join(f"{where}{size / 2**30:.2f} GiB" for where, size in sizes if size)
-
-
-def speed(summary: dict[str, Any], before: str = "") -> str:
-    """Say how fast a worker trained, where that is told.
-
-    >>> speed({"tokens_per_second": 19932.6}, ", "), speed({})
-    (', 19,933 tokens/s in training', '')
-    """
-    found = summary.get("tokens_per_second")
-    return f"{before}{found:,.0f} tokens/s in training" if found else ""
-
-
-def _what_ran(run: RunDirectory, summary: dict[str, Any]) -> Block:
-    config = run.config()
-    adapter, train = summary["adapter"], config.train
-    rows = [
-        ("backbone", str(summary["backbone"]["name"])),
-        ("adapter", f"{adapter['mode']}, rank {adapter['rank']}, alpha {adapter['alpha']:g}"),
-        ("adapted projections", ", ".join(adapter["targets"])),
-        ("trainable parameters", f"{summary['trainable_parameters']:,}"),
-        ("optimizer", f"{train.optimizer}, learning rate {train.learning_rate:g}"),
-        ("hospitals, rounds", f"{len(summary['hospitals'])}, {summary.get('rounds', '–')}"),
-        ("device", str(summary["device"])),
-        ("arithmetic", f"{summary['dtype']['value']} ({summary['dtype']['reason']})"),
-        ("attention", f"{summary['attention']['kernel']} ({summary['attention']['reason']})"),
-        ("backbone loads, workers", f"{summary['backbone_loads']}, {summary['workers']}"),
-        ("time", f"{summary['seconds']:.0f} s"),
-        *([("one worker's speed", speed(summary))] if speed(summary) else []),
-        ("peak memory", peak_memory(summary)),
-        ("sha256 of B", str(summary["b_sha256"])),
+def _result(summary: Summary) -> list[Block]:
+    """Say first what came out: F1 against the others, or the loss where nothing was answered."""
+    metrics = summary.metrics
+    if "fedrx" not in metrics:
+        losses = summary.validation_loss or (None,)
+        note = f"Validation loss {number(losses[0])} at the start, {number(losses[-1])} at the end."
+        return [Block(note=note, lead=True)] if losses[-1] is not None else []
+    ours = metrics["fedrx"]
+    sides: dict[str, list[str]] = {"above": [], "below": [], "not clearly apart from": []}
+    for model, values in metrics.items():
+        if model != "fedrx":
+            sides[_side(ours, values)].append(f"{model_name(model, summary)} {number(values.f1)}")
+    against = "; ".join(f"{side} {', '.join(names)}" for side, names in sides.items() if names)
+    mine = ours.interval("f1")
+    interval = f" (95% interval {mine[0]:.2f} to {mine[1]:.2f})" if mine else ""
+    note = (
+        f"F1 of the trained B on {ours.samples} held-out admissions: "
+        f"{number(ours.f1)}{interval}" + (f"; {against}." if against else ".")
+    )
+    bars = [
+        Bar(
+            name=model_name(model, summary),
+            value=values.f1,
+            text=figure(values, "f1"),
+            interval=values.interval("f1"),
+            ours=model == "fedrx",
+        )
+        for model, values in sorted(metrics.items(), key=lambda one: -(one[1].f1 or 0))
     ]
-    rows += [("scaled", note) for note in summary.get("scaling", {}).get("notes", [])]
-    return Block(title="What ran", headers=("", ""), rows=tuple(rows), text_cells=True)
+    blocks = [Block(note=note, lead=True, bars=tuple(bars))]
+    if summary.backbone and summary.backbone.name == "tiny":
+        blocks.append(Block(note=RANDOM_WEIGHTS, warning=True))
+    return blocks
+
+
+def _side(ours: Figures, theirs: Figures) -> str:
+    """Tell where F1 lies by the intervals, which overlap long before a paired test would."""
+    mine, other = ours.interval("f1"), theirs.interval("f1")
+    if mine is None or other is None or (mine[0] <= other[1] and other[0] <= mine[1]):
+        return "not clearly apart from"
+    return "above" if mine[0] > other[1] else "below"
 
 
 def _incidents(run: RunDirectory) -> list[Block]:
@@ -192,66 +146,81 @@ def _incidents(run: RunDirectory) -> list[Block]:
 
 
 def _losses(run: RunDirectory) -> list[Block]:
-    events = run.metrics("validation-loss")
-    if not events:
-        return []
-    note = "Mean cross-entropy per answer token on each hospital's validation patients."
-    return [Block(title="Validation loss", note=note, svg=loss_svg(events))]
+    validation, train = run.metrics("validation-loss"), run.metrics("train-loss")
+    plots = [loss_svg(validation)] if validation else []
+    plots += [loss_svg(train, "training loss")] if train else []
+    note = "Mean cross-entropy per answer token: on each hospital's validation patients" + (
+        ", and on what was trained on." if validation and train else "."
+    )
+    return [Block(title="Learning curves", note=note, svgs=tuple(plots))] if plots else []
 
 
-def _metrics(summary: dict[str, Any]) -> list[Block]:
-    metrics = summary.get("metrics")
+def _metrics(summary: Summary) -> list[Block]:
+    metrics = summary.metrics
     if not metrics:
         return []
     rows = []
     for model, values in metrics.items():
-        intervals = values.get("intervals", {})
-        cells = [with_interval(values.get(key), intervals.get(key)) for key, _ in COLUMNS]
+        cells = [figure(values, key) for key, _ in COLUMNS]
         rows.append((model_name(model, summary), *cells))
     first = next(iter(metrics.values()))
     note = (
-        f"{first['samples']} held-out admissions of {first['patients']} patients; sets of drugs at "
-        f"the {first['level']} level; macro means; an unparseable answer counts 0; 95% bootstrap "
+        f"{first.samples} held-out admissions of {first.patients} patients; sets of drugs at "
+        f"the {first.level} level; macro means; an unparseable answer counts 0; 95% bootstrap "
         "intervals over patients. Precision and recall are the two readings of the paper's "
         "accuracy (over predicted, over true)."
     )
+    if any(model in metrics for model in _BASELINES) and len(summary.hospitals) > 1:
+        note += (
+            " Popularity, nearest neighbours and logistic regression are fitted in each hospital, "
+            "on its own training patients, and answer its own cases."
+        )
     headers = ("", *(name for _, name in COLUMNS))
-    if summary["backbone"]["name"] == "tiny":
-        note += " " + RANDOM_WEIGHTS
     return [
         Block(title="Answers on held-out patients", note=note, headers=headers, rows=tuple(rows))
     ]
 
 
-def _hospitals(run: RunDirectory, summary: dict[str, Any]) -> list[Block]:
+def _hospitals(run: RunDirectory, summary: Summary) -> Block:
     sizes = {one["name"]: one for one in run.read_json("data.json").get("hospitals", [])}
+    spent = {one["hospital"]: one for one in (summary.privacy or {}).get("per_hospital", [])}
     rows = []
-    for one in summary["hospitals"]:
+    for one in summary.hospitals:
+        name = one.name
         # With privacy on no hospital tells its size.
-        size = sizes.get(one["name"], {}) if one.get("patients") is not None else {}
+        size = sizes.get(name, {}) if one.patients is not None else {}
         splits = (str(size.get(split, "–")) for split in ("train", "validation", "test"))
-        told = ("–" if one.get(key) is None else str(one[key]) for key in ("patients", "samples"))
-        rows.append((one["name"], *told, *splits))
-    headers = ("hospital", "patients", "samples", "train", "validation", "test")
-    return [Block(title="Hospitals", headers=headers, rows=tuple(rows))]
-
-
-def _wire(run: RunDirectory, summary: dict[str, Any]) -> list[Block]:
-    lines = run.lines("wire.jsonl")
-    if not lines:
-        return []
-    wire = summary["wire"]
-    note = (
-        f"{len(wire['tensors'])} tensors, {matrices(summary)} only; {megabytes(wire['bytes_up'])} "
-        f"from the hospitals, {megabytes(wire['bytes_down'])} to them."
+        told = ("–" if size is None else str(size) for size in (one.patients, one.samples))
+        first, last = _ends(run.metrics("validation-loss"), name)
+        trained = _ends(run.metrics("train-loss"), name)[1]
+        losses = (number(first), number(last), number(trained))
+        epsilon = (number(float(spent[name]["epsilon"])),) if name in spent else ()
+        rows.append((name, *told, *splits, *losses, *epsilon))
+    headers = (
+        *("hospital", "patients", "samples", "train", "validation", "test"),
+        *("validation loss, first", "last", "training loss, last"),
+        *(("epsilon",) if spent else ()),
     )
-    return [Block(title="Bytes on the wire", note=note, svg=bytes_svg(lines))]
+    return Block(title="Hospitals", headers=headers, rows=tuple(rows))
 
 
-def _privacy(run: RunDirectory, summary: dict[str, Any]) -> list[Block]:
-    lines, privacy = run.lines("privacy.jsonl"), summary.get("privacy")
+def _ends(events: Sequence[Mapping[str, Any]], hospital: str) -> tuple[float | None, float | None]:
+    values = [event["value"] for event in events if event.get("hospital") == hospital]
+    return (values[0], values[-1]) if values else (None, None)
+
+
+def _privacy(run: RunDirectory, summary: Summary) -> list[Block]:
+    lines, privacy = run.lines("privacy.jsonl"), summary.privacy
     if not lines or not privacy:
         return []
+    facts = [
+        (label, f"{privacy[key]:g}")
+        for key, label in _PRIVACY_FACTS.items()
+        if privacy.get(key) is not None
+    ]
+    if "noise_multiplier" in privacy:
+        ratio = plan_of(run.config()).noise_to_signal(summary.trainable_parameters)
+        facts.append(("noise over signal, per step", f"{ratio:.3g}: {verdict(ratio)}"))
     note = (
         f"({float(privacy['epsilon']):.3f}, {privacy['delta']:g})-differential privacy for each "
         f"{privacy['unit']}, {privacy['relation']}; accountant {privacy['accountant']}; noise: "
@@ -259,27 +228,35 @@ def _privacy(run: RunDirectory, summary: dict[str, Any]) -> list[Block]:
         "outside the guarantee: no hospital sent them. The baselines beside them are fitted on "
         "the training patients without privacy."
     )
-    unit = "step" if summary.get("mode") == "single" else "round"
-    spent = {(line["round"], line["hospital"]): float(line["epsilon"]) for line in lines}
-    hospitals = sorted({hospital for _, hospital in spent})
-    rows = tuple(
-        (str(place), *(number(spent.get((place, hospital))) for hospital in hospitals))
-        for place in sorted({place for place, _ in spent})
-    )
-    headers = (f"epsilon after {unit}", *hospitals)
+    unit = "step" if summary.mode == "single" else "round"
+    places = sorted({line["round"] for line in lines})
+    spent = {(line["hospital"], line["round"]): float(line["epsilon"]) for line in lines}
+    equal: dict[tuple[str, ...], list[str]] = {}
+    for hospital in sorted({hospital for hospital, _ in spent}):
+        column = tuple(number(spent.get((hospital, place))) for place in places)
+        equal.setdefault(column, []).append(hospital)
+    rows = tuple((str(place), *cells) for place, *cells in zip(places, *equal, strict=True))
+    headers = (f"epsilon after {unit}", *map(together, equal.values()))
     return [
-        Block(title="Privacy", note=note, headers=headers, rows=rows, svg=epsilon_svg(lines, unit))
+        Block(title="Privacy", note=note, rows=tuple(facts), headers=("", ""), text_cells=True),
+        Block(headers=headers, rows=rows, svgs=(epsilon_svg(lines, unit),)),
     ]
 
 
-def _epsilon(summary: dict[str, Any]) -> str:
-    privacy = summary.get("privacy")
-    return number(float(privacy["epsilon"])) if privacy else number(None)
+def _wire(run: RunDirectory, summary: Summary) -> list[Block]:
+    lines, wire = run.lines("wire.jsonl"), summary.wire
+    if not lines or not wire:
+        return []
+    note = (
+        f"{len(wire.tensors)} tensors, {matrices(summary)} only; {megabytes(wire.bytes_up)} "
+        f"from the hospitals, {megabytes(wire.bytes_down)} to them."
+    )
+    return [Block(title="Bytes on the wire", note=note, svgs=(bytes_svg(lines),))]
 
 
-def _judgement(summary: dict[str, Any]) -> list[Block]:
+def _judgement(summary: Summary) -> list[Block]:
     blocks = []
-    judge = summary.get("judge")
+    judge = summary.judge
     if judge:
         # A run that was judged by an earlier version has one judge, without its name inside.
         judges = judge.get("judges") or {judge["model"]: judge}
@@ -297,13 +274,12 @@ def _judgement(summary: dict[str, Any]) -> list[Block]:
         headers = ("", "judge", "appropriateness", "scored", "unscored")
         note = "Suitable drugs / all drugs, averaged over samples."
         blocks.append(Block(title="Judge", note=note, headers=headers, rows=rows))
-    if summary.get("review"):
-        blocks.append(_reviewers(summary))
+    if summary.review:
+        blocks.append(_reviewers(summary, summary.review))
     return blocks
 
 
-def _reviewers(summary: dict[str, Any]) -> Block:
-    review = summary["review"]
+def _reviewers(summary: Summary, review: Mapping[str, Any]) -> Block:
     rows = tuple(
         (
             model_name(model, summary),
@@ -335,55 +311,3 @@ def _samples(run: RunDirectory) -> list[Block]:
         return []
     headers = ("case", "diagnoses", "ordered drugs", "suggested")
     return [Block(title="Sample answers", headers=headers, rows=tuple(rows), text_cells=True)]
-
-
-def model_name(model: str, summary: dict[str, Any]) -> str:
-    """Name a row of answers for people: a model, a baseline, or an earlier checkpoint of the run.
-
-    >>> model_name("fedrx", {}), model_name("round-00001", {"rounds": 4})
-    ('FedRx (trained B)', 'FedRx, round 1 of 4')
-    """
-    unit, _, count = model.partition("-")
-    totals = {"round": summary.get("rounds"), "step": summary.get("scaling", {}).get("steps")}
-    if totals.get(unit) and count.isdigit():
-        return f"FedRx, {unit} {int(count)} of {totals[unit]}"
-    return MODEL_NAMES.get(model, model)
-
-
-def number(value: float | None) -> str:
-    """Format a metric; an absent one is a dash.
-
-    >>> number(0.12345), number(None)
-    ('0.123', '–')
-    """
-    return "–" if value is None else f"{value:.3f}"
-
-
-def with_interval(value: float | None, interval: Sequence[float | None] | None) -> str:
-    """Format a metric with its interval.
-
-    >>> with_interval(0.5, [0.4, 0.6])
-    '0.500 (0.40–0.60)'
-    """
-    if value is None or not interval or None in interval:
-        return number(value)
-    return f"{value:.3f} ({interval[0]:.2f}–{interval[1]:.2f})"
-
-
-def matrices(summary: dict[str, Any]) -> str:
-    """Name the matrices that a run trains and sends.
-
-    >>> matrices({"adapter": {"mode": "fa-lora"}}), matrices({"adapter": {"mode": "lora"}})
-    ('B', 'A and B')
-    """
-    held = SCHEMES[summary["adapter"]["mode"]].held
-    return " and ".join(part.removeprefix("lora_") for part in held)
-
-
-def megabytes(count: float) -> str:
-    """Format bytes.
-
-    >>> megabytes(2_500_000)
-    '2.50 MB'
-    """
-    return f"{count / 1e6:.2f} MB"

@@ -15,6 +15,7 @@ from common.data.partition import Hospital
 from common.errors import FedrxError
 from common.limits import available_cpus
 from common.privacy.settings import (
+    delta_warning,
     hospital_warning,
     is_private,
     partition_note,
@@ -49,7 +50,7 @@ class Federation(Kind):
     def ready(self, config: Config, preparation: Preparation, console: Console) -> Config:
         """Warn of what the protection costs here, and choose the workers."""
         total_steps(config, preparation.data.hospitals)
-        notes = [partition_note(config)]
+        notes = [partition_note(config), delta_warning(config)]
         if protects(config) and not is_private(config):
             parameters = preparation.layout.trainable_parameters
             notes.insert(0, hospital_warning(plan_of(config), parameters))

@@ -352,5 +352,5 @@ def _finish(directory: RunDirectory, console: Console, place: Mapping[str, int])
     if directory.status()["state"] != "finished":
         directory.write_status("finished", **place)
     summary = directory.summary()
-    show_summary(console, directory, summary.as_json())
+    show_summary(console, directory, summary)
     return summary

@@ -15,7 +15,7 @@ from common.records import Summary
 from common.rundir import Checkpoint, RunDirectory
 from common.text.prompts import messages, render_answer
 from sim.report.html import markdown_text
-from sim.report.run_report import COLUMNS, NOTICE, model_name
+from sim.report.words import COLUMNS, NOTICE, model_name, number
 
 Format = Literal["peft", "merged", "gguf"]
 CARD_TITLE: Final = "# FedRx adapter: drug lists from diagnoses"
@@ -176,26 +176,22 @@ def _coverage_lines(summary: Summary) -> list[str]:
 
 
 def _metrics_lines(summary: Summary) -> list[str]:
-    told = summary.as_json()
-    metrics = told["metrics"]
+    metrics = summary.metrics
     first = next(iter(metrics.values()))
     rows = [
-        f"| {markdown_text(model_name(model, told))} | "
-        + " | ".join("–" if values[key] is None else f"{values[key]:.3f}" for key, _ in COLUMNS)
+        f"| {markdown_text(model_name(model, summary))} | "
+        + " | ".join(number(getattr(values, key)) for key, _ in COLUMNS)
         + " |"
         for model, values in metrics.items()
     ]
     return [
-        f"## {first['samples']} held-out admissions of {first['patients']} patients",
+        f"## {first.samples} held-out admissions of {first.patients} patients",
         "",
         "| | " + " | ".join(name for _, name in COLUMNS) + " |",
         "|---" * (len(COLUMNS) + 1) + "|",
         *rows,
         "",
-        (
-            f"Sets of drugs at the {first['level']} level, macro means; an unparseable answer "
-            "counts 0."
-        ),
+        (f"Sets of drugs at the {first.level} level, macro means; an unparseable answer counts 0."),
         "",
     ]
 

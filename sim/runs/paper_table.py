@@ -8,7 +8,6 @@ from rich.table import Table
 
 from common.config import Config
 from common.configio import differences
-from common.files import write_text
 from common.records import (
     CheckpointFacts,
     Here,
@@ -22,8 +21,8 @@ from common.records import (
 )
 from common.rundir import SUMMARY, RunDirectory
 from sim.process.open_run import rank_folder
-from sim.report.html import Block, to_html, to_markdown
-from sim.report.run_report import MODEL_NAMES, NOTICE, number
+from sim.report.html import Block, write_page
+from sim.report.words import MODEL_NAMES, NOTICE, number
 
 BACKBONE = "Llama-3.1-8B-Instruct"
 TRAIN_SAMPLES = 3900
@@ -191,10 +190,8 @@ def rank_runs(run: RunDirectory) -> list[RunDirectory]:
 
 def write_table(run: RunDirectory, table: PaperTable) -> None:
     """Write summary.json, report.md and report.html of a paper run."""
-    blocks = table_blocks(table)
     run.write_json(SUMMARY, table)
-    write_text(run.path / "report.md", to_markdown("FedRx: the paper's run", blocks))
-    write_text(run.path / "report.html", to_html("FedRx: the paper's run", blocks))
+    write_page(run.path / "report.html", "FedRx: the paper's run", table_blocks(table))
 
 
 def show_table(console: Console, table: PaperTable) -> None:

@@ -9,7 +9,7 @@ from common.errors import UserError
 from common.limits import available_cpus
 from common.model.adapter.layout import adapter_spec
 from common.privacy.budget.receipts import privacy_lines, privacy_summary
-from common.privacy.settings import is_private, protects, with_calibrated_noise
+from common.privacy.settings import delta_warning, is_private, protects, with_calibrated_noise
 from common.provenance import peak_device_bytes, peak_rss_bytes, tensors_sha256, tokens_per_second
 from common.records import Summary
 from common.rundir import SUMMARY, RunDirectory
@@ -43,7 +43,7 @@ class Single(Kind):
         )
         training.restore()
         run.seconds_before = training.seconds_before
-        for note in scaling(training).notes:
+        for note in (*filter(None, [delta_warning(run.config)]), *scaling(training).notes):
             run.console.print(note, markup=False, highlight=False)
         with run.curves():
             training.finish()

@@ -28,7 +28,8 @@ from common.wire.cohort import hospital_names, sampled
 from server.strategies import check_strategy
 from sim.process.failures import StageFailed
 from sim.process.lock import exclusive
-from sim.report.html import markdown_table
+from sim.report.comparison import write_sweep_page
+from sim.report.html import Block, markdown_table
 from sim.runs.federate import federate, resolved
 from sim.runs.resume import resume
 from sim.runs.single import one_node, single
@@ -51,6 +52,7 @@ SEEDED = ("train.seed", "adapter.seed", "partition.seed", "federation.seed")
 RESULTLESS = ("federation.workers",)
 """Keys that cannot change a run's result."""
 CONFIDENCE = 0.95
+INTERVALS = f"Mean ± {CONFIDENCE:.0%} interval over seeds (Student's t)."
 FIGURES: dict[str, Callable[[Summary], float | None]] = {
     "F1": lambda summary: summary.metrics["fedrx"].f1,
     "Jaccard": lambda summary: summary.metrics["fedrx"].jaccard,
@@ -190,7 +192,7 @@ def sweep(
 
     Args:
         cells: From ``plan_cells``.
-        folder: The sweep's folder; sweep.json and sweep.md are written to it.
+        folder: The sweep's folder; sweep.json, sweep.md and sweep.html are written to it.
         console: Where progress and the table are shown.
         command_line: Stored in each run's environment.json.
 
@@ -224,7 +226,18 @@ def sweep(
     result = {"confidence": CONFIDENCE, "rows": [row.as_json() for row in rows]}
     directory.write_json("sweep.json", result)
     write_text(folder / "sweep.md", markdown(rows))
+    runs: dict[str, list[RunDirectory]] = {}
+    for cell in cells:
+        runs.setdefault(cell.arm, []).append(RunDirectory.open(folder / cell.folder))
+    table = Block(
+        title="Arms",
+        note=INTERVALS,
+        headers=("arm", "seeds", *FIGURES),
+        rows=tuple(tuple(_cells(row)) for row in rows),
+    )
+    page = write_sweep_page(runs, table, folder / "sweep.html")
     show(console, rows)
+    console.print(f"page: {page}", markup=False, highlight=False)
     return result
 
 
@@ -264,7 +277,7 @@ def _interval(seeds: Sequence[Sequence[float | None]]) -> Interval:
 def markdown(rows: Sequence[ArmRow]) -> str:
     """Render the table as markdown."""
     table = markdown_table(("arm", "seeds", *FIGURES), [_cells(row) for row in rows])
-    return f"{table}\n\nMean ± {CONFIDENCE:.0%} interval over seeds (Student's t).\n"
+    return f"{table}\n\n{INTERVALS}\n"
 
 
 def show(console: Console, rows: Sequence[ArmRow]) -> None:

@@ -76,6 +76,7 @@ def test_deltas_add_up_too(tmp_path):
         privacy__target_epsilon=0.0,
         privacy__noise_multiplier=0.5,
         privacy__delta=0.1,
+        data__path="/tables",  # how many patients they hold is not public
         privacy__sampling_rate=0.0999,
     )
     assert epsilon(plan_of(trick)).value < 0.01

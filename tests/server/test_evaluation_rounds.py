@@ -8,7 +8,8 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 from rich.console import Console
 
 from common.errors import RunFailed
-from sim.report.run_report import run_blocks, write_comparison
+from sim.report.comparison import write_comparison
+from sim.report.run_report import run_blocks
 from sim.report.terminal import show_summary
 from sim.runs.sweep import FIGURES
 
@@ -75,7 +76,7 @@ def test_round_without_a_loss_is_shown_as_a_dash(tiny_config, in_process, tmp_pa
     summary = {**done.summary, "validation_loss": [3.0, None], "source": "credentialed"}
     done.run.write_json("summary.json", summary)
     output = Console(file=io.StringIO(), width=120)
-    show_summary(output, done.run, summary)
+    show_summary(output, done.run, done.run.summary())
     assert "validation loss 3.0000 -> –" in output.file.getvalue()
     assert run_blocks(done.run)
     write_comparison([done.run], tmp_path / "compared")

@@ -13,6 +13,7 @@ from client.proximal import Proximal
 from common.config import FederationConfig
 from common.configio import choices, known_keys
 from common.errors import RunFailed, UserError
+from common.privacy.settings import plan_of
 from common.rundir import RunDirectory
 from common.training.gradients import BatchGradient
 from common.training.hospital_data import encode_hospital
@@ -27,6 +28,7 @@ from sim.runs.sweep import plan_cells
 KEY = "model.layers.0.self_attn.q_proj.lora_B"
 OTHER = "model.layers.0.self_attn.v_proj.lora_B"
 WEIGHTS = (3.0, 1.0, 6.0, 2.0, 5.0)
+LOSSES = (0.5, 3.0, 0.0, 1.2, 0.7)
 
 
 def drawn(seed):
@@ -39,7 +41,12 @@ def drawn(seed):
 
 def updates(seed=0):
     return [
-        Update(hospital=f"hospital-{i + 1}", b=drawn([seed, i]), weight=weight, metrics={})
+        Update(
+            hospital=f"hospital-{i + 1}",
+            b=drawn([seed, i]),
+            weight=weight,
+            metrics={"train-loss": LOSSES[i]},
+        )
         for i, weight in enumerate(WEIGHTS)
     ]
 
@@ -106,6 +113,50 @@ def test_krum_takes_one_update_close_to_the_others():
     best = int(np.argmin(scores))
     assert best != 0
     np.testing.assert_allclose(result[KEY], [far, *near][best].b[KEY], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("q", "rate"), [(0.0, 0.0), (0.5, 0.1), (1.0, 0.0), (5.0, 0.3)])
+def test_q_fedavg_is_algorithm_2(q, rate):
+    """Li et al. 2020, with p_k as weights; one step of its objective's own formula, in fp64."""
+    config = FederationConfig(strategy="q-fedavg", fairness=q, server_learning_rate=rate)
+    result = Aggregator(config).aggregate(start(), updates(), server_round=1)
+    before = np.concatenate([start()[key].ravel() for key in (KEY, OTHER)]).astype(np.float64)
+    flat = np.concatenate([stacked(key).reshape(5, -1) for key in (KEY, OTHER)], axis=1)
+    constant = 1 / (rate or 1.0)
+    loss, share = np.array(LOSSES) + 1e-10, np.array(WEIGHTS) / sum(WEIGHTS)
+    gradient = constant * (before - flat)
+    h = q * loss ** (q - 1) * (gradient**2).sum(1) + constant * loss**q
+    step = (share * loss**q) @ gradient / (share @ h)
+    found = np.concatenate([result[key].ravel() for key in (KEY, OTHER)])
+    np.testing.assert_allclose(found, before - step, rtol=1e-5, atol=1e-6)
+    if q == 0:
+        plain = Aggregator(FederationConfig()).aggregate(start(), updates(), server_round=1)
+        np.testing.assert_allclose(result[KEY], plain[KEY], rtol=1e-6)
+
+
+def test_q_fedavg_moves_towards_the_hospital_with_the_larger_loss():
+    """Two hospitals that pull apart: with q above 0 the worse one wins, else nobody does."""
+
+    def moved(q):
+        pulls = [
+            Update(hospital=h, b={KEY: np.full((1, 1), to)}, weight=1.0, metrics={"train-loss": f})
+            for h, to, f in (("a", 1.0, 1.0), ("b", -1.0, 4.0))
+        ]
+        config = FederationConfig(strategy="q-fedavg", fairness=q)
+        b = {KEY: np.zeros((1, 1), np.float32)}
+        return float(Aggregator(config).aggregate(b, pulls, server_round=1)[KEY][0, 0])
+
+    assert moved(0.0) == 0
+    assert moved(1.0) < -0.1
+
+
+def test_q_fedavg_is_refused_with_privacy(tiny_config):
+    for unit in ("patient", "hospital"):
+        config = tiny_config(
+            federation__strategy="q-fedavg", privacy__noise_multiplier=1.0, privacy__unit=unit
+        )
+        with pytest.raises(UserError, match="no loss leaves a hospital"):
+            plan_of(config)
 
 
 def test_fedavgm_is_momentum_on_the_round_s_change():

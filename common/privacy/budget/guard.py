@@ -22,15 +22,7 @@ class Guard:
     A federated round and the single-node mode between two checkpoints use it the same way:
     ``charge``, train with ``source``, ``release``, and only then let anything out.
 
-    Args:
-        plan: A calibrated plan.
-        hospital: Public name.
-        dataset: The hospital's encoded training samples.
-        folder: The hospital's own folder.
-        seed: Of the choice among a patient's admissions.
-        micro_batch: Samples per backward pass.
-        charged: Steps that the hospital's other files prove were charged.
-        released: Steps that they prove were released.
+    ``charged`` and ``released`` are the steps that the hospital's other files prove.
 
     Raises:
         LedgerDoubtful: if the ledger is behind either of them, or behind the last receipt.

@@ -52,10 +52,6 @@ class Entry(Record):
 class Ledger:
     """The ledger of one hospital for one run.
 
-    Args:
-        path: File in a folder that belongs to the hospital; made if absent (mode 0600).
-        plan: A calibrated plan; a ledger opened with another plan is refused.
-
     Raises:
         UserError: if the plan is not calibrated, or the file belongs to another plan.
         LedgerDoubtful: if the file is damaged.
@@ -118,10 +114,6 @@ class Ledger:
 
     def release(self, round_number: int, result: str = "") -> None:
         """Record that a result with all steps charged so far is about to leave, before it does.
-
-        Args:
-            round_number: Round or step that the result belongs to.
-            result: Digest of the result; the same one may leave again.
 
         Raises:
             RunFailed: if no step was charged since the last release.

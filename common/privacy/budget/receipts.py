@@ -49,9 +49,21 @@ class PrivacyLine(Record):
     least_steps: int | None = None
     """In a line that no hospital told: ``steps`` is the worst case, this what is certain."""
 
+    @property
+    def certain(self) -> int:
+        """Steps that the hospital's ledger shows at least."""
+        return self.steps if self.least_steps is None else self.least_steps
+
     def as_json(self) -> dict[str, Any]:
         """Return the line under the file's keys."""
         return self.model_dump(mode="json", exclude_none=True)
+
+
+def terms(plan: PrivacyPlan) -> dict[str, Any]:
+    """Return the public constants that every account of a plan names."""
+    names = ("unit", "sampling_rate", "clip_norm", "delta")
+    known = {name: getattr(plan, name) for name in names}
+    return known | {"noise_multiplier": plan.sigma, "accountant": accountant_name(plan)}
 
 
 def ledger_line(plan: PrivacyPlan, hospital: str, round_number: int, steps: int) -> PrivacyLine:
@@ -59,14 +71,9 @@ def ledger_line(plan: PrivacyPlan, hospital: str, round_number: int, steps: int)
     return PrivacyLine(
         hospital=hospital,
         round=round_number,
-        sampling_rate=plan.sampling_rate,
-        noise_multiplier=plan.sigma,
-        clip_norm=plan.clip_norm,
         steps=steps,
         epsilon=json_number(epsilon(plan, steps).value),
-        delta=plan.delta,
-        unit=plan.unit,
-        accountant=accountant_name(plan),
+        **terms(plan),
     )
 
 
@@ -123,12 +130,6 @@ def receipt(
 
     A ledger with a single entry of deterministic noise has epsilon = infinity, whatever the plan
     says.
-
-    Args:
-        hospital: Public name.
-        ledger: The hospital's ledger.
-        mechanism: The mechanism that released.
-        source_digest: Digest of the code that ran.
     """
     plan, entries = ledger.plan, ledger.entries()
     steps = entries[-1].total_steps
@@ -136,19 +137,14 @@ def receipt(
     cost = Epsilon(math.inf, math.inf, math.inf) if reproducible else epsilon(plan, steps)
     return Receipt(
         hospital=hospital,
-        unit=plan.unit,
+        **terms(plan),
         relation=plan.relation,
-        sampling_rate=plan.sampling_rate,
-        noise_multiplier=plan.sigma,
-        clip_norm=plan.clip_norm,
         expected_batch=plan.expected_batch,
         max_admissions_per_patient=plan.max_admissions_per_patient,
         steps=steps,
         released_steps=entries[-1].released_steps,
         planned_steps=plan.steps,
         epsilon=json_number(cost.value),
-        delta=plan.delta,
-        accountant=accountant_name(plan),
         epsilon_accountant=json_number(cost.accountant),
         epsilon_cross_check=json_number(cost.cross_check),
         noise=mechanism.noise.name,
@@ -166,10 +162,6 @@ def privacy_summary(plan: PrivacyPlan, lines: Sequence[PrivacyLine]) -> dict[str
     """Return summary.json's ``privacy``: what the run's privacy.jsonl adds up to.
 
     Patients are in one hospital only, so hospitals compose in parallel: epsilon is the largest.
-
-    Args:
-        plan: The run's plan.
-        lines: Of the run's privacy.jsonl.
     """
     last = {line.hospital: line for line in lines}
     largest = max((float(line.epsilon) for line in last.values()), default=0.0)

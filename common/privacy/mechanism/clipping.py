@@ -35,10 +35,6 @@ def clip_coefficients(norms_U: Tensor, clip_norm: float) -> Tensor:
     A norm so large that C / n_u is no normal fp32 number gets 0 as well: a denormal coefficient
     has lost the precision that the bound needs.
 
-    Args:
-        norms_U: fp32 L2 norms.
-        clip_norm: C.
-
     >>> clip_coefficients(torch.tensor([0.5, 4.0, float("inf"), float("nan"), 0.0]), 2.0).tolist()
     [1.0, 0.5, 0.0, 0.0, 1.0]
     """
@@ -52,10 +48,6 @@ def clipped_sum(gradients_UP: Tensor, clip_norm: float) -> Tensor:
 
     Formal guarantee: every summand has L2 norm at most C (1 + 1e-6), whatever ``gradients_UP``
     holds, so removing one unit moves the sum by at most that.
-
-    Args:
-        gradients_UP: One row per unit.
-        clip_norm: C.
 
     Returns:
         fp32 vector of length P; zero for no unit.

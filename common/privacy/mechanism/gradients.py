@@ -27,13 +27,6 @@ class PrivateGradient:
     """Poisson-sampled, clipped, noised gradients.
 
     Every call makes one release of ``plan``; the caller has charged the ledger for it.
-
-    Args:
-        dataset: A hospital's encoded training samples; may be empty.
-        plan: A calibrated plan.
-        noise: Source of sampling and noise.
-        seed: Of the choice among a patient's admissions.
-        micro_batch: Samples per backward pass.
     """
 
     def __init__(
@@ -110,10 +103,6 @@ def _micro_batches(
 
 def private_bytes(units: int, parameters: int) -> int:
     """Return what a private step holds beyond a plain one: unit gradients and their sum, in fp32.
-
-    Args:
-        units: Units in one micro-batch.
-        parameters: P.
 
     >>> private_bytes(4, 2_621_440) / 2**20
     50.0

@@ -31,12 +31,7 @@ _CHUNK = 1 << 16
 
 
 class Keystream:
-    """Uniform 64-bit words from AES-256 in counter mode.
-
-    Args:
-        key: 32 bytes; None takes them from the operating system.
-        counter: First counter block of 16 bytes.
-    """
+    """Uniform 64-bit words from AES-256 in counter mode."""
 
     def __init__(self, key: bytes | None = None, counter: bytes = bytes(16)) -> None:
         self.secret = key is None
@@ -101,9 +96,6 @@ def gaussian_table(std: float) -> GaussianTable:
 
     The weights w_k = exp(-k^2 / 2 std^2) follow from w_{k+1} = w_k r_k and r_{k+1} = r_k q with
     q = exp(-1 / std^2), in fixed point of 320 fractional bits.
-
-    Args:
-        std: Standard deviation in grid steps, at least 1.
 
     Raises:
         ValueError: for a standard deviation below 1 or above 2^16.
@@ -175,10 +167,6 @@ class NoiseSource:
         Z1 follows a discrete Gaussian of standard deviation about std / 1024^2 >= 4, whose theta
         sum varies by less than exp(-2 pi^2 4^2) < 2^-455 over the shifts (Micciancio and Walter,
         CRYPTO 2017); the rest is the two tables' rounding to 128 bits.
-
-        Args:
-            count: How many.
-            std: In grid steps, 2^22 to 2^26.
         """
         table = gaussian_table(split_std(std))
         values = np.empty(count, dtype=np.int64)

@@ -47,11 +47,6 @@ def grid_for(plan: PrivacyPlan, parameters: int) -> Grid:
 class GaussianMechanism:
     """Turns clipped sums into releases.
 
-    Args:
-        plan: A calibrated plan.
-        parameters: P.
-        noise: Where the noise comes from.
-
     Raises:
         UserError: if the plan is not calibrated.
         RunFailed: if the noise table's residue exceeds what the accounting kept back for it.
@@ -69,9 +64,6 @@ class GaussianMechanism:
 
         Formal guarantee: one Gaussian mechanism of noise multiplier sigma on a sum of sensitivity
         C; the cast to fp32 and the caller's optimizer are post-processing.
-
-        Args:
-            sum_P: fp32 sum of clipped unit gradients; zeros for an empty draw.
 
         Raises:
             RunFailed: if the sum is not finite, which clipping excludes.

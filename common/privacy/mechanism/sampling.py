@@ -40,10 +40,7 @@ def group_units(patients: Sequence[Hashable], plan: PrivacyPlan, *, seed: int) -
     a seeded choice of them, which depends on that patient's own number of samples alone. Order:
     first appearance.
 
-    Args:
-        patients: The patient of each sample.
-        plan: Says what a unit is.
-        seed: Of the choice of admissions.
+    ``seed`` is of the choice among a patient's admissions.
 
     >>> plan = PrivacyPlan(clip_norm=1.0, noise_multiplier=None, sampling_rate=0.1, steps=1,
     ...     expected_batch=1, max_admissions_per_patient=2, delta=1e-5)

@@ -129,7 +129,9 @@
     const support = make("span", { className: "support small soft" },
       sure + (known ? `${drug.ordered} of ${drug.similar} similar stays` : about.supported ? "no similar stays" : "no data at hand"), make("span", { className: "bar" }, bar));
     const row = make("li", { className: "drug", "data-mark": "" },
-      make("span", { className: "name", textContent: drug.name }), support, make("span", { className: "marks" }, ...buttons));
+      make("span", { className: "name" }, drug.name, ...drug.remarks.map((text) => make("span", { className: "remark", textContent: text }))),
+      support, make("span", { className: "marks" }, ...buttons));
+    if (drug.remarks.length) row.dataset.doubt = "";
     buttons.forEach((button) => button.addEventListener("click", () => {
       list.marks[i] = button.dataset.value;
       row.dataset.mark = list.marks[i];
@@ -187,11 +189,7 @@
     $("result").hidden = false;
     $("heading").textContent = `${list.drugs.length} suggested drug${list.drugs.length === 1 ? "" : "s"}`;
     $("ends").textContent = list.drugs.length && list.ends ? `Why it ends there: ${list.ends}.` : "";
-    const warnings = [];
-    if (!list.in_format) warnings.push("The model's answer was not a drug list, so there is nothing to show. You can still add drugs.");
-    if (list.dropped_diagnoses) warnings.push(`The last ${list.dropped_diagnoses} diagnoses did not fit and were not read.`);
-    $("warning").textContent = warnings.join(" ");
-    $("warning").hidden = !warnings.length;
+    $("warnings").replaceChildren(...list.warnings.map((text) => make("p", { className: "warn", textContent: text })));
     $("drugs").replaceChildren(...list.drugs.map(drugRow));
     $("note").value = "";
     $("store").disabled = false;

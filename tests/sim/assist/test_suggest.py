@@ -1,6 +1,9 @@
 """The form's messages, and a whole answer of a tiny run."""
 
+import io
+
 import pytest
+from rich.console import Console
 
 from common.config import Config, DataConfig, EvaluationConfig, FederationConfig, ModelConfig
 from common.data.dataset import Dataset
@@ -9,8 +12,17 @@ from common.data.partition import assign_hospitals
 from common.data.samples import Admission, SampleTable
 from common.errors import UserError
 from common.rundir import RunDirectory
+from sim.assist.orders import Orders
 from sim.assist.patient_form import FormProblems, read_form
-from sim.assist.suggest import Assistant, assistant_config, find_run, surroundings_of
+from sim.assist.suggest import (
+    Assistant,
+    Surroundings,
+    assistant_config,
+    find_run,
+    show_suggestion,
+    surroundings_of,
+    within_formulary,
+)
 
 INDEX = DiagnosisIndex(
     [Diagnosis(code="10:I10", title="Essential (primary) hypertension")],
@@ -167,3 +179,42 @@ def test_the_newest_finished_run_is_found(tmp_path, monkeypatch):
         run.save_checkpoint("round-00001", {}, facts={})
         run.write_status(state)
     assert find_run(None).path.name == "2-b"
+
+
+@pytest.mark.parametrize(
+    ("asked", "settings", "orders", "decoding"),
+    [
+        ([], {}, True, "formulary"),
+        ([], {}, False, "greedy"),
+        ([], {"formulary": "names.txt"}, False, "formulary"),
+        (["evaluation.decoding=greedy"], {}, True, "greedy"),
+        (["model.kernels=auto"], {}, True, "formulary"),
+        ([], {"method": "score"}, True, "greedy"),
+        ([], {"decoding": "grammar"}, True, "grammar"),
+    ],
+)
+def test_lists_are_held_to_the_formulary_unless_someone_decided(asked, settings, orders, decoding):
+    around = Surroundings(index=INDEX, support=None, note="", orders=Orders([]) if orders else None)
+    config = Config(evaluation=EvaluationConfig(**settings))
+    assert within_formulary(config, around, asked).evaluation.decoding == decoding
+
+
+@pytest.mark.slow
+def test_what_no_table_knows_is_said_in_json_and_on_the_terminal(tiny_run):
+    """No data is at hand either: nothing can be said about names."""
+    config = assistant_config(tiny_run)
+    around = surroundings_of(config)
+    assistant = Assistant(tiny_run, config, surroundings=around)
+    request = read_form({**RIGHT, "diagnoses": ["I10", "Q99.99X", "lives alone"]}, around.index)
+    suggestion = assistant.suggest(request)
+    assert suggestion.warnings[:2] == (
+        "Q99.99X looks like a code, but is not in the public ICD-10-CM: it was read as free text.",
+        "Not recognised in the public ICD-10-CM, and read as free text: lives alone.",
+    )
+    assert suggestion.warnings[2:] == (
+        "No orders are at hand: a name may be one that no hospital ever ordered.",
+    )
+    assert suggestion.as_dict()["warnings"] == suggestion.warnings
+    told = io.StringIO()
+    show_suggestion(Console(file=told, width=200), tiny_run, request, suggestion, around)
+    assert all(warning in told.getvalue() for warning in suggestion.warnings)

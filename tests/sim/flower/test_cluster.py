@@ -51,7 +51,7 @@ def cluster(tmp_path_factory):
         for node in NODES:
             with (folder / f"{node}.log").open("wb") as log:
                 process = subprocess.Popen(
-                    [*script("ray"), "start", *joining[node], *usual],
+                    [script("ray"), "start", *joining[node], *usual],
                     env={**environment, "FEDRX_NODE": node},
                     stdout=log,
                     stderr=log,

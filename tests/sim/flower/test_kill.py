@@ -8,7 +8,7 @@ import pytest
 
 pytestmark = pytest.mark.ray
 GONE_SECONDS = 60
-"""Seconds on a machine that has nothing else to do: 1 to 3."""
+"""At the most, on a machine that is shared; 0.3 were measured."""
 
 
 def handshake_begun(run):

@@ -24,6 +24,9 @@ TITLES = {
     "9:4280": "Congestive heart failure, unspecified",
 }
 DRUGS = ("Furosemide", "Aspirin", "<b>Bold</b>")
+REMARKS = {
+    "<b>Bold</b>": ("in no order of the data", "never ordered for women (9 patients had it)")
+}
 
 
 class Stub:
@@ -44,14 +47,16 @@ class Stub:
         rows = [Diagnosis(code=code, title=title) for code, title in TITLES.items()]
         index = DiagnosisIndex(rows, frequency={}, origin="test titles")
         self.surroundings = Surroundings(index=index, support=SupportIndex(train), note="A note.")
-        self.asked = []
+        self.asked, self.warnings = [], []
 
     def suggest(self, request):
         self.asked.append(request)
         supports = self.surroundings.support.support(request.codes, DRUGS)
         return Suggestion(
             drugs=tuple(
-                SuggestedDrug(name=name, support=support, confidence=sure)
+                SuggestedDrug(
+                    name=name, support=support, confidence=sure, remarks=REMARKS.get(name, ())
+                )
                 for name, support, sure in zip(DRUGS, supports, (0.724, 0.5, None), strict=True)
             ),
             in_format=True,
@@ -59,6 +64,7 @@ class Stub:
             dropped_diagnoses=0,
             seconds=0.1,
             ends="the model ended it",
+            warnings=tuple(self.warnings),
         )
 
 
@@ -106,7 +112,10 @@ def ask(desk, listening):
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), Stay())
 
     def send(path, body=None, **headers):
-        usual = {"Cookie": f"{cookie_name(port)}={desk.secret}", "Content-Type": "application/json"}
+        usual = {
+            "Cookie": f"{cookie_name(port)}={desk.secret}",
+            "Content-Type": "application/json",
+        }
         chosen = {**usual, **{k.replace("_", "-"): v for k, v in headers.items()}}
         data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         request = urllib.request.Request(
@@ -325,7 +334,8 @@ def test_a_clinicians_way_through_the_page(browser, desk, listening, requested_u
     assert asked.codes == ("10:I10", "10:I509")
     assert (asked.sex, asked.age, asked.height_cm, asked.weight_kg) == ("F", 71, 165.0, 80.0)
 
-    assert [name.text for name in find(".drug .name")] == list(DRUGS)
+    named = [name.text.split("\n") for name in find(".drug .name")]
+    assert named == [[drug, *REMARKS.get(drug, ())] for drug in DRUGS]
     assert "72% confident · 3 of 4" in find(".support")[0].text
     assert "confident" not in find(".support")[2].text
     assert find("#ends")[0].text == "Why it ends there: the model ended it."
@@ -365,3 +375,60 @@ def test_a_stopped_program_is_named_on_the_page(browser, desk):
         problem = browser.find_element("id", "form-error")
         WebDriverWait(browser, 10).until(lambda _: problem.text)
         assert "does not answer" in problem.text
+
+
+@pytest.mark.browser
+def test_what_must_be_known_before_reading_stands_above_the_list(browser, desk, listening):
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    desk.suggester.warnings = ["Not recognised: <i>x</i>.", "Two diagnoses did not fit."]
+    browser.get(address(desk, listening))
+    browser.find_element("css selector", '[value="M"]').click()
+    browser.find_element("id", "age").send_keys("50")
+    browser.find_element("id", "search").send_keys("lives alone", Keys.ENTER)
+    browser.find_element("id", "ask").click()
+    WebDriverWait(browser, 10).until(lambda _: browser.find_elements("css selector", ".warn"))
+    warnings = browser.find_elements("css selector", ".warn")
+    assert [one.text for one in warnings] == desk.suggester.warnings
+    first = browser.find_element("css selector", ".drug")
+    assert warnings[-1].location["y"] < first.location["y"]
+
+
+@pytest.mark.browser
+def test_a_field_s_message_is_in_view_beside_it_under_200_diagnoses(browser, desk, listening):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    browser.get(address(desk, listening))
+    browser.set_window_size(1280, 800)
+    browser.find_element("css selector", '[value="M"]').click()
+    browser.find_element("id", "age").send_keys("50")
+    browser.execute_script(
+        """
+        const search = document.getElementById("search");
+        for (let number = 0; number < 200; number++) {
+            search.value = "d" + number;
+            search.dispatchEvent(new KeyboardEvent("keydown", { key: "Enter" }));
+        }
+        """
+    )
+    assert len(browser.find_elements("css selector", "#chosen li")) == 200
+    button = browser.find_element("id", "ask")
+    browser.execute_script("arguments[0].scrollIntoView()", button)
+    button.click()
+    message = browser.find_element("id", "diagnoses-error")
+    WebDriverWait(browser, 10).until(lambda _: message.text)
+    assert message.text == "Diagnoses: at most 40."
+    top, bottom, height = browser.execute_script(
+        "const r = arguments[0].getBoundingClientRect(); return [r.top, r.bottom, innerHeight]",
+        message,
+    )
+    assert 0 <= top < bottom <= height
+    search = browser.find_element("id", "search")
+    assert 0 < message.location["y"] - search.location["y"] < 90
+    # A number's message is in its own column.
+    browser.find_element("id", "weight").send_keys("3")
+    browser.execute_script("arguments[0].click()", button)
+    weight = browser.find_element("id", "weight-error")
+    WebDriverWait(browser, 10).until(lambda _: weight.text)
+    assert abs(weight.location["x"] - browser.find_element("id", "weight").location["x"]) < 5

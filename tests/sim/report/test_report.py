@@ -12,9 +12,11 @@ from common.config import Config
 from common.configio import from_flat
 from common.errors import UserError
 from common.rundir import RunDirectory
+from sim.report.comparison import write_comparison
 from sim.report.plots import loss_svg
-from sim.report.run_report import RANDOM_WEIGHTS, write_comparison, write_report
+from sim.report.run_report import write_report
 from sim.report.terminal import show_summary
+from sim.report.words import RANDOM_WEIGHTS
 
 
 def values(f1):
@@ -31,6 +33,16 @@ def values(f1):
         "oov_rate": 0.0,
         "intervals": {"f1": [f1 - 0.1, f1 + 0.1]},
     }
+
+
+SCALING = {
+    "train_samples": 8,
+    "steps": 16,
+    "steps_per_epoch": 2,
+    "epochs": 8.0,
+    "checkpoint_steps": [16],
+    "notes": [],
+}
 
 
 @pytest.fixture
@@ -127,12 +139,6 @@ def test_an_unfinished_run_has_no_report(tmp_path):
     assert not (run.path / "report.html").exists()
 
 
-def test_a_comparison_puts_runs_side_by_side(run, tmp_path):
-    page = write_comparison([run, run], tmp_path / "both").read_text()
-    assert page.count("Run run") == 2
-    assert "Runs compared" in page
-
-
 @pytest.mark.parametrize(("mode", "sent"), [("fa-lora", "B only"), ("lora", "A and B only")])
 def test_what_was_sent_is_named(run, mode, sent):
     summary = run.read_json("summary.json")
@@ -143,9 +149,8 @@ def test_what_was_sent_is_named(run, mode, sent):
 @pytest.mark.parametrize("name", ["tiny", "embedded"])
 def test_answers_of_random_weights_are_called_that(run, name):
     run.write_json("summary.json", {**run.read_json("summary.json"), "backbone": {"name": name}})
-    summary = run.read_json("summary.json")
     told = io.StringIO()
-    show_summary(Console(file=told, width=200), run, summary)
+    show_summary(Console(file=told, width=200), run, run.summary())
     for text in (told.getvalue(), write_report(run).read_text()):
         assert (RANDOM_WEIGHTS in html.unescape(text)) == (name == "tiny")
 
@@ -154,7 +159,7 @@ def test_answers_of_random_weights_are_called_that(run, name):
     ("model", "facts", "label"),
     [
         ("round-00001", {"rounds": 4}, "FedRx, round 1 of 4"),
-        ("step-00000004", {"scaling": {"steps": 16}}, "FedRx, step 4 of 16"),
+        ("step-00000004", {"scaling": SCALING}, "FedRx, step 4 of 16"),
     ],
 )
 def test_an_earlier_checkpoints_answers_are_called_that(run, model, facts, label):
@@ -162,7 +167,7 @@ def test_an_earlier_checkpoints_answers_are_called_that(run, model, facts, label
     summary["metrics"][model] = values(0.111)
     run.write_json("summary.json", summary)
     told = io.StringIO()
-    show_summary(Console(file=told, width=200), run, summary)
+    show_summary(Console(file=told, width=200), run, run.summary())
     page = write_report(run).read_text()
     for text in (told.getvalue(), page, (run.path / "report.md").read_text()):
         assert re.search(label + r"\W.*0\.111", text)
@@ -179,8 +184,7 @@ def test_a_private_run_ends_with_its_guarantee_and_its_verdict(run, multiplier, 
         "noise_multiplier": multiplier,
     }
     told = io.StringIO()
-    summary = {**run.read_json("summary.json"), "privacy": privacy}
-    show_summary(Console(file=told, width=200), run, summary)
+    show_summary(Console(file=told, width=200), run, run.summary().having(privacy=privacy))
     guarantee = f"each patient: epsilon 5.999 at delta 0.0001; noise multiplier {multiplier:g}"
     assert guarantee in told.getvalue()
     assert re.search(f"noise over signal, per step: .*{words}", told.getvalue())
@@ -234,3 +238,87 @@ def test_rounds_that_lack_something_are_named(run):
     page = html.unescape(write_report(run).read_text())
     assert "Round 2 was not evaluated: 1 of 3 hospitals is connected." in page
     assert "Round 1: the strategy withstands nothing with 2 updates." in page
+
+
+def test_the_result_comes_first_and_names_what_lies_above_and_below(run):
+    summary = run.read_json("summary.json")
+    summary["metrics"]["untrained"] = values(0.11)
+    summary["metrics"]["nearest_neighbours"] = values(0.6)
+    run.write_json("summary.json", summary)
+    page = html.unescape(write_report(run).read_text())
+    sentence = (
+        "F1 of the trained B on 4 held-out admissions: 0.321 (95% interval 0.22 to 0.42); above "
+        "untrained backbone 0.110; below nearest neighbours 0.600; not clearly apart from "
+        "popularity 0.456."
+    )
+    assert page.index(sentence) < page.index("<h2>")
+    # One bar for each, the best first, ours marked; its whisker is the interval.
+    bars = re.findall(
+        r'class="bar( ours)?"><span>([^<]*)<.*?width:([0-9.]+)%.*?left:([0-9.]+)%', page, re.S
+    )
+    assert bars == [
+        ("", "nearest neighbours", "60.00", "50.00"),
+        ("", "popularity", "45.60", "35.60"),
+        (" ours", "FedRx (trained B)", "32.10", "22.10"),
+        ("", "untrained backbone", "11.00", "1.00"),
+    ]
+    assert sentence in (run.path / "report.md").read_text()
+
+
+def test_what_ran_says_all_that_decides_it(run):
+    config = from_flat(
+        {
+            "partition.scheme": "dirichlet", "partition.alpha": 0.7, "partition.seed": 3,
+            "train.batch-size": 6, "train.schedule": "cosine", "train.warmup-steps": 2,
+            "federation.local-steps": 7, "federation.strategy": "krum",
+            "data.path": "/secret/place",
+        }
+    )  # fmt: skip
+    run.write_config(config)
+    write_report(run)
+    twin = (run.path / "report.md").read_text()
+    for fact in (
+        *("dirichlet, alpha 0.7", "7 in each hospital and round", "6 samples", "krum"),
+        *("cosine, warm-up 2 steps", "hospitals 3", "| train.batch-size | 6 | 4 |"),
+    ):
+        assert fact in twin
+    assert "/secret/place" not in twin
+
+
+def test_privacy_s_figures_stand_together_and_equal_hospitals_in_one_column(run):
+    run.write_config(from_flat({"privacy.noise-multiplier": 2.0}))
+    privacy = {
+        **dict.fromkeys(("unit", "relation", "accountant", "noise"), "x"),
+        "epsilon": 2.0,
+        "delta": 1e-5,
+        "noise_multiplier": 2.0,
+        "sampling_rate": 0.3,
+        "clip_norm": 0.5,
+        "expected_batch": 8.0,
+        "per_hospital": [{"hospital": f"hospital-{n}", "epsilon": n} for n in (1, 2, 3)],
+    }
+    run.write_json("summary.json", {**run.read_json("summary.json"), "privacy": privacy})
+    for number in (1, 2):
+        for name, spent in (("hospital-1", 1.0), ("hospital-2", 1.0), ("hospital-3", 1.5)):
+            line = {"round": number, "hospital": name, "epsilon": spent * number}
+            run.append("privacy.jsonl", line)
+    write_report(run)
+    twin = (run.path / "report.md").read_text()
+    # sigma sqrt(P) / D
+    ratio = 2.0 * 3072**0.5 / 8
+    for fact in ("| noise multiplier | 2 |", "| sampling rate q | 0.3 |", "| clip norm | 0.5 |",
+                 f"| noise over signal, per step | {ratio:.3g}: "):  # fmt: skip
+        assert fact in twin
+    assert "| epsilon after round | hospital-1 and hospital-2, equal | hospital-3 |" in twin
+    assert "| 2 | 2.000 | 3.000 |" in twin
+    assert re.search(r"\| hospital-1 .*\| 1.000 \|", twin)
+
+
+def test_a_baseline_of_each_hospital_is_called_that(run):
+    write_report(run)
+    words = "fitted in each hospital, on its own training patients"
+    assert words not in (run.path / "report.md").read_text()
+    summary = run.read_json("summary.json")
+    run.write_json("summary.json", {**summary, "hospitals": summary["hospitals"] * 2})
+    write_report(run)
+    assert words in (run.path / "report.md").read_text()

@@ -418,8 +418,11 @@ def test_a_single_run_has_a_curve_of_each_step(tiny_config, tracker, tmp_path):
 
 @pytest.mark.parametrize("verb", [federate, single])
 def test_what_may_not_be_leaves_nothing(verb, tiny_config, tmp_path):
+    """It is told before the data is looked for."""
     pytest.importorskip("mlflow")
-    config = tiny_config(run__tracker="mlflow", run__tracker_url="https://curves.example.org")
+    config = tiny_config(
+        run__tracker="mlflow", run__tracker_url="https://curves.example.org", data__path="/nowhere"
+    )
     with pytest.raises(UserError, match="not named on the command line"):
         verb(config, console=Console(quiet=True), command_line=[], run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
