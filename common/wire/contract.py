@@ -1,4 +1,4 @@
-"""The wire contract: B and nothing else, checked on both sides.
+"""The wire contract: of the model B alone, and allow-listed scalars; both sides check.
 
 A message to a hospital holds one ArrayRecord with the B matrices and one ConfigRecord of
 allow-listed scalars. The reply holds one ArrayRecord with the same keys and one MetricRecord of

@@ -234,8 +234,8 @@ with that hospital's key (`superlink/nodes/`).
 ## What is in a hospital's folder
 
 A hospital's folder holds its private key (`node.key`, `node-tls.key`), and later its optimizer
-state, logs and error texts (`runs/`). Its tables, and everything in that folder, stay there: only B
-travels.
+state, logs and error texts (`runs/`). Its tables, and everything in that folder, stay there: of the
+model only B travels, beside allow-listed scalars.
 
 A hospital need not trust the coordinator's configuration for its patients' privacy: with
 `max-epsilon` in its `policy.toml` it takes part only in runs that protect every patient, and only
