@@ -16,7 +16,10 @@ from common.configio import Scalar, flatten, toml_scalar
 from common.files import write_json
 from sim.flower.child_environment import ask_loopback_directly
 
-UNTOLD = ("run.", "judge.", "data.path", "data.drug-map", "model.backbone")
+UNTOLD = (
+    *("run.", "judge.", "data.path", "data.drug-map", "data.meds-codes", "model.backbone"),
+    *("evaluation.formulary", "evaluation.interactions"),
+)
 """Keys, and beginnings of keys, that name places and servers: no tracker is told them."""
 _AT_ONCE = 100
 """MLflow's largest number of parameters in one call."""

@@ -29,6 +29,9 @@ SECRET_PLACE = "/srv/st-elsewhere/mimic"
 PLACES = {
     "data.path": SECRET_PLACE,
     "data.drug-map": f"{SECRET_PLACE}/map.csv",
+    "data.meds-codes": f"{SECRET_PLACE}/codes.toml",
+    "evaluation.formulary": f"{SECRET_PLACE}/formulary.txt",
+    "evaluation.interactions": f"{SECRET_PLACE}/interactions.csv",
     "model.backbone": f"{SECRET_PLACE}/llama",
     "run.directory": SECRET_PLACE,
     "run.hospital-keys": SECRET_PLACE,
