@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from common.config import Config, DataConfig, PrivacyConfig, RunConfig
+from common.config import Config, DataConfig, PrivacyConfig, RunConfig, TrainConfig
 from common.errors import UserError
 from common.rundir import RunDirectory
 from sim.cli.main import app
 from sim.report.bundle import METADATA, write_bundle
 
 
-def make_run(folder, *, name="trial", hospital="hospital-1", noise=0.0):
+def make_run(folder, *, name="trial", hospital="hospital-1", noise=0.0, seed=0):
     config = Config(
+        train=TrainConfig(seed=seed),
         privacy=PrivacyConfig(noise_multiplier=noise),
         data=DataConfig(path=str(folder / "secret-place" / "mimic")),
         run=RunConfig(name=name, directory=str(folder / "run")),
@@ -111,7 +112,7 @@ def test_a_private_runs_bundle_counts_nobody(tmp_path):
 def test_counts_and_digests_are_no_ids(tmp_path):
     """Numbers of ours, versions and hashes of eight and more digits pass."""
     pytest.importorskip("rocrate")
-    run = make_run(tmp_path)
+    run = make_run(tmp_path, seed=20261126)
     summary = run.read_json("summary.json")
     run.write_json("summary.json", {**summary, "b_sha256": "1234567890" * 6 + "abcd"})
     assert write_bundle(run).is_dir()
