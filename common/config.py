@@ -21,6 +21,7 @@ def option(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
+    file: bool = False,
 ) -> T:
     """Declare one configuration key: default, meaning and limits.
 
@@ -32,12 +33,14 @@ def option(
         low: Smallest allowed value.
         high: Largest allowed value.
         above: The value must be strictly larger than this.
+        file: It names a file or folder (or one of ours): another machine is never told it.
     """
     limits: Mapping[str, Any] = {
         "meaning": meaning,
         "low": low,
         "high": high,
         "above": above,
+        "file": file,
     }
     value: T = field(default=default, metadata=limits)
     return value
@@ -51,9 +54,12 @@ class DataConfig:
         "synthetic",
         "folder of MIMIC-IV tables (it holds hosp/), a MEDS data set (data/, metadata/) or eICU's "
         "tables (patient.csv.gz ...), or `synthetic`",
+        file=True,
     )
     meds_codes: str = option(
-        "", "toml file that says what the codes of a MEDS data set mean; empty: as for MIMIC-IV"
+        "",
+        "toml file that says what the codes of a MEDS data set mean; empty: as for MIMIC-IV",
+        file=True,
     )
     synthetic_patients: int = option(240, "patients that the synthetic source writes", low=10)
     synthetic_seed: int = option(0, "seed of the synthetic source", low=0)
@@ -76,7 +82,9 @@ class DataConfig:
     normalisation: Literal["string", "ingredient", "map", "atc-3", "atc-4"] = option(
         "string", "level at which drug names are equal"
     )
-    drug_map: str = option("", "csv with columns name,code for normalisation = map, atc-3, atc-4")
+    drug_map: str = option(
+        "", "csv with columns name,code for normalisation = map, atc-3, atc-4", file=True
+    )
     drug_order: Literal["first-start", "name", "shuffled"] = option(
         "first-start",
         "order of the drugs in training: by first start in the stay, by name, or a new random one "
@@ -112,7 +120,9 @@ class PartitionConfig:
 class ModelConfig:
     """The frozen backbone."""
 
-    backbone: str = option("embedded", "`embedded`, `tiny`, a folder, or a hub id of a Llama")
+    backbone: str = option(
+        "embedded", "`embedded`, `tiny`, a folder, or a hub id of a Llama", file=True
+    )
     attention: Literal["auto", "cudnn", "flash-attn", "torch-flash", "sdpa", "eager"] = option(
         "auto", "attention kernel"
     )
@@ -311,10 +321,14 @@ class EvaluationConfig:
         "the formulary once",
     )
     formulary: str = option(
-        "", "file of drug names, one a line; empty: what each hospital's training split holds"
+        "",
+        "file of drug names, one a line; empty: what each hospital's training split holds",
+        file=True,
     )
     interactions: str = option(
-        "", "csv of interacting drugs (DDInter's, or columns drug_a,drug_b) for the rate of them"
+        "",
+        "csv of interacting drugs (DDInter's, or columns drug_a,drug_b) for the rate of them",
+        file=True,
     )
     threshold_samples: int = option(
         64, "validation samples per hospital that choose the threshold of scores; 0: all", low=0

@@ -245,9 +245,18 @@ def choices(entry: dataclasses.Field[Any]) -> tuple[str, ...]:
     """Return what a key's type allows; nothing where every text is allowed.
 
     >>> choices(known_keys()["adapter.mode"])
-    ('fa-lora', 'lora')
+    ('fa-lora', 'lora', 'rolora')
     """
     return get_args(entry.type) if get_origin(entry.type) is Literal else ()
+
+
+def file_keys() -> tuple[str, ...]:
+    """Return the keys whose values name files or folders of this machine.
+
+    >>> "data.path" in file_keys(), "run.name" in file_keys()
+    (True, False)
+    """
+    return tuple(key for key, entry in known_keys().items() if entry.metadata["file"])
 
 
 def _sections(config: Config) -> list[tuple[str, Any]]:

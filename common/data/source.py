@@ -14,9 +14,9 @@ from common.data.tables import reading
 class Source(ABC):
     """One kind of data: how it is recognised, read and handled. ``common.data.sources`` lists all.
 
-    A source hands over samples in columns (``common.data.assemble`` makes them of its tables, and
-    counts every row that is left out) and a tag, which says what may leave the machine
-    (``common.data.handling``).
+    A source hands over samples in columns (``common.data.cleaning.assemble`` makes them of its
+    tables, and counts every row that is left out), a tag, which says what may leave the machine
+    (``common.data.handling``), and titles of diagnoses to search in.
     """
 
     @abstractmethod

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.configio import flatten
+from common.configio import file_keys, flatten
 from common.data.handling import handling_of
 from common.errors import UserError
 from common.evaluation.answers_file import read_answers
@@ -103,7 +103,8 @@ def read_run(run: RunDirectory) -> Compared:
         "backbone (sha256)": summary.backbone.fingerprint[:12] if summary.backbone else "–",
         "way of training": "single node" if summary.mode == "single" else "federation",
     }
-    keys = {k: v for k, v in flatten(config).items() if not k.startswith(PLACES)}
+    places = (*PLACES, *file_keys())
+    keys = {k: v for k, v in flatten(config).items() if not k.startswith(places)}
     return Compared(
         run=run, summary=summary, settings=decides | keys, f1_by_case=found, clusters=clusters
     )

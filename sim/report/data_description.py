@@ -230,8 +230,15 @@ def description_blocks(description: Description) -> list[Block]:
         f"by chance {partition['null_skew']:.3f} (p {partition['p_value']:.2f})"
     )
     title = f"Hospitals: partition by {partition['scheme']}"
-    table = tuple(map(tuple, rows))
-    blocks.append(Block(title=title, note=note, headers=("hospital", *headers[1:]), rows=table))
+    blocks.append(
+        Block(
+            title=title,
+            note=note,
+            headers=("hospital", *headers[1:]),
+            rows=tuple(map(tuple, rows)),
+            text_cells=len(headers) > 6,
+        )
+    )
     note = tokens.get("reason") or (
         f"{tokens['backbone']}: prompt {tokens['prompt']['mean']:.0f} on average, "
         f"answer {tokens['answer']['mean']:.0f}, longest sample {tokens['total']['max']:,}; "

@@ -52,7 +52,8 @@ def write_page(page: Path, title: str, blocks: Sequence[Block]) -> Path:
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:
     """Render blocks as one self-contained page."""
-    policy = "default-src 'none'; style-src 'unsafe-inline'"  # plots carry style attributes
+    # Plots carry style attributes, and a heat map its image.
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return fill("report.html", policy=policy, css=read("report.css"), title=title, blocks=blocks)
 
 

@@ -1,13 +1,13 @@
 """What ran, with all that decides it."""
 
 from common.config import Config
-from common.configio import differences
+from common.configio import differences, file_keys
 from common.records import Summary
 from sim.report.html import Block
 from sim.report.words import peak_memory, speed
 
-PLACES = ("run.", "data.path", "data.drug-map", "judge.", "federation.workers")
-"""Keys that name places of a machine, or change nothing of a run's result."""
+PLACES = ("run.", "judge.", "federation.workers")
+"""Keys that name places and servers, or change nothing of a run's result."""
 
 
 def what_ran(config: Config, summary: Summary) -> Block:
@@ -73,7 +73,7 @@ def settings(config: Config) -> Block:
         rows=tuple(
             (change.key, str(change.new), str(change.old))
             for change in differences(Config(), config)
-            if not change.key.startswith(PLACES)
+            if not change.key.startswith((*PLACES, *file_keys()))
         ),
         text_cells=True,
     )

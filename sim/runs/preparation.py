@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from common.config import Config
-from common.configio import flatten, from_flat
+from common.configio import file_keys, flatten, from_flat
 from common.data.dataset import Dataset, open_hospitals
 from common.evaluation.answers import choose_cases
 from common.evaluation.lists import check_lists
@@ -22,10 +22,6 @@ from sim.process.early import check_settings
 
 BUILT_IN = ("synthetic", "embedded", "tiny")
 """Data and backbones that are no folders, even where a folder has their name."""
-PATHS = (
-    *("data.path", "data.meds-codes", "data.drug-map", "model.backbone"),
-    *("evaluation.formulary", "evaluation.interactions"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +90,7 @@ def data_facts(preparation: Preparation) -> Mapping[str, object]:
 def with_absolute_paths(config: Config) -> Config:
     """Make existing paths absolute, since workers run elsewhere; names (``synthetic``) stay."""
     flat = flatten(config)
-    return from_flat({key: _absolute(str(flat[key])) for key in PATHS}, base=config)
+    return from_flat({key: _absolute(str(flat[key])) for key in file_keys()}, base=config)
 
 
 def _absolute(path: str) -> str:

@@ -21,11 +21,12 @@ from common.config import Config
 from common.configio import Scalar, differences, flatten, from_flat, parse_overrides
 from common.errors import UserError
 from common.files import write_text
+from common.privacy.settings import plan_of, protects
 from common.provenance import shown_command
 from common.records import RunRecord, Summary
 from common.rundir import RUN, RunDirectory, remove_unbegun
 from common.wire.cohort import hospital_names, sampled
-from server.strategies import check_strategy
+from server.strategies import STRATEGIES, check_strategy
 from sim.process.failures import StageFailed
 from sim.process.lock import exclusive
 from sim.report.comparison import write_sweep_page
@@ -38,10 +39,8 @@ CENTRALISED, LOCAL_ONLY = "centralised", "local-only"
 ARMS: dict[str, dict[str, Scalar]] = {
     "fa-lora": {},
     "lora": {"adapter.mode": "lora"},
-    **{
-        name: {"federation.strategy": name}
-        for name in ("fedprox", "fedavgm", "fedadam", "fedmedian", "trimmed-mean", "krum")
-    },
+    "rolora": {"adapter.mode": "rolora"},
+    **{name: {"federation.strategy": name} for name in STRATEGIES if name != "fedavg"},
     "bf16": {"federation.codec": "bf16"},
     "int8": {"federation.codec": "int8"},
     "reset-state": {"train.keep-state": False},
@@ -114,8 +113,8 @@ def plan_cells(
         vary: ``key=value,value`` for a grid beside the arms.
 
     Raises:
-        UserError: for an unknown arm, a key or value that is not allowed, or a robust strategy
-            that withstands nothing with so many hospitals.
+        UserError: for an unknown arm, a key or value that is not allowed, a robust strategy
+            that withstands nothing with so many hospitals, or an arm that privacy does not allow.
     """
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
@@ -260,6 +259,8 @@ def tabulate(seeds: Sequence[Sequence[Summary]]) -> dict[str, Interval]:
 def _check_arm(arm: str, config: Config) -> None:
     if arm not in (CENTRALISED, LOCAL_ONLY):
         check_strategy(config.federation)
+        if protects(config):
+            plan_of(config)  # refuses what the protection takes away
 
 
 def _interval(seeds: Sequence[Sequence[float | None]]) -> Interval:

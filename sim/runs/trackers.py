@@ -12,15 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from common.config import Config
-from common.configio import Scalar, flatten, toml_scalar
+from common.configio import Scalar, file_keys, flatten, toml_scalar
 from common.files import write_json
 from sim.flower.child_environment import ask_loopback_directly
 
-UNTOLD = (
-    *("run.", "judge.", "data.path", "data.drug-map", "data.meds-codes", "model.backbone"),
-    *("evaluation.formulary", "evaluation.interactions"),
-)
-"""Keys, and beginnings of keys, that name places and servers: no tracker is told them."""
+UNTOLD = ("run.", "judge.")
+"""Sections that name places and servers: no tracker is told them, nor keys of files."""
 _AT_ONCE = 100
 """MLflow's largest number of parameters in one call."""
 
@@ -57,7 +54,8 @@ def public_configuration(config: Config) -> dict[str, Scalar]:
     >>> "data.path" in public_configuration(Config())
     False
     """
-    return {k: v for k, v in flatten(config).items() if not k.startswith(UNTOLD)}
+    untold = (*UNTOLD, *file_keys())
+    return {k: v for k, v in flatten(config).items() if not k.startswith(untold)}
 
 
 class TensorBoard:

@@ -7,6 +7,7 @@ import pytest
 import client.app
 from client.policy import POLICY
 from common.errors import RunFailed, UserError
+from common.wire.contract import Fingerprints
 from common.wire.handshake import check_hello
 from common.wire.identity import (
     NODE_KEY,
@@ -17,6 +18,8 @@ from common.wire.identity import (
     read_keys,
     sign,
 )
+from server.nodes import LeftOut
+from server.roster import Roster
 from sim.flower.certificates import new_key, private_openssh, public_openssh
 
 NAMES = ("north", "south", "west")
@@ -90,6 +93,17 @@ def test_a_hospital_that_takes_another_s_name_is_refused(
     asked = [d for d, index, _ in done.grid.messages if done.grid.node(index) == impostor]
     assert asked == ["down", "up"]  # one question, and never again
     assert f"node {impostor} is left out" in caplog.text
+
+
+def test_an_impostor_is_nobody_to_wait_for():
+    """A hospital that was refused has come; whoever is no hospital has not."""
+    roster = Roster(Fingerprints(a="a", backbone="b", source="s"))
+    roster.nodes = {
+        1: LeftOut(name="south", reason="another backbone"),
+        2: LeftOut(name="node 2", reason="no registered key", impostor=True),
+    }
+    assert roster.arrived == 1
+    assert roster.known == 1
 
 
 def test_a_hello_of_another_node_or_an_old_one_proves_nothing(tmp_path, keyed):

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from common.evaluation.judge.cache import Exchanges
+
 _TEMPLATE_TOKENS = 16
 """Generous allowance for what a chat template puts around one message."""
 _BYTES_PER_TOKEN = 3.5
@@ -105,3 +107,23 @@ class Meter:
     def _fits(self, more_usd: float) -> bool:
         total = self.spent_usd + sum(self._in_flight_usd) + more_usd
         return not self._limit_usd or total <= self._limit_usd
+
+
+def usage(made: Exchanges, prices: Prices) -> dict[str, Any]:
+    """Return what all judging of a run has taken so far, over all invocations."""
+    calls = made.by_key.values()
+    input_tokens = sum(exchange.input_tokens for exchange in calls)
+    output_tokens = sum(exchange.output_tokens for exchange in calls)
+    lost_input_tokens = sum(call.input_tokens for call in made.lost)
+    lost_output_tokens = sum(call.output_tokens for call in made.lost)
+    return {
+        "calls": len(calls),
+        "input_tokens": input_tokens,
+        "output_tokens": output_tokens,
+        "calls_without_usage": sum(not exchange.counted for exchange in calls),
+        "lost_input_tokens_at_most": lost_input_tokens,
+        "lost_output_tokens_at_most": lost_output_tokens,
+        "cost_usd": prices.cost_usd(
+            input_tokens + lost_input_tokens, output_tokens + lost_output_tokens
+        ),
+    }

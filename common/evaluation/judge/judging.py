@@ -18,7 +18,7 @@ from typing import Any
 from common.errors import FedrxError, RunFailed, UserError
 from common.evaluation.judge.cache import Exchange, Exchanges, RefusedQuestion
 from common.evaluation.judge.client import JudgeClient, Refused, Unavailable
-from common.evaluation.judge.cost import CostLimit, Meter
+from common.evaluation.judge.cost import CostLimit, Meter, usage
 from common.evaluation.judge.gate import Statement
 from common.evaluation.judge.plan import EXCHANGES, Judgement, JudgePlan, read_judgements
 from common.evaluation.judge.rubric import (
@@ -27,7 +27,7 @@ from common.evaluation.judge.rubric import (
     read_verdicts,
     repair_messages,
 )
-from common.evaluation.judge.summary import counts, summarise, usage
+from common.evaluation.judge.summary import counts, summarise
 from common.files import json_line, writable, write_text
 from common.rundir import RunDirectory
 

@@ -14,11 +14,10 @@ from common.config import JudgeConfig
 from common.errors import UserError
 from common.evaluation.answers_file import Patient, Prediction, read_answers
 from common.evaluation.judge.cache import Exchanges, exchange_key
-from common.evaluation.judge.cost import Prices, estimated_tokens
+from common.evaluation.judge.cost import Prices, estimated_tokens, usage
 from common.evaluation.judge.dialect import dialects
 from common.evaluation.judge.gate import Endpoint, Statement, check_endpoint, source_of_run
 from common.evaluation.judge.rubric import Verdict, distinct_drugs, messages
-from common.evaluation.judge.summary import usage
 from common.records import Record
 from common.rundir import RunDirectory
 

@@ -1,21 +1,17 @@
-"""The judge's figures: appropriateness per model, agreement, flip rate, usage and cost."""
+"""The judge's figures: appropriateness per model, agreement and flip rate."""
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common.evaluation.agreement import krippendorff_alpha, unanimous_share
+from common.evaluation.judge.plan import Judgement, JudgePlan
 from common.evaluation.metrics import interval_of_mean
-
-if TYPE_CHECKING:
-    from common.evaluation.judge.cache import Exchanges
-    from common.evaluation.judge.cost import Prices
-    from common.evaluation.judge.plan import Judgement, JudgePlan
 
 RESAMPLES = 1000
 
 
-def summarise(plan: "JudgePlan", judgements: Sequence["Judgement"], *, seed: int) -> dict[str, Any]:
+def summarise(plan: JudgePlan, judgements: Sequence[Judgement], *, seed: int) -> dict[str, Any]:
     """Return what the ``judge`` part of summary.json says of the judgements.
 
     A sample's score is the mean over its scored judgements; a sample without any is unscored. The
@@ -52,7 +48,7 @@ def summarise(plan: "JudgePlan", judgements: Sequence["Judgement"], *, seed: int
     }
 
 
-def _names(judgements: Sequence["Judgement"]) -> dict[tuple[str, str], str]:
+def _names(judgements: Sequence[Judgement]) -> dict[tuple[str, str], str]:
     """Name every judge, with its server where two servers have one of that name."""
     judges = list(dict.fromkeys((j.judge, j.server) for j in judgements))
     often = Counter(judge for judge, _ in judges)
@@ -62,7 +58,7 @@ def _names(judgements: Sequence["Judgement"]) -> dict[tuple[str, str], str]:
     }
 
 
-def counts(judgements: Sequence["Judgement"]) -> dict[str, Any]:
+def counts(judgements: Sequence[Judgement]) -> dict[str, Any]:
     """Count judgements by what came of them, and the reasons of those without a score."""
     asked = sum(judgement.asked for judgement in judgements)
     escaped = sum(judgement.escaped for judgement in judgements)
@@ -77,7 +73,7 @@ def counts(judgements: Sequence["Judgement"]) -> dict[str, Any]:
     }
 
 
-def _by_model(plan: "JudgePlan", judgements: Sequence["Judgement"], seed: int) -> dict[str, Any]:
+def _by_model(plan: JudgePlan, judgements: Sequence[Judgement], seed: int) -> dict[str, Any]:
     of_model: dict[str, list[Judgement]] = {name: [] for name in plan.unanswered}
     for judgement in judgements:
         of_model[judgement.model].append(judgement)
@@ -89,7 +85,7 @@ def _by_model(plan: "JudgePlan", judgements: Sequence["Judgement"], seed: int) -
 
 
 def _appropriateness(
-    plan: "JudgePlan", model: str, judgements: Sequence["Judgement"], *, seed: int
+    plan: JudgePlan, model: str, judgements: Sequence[Judgement], *, seed: int
 ) -> dict[str, Any]:
     by_case: dict[str, list[Judgement]] = {}
     for judgement in judgements:
@@ -123,7 +119,7 @@ def _appropriateness(
     }
 
 
-def _agreement(judgements: Sequence["Judgement"]) -> dict[str, Any]:
+def _agreement(judgements: Sequence[Judgement]) -> dict[str, Any]:
     """Alpha over all judges and repeats per drug; flips among the repeats of one judge."""
     by_drug: dict[tuple[str, str, str], list[bool]] = {}
     by_judge: dict[tuple[str, ...], list[bool]] = {}
@@ -142,24 +138,4 @@ def _agreement(judgements: Sequence["Judgement"]) -> dict[str, Any]:
             "drugs": len(units),
         },
         "flip_rate": None if steady is None else 1 - steady,
-    }
-
-
-def usage(made: "Exchanges", prices: "Prices") -> dict[str, Any]:
-    """Return what all judging of a run has taken so far, over all invocations."""
-    calls = made.by_key.values()
-    input_tokens = sum(exchange.input_tokens for exchange in calls)
-    output_tokens = sum(exchange.output_tokens for exchange in calls)
-    lost_input_tokens = sum(call.input_tokens for call in made.lost)
-    lost_output_tokens = sum(call.output_tokens for call in made.lost)
-    return {
-        "calls": len(calls),
-        "input_tokens": input_tokens,
-        "output_tokens": output_tokens,
-        "calls_without_usage": sum(not exchange.counted for exchange in calls),
-        "lost_input_tokens_at_most": lost_input_tokens,
-        "lost_output_tokens_at_most": lost_output_tokens,
-        "cost_usd": prices.cost_usd(
-            input_tokens + lost_input_tokens, output_tokens + lost_output_tokens
-        ),
     }

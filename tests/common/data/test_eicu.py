@@ -67,6 +67,7 @@ def test_diagnoses_prefer_icd10_and_keep_words_without_a_code(stays):
         "apache:Bleeding, upper GI",
         "9:5789",
         "10:A419",
+        "9:5849",
         "path:endocrine|glucose metabolism|diabetes mellitus",
     )
     assert stays[14].diagnosis_codes[-1] == "9:V5861"
@@ -194,7 +195,7 @@ BAD_CELLS = {
         again("patient", patientunitstayid=120, uniquepid="009-9"),
         "1 hospital stays belong to several patients",
     ),
-    "other diagnoses": (rows("diagnosis", patientunitstayid=1), "diagnosis.csv.gz: 14 of 14 rows"),
+    "other diagnoses": (rows("diagnosis", patientunitstayid=1), "diagnosis.csv.gz: 15 of 15 rows"),
     "other drugs": (rows("medication", patientunitstayid=1), "medication.csv.gz: "),
     "no ages": (rows("patient", age="old"), "no samples after cleaning"),
     "all cancelled": (rows("medication", drugordercancelled="Yes"), "no samples after cleaning"),

@@ -139,6 +139,9 @@ def test_page_and_plots(cache, tmp_path, hospitals):
         assert path.read_bytes().startswith(PNG)
     text = page.read_text()
     assert text.count("<svg") == 4
+    # The heat map is an image of the page's own, which its policy must let through.
+    assert "data:image/png" in text
+    assert "img-src data:" in text
     assert "not for clinical use" in text
     assert not re.search(r"(src|href)=[\"']?https?://", text)
 

@@ -3,11 +3,13 @@
 import io
 import statistics
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import pytest
 from rich.console import Console
 
 import sim.runs.sweep
+from common.config import AdapterConfig, FederationConfig
 from common.errors import UserError
 from common.records import RunRecord, Summary
 from common.rundir import RunDirectory
@@ -264,6 +266,34 @@ def test_every_arm_is_a_valid_configuration(tiny_config):
     config = tiny_config(federation__hospitals=5)
     assert default_arms(config) == (list(ARMS), [])
     assert len(plan_cells(config, arms=list(ARMS), seeds=[0])) == len(ARMS) + 4
+
+
+def test_every_strategy_and_adapter_mode_is_an_arm(tiny_config):
+    configs = {
+        arm: plan_cells(tiny_config(federation__hospitals=5), arms=[arm], seeds=[0])[0].config
+        for arm in ARMS
+    }
+    strategies = get_args(get_type_hints(FederationConfig)["strategy"])
+    assert {configs[arm].federation.strategy for arm in configs} == {*strategies}
+    assert all(configs[name].federation.strategy == name for name in {*strategies} - {"fedavg"})
+    assert configs["rolora"].adapter.mode == "rolora"
+    modes = get_args(get_type_hints(AdapterConfig)["mode"])
+    assert {configs[arm].adapter.mode for arm in configs} == {*modes}
+
+
+def test_arms_that_privacy_refuses_are_left_out_unless_named(tiny_config):
+    config = tiny_config(
+        federation__hospitals=5,
+        privacy__noise_multiplier=1.0,
+        privacy__delta=1e-4,
+        federation__weighting="uniform",
+    )
+    arms, (reason,) = default_arms(config)
+    assert set(ARMS) - set(arms) == {"q-fedavg"}
+    assert reason.startswith("without the arm q-fedavg: ")
+    assert "no loss leaves a hospital" in reason
+    with pytest.raises(UserError, match="q-fedavg"):
+        plan_cells(config, arms=["q-fedavg"], seeds=[0])
 
 
 def test_arms_that_withstand_nothing_are_left_out_unless_named(tiny_config):
