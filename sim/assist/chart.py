@@ -113,13 +113,18 @@ def read_chart(
     if len(named) > MOST_DIAGNOSES:
         notes.append(f"{len(named) - MOST_DIAGNOSES} conditions beyond the first were not read.")
     ordered: list[frozenset[str]] = []
+    nameless = 0
     for place, bundle in medications:
         for where, resource in _entries(bundle, "MedicationRequest", place, notes):
             order = _read("MedicationRequest", resource, where)
             _check_subject(order, patient_id, where)
             _check_code(order.status, ORDER_STATUSES, f"{where}: status")
             if order.status in IN_FORCE and not order.doNotPerform:
-                ordered += _drugs(order)
+                drugs = _drugs(order)
+                nameless += not drugs
+                ordered += drugs
+    if nameless:
+        notes.append(f"{nameless} orders without a drug's text were not read.")
     return Chart(
         form={
             "sex": SEXES.get(str(person.gender), ""),
@@ -198,6 +203,9 @@ def _read(kind: str, resource: Any, place: str) -> Any:
         raise BadResource(f"{place}: {'.'.join(fields) or 'it'} {reason}") from None
     except RecursionError:
         raise BadResource(f"{place}: it is nested too deeply") from None
+    except LookupError:
+        # Of a contained resource whose type the validator does not know.
+        raise BadResource(f"{place}: it is not as in R4") from None
 
 
 def _entries(
@@ -230,7 +238,8 @@ def _kind(resource: Any) -> str:
 
 
 def _check_subject(resource: Any, patient_id: str, place: str) -> None:
-    reference = str(resource.subject.reference or "")
+    # The validator lets a required element be null.
+    reference = str(resource.subject.reference or "") if resource.subject else ""
     if reference.rsplit("/", 2)[-2:] != ["Patient", patient_id]:
         raise BadResource(f"{place}: subject is not the patient of context.patientId")
 

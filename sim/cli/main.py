@@ -222,8 +222,9 @@ def sweep(
     set_: SetOption = None,
     run_dir: RunDirOption = None,
     slurm: Annotated[
-        str, typer.Option("--slurm", metavar="PARTITION", help="Each run as a job on Slurm.")
-    ] = "",
+        str | None,
+        typer.Option("--slurm", metavar="PARTITION", help="Each run as a job on Slurm."),
+    ] = None,
     slurm_set: Annotated[
         list[str] | None,
         typer.Option("--slurm-set", help="key=value of sbatch, for instance gres=gpu:1."),
@@ -248,13 +249,13 @@ def sweep(
         console.print(f"{len(cells)} runs")
         return
     folder = run_dir or Path("runs") / f"sweep-{config.run.name}"
-    if slurm or slurm_set:
+    if slurm is not None or slurm_set:
         from sim.runs.slurm import run_cells
 
         run_cells(
             cells,
             folder,
-            partition=slurm,
+            partition=slurm or "",
             options=slurm_set or (),
             console=console,
             command_line=sys.argv,

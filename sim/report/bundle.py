@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from common.config import Config
 from common.configio import flatten, from_flat, to_toml
 from common.data.handling import CREDENTIALED, handling_of
 from common.errors import UserError
@@ -35,6 +36,11 @@ _TITLES = {
 }
 _PRIVATE = frozenset({"time", "updated", "reviewers", "command_line", "prompt_date"})
 """Keys that are left out at any depth: times, names of people, command lines."""
+_PLACES = (
+    *("run.directory", "run.hospital-keys"),
+    *("run.tracker-url", "run.tracker-agreement", "judge.base-url"),
+)
+"""Keys that name folders, servers and agreements: the bundle has their defaults."""
 _ID = re.compile(r"(?<![\w.])[1-3]\d{7}(?![\w.])")
 """As MIMIC-IV's patients (1...), admissions (2...) and stays (3...) are numbered."""
 _DATE = re.compile(
@@ -111,9 +117,10 @@ def contents(run: RunDirectory) -> dict[str, str]:
     keys = _public(flatten(run.config()))
     if keys["data.path"] != "synthetic":
         keys["data.path"] = "DATA"
-    keys |= {"run.directory": "", "run.hospital-keys": ""}
+    keys |= {key: flatten(Config())[key] for key in _PLACES}
     config = to_toml(from_flat(keys), heading="Of a bundle: data.path is yours to fill in.")
-    _check("config.toml", [config])
+    # Its numbers are no ids: a seed may be a day's date.
+    _check("config.toml", _texts(keys))
     files = {"config.toml": config}
     for name, values in documents.items():
         if any(values):

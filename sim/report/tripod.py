@@ -7,6 +7,7 @@ wording here is ours and short: authors read the guideline. What only people kno
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from common.config import Config
@@ -121,11 +122,6 @@ def answers(config: Config, summary: Summary) -> dict[str, str]:
         "6b": f"{adapter.mode}, rank {adapter.rank}, alpha {adapter.alpha:g} on "
         f"{adapter.targets}; {train.optimizer}, learning rate {train.learning_rate:g}; "
         f"{_trained_by(config, hospitals)}; no alignment; {_privacy(config, summary)}",
-        "6c": f'system message "{SYSTEM_PROMPT}", patient and diagnoses as user message; no '
-        f"sampling, at most {config.evaluation.max_new_tokens} tokens, method "
-        f"{config.evaluation.method}, decoding {config.evaluation.decoding}",
-        "6d": "text, one drug a line, read strictly into a list; an answer out of the format is "
-        "none",
         "7a": "precision, recall, Jaccard and F1 of drug sets per admission, share of answers in "
         "the format; intervals by bootstrap over patients",
         "7c": "the drugs ordered during the whole stay; predictions as in 6c, metrics as in 7a",
@@ -150,8 +146,32 @@ def answers(config: Config, summary: Summary) -> dict[str, str]:
             f"{hospitals} hospital(s), {sum(one.patients or 0 for one in sizes)} patients, "
             f"{sum(one.samples or 0 for one in sizes)} admissions"
         )
+    known |= _lists(config, summary)
     known |= _results(summary)
     return known
+
+
+def _lists(config: Config, summary: Summary) -> dict[str, str]:
+    """How the lists behind the figures came about: the evaluation's settings before the run's."""
+    settings = {
+        **asdict(config.evaluation),
+        **(summary.evaluation or {}).get("settings", {}),
+    }
+    prompt = f'system message "{SYSTEM_PROMPT}", patient and diagnoses as user message'
+    if settings["method"] == "score":
+        return {
+            "6c": f"{prompt}; no text is generated: every drug of the formulary gets the "
+            "probability that the model says it first (method score)",
+            "6d": "a ranking of the formulary's drugs, cut at a threshold into a list",
+            "6e": "threshold and recalibration (Platt) from each hospital's validation patients; "
+            "both in summary.json",
+        }
+    return {
+        "6c": f"{prompt}; no sampling, at most {settings['max_new_tokens']} tokens, method "
+        f"{settings['method']}, decoding {settings['decoding']}",
+        "6d": "text, one drug a line, read strictly into a list; an answer out of the format is "
+        "none",
+    }
 
 
 def _results(summary: Summary) -> dict[str, str]:

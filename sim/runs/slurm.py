@@ -115,7 +115,8 @@ def run_cells(
         KeyboardInterrupt: after Ctrl-C; the jobs are cancelled, and their runs can be gone on with.
     """
     if not partition:
-        raise UserError("--slurm-set without --slurm", fix="add --slurm PARTITION")
+        what = "--slurm-set without --slurm" if options else "--slurm names no partition"
+        raise UserError(what, fix="add --slurm PARTITION")
     read = read_options(options)
     require_submitit()
     folder = folder.absolute()

@@ -38,6 +38,7 @@ from common.errors import UserError
 
 HIDDEN_OLD_AGE = 90
 """What "> 89" counts as."""
+POSSIBLE_YEARS = (1900, 2100)
 SEXES = {"Female": "F", "Male": "M"}
 PRIORITIES = {"Primary": 1, "Major": 2, "Other": 3}
 LIKELY_BMI = (10.0, 100.0)
@@ -92,6 +93,13 @@ def _units(table: Table, book: Book) -> pl.DataFrame:
         ),
         attributes=("gender", "apacheadmissiondx", "hospitalid", "unittype"),
     )
+    years = frame["hospitaldischargeyear"]
+    if strange := int((~years.is_between(*POSSIBLE_YEARS)).sum()):
+        raise UserError(
+            f"{table.label}: {strange} cells of column hospitaldischargeyear are no year",
+            allowed=f"{POSSIBLE_YEARS[0]} to {POSSIBLE_YEARS[1]}",
+            fix="use the table as PhysioNet ships it",
+        )
     nameless = frame["uniquepid"].fill_null("").str.strip_chars().eq("").sum()
     if nameless:
         raise UserError(

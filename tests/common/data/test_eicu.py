@@ -185,6 +185,10 @@ BAD_CELLS = {
     "no id": (again("medication", patientunitstayid=""), "column patientunitstayid are no whole"),
     "offset": (again("diagnosis", diagnosisoffset="soon"), "column diagnosisoffset are no whole"),
     "start": (again("medication", drugstartoffset="8:00"), "drugstartoffset are no whole number"),
+    "year": (
+        again("patient", patientunitstayid=120, hospitaldischargeyear="999999"),
+        "1 cells of column hospitaldischargeyear are no year",
+    ),
     "nobody": (again("patient", patientunitstayid=120, uniquepid=" "), "1 rows have no uniquepid"),
     "repeated": (again("patient", age="44"), "repeat a patientunitstayid with other content"),
     "two patients": (

@@ -263,6 +263,12 @@ def test_what_was_not_read_is_said(client):
     request["prefetch"]["conditions"]["link"] = [{"relation": "next", "url": "http://x"}]
     request["prefetch"]["medications"] = {"resourceType": "OperationOutcome"}
     (card,) = cards(call(client, request))
+    told = order_select()
+    draft = told["context"]["draftOrders"]["entry"][1]["resource"]
+    del draft["medicationCodeableConcept"]
+    draft["medicationReference"] = {"reference": "#contained"}
+    (other, *_) = cards(call(client, told, "fedrx-order-select"))
+    assert "1 orders without a drug's text were not read." in other["detail"]
     for line in (
         "14 conditions beyond the first were not read.",
         "1 conditions without a text were not read.",
@@ -350,6 +356,8 @@ DRAFT = ("context", "draftOrders", "entry", 1, "resource")
         ((*CONDITIONS, "entry", 0), SECRET, 400, "entry[0].resource: it is no resource"),
         ((*FIRST, "subject"), ..., 400, "entry[0].resource: subject is required"),
         ((*FIRST, "subject", "reference"), "Patient/9", 400, "subject is not the patient of"),
+        ((*FIRST, "subject"), None, 400, "subject is not the patient of"),
+        ((*FIRST, "contained"), [{"resourceType": SECRET}], 400, "resource: it is not as in R4"),
         ((*FIRST, "code"), SECRET, 400, "entry[0].resource: code is not as in R4"),
         ((*DRAFT, "intent"), ..., 400, "entry[1].resource: intent is required"),
         ((*DRAFT, "status"), SECRET, 400, "entry[1].resource: status is not as in R4"),

@@ -8,18 +8,25 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from common.config import Config, DataConfig, PrivacyConfig, RunConfig
+from common.config import Config, DataConfig, JudgeConfig, PrivacyConfig, RunConfig, TrainConfig
 from common.errors import UserError
 from common.rundir import RunDirectory
 from sim.cli.main import app
 from sim.report.bundle import METADATA, write_bundle
 
 
-def make_run(folder, *, name="trial", hospital="hospital-1", noise=0.0):
+def make_run(folder, *, name="trial", hospital="hospital-1", noise=0.0, seed=0):
     config = Config(
+        train=TrainConfig(seed=seed),
         privacy=PrivacyConfig(noise_multiplier=noise),
         data=DataConfig(path=str(folder / "secret-place" / "mimic")),
-        run=RunConfig(name=name, directory=str(folder / "run")),
+        run=RunConfig(
+            name=name,
+            directory=str(folder / "run"),
+            tracker_url="http://curves.st-elsewhere:5000",
+            tracker_agreement="contract with St Elsewhere",
+        ),
+        judge=JudgeConfig(base_url="http://user:word@llm.st-elsewhere:8000/v1"),
     )
     run = RunDirectory.create(config, directory=folder / "run")
     run.write_json(
@@ -85,7 +92,8 @@ def test_no_row_place_time_or_name_of_a_person_is_in_it(tmp_path):
     pytest.importorskip("rocrate")
     folder = write_bundle(make_run(tmp_path), tmp_path / "out")
     texts = "".join(p.read_text(encoding="utf-8") for p in folder.iterdir())
-    for secret in ("row-secret", "case-0001", str(tmp_path), "secret-place", "Anna", "2024-07-26"):
+    secrets = ("row-secret", "case-0001", str(tmp_path), "secret-place", "Anna", "2024-07-26")
+    for secret in (*secrets, "lsewhere", "user:word"):
         assert secret not in texts
 
 
@@ -111,7 +119,7 @@ def test_a_private_runs_bundle_counts_nobody(tmp_path):
 def test_counts_and_digests_are_no_ids(tmp_path):
     """Numbers of ours, versions and hashes of eight and more digits pass."""
     pytest.importorskip("rocrate")
-    run = make_run(tmp_path)
+    run = make_run(tmp_path, seed=20261126)
     summary = run.read_json("summary.json")
     run.write_json("summary.json", {**summary, "b_sha256": "1234567890" * 6 + "abcd"})
     assert write_bundle(run).is_dir()

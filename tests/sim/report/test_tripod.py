@@ -97,3 +97,16 @@ def test_a_private_runs_sizes_stay_untold():
     hidden = [{"name": "hospital-1"}, {"name": "hospital-2"}]
     known = answers(Config(), Summary.model_validate({**SUMMARY, "hospitals": hidden}))
     assert "16d" not in known
+
+
+def test_how_lists_came_about_is_that_of_the_figures():
+    """An evaluation may score where the run's configuration generates."""
+    generated = answers(Config(), Summary.model_validate(SUMMARY))
+    assert "6e" not in generated
+    assert "text, one drug a line" in generated["6d"]
+    settings = {"settings": {"method": "score", "decoding": "greedy", "max_new_tokens": 64}}
+    scored = answers(Config(), Summary.model_validate({**SUMMARY, "evaluation": settings}))
+    assert "method score" in scored["6c"]
+    assert "tokens" not in scored["6c"]
+    assert scored["6d"].startswith("a ranking of the formulary's drugs")
+    assert "threshold" in scored["6e"]

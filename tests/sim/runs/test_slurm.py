@@ -201,6 +201,7 @@ def test_slurm_gets_partition_and_options_and_its_refusal_is_one_line(
     ("told", "words"),
     [
         ({"partition": "", "options": ["gres=gpu:1"]}, "--slurm-set without --slurm"),
+        ({"partition": ""}, "--slurm names no partition; fix: add --slurm PARTITION"),
         ({"options": ["gres"]}, "--slurm-set gres; allowed: key=value"),
         ({"options": ["=1"]}, "--slurm-set =1; allowed: key=value"),
         ({"options": ["a b=1"]}, "--slurm-set a b=1; allowed: key=value"),
