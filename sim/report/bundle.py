@@ -7,7 +7,7 @@ every text is checked for what looks like an id or a date.
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ _TITLES = {
 }
 _PRIVATE = frozenset({"time", "updated", "reviewers", "command_line", "prompt_date"})
 """Keys that are left out at any depth: times, names of people, command lines."""
+_COUNTS = frozenset({"cutoffs"})
+"""Of a private run left out as well: how many names and validation patients each hospital has."""
 _PLACES = (
     *("run.directory", "run.hospital-keys"),
     *("run.tracker-url", "run.tracker-agreement", "judge.base-url"),
@@ -100,7 +102,8 @@ def contents(run: RunDirectory) -> dict[str, str]:
     Raises:
         UserError: If the run has no figures, or a text holds what looks like an id or a date.
     """
-    summary = _public(run.read_json("summary.json"))
+    private = is_private(run.config())
+    summary = _public(run.read_json("summary.json"), _PRIVATE | _COUNTS if private else _PRIVATE)
     if not summary:
         raise UserError(f"{run.path} has no figures yet", fix="`fedrx resume` it")
     environment = run.read_json("environment.json")
@@ -109,7 +112,7 @@ def contents(run: RunDirectory) -> dict[str, str]:
             _public({k: environment[k] for k in _ENVIRONMENT if k in environment})
         ],
         # Of a private run no count of patients is told.
-        "data.json": [] if is_private(run.config()) else [_public(run.read_json("data.json"))],
+        "data.json": [] if private else [_public(run.read_json("data.json"))],
         "figures.json": [summary],
         "metrics.jsonl": [_public(event) for event in run.lines("metrics.jsonl")],
         "privacy.jsonl": [_public(line) for line in run.lines("privacy.jsonl")],
@@ -131,12 +134,12 @@ def contents(run: RunDirectory) -> dict[str, str]:
     return files
 
 
-def _public(value: Any) -> Any:
+def _public(value: Any, left_out: Collection[str] = _PRIVATE) -> Any:
     """Leave out times and people, and of a place on this machine all but its last name."""
     if isinstance(value, Mapping):
-        return {key: _public(one) for key, one in value.items() if key not in _PRIVATE}
+        return {key: _public(one, left_out) for key, one in value.items() if key not in left_out}
     if isinstance(value, list | tuple):
-        return [_public(one) for one in value]
+        return [_public(one, left_out) for one in value]
     if isinstance(value, str) and value.startswith(("/", "~", "./", "../")):
         return Path(value).name
     return value

@@ -111,7 +111,15 @@ def test_what_looks_like_an_id_or_a_date_stops_the_bundle(tmp_path, name, where)
 
 def test_a_private_runs_bundle_counts_nobody(tmp_path):
     pytest.importorskip("rocrate")
-    folder = write_bundle(make_run(tmp_path, noise=1.0))
+    run = make_run(tmp_path, noise=1.0)
+    summary = run.read_json("summary.json")
+    cutoffs = {"fedrx": {"hospital-1": {"names": 249, "admissions": 12, "threshold": 0.1}}}
+    evaluation = {**summary.get("evaluation", {}), "cutoffs": cutoffs}
+    run.write_json("summary.json", {**summary, "evaluation": evaluation})
+    folder = write_bundle(run)
+    figures = (folder / "figures.json").read_text(encoding="utf-8")
+    assert "cutoffs" not in figures
+    assert "249" not in figures
     assert not (folder / "data.json").exists()
     assert (folder / "privacy.jsonl").exists()
 
