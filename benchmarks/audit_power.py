@@ -81,7 +81,7 @@ def clip_off(patch: Patch) -> None:
 def clip_per_admission(patch: Patch) -> None:
     """Every admission clipped on its own, then added."""
 
-    def each(self: PrivateGradient, session: Any, drawn: Any) -> torch.Tensor:
+    def each(self: PrivateGradient, session: Any, drawn: Any, *, step: int = 0) -> torch.Tensor:
         sum_P = torch.zeros_like(session.adapter.flat)
         for index in (index for members in drawn for index in members):
             row_1P = torch.zeros(1, len(sum_P))
@@ -95,7 +95,7 @@ def clip_per_admission(patch: Patch) -> None:
 def admissions_added(patch: Patch) -> None:
     """The sum of a patient's admissions in place of their mean, then one clip."""
 
-    def added(self: PrivateGradient, session: Any, drawn: Any) -> torch.Tensor:
+    def added(self: PrivateGradient, session: Any, drawn: Any, *, step: int = 0) -> torch.Tensor:
         sum_P = torch.zeros_like(session.adapter.flat)
         for members in drawn:
             row_1P = torch.zeros(1, len(sum_P))
@@ -158,8 +158,8 @@ def noised_twice(patch: Patch) -> None:
     """Noise on a micro-batch as well as on the whole."""
     honest = PrivateGradient.clipped_sum
 
-    def twice(self: PrivateGradient, session: Any, drawn: Any) -> torch.Tensor:
-        sum_P = honest(self, session, drawn)
+    def twice(self: PrivateGradient, session: Any, drawn: Any, *, step: int = 0) -> torch.Tensor:
+        sum_P = honest(self, session, drawn, step=step)
         mechanism = self.mechanism_for(session)
         return sum_P + mechanism.release(torch.zeros_like(sum_P)) * self.plan.expected_batch
 
