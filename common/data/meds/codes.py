@@ -86,7 +86,14 @@ def read_codes(path: str) -> Codes:
             allowed="a file with keys such as admission, diagnosis, drug (common/data/README.md)",
             fix="set data.meds-codes, or leave it out for MIMIC-IV's codes",
         ) from None
-    codes = Codes.read(content, what=what)
+    try:
+        codes = Codes.read(content, what=what)
+    except UserError as error:
+        raise UserError(
+            error.what,
+            allowed=", ".join(Codes.model_fields),
+            fix="mend the file (common/data/README.md)",
+        ) from None
     empty = [kind for kind in ("admission", "diagnosis", "drug") if not codes.prefixes[kind]]
     if empty:
         raise UserError(f"{what}: {empty[0]} is empty", fix="name the beginning of its codes")

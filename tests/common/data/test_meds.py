@@ -166,6 +166,13 @@ def test_the_shipped_codes_are_the_defaults():
     assert Codes() == MIMIC_IV
 
 
+def test_a_wrong_key_of_a_file_of_codes_names_the_right_ones(tmp_path):
+    codes = tmp_path / "codes.toml"
+    codes.write_text('admissions = "ADMIT//"\n')
+    with pytest.raises(UserError, match="allowed: birth, sex, admission, .*; fix: mend the file"):
+        read_codes(str(codes))
+
+
 def shard(folder, number=0):
     return folder / "data" / f"{number}.parquet"
 
