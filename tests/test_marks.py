@@ -17,7 +17,6 @@ COMMAND = [sys.executable, "-c", ""]
 
 
 INDIRECTLY = {
-    "common/undocumented": "names of other projects, which those who use them are tested with",
     "sim/start/fedrx": "the console script, which is tried in processes of its own",
 }
 """Folders that no fast test imports by name, and why."""

@@ -7,6 +7,7 @@ from eicu_fixtures import eicu_tables, write_eicu
 
 from common.config import Config, DataConfig, FederationConfig, PartitionConfig
 from common.data.dataset import open_hospitals
+from common.data.eicu.source import EICU
 from common.data.icd import Diagnosis
 from common.data.prepare import load_samples
 from common.data.sources import source_for
@@ -249,4 +250,4 @@ def test_a_torn_file_and_one_that_is_no_gz(tmp_path):
 
 
 def test_the_folder_is_taken_for_eicus(tmp_path):
-    assert type(source_for(str(write_eicu(tmp_path / "e")))).__name__ == "EICU"
+    assert isinstance(source_for(str(write_eicu(tmp_path / "e"))), EICU)

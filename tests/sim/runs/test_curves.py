@@ -383,11 +383,11 @@ def test_a_federation_that_was_interrupted_has_whole_curves(tiny_config, tracker
     )
     begun = []
 
-    def cut(config, message, context):
+    def cut(config, message, context, worker):
         begun.append(message.content["config"]["round"])
         if begun[-1] == 2:
             raise KeyboardInterrupt
-        return handlers.evaluate_round(config, message, context)
+        return handlers.evaluate_round(config, message, context, worker)
 
     told = {"console": Console(file=io.StringIO()), "command_line": ["fedrx"]}
     run = RunDirectory(tmp_path / "run")
