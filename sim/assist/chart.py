@@ -34,6 +34,8 @@ NOT_HAD = {"inactive", "remission", "resolved", "refuted", "entered-in-error"}
 """Statuses of a Condition that the patient does not have now."""
 IN_FORCE = {"active", "on-hold", "draft"}
 """Statuses of a MedicationRequest that is ordered, or being ordered."""
+MOST_ENTRIES = 1000
+"""Of one bundle: they are validated before anything is answered."""
 _BIRTH_DATE = re.compile(r"(\d{4})(?:-(\d\d))?(?:-(\d\d))?")
 _FIELD = re.compile(r"\w{1,40}")
 
@@ -221,6 +223,8 @@ def _entries(
     entries = bundle.get("entry", [])
     if not isinstance(entries, list):
         raise BadResource(f"{place}: entry is not as in R4")
+    if len(entries) > MOST_ENTRIES:
+        raise BadResource(f"{place} has more than {MOST_ENTRIES} entries")
     links = bundle.get("link") if isinstance(bundle.get("link"), list) else []
     if any(isinstance(link, dict) and link.get("relation") == "next" for link in links or ()):
         notes.append(f"{place} came in pages: only the first was read.")

@@ -149,7 +149,9 @@ def _stays(units: pl.DataFrame, book: Book) -> pl.DataFrame:
     day = pl.int_range(pl.len()).over("subject_id", "hospitaldischargeyear")
     return ordered.with_columns(
         admittime=pl.datetime("hospitaldischargeyear", 1, 1) + pl.duration(days=day),
-        age=plausible_age(years.otherwise(age.cast(pl.Int64, strict=False))),
+        age=plausible_age(
+            years.otherwise(age.str.replace(r"\.0*$", "").cast(pl.Int64, strict=False))
+        ),
         gender=pl.col("gender").str.strip_chars().replace_strict(SEXES, default=None),
         careunit=pl.col("unittype"),
         site=pl.col("hospitalid").str.strip_chars(),

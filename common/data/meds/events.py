@@ -146,15 +146,24 @@ def _check_columns(label: str, path: Path) -> None:
         raise UserError(
             f"{label} lacks column {', '.join(missing)}", allowed=", ".join(needed), fix=_FIX
         )
-    wrong = [
-        name
-        for name in ("subject_id", "time")
-        if name in needed
-        and not (schema[name].is_integer() if name == "subject_id" else schema[name].is_temporal())
-    ]
+    fits: dict[str, tuple[type[pl.DataType], ...]] = {
+        "subject_id": (
+            pl.Int8,
+            pl.Int16,
+            pl.Int32,
+            pl.Int64,
+            pl.UInt8,
+            pl.UInt16,
+            pl.UInt32,
+            pl.UInt64,
+        ),
+        "time": (pl.Datetime, pl.Date),
+        "code": (pl.String, pl.Categorical, pl.Enum),
+    }
+    wrong = [name for name in fits if name in needed and not isinstance(schema[name], fits[name])]
     if wrong:
         raise UserError(
             f"{label}: column {wrong[0]} is {schema[wrong[0]]}",
-            allowed="subject_id int64, time a timestamp, as MEDS has them",
+            allowed="subject_id int64, time a timestamp, code text, as MEDS has them",
             fix=_FIX,
         )

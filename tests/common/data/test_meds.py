@@ -203,6 +203,14 @@ BAD_FILES = {
         lambda f: rewritten(f, 0, lambda t: t.cast({"subject_id": str})),
         "column subject_id is String",
     ),
+    "times of day": (
+        lambda f: rewritten(f, 1, lambda t: t.with_columns(time=t["time"].dt.time())),
+        "column time is Time",
+    ),
+    "lists of codes": (
+        lambda f: rewritten(f, 1, lambda t: t.with_columns(code=t["code"].reshape((-1, 1)))),
+        "column code is ",
+    ),
     "text times": (lambda f: rewritten(f, 1, lambda t: t.cast({"time": str})), "time is String"),
     "no subject": (
         lambda f: rewritten(f, 0, lambda t: t.with_columns(subject_id=t["subject_id"].set(

@@ -354,6 +354,7 @@ DRAFT = ("context", "draftOrders", "entry", 1, "resource")
         (("prefetch", "patient", "id"), "9", 400, "it is not the patient of context.patientId"),
         ((*CONDITIONS, "entry"), SECRET, 400, "prefetch.conditions: entry is not as in R4"),
         ((*CONDITIONS, "entry", 0), SECRET, 400, "entry[0].resource: it is no resource"),
+        ((*CONDITIONS, "entry"), [{}] * 1001, 400, "prefetch.conditions has more than 1000 entr"),
         ((*FIRST, "subject"), ..., 400, "entry[0].resource: subject is required"),
         ((*FIRST, "subject", "reference"), "Patient/9", 400, "subject is not the patient of"),
         ((*FIRST, "subject"), None, 400, "subject is not the patient of"),
@@ -548,7 +549,7 @@ def test_who_may_not_ask_is_refused(served, model, headers, status):
 
 def test_a_chart_may_be_longer_than_a_form(served, model):
     request = patient_view()
-    request["prefetch"]["conditions"]["entry"] *= 400
+    request["prefetch"]["conditions"]["entry"] *= 150
     client, secret = served
     body = json.dumps(request).encode()
     assert 64 * 1024 < len(body) < LARGEST_BODY_BYTES
