@@ -68,6 +68,8 @@ def lines_svg(
         axes.plot(*zip(*sorted(mean), strict=True), color=BLUE, lw=2.2, marker=marker, label="mean")
     if from_zero:
         axes.set_ylim(bottom=0)
+    if not all(float(x).is_integer() for points in lines.values() for x, _ in points):
+        axes.xaxis.set_major_locator(MaxNLocator())
     if len(names) + bool(mean) > 1 or any(lines):
         axes.legend(frameon=False)
     return inline_svg(figure)

@@ -235,3 +235,13 @@ def test_the_peak_of_the_process_that_started_this_one_is_not_its_own():
         cwd=source_root(),
     )
     assert 2**20 < int(done.stdout) < 200 * 2**20
+
+
+def test_a_run_directory_that_cannot_be_made_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Not a directory"):
+        RunDirectory.require_new(Config(), directory=tmp_path / "file" / "run")
+    with pytest.raises(UserError, match="Not a directory"):
+        RunDirectory.require_new(Config(), directory=tmp_path / "file")
+    RunDirectory.require_new(Config(), directory=tmp_path / "new" / "run")
+    assert not (tmp_path / "new").exists()

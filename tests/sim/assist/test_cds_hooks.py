@@ -1,7 +1,6 @@
 """CDS Hooks 2.0: requests in the shapes of the specification's examples, written here by hand."""
 
 import copy
-import datetime
 import json
 import logging
 import re
@@ -9,6 +8,16 @@ import threading
 from uuid import UUID
 
 import pytest
+from cds_requests import (
+    SECRET,
+    TITLES,
+    TODAY,
+    bundle,
+    condition,
+    order,
+    order_select,
+    patient_view,
+)
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
@@ -23,88 +32,6 @@ from sim.assist.suggest import SuggestedDrug, Suggestion, Surroundings
 from sim.process import extras
 
 pytest.importorskip("fhir.resources.R4B")
-
-TODAY = datetime.date(2026, 11, 26)
-TITLES = {
-    "10:I509": "Heart failure, unspecified",
-    "10:I10": "Essential (primary) hypertension",
-    "9:4280": "Congestive heart failure, unspecified",
-}
-ICD = "http://hl7.org/fhir/sid/icd-10-cm"
-SECRET = "Zebediah Quux"
-
-
-def order(drug, **fields):
-    return {
-        "resourceType": "MedicationRequest",
-        "id": "order-1",
-        "status": "active",
-        "intent": "order",
-        "subject": {"reference": "Patient/1288992"},
-        "medicationCodeableConcept": {"text": drug},
-        **fields,
-    }
-
-
-def condition(*, code=None, text=None, system=ICD, status="active", **fields):
-    concept = {"coding": [{"system": system, "code": code}]} if code else {}
-    return {
-        "resourceType": "Condition",
-        "subject": {"reference": "Patient/1288992"},
-        "clinicalStatus": {"coding": [{"code": status}]},
-        "code": {**concept, **({"text": text} if text else {})},
-        **fields,
-    }
-
-
-def bundle(*resources, **fields):
-    entries = [{"resource": one} for one in resources]
-    return {"resourceType": "Bundle", "type": "searchset", "entry": entries, **fields}
-
-
-def patient_view():
-    return {
-        "hookInstance": "0f1c7a7e-2b5f-4c0d-9a53-6d3d1f3a9b11",
-        "fhirServer": "http://hooks.example.org:9080",
-        "hook": "patient-view",
-        "fhirAuthorization": {"access_token": "some-opaque-token", "token_type": "Bearer"},
-        "context": {"userId": "Practitioner/17", "patientId": "1288992", "encounterId": "89284"},
-        "prefetch": {
-            "patient": {
-                "resourceType": "Patient",
-                "id": "1288992",
-                "active": True,
-                "gender": "male",
-                "birthDate": "1955-12-23",
-                "name": [{"family": SECRET}],
-            },
-            "conditions": bundle(
-                condition(code="I50.9"),
-                condition(text="lives alone"),
-                condition(code="I10", status="resolved"),
-                condition(code="428.0", system="http://hl7.org/fhir/sid/icd-9-cm"),
-                condition(code="38341003", system="http://snomed.info/sct", text=TITLES["10:I10"]),
-            ),
-            "medications": bundle(order("Metoprolol Tartrate 25 mg Tab")),
-        },
-    }
-
-
-def order_select():
-    request = patient_view()
-    request["hook"] = "order-select"
-    # No type, and an order that is none of ours, as in the specification's example.
-    request["context"] |= {
-        "selections": ["NutritionOrder/diet-1", "MedicationRequest/order-2"],
-        "draftOrders": {
-            "resourceType": "Bundle",
-            "entry": [
-                {"resource": {"resourceType": "NutritionOrder", "id": "diet-1"}},
-                {"resource": order("Furosemide 40 mg Oral Tablet", id="order-2", status="draft")},
-            ],
-        },
-    }
-    return request
 
 
 class Stub:

@@ -485,16 +485,6 @@ def test_evaluate_refuses_a_device_before_it_reads_data(run, monkeypatch):
         pass
 
 
-def test_a_run_directory_that_cannot_be_made_is_refused_at_once(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="Not a directory"):
-        RunDirectory.require_new(Config(), directory=tmp_path / "file" / "run")
-    with pytest.raises(UserError, match="Not a directory"):
-        RunDirectory.require_new(Config(), directory=tmp_path / "file")
-    RunDirectory.require_new(Config(), directory=tmp_path / "new" / "run")
-    assert not (tmp_path / "new").exists()
-
-
 def test_a_damaged_status_does_not_hide_what_failed(tmp_path):
     run = RunDirectory.create(Config(), directory=tmp_path / "run")
     (run.path / "status.json").write_text("{")
