@@ -1,5 +1,7 @@
 """A template of the user message: what is refused, in one line that says what to write."""
 
+from pathlib import Path
+
 import pytest
 
 from common.template import OWN_TEMPLATE, PLACEHOLDERS, filled, template_fault
@@ -51,3 +53,8 @@ def test_a_value_is_put_in_once_and_never_read_as_a_template() -> None:
     values = {**VALUES, "diagnoses": "- {sex} {0} {", "age": "9"}
     text = filled("{{age}} {age}\n{diagnoses}", values)
     assert text == "{age} 9\n- {sex} {0} {"
+
+
+def test_the_manual_shows_fedrx_s_own() -> None:
+    manual = Path(__file__).resolve().parents[2] / "sim" / "README.md"
+    assert f"```text\n{OWN_TEMPLATE}\n```" in manual.read_text(encoding="utf-8")
