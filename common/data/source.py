@@ -4,6 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from common.config import DataConfig
 from common.data.icd import Diagnosis
@@ -18,6 +19,9 @@ class Source(ABC):
     tables, and counts every row that is left out), a tag, which says what may leave the machine
     (``common.data.handling``), and titles of diagnoses to search in.
     """
+
+    identifiers: ClassVar[str] = r"\d{6,}"
+    """A regular expression: how patients and stays are numbered. Texts for others hold none."""
 
     @abstractmethod
     def claims(self, path: str) -> bool:

@@ -16,6 +16,8 @@ from common.data.tables import find_csv
 class EICU(Source):
     """A folder that holds patient.csv.gz, diagnosis.csv.gz and medication.csv.gz."""
 
+    identifiers = r"\d{3}-\d{1,6}|\d{6,7}"  # uniquepid; hospital and unit stays
+
     def claims(self, path: str) -> bool:
         """Take a folder with a table that only eICU has."""
         folder = Path(path).expanduser()

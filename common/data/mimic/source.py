@@ -59,6 +59,8 @@ csv.gz, as in its SHA256SUMS.txt, and of the csv inside."""
 class MimicIV(Source):
     """A folder that holds ``hosp/``."""
 
+    identifiers = r"[1-3]\d{7}"  # patients (1...), admissions (2...), stays (3...)
+
     def claims(self, path: str) -> bool:
         """Take whatever folder nobody else claims: its errors say what is missing."""
         return (Path(path).expanduser() / "hosp").is_dir()
