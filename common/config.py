@@ -361,6 +361,13 @@ class EvaluationConfig:
     threshold_samples: int = option(
         64, "validation samples per hospital that choose the threshold of scores; 0: all", low=0
     )
+    public_validation: int = option(
+        0,
+        "made-up admissions of no hospital on which the loss of every checkpoint is measured, "
+        "after training: a learning curve that costs no privacy; 0: none",
+        low=0,
+        high=10_000,
+    )
     bootstrap: int = option(1000, "resamples of the confidence intervals", low=100)
     seed: int = option(0, "seed of sample choice and bootstrap", low=0)
 
