@@ -219,6 +219,12 @@ def sweep(
         list[str] | None, typer.Option("--vary", help="key=value,value: a grid beside the arms.")
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds 0, 1, ... of each arm.")] = 3,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            "--backend", help="ray: Flower on Ray for each run; in-process: one process for all."
+        ),
+    ] = None,
     set_: SetOption = None,
     run_dir: RunDirOption = None,
     slurm: Annotated[
@@ -236,7 +242,7 @@ def sweep(
     from sim.runs.sweep import default_arms, plan_cells
     from sim.runs.sweep import sweep as run_sweep
 
-    config = read_config(find_config(config_file), set_ or ())
+    config = read_config(find_config(config_file), with_backend(set_, backend))
     console = console_for(json_output)
     if not arms:
         arms, reasons = default_arms(config)
