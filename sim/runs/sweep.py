@@ -308,9 +308,8 @@ def run_cell(cell: Cell, folder: Path, console: Console, command_line: Sequence[
     run = RunDirectory(folder)
     # In one process all cells have one backbone open, the hospitals' and the single node's.
     worker = client.app.worker() if cell.config.run.backend == IN_PROCESS else None
-    told: dict[str, Any] = dict(
-        console=console, command_line=command_line, inside=True, worker=worker
-    )
+    told: dict[str, Any] = {"console": console, "command_line": command_line}
+    told |= {"inside": True, "worker": worker}
     if run.record() is None:
         remove_unbegun(folder)
         begin = federate if cell.federated else single
