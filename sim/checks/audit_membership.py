@@ -18,6 +18,7 @@ from common.rundir import RunDirectory
 from common.tensor_files import Tensors
 from common.text.batches import Encoded, encode
 from common.training.worker import Worker
+from common.wire.cohort import trained_by
 from sim.answers.evaluate import reopen
 from sim.checks.audit import plain, show
 from sim.checks.audit_page import claim_of, write_audit_page
@@ -60,9 +61,9 @@ def audit_membership(
             initial_tensors(adapter.shapes, adapter.spec),
             *(_reference(path, session) for path in references),
         ]
-        only = config.federation.only
-        trained = [one for one in data.hospitals if only in ("", one.name)]
-        inside, outside = _records(trained, session, config.train.max_length)
+        only = trained_by(config.federation)
+        trained = [one for one in data.hospitals if not only or one.name in only]
+        inside, outside = split_records(trained, session, config.train.max_length)
         members, _ = patient_losses(session, inside, models)
         outsiders, _ = patient_losses(session, outside, models)
         for count, what in ((len(members), "trained on"), (len(outsiders), "held out")):
@@ -117,9 +118,11 @@ def _reference(path: Path, session: Session) -> Tensors:
     return other.load_checkpoint().b
 
 
-def _records(
+def split_records(
     hospitals: Sequence[Hospital], session: Session, max_length: int
 ) -> tuple[list[Encoded], list[Encoded]]:
+    """Return the records of patients trained on, and of those that were not."""
+
     def tokens(admissions: Sequence[Any]) -> list[Encoded]:
         return [encode(one, session.tokenizer, max_length_tokens=max_length) for one in admissions]
 
