@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from common.config import Config
 from common.data.partition import Hospital
 from common.errors import UserError
 from common.model.session import Session
@@ -23,7 +24,7 @@ class HeldOut:
     """By the patient's local key."""
 
     @classmethod
-    def of(cls, hospitals: Sequence[Hospital], session: Session, max_length: int) -> "HeldOut":
+    def of(cls, hospitals: Sequence[Hospital], session: Session, config: Config) -> "HeldOut":
         """Encode the test splits.
 
         Raises:
@@ -32,7 +33,10 @@ class HeldOut:
         kept = [(one, hospital.name) for hospital in hospitals for one in hospital.test]
         if not kept:
             raise UserError("no held-out patients", fix="raise data.test-fraction")
-        records = [encode(one, session.tokenizer, max_length_tokens=max_length) for one, _ in kept]
+        length, text = config.train.max_length, config.text
+        records = [
+            encode(one, session.tokenizer, text=text, max_length_tokens=length) for one, _ in kept
+        ]
         return cls(records, {one.patient: name for one, name in kept})
 
     @property

@@ -133,7 +133,7 @@ def _by_loss(
     models: dict[int, Tensors],
     told: Callable[[int], None],
 ) -> Values:
-    held_out = HeldOut.of(data.hospitals, session, run.config().train.max_length)
+    held_out = HeldOut.of(data.hospitals, session, run.config())
     losses_SN = held_out.losses(session, models.values(), told)
     return -losses_SN, list(range(losses_SN.shape[1]))
 

@@ -97,7 +97,7 @@ def forget(
             NEVER: never,
         }
         data, session = reopen(run, config, Worker())
-        held_out = HeldOut.of(data.hospitals, session, config.train.max_length)
+        held_out = HeldOut.of(data.hospitals, session, config)
         losses_MN = held_out.losses(session, models.values())
         own_N = np.array([name == hospital for name in held_out.hospitals])
         areas: Mapping[str, tuple[float, float, float] | None] = dict.fromkeys(models)
@@ -145,7 +145,7 @@ def _areas(
     models: Mapping[str, Tensors],
     untrained: Tensors,
 ) -> dict[str, tuple[float, float, float] | None]:
-    inside, outside = split_records([hospital], session, config.train.max_length)
+    inside, outside = split_records([hospital], session, config)
     found: dict[str, tuple[float, float, float] | None] = {}
     for name, b in models.items():
         members, others = (

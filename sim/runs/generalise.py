@@ -215,7 +215,7 @@ def _by_loss(
     with Meter(console, "losses", len(cells)) as meter:
         for done, cell in enumerate(cells, 1):
             session = worker.session(cell.config)  # A is another in every seed
-            held_out = HeldOut.of(data.hospitals, session, config.train.max_length)
+            held_out = HeldOut.of(data.hospitals, session, config)
             b = runs[cell.folder].load_checkpoint().b
             rows_RN.append(held_out.losses(session, [b])[0])
             at = held_out.hospitals

@@ -34,7 +34,7 @@ def value_of(run: RunDirectory, hospitals: tuple[str, ...]) -> float:
         b = {k: sum(one.weight / total * one.b[k] for one in kept).astype(np.float32) for k in b}
     session = Worker().session(config)
     records = [
-        encode(one, session.tokenizer, max_length_tokens=config.train.max_length)
+        encode(one, session.tokenizer, text=config.text, max_length_tokens=config.train.max_length)
         for hospital in open_hospitals(config).hospitals
         for one in hospital.test
     ]

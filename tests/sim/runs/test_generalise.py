@@ -72,7 +72,12 @@ def test_figures_are_those_of_the_runs(done):
             at = next(one for one in result.f1.hospitals if one.hospital == hospital.name)
             lost = next(one for one in result.loss.hospitals if one.hospital == hospital.name)
             records = [
-                encode(one, session.tokenizer, max_length_tokens=config.train.max_length)
+                encode(
+                    one,
+                    session.tokenizer,
+                    text=config.text,
+                    max_length_tokens=config.train.max_length,
+                )
                 for one in hospital.test
             ]
             loss = patient_losses(session, records, [run.load_checkpoint().b])[0].mean()
