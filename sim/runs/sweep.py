@@ -11,8 +11,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 from types import MappingProxyType
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
