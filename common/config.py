@@ -85,10 +85,10 @@ class DataConfig:
     drug_map: str = option(
         "", "csv with columns name,code for normalisation = map, atc-3, atc-4", file=True
     )
-    drug_order: Literal["first-start", "name", "shuffled"] = option(
+    drug_order: Literal["first-start", "name", "shuffled", "set"] = option(
         "first-start",
-        "order of the drugs in training: by first start in the stay, by name, or a new random one "
-        "in every pass",
+        "order of the drugs in training: by first start in the stay, by name, a new random one "
+        "in every pass, or none: the first drug may be any, and only a few are written",
     )
 
 
