@@ -333,6 +333,11 @@ class EvaluationConfig:
     threshold_samples: int = option(
         64, "validation samples per hospital that choose the threshold of scores; 0: all", low=0
     )
+    frequencies: bool = option(
+        False,
+        "scored lists for hospitals with few validation patients: how often the training split "
+        "orders a drug counts beside its score, and lists are as long as there on average",
+    )
     bootstrap: int = option(1000, "resamples of the confidence intervals", low=100)
     seed: int = option(0, "seed of sample choice and bootstrap", low=0)
 
