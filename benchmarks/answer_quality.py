@@ -160,11 +160,11 @@ def cost(
     spent: dict[str, float] = dict.fromkeys(("scored", "greedy", "formulary"), 0.0)
     asked = 0
     for number, hospital in enumerate(hospitals):
-        ranker = Ranker(
-            session, formulary_of(hospital.train), max_length_tokens=config.train.max_length
-        )
+        length = config.train.max_length
+        formulary = formulary_of(hospital.train)
+        ranker = Ranker(session, formulary, text=config.text, max_length_tokens=length)
         ids = [
-            encode_prompt(one, session.tokenizer, max_length_tokens=config.train.max_length)[0]
+            encode_prompt(one, session.tokenizer, text=config.text, max_length_tokens=length)[0]
             for one in hospital.test[:share]
         ]
         asked += len(ids)

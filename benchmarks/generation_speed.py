@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from common.config import DataConfig
+from common.config import OWN_TEXT, DataConfig
 from common.data.prepare import load_samples
 from common.evaluation.constrained import answer_grammar
 from common.evaluation.formulary import formulary_of
@@ -121,7 +121,9 @@ def main() -> None:
         module.merged_OD = module.weight
     plain.model.set_attn_implementation("sdpa")
     admissions = load_samples(DataConfig()).admissions[: options.samples]
-    encoded = [encode(one, session.tokenizer, max_length_tokens=2048) for one in admissions]
+    encoded = [
+        encode(one, session.tokenizer, text=OWN_TEXT, max_length_tokens=2048) for one in admissions
+    ]
     prompts = [list(one.input_ids[: one.answer_start]) for one in encoded]
     workloads = {
         "fixed": [options.tokens] * len(prompts),
@@ -154,7 +156,7 @@ def main() -> None:
             "ratio": round(middle["transformers"] / middle["ours"], 2),
         }
     formulary = formulary_of(load_samples(DataConfig()).admissions)
-    ranker = Ranker(session, formulary, max_length_tokens=2048)
+    ranker = Ranker(session, formulary, text=OWN_TEXT, max_length_tokens=2048)
     report["grammar"] = matcher_cost(session, prompts, options, answer_grammar(session))
     report["formulary"] = matcher_cost(session, prompts, options, lambda prompt: ranker.matcher())
     print(json.dumps(report, indent=2))

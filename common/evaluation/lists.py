@@ -75,6 +75,7 @@ class ListMaker:
                 Ranker(
                     session,
                     one,
+                    text=config.text,
                     max_length_tokens=config.train.max_length,
                     frequencies=frequencies_of(one, train) if self._settings.frequencies else None,
                 )

@@ -57,10 +57,11 @@ class Lister:
         self._cutoff: Cutoff | None = None
         formulary = self._formulary(data)
         if formulary is not None:
-            counted = settings.method == "score" and settings.frequencies and data is not None
+            counted = settings.method == "score" and settings.frequencies
             self._ranker = Ranker(
                 session,
                 formulary,
+                text=config.text,
                 max_length_tokens=config.train.max_length,
                 frequencies=frequencies_of(formulary, data.train) if data and counted else None,
             )
@@ -85,7 +86,10 @@ class Lister:
     def list_drugs(self, admission: Admission) -> ListedDrugs:
         """Return one admission's list; deterministic."""
         ids, dropped = encode_prompt(
-            admission, self._session.tokenizer, max_length_tokens=self._config.train.max_length
+            admission,
+            self._session.tokenizer,
+            text=self._config.text,
+            max_length_tokens=self._config.train.max_length,
         )
         if self._config.evaluation.method == "score":
             assert self._ranker is not None

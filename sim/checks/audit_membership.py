@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from common.config import Config
 from common.data.partition import Hospital
 from common.errors import UserError
 from common.model.adapter.layout import initial_tensors
@@ -62,7 +63,7 @@ def audit_membership(
         ]
         only = config.federation.only
         trained = [one for one in data.hospitals if only in ("", one.name)]
-        inside, outside = _records(trained, session, config.train.max_length)
+        inside, outside = _records(trained, session, config)
         members, _ = patient_losses(session, inside, models)
         outsiders, _ = patient_losses(session, outside, models)
         for count, what in ((len(members), "trained on"), (len(outsiders), "held out")):
@@ -118,10 +119,18 @@ def _reference(path: Path, session: Session) -> Tensors:
 
 
 def _records(
-    hospitals: Sequence[Hospital], session: Session, max_length: int
+    hospitals: Sequence[Hospital], session: Session, config: Config
 ) -> tuple[list[Encoded], list[Encoded]]:
     def tokens(admissions: Sequence[Any]) -> list[Encoded]:
-        return [encode(one, session.tokenizer, max_length_tokens=max_length) for one in admissions]
+        return [
+            encode(
+                one,
+                session.tokenizer,
+                text=config.text,
+                max_length_tokens=config.train.max_length,
+            )
+            for one in admissions
+        ]
 
     inside = [record for one in hospitals for record in tokens(one.train)]
     outside = [record for one in hospitals for record in tokens((*one.validation, *one.test))]

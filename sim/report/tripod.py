@@ -16,7 +16,6 @@ from common.files import write_text
 from common.privacy.settings import is_private
 from common.records import Summary
 from common.rundir import RunDirectory
-from common.text.prompts import SYSTEM_PROMPT
 
 FILE = "tripod-llm.md"
 AUTHOR = "author"
@@ -157,7 +156,11 @@ def _lists(config: Config, summary: Summary) -> dict[str, str]:
         **asdict(config.evaluation),
         **(summary.evaluation or {}).get("settings", {}),
     }
-    prompt = f'system message "{SYSTEM_PROMPT}", patient and diagnoses as user message'
+    user = f'template "{config.text.template}"' if config.text.template else "FedRx's own template"
+    prompt = _cell(
+        f'system message "{config.text.system_prompt}", patient and diagnoses as user message '
+        f"({user})"
+    )
     if settings["method"] == "score":
         counted = settings.get("frequencies", False)
         cut = "at the training lists' mean length" if counted else "at a threshold"
