@@ -268,7 +268,9 @@ class FederationConfig:
     )
     fraction: float = option(1.0, "share of the hospitals asked per round", above=0, high=1)
     only: str = option(
-        "", "ask this hospital alone, by name: the local-only baseline; empty: all of them"
+        "",
+        "ask these hospitals alone, by name, comma-separated; one is the local-only baseline; "
+        "empty: all of them",
     )
     quorum: float = option(
         0.5, "share of the asked hospitals whose updates a round needs", above=0, high=1
