@@ -3,7 +3,7 @@
 A hospital ranks its own formulary and cuts where its own validation patients say: neither names nor
 scores of another hospital are needed.
 
-    ranker = Ranker(session, formulary_of(hospital.train), max_length_tokens=2048)
+    ranker = Ranker(session, formulary_of(hospital.train), text=config.text, max_length_tokens=2048)
     cutoff = ranker.fit(hospital.validation, samples=64, seed=0)
     (ranking,) = ranker.rank([prompt], cutoff)
     [(drug.name, drug.confidence) for drug in ranking.listed], ranking.ends
@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from common.config import TextConfig
 from common.data.names import normalise_string
-from common.evaluation.cutoff import Cutoff, fit_cutoff, ranked
+from common.evaluation.cutoff import Cutoff, Frequencies, fit_cutoff
 from common.evaluation.drug_scores import ScorePlan, drug_scores, score_plan
 from common.evaluation.drug_trie import DrugTrie, FormularyMatcher, drug_trie
 from common.evaluation.formulary import Formulary
@@ -50,8 +51,8 @@ class Ranking:
     drugs: tuple[RankedDrug, ...]
     length: int
     """How many of them are the list."""
-    threshold: float
-    """Confidence at which the list ends."""
+    threshold: float | None
+    """Confidence at which the list ends; None: at a length."""
     admissions: int
     """Validation admissions that the threshold was chosen on."""
 
@@ -63,6 +64,8 @@ class Ranking:
     @property
     def ends(self) -> str:
         """Why the list ends where it does, in a sentence."""
+        if self.threshold is None:
+            return f"it is as long as training lists are on average, {self.length} drugs"
         chosen = (
             f"the threshold of {self.threshold:.0%} that served {self.admissions} validation "
             "admissions best"
@@ -81,15 +84,25 @@ class Ranker:
     Args:
         session: Backbone and adapter; the adapter as it is when a method is called counts.
         formulary: What may be listed.
+        text: What the run asks.
         max_length_tokens: ``train.max-length``, which prompts keep to.
+        frequencies: Of the training split, where confidences are to know them.
 
     Raises:
         UserError: If the tokenizer does not write lists line by line.
     """
 
-    def __init__(self, session: "Session", formulary: Formulary, *, max_length_tokens: int) -> None:
-        self.session, self.formulary = session, formulary
-        self._max_length_tokens = max_length_tokens
+    def __init__(
+        self,
+        session: "Session",
+        formulary: Formulary,
+        *,
+        text: TextConfig,
+        max_length_tokens: int,
+        frequencies: Frequencies | None = None,
+    ) -> None:
+        self.session, self.formulary, self._frequencies = session, formulary, frequencies
+        self._text, self._max_length_tokens = text, max_length_tokens
         self._place = {normalise_string(name): i for i, name in enumerate(formulary.names)}
 
     @cached_property
@@ -136,13 +149,19 @@ class Ranker:
         chosen = [validation[place] for place in sorted(order[: samples or None].tolist())]
         places = [{self.place(drug) for drug in one.drugs} for one in chosen]
         prompts = [
-            encode_prompt(one, self.session.tokenizer, max_length_tokens=self._max_length_tokens)[0]
+            encode_prompt(
+                one,
+                self.session.tokenizer,
+                text=self._text,
+                max_length_tokens=self._max_length_tokens,
+            )[0]
             for one in chosen
         ]
         return fit_cutoff(
             self.scores(prompts),
             [[name in found for name in range(len(self.formulary.names))] for found in places],
             [sum(self.place(drug) is None for drug in one.drugs) for one in chosen],
+            self._frequencies,
         )
 
     def rank(
@@ -161,9 +180,11 @@ class Ranker:
         return Ranking(
             drugs=tuple(
                 RankedDrug(name=self.formulary.names[place], confidence=float(confidence_N[place]))
-                for place in ranked(scores_N)
+                for place in cutoff.order(scores_N)
             ),
             length=len(cutoff.chosen(scores_N)),
-            threshold=float(cutoff.confidence(np.array([cutoff.threshold]))[0]),
+            threshold=None
+            if cutoff.threshold is None
+            else float(cutoff.confidence(np.array([cutoff.threshold]))[0]),
             admissions=cutoff.admissions,
         )

@@ -18,12 +18,16 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from common.config import OWN_TEXT, TextConfig
+from common.template import filled
+
 if TYPE_CHECKING:
     from common.data.samples import Admission
 
-SYSTEM_PROMPT = "List the drugs for this hospital stay, one a line."
 ANSWER_HEADER = "Drugs:"
 ITEM_PREFIX = "- "
+NEXT_ITEM = "\n-"
+"""How every item's line begins; the blank after it belongs to the name, as tokenizers have it."""
 UNKNOWN = "unknown"
 OLDEST_PRINTED_AGE = 89
 
@@ -41,7 +45,7 @@ token limit is not complete.
 _ESCAPE = re.compile(r"\\(?:\\|u\{([0-9a-f]{1,6})\})")
 
 
-def messages(admission: "Admission") -> list[dict[str, str]]:
+def messages(admission: "Admission", text: TextConfig = OWN_TEXT) -> list[dict[str, str]]:
     """Return the system and user messages of one admission, for a chat template.
 
     Nothing that identifies the patient, the stay or the hospital is read. Ages above 89 are
@@ -49,20 +53,20 @@ def messages(admission: "Admission") -> list[dict[str, str]]:
 
     Args:
         admission: One sample. Height in cm and weight in kg are printed whole, BMI (kg/m2) with
-            one decimal; diagnoses are titles in coded order.
+            one decimal; diagnoses are titles in coded order, one a line.
+        text: The run's system message and template of the user's.
     """
-    lines = [
-        f"Sex: {_escape(admission.sex)}",
-        f"Age: {age_text(admission.age)}",
-        f"Height: {_measure(admission.height_cm, '.0f', ' cm')}",
-        f"Weight: {_measure(admission.weight_kg, '.0f', ' kg')}",
-        f"BMI: {_measure(admission.bmi, '.1f', '')}",
-        "Diagnoses:",
-        *_item_lines(admission.diagnoses),
-    ]
+    values = {
+        "sex": _escape(admission.sex),
+        "age": age_text(admission.age),
+        "height": _measure(admission.height_cm, ".0f", " cm"),
+        "weight": _measure(admission.weight_kg, ".0f", " kg"),
+        "bmi": _measure(admission.bmi, ".1f", ""),
+        "diagnoses": "\n".join(_item_lines(admission.diagnoses)),
+    }
     return [
-        {"role": "system", "content": SYSTEM_PROMPT},
-        {"role": "user", "content": "\n".join(lines)},
+        {"role": "system", "content": text.system_prompt.strip()},
+        {"role": "user", "content": filled(text.template, values)},
     ]
 
 

@@ -18,6 +18,7 @@ from sim.cli import data as cli_data
 from sim.cli import deploy as cli_deploy
 from sim.cli import people as cli_people
 from sim.cli import runs as cli_runs
+from sim.cli import worth as cli_worth
 from sim.cli.options import (
     BackendOption,
     ConfigArgument,
@@ -128,6 +129,14 @@ def paper(
         str, typer.Option("--scale", help="full, or small: minutes on a CPU, marked as such.")
     ] = "full",
     ranks: Annotated[str, typer.Option("--ranks", help="Ranks, comma-separated.")] = "16,32",
+    best: Annotated[
+        bool | None,
+        typer.Option(
+            "--best/--no-best",
+            help="Also the best settings found here, at the same checkpoints; --scale small has it "
+            "unless told otherwise.",
+        ),
+    ] = None,
     set_: SetOption = None,
     run_dir: RunDirOption = None,
     json_output: JsonOption = False,
@@ -140,6 +149,7 @@ def paper(
         scaled_config(scale, parse_overrides(set_ or ())),
         scale=scale,
         ranks=read_ranks(ranks),
+        best=best,
         console=console_for(json_output),
         command_line=sys.argv,
         run_dir=run_dir,
@@ -351,6 +361,7 @@ def doctor(
 app.add_typer(cli_data.app, name="data")
 cli_runs.register(app)
 cli_people.register(app)
+cli_worth.register(app)
 app.command()(cli_deploy.deploy)
 app.command()(cli_deploy.superlink)
 app.command()(cli_deploy.hospital)

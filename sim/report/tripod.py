@@ -16,7 +16,6 @@ from common.files import write_text
 from common.privacy.settings import is_private
 from common.records import Summary
 from common.rundir import RunDirectory
-from common.text.prompts import SYSTEM_PROMPT
 
 FILE = "tripod-llm.md"
 AUTHOR = "author"
@@ -157,14 +156,24 @@ def _lists(config: Config, summary: Summary) -> dict[str, str]:
         **asdict(config.evaluation),
         **(summary.evaluation or {}).get("settings", {}),
     }
-    prompt = f'system message "{SYSTEM_PROMPT}", patient and diagnoses as user message'
+    user = f'template "{config.text.template}"' if config.text.template else "FedRx's own template"
+    prompt = _cell(
+        f'system message "{config.text.system_prompt}", patient and diagnoses as user message '
+        f"({user})"
+    )
     if settings["method"] == "score":
+        counted = settings.get("frequencies", False)
+        cut = "at the training lists' mean length" if counted else "at a threshold"
+        fitted = (
+            "recalibration (Platt, with training frequencies)"
+            if counted
+            else ("threshold and recalibration (Platt)")
+        )
         return {
             "6c": f"{prompt}; no text is generated: every drug of the formulary gets the "
             "probability that the model says it first (method score)",
-            "6d": "a ranking of the formulary's drugs, cut at a threshold into a list",
-            "6e": "threshold and recalibration (Platt) from each hospital's validation patients; "
-            "both in summary.json",
+            "6d": f"a ranking of the formulary's drugs, cut {cut} into a list",
+            "6e": f"{fitted} from each hospital's validation patients; in summary.json",
         }
     return {
         "6c": f"{prompt}; no sampling, at most {settings['max_new_tokens']} tokens, method "

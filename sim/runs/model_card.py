@@ -1,10 +1,11 @@
 """The model card of an exported adapter: what it is, what it may be used for, how it is used."""
 
 import json
+import re
 from pathlib import Path
 from typing import Final, Literal
 
-from common.config import Config
+from common.config import Config, TextConfig
 from common.data.handling import CREDENTIALED, handling_of
 from common.data.samples import Admission
 from common.model.adapter.layout import adapter_spec
@@ -13,6 +14,7 @@ from common.model.backbone.load import BackboneSpec
 from common.provenance import PROMPT_DATE
 from common.records import Summary
 from common.rundir import Checkpoint, RunDirectory
+from common.template import OWN_TEMPLATE
 from common.text.prompts import messages, render_answer
 from sim.report.html import markdown_text
 from sim.report.words import COLUMNS, NOTICE, model_name, number
@@ -104,8 +106,8 @@ def model_card(
     if checkpoint.name == (summary.evaluation or {}).get("checkpoint"):
         lines += _metrics_lines(summary)
     lines += [
-        *_format_lines(),
-        *_use_lines(layout, hub_id=hub_id, length=config.evaluation.max_new_tokens),
+        *_format_lines(config.text),
+        *_use_lines(layout, config.text, hub_id=hub_id, length=config.evaluation.max_new_tokens),
         *_serve_lines(layout, rank=adapter.rank, hub_id=hub_id),
     ]
     return "\n".join(lines)
@@ -196,9 +198,9 @@ def _metrics_lines(summary: Summary) -> list[str]:
     ]
 
 
-def _format_lines() -> list[str]:
+def _format_lines(text: TextConfig) -> list[str]:
     """Show the prompt and the answer's format with an invented patient."""
-    system, user = messages(EXAMPLE)
+    system, user = messages(EXAMPLE, text)
     return [
         "## Prompt and answer",
         "",
@@ -207,30 +209,30 @@ def _format_lines() -> list[str]:
             f"was given {PROMPT_DATE:%d %b %Y}). System:"
         ),
         "",
-        "```text",
-        system["content"],
-        "```",
-        "",
+        *_text(system["content"]),
         'User; what is not known is "unknown", ages above 89 are "> 89":',
         "",
-        "```text",
-        user["content"],
-        "```",
+        *_text(user["content"]),
+        "Its template:",
         "",
+        *_text(text.template or OWN_TEMPLATE),
         "Answer, one drug a line, ended by the end token:",
         "",
-        "```text",
-        render_answer(["Furosemide", "Lisinopril"]),
-        "```",
-        "",
+        *_text(render_answer(["Furosemide", "Lisinopril"])),
     ]
 
 
-def _use_lines(layout: Format, *, hub_id: str, length: int) -> list[str]:
+def _text(content: str) -> list[str]:
+    """Fence a text, with more backticks than any of its own."""
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", content)), 0)
+    return [f"{fence}text", content.strip(), fence, ""]
+
+
+def _use_lines(layout: Format, text: TextConfig, *, hub_id: str, length: int) -> list[str]:
     """Return code that generates a list; llama.cpp's stands among the commands to serve."""
     if layout == "gguf":
         return []
-    system, user = messages(EXAMPLE)
+    system, user = messages(EXAMPLE, text)
     base = hub_id or "FOLDER OF THE BACKBONE"
     model = "AutoModelForCausalLM.from_pretrained(BASE)"
     return [
