@@ -49,10 +49,10 @@ class DataConfig:
     drug_map: str = option(
         "", "csv with columns name,code for normalisation = map, atc-3, atc-4", file=True
     )
-    drug_order: Literal["first-start", "name", "shuffled"] = option(
+    drug_order: Literal["first-start", "name", "shuffled", "set"] = option(
         "first-start",
-        "order of the drugs in training: by first start in the stay, by name, or a new random one "
-        "in every pass",
+        "order of the drugs in training: by first start in the stay, by name, a new random one "
+        "in every pass, or none: the first drug may be any, and only a few are written",
     )
 
 
@@ -324,6 +324,11 @@ class EvaluationConfig:
         "made-up admissions, of no hospital, for a learning curve that costs no privacy: each "
         "checkpoint's loss is measured after training; 0: none",
         low=0,
+    )
+    frequencies: bool = option(
+        False,
+        "scored lists for hospitals with few validation patients: how often the training split "
+        "orders a drug counts beside its score, and lists are as long as there on average",
     )
     bootstrap: int = option(1000, "resamples of the confidence intervals", low=100)
     seed: int = option(0, "seed of sample choice and bootstrap", low=0)

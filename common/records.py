@@ -76,6 +76,8 @@ class RunRecord(Record):
     """Of a paper run."""
     ranks: tuple[int, ...] = ()
     """Of a paper run: each has a run of its own inside."""
+    best: bool = False
+    """Of a paper run: whether the best settings found here have a run inside too."""
     cells: tuple[str, ...] = ()
     """Of a sweep: the folders of its runs."""
 
@@ -277,6 +279,17 @@ class Row(Record):
     here: Here | None
 
 
+class BestRow(Readings):
+    """What a checkpoint of the best settings found here gives, in one way to make lists."""
+
+    lists: str
+    """``scored`` or ``formulary``."""
+    checkpoint: str
+    steps: int
+    prauc: float | None
+    """Of rankings; none of written lists."""
+
+
 class RankRun(Record):
     """The run of one rank."""
 
@@ -299,6 +312,8 @@ class PaperTable(Record):
     others: dict[str, Readings]
     """Untrained backbone and baselines."""
     runs: tuple[RankRun, ...]
+    best: tuple[BestRow, ...] = ()
+    """Beside the paper's settings, the best ones found here."""
 
 
 Json = str | float | bool | None | tuple[float | str, ...]

@@ -129,6 +129,14 @@ def paper(
         str, typer.Option("--scale", help="full, or small: minutes on a CPU, marked as such.")
     ] = "full",
     ranks: Annotated[str, typer.Option("--ranks", help="Ranks, comma-separated.")] = "16,32",
+    best: Annotated[
+        bool | None,
+        typer.Option(
+            "--best/--no-best",
+            help="Also the best settings found here, at the same checkpoints; --scale small has it "
+            "unless told otherwise.",
+        ),
+    ] = None,
     set_: SetOption = None,
     run_dir: RunDirOption = None,
     json_output: JsonOption = False,
@@ -141,6 +149,7 @@ def paper(
         scaled_config(scale, parse_overrides(set_ or ())),
         scale=scale,
         ranks=read_ranks(ranks),
+        best=best,
         console=console_for(json_output),
         command_line=sys.argv,
         run_dir=run_dir,
