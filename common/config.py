@@ -61,6 +61,12 @@ class DataConfig:
         "toml file that says what the codes of a MEDS data set mean; empty: as for MIMIC-IV",
         file=True,
     )
+    protocol: Literal["admission", "visits", "first-24h"] = option(
+        "admission",
+        "what is asked of a sample: the list of a whole stay from its discharge diagnoses; the "
+        "same of patients with two visits or more, from the earlier visits too; or what is ordered "
+        "after the first 24 hours, from what is known then",
+    )
     synthetic_patients: int = option(240, "patients that the synthetic source writes", low=10)
     synthetic_seed: int = option(0, "seed of the synthetic source", low=0)
     split_seed: int = option(0, "seed of the hash that puts a patient into a split", low=0)

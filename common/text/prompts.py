@@ -18,10 +18,19 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from common.data.protocols import ADMISSION, FIRST_24H, VISITS
+
 if TYPE_CHECKING:
     from common.data.samples import Admission
 
 SYSTEM_PROMPT = "List the drugs for this hospital stay, one a line."
+SYSTEM_PROMPTS = {
+    ADMISSION: SYSTEM_PROMPT,
+    VISITS: SYSTEM_PROMPT,
+    FIRST_24H: "List the drugs that will be ordered after the first 24 hours of this hospital "
+    "stay and were not ordered before, one a line.",
+}
+"""By ``data.protocol``."""
 ANSWER_HEADER = "Drugs:"
 ITEM_PREFIX = "- "
 UNKNOWN = "unknown"
@@ -51,12 +60,10 @@ def messages(admission: "Admission") -> list[dict[str, str]]:
         admission: One sample. Height in cm and weight in kg are printed whole, BMI (kg/m2) with
             one decimal; diagnoses are titles in coded order.
     """
+    if admission.protocol != ADMISSION:
+        return _of_protocol(admission)
     lines = [
-        f"Sex: {_escape(admission.sex)}",
-        f"Age: {age_text(admission.age)}",
-        f"Height: {_measure(admission.height_cm, '.0f', ' cm')}",
-        f"Weight: {_measure(admission.weight_kg, '.0f', ' kg')}",
-        f"BMI: {_measure(admission.bmi, '.1f', '')}",
+        *_patient_lines(admission),
         "Diagnoses:",
         *_item_lines(admission.diagnoses),
     ]
@@ -64,6 +71,47 @@ def messages(admission: "Admission") -> list[dict[str, str]]:
         {"role": "system", "content": SYSTEM_PROMPT},
         {"role": "user", "content": "\n".join(lines)},
     ]
+
+
+def _patient_lines(admission: "Admission") -> list[str]:
+    return [
+        f"Sex: {_escape(admission.sex)}",
+        f"Age: {age_text(admission.age)}",
+        f"Height: {_measure(admission.height_cm, '.0f', ' cm')}",
+        f"Weight: {_measure(admission.weight_kg, '.0f', ' kg')}",
+        f"BMI: {_measure(admission.bmi, '.1f', '')}",
+    ]
+
+
+def _of_protocol(admission: "Admission") -> list[dict[str, str]]:
+    """Return the messages of another task than a stay's list from its diagnoses.
+
+    Sections without items are left out, so that an absent table and a stay without any are alike.
+    """
+    lines = _patient_lines(admission)
+    for place, visit in enumerate(admission.earlier):
+        back = len(admission.earlier) - place
+        lines.append("Last visit:" if back == 1 else f"{back} visits ago:")
+        lines += _section("Diagnoses", visit.diagnoses)
+        lines += _section("Procedures", visit.procedures)
+        lines += _section("Drugs", visit.drugs)
+    lines.append("This visit:")
+    if admission.protocol == FIRST_24H:
+        lines.append(f"Admission type: {_escape(admission.admission_type)}")
+        lines += _section("Services", admission.services)
+        lines += _section("Laboratory results of the first 24 hours", admission.labs)
+        lines += _section("Drugs ordered in the first 24 hours", admission.ordered)
+    else:
+        lines += _section("Diagnoses", admission.diagnoses)
+        lines += _section("Procedures", admission.procedures)
+    return [
+        {"role": "system", "content": SYSTEM_PROMPTS[admission.protocol]},
+        {"role": "user", "content": "\n".join(lines)},
+    ]
+
+
+def _section(name: str, items: Sequence[str]) -> list[str]:
+    return [f"{name}:", *_item_lines(items)] if items else []
 
 
 def age_text(age_years: int) -> str:

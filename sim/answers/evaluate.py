@@ -17,6 +17,7 @@ from common.tensor_files import Altered
 from common.training.worker import Worker
 from sim.process.early import check_device
 from sim.process.progress import Meter
+from sim.report.data_description import other_items
 
 FREE_KEYS = (
     "evaluation.",
@@ -140,3 +141,5 @@ def _show(console: Console, facts: Facts) -> None:
             f"{facts.dropped_diagnoses} diagnoses left out of prompts (train.max-length)",
             highlight=False,
         )
+    for kind, number in other_items({"left_out": facts.left_out}).items():
+        console.print(f"{number} {kind} left out of prompts (train.max-length)", highlight=False)

@@ -16,6 +16,11 @@ from common.data.tables import find_csv
 class EICU(Source):
     """A folder that holds patient.csv.gz, diagnosis.csv.gz and medication.csv.gz."""
 
+    kind = (
+        "eICU's tables, which tell neither which of a year's stays came first nor what was known "
+        "before the unit"
+    )
+
     def claims(self, path: str) -> bool:
         """Take a folder with a table that only eICU has."""
         folder = Path(path).expanduser()
