@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from common.config import DataConfig
+from common.config import OWN_TEXT, DataConfig
 from common.data.prepare import load_samples
 from common.evaluation.constrained import answer_grammar
 from common.evaluation.generate import Generated, Matcher, generate
@@ -119,7 +119,9 @@ def main() -> None:
         module.merged_OD = module.weight
     plain.model.set_attn_implementation("sdpa")
     admissions = load_samples(DataConfig()).admissions[: options.samples]
-    encoded = [encode(one, session.tokenizer, max_length_tokens=2048) for one in admissions]
+    encoded = [
+        encode(one, session.tokenizer, text=OWN_TEXT, max_length_tokens=2048) for one in admissions
+    ]
     prompts = [list(one.input_ids[: one.answer_start]) for one in encoded]
     workloads = {
         "fixed": [options.tokens] * len(prompts),

@@ -30,7 +30,7 @@ from scipy.stats import binomtest
 
 from client.local_update import update
 from client.private_update import private_update
-from common.config import Config
+from common.config import OWN_TEXT, Config
 from common.configio import from_flat
 from common.data.partition import assign_hospitals
 from common.data.prepare import load_samples
@@ -72,7 +72,7 @@ def exposure(session: Session, admission: Admission, number: int, space: int, b:
     records = []
     for other in range(space):
         listed = replace(admission, drugs=(compound(other, space),))
-        record = encode(listed, session.tokenizer, max_length_tokens=MAX_LENGTH)
+        record = encode(listed, session.tokenizer, text=OWN_TEXT, max_length_tokens=MAX_LENGTH)
         # the list's end token is no part of the canary
         records.append(replace(record, input_ids=record.input_ids[:-1], unit=other))
     losses, _ = patient_losses(session, records, [b])
@@ -86,7 +86,8 @@ def printed(
     """Return how many canaries each decoder prints; the null is a number guessed at random."""
     session.adapter.load(b)
     prompts = [
-        encode_prompt(one, session.tokenizer, max_length_tokens=MAX_LENGTH)[0] for one in admissions
+        encode_prompt(one, session.tokenizer, text=OWN_TEXT, max_length_tokens=MAX_LENGTH)[0]
+        for one in admissions
     ]
     counts: dict[str, dict[str, Any]] = {}
     for decoder, matcher in (("greedy", None), ("grammar", answer_grammar(session))):
@@ -179,7 +180,9 @@ def main(arguments: list[str] | None = None) -> int:
             if one.patient in number_of:
                 shown.setdefault(one.patient, one)
                 one = planted(one, compound(number_of[one.patient], options.space))
-            records.append(encode(one, session.tokenizer, max_length_tokens=MAX_LENGTH))
+            records.append(
+                encode(one, session.tokenizer, text=OWN_TEXT, max_length_tokens=MAX_LENGTH)
+            )
         asked = [shown[host] for host in hosts[: options.canaries]]
         for target in EPSILONS:
             changes = {} if math.isinf(target) else {"target_epsilon": target}

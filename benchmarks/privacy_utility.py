@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.config import DataConfig, PartitionConfig, TrainConfig
+from common.config import OWN_TEXT, DataConfig, PartitionConfig, TrainConfig
 from common.data.partition import assign_hospitals
 from common.data.prepare import load_samples
 from common.model.adapter.falora import AdapterSpec
@@ -63,7 +63,10 @@ def data(session: Session, patients: int, max_length: int) -> tuple[list[Encoded
     table = load_samples(source)
     (node,) = assign_hospitals(table.admissions, PartitionConfig(), hospitals=1, data=source)
     return tuple(  # type: ignore[return-value]
-        [encode(one, session.tokenizer, max_length_tokens=max_length) for one in split]
+        [
+            encode(one, session.tokenizer, text=OWN_TEXT, max_length_tokens=max_length)
+            for one in split
+        ]
         for split in (node.train, node.validation)
     )
 

@@ -70,7 +70,7 @@ def hello(config: Config, message: Message, context: Context, worker: Worker) ->
         "hospital": hospital.name,
         "a-sha256": session.adapter.a_fingerprint,
         "backbone-sha256": worker.backbone(config.model.backbone).fingerprint_as(
-            session.weights.value
+            session.weights.value, config.text
         ),
         "source-sha256": source_digest(),
         "of": config.federation.hospitals,

@@ -5,9 +5,11 @@ The same keys exist in three forms: these dataclasses (``snake_case``), TOML fil
 Reading, writing and validating live in ``common.configio``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
+
+from common.template import template_fault
 
 IN_PROCESS = "in-process"
 """Value of ``run.backend``: no SuperLink and no Ray."""
@@ -22,6 +24,8 @@ def option(
     high: float | None = None,
     above: float | None = None,
     file: bool = False,
+    content: bool = False,
+    fault: Callable[[str], str] | None = None,
 ) -> T:
     """Declare one configuration key: default, meaning and limits.
 
@@ -34,6 +38,8 @@ def option(
         high: Largest allowed value.
         above: The value must be strictly larger than this.
         file: It names a file or folder (or one of ours): another machine is never told it.
+        content: A text, or a file that holds it; the text becomes the value and travels.
+        fault: Says what is wrong with a text, in one line; empty: nothing.
     """
     limits: Mapping[str, Any] = {
         "meaning": meaning,
@@ -41,6 +47,8 @@ def option(
         "high": high,
         "above": above,
         "file": file,
+        "content": content,
+        "fault": fault,
     }
     value: T = field(default=default, metadata=limits)
     return value
@@ -96,6 +104,26 @@ class DataConfig:
         "order of the drugs in training: by first start in the stay, by name, or a new random one "
         "in every pass",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """What the model is asked; hospitals, answers and exports say the same."""
+
+    system_prompt: str = option(
+        "List the drugs for this hospital stay, one a line.", "the system message, as it is"
+    )
+    template: str = option(
+        "",
+        "file with the user message (its text becomes the value): `{diagnoses}` on a line of its "
+        "own, and any of `{sex}`, `{age}`, `{height}`, `{weight}`, `{bmi}`; empty: FedRx's own",
+        content=True,
+        fault=template_fault,
+    )
+
+
+OWN_TEXT = TextConfig()
+"""What FedRx asks where nobody set anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +274,9 @@ class FederationConfig:
     )
     fraction: float = option(1.0, "share of the hospitals asked per round", above=0, high=1)
     only: str = option(
-        "", "ask this hospital alone, by name: the local-only baseline; empty: all of them"
+        "",
+        "ask these hospitals alone, by name, comma-separated; one is the local-only baseline; "
+        "empty: all of them",
     )
     quorum: float = option(
         0.5, "share of the asked hospitals whose updates a round needs", above=0, high=1
@@ -403,6 +433,7 @@ class Config:
     """One experiment, complete."""
 
     data: DataConfig = DataConfig()
+    text: TextConfig = TextConfig()
     partition: PartitionConfig = PartitionConfig()
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()

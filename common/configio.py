@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from common.config import Config
 from common.errors import UserError
+from common.template import is_template
 
 Scalar = bool | int | float | str
 T = TypeVar("T")
@@ -100,7 +101,7 @@ def read_config(path: Path, overrides: Iterable[str] = ()) -> Config:
         raise UserError(f"configuration file {path}: {error}", fix="mend the TOML") from None
     values = dict(_flatten_table(table))
     values.update(parse_overrides(overrides))
-    return from_flat(values)
+    return from_flat({key: _content(key, value) for key, value in values.items()})
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Scalar]:
@@ -122,7 +123,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Scalar]:
             raise UserError(f"--set {_unknown(key, known)}", fix="use a known key")
         if any("\ud800" <= character <= "\udfff" for character in raw):
             raise UserError(f"--set {key} is not UTF-8 text", fix="set the terminal to UTF-8")
-        values[key] = _from_text(key, raw, known[key])
+        values[key] = _content(key, _from_text(key, raw, known[key]))
     return values
 
 
@@ -267,6 +268,25 @@ def _dotted(section: str, entry: dataclasses.Field[Any]) -> str:
     return f"{section}.{entry.name.replace('_', '-')}"
 
 
+def _content(key: str, value: T) -> T | str:
+    """Return a file's text for the name of the file, where a key's value is such a text.
+
+    Only what a person typed is read so: a value that came over the wire is never opened.
+    """
+    entry = known_keys().get(key)
+    if entry is None or not entry.metadata["content"] or not isinstance(value, str):
+        return value
+    if not value or is_template(value):
+        return value
+    try:
+        return Path(value).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise UserError(
+            f"{key}={value}: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}",
+            fix="name a readable text file",
+        ) from None
+
+
 def _flatten_table(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in table.items():
         if isinstance(value, Mapping):
@@ -351,4 +371,6 @@ def _checked(key: str, value: object, entry: dataclasses.Field[Any]) -> Scalar:
         ):
             raise ValueError(complaint)
     assert isinstance(value, bool | int | float | str)
+    if limits["fault"] and (fault := limits["fault"](value)):
+        raise ValueError(f"{key}: {fault}")
     return value

@@ -78,7 +78,7 @@ def federate(grid: Grid, config: Config, run: RunDirectory, *, clock: Clock = ti
         roster=Roster(
             ours=Fingerprints(
                 a=layout.a_fingerprint,
-                backbone=backbone.fingerprint_as(config.model.weights),
+                backbone=backbone.fingerprint_as(config.model.weights, config.text),
                 source=source_digest(),
             ),
             plan=plan_of(config) if protects(config) else None,

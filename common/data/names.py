@@ -37,7 +37,10 @@ nebulization nf odt oint ointment ophth ophthalmic oral otic packet paste patch 
 premix preserv preservative pump rectal regular release rinse sc sl soln solution spray sprinkles sr
 ss strip subcutaneous sublingual supp suppository supps susp suspension sustained syringe syrup tab
 tablet tablets tabs topical transdermal troche vag vaginal vial viscous wafer xl xr human
+chew cp12 cp24 cpcr cpdr cpep crea elix emul ij ivpb liqd nebu powd solr syrp tb12 tb24 tbcr tbdp
+tbec
 """
+"""The last two lines are the short forms of US order entry, as in eICU: ``4 MG/2ML IJ SOLN``."""
 _MINERAL_WORDS = """
 aluminum ammonium calcium ferric ferrous iron lithium magnesium potassium silver sodium zinc
 """
@@ -47,6 +50,7 @@ _MINERALS = frozenset(_MINERAL_WORDS.split())
 """A mineral keeps its anion: sodium chloride is not sodium."""
 _LONG_FORMS = {
     "caff": "caffeine",
+    "hbr": "hydrobromide",
     "hcl": "hydrochloride",
     "hydrox": "hydroxide",
     "monohyd": "monohydrate",
@@ -189,7 +193,7 @@ def _core(part: str) -> str:
 
 
 def _word(raw: str) -> str:
-    word = raw.strip(".,-'\"")
+    word = raw.strip(".,:-'\"")
     undotted = word.replace(".", "")
     return _LONG_FORMS.get(undotted, undotted if undotted in _FORMS else word)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from common.config import Config, DataConfig
+from common.config import OWN_TEXT, Config, DataConfig, TextConfig
 from common.data.names import normalise_string
 from common.errors import UserError
 
@@ -30,6 +30,10 @@ MOST_LABS = 24
 FLAGGED = ", abnormal"
 """End of a result that the laboratory flagged."""
 _VISITS_SHARE = 1 / 6
+_LATER_PROMPT = (
+    "List the drugs that will be ordered after the first 24 hours of this hospital stay and were "
+    "not ordered before, one a line."
+)
 ASKED = {
     ADMISSION: "the drugs of a stay from its discharge diagnoses",
     VISITS: "the drugs of a stay of patients with two visits or more, from its discharge "
@@ -106,6 +110,34 @@ def known_items(admission: "Admission") -> Iterator[str]:
         yield f"lab {text.rpartition(': ')[0]}" + " abnormal" * text.endswith(FLAGGED)
     for drug in admission.ordered:
         yield f"ordered {normalise_string(drug)}"
+
+
+def system_prompt(text: TextConfig, protocol: str) -> str:
+    """Return the system message: the user's, or what the protocol asks in its own words.
+
+    >>> system_prompt(TextConfig(), "visits")
+    'List the drugs for this hospital stay, one a line.'
+    >>> system_prompt(TextConfig(system_prompt="Which drugs?"), "first-24h")
+    'Which drugs?'
+    """
+    if protocol == FIRST_24H and text.system_prompt == OWN_TEXT.system_prompt:
+        return _LATER_PROMPT
+    return text.system_prompt.strip()
+
+
+def require_own_template(config: Config) -> None:
+    """Refuse a template of the user's where a prompt shows more than it has a place for.
+
+    Raises:
+        UserError: If there is one, and the protocol is not ``admission``.
+    """
+    if config.text.template and config.data.protocol != ADMISSION:
+        raise UserError(
+            f"text.template with data.protocol={config.data.protocol}: a template has no place "
+            "for earlier visits, results and orders",
+            allowed=f"a template with data.protocol={ADMISSION}",
+            fix="leave text.template empty",
+        )
 
 
 def not_ordered(drugs: tuple[str, ...], admission: "Admission") -> tuple[str, ...]:

@@ -56,7 +56,8 @@ def evaluate_answers(
     Args:
         session: Open session; its adapter's values are put back afterwards.
         hospitals: All of them; their test splits are answered.
-        config: Sections ``evaluation``, ``train.max_length`` and ``data.normalisation`` are read.
+        config: Sections ``evaluation`` and ``text``, ``train.max_length`` and
+            ``data.normalisation`` are read.
         adapters: What to answer with, by the name in the results; None is the untrained backbone.
         checkpoint: The run's last one, which names the evaluation.
         progress: Called after every generated answer.
@@ -68,7 +69,12 @@ def evaluate_answers(
     settings = config.evaluation
     cases = choose_cases(hospitals, samples=settings.samples, seed=settings.seed)
     encoded = [
-        encode_prompt(case.admission, session.tokenizer, max_length_tokens=config.train.max_length)
+        encode_prompt(
+            case.admission,
+            session.tokenizer,
+            text=config.text,
+            max_length_tokens=config.train.max_length,
+        )
         for case in cases
     ]
     prompts = Prompts(ids=[ids for ids, _ in encoded], hospitals=[case.hospital for case in cases])

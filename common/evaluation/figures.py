@@ -14,6 +14,7 @@ from pydantic import JsonValue
 from common.config import Config
 from common.data.names import normalise_string
 from common.evaluation.answers_file import Prediction
+from common.evaluation.high_priority import high_priority
 from common.evaluation.interactions import Interactions, interaction_figures, read_interactions
 from common.evaluation.lists import Answer
 from common.evaluation.metrics import (
@@ -77,6 +78,7 @@ def figures(
             )
 
         part: dict[str, JsonValue] = {"drugs_per_list": _lengths(of_model)}
+        part["ddi_high_priority"] = _interactions(of_model, high_priority())
         if interactions:
             part["interactions"] = _interactions(of_model, interactions)
         if len(set(compared.hospitals)) > 1:

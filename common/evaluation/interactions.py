@@ -1,7 +1,8 @@
-"""Interacting drugs of lists, from a file that the user names; FedRx ships none.
+"""Interacting drugs of lists: the shipped high-priority pairs, and a file that the user names.
 
 Two forms of csv are read: DDInter's downloads (columns ``Drug_A`` and ``Drug_B`` among others; CC
 BY-NC-SA 4.0), and ``drug_a,drug_b``. Names are compared as ingredients, and a pair has no order.
+A column ``Level`` (DDInter's) or ``severity`` says which pairs are of high priority.
 
 The rate is that of the literature on drug recommendation (Shang et al., AAAI 2019): interacting
 pairs over all pairs, both summed over the lists.
@@ -9,8 +10,8 @@ pairs over all pairs, both summed over the lists.
 
 import csv
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, field
+from itertools import combinations, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,9 @@ from common.data.names import normalise
 from common.errors import UserError
 
 _COLUMNS = (("Drug_A", "Drug_B"), ("drug_a", "drug_b"))
+_SEVERITY_COLUMNS = ("level", "severity")
+SEVERE = ("contraindicated", "high", "major", "severe")
+"""Severities, in any case, that make a pair of the user's file one of high priority."""
 _LEVEL = "ingredient"
 
 
@@ -35,6 +39,8 @@ class Interactions:
     pairs: frozenset[Pair]
     known: frozenset[str]
     """Every ingredient that some pair holds."""
+    high_priority: Mapping[Pair, str] = field(default_factory=dict)
+    """Pairs of high priority, and why each is one."""
     repeated: int = 0
     """Rows that name a pair again, in whichever order."""
     selves: int = 0
@@ -49,7 +55,20 @@ class InteractionFigures(NamedTuple):
     pairs: int
     interacting: int
     unknown: float | None
-    """Share of the listed ingredients that no pair of the file holds."""
+    """Share of the listed ingredients that no pair holds."""
+    known: int
+    """Listed ingredients that some pair holds."""
+    lists: int
+    """Lists with an interacting pair."""
+
+
+class Interaction(NamedTuple):
+    """Two names of one list that interact."""
+
+    first: str
+    second: str
+    high_priority: str
+    """Why they are of high priority; empty where they are not."""
 
 
 def read_interactions(path: Path) -> Interactions:
@@ -61,11 +80,14 @@ def read_interactions(path: Path) -> Interactions:
     what = f"evaluation.interactions={path}"
     expected = " or ".join(",".join(columns) for columns in _COLUMNS)
     found: set[Pair] = set()
+    severe: dict[Pair, str] = {}
     repeated = selves = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             rows = csv.DictReader(stream)
-            columns = next((c for c in _COLUMNS if set(c) <= set(rows.fieldnames or ())), None)
+            names = rows.fieldnames or ()
+            columns = next((c for c in _COLUMNS if set(c) <= set(names)), None)
+            severity = next((c for c in names if c.lower() in _SEVERITY_COLUMNS), "")
             if columns is None:
                 raise UserError(
                     f"{what} has other columns", allowed=expected, fix="name the two columns so"
@@ -78,13 +100,15 @@ def read_interactions(path: Path) -> Interactions:
                         allowed="two drugs in every row",
                         fix="complete the row or take it out",
                     )
-                for first in sides[0]:
-                    for second in sides[1]:
-                        pair = Pair(*sorted((first, second)))
-                        selves += first == second
-                        repeated += pair in found
-                        if first != second:
-                            found.add(pair)
+                level = (row.get(severity) or "").strip()
+                for first, second in product(*sides):
+                    pair = Pair(*sorted((first, second)))
+                    selves += first == second
+                    repeated += pair in found
+                    if first != second:
+                        found.add(pair)
+                        if level.lower() in SEVERE:
+                            severe[pair] = f"{level.lower()} in the file of interactions"
     except OSError as error:
         raise UserError(f"{what}: {error.strerror}", allowed=expected, fix="name a csv") from None
     except (UnicodeDecodeError, csv.Error):
@@ -96,19 +120,22 @@ def read_interactions(path: Path) -> Interactions:
     return Interactions(
         pairs=frozenset(found),
         known=frozenset(name for pair in found for name in pair),
+        high_priority=severe,
         repeated=repeated,
         selves=selves,
     )
 
 
-def interacting(drugs: Collection[str], interactions: Interactions) -> list[tuple[str, str]]:
+def interacting(drugs: Collection[str], interactions: Interactions) -> list[Interaction]:
     """Return the pairs of one list's names that interact, in the list's order."""
     parts: Mapping[str, tuple[str, ...]] = {name: normalise(name, _LEVEL) for name in drugs}
-    return [
-        (a, b)
-        for a, b in combinations(parts, 2)
-        if any(Pair(*sorted((x, y))) in interactions.pairs for x in parts[a] for y in parts[b])
-    ]
+    found = []
+    for a, b in combinations(parts, 2):
+        pairs = [Pair(*sorted(two)) for two in product(parts[a], parts[b])]
+        if not interactions.pairs.isdisjoint(pairs):
+            reasons = [interactions.high_priority.get(pair, "") for pair in pairs]
+            found.append(Interaction(a, b, next(filter(None, reasons), "")))
+    return found
 
 
 def interaction_figures(
@@ -120,16 +147,20 @@ def interaction_figures(
         lists: Drug names; the ingredients of each list are counted once.
         interactions: From ``read_interactions``.
     """
-    pairs = interacting_pairs = named = unknown = 0
+    pairs = interacting_pairs = named = known = lists_with = 0
     for drugs in lists:
         parts = sorted({part for name in drugs for part in normalise(name, _LEVEL)})
         pairs += len(parts) * (len(parts) - 1) // 2
-        interacting_pairs += sum(Pair(*two) in interactions.pairs for two in combinations(parts, 2))
+        own = sum(Pair(*two) in interactions.pairs for two in combinations(parts, 2))
+        interacting_pairs += own
+        lists_with += own > 0
         named += len(parts)
-        unknown += sum(part not in interactions.known for part in parts)
+        known += sum(part in interactions.known for part in parts)
     return InteractionFigures(
         rate=interacting_pairs / pairs if pairs else None,
         pairs=pairs,
         interacting=interacting_pairs,
-        unknown=unknown / named if named else None,
+        unknown=(named - known) / named if named else None,
+        known=known,
+        lists=lists_with,
     )

@@ -83,7 +83,7 @@ class ListMaker:
         self._rankers: list[Ranker] = []
         if self._settings.method == "score" or self._settings.decoding == "formulary":
             self._rankers = [
-                Ranker(session, one, max_length_tokens=config.train.max_length)
+                Ranker(session, one, text=config.text, max_length_tokens=config.train.max_length)
                 for one in formularies(
                     [hospital.train for hospital in hospitals], self._settings.formulary
                 )

@@ -3,7 +3,7 @@
 A hospital ranks its own formulary and cuts where its own validation patients say: neither names nor
 scores of another hospital are needed.
 
-    ranker = Ranker(session, formulary_of(hospital.train), max_length_tokens=2048)
+    ranker = Ranker(session, formulary_of(hospital.train), text=config.text, max_length_tokens=2048)
     cutoff = ranker.fit(hospital.validation, samples=64, seed=0)
     (ranking,) = ranker.rank([prompt], cutoff)
     [(drug.name, drug.confidence) for drug in ranking.listed], ranking.ends
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from common.config import TextConfig
 from common.data.names import normalise_string
 from common.data.protocols import not_ordered
 from common.evaluation.cutoff import Cutoff, fit_cutoff, ranked
@@ -92,15 +93,18 @@ class Ranker:
     Args:
         session: Backbone and adapter; the adapter as it is when a method is called counts.
         formulary: What may be listed.
+        text: What the run asks.
         max_length_tokens: ``train.max-length``, which prompts keep to.
 
     Raises:
         UserError: If the tokenizer does not write lists line by line.
     """
 
-    def __init__(self, session: "Session", formulary: Formulary, *, max_length_tokens: int) -> None:
+    def __init__(
+        self, session: "Session", formulary: Formulary, *, text: TextConfig, max_length_tokens: int
+    ) -> None:
         self.session, self.formulary = session, formulary
-        self._max_length_tokens = max_length_tokens
+        self._text, self._max_length_tokens = text, max_length_tokens
         self._place = {normalise_string(name): i for i, name in enumerate(formulary.names)}
 
     @cached_property
@@ -147,7 +151,12 @@ class Ranker:
         chosen = [validation[place] for place in sorted(order[: samples or None].tolist())]
         places = [{self.place(drug) for drug in one.drugs} for one in chosen]
         prompts = [
-            encode_prompt(one, self.session.tokenizer, max_length_tokens=self._max_length_tokens)[0]
+            encode_prompt(
+                one,
+                self.session.tokenizer,
+                text=self._text,
+                max_length_tokens=self._max_length_tokens,
+            )[0]
             for one in chosen
         ]
         return fit_cutoff(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from common.config import TextConfig
 from common.errors import UserError
 from common.text.chat import prompt_tokens
 from common.text.known import NOTHING, LeftOut, items, with_items
@@ -101,7 +102,11 @@ class PackedBatch:
 
 
 def encode_prompt(
-    admission: "Admission", tokenizer: "PreTrainedTokenizerBase", *, max_length_tokens: int
+    admission: "Admission",
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    text: TextConfig,
+    max_length_tokens: int,
 ) -> tuple[list[int], LeftOut]:
     """Tokenise one admission's prompt up to the point where the answer starts.
 
@@ -112,6 +117,7 @@ def encode_prompt(
     Args:
         admission: The sample; its drugs are not read.
         tokenizer: One with a chat template.
+        text: What the run asks.
         max_length_tokens: Longest prompt and answer together.
 
     Returns:
@@ -123,7 +129,7 @@ def encode_prompt(
 
     def tokens(kept: int) -> list[int]:
         shown, _ = with_items(admission, kept)
-        system, user = (message["content"] for message in messages(shown))
+        system, user = (message["content"] for message in messages(shown, text))
         return prompt_tokens(tokenizer, system, user)
 
     ids, dropped = _fit(tokens, items(admission), max_length_tokens // 2)
@@ -131,20 +137,27 @@ def encode_prompt(
 
 
 def encode(
-    admission: "Admission", tokenizer: "PreTrainedTokenizerBase", *, max_length_tokens: int
+    admission: "Admission",
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    text: TextConfig,
+    max_length_tokens: int,
 ) -> Encoded:
     """Tokenise one training sample: prompt, answer, end token.
 
     Args:
         admission: The sample.
         tokenizer: One with a chat template and an end token.
+        text: What the run asks.
         max_length_tokens: Longest sample; whole drugs are dropped from the answer's end, and
             counted, when the prompt and the answer do not fit.
 
     Raises:
         UserError: If not even the empty answer fits.
     """
-    prompt, left_out = encode_prompt(admission, tokenizer, max_length_tokens=max_length_tokens)
+    prompt, left_out = encode_prompt(
+        admission, tokenizer, text=text, max_length_tokens=max_length_tokens
+    )
     answer, dropped_drugs = encode_answer(
         admission.drugs, tokenizer, max_tokens=max_length_tokens - len(prompt)
     )

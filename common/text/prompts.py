@@ -18,19 +18,13 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from common.data.protocols import ADMISSION, FIRST_24H, VISITS
+from common.config import OWN_TEXT, TextConfig
+from common.data.protocols import ADMISSION, FIRST_24H, system_prompt
+from common.template import PATIENT_LINES, filled
 
 if TYPE_CHECKING:
     from common.data.samples import Admission
 
-SYSTEM_PROMPT = "List the drugs for this hospital stay, one a line."
-SYSTEM_PROMPTS = {
-    ADMISSION: SYSTEM_PROMPT,
-    VISITS: SYSTEM_PROMPT,
-    FIRST_24H: "List the drugs that will be ordered after the first 24 hours of this hospital "
-    "stay and were not ordered before, one a line.",
-}
-"""By ``data.protocol``."""
 ANSWER_HEADER = "Drugs:"
 ITEM_PREFIX = "- "
 UNKNOWN = "unknown"
@@ -50,7 +44,7 @@ token limit is not complete.
 _ESCAPE = re.compile(r"\\(?:\\|u\{([0-9a-f]{1,6})\})")
 
 
-def messages(admission: "Admission") -> list[dict[str, str]]:
+def messages(admission: "Admission", text: TextConfig = OWN_TEXT) -> list[dict[str, str]]:
     """Return the system and user messages of one admission, for a chat template.
 
     Nothing that identifies the patient, the stay or the hospital is read. Ages above 89 are
@@ -58,37 +52,34 @@ def messages(admission: "Admission") -> list[dict[str, str]]:
 
     Args:
         admission: One sample. Height in cm and weight in kg are printed whole, BMI (kg/m2) with
-            one decimal; diagnoses are titles in coded order.
+            one decimal; diagnoses are titles in coded order, one a line.
+        text: The run's system message and template of the user's.
     """
-    if admission.protocol != ADMISSION:
-        return _of_protocol(admission)
-    lines = [
-        *_patient_lines(admission),
-        "Diagnoses:",
-        *_item_lines(admission.diagnoses),
-    ]
+    values = {
+        "sex": _escape(admission.sex),
+        "age": age_text(admission.age),
+        "height": _measure(admission.height_cm, ".0f", " cm"),
+        "weight": _measure(admission.weight_kg, ".0f", " kg"),
+        "bmi": _measure(admission.bmi, ".1f", ""),
+        "diagnoses": "\n".join(_item_lines(admission.diagnoses)),
+    }
+    user = (
+        filled(text.template, values)
+        if admission.protocol == ADMISSION
+        else "\n".join([filled(PATIENT_LINES, values), *_protocol_lines(admission)])
+    )
     return [
-        {"role": "system", "content": SYSTEM_PROMPT},
-        {"role": "user", "content": "\n".join(lines)},
+        {"role": "system", "content": system_prompt(text, admission.protocol)},
+        {"role": "user", "content": user},
     ]
 
 
-def _patient_lines(admission: "Admission") -> list[str]:
-    return [
-        f"Sex: {_escape(admission.sex)}",
-        f"Age: {age_text(admission.age)}",
-        f"Height: {_measure(admission.height_cm, '.0f', ' cm')}",
-        f"Weight: {_measure(admission.weight_kg, '.0f', ' kg')}",
-        f"BMI: {_measure(admission.bmi, '.1f', '')}",
-    ]
-
-
-def _of_protocol(admission: "Admission") -> list[dict[str, str]]:
-    """Return the messages of another task than a stay's list from its diagnoses.
+def _protocol_lines(admission: "Admission") -> list[str]:
+    """Return what another protocol than ``admission`` shows beyond the patient.
 
     Sections without items are left out, so that an absent table and a stay without any are alike.
     """
-    lines = _patient_lines(admission)
+    lines = []
     for place, visit in enumerate(admission.earlier):
         back = len(admission.earlier) - place
         lines.append("Last visit:" if back == 1 else f"{back} visits ago:")
@@ -104,10 +95,7 @@ def _of_protocol(admission: "Admission") -> list[dict[str, str]]:
     else:
         lines += _section("Diagnoses", admission.diagnoses)
         lines += _section("Procedures", admission.procedures)
-    return [
-        {"role": "system", "content": SYSTEM_PROMPTS[admission.protocol]},
-        {"role": "user", "content": "\n".join(lines)},
-    ]
+    return lines
 
 
 def _section(name: str, items: Sequence[str]) -> list[str]:

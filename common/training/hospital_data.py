@@ -32,11 +32,14 @@ def encode_hospital(hospital: Hospital, session: Session, config: Config) -> Hos
         generator = stream(config.evaluation.seed, "validation-samples", hospital.name)
         chosen = sorted(generator.choice(len(validation), size=limit, replace=False).tolist())
         validation = [validation[place] for place in chosen]
-    length = config.train.max_length
+    asked, length = config.text, config.train.max_length
 
     def tokens(admissions: object) -> tuple[Encoded, ...]:
         assert isinstance(admissions, list | tuple)
-        return tuple(encode(one, session.tokenizer, max_length_tokens=length) for one in admissions)
+        return tuple(
+            encode(one, session.tokenizer, text=asked, max_length_tokens=length)
+            for one in admissions
+        )
 
     return HospitalData(
         name=hospital.name,

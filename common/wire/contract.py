@@ -85,7 +85,8 @@ class Fingerprints:
             if value != ours:
                 raise RunFailed(
                     f"{hospital}: {name} fingerprint differs: server {ours}, {hospital} {value}; "
-                    "fix: give both sides the same FedRx version, backbone and adapter settings"
+                    "fix: give both sides the same FedRx version, backbone, prompts and adapter "
+                    "settings"
                 )
 
 

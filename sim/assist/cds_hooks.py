@@ -12,9 +12,8 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal, Protocol
 from uuid import UUID, uuid4
 
@@ -25,7 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.config import Config
 from common.data.icd import DiagnosisIndex
-from common.evaluation.interactions import Interactions, interacting, read_interactions
+from common.evaluation.high_priority import CITATION, warned_of
+from common.evaluation.interactions import Interaction, Interactions, interacting
 from common.files import writable
 from sim.assist.chart import BadResource, Chart, Missing, draft_order, is_ordered, read_chart
 from sim.assist.patient_form import FormProblems, read_form
@@ -57,6 +57,11 @@ SERVICES = {
         (ORDER_SELECT, "drugs beside a draft order", "without those that are ordered or drafted"),
     )
 }
+_HIGH_PRIORITY = (
+    f"Pairs of {CITATION}, a minimum list of 2012, or severe by the file that this service was "
+    "given. Dose, route and reason are not looked at."
+)
+_OTHERS = "By the file that this service was given, which does not call them severe."
 _FIELD = re.compile(r"\w{1,40}")
 _log = logging.getLogger(__name__)
 
@@ -110,22 +115,20 @@ def routes_of_run(suggester: Suggester, config: Config) -> APIRouter:
     Raises:
         UserError: if their file cannot be read.
     """
-    file = config.evaluation.interactions
-    interactions = read_interactions(Path(file).expanduser()) if file else None
-    return cds_routes(suggester, interactions=interactions)
+    return cds_routes(suggester, interactions=warned_of(config.evaluation.interactions))
 
 
 def cds_routes(
     suggester: Suggester,
     *,
-    interactions: Interactions | None = None,
+    interactions: Interactions,
     today: Callable[[], datetime.date] = datetime.date.today,
 ) -> APIRouter:
     """Return the routes of discovery and of both services.
 
     Args:
         suggester: The model.
-        interactions: Drugs that should not be ordered together; None: no card names any.
+        interactions: Drugs that should not be ordered together.
         today: For a patient's age.
     """
     router, answering = APIRouter(prefix=PREFIX), threading.Lock()
@@ -161,7 +164,7 @@ def answer(
     body: bytes,
     suggester: Suggester,
     answering: threading.Lock,
-    interactions: Interactions | None,
+    interactions: Interactions,
     today: datetime.date,
 ) -> list[dict[str, Any]]:
     """Return the cards of one request.
@@ -251,11 +254,12 @@ def chart_of(
 
 
 def cards_of(
-    suggestion: Suggestion, chart: Chart, patient_id: str, interactions: Interactions | None
+    suggestion: Suggestion, chart: Chart, patient_id: str, interactions: Interactions
 ) -> list[dict[str, Any]]:
     """Return the cards of one list: a suggestion for each drug that is not ordered yet.
 
-    Where interactions are known, a second card warns of those with a suggested drug.
+    A card each warns of the high-priority interactions and of the other ones of the user's file,
+    as far as a suggested drug is in them.
     """
     if not suggestion.in_format:
         return [card("No drugs are suggested", ["The model's answer was no drug list."])]
@@ -289,12 +293,24 @@ def cards_of(
     cards = [{**shown, "suggestions": suggestions, "selectionBehavior": "any"}]
     new = [drug.name for drug in fresh]
     had = [" and ".join(sorted(order)) for order in chart.ordered]
-    pairs = interacting([*new, *had], interactions) if interactions else []
-    if warned := [pair for pair in pairs if not {*pair}.isdisjoint(new)]:
-        lines = [f"- {_plain(a)} with {_plain(b)}" for a, b in warned]
-        title = f"Interactions with suggested drugs: {len(warned)}"
-        cards.append({**card(title, ["\n".join(lines)]), "indicator": "warning"})
-    return cards
+    found = interacting([*new, *had], interactions)
+    return [*cards, *warnings([one for one in found if not {*one[:2]}.isdisjoint(new)])]
+
+
+def warnings(found: Collection[Interaction]) -> Iterator[dict[str, Any]]:
+    """Return a card on interactions of high priority, and one on those that are not."""
+    for title, note, chosen in (
+        ("High-priority interactions", _HIGH_PRIORITY, [one for one in found if one.high_priority]),
+        ("Other interactions", _OTHERS, [one for one in found if not one.high_priority]),
+    ):
+        lines = [
+            f"- {_plain(one.first)} with {_plain(one.second)}"
+            + (f" ({_plain(one.high_priority)})" if one.high_priority else "")
+            for one in chosen
+        ]
+        if lines:
+            shown = card(f"{title} with suggested drugs: {len(lines)}", ["\n".join(lines), note])
+            yield {**shown, "indicator": "warning"}
 
 
 def evidence(drug: SuggestedDrug) -> str:

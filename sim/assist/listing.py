@@ -57,7 +57,9 @@ class Lister:
         self._cutoff: Cutoff | None = None
         formulary = self._formulary(data)
         if formulary is not None:
-            self._ranker = Ranker(session, formulary, max_length_tokens=config.train.max_length)
+            self._ranker = Ranker(
+                session, formulary, text=config.text, max_length_tokens=config.train.max_length
+            )
             validation = (
                 [one for place in data.hospitals for one in place.validation] if data else []
             )
@@ -79,7 +81,10 @@ class Lister:
     def list_drugs(self, admission: Admission) -> ListedDrugs:
         """Return one admission's list; deterministic."""
         ids, left_out = encode_prompt(
-            admission, self._session.tokenizer, max_length_tokens=self._config.train.max_length
+            admission,
+            self._session.tokenizer,
+            text=self._config.text,
+            max_length_tokens=self._config.train.max_length,
         )
         if self._config.evaluation.method == "score":
             assert self._ranker is not None

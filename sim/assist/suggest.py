@@ -21,6 +21,8 @@ from common.data.icd import (
 from common.data.protocols import ADMISSION, require_protocol
 from common.data.sources import titles_of
 from common.errors import UserError
+from common.evaluation.high_priority import warned_of
+from common.evaluation.interactions import Interaction, interacting
 from common.evaluation.judge.gate import source_of_run
 from common.evaluation.support import Support, SupportIndex
 from common.rundir import RunDirectory
@@ -138,6 +140,7 @@ class Assistant:
         loaded = run.load_checkpoint(checkpoint)
         self.checkpoint = loaded.name
         self.surroundings = surroundings
+        self._interactions = warned_of(config.evaluation.interactions)
         self._session = Worker().session(config)
         inputs = run.inputs()
         _require_same("the backbone", self._session.spec.fingerprint, inputs.backbone)
@@ -194,8 +197,25 @@ class Assistant:
             yield "The model's answer was not a drug list."
         elif self.surroundings.orders is None:
             yield "No orders are at hand: a name may be one that no hospital ever ordered."
+        yield from interaction_lines(interacting(listed.names or (), self._interactions))
         if listed.dropped_diagnoses:
             yield f"The last {listed.dropped_diagnoses} diagnoses did not fit and were not read."
+
+
+def interaction_lines(found: Iterable[Interaction]) -> Iterator[str]:
+    """Say which names of a list interact: a line for each reason, high priority first.
+
+    >>> list(interaction_lines([Interaction("A", "B", ""), Interaction("A", "C", "one class")]))
+    ['High-priority interaction (one class): A with C.', 'Interaction by the named file: A with B.']
+    """
+    by_reason: dict[str, list[str]] = {}
+    for one in found:
+        by_reason.setdefault(one.high_priority, []).append(f"{one.first} with {one.second}")
+    for reason in sorted(by_reason, key=lambda reason: not reason):
+        what = (
+            f"High-priority interaction ({reason})" if reason else "Interaction by the named file"
+        )
+        yield f"{what}: {'; '.join(by_reason[reason])}."
 
 
 def surroundings_of(

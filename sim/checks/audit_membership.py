@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from common.config import Config
 from common.data.partition import Hospital
 from common.errors import UserError
 from common.model.adapter.layout import initial_tensors
@@ -18,6 +19,7 @@ from common.rundir import RunDirectory
 from common.tensor_files import Tensors
 from common.text.batches import Encoded, encode
 from common.training.worker import Worker
+from common.wire.cohort import trained_by
 from sim.answers.evaluate import reopen
 from sim.checks.audit import plain, show
 from sim.checks.audit_page import claim_of, write_audit_page
@@ -60,9 +62,9 @@ def audit_membership(
             initial_tensors(adapter.shapes, adapter.spec),
             *(_reference(path, session) for path in references),
         ]
-        only = config.federation.only
-        trained = [one for one in data.hospitals if only in ("", one.name)]
-        inside, outside = _records(trained, session, config.train.max_length)
+        only = trained_by(config.federation)
+        trained = [one for one in data.hospitals if not only or one.name in only]
+        inside, outside = split_records(trained, session, config)
         members, _ = patient_losses(session, inside, models)
         outsiders, _ = patient_losses(session, outside, models)
         for count, what in ((len(members), "trained on"), (len(outsiders), "held out")):
@@ -117,11 +119,21 @@ def _reference(path: Path, session: Session) -> Tensors:
     return other.load_checkpoint().b
 
 
-def _records(
-    hospitals: Sequence[Hospital], session: Session, max_length: int
+def split_records(
+    hospitals: Sequence[Hospital], session: Session, config: Config
 ) -> tuple[list[Encoded], list[Encoded]]:
+    """Return the records of patients trained on, and of those that were not."""
+
     def tokens(admissions: Sequence[Any]) -> list[Encoded]:
-        return [encode(one, session.tokenizer, max_length_tokens=max_length) for one in admissions]
+        return [
+            encode(
+                one,
+                session.tokenizer,
+                text=config.text,
+                max_length_tokens=config.train.max_length,
+            )
+            for one in admissions
+        ]
 
     inside = [record for one in hospitals for record in tokens(one.train)]
     outside = [record for one in hospitals for record in tokens((*one.validation, *one.test))]

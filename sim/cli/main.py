@@ -18,6 +18,7 @@ from sim.cli import data as cli_data
 from sim.cli import deploy as cli_deploy
 from sim.cli import people as cli_people
 from sim.cli import runs as cli_runs
+from sim.cli import worth as cli_worth
 from sim.cli.options import (
     BackendOption,
     ConfigArgument,
@@ -351,6 +352,7 @@ def doctor(
 app.add_typer(cli_data.app, name="data")
 cli_runs.register(app)
 cli_people.register(app)
+cli_worth.register(app)
 app.command()(cli_deploy.deploy)
 app.command()(cli_deploy.superlink)
 app.command()(cli_deploy.hospital)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.config import Config
+from common.config import Config, TextConfig
 from common.data.dataset import open_hospitals
 from common.data.partition import ATTRIBUTES, Hospital
 from common.data.prepare import prepare_source, table_digest
@@ -103,6 +103,7 @@ def describe(
         lengths = token_lengths(
             table.admissions,
             tokenizer,
+            text=config.text,
             max_length=config.train.max_length,
             seed=config.evaluation.seed,
         )
@@ -126,6 +127,7 @@ def token_lengths(
     admissions: Sequence[Admission],
     tokenizer: "PreTrainedTokenizerBase",
     *,
+    text: TextConfig,
     max_length: int,
     seed: int,
 ) -> TokenLengths:
@@ -134,6 +136,7 @@ def token_lengths(
     Args:
         admissions: All samples; at most ``MOST_TOKENISED`` of them are read.
         tokenizer: The backbone's.
+        text: What the model is asked.
         max_length: Tokens that a sample may have.
         seed: Of the choice.
     """
@@ -142,8 +145,10 @@ def token_lengths(
         draw = stream(seed, "describe", "token-lengths")
         places = np.sort(draw.choice(len(admissions), MOST_TOKENISED, replace=False))
         chosen = [admissions[place] for place in places]
-    whole = [encode(one, tokenizer, max_length_tokens=_UNLIMITED_TOKENS) for one in chosen]
-    cut = [encode(one, tokenizer, max_length_tokens=max_length) for one in chosen]
+    whole, cut = (
+        [encode(one, tokenizer, text=text, max_length_tokens=limit) for one in chosen]
+        for limit in (_UNLIMITED_TOKENS, max_length)
+    )
     return TokenLengths(
         prompt=tuple(one.answer_start for one in whole),
         answer=tuple(one.label_tokens for one in whole),

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from common.evaluation.high_priority import CITATION
 from common.records import Summary
 from sim.report.html import Block
 from sim.report.plots import Points, lines_svg
@@ -10,6 +11,18 @@ from sim.report.words import model_name, number, with_interval
 
 _PERFECT = ((0.0, 0.0), (1.0, 1.0))
 _SIDES = (("predicted", "rate"), ("true", "rate"), ("predicted", "unknown"))
+_SHIPPED = (
+    "Share of the lists' pairs of ingredients that are of the 15 pairs of classes of "
+    f"{CITATION} (a minimum list), and of the ingredients that are in none of them."
+)
+_NAMED = (
+    "Share of the lists' pairs of ingredients that the user's file calls interacting, and of the "
+    "ingredients that the file does not know."
+)
+_INTERACTIONS = {
+    "ddi_high_priority": ("High-priority interactions", _SHIPPED),
+    "interactions": ("Interacting drugs", _NAMED),
+}
 
 
 def ranking_blocks(summary: Summary) -> list[Block]:
@@ -114,24 +127,22 @@ def _by_hospital(summary: Summary, metrics: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def _interactions(summary: Summary, metrics: Mapping[str, Mapping[str, Any]]) -> list[Block]:
-    told = {model: one["interactions"] for model, one in metrics.items() if "interactions" in one}
-    if not told:
-        return []
-    rows = [
-        (
-            model_name(model, summary),
-            *(number(one[side][key]) for side, key in _SIDES),
-        )
-        for model, one in told.items()
-    ]
     return [
         Block(
-            title="Interacting drugs",
-            note="Share of a list's pairs of ingredients that the user's file calls interacting, "
-            "and of its ingredients that the file does not know.",
+            title=title,
+            note=note,
             headers=("", "interacting, listed", "interacting, ordered", "unknown, listed"),
-            rows=tuple(rows),
+            rows=tuple(
+                (
+                    model_name(model, summary),
+                    *(number(one[key][side][what]) for side, what in _SIDES),
+                )
+                for model, one in metrics.items()
+                if key in one
+            ),
         )
+        for key, (title, note) in _INTERACTIONS.items()
+        if any(key in one for one in metrics.values())
     ]
 
 

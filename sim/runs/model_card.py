@@ -1,18 +1,22 @@
 """The model card of an exported adapter: what it is, what it may be used for, how it is used."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, Literal
 
 from common.config import Config
 from common.data.handling import CREDENTIALED, handling_of
-from common.data.samples import Admission
+from common.data.protocols import ADMISSION, ASKED, FIRST_24H, FLAGGED, VISITS
+from common.data.samples import Admission, Visit
 from common.model.adapter.layout import adapter_spec
 from common.model.backbone import embedded
 from common.model.backbone.load import BackboneSpec
 from common.provenance import PROMPT_DATE
 from common.records import Summary
 from common.rundir import Checkpoint, RunDirectory
+from common.template import OWN_TEMPLATE
 from common.text.prompts import messages, render_answer
 from sim.report.html import markdown_text
 from sim.report.words import COLUMNS, NOTICE, model_name, number
@@ -32,6 +36,27 @@ EXAMPLE = Admission(
     diagnoses=("Heart failure, unspecified", "Essential (primary) hypertension"),
 )
 """An invented patient."""
+_EARLIER = Visit(
+    diagnoses=("Essential (primary) hypertension",),
+    diagnosis_codes=("10:I10",),
+    procedures=("Central venous catheter placement with guidance",),
+    drugs=("Lisinopril",),
+)
+EXAMPLES = {
+    ADMISSION: EXAMPLE,
+    VISITS: replace(EXAMPLE, protocol=VISITS, earlier=(_EARLIER,)),
+    FIRST_24H: replace(
+        EXAMPLE,
+        protocol=FIRST_24H,
+        diagnoses=(),
+        earlier=(replace(_EARLIER, procedures=(), drugs=()),),
+        admission_type="URGENT",
+        services=("MED",),
+        labs=(f"Potassium: 3.1 mEq/L{FLAGGED}",),
+        ordered=("Heparin",),
+    ),
+}
+"""The same, as each protocol shows it."""
 _LICENCES = {
     embedded.HUB_ID.lower(): "apache-2.0",
     "meta-llama/llama-3.1": "llama3.1",
@@ -80,6 +105,9 @@ def model_card(
             "Given a patient's physical data and the diagnoses of one hospital stay, the model "
             "lists the drugs that were ordered. Diagnoses are coded at discharge and the list is "
             "the whole stay's orders: this reconstructs, it does not advise."
+            if config.data.protocol == ADMISSION
+            else f"Task (data.protocol {config.data.protocol}): {ASKED[config.data.protocol]}. "
+            "It reproduces what was ordered, it does not advise."
         ),
         "",
         "| | |",
@@ -104,8 +132,8 @@ def model_card(
     if checkpoint.name == (summary.evaluation or {}).get("checkpoint"):
         lines += _metrics_lines(summary)
     lines += [
-        *_format_lines(),
-        *_use_lines(layout, hub_id=hub_id, length=config.evaluation.max_new_tokens),
+        *_format_lines(config),
+        *_use_lines(layout, config, hub_id=hub_id, length=config.evaluation.max_new_tokens),
         *_serve_lines(layout, rank=adapter.rank, hub_id=hub_id),
     ]
     return "\n".join(lines)
@@ -196,9 +224,11 @@ def _metrics_lines(summary: Summary) -> list[str]:
     ]
 
 
-def _format_lines() -> list[str]:
+def _format_lines(config: Config) -> list[str]:
     """Show the prompt and the answer's format with an invented patient."""
-    system, user = messages(EXAMPLE)
+    text, protocol = config.text, config.data.protocol
+    system, user = messages(EXAMPLES[protocol], text)
+    template = ["Its template:", "", *_text(text.template or OWN_TEMPLATE)]
     return [
         "## Prompt and answer",
         "",
@@ -207,30 +237,28 @@ def _format_lines() -> list[str]:
             f"was given {PROMPT_DATE:%d %b %Y}). System:"
         ),
         "",
-        "```text",
-        system["content"],
-        "```",
-        "",
+        *_text(system["content"]),
         'User; what is not known is "unknown", ages above 89 are "> 89":',
         "",
-        "```text",
-        user["content"],
-        "```",
-        "",
+        *_text(user["content"]),
+        *(template if protocol == ADMISSION else ()),
         "Answer, one drug a line, ended by the end token:",
         "",
-        "```text",
-        render_answer(["Furosemide", "Lisinopril"]),
-        "```",
-        "",
+        *_text(render_answer(["Furosemide", "Lisinopril"])),
     ]
 
 
-def _use_lines(layout: Format, *, hub_id: str, length: int) -> list[str]:
+def _text(content: str) -> list[str]:
+    """Fence a text, with more backticks than any of its own."""
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", content)), 0)
+    return [f"{fence}text", content.strip(), fence, ""]
+
+
+def _use_lines(layout: Format, config: Config, *, hub_id: str, length: int) -> list[str]:
     """Return code that generates a list; llama.cpp's stands among the commands to serve."""
     if layout == "gguf":
         return []
-    system, user = messages(EXAMPLE)
+    system, user = messages(EXAMPLES[config.data.protocol], config.text)
     base = hub_id or "FOLDER OF THE BACKBONE"
     model = "AutoModelForCausalLM.from_pretrained(BASE)"
     return [

@@ -6,26 +6,26 @@ an interrupted sweep goes on where it stopped.
 """
 
 import itertools
-import math
 import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import t as student
 
 from common.config import Config
 from common.configio import Scalar, differences, flatten, from_flat, parse_overrides
 from common.errors import UserError
+from common.evaluation.transfer import CONFIDENCE, half_width
 from common.files import write_text
 from common.privacy.settings import plan_of, protects
 from common.provenance import shown_command
 from common.records import RunRecord, Summary
 from common.rundir import RUN, RunDirectory, remove_unbegun
-from common.wire.cohort import hospital_names, sampled
+from common.wire.cohort import asked, hospital_names
 from server.strategies import STRATEGIES, check_strategy
 from sim.process.failures import StageFailed
 from sim.process.lock import exclusive
@@ -50,7 +50,6 @@ ARMS: dict[str, dict[str, Scalar]] = {
 SEEDED = ("train.seed", "adapter.seed", "partition.seed", "federation.seed")
 RESULTLESS = ("federation.workers",)
 """Keys that cannot change a run's result."""
-CONFIDENCE = 0.95
 INTERVALS = f"Mean ± {CONFIDENCE:.0%} interval over seeds (Student's t)."
 FIGURES: dict[str, Callable[[Summary], float | None]] = {
     "F1": lambda summary: summary.metrics["fedrx"].f1,
@@ -173,11 +172,11 @@ def pooled_budget(config: Config) -> dict[str, float]:
     {'train.steps': 120}
     """
     train, federation = config.train, config.federation
-    asked = sampled(federation.fraction, federation.hospitals)
+    together = asked(federation)
     if train.epochs and not train.steps:
-        return {"train.epochs": train.epochs * asked / federation.hospitals}
+        return {"train.epochs": train.epochs * together / federation.hospitals}
     steps = train.steps or federation.rounds * federation.local_steps
-    return {"train.steps": asked * steps}
+    return {"train.steps": together * steps}
 
 
 def sweep(
@@ -202,22 +201,11 @@ def sweep(
         UserError: if another process is at work on it, or a run in it is not the cell's.
     """
     again = shlex.join(shown_command(command_line)) or "the same `fedrx sweep`"
-    folder.mkdir(parents=True, exist_ok=True)
+    done = run_all(cells, folder, console=console, command_line=command_line, again=again)
     directory, arms = RunDirectory(folder), dict[str, dict[int, list[Summary]]]()
-    with exclusive(directory):
-        names = tuple(cell.folder for cell in cells)
-        directory.write_json(RUN, RunRecord(mode="sweep", resumable=False, cells=names))
-        for number, cell in enumerate(cells, 1):
-            label = f"{number}/{len(cells)}: {cell.arm}, seed {cell.seed} {cell.part}"
-            console.print(label, style="bold", markup=False)
-            try:
-                summary = run_cell(cell, folder / cell.folder, console, command_line)
-            except StageFailed as error:
-                raise StageFailed(error.what, command=again) from error
-            except KeyboardInterrupt:
-                console.print(f"go on with: {again}", markup=False, highlight=False)
-                raise
-            arms.setdefault(cell.arm, {}).setdefault(cell.seed, []).append(summary)
+    for cell in cells:
+        summary = done[cell.folder].summary()
+        arms.setdefault(cell.arm, {}).setdefault(cell.seed, []).append(summary)
     rows = [
         ArmRow(arm, len(seeds), tabulate([seeds[seed] for seed in sorted(seeds)]))
         for arm, seeds in arms.items()
@@ -227,7 +215,7 @@ def sweep(
     write_text(folder / "sweep.md", markdown(rows))
     runs: dict[str, list[RunDirectory]] = {}
     for cell in cells:
-        runs.setdefault(cell.arm, []).append(RunDirectory.open(folder / cell.folder))
+        runs.setdefault(cell.arm, []).append(done[cell.folder])
     table = Block(
         title="Arms",
         note=INTERVALS,
@@ -238,6 +226,52 @@ def sweep(
     show(console, rows)
     console.print(f"page: {page}", markup=False, highlight=False)
     return result
+
+
+def run_all(
+    cells: Sequence[Cell],
+    folder: Path,
+    *,
+    console: Console,
+    command_line: Sequence[str],
+    again: str,
+    trained: Mapping[str, RunDirectory] = MappingProxyType({}),
+) -> dict[str, RunDirectory]:
+    """Run the cells that are not finished yet, holding their folder alone.
+
+    Args:
+        cells: All of them.
+        folder: Where they are.
+        console: Where progress is shown.
+        command_line: Stored in each run's environment.json.
+        again: The command that goes on after an interruption.
+        trained: Finished runs elsewhere that stand for cells, by the cells' folders.
+
+    Returns:
+        The runs by the cells' folders.
+
+    Raises:
+        UserError: if another process is at work on the folder, or a run is not its cell's.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    directory, found = RunDirectory(folder), dict[str, RunDirectory]()
+    with exclusive(directory):
+        names = tuple(cell.folder for cell in cells)
+        directory.write_json(RUN, RunRecord(mode="sweep", resumable=False, cells=names))
+        for number, cell in enumerate(cells, 1):
+            label = f"{number}/{len(cells)}: {cell.arm}, seed {cell.seed} {cell.part}"
+            console.print(label, style="bold", markup=False)
+            elsewhere = trained.get(cell.folder)
+            place = elsewhere.path if elsewhere else folder / cell.folder
+            try:
+                run_cell(cell, place, console, command_line)
+            except StageFailed as error:
+                raise StageFailed(error.what, command=again) from error
+            except KeyboardInterrupt:
+                console.print(f"go on with: {again}", markup=False, highlight=False)
+                raise
+            found[cell.folder] = RunDirectory(place)
+    return found
 
 
 def tabulate(seeds: Sequence[Sequence[Summary]]) -> dict[str, Interval]:
@@ -268,11 +302,7 @@ def _interval(seeds: Sequence[Sequence[float | None]]) -> Interval:
     if [len(runs) for runs in known] != [len(runs) for runs in seeds]:
         return Interval(None, None)
     values = [statistics.fmean(runs) for runs in known]
-    half = None
-    if len(values) > 1:
-        quantile = float(student.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
-        half = quantile * statistics.stdev(values) / math.sqrt(len(values))
-    return Interval(statistics.fmean(values), half)
+    return Interval(statistics.fmean(values), half_width(values))
 
 
 def markdown(rows: Sequence[ArmRow]) -> str:

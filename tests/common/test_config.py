@@ -121,6 +121,42 @@ def test_overrides_take_the_type_of_their_key():
             parse_overrides([text])
 
 
+TEMPLATE = "Ill with:\n{diagnoses}\n"
+
+
+def test_a_template_s_text_travels_and_its_file_may_go(tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"\xef\xbb\xbfIll with:\r\n{diagnoses}\r\n")
+    (tmp_path / "a.toml").write_text(f"[text]\ntemplate = '{file}'\n")
+    found = [
+        read_config(tmp_path / "a.toml"),
+        from_flat(parse_overrides([f"text.template={file}"])),
+    ]
+    file.unlink()
+    (tmp_path / "b.toml").write_text(to_toml(found[0]))
+    found += [read_config(tmp_path / "b.toml"), from_flat(flatten(found[0]))]
+    assert [one.text.template for one in found] == [TEMPLATE] * 4
+    assert config_hash(found[0]) != config_hash(Config())
+
+
+def test_what_comes_over_the_wire_opens_no_file(tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text(TEMPLATE)
+    with pytest.raises(UserError, match=r"text\.template: .* is no template"):
+        from_flat({"text.template": str(file)})
+
+
+@pytest.mark.parametrize("content", [None, b"\xff{diagnoses}", b"{diagnosis}"])
+def test_a_template_that_cannot_be_used_is_one_line(tmp_path, content):
+    file = tmp_path / "prompt.txt"
+    if content is not None:
+        file.write_bytes(content)
+    (tmp_path / "a.toml").write_text(f"[text]\ntemplate = '{file}'\n")
+    with pytest.raises(UserError, match=r"text\.template.*fix") as caught:
+        read_config(tmp_path / "a.toml")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_broken_or_missing_file_is_one_line(tmp_path):
     (tmp_path / "broken.toml").write_text("[train\n")
     for name in ("broken.toml", "absent.toml"):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from common.config import OWN_TEXT, TextConfig
 from common.errors import UserError
 from common.model.backbone import embedded, tiny
 from common.model.backbone.llama_config import read_llama_config, tensors_of
@@ -73,15 +74,19 @@ class BackboneSpec:
     rope: str = "default"
     """Kind of its rotary position embedding, as transformers names it."""
 
-    def fingerprint_as(self, weights: str) -> str:
+    def fingerprint_as(self, weights: str, text: TextConfig = OWN_TEXT) -> str:
         """Return what hospitals must agree on: quantised weights are another function.
 
         Args:
             weights: Format of the frozen weights, see ``common.model.kernels.frozen``.
+            text: What the model is asked; other words are another function too.
         """
-        if weights in ("bf16", "fp32"):
+        others = [] if weights in ("bf16", "fp32") else [weights]
+        if text != OWN_TEXT:
+            others.append(json.dumps([text.system_prompt, text.template]))
+        if not others:
             return self.fingerprint
-        return hashlib.sha256(f"{self.fingerprint} {weights}".encode()).hexdigest()
+        return hashlib.sha256(" ".join([self.fingerprint, *others]).encode()).hexdigest()
 
 
 def resolve_backbone(

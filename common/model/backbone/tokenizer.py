@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.config import OWN_TEXT
 from common.errors import UserError
 from common.text.chat import prompt_text
-from common.text.prompts import SYSTEM_PROMPT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,7 +70,7 @@ def check_tokenizer(
             fix="name one of them `default` in tokenizer_config.json",
         )
     try:
-        rendered = {prompt_text(tokenizer, SYSTEM_PROMPT, _PROBE) for _ in range(4)}
+        rendered = {prompt_text(tokenizer, OWN_TEXT.system_prompt, _PROBE) for _ in range(4)}
     except UserError as error:
         said = str(error.__cause__ or "").split("\n")[0]
         raise UserError(
@@ -109,5 +109,5 @@ def tokenizer_facts(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
         "end": tokenizer.eos_token_id,
         "clean_up": bool(tokenizer.clean_up_tokenization_spaces),
         "template": tokenizer.get_chat_template(),
-        "prompt": prompt_text(tokenizer, SYSTEM_PROMPT, _PROBE),
+        "prompt": prompt_text(tokenizer, OWN_TEXT.system_prompt, _PROBE),
     }

@@ -51,6 +51,16 @@ def test_ingredients(name, ingredients):
     assert list(normalise(name, "ingredient")) == ingredients
 
 
+FORMS = """
+    CHEW CP12 CP24 CPCR CPDR CPEP CREA ELIX EMUL LIQD NEBU POWD SYRP TB12 TB24 TBCR TBDP
+"""
+
+
+@pytest.mark.parametrize("form", FORMS.split())
+def test_short_forms_of_order_entry_are_forms(form):
+    assert normalise(f"DILTIAZEM HCL 120 MG PO {form}", "ingredient") == ("diltiazem",)
+
+
 @pytest.mark.parametrize(
     "pair",
     [

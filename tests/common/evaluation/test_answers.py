@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.config import AdapterConfig, Config, EvaluationConfig, TrainConfig
+from common.config import OWN_TEXT, AdapterConfig, Config, EvaluationConfig, TrainConfig
 from common.data.partition import Hospital
 from common.data.samples import Admission
 from common.errors import UserError
@@ -69,7 +69,10 @@ def session():
 @pytest.fixture(scope="module")
 def trained(session):
     """B after learning the first hospital's list by heart."""
-    samples = [encode(one, session.tokenizer, max_length_tokens=512) for one in HOSPITALS[0].train]
+    samples = [
+        encode(one, session.tokenizer, text=OWN_TEXT, max_length_tokens=512)
+        for one in HOSPITALS[0].train
+    ]
     state = TrainState()
     train(session, samples, CONFIG.train, state, steps=60, schedule_steps=60, stream="x")
     b = session.adapter.state()

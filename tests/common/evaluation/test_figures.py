@@ -139,6 +139,24 @@ def test_interactions_are_those_of_the_users_file(tmp_path):
         "pairs": 4,
         "interacting": 2,
         "unknown": 1 / 7,
+        "known": 6,
+        "lists": 2,
     }
     assert part["popularity"]["interactions"]["predicted"]["rate"] is None
     assert "interactions" not in found()["fedrx"]
+
+
+def test_high_priority_interactions_need_no_file():
+    """Of the lists one pair of three is of high priority; of the true ones none of one."""
+    lists = [("Haloperidol", "Methadone", "Senna"), (), None, ()]
+    true = [("Senna", "Docusate"), ("Methadone",), (), ()]
+    ours = [
+        row.model_copy(update={"truth": truth})
+        for row, truth in zip(rows("fedrx", lists), true, strict=True)
+    ]
+    part = figures({"fedrx": ours}, {}, compared())["fedrx"]["ddi_high_priority"]
+    assert part["predicted"]["rate"] == 1 / 3
+    assert part["predicted"]["known"] == 2
+    assert part["predicted"]["lists"] == 1
+    assert part["true"]["rate"] == 0
+    assert part["true"]["known"] == 1

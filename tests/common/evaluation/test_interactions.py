@@ -36,18 +36,20 @@ def test_the_rate_is_the_density_of_the_lists_in_the_graph(tmp_path, graph, form
     figures = interaction_figures([[NAMES[i] for i in one] for one in lists], found)
     edges = [graph.subgraph(one).number_of_edges() for one in lists]
     pairs = sum(len(one) * (len(one) - 1) // 2 for one in lists)
-    assert figures == (sum(edges) / pairs, pairs, sum(edges), figures.unknown)
+    assert figures[:3] == (sum(edges) / pairs, pairs, sum(edges))
     degree = dict(graph.degree)
     listed = [place for one in lists for place in one]
     assert figures.unknown == pytest.approx(sum(degree[i] == 0 for i in listed) / len(listed))
+    assert figures.known == sum(degree[i] > 0 for i in listed)
+    assert figures.lists == sum(count > 0 for count in edges)
 
 
 def test_strengths_salts_and_combinations_are_ingredients(tmp_path):
     found = read_interactions(write(tmp_path, "drug_a,drug_b\nWarfarin,Aspirin\nCodeine,Aspirin\n"))
     drugs = ("Aspirin 81 mg Tab", "Warfarin Sodium", "Acetaminophen w/Codeine", "Senna")
     assert interacting(drugs, found) == [
-        ("Aspirin 81 mg Tab", "Warfarin Sodium"),
-        ("Aspirin 81 mg Tab", "Acetaminophen w/Codeine"),
+        ("Aspirin 81 mg Tab", "Warfarin Sodium", ""),
+        ("Aspirin 81 mg Tab", "Acetaminophen w/Codeine", ""),
     ]
     assert interaction_figures([drugs], found).pairs == 10  # of five ingredients
     assert interaction_figures([("Senna",)], found).rate is None
@@ -57,6 +59,18 @@ def test_a_pair_has_no_order_and_nothing_interacts_with_itself(tmp_path):
     text = "drug_a,drug_b\nA1,B1\nB1,A1\nA1,B1\nC1,C1\n"
     found = read_interactions(write(tmp_path, text))
     assert (len(found.pairs), found.repeated, found.selves) == (1, 2, 1)
+
+
+@pytest.mark.parametrize("column", ["Level", "severity"])
+def test_a_severity_makes_a_pair_one_of_high_priority(tmp_path, column):
+    rows = ["A1,B1,Major", "C1,A1,moderate", "C1,B1,", "D1,A1, CONTRAINDICATED", "E1,A1"]
+    text = "\n".join([f"Drug_A,Drug_B,{column}", *rows])
+    found = read_interactions(write(tmp_path, text))
+    assert len(found.pairs) == 5
+    assert found.high_priority == {
+        ("a1", "b1"): "major in the file of interactions",
+        ("a1", "d1"): "contraindicated in the file of interactions",
+    }
 
 
 @pytest.mark.parametrize(

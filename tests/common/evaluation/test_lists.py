@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.config import AdapterConfig, Config, EvaluationConfig, TrainConfig
+from common.config import OWN_TEXT, AdapterConfig, Config, EvaluationConfig, TrainConfig
 from common.data.partition import Hospital
 from common.data.samples import Admission
 from common.errors import UserError
@@ -110,11 +110,14 @@ def test_scored_lists_are_cut_where_each_hospitals_validation_says(session, b):
     session.adapter.load(b)
     expected = {}
     for one in HOSPITALS:
-        ranker = Ranker(session, formulary_of(one.train), max_length_tokens=512)
+        ranker = Ranker(session, formulary_of(one.train), text=OWN_TEXT, max_length_tokens=512)
         names = ranker.formulary.names
 
         def scored(split, ranker=ranker):
-            prompts = [encode_prompt(a, session.tokenizer, max_length_tokens=512)[0] for a in split]
+            prompts = [
+                encode_prompt(a, session.tokenizer, text=OWN_TEXT, max_length_tokens=512)[0]
+                for a in split
+            ]
             return drug_scores(session, prompts, lambda _: ranker.plan)
 
         truths = [[name in a.drugs for name in names] for a in one.validation]
@@ -190,7 +193,7 @@ def test_without_validation_patients_a_scored_list_has_no_threshold(session, b):
 
 
 def test_why_a_list_ends_is_told(session):
-    ranker = Ranker(session, formulary_of(HOSPITALS[0].train), max_length_tokens=512)
+    ranker = Ranker(session, formulary_of(HOSPITALS[0].train), text=OWN_TEXT, max_length_tokens=512)
     truths = [[True, False, False, False], [True, True, False, False]]
     cut = fit_cutoff([np.array([0.6, 0.3, 0.09, 0.01])] * 2, truths, [0, 0])
     one = ranker.ranking(np.array([0.7, 0.25, 0.04, 0.01]), cut)

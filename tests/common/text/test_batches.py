@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from common.config import OWN_TEXT, TextConfig
 from common.data.samples import Admission
 from common.errors import UserError
 from common.model.backbone.tiny import END, START, tiny_tokenizer
@@ -40,7 +41,7 @@ def test_pad_is_the_end_token_here_as_in_smollm2():
 
 def test_labels_are_the_answer_and_its_end_token():
     case = admission()
-    encoded = encode(case, TOKENIZER, max_length_tokens=1024)
+    encoded = encode(case, TOKENIZER, text=OWN_TEXT, max_length_tokens=1024)
     batch = pack([encoded])
     labels = batch.labels_N.tolist()
     assert TOKENIZER.decode(labels[:-1]) == render_answer(case.drugs)
@@ -56,7 +57,7 @@ def test_labels_are_the_answer_and_its_end_token():
 
 def test_the_text_is_the_chat_template_of_the_messages():
     case = admission()
-    encoded = encode(case, TOKENIZER, max_length_tokens=1024)
+    encoded = encode(case, TOKENIZER, text=OWN_TEXT, max_length_tokens=1024)
     system, user = (message["content"] for message in messages(case))
     expected = (
         f"{START}system\n{system}{END}\n{START}user\n{user}{END}\n{START}assistant\n"
@@ -67,8 +68,8 @@ def test_the_text_is_the_chat_template_of_the_messages():
 
 def test_generation_starts_from_the_training_prompt():
     case = admission()
-    prompt, dropped = encode_prompt(case, TOKENIZER, max_length_tokens=1024)
-    encoded = encode(case, TOKENIZER, max_length_tokens=1024)
+    prompt, dropped = encode_prompt(case, TOKENIZER, text=OWN_TEXT, max_length_tokens=1024)
+    encoded = encode(case, TOKENIZER, text=OWN_TEXT, max_length_tokens=1024)
     assert not any(dropped)
     assert list(encoded.input_ids[: encoded.answer_start]) == prompt
 
@@ -78,7 +79,7 @@ def test_whole_items_are_dropped_from_the_end_and_counted(length):
     drugs = [f"Drug number {n}, 5 mg" for n in range(60)]
     diagnoses = [f"Disorder {n}, unspecified" for n in range(60)]
     case = admission(drugs, diagnoses)
-    encoded = encode(case, TOKENIZER, max_length_tokens=length)
+    encoded = encode(case, TOKENIZER, text=OWN_TEXT, max_length_tokens=length)
     assert len(encoded.input_ids) <= length
     kept = 60 - encoded.dropped_drugs
     assert 0 < kept < 60
@@ -96,24 +97,40 @@ def test_whole_items_are_dropped_from_the_end_and_counted(length):
     assert encoded.answer_start + len(text) + 1 > length
 
 
+def test_diagnoses_are_dropped_from_within_a_template():
+    text = TextConfig(system_prompt="Say it.", template="{diagnoses}\nWhat was ordered?")
+    case = admission(diagnoses=[f"Disorder {n}, unspecified" for n in range(60)])
+    encoded = encode(case, TOKENIZER, text=text, max_length_tokens=300)
+    prompt = TOKENIZER.decode(encoded.input_ids[: encoded.answer_start])
+    shown = 60 - encoded.dropped_diagnoses
+    assert 0 < shown < 60
+    assert f"- {case.diagnoses[shown - 1]}\nWhat was ordered?{END}" in prompt
+    assert prompt.startswith(f"{START}system\nSay it.{END}")
+    assert encoded.answer_start <= 150
+
+
 def test_the_prompt_does_not_depend_on_the_answer():
     diagnoses = [f"Disorder {n}, unspecified" for n in range(60)]
     prompts = set()
     for drugs in (["A"], [f"Drug number {n}" for n in range(60)]):
-        encoded = encode(admission(drugs, diagnoses), TOKENIZER, max_length_tokens=300)
+        encoded = encode(
+            admission(drugs, diagnoses), TOKENIZER, text=OWN_TEXT, max_length_tokens=300
+        )
         prompts.add(encoded.input_ids[: encoded.answer_start])
     assert len(prompts) == 1
 
 
 def test_nothing_secret_reaches_the_tokens():
-    plain = encode(admission(), TOKENIZER, max_length_tokens=1024)
+    plain = encode(admission(), TOKENIZER, text=OWN_TEXT, max_length_tokens=1024)
     other = replace(admission(), patient=99, admission=98, service="X", insurance="Y", careunit="Z")
-    assert encode(other, TOKENIZER, max_length_tokens=1024).input_ids == plain.input_ids
+    assert (
+        encode(other, TOKENIZER, text=OWN_TEXT, max_length_tokens=1024).input_ids == plain.input_ids
+    )
 
 
 def test_a_length_that_holds_no_frame_is_refused():
     with pytest.raises(UserError, match="max-length"):
-        encode(admission(), TOKENIZER, max_length_tokens=40)
+        encode(admission(), TOKENIZER, text=OWN_TEXT, max_length_tokens=40)
 
 
 def test_packing_needs_samples_with_prompts():

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common.config import Config, DataConfig, TrainConfig
+from common.config import OWN_TEXT, Config, DataConfig, TrainConfig
 from common.data.partition import Hospital
 from common.data.samples import Admission
 from common.model.adapter.falora import AdapterSpec
@@ -67,7 +67,9 @@ def drugs_of(session, sample, epoch=0):
 
 
 def test_first_start_is_what_it_was(session):
-    expected = [encode(one, session.tokenizer, max_length_tokens=512) for one in ADMISSIONS]
+    expected = [
+        encode(one, session.tokenizer, text=OWN_TEXT, max_length_tokens=512) for one in ADMISSIONS
+    ]
     found = samples(session, "first-start")
     assert list(found) == expected
     assert [one.in_epoch(3) for one in found] == expected
@@ -108,7 +110,10 @@ def test_every_drug_comes_first_equally_often(session):
 
 def test_what_is_validated_stays_in_the_order_of_the_stay(session):
     found = encode_hospital(HOSPITAL, session, config("shuffled")).validation
-    expected = [encode(one, session.tokenizer, max_length_tokens=512) for one in ADMISSIONS[:2]]
+    expected = [
+        encode(one, session.tokenizer, text=OWN_TEXT, max_length_tokens=512)
+        for one in ADMISSIONS[:2]
+    ]
     assert list(found) == expected
     assert [one.in_epoch(5) for one in found] == expected
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from common.config import OWN_TEXT
 from common.data.samples import Admission, Visit
 from common.model.backbone.tiny import tiny_tokenizer
 from common.text.batches import encode
@@ -79,7 +80,7 @@ def test_the_usual_prompt_shows_nothing_of_other_protocols():
 
 @pytest.mark.parametrize("length", [2048, 900, 640, 512, 400])
 def test_the_oldest_visits_go_first_and_are_counted(length):
-    encoded = encode(VISITS, TOKENIZER, max_length_tokens=length)
+    encoded = encode(VISITS, TOKENIZER, text=OWN_TEXT, max_length_tokens=length)
     text = TOKENIZER.decode(encoded.input_ids[: encoded.answer_start])
     gone = encoded.left_out.visits
     for n in range(12):
@@ -89,7 +90,7 @@ def test_the_oldest_visits_go_first_and_are_counted(length):
         assert encoded.left_out == (0, 0, 0, 0, gone)
     if gone:
         more, _ = with_items(VISITS, items(VISITS) - gone + 1)
-        longer = encode(more, TOKENIZER, max_length_tokens=1 << 20)
+        longer = encode(more, TOKENIZER, text=OWN_TEXT, max_length_tokens=1 << 20)
         assert longer.answer_start > length // 2
     assert (gone == 0) == (length == 2048)
 

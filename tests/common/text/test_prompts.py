@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.config import OWN_TEXT, TextConfig
 from common.data.samples import Admission
 from common.text.prompts import ANSWER_GRAMMAR, messages, parse_answer, render_answer
 
@@ -92,6 +93,30 @@ def test_a_diagnosis_cannot_add_a_line() -> None:
     plain = replace(ADMISSION, diagnoses=("Gout", "Sepsis"))
     lines = [len(messages(a)[1]["content"].splitlines()) for a in (hostile, plain)]
     assert lines[0] == lines[1]
+
+
+OWN = TextConfig(
+    system_prompt="  Name what was ordered.\n",
+    template="\n{age} years ({sex}), {bmi} kg/m2.\n{diagnoses}\nWhat was {{ordered}}?\n",
+)
+
+
+def test_a_template_and_a_system_message_of_the_user_s_own() -> None:
+    system, user = messages(ADMISSION, OWN)
+    assert system["content"] == "Name what was ordered."
+    assert user["content"] == (
+        "67 years (F), 25.8 kg/m2.\n- Heart failure, unspecified\n- Gout, unspecified\n"
+        "What was {ordered}?"
+    )
+
+
+@pytest.mark.parametrize("text", [OWN_TEXT, OWN])
+def test_no_diagnosis_adds_a_line_or_a_value_to_any_template(text: TextConfig) -> None:
+    plain = messages(replace(ADMISSION, diagnoses=("Gout",) * len(HOSTILE)), text)[1]["content"]
+    found = messages(replace(ADMISSION, diagnoses=(*HOSTILE[:-1], "{age} {0}")), text)
+    lines = found[1]["content"].splitlines()
+    assert len(lines) == len(plain.splitlines())
+    assert "- {age} {0}" in lines
 
 
 def test_an_answer_is_exactly_this_text() -> None:

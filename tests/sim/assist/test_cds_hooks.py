@@ -24,6 +24,7 @@ from fastapi.testclient import TestClient
 from common.config import Config, EvaluationConfig
 from common.data.icd import Diagnosis, DiagnosisIndex
 from common.errors import UserError
+from common.evaluation.high_priority import high_priority
 from common.evaluation.support import Support
 from sim.assist.cds_hooks import LARGEST_BODY_BYTES, NOTICE, SERVICES, cds_routes, routes_of_run
 from sim.assist.chart import require_fhir
@@ -76,7 +77,7 @@ def model():
 @pytest.fixture
 def client(model):
     app = FastAPI()
-    app.include_router(cds_routes(model, today=lambda: TODAY))
+    app.include_router(cds_routes(model, interactions=high_priority(), today=lambda: TODAY))
     with TestClient(app) as asking:
         yield asking
 
@@ -333,11 +334,44 @@ def test_interactions_with_a_suggested_drug_are_a_warning(model, tmp_path):
         first, second = cards(call(client, request))
         assert [one["label"] for one in first["suggestions"]] == list(model.drugs)
         assert second["indicator"] == "warning"
-        assert second["summary"].startswith("Interactions with suggested drugs: 2 ")
+        assert second["summary"].startswith("Other interactions with suggested drugs: 2 ")
         lines = [line for line in second["detail"].splitlines() if line.startswith("- ")]
         assert lines == ["- Furosemide with Aspirin", "- Aspirin with warfarin"]
         model.answer = model.list_of("Digoxin", "Metoprolol")
         assert len(cards(call(client, request))) == 1
+
+
+def test_high_priority_interactions_have_a_card_of_their_own(model, tmp_path):
+    """The shipped list without a file; with one, its severe pairs too, and the others apart."""
+    request = patient_view()
+    request["prefetch"]["medications"] = bundle(order("Haloperidol Lactate"), order("Warfarin"))
+    model.answer = model.list_of("Ondansetron ODT", "Aspirin", "Senna")
+
+    def shown(config):
+        app = FastAPI()
+        app.include_router(routes_of_run(model, config))
+        with TestClient(app) as client:
+            _, *others = cards(call(client, request))
+        assert {one["indicator"] for one in others} <= {"warning"}
+        return {
+            one["summary"].partition(" (")[0]: [
+                line for line in one["detail"].splitlines() if line.startswith("- ")
+            ]
+            for one in others
+        }
+
+    of_the_list = r"- Ondansetron ODT with haloperidol (QT\-prolonging agents with one another)"
+    assert shown(Config()) == {"High-priority interactions with suggested drugs: 1": [of_the_list]}
+    pairs = tmp_path / "pairs.csv"
+    text = "Drug_A,Drug_B,Level\nWarfarin,Aspirin,Major\nWarfarin,Senna,Minor\n"
+    pairs.write_text(text, "utf-8")
+    assert shown(Config(evaluation=EvaluationConfig(interactions=str(pairs)))) == {
+        "High-priority interactions with suggested drugs: 2": [
+            of_the_list,
+            "- Aspirin with warfarin (major in the file of interactions)",
+        ],
+        "Other interactions with suggested drugs: 1": ["- Senna with warfarin"],
+    }
 
 
 def test_an_answer_that_is_no_list_is_said(client, model):
@@ -416,7 +450,8 @@ PORT = 8080
 def served(model, tmp_path):
     """The page's application with the services in it, and its secret."""
     desk = Desk(suggester=model, decisions=tmp_path / "decisions.jsonl", about={})
-    app = make_app(desk, port=PORT, services=cds_routes(model, today=lambda: TODAY))
+    services = cds_routes(model, interactions=high_priority(), today=lambda: TODAY)
+    app = make_app(desk, port=PORT, services=services)
     with TestClient(app, base_url=f"http://127.0.0.1:{PORT}") as client:
         yield client, desk.secret
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.config import Config, EvaluationConfig, ModelConfig, TrainConfig
+from common.config import OWN_TEXT, Config, EvaluationConfig, ModelConfig, TrainConfig
 from common.data.dataset import Dataset
 from common.data.partition import Hospital
 from common.data.samples import Admission, SampleTable
@@ -68,9 +68,9 @@ def lister(session, data=DATA, **settings):
 
 @pytest.fixture(scope="module")
 def ranking(session):
-    ranker = Ranker(session, formulary_of(DATA.train), max_length_tokens=512)
+    ranker = Ranker(session, formulary_of(DATA.train), text=OWN_TEXT, max_length_tokens=512)
     validation = [one for hospital in DATA.hospitals for one in hospital.validation]
-    ids, _ = encode_prompt(PATIENT, session.tokenizer, max_length_tokens=512)
+    ids, _ = encode_prompt(PATIENT, session.tokenizer, text=OWN_TEXT, max_length_tokens=512)
     (found,) = ranker.rank([ids], ranker.fit(validation, samples=64, seed=0))
     return found
 

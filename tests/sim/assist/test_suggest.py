@@ -12,6 +12,7 @@ from common.data.partition import assign_hospitals
 from common.data.samples import Admission, SampleTable
 from common.errors import UserError
 from common.rundir import RunDirectory
+from sim.assist.listing import ListedDrugs
 from sim.assist.orders import Orders
 from sim.assist.patient_form import FormProblems, read_form
 from sim.assist.suggest import (
@@ -218,3 +219,24 @@ def test_what_no_table_knows_is_said_in_json_and_on_the_terminal(tiny_run):
     told = io.StringIO()
     show_suggestion(Console(file=told, width=200), tiny_run, request, suggestion, around)
     assert all(warning in told.getvalue() for warning in suggestion.warnings)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_list_with_interactions_says_so(tiny_run, tmp_path, monkeypatch, named):
+    """The shipped pairs always; the user's file beside them, and not called high priority."""
+    file = tmp_path / "pairs.csv"
+    file.write_text("drug_a,drug_b\nSenna,Aspirin\n", "utf-8")
+    asked = [f"evaluation.interactions={file}"] if named else []
+    config = assistant_config(tiny_run, asked)
+    assistant = Assistant(tiny_run, config, surroundings=surroundings_of(config))
+    names = ("Senna", "Aspirin 81 mg Tab", "Haloperidol", "Citalopram 20mg Tab", "SIMVASTATIN")
+    listed = ListedDrugs(names=names, confidences=(None,) * len(names))
+    monkeypatch.setattr(assistant._lister, "list_drugs", lambda admission: listed)
+    request = read_form(RIGHT, assistant.surroundings.index)
+    high = (
+        "High-priority interaction (QT-prolonging agents with one another): "
+        "Haloperidol with Citalopram 20mg Tab."
+    )
+    others = ("Interaction by the named file: Senna with Aspirin 81 mg Tab.",) * named
+    warnings = assistant.suggest(request).warnings
+    assert tuple(one for one in warnings if "nteraction" in one) == (high, *others)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from common.config import OWN_TEXT
 from common.configio import from_flat
 from common.data.prepare import load_samples
 from common.errors import UserError
@@ -78,7 +79,8 @@ def test_token_lengths_are_those_of_the_encoded_samples(description, cache):
     tokenizer, _ = local_tokenizer("tiny", cache)
     samples = [one for hospital in description.hospitals for one in hospital.admissions]
     lengths = sorted(
-        len(encode(one, tokenizer, max_length_tokens=10**6).input_ids) for one in samples
+        len(encode(one, tokenizer, text=OWN_TEXT, max_length_tokens=10**6).input_ids)
+        for one in samples
     )
     tokens = description.data["tokens"]
     assert tokens["samples"] == len(samples)

@@ -161,6 +161,10 @@ def test_the_card_says_what_it_is_for(tmp_path):
     assert str(tmp_path) not in card
 
 
+SYSTEM = 'Say "drugs".\n```\nDrugs:\n```'
+TEMPLATE = "{sex}, {age}:\n```\n{diagnoses}\n```"
+
+
 def saved_backbone(folder):
     """The tiny backbone as a folder that transformers loads, as a user would have one."""
     spec = resolve_backbone("tiny")
@@ -173,7 +177,7 @@ def our_answer(config, run):
     """The list that the run itself generates for the card's patient."""
     session = Worker().session(config)
     session.adapter.load(run.load_checkpoint().b)
-    ids, _ = encode_prompt(EXAMPLE, session.tokenizer, max_length_tokens=2048)
+    ids, _ = encode_prompt(EXAMPLE, session.tokenizer, text=config.text, max_length_tokens=2048)
     (made,) = generate(session, [ids], max_new_tokens=12, batch_size=1)
     return session.tokenizer.decode(list(made.tokens), skip_special_tokens=True)
 
@@ -182,12 +186,13 @@ def our_answer(config, run):
 def test_the_cards_code_generates_the_runs_list(tmp_path, monkeypatch, capsys, layout):
     """From a local folder with a hub id, whose place in the code the folder takes here."""
     base = saved_backbone(tmp_path / "backbone")
-    config = configure(str(base), **{"evaluation.max-new-tokens": 12})
+    asked = {"text.system-prompt": SYSTEM, "text.template": TEMPLATE}
+    config = configure(str(base), **{"evaluation.max-new-tokens": 12, **asked})
     run = trained_run(config, tmp_path / "run")
     folder = export_run(run, layout=layout, base_model="someone/some-llama")
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "base_model: someone/some-llama\n" in card.split("---")[1]
-    (code,) = re.findall("```python\n(.*?)```", card, re.S)
+    (code,) = re.findall("```python\n(.*?)\n```\n", card, re.S)
     assert len([line for line in code.splitlines() if line.strip()]) <= 14
     expected = our_answer(config, run)
     monkeypatch.chdir(folder)
@@ -196,9 +201,10 @@ def test_the_cards_code_generates_the_runs_list(tmp_path, monkeypatch, capsys, l
         expected.splitlines()
     )
     assert expected
-    system, user = messages(EXAMPLE)
-    assert system["content"] in card
-    assert user["content"] in card
+    system, user = messages(EXAMPLE, config.text)
+    for shown in (SYSTEM, user["content"], TEMPLATE):
+        assert f"\n````text\n{shown}\n````\n" in card
+    assert system["content"] == SYSTEM
 
 
 @pytest.mark.parametrize("more", [{}, {"adapter.targets": "q_proj,k_proj,v_proj,o_proj,down_proj"}])

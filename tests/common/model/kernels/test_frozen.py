@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.config import OWN_TEXT, TextConfig
 from common.errors import UserError
 from common.model.adapter import projections
 from common.model.adapter.falora import AdapterSpec
@@ -166,6 +167,14 @@ def test_hospitals_must_agree_on_the_format():
     assert spec.fingerprint_as("bf16") == spec.fingerprint_as("fp32") == spec.fingerprint
     formats = [spec.fingerprint_as(weights) for weights in ("bf16", "fp8", "nf4")]
     assert len(set(formats)) == 3
+
+
+def test_hospitals_must_agree_on_the_prompt():
+    spec = resolve_backbone("tiny")
+    texts = [OWN_TEXT, TextConfig(system_prompt="x"), TextConfig(template="x\n{diagnoses}")]
+    found = [spec.fingerprint_as(form, text) for form in ("bf16", "nf4") for text in texts]
+    assert found[0] == spec.fingerprint
+    assert len(set(found)) == 6
 
 
 def test_fp8_is_refused_where_it_cannot_run():
