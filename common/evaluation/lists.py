@@ -16,7 +16,7 @@ from common.evaluation.constrained import answer_grammar
 from common.evaluation.cutoff import Cutoff, require_validation
 from common.evaluation.drug_scores import drug_scores
 from common.evaluation.drug_trie import require_room
-from common.evaluation.formulary import formularies
+from common.evaluation.formulary import formularies, frequencies_of
 from common.evaluation.generate import Generated, Matcher, generate
 from common.evaluation.ranking import Ranker, Ranking
 from common.files import writable
@@ -81,11 +81,18 @@ class ListMaker:
         self._session, self._hospitals = session, hospitals
         self._settings = config.evaluation
         self._rankers: list[Ranker] = []
+        trains = [hospital.train for hospital in hospitals]
         if self._settings.method == "score" or self._settings.decoding == "formulary":
             self._rankers = [
-                Ranker(session, one, text=config.text, max_length_tokens=config.train.max_length)
-                for one in formularies(
-                    [hospital.train for hospital in hospitals], self._settings.formulary
+                Ranker(
+                    session,
+                    one,
+                    text=config.text,
+                    max_length_tokens=config.train.max_length,
+                    frequencies=frequencies_of(one, train) if self._settings.frequencies else None,
+                )
+                for one, train in zip(
+                    formularies(trains, self._settings.formulary), trains, strict=True
                 )
             ]
 
@@ -151,6 +158,8 @@ class ListMaker:
                     names=len(self._rankers[place].formulary.names),
                     threshold=one.threshold,
                     slope=one.slope,
+                    weight=one.weight if one.frequencies else None,
+                    length=one.frequencies.length if one.frequencies else None,
                     intercept=one.intercept,
                     admissions=one.admissions,
                     f1=one.f1,

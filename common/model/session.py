@@ -80,7 +80,10 @@ class Session:
     def label_states(self, batch: "PackedBatch") -> Tensor:
         """Run the backbone; returns [N, D] final hidden states where a label is predicted."""
         if self.shortens:
-            return self.hidden_states(batch, at=batch.label_positions_N)
+            if not batch.repeats:
+                return self.hidden_states(batch, at=batch.label_positions_N)
+            at, back_N = torch.unique_consecutive(batch.label_positions_N, return_inverse=True)
+            return self.hidden_states(batch, at=at)[back_N]
         return self.hidden_states(batch)[batch.label_positions_N]
 
     def hidden_states(

@@ -7,7 +7,7 @@ tokenizers): the answer's tokens and its end token carry the loss, the prompt ne
 Shapes: T packed tokens, S segments (samples), N labelled tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,10 @@ class Encoded:
     """Whole items left out of the prompt to keep the length."""
     dropped_drugs: int = 0
     """Whole drugs left out at the answer's end to keep the length."""
+    set_at: int = 0
+    """Index of a token in whose place any of ``set_tokens`` would be right."""
+    set_tokens: tuple[int, ...] = ()
+    """Tokens that all count there; empty: no such place."""
 
     @property
     def dropped_diagnoses(self) -> int:
@@ -48,8 +52,16 @@ class Encoded:
 
     @property
     def label_tokens(self) -> int:
-        """Number of tokens that carry loss."""
-        return len(self.input_ids) - self.answer_start
+        """Number of labels, which weigh the same: one a token of the answer, more at ``set_at``."""
+        return len(self.input_ids) - self.answer_start + max(0, len(self.set_tokens) - 1)
+
+    def labels(self) -> Iterator[tuple[int, int]]:
+        """Yield (index of the token before, label)."""
+        for place in range(self.answer_start, len(self.input_ids)):
+            if self.set_tokens and place == self.set_at:
+                yield from ((place - 1, token) for token in self.set_tokens)
+            else:
+                yield place - 1, self.input_ids[place]
 
     def in_epoch(self, epoch: int) -> "Encoded":
         """Return the sample as training sees it in one pass over the data."""
@@ -65,10 +77,11 @@ class PackedBatch:
         position_ids: [1, T] int64, restarting at 0 in every segment.
         cu_seqlens: S + 1 token offsets on the host, from 0 to T.
         label_positions_N: Packed index of the token *before* each labelled one: the hidden state
-            there predicts the label.
+            there predicts the label. Where several labels count, it stands there as often.
         labels_N: Token ids to predict.
         label_segments_N: Segment of each label.
         units: Unit of privacy of each segment.
+        repeats: Whether some position stands there more than once.
     """
 
     input_ids: Tensor
@@ -78,6 +91,7 @@ class PackedBatch:
     labels_N: Tensor
     label_segments_N: Tensor
     units: tuple[int, ...]
+    repeats: bool = False
 
     @property
     def tokens(self) -> int:
@@ -215,8 +229,9 @@ def pack(samples: Sequence[Encoded]) -> PackedBatch:
         length, start = len(sample.input_ids), bounds[-1]
         ids.extend(sample.input_ids)
         positions.extend(range(length))
-        label_positions.extend(range(start + sample.answer_start - 1, start + length - 1))
-        labels.extend(sample.input_ids[sample.answer_start :])
+        for place, label in sample.labels():
+            label_positions.append(start + place)
+            labels.append(label)
         label_segments.extend([segment] * sample.label_tokens)
         bounds.append(start + length)
     return PackedBatch(
@@ -227,6 +242,7 @@ def pack(samples: Sequence[Encoded]) -> PackedBatch:
         labels_N=torch.tensor(labels, dtype=torch.int64),
         label_segments_N=torch.tensor(label_segments, dtype=torch.int64),
         units=tuple(sample.unit for sample in samples),
+        repeats=any(sample.set_tokens for sample in samples),
     )
 
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 ANSWER_HEADER = "Drugs:"
 ITEM_PREFIX = "- "
+NEXT_ITEM = "\n-"
+"""How every item's line begins; the blank after it belongs to the name, as tokenizers have it."""
 UNKNOWN = "unknown"
 OLDEST_PRINTED_AGE = 89
 

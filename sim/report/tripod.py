@@ -173,12 +173,18 @@ def _lists(config: Config, summary: Summary) -> dict[str, str]:
         f"message ({user})"
     )
     if settings["method"] == "score":
+        counted = settings.get("frequencies", False)
+        cut = "at the training lists' mean length" if counted else "at a threshold"
+        fitted = (
+            "recalibration (Platt, with training frequencies)"
+            if counted
+            else ("threshold and recalibration (Platt)")
+        )
         return {
             "6c": f"{prompt}; no text is generated: every drug of the formulary gets the "
             "probability that the model says it first (method score)",
-            "6d": "a ranking of the formulary's drugs, cut at a threshold into a list",
-            "6e": "threshold and recalibration (Platt) from each hospital's validation patients; "
-            "both in summary.json",
+            "6d": f"a ranking of the formulary's drugs, cut {cut} into a list",
+            "6e": f"{fitted} from each hospital's validation patients; in summary.json",
         }
     return {
         "6c": f"{prompt}; no sampling, at most {settings['max_new_tokens']} tokens, method "

@@ -116,3 +116,5 @@ def test_a_models_answer_is_held_to_new_orders_too():
     assert (beyond.drugs, beyond.order) == (("b",), ("b", "c"))
     assert [drug.name for drug in beyond.ranking.listed] == ["b"]
     assert answer.beyond(replace(case, ordered=())) is answer
+    by_length = replace(answer.ranking, threshold=None).beyond(case)
+    assert [drug.name for drug in by_length.listed] == ["b", "c"]
