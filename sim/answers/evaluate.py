@@ -15,6 +15,7 @@ from common.model.session import Session
 from common.rundir import RunDirectory
 from common.tensor_files import Altered
 from common.training.worker import Worker
+from sim.answers.public_curve import public_curve
 from sim.process.early import check_device
 from sim.process.progress import Meter
 
@@ -89,8 +90,12 @@ def evaluate_run(
         )
     if console is not None:
         _show(console, found.facts)
+    curve = {}
+    if settings.public_validation:
+        made = public_curve(run, session, config, console=console)
+        curve = {"public_validation": made.as_json()}
     # A run that plain `flwr run` made does not know its source yet.
-    summary = {"source": data.source, **run.read_json("summary.json")}
+    summary = {"source": data.source, **run.read_json("summary.json"), **curve}
     (beside.beside(found) if beside else found).write(run, summary)
     return summary
 

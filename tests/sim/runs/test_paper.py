@@ -131,6 +131,7 @@ def test_a_checkpoint_stands_beside_the_paper_s_at_the_same_share(steps, pairs):
     assert [(a and a.steps, b and b.step) for a, b in found] == pairs
 
 
+@pytest.mark.slow
 def test_a_table_has_its_own_answers_only(finished):
     """Whoever evaluates another checkpoint, with fewer samples, does not change the table."""
     run, table = finished
