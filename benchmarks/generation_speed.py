@@ -137,7 +137,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "prompt_tokens": sum(map(len, prompts)),
     }
-    for name, lengths in workloads.items():
+    for name, lengths in workloads.items() if options.rounds else ():
         times: dict[str, list[float]] = {"ours": [], "transformers": []}
         for _ in range(options.rounds):
             times["ours"].append(

@@ -196,6 +196,18 @@ class PartialRecord(Record):
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
+class PublicCurve(Record):
+    """The loss of a run's checkpoints on made-up admissions that no hospital has."""
+
+    samples: int
+    seed: int
+    """Of the synthetic source."""
+    unit: str
+    """What checkpoints count: ``round`` or ``step``."""
+    losses: tuple[tuple[int, float], ...]
+    """Rounds (or steps) and mean cross-entropy per answer token, in nats."""
+
+
 class Summary(PartialRecord):
     """summary.json of a run that trains; what a kind of run does not have is not in its file."""
 
@@ -215,6 +227,7 @@ class Summary(PartialRecord):
     backbone_loads: int = 0
     workers: int = 0
     validation_loss: tuple[float | None, ...] = ()
+    public_validation: PublicCurve | None = None
     seconds: float = 0.0
     training_seconds: float | None = None
     tokens_per_second: float | None = None

@@ -8,6 +8,7 @@ from pathlib import Path
 from common.config import DataConfig
 from common.data.handling import CREDENTIALED
 from common.data.icd import Diagnosis
+from common.data.protocols import ADMISSION
 from common.data.samples import Prepared, Progress
 from common.data.tables import reading
 
@@ -19,6 +20,11 @@ class Source(ABC):
     tables, and counts every row that is left out), a tag, which says what may leave the machine
     (``common.data.handling``), and titles of diagnoses to search in.
     """
+
+    protocols: tuple[str, ...] = (ADMISSION,)
+    """Of ``data.protocol``: what its tables can serve."""
+    kind: str = "such data"
+    """What a refusal calls it, with the reason why it serves no other protocol."""
 
     @abstractmethod
     def claims(self, path: str) -> bool:

@@ -103,6 +103,8 @@ class Facts(Record):
     settings: EvaluationConfig
     dropped_diagnoses: int
     """Left out of prompts for ``train.max-length``."""
+    left_out: dict[str, int] | None = None
+    """The same of what only other protocols show, by kind; no key where it is nothing."""
     generation: dict[str, Generation]
     checkpoint: str
     """The last of the run."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from common.config import Config
+from common.data.protocols import not_ordered
 from common.evaluation.answers_file import CutoffFacts, Generation
 from common.evaluation.constrained import answer_grammar
 from common.evaluation.cutoff import Cutoff, require_validation
@@ -24,6 +25,7 @@ from common.text.prompts import parse_answer
 
 if TYPE_CHECKING:
     from common.data.partition import Hospital
+    from common.data.samples import Admission
     from common.model.session import Session
 
 Progress = Callable[[int, int], None]
@@ -42,6 +44,16 @@ class Answer(NamedTuple):
     """Of a ranking: all names, the likeliest first."""
     ranking: Ranking | None = None
     """Of a scored list: with confidences."""
+
+    def beyond(self, admission: "Admission") -> "Answer":
+        """Return the answer without the drugs that are known to be ordered already."""
+        if not admission.ordered:
+            return self
+        return self._replace(
+            drugs=None if self.drugs is None else not_ordered(self.drugs, admission),
+            order=None if self.order is None else not_ordered(self.order, admission),
+            ranking=None if self.ranking is None else self.ranking.beyond(admission),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,11 @@ class EICU(Source):
     eICU has no dictionary of diagnoses: its words stand in the samples.
     """
 
+    kind = (
+        "eICU's tables, which tell neither which of a year's stays came first nor what was known "
+        "before the unit"
+    )
+
     def claims(self, path: str) -> bool:
         """Take a folder with a table that only eICU has."""
         folder = Path(path).expanduser()

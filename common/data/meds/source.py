@@ -7,12 +7,15 @@ from common.data.icd import Diagnosis
 from common.data.meds.codes import read_codes
 from common.data.meds.events import find_shards, read_titles
 from common.data.meds.read import prepare_events
+from common.data.protocols import PROTOCOLS
 from common.data.samples import Prepared, Progress
 from common.data.source import Source
 
 
 class Meds(Source):
     """A folder that holds ``data/**/*.parquet`` and ``metadata/``."""
+
+    protocols = PROTOCOLS
 
     def claims(self, path: str) -> bool:
         """Take a folder with ``metadata/``, or with parquet files in it or in its ``data/``."""
@@ -37,7 +40,13 @@ class Meds(Source):
         """Read, clean and join the events."""
         del chunk_rows
         codes = read_codes(config.meds_codes)
-        return prepare_events(folder, codes, drop_flushes=config.drop_flushes, progress=progress)
+        return prepare_events(
+            folder,
+            codes,
+            drop_flushes=config.drop_flushes,
+            progress=progress,
+            protocol=config.protocol,
+        )
 
     def titles(self, folder: Path, config: DataConfig) -> list[Diagnosis]:
         """Return the descriptions of all codes of diagnoses."""
