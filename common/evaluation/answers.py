@@ -23,6 +23,7 @@ from common.evaluation.metrics import drug_map_of, score
 from common.model.session import Session
 from common.seeds import stream
 from common.text.batches import encode_prompt
+from common.text.known import together
 from common.text.prompts import age_text
 
 B = Mapping[str, NDArray[np.float32]]
@@ -93,15 +94,17 @@ def evaluate_answers(
         for model, b in adapters.items():
             told = None if progress is None else partial(progress, model)
             if isinstance(b, Personal):
-                found = _personal_answers(session, maker, hospitals, prompts, b)
-                answers[model], generation[model] = found
-                continue
-            if b is None:
-                # With B = 0 the update B A vanishes, whatever A is.
-                session.adapter.flat.zero_()
+                given, generation[model] = _personal_answers(session, maker, hospitals, prompts, b)
             else:
-                session.adapter.load(b)
-            answers[model], generation[model] = maker.answer(prompts, progress=told)
+                if b is None:
+                    # With B = 0 the update B A vanishes, whatever A is.
+                    session.adapter.flat.zero_()
+                else:
+                    session.adapter.load(b)
+                given, generation[model] = maker.answer(prompts, progress=told)
+            answers[model] = [
+                one.beyond(case.admission) for one, case in zip(given, cases, strict=True)
+            ]
     finally:
         session.adapter.flat.copy_(before)
     answers |= _baseline_answers(hospitals, cases)
@@ -127,7 +130,8 @@ def evaluate_answers(
             samples=len(cases),
             constrained=settings.method == "generate" and settings.decoding != "greedy",
             settings=settings,
-            dropped_diagnoses=sum(dropped for _, dropped in encoded),
+            dropped_diagnoses=sum(left_out.diagnoses for _, left_out in encoded),
+            left_out=together(left_out for _, left_out in encoded).beyond_diagnoses() or None,
             generation=generation,
             checkpoint=checkpoint,
             device=session.device.value,

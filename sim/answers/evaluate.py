@@ -16,8 +16,10 @@ from common.model.session import Session
 from common.rundir import RunDirectory
 from common.tensor_files import Altered
 from common.training.worker import Worker
+from sim.answers.public_curve import public_curve
 from sim.process.early import check_device
 from sim.process.progress import Meter
+from sim.report.data_description import other_items
 
 FREE_KEYS = (
     "evaluation.",
@@ -93,8 +95,12 @@ def evaluate_run(
         )
     if console is not None:
         _show(console, found.facts)
+    curve = {}
+    if settings.public_validation:
+        made = public_curve(run, session, config, console=console)
+        curve = {"public_validation": made.as_json()}
     # A run that plain `flwr run` made does not know its source yet.
-    summary = {"source": data.source, **run.read_json("summary.json")}
+    summary = {"source": data.source, **run.read_json("summary.json"), **curve}
     (beside.beside(found) if beside else found).write(run, summary)
     return summary
 
@@ -155,3 +161,5 @@ def _show(console: Console, facts: Facts) -> None:
             f"{facts.dropped_diagnoses} diagnoses left out of prompts (train.max-length)",
             highlight=False,
         )
+    for kind, number in other_items({"left_out": facts.left_out}).items():
+        console.print(f"{number} {kind} left out of prompts (train.max-length)", highlight=False)

@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from common.config import Config
+import client.app
+from common.config import IN_PROCESS, Config
 from common.configio import Scalar, differences, flatten, from_flat, parse_overrides
 from common.errors import UserError
 from common.evaluation.transfer import CONFIDENCE, half_width
@@ -350,14 +352,18 @@ def run_cell(cell: Cell, folder: Path, console: Console, command_line: Sequence[
         UserError: if the folder holds another run than the cell's.
     """
     run = RunDirectory(folder)
+    # In one process all cells have one backbone open, the hospitals' and the single node's.
+    worker = client.app.worker() if cell.config.run.backend == IN_PROCESS else None
+    told: dict[str, Any] = {"console": console, "command_line": command_line}
+    told |= {"inside": True, "worker": worker}
     if run.record() is None:
         remove_unbegun(folder)
         begin = federate if cell.federated else single
-        begin(cell.config, console=console, command_line=command_line, run_dir=folder, inside=True)
+        begin(cell.config, run_dir=folder, **told)
     else:
         _check_same(cell, RunDirectory.open(folder))
         if run.status()["state"] != "finished":
-            resume(folder, console=console, command_line=command_line, inside=True)
+            resume(folder, **told)
     return run.summary()
 
 
