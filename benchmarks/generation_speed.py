@@ -23,8 +23,9 @@ from common.config import OWN_TEXT, DataConfig
 from common.data.prepare import load_samples
 from common.evaluation.constrained import answer_grammar
 from common.evaluation.formulary import formulary_of
-from common.evaluation.generate import Generated, Matcher, generate
+from common.evaluation.generate import generate
 from common.evaluation.ranking import Ranker
+from common.evaluation.slot_generation import Generated, Matcher
 from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.load import resolve_backbone
 from common.model.session import Session, open_session
@@ -136,7 +137,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "prompt_tokens": sum(map(len, prompts)),
     }
-    for name, lengths in workloads.items():
+    for name, lengths in workloads.items() if options.rounds else ():
         times: dict[str, list[float]] = {"ours": [], "transformers": []}
         for _ in range(options.rounds):
             times["ours"].append(

@@ -23,9 +23,10 @@ from common.configio import Scalar, differences, flatten, from_flat, parse_overr
 from common.errors import UserError
 from common.evaluation.transfer import CONFIDENCE, half_width
 from common.files import write_text
+from common.model.adapter.layout import adapter_spec
 from common.privacy.settings import plan_of, protects
 from common.provenance import shown_command
-from common.records import RunRecord, Summary
+from common.records import Figures, RunRecord, Summary
 from common.rundir import RUN, RunDirectory, remove_unbegun
 from common.wire.cohort import asked, hospital_names
 from server.strategies import STRATEGIES, check_strategy
@@ -46,6 +47,8 @@ ARMS: dict[str, dict[str, Scalar]] = {
     "bf16": {"federation.codec": "bf16"},
     "int8": {"federation.codec": "int8"},
     "reset-state": {"train.keep-state": False},
+    "uniform": {"federation.weighting": "uniform"},
+    "personal": {"adapter.personal": True},
     CENTRALISED: {},
     LOCAL_ONLY: {},
 }
@@ -54,10 +57,11 @@ RESULTLESS = ("federation.workers",)
 """Keys that cannot change a run's result."""
 INTERVALS = f"Mean ± {CONFIDENCE:.0%} interval over seeds (Student's t)."
 FIGURES: dict[str, Callable[[Summary], float | None]] = {
-    "F1": lambda summary: summary.metrics["fedrx"].f1,
-    "Jaccard": lambda summary: summary.metrics["fedrx"].jaccard,
+    "F1": lambda summary: _answers(summary).f1,
+    "Jaccard": lambda summary: _answers(summary).jaccard,
     "validation loss": lambda summary: next(reversed(summary.validation_loss), None),
     "MB up": lambda summary: summary.wire.bytes_up / 1e6 if summary.wire else None,
+    "worst hospital's F1": lambda summary: _worst_f1(_answers(summary)),
 }
 
 
@@ -305,10 +309,22 @@ def tabulate(seeds: Sequence[Sequence[Summary]]) -> dict[str, Interval]:
 
 
 def _check_arm(arm: str, config: Config) -> None:
+    adapter_spec(config.adapter)
     if arm not in (CENTRALISED, LOCAL_ONLY):
         check_strategy(config.federation)
         if protects(config):
             plan_of(config)  # refuses what the protection takes away
+
+
+def _answers(summary: Summary) -> Figures:
+    """Return the figures of a run's answers: those of personal adapters where it trained them."""
+    return summary.metrics.get("personal") or summary.metrics["fedrx"]
+
+
+def _worst_f1(figures: Figures) -> float | None:
+    each = (figures.model_extra or {}).get("by_hospital") or {}
+    known = [one["f1"] for one in each.values() if one["f1"] is not None]
+    return min(known, default=None)
 
 
 def _interval(seeds: Sequence[Sequence[float | None]]) -> Interval:
