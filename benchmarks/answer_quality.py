@@ -8,7 +8,11 @@ federation (the product's local update, weighted means of B), and answer validat
 lists need validation patients for their threshold, so each hospital's are halved by patient: each
 half is answered with the threshold of the other. The file grows by a row after every trial; a name
 that is in it is not tried again. ``--run`` adds a finished run: its B on validation patients, and
-what its own evaluation found on held-out ones.
+what its own evaluation found on held-out ones. ``--cost N`` adds to that what N admissions cost to
+score and to write, in processor seconds of one call.
+
+On the MIMIC-IV demo (``--set data.path=DIR``) a validation split of a tenth is nine patients, so
+its trials take three tenths; the held-out patients stay the same.
 """
 
 import argparse
@@ -28,10 +32,14 @@ from common.configio import differences, read_config
 from common.data.dataset import open_hospitals
 from common.data.partition import Hospital
 from common.evaluation.answers import B, evaluate_answers
+from common.evaluation.formulary import formulary_of
+from common.evaluation.lists import ListMaker, Prompts
+from common.evaluation.ranking import Ranker
 from common.files import write_json
 from common.model.adapter.layout import initial_tensors
 from common.model.session import Session
 from common.rundir import RunDirectory
+from common.text.batches import encode_prompt
 from common.training.optimiser import TrainState
 from common.training.worker import Worker
 
@@ -45,19 +53,25 @@ BEFORE = (
     *("data.drug-order=first-start", "adapter.targets=q_proj,v_proj", "adapter.rank=16"),
     *("train.learning-rate=1e-2", *STEPS_64),
 )
+SETS = ("data.drug-order=set", f"adapter.targets={ALL_SEVEN}", "data.validation-fraction=0.3")
 TRIALS: dict[str, tuple[str, tuple[str, ...]]] = {
     "before": (DEMO, BEFORE),
     "shuffled": (DEMO, (*SHUFFLED, "train.learning-rate=1e-2", *STEPS_64)),
     "rate-3e-2": (DEMO, (*SHUFFLED, "train.learning-rate=3e-2", *STEPS_64)),
     "steps-128": (DEMO, (*SHUFFLED, "train.learning-rate=3e-2", *STEPS_128)),
+    "demo-set-3e-2": (DEMO, (*SETS, "train.learning-rate=3e-2", "federation.local-steps=8")),
+    "demo-set-1e-2": (DEMO, (*SETS, "train.learning-rate=1e-2", "federation.local-steps=5")),
     "rank-32": (DEMO, (*SHUFFLED, "train.learning-rate=3e-2", "adapter.rank=32", *STEPS_64)),
 }
 """Name -> configuration file and what differs from it."""
 METHODS = {
-    "scored": ("score", "greedy"),
-    "formulary": ("generate", "formulary"),
-    "greedy": ("generate", "greedy"),
+    "scored": ("score", "greedy", False),
+    "frequencies": ("score", "greedy", True),
+    "formulary": ("generate", "formulary", False),
+    "greedy": ("generate", "greedy", False),
 }
+LOCAL = ("data.path", "run.directory")
+"""Keys that name places on this machine; they are not told."""
 KEPT = ("f1", "jaccard", "precision", "recall", "output_rate")
 
 
@@ -90,16 +104,26 @@ def halves(hospital: Hospital) -> tuple[Hospital, Hospital]:
     return replace(hospital, validation=a, test=b), replace(hospital, validation=b, test=a)
 
 
+def configured_for(config: Config, method: str) -> Config:
+    """Return the configuration of one way to make lists."""
+    way, decoding, frequencies = METHODS[method]
+    settings = replace(
+        config.evaluation,
+        method=way,
+        decoding=decoding,
+        frequencies=frequencies,
+        samples=0,
+        threshold_samples=0,
+    )
+    return replace(config, evaluation=settings)
+
+
 def answered(
     session: Session, hospitals: Sequence[Hospital], config: Config, b: B, method: str
 ) -> dict[str, Any]:
     """Return figures of validation patients under one method, and of the baselines."""
-    way, decoding = METHODS[method]
-    settings = replace(
-        config.evaluation, method=way, decoding=decoding, samples=0, threshold_samples=0
-    )
-    asked = replace(config, evaluation=settings)
-    if method == "scored":
+    asked = configured_for(config, method)
+    if asked.evaluation.method == "score":
         sides = list(zip(*map(halves, hospitals), strict=True))
     else:
         sides = [[replace(one, test=one.validation) for one in hospitals]]
@@ -114,7 +138,7 @@ def answered(
         return sum(n * v for n, v in zip(samples, values, strict=True)) / sum(samples)
 
     row = {key: round(mean("fedrx", key), 4) for key in KEPT}
-    if method == "scored":
+    if asked.evaluation.method == "score":
         row["prauc"] = round(mean("fedrx", "prauc"), 4)
         errors = [one.metrics["fedrx"]["calibration"]["expected_error"] for one in found]
         row["expected_calibration_error"] = round(max(errors), 4)
@@ -125,6 +149,43 @@ def answered(
     row["seconds"] = round(seconds, 1)
     row["generation_seconds"] = sum(one.facts.generation["fedrx"].seconds for one in found)
     return row
+
+
+def cost(
+    session: Session, hospitals: Sequence[Hospital], config: Config, b: B, admissions: int
+) -> dict[str, Any]:
+    """Return processor seconds of scoring and of writing the same admissions' lists."""
+    session.adapter.load(b)
+    share = -(-admissions // len(hospitals))
+    spent: dict[str, float] = dict.fromkeys(("scored", "greedy", "formulary"), 0.0)
+    asked = 0
+    for number, hospital in enumerate(hospitals):
+        length = config.train.max_length
+        formulary = formulary_of(hospital.train)
+        ranker = Ranker(session, formulary, text=config.text, max_length_tokens=length)
+        ids = [
+            encode_prompt(one, session.tokenizer, text=config.text, max_length_tokens=length)[0]
+            for one in hospital.test[:share]
+        ]
+        asked += len(ids)
+        ranker.scores(ids[:1])  # the plan is made once, for any number of admissions
+        prompts = Prompts(ids=ids, hospitals=[number] * len(ids))
+        makers = {
+            name: ListMaker(session, hospitals, configured_for(config, name))
+            for name in ("greedy", "formulary")
+        }
+        for name in spent:
+            started = time.process_time()
+            if name == "scored":
+                ranker.scores(ids)
+            else:
+                makers[name].answer(prompts)
+            spent[name] += time.process_time() - started
+    return {
+        "admissions": asked,
+        "cpu_seconds_each": {name: round(value / asked, 3) for name, value in spent.items()},
+        "scored_over_greedy": round(spent["scored"] / spent["greedy"], 3),
+    }
 
 
 def configured(name: str, extra: Sequence[str]) -> Config:
@@ -144,7 +205,7 @@ def tried(name: str, methods: Sequence[str], extra: Sequence[str]) -> dict[str, 
     return {
         "name": name,
         "file": TRIALS[name][0],
-        "changes": [*TRIALS[name][1], *extra],
+        "changes": [*TRIALS[name][1], *(one for one in extra if not one.startswith(LOCAL))],
         "source": data.source,
         "seeds": {"train": config.train.seed, "adapter": config.adapter.seed},
         "steps_per_hospital": config.federation.rounds * config.federation.local_steps,
@@ -155,7 +216,7 @@ def tried(name: str, methods: Sequence[str], extra: Sequence[str]) -> dict[str, 
     }
 
 
-def finished(folder: Path, name: str, methods: Sequence[str]) -> dict[str, Any]:
+def finished(folder: Path, name: str, methods: Sequence[str], costed: int) -> dict[str, Any]:
     """Return a finished run as a trial, with its held-out figures."""
     run = RunDirectory.open(folder)
     config, summary = run.config(), run.read_json("summary.json")
@@ -164,7 +225,9 @@ def finished(folder: Path, name: str, methods: Sequence[str]) -> dict[str, Any]:
     told = summary["metrics"]
     return {
         "name": name,
-        "changes": [f"{one.key}={one.new}" for one in differences(Config(), config)],
+        "changes": [
+            f"{one.key}={one.new}" for one in differences(Config(), config) if one.key not in LOCAL
+        ],
         "source": data.source,
         "seeds": {"train": config.train.seed, "adapter": config.adapter.seed},
         "steps_per_hospital": config.federation.rounds * config.federation.local_steps,
@@ -172,6 +235,8 @@ def finished(folder: Path, name: str, methods: Sequence[str]) -> dict[str, Any]:
         "validation": {
             method: answered(session, data.hospitals, config, b, method) for method in methods
         },
+        "cutoffs": summary["evaluation"]["generation"]["fedrx"].get("cutoffs"),
+        **({"cost": cost(session, data.hospitals, config, b, costed)} if costed else {}),
         "held_out": {
             "method": config.evaluation.method,
             "samples": told["fedrx"]["samples"],
@@ -195,16 +260,17 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--run", type=Path)
     parser.add_argument("--name", default="run")
+    parser.add_argument("--cost", type=int, default=0)
     options = parser.parse_args()
     kept = json.loads(options.out.read_text()) if options.out.exists() else {}
     rows: list[dict[str, Any]] = kept.setdefault("trials", [])
-    methods = options.methods.split(",")
+    methods = [name for name in options.methods.split(",") if name]
     for name in [options.name] if options.run else options.only.split(","):
         if any(row["name"] == name for row in rows):
             continue
         print(name, flush=True)
         rows.append(
-            finished(options.run, name, methods)
+            finished(options.run, name, methods, options.cost)
             if options.run
             else tried(name, methods, options.set)
         )

@@ -6,7 +6,7 @@ Same weights, same prompts (synthetic admissions), greedy, key/value cache on. T
 - mixed: answers have the lengths of the admissions' true lists; transformers runs a batch until
   its longest answer ends, ours gives a finished slot to the next prompt.
 
-Also what the answer's grammar adds. Process CPU time, interleaved rounds, medians:
+Also what the answer's grammar and a formulary add. Process CPU time, interleaved rounds, medians:
 
     OMP_NUM_THREADS=1 python benchmarks/generation_speed.py
 """
@@ -22,7 +22,10 @@ import torch
 from common.config import OWN_TEXT, DataConfig
 from common.data.prepare import load_samples
 from common.evaluation.constrained import answer_grammar
-from common.evaluation.generate import Generated, Matcher, generate
+from common.evaluation.formulary import formulary_of
+from common.evaluation.generate import generate
+from common.evaluation.ranking import Ranker
+from common.evaluation.slot_generation import Generated, Matcher
 from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.load import resolve_backbone
 from common.model.session import Session, open_session
@@ -134,7 +137,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "prompt_tokens": sum(map(len, prompts)),
     }
-    for name, lengths in workloads.items():
+    for name, lengths in workloads.items() if options.rounds else ():
         times: dict[str, list[float]] = {"ours": [], "transformers": []}
         for _ in range(options.rounds):
             times["ours"].append(
@@ -153,7 +156,10 @@ def main() -> None:
             "transformers_tokens_per_cpu_second": round(tokens / middle["transformers"], 1),
             "ratio": round(middle["transformers"] / middle["ours"], 2),
         }
-    report["grammar"] = grammar_cost(session, prompts, options)
+    formulary = formulary_of(load_samples(DataConfig()).admissions)
+    ranker = Ranker(session, formulary, text=OWN_TEXT, max_length_tokens=2048)
+    report["grammar"] = matcher_cost(session, prompts, options, answer_grammar(session))
+    report["formulary"] = matcher_cost(session, prompts, options, lambda prompt: ranker.matcher())
     print(json.dumps(report, indent=2))
 
 
@@ -180,15 +186,18 @@ class Timed:
         return token
 
 
-def grammar_cost(
-    session: Session, prompts: Sequence[list[int]], options: argparse.Namespace
+def matcher_cost(
+    session: Session,
+    prompts: Sequence[list[int]],
+    options: argparse.Namespace,
+    new: Callable[[int], Matcher],
 ) -> dict[str, float]:
-    """What the grammar adds to the CPU time of constrained answers.
+    """What a grammar or a formulary adds to the CPU time of answers that keep to it.
 
     Constrained and free answers differ in length, so the matchers' own time is set against the
     rest of the same run.
     """
-    new = answer_grammar(session)
+    new(0)  # a formulary's trie is built once, for any number of answers
     Timed.spent = 0.0
     whole = cpu_seconds(
         lambda: generate(

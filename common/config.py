@@ -5,53 +5,15 @@ The same keys exist in three forms: these dataclasses (``snake_case``), TOML fil
 Reading, writing and validating live in ``common.configio``.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Literal
 
+from common.option import option
 from common.template import template_fault
 
 IN_PROCESS = "in-process"
 """Value of ``run.backend``: no SuperLink and no Ray."""
-T = TypeVar("T", bound=bool | int | float | str)
-
-
-def option(
-    default: T,
-    meaning: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    file: bool = False,
-    content: bool = False,
-    fault: Callable[[str], str] | None = None,
-) -> T:
-    """Declare one configuration key: default, meaning and limits.
-
-    Where there is a choice, the key's type is a Literal that lists it.
-
-    Args:
-        default: Value when nobody sets the key; its type is the key's type.
-        meaning: One sentence with the unit, shown by validation and documentation.
-        low: Smallest allowed value.
-        high: Largest allowed value.
-        above: The value must be strictly larger than this.
-        file: It names a file or folder (or one of ours): another machine is never told it.
-        content: A text, or a file that holds it; the text becomes the value and travels.
-        fault: Says what is wrong with a text, in one line; empty: nothing.
-    """
-    limits: Mapping[str, Any] = {
-        "meaning": meaning,
-        "low": low,
-        "high": high,
-        "above": above,
-        "file": file,
-        "content": content,
-        "fault": fault,
-    }
-    value: T = field(default=default, metadata=limits)
-    return value
+Missing = Literal["unknown", "drop", "median"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +31,12 @@ class DataConfig:
         "toml file that says what the codes of a MEDS data set mean; empty: as for MIMIC-IV",
         file=True,
     )
+    protocol: Literal["admission", "visits", "first-24h"] = option(
+        "admission",
+        "what is asked of a sample: the list of a whole stay from its discharge diagnoses; the "
+        "same of patients with two visits or more, from the earlier visits too; or what is ordered "
+        "after the first 24 hours, from what is known then",
+    )
     synthetic_patients: int = option(240, "patients that the synthetic source writes", low=10)
     synthetic_seed: int = option(0, "seed of the synthetic source", low=0)
     split_seed: int = option(0, "seed of the hash that puts a patient into a split", low=0)
@@ -78,25 +46,19 @@ class DataConfig:
         0, "training samples that a hospital uses, seeded choice; 0: all", low=0
     )
     drop_flushes: bool = option(True, "leave saline and heparin flushes out of the drug lists")
-    missing_height: Literal["unknown", "drop", "median"] = option(
-        "unknown", "what to do without a height"
-    )
-    missing_weight: Literal["unknown", "drop", "median"] = option(
-        "unknown", "what to do without a weight"
-    )
-    missing_bmi: Literal["unknown", "drop", "median"] = option(
-        "unknown", "what to do without a BMI"
-    )
+    missing_height: Missing = option("unknown", "what to do without a height")
+    missing_weight: Missing = option("unknown", "what to do without a weight")
+    missing_bmi: Missing = option("unknown", "what to do without a BMI")
     normalisation: Literal["string", "ingredient", "map", "atc-3", "atc-4"] = option(
         "string", "level at which drug names are equal"
     )
     drug_map: str = option(
         "", "csv with columns name,code for normalisation = map, atc-3, atc-4", file=True
     )
-    drug_order: Literal["first-start", "name", "shuffled"] = option(
+    drug_order: Literal["first-start", "name", "shuffled", "set"] = option(
         "first-start",
-        "order of the drugs in training: by first start in the stay, by name, or a new random one "
-        "in every pass",
+        "order of the drugs in training: by first start in the stay, by name, a new random one "
+        "in every pass, or none: the first drug may be any, and only a few are written",
     )
 
 
@@ -177,6 +139,11 @@ class AdapterConfig:
         "kaiming-uniform", "distribution of A"
     )
     seed: int = option(0, "seed of A; every party draws the same A from it", low=0)
+    personal: bool = option(
+        False,
+        "train in every hospital a B of its own beside the global one, which never leaves it and "
+        "which no epsilon covers; twice the steps",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +235,9 @@ class FederationConfig:
     )
     fraction: float = option(1.0, "share of the hospitals asked per round", above=0, high=1)
     only: str = option(
-        "", "ask this hospital alone, by name: the local-only baseline; empty: all of them"
+        "",
+        "ask these hospitals alone, by name, comma-separated; one is the local-only baseline; "
+        "empty: all of them",
     )
     quorum: float = option(
         0.5, "share of the asked hospitals whose updates a round needs", above=0, high=1
@@ -360,6 +329,17 @@ class EvaluationConfig:
     )
     threshold_samples: int = option(
         64, "validation samples per hospital that choose the threshold of scores; 0: all", low=0
+    )
+    public_validation: int = option(
+        0,
+        "made-up admissions, of no hospital, for a learning curve that costs no privacy: each "
+        "checkpoint's loss is measured after training; 0: none",
+        low=0,
+    )
+    frequencies: bool = option(
+        False,
+        "scored lists for hospitals with few validation patients: how often the training split "
+        "orders a drug counts beside its score, and lists are as long as there on average",
     )
     bootstrap: int = option(1000, "resamples of the confidence intervals", low=100)
     seed: int = option(0, "seed of sample choice and bootstrap", low=0)

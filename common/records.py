@@ -76,6 +76,8 @@ class RunRecord(Record):
     """Of a paper run."""
     ranks: tuple[int, ...] = ()
     """Of a paper run: each has a run of its own inside."""
+    best: bool = False
+    """Of a paper run: whether the best settings found here have a run inside too."""
     cells: tuple[str, ...] = ()
     """Of a sweep: the folders of its runs."""
 
@@ -194,6 +196,18 @@ class PartialRecord(Record):
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
+class PublicCurve(Record):
+    """The loss of a run's checkpoints on made-up admissions that no hospital has."""
+
+    samples: int
+    seed: int
+    """Of the synthetic source."""
+    unit: str
+    """What checkpoints count: ``round`` or ``step``."""
+    losses: tuple[tuple[int, float], ...]
+    """Rounds (or steps) and mean cross-entropy per answer token, in nats."""
+
+
 class Summary(PartialRecord):
     """summary.json of a run that trains; what a kind of run does not have is not in its file."""
 
@@ -213,6 +227,7 @@ class Summary(PartialRecord):
     backbone_loads: int = 0
     workers: int = 0
     validation_loss: tuple[float | None, ...] = ()
+    public_validation: PublicCurve | None = None
     seconds: float = 0.0
     training_seconds: float | None = None
     tokens_per_second: float | None = None
@@ -264,6 +279,17 @@ class Row(Record):
     here: Here | None
 
 
+class BestRow(Readings):
+    """What a checkpoint of the best settings found here gives, in one way to make lists."""
+
+    lists: str
+    """``scored`` or ``formulary``."""
+    checkpoint: str
+    steps: int
+    prauc: float | None
+    """Of rankings; none of written lists."""
+
+
 class RankRun(Record):
     """The run of one rank."""
 
@@ -286,6 +312,8 @@ class PaperTable(Record):
     others: dict[str, Readings]
     """Untrained backbone and baselines."""
     runs: tuple[RankRun, ...]
+    best: tuple[BestRow, ...] = ()
+    """Beside the paper's settings, the best ones found here."""
 
 
 Json = str | float | bool | None | tuple[float | str, ...]

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 
 DIAGNOSES = "diagnoses"
 PLACEHOLDERS = ("sex", "age", "height", "weight", "bmi", DIAGNOSES)
-OWN_TEMPLATE = """\
+PATIENT_LINES = """\
 Sex: {sex}
 Age: {age}
 Height: {height}
 Weight: {weight}
-BMI: {bmi}
-Diagnoses:
-{diagnoses}"""
+BMI: {bmi}"""
+"""How every message of FedRx's own begins."""
+OWN_TEMPLATE = PATIENT_LINES + "\nDiagnoses:\n{diagnoses}"
 """FedRx's own user message."""
 _NAMED = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
 
@@ -34,45 +34,45 @@ def is_template(value: str) -> bool:
 def template_fault(template: str) -> str:
     r"""Return what is wrong with a template, what is allowed and the fix; nothing for a good one.
 
-    >>> template_fault("Age: {agee}\n{diagnoses}").partition(";")[0]
+    >>> template_fault("Age: {agee}\n{diagnoses}").partition(":")[0]
     'unknown placeholder {agee} (did you mean {age}?)'
     >>> template_fault("") or template_fault(OWN_TEMPLATE)
     ''
     """
     fault = _fault(template) if template else ""
-    return f"{fault}; allowed: {_NAMED}" if fault else ""
+    return f"{fault} (allowed: {_NAMED})" if fault else ""
 
 
 def _fault(template: str) -> str:
     if not is_template(template):
-        return f"{template!r} is no template: it has no placeholder; fix: give its text, not a file"
+        return f"{template!r} is no template: it has no placeholder: give its text, not a file"
     try:
         fields = [field for field in string.Formatter().parse(template) if field[1] is not None]
     except ValueError:
-        return "a brace stands alone; fix: write {{ and }} for braces that are no placeholder"
+        return "a brace stands alone: write {{ and }} for braces that are no placeholder"
     for _, name, form, conversion in fields:
         if name not in PLACEHOLDERS:
             return _unknown(str(name))
         if form or conversion:
-            return f"{{{name}}} takes no format; fix: write {{{name}}} alone"
+            return f"{{{name}}} takes no format: write {{{name}}} alone"
     count = [name for _, name, *_ in fields].count(DIAGNOSES)
     if count != 1:
         said = "is missing" if count == 0 else f"stands there {count} times"
-        return "{diagnoses} " + said + "; fix: put it once, on a line of its own"
+        return "{diagnoses} " + said + ": put it once, on a line of its own"
     if f"{{{DIAGNOSES}}}" not in (line.strip() for line in template.splitlines()):
-        return "{diagnoses} shares its line; fix: put it on a line of its own, it becomes a list"
+        return "{diagnoses} shares its line: put it on one of its own, it becomes a list"
     return ""
 
 
 def _unknown(name: str) -> str:
     if name == "drugs":
         return (
-            "{drugs}: the answer's format is fixed, for what is written must be read back; fix: "
-            "leave {drugs} out"
+            "{drugs}: the answer's format is fixed, for what is written must be read back: "
+            "leave it out"
         )
     near = difflib.get_close_matches(name, PLACEHOLDERS, n=1)
     hint = f" (did you mean {{{near[0]}}}?)" if near else ""
-    return f"unknown placeholder {{{name}}}{hint}; fix: take one that is allowed, or write {{{{"
+    return f"unknown placeholder {{{name}}}{hint}: take one that is allowed, or write {{{{"
 
 
 def filled(template: str, values: Mapping[str, str]) -> str:

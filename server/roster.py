@@ -15,7 +15,7 @@ from common.config import FederationConfig
 from common.errors import RunFailed
 from common.privacy.plan import PrivacyPlan
 from common.seeds import stream
-from common.wire.cohort import sampled
+from common.wire.cohort import sampled, trained_by
 from common.wire.contract import (
     CONFIG,
     LONGEST_REASON,
@@ -277,24 +277,23 @@ class Roster:
         """Choose the hospitals of a round by name, from a stream of the federation's seed.
 
         All that were ever admitted are put in a seeded order; the first connected ones are asked,
-        so a hospital that is away is replaced by the next. ``federation.only`` names the one to
-        ask.
+        so a hospital that is away is replaced by the next. ``federation.only`` names those
+        that count.
 
         Returns:
             The nodes to ask, in the order of their hospitals' names, and how many should be asked.
 
         Raises:
-            RunFailed: if ``federation.only`` names no hospital.
+            RunFailed: if ``federation.only`` names somebody who is no hospital.
         """
-        if config.only:
-            if config.only not in self.admitted:
-                raise RunFailed(
-                    f"federation.only={config.only}: the hospitals are {', '.join(self.admitted)}"
-                )
-            return [connected[name] for name in (config.only,) if name in connected], 1
-        wanted = sampled(config.fraction, self.known)
+        only = trained_by(config)
+        if not set(only) <= set(self.admitted):
+            raise RunFailed(
+                f"federation.only={config.only}: the hospitals are {', '.join(self.admitted)}"
+            )
+        wanted = sampled(config.fraction, len(only) or self.known)
         generator = stream(config.seed, "hospital-sampling", server_round)
-        order = generator.permutation(self.admitted).tolist()
+        order = generator.permutation(only or self.admitted).tolist()
         chosen = sorted([name for name in order if name in connected][:wanted])
         return [connected[name] for name in chosen], wanted
 

@@ -26,7 +26,7 @@ def outliers(config: FederationConfig, b: Tensors, updates: Sequence[Update]) ->
     """
     if not config.max_update_norm or len(updates) < FEWEST:
         return {}
-    norms = {update.hospital: _distance(update.b, b) for update in updates}
+    norms = {update.hospital: distance(update.b, b) for update in updates}
     usual = median(norms.values())
     limit = config.max_update_norm * usual
     return {
@@ -50,6 +50,7 @@ def with_capped_weights(config: FederationConfig, updates: Sequence[Update]) -> 
     return [replace(update, weight=min(update.weight, most)) for update in updates]
 
 
-def _distance(one: Tensors, other: Tensors) -> float:
+def distance(one: Tensors, other: Tensors) -> float:
+    """Return the L2 norm of a difference, over all matrices."""
     squares = (np.square(one[key].astype(np.float64) - other[key]).sum() for key in sorted(one))
     return math.sqrt(math.fsum(map(float, squares)))

@@ -25,7 +25,7 @@ from flwr.serverapp.strategy import (
 
 from common.config import FederationConfig
 from common.errors import UserError
-from common.wire.cohort import sampled
+from common.wire.cohort import asked, trained_by
 from common.wire.contract import Tensors
 from server.q_fedavg import LOSS, QFedAvg
 
@@ -170,14 +170,15 @@ STRATEGIES: dict[str, StrategySpec] = {
 def withstands(config: FederationConfig, updates: int) -> bool:
     """Return whether a strategy is as robust with so many updates as its name says.
 
-    One hospital alone (``federation.only``) is not aggregated, and passes.
+    One hospital alone (in ``federation.only``) is not aggregated, and passes.
 
     >>> trimmed = FederationConfig(strategy="trimmed-mean", trim=0.2)
     >>> [withstands(trimmed, n) for n in (4, 5)]
     [False, True]
     """
     fewest = STRATEGIES[config.strategy].fewest(config)
-    return bool(config.only) or fewest is None or updates >= fewest.updates
+    alone = len(trained_by(config)) == 1
+    return alone or fewest is None or updates >= fewest.updates
 
 
 def check_strategy(config: FederationConfig) -> None:
@@ -186,12 +187,12 @@ def check_strategy(config: FederationConfig) -> None:
     Raises:
         UserError: for a trimmed mean that cuts nothing, and for krum with too few hospitals.
     """
-    asked = sampled(config.fraction, config.hospitals)
+    expected = asked(config)
     fewest = STRATEGIES[config.strategy].fewest(config)
-    if fewest is None or withstands(config, asked):
+    if fewest is None or withstands(config, expected):
         return
     raise UserError(
-        f"federation.strategy={config.strategy} {fewest.problem.format(asked=asked)}",
+        f"federation.strategy={config.strategy} {fewest.problem.format(asked=expected)}",
         allowed=fewest.allowed,
         fix=fewest.fix,
     )

@@ -5,6 +5,7 @@ without such a mark is marked ``fast`` here, and fails if it starts a process al
 """
 
 import _posixsubprocess
+import gc
 import os
 import sys
 from collections.abc import Generator, Sequence
@@ -83,6 +84,11 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     for item in items:
         if not NOT_FAST & marks_of(item):
             item.add_marker("fast")
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from going through all modules again and again."""
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -6,6 +6,7 @@ import itertools
 import re
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ BROUGHT_TO_TORCH = {"tensorboard"}  # torch.utils.tensorboard imports it
 NAMED_OTHERWISE = {"fhir": "fhir.resources", "mlflow": "mlflow-skinny"}
 """Distributions by module, where an extra is not installed."""
 TOOLS = {"ruff": "ruff", "mypy": "mypy", "import-linter": "lint-imports"}
+PLUGINS = {"pytest-timeout", "pytest-xdist"}
 WITHOUT_UPPER_END = {"flash-attn"}  # no CUDA machine here: what it passes with is not known
 
 
@@ -37,6 +39,7 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+@cache
 def imported(*folders: str) -> set[str]:
     """Return the distributions that the files of some folders import."""
     modules = set()
@@ -71,7 +74,7 @@ def test_everything_that_the_product_imports_is_declared():
 def test_what_tests_bring_is_imported_by_tests_or_benchmarks_or_is_a_tool_of_ci():
     idle = names(EXTRAS["test"]) - imported("tests", "benchmarks")
     by_the_product = names(EXTRAS["nf4"])  # tests go through it
-    assert idle == {*TOOLS, "pytest-timeout", *WITH_TORCH_FOR_GPUS, *by_the_product}
+    assert idle == {*TOOLS, *PLUGINS, *WITH_TORCH_FOR_GPUS, *by_the_product}
     declared = names(PROJECT["dependencies"] + EXTRAS["test"])
     assert imported("tests", "benchmarks") <= declared | WHAT_FLOWER_BRINGS | PEERS_IF_THERE
     commands = (ROOT / ".ci" / "run").read_text(encoding="utf-8")

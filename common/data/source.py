@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from common.config import DataConfig
+from common.data.handling import CREDENTIALED
 from common.data.icd import Diagnosis
+from common.data.protocols import ADMISSION
 from common.data.samples import Prepared, Progress
 from common.data.tables import reading
 
@@ -22,6 +24,10 @@ class Source(ABC):
 
     identifiers: ClassVar[str] = r"\d{6,}"
     """A regular expression: how patients and stays are numbered. Texts for others hold none."""
+    protocols: tuple[str, ...] = (ADMISSION,)
+    """Of ``data.protocol``: what its tables can serve."""
+    kind: str = "such data"
+    """What a refusal calls it, with the reason why it serves no other protocol."""
 
     @abstractmethod
     def claims(self, path: str) -> bool:
@@ -40,7 +46,6 @@ class Source(ABC):
             UserError: One that is needed is missing or is no such file.
         """
 
-    @abstractmethod
     def tag(self, folder: Path, hashes: Mapping[str, str]) -> str:
         """Return the tag by content alone; whatever is not recognised is credentialed.
 
@@ -48,6 +53,8 @@ class Source(ABC):
             folder: Of the data.
             hashes: sha256 of ``files``, by the same names.
         """
+        del folder, hashes
+        return CREDENTIALED
 
     @abstractmethod
     def read(
@@ -59,9 +66,10 @@ class Source(ABC):
             UserError: Tables that cannot be used as they are.
         """
 
-    @abstractmethod
     def titles(self, folder: Path, config: DataConfig) -> list[Diagnosis]:
         """Return the diagnoses that the source has a title for, beyond those of its samples."""
+        del folder, config
+        return []
 
 
 def hash_files(files: Mapping[str, Path]) -> dict[str, str]:

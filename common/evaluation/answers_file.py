@@ -68,13 +68,18 @@ class CutoffFacts(Record):
 
     names: int
     """Of the formulary."""
-    threshold: float
+    threshold: float | None
+    """None: lists have a length."""
     slope: float
     intercept: float
     admissions: int
     """Validation admissions that chose it."""
     f1: float
     """Mean F1 on those; it flatters."""
+    weight: float | None = None
+    """Of the training split's frequencies, where they count."""
+    length: int | None = None
+    """Drugs of every list, where they count."""
 
 
 class Generation(Record):
@@ -89,6 +94,17 @@ class Generation(Record):
     cutoffs: dict[str, CutoffFacts] | None = None
     """Of scored lists, by hospital."""
 
+    def and_(self, other: "Generation") -> "Generation":
+        """Return both together, of two hospitals."""
+        both = {**(self.cutoffs or {}), **(other.cutoffs or {})}
+        return Generation(
+            seconds=round(self.seconds + other.seconds, 3),
+            tokens=self.tokens + other.tokens,
+            cut_answers=self.cut_answers + other.cut_answers,
+            escaped_names=self.escaped_names + other.escaped_names,
+            cutoffs=both or None,
+        )
+
 
 class Facts(Record):
     """``evaluation`` in summary.json: how the answers came about."""
@@ -98,6 +114,8 @@ class Facts(Record):
     settings: EvaluationConfig
     dropped_diagnoses: int
     """Left out of prompts for ``train.max-length``."""
+    left_out: dict[str, int] | None = None
+    """The same of what only other protocols show, by kind; no key where it is nothing."""
     generation: dict[str, Generation]
     checkpoint: str
     """The last of the run."""

@@ -3,11 +3,15 @@
 Both are fitted on a hospital's own validation split, never on held-out patients: the threshold with
 the best mean F1, and a recalibration of two numbers (Platt, 1999, on the log of the score).
 
-Shapes: N names of the formulary, A admissions.
+A handful of validation admissions chooses a threshold by accident. With ``Frequencies`` the
+training split helps: how often it orders a drug enters the recalibration beside the score (a third
+number), and lists are as long as its lists are on average.
+
+Shapes: N names of the formulary, A admissions, K numbers that a confidence is made of.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,18 +26,31 @@ _FLATTEST_SLOPE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
+class Frequencies:
+    """What a hospital's training split says of every admission alike."""
+
+    log_odds: tuple[float, ...]
+    """Of each name of the formulary being in a list."""
+    length: int
+    """Mean number of drugs of a list, rounded."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cutoff:
     """What one hospital's validation split says about one model's scores."""
 
-    threshold: float
-    """Scores from here on are in the list."""
+    threshold: float | None
+    """Scores from here on are in the list; None: lists are as long as ``frequencies`` says."""
     slope: float
     """Of the log odds over the log score."""
     intercept: float
     admissions: int
     """How many it was fitted on."""
     f1: float
-    """Mean F1 at the threshold on those; it flatters, being chosen there."""
+    """Mean F1 on those; with a threshold it flatters, being chosen there."""
+    weight: float = 0.0
+    """Of the log odds over those of ``frequencies``."""
+    frequencies: Frequencies | None = None
 
     def confidence(self, scores_N: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the probability that each drug is in the true list.
@@ -43,8 +60,15 @@ class Cutoff:
         [0.5, 0.25]
         """
         odds_N = self.slope * _log(scores_N) + self.intercept
+        if self.frequencies is not None:
+            odds_N = odds_N + self.weight * np.array(self.frequencies.log_odds)
         confidence_N: NDArray[np.float64] = np.exp(-np.logaddexp(0.0, -odds_N))
         return confidence_N
+
+    def order(self, scores_N: NDArray[np.float64]) -> list[int]:
+        """Return all places, the likeliest first."""
+        # Confidences may round to the same number where scores do not.
+        return ranked(scores_N if self.frequencies is None else self.confidence(scores_N))
 
     def chosen(self, scores_N: NDArray[np.float64]) -> list[int]:
         """Return the places of the listed drugs, the likeliest first; never none.
@@ -53,8 +77,12 @@ class Cutoff:
         >>> cut.chosen(np.array([0.1, 0.7, 0.05])), cut.chosen(np.array([0.01, 0.02]))
         ([1, 0], [1])
         """
-        order = ranked(scores_N)
-        return order[: max(1, int((scores_N >= self.threshold).sum()))]
+        if self.threshold is not None:
+            length = int((scores_N >= self.threshold).sum())
+        else:
+            assert self.frequencies is not None
+            length = self.frequencies.length
+        return self.order(scores_N)[: max(1, length)]
 
 
 def ranked(scores_N: NDArray[np.float64]) -> list[int]:
@@ -64,7 +92,10 @@ def ranked(scores_N: NDArray[np.float64]) -> list[int]:
 
 
 def fit_cutoff(
-    scores: Sequence[NDArray[np.float64]], truths: Sequence[Sequence[bool]], missing: Sequence[int]
+    scores: Sequence[NDArray[np.float64]],
+    truths: Sequence[Sequence[bool]],
+    missing: Sequence[int],
+    frequencies: Frequencies | None = None,
 ) -> Cutoff:
     """Fit threshold and recalibration on a validation split.
 
@@ -72,6 +103,7 @@ def fit_cutoff(
         scores: For each admission [N].
         truths: For each admission, which of the N drugs were ordered.
         missing: For each admission, how many ordered drugs are not in the formulary.
+        frequencies: Of the training split, where it is to help.
 
     Raises:
         UserError: If there is no admission.
@@ -80,11 +112,28 @@ def fit_cutoff(
     scores_AN = np.array(scores)
     truth_AN = np.array(truths, dtype=bool)
     true_A = truth_AN.sum(axis=1) + np.array(missing)
-    threshold, f1 = _best_threshold(scores_AN, truth_AN, true_A)
-    slope, intercept = _platt(scores_AN.ravel(), truth_AN.ravel())
-    return Cutoff(
-        threshold=threshold, slope=slope, intercept=intercept, admissions=len(scores), f1=f1
+    if frequencies is None:
+        threshold, f1 = _best_threshold(scores_AN, truth_AN, true_A)
+        slope, intercept = _platt(scores_AN.ravel(), truth_AN.ravel())
+        return Cutoff(
+            threshold=threshold, slope=slope, intercept=intercept, admissions=len(scores), f1=f1
+        )
+    slope, weight, intercept = _weighed(scores_AN, frequencies, truth_AN)
+    unmeasured = Cutoff(
+        threshold=None,
+        slope=slope,
+        weight=weight,
+        intercept=intercept,
+        admissions=len(scores),
+        f1=0.0,
+        frequencies=frequencies,
     )
+    lists = [unmeasured.chosen(scores_N) for scores_N in scores_AN]
+    f1s = [
+        2 * truth_N[listed].sum() / (len(listed) + true)
+        for truth_N, listed, true in zip(truth_AN, lists, true_A, strict=True)
+    ]
+    return replace(unmeasured, f1=float(np.mean(f1s)))
 
 
 def require_validation(validation: Sequence[object], hospital: str = "a hospital") -> None:
@@ -123,19 +172,49 @@ def _best_threshold(
 
 def _platt(scores: NDArray[np.float64], truth: NDArray[np.bool_]) -> tuple[float, float]:
     """Return slope and intercept of the log odds over the log score, by maximum likelihood."""
-    # Platt's targets: one more of each kind, so that few or equal outcomes give no certainty.
-    positive, negative = int(truth.sum()), int((~truth).sum())
-    weight = np.where(truth, (positive + 1) / (positive + 2), 1 / (negative + 2))
-    logs = np.concatenate([_log(scores)] * 2)[:, None]
-    kinds = np.repeat([1, 0], len(scores))
-    fitted = LogisticRegression(C=np.inf, max_iter=1000).fit(
-        logs, kinds, sample_weight=np.concatenate([weight, 1 - weight])
-    )
-    slope = float(fitted.coef_[0, 0])
+    (slope,), intercept = _logistic(_log(scores)[:, None], truth)
     if slope < _FLATTEST_SLOPE:
-        share = float(weight.mean())
+        share = float(_targets(truth).mean())
         return _FLATTEST_SLOPE, float(np.log(share / (1 - share)))
-    return slope, float(fitted.intercept_[0])
+    return slope, intercept
+
+
+def _weighed(
+    scores_AN: NDArray[np.float64], frequencies: Frequencies, truth_AN: NDArray[np.bool_]
+) -> tuple[float, float, float]:
+    """Return slope, weight and intercept; of two that contradict each other the better stays."""
+    truth = truth_AN.ravel()
+    common = np.tile(frequencies.log_odds, len(scores_AN))
+    (slope, weight), intercept = _logistic(np.stack([_log(scores_AN.ravel()), common], 1), truth)
+    if weight < 0:
+        slope, intercept = _platt(scores_AN.ravel(), truth)
+        return slope, 0.0, intercept
+    if slope < 0:
+        (weight,), intercept = _logistic(common[:, None], truth)
+        return 0.0, max(weight, _FLATTEST_SLOPE), intercept
+    return slope, weight, intercept
+
+
+def _logistic(
+    numbers_K: NDArray[np.float64], truth: NDArray[np.bool_]
+) -> tuple[tuple[float, ...], float]:
+    """Return the coefficients of [pairs, K] numbers and the intercept, by maximum likelihood."""
+    weight = _targets(truth)
+    fitted = LogisticRegression(C=np.inf, max_iter=1000).fit(
+        np.concatenate([numbers_K] * 2),
+        np.repeat([1, 0], len(truth)),
+        sample_weight=np.concatenate([weight, 1 - weight]),
+    )
+    return tuple(map(float, fitted.coef_[0])), float(fitted.intercept_[0])
+
+
+def _targets(truth: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return Platt's targets: one more of each kind, so that few outcomes give no certainty."""
+    positive, negative = int(truth.sum()), int((~truth).sum())
+    targets: NDArray[np.float64] = np.where(
+        truth, (positive + 1) / (positive + 2), 1 / (negative + 2)
+    )
+    return targets
 
 
 def _log(scores: NDArray[np.float64]) -> NDArray[np.float64]:

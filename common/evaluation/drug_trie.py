@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.text.prompts import render_answer
+from common.text.prompts import NEXT_ITEM, render_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_GOES_ON = "\n-"
 ROOT = 0
 
 
@@ -89,11 +88,11 @@ def drug_trie(names: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> Dru
     end = tokenizer.eos_token_id
     assert isinstance(end, int)
     lists = [render_answer([name]) for name in names]
-    (header,) = _tokens(tokenizer, [render_answer([]) + _GOES_ON])
+    (header,) = _tokens(tokenizer, [render_answer([]) + NEXT_ITEM])
     ended = [ids[len(header) :] for ids in _headed(tokenizer, lists, header)]
     onward = [
         ids[len(header) :]
-        for ids in _headed(tokenizer, [text + _GOES_ON for text in lists], header)
+        for ids in _headed(tokenizer, [text + NEXT_ITEM for text in lists], header)
     ]
     neighbours = [(place, (place + 1) % len(names)) for place in range(len(names))]
     pairs = _tokens(tokenizer, [render_answer([names[a], names[b]]) for a, b in neighbours])

@@ -88,7 +88,10 @@ def figures(
         if len(orders) == len(of_model):
             hits = [_hits(row, order) for row, order in zip(of_model, orders, strict=True)]
             true = [len(set(map(normalise_string, row.truth))) for row in of_model]
-            part["prauc"] = interval(list(map(average_precision, hits, true)))
+            precisions = list(map(average_precision, hits, true))
+            part["prauc"] = interval(precisions)
+            if "by_hospital" in part:
+                part["prauc_by_hospital"] = _means(precisions, compared.hospitals)
             part["at"] = _depths(hits, true)
             rankings = [one.ranking for one in given if one.ranking is not None]
             if rankings:
@@ -127,7 +130,7 @@ def _by_hospital(
     drug_map: Mapping[str, tuple[str, ...]] | None,
 ) -> dict[str, JsonValue]:
     each: dict[str, JsonValue] = {}
-    worst: tuple[float, str] | None = None
+    f1s: dict[str, float] = {}
     for name in sorted(set(compared.hospitals)):
         own = [row for row, place in zip(rows, compared.hospitals, strict=True) if place == name]
         metrics = score(
@@ -138,10 +141,19 @@ def _by_hospital(
             resamples=0,
         )
         each[name] = {"samples": len(own), **{key: metrics.value(key) for key in BY_HOSPITAL}}
-        f1 = metrics.value("f1") or 0.0
-        worst = min(worst or (f1, name), (f1, name))
-    assert worst is not None
-    return {"by_hospital": each, "worst_hospital": worst[1]}
+        f1s[name] = metrics.value("f1") or 0.0
+    worst = min(f1s, key=lambda name: f1s[name])
+    gap = max(f1s.values()) - f1s[worst]
+    return {"by_hospital": each, "worst_hospital": worst, "hospital_gap": gap}
+
+
+def _means(values: Sequence[float], hospitals: Sequence[str]) -> JsonValue:
+    return {
+        name: float(
+            np.mean([one for one, own in zip(values, hospitals, strict=True) if own == name])
+        )
+        for name in sorted(set(hospitals))
+    }
 
 
 def _hits(row: Prediction, order: Sequence[str]) -> list[bool]:

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from common.data.names import normalise_string
 from common.errors import UserError
+from common.evaluation.cutoff import Frequencies
 
 if TYPE_CHECKING:
     from common.data.samples import Admission
@@ -56,6 +59,26 @@ def formulary_of(admissions: Iterable["Admission"]) -> Formulary:
             fix="use more patients, or name a file with evaluation.formulary",
         )
     return found
+
+
+def frequencies_of(formulary: Formulary, admissions: Sequence["Admission"]) -> Frequencies:
+    """Count a formulary's names in a hospital's training split.
+
+    Half an admission more with and without each drug keeps the odds finite.
+
+    >>> from common.data.samples import Admission
+    >>> one = Admission(patient=1, admission=1, sex="F", age=50, drugs=("Insulin", "Aspirin"))
+    >>> two = Admission(patient=2, admission=2, sex="F", age=50, drugs=("insulin", "Insulin"))
+    >>> found = frequencies_of(formulary_of([one, two]), [one, two])
+    >>> [round(odds, 2) for odds in found.log_odds], found.length
+    ([0.0, 1.61], 2)
+    """
+    lists = [{normalise_string(drug) for drug in one.drugs} for one in admissions]
+    counts = Counter(name for drugs in lists for name in drugs)
+    ordered = np.array([counts[normalise_string(name)] for name in formulary.names])
+    odds = (ordered + 0.5) / (len(lists) - ordered + 0.5)
+    mean = sum(map(len, lists)) / max(1, len(lists))
+    return Frequencies(log_odds=tuple(np.log(odds).tolist()), length=max(1, round(mean)))
 
 
 def read_formulary(path: Path) -> Formulary:

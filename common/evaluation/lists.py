@@ -10,19 +10,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from common.config import Config
+from common.data.protocols import not_ordered
 from common.evaluation.answers_file import CutoffFacts, Generation
 from common.evaluation.constrained import answer_grammar
 from common.evaluation.cutoff import Cutoff, require_validation
 from common.evaluation.drug_scores import drug_scores
 from common.evaluation.drug_trie import require_room
-from common.evaluation.formulary import formularies
-from common.evaluation.generate import Generated, Matcher, generate
+from common.evaluation.formulary import formularies, frequencies_of
+from common.evaluation.generate import generate
 from common.evaluation.ranking import Ranker, Ranking
+from common.evaluation.slot_generation import Generated, Matcher
 from common.files import writable
 from common.text.prompts import parse_answer
 
 if TYPE_CHECKING:
     from common.data.partition import Hospital
+    from common.data.samples import Admission
     from common.model.session import Session
 
 Progress = Callable[[int, int], None]
@@ -41,6 +44,16 @@ class Answer(NamedTuple):
     """Of a ranking: all names, the likeliest first."""
     ranking: Ranking | None = None
     """Of a scored list: with confidences."""
+
+    def beyond(self, admission: "Admission") -> "Answer":
+        """Return the answer without the drugs that are known to be ordered already."""
+        if not admission.ordered:
+            return self
+        return self._replace(
+            drugs=None if self.drugs is None else not_ordered(self.drugs, admission),
+            order=None if self.order is None else not_ordered(self.order, admission),
+            ranking=None if self.ranking is None else self.ranking.beyond(admission),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +82,18 @@ class ListMaker:
         self._session, self._hospitals = session, hospitals
         self._settings = config.evaluation
         self._rankers: list[Ranker] = []
+        trains = [hospital.train for hospital in hospitals]
         if self._settings.method == "score" or self._settings.decoding == "formulary":
             self._rankers = [
-                Ranker(session, one, text=config.text, max_length_tokens=config.train.max_length)
-                for one in formularies(
-                    [hospital.train for hospital in hospitals], self._settings.formulary
+                Ranker(
+                    session,
+                    one,
+                    text=config.text,
+                    max_length_tokens=config.train.max_length,
+                    frequencies=frequencies_of(one, train) if self._settings.frequencies else None,
+                )
+                for one, train in zip(
+                    formularies(trains, self._settings.formulary), trains, strict=True
                 )
             ]
 
@@ -139,6 +159,8 @@ class ListMaker:
                     names=len(self._rankers[place].formulary.names),
                     threshold=one.threshold,
                     slope=one.slope,
+                    weight=one.weight if one.frequencies else None,
+                    length=one.frequencies.length if one.frequencies else None,
                     intercept=one.intercept,
                     admissions=one.admissions,
                     f1=one.f1,

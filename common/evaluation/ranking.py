@@ -12,7 +12,7 @@ Shapes: N names of the formulary.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from common.config import TextConfig
 from common.data.names import normalise_string
-from common.evaluation.cutoff import Cutoff, fit_cutoff, ranked
+from common.data.protocols import not_ordered
+from common.evaluation.cutoff import Cutoff, Frequencies, fit_cutoff
 from common.evaluation.drug_scores import ScorePlan, drug_scores, score_plan
 from common.evaluation.drug_trie import DrugTrie, FormularyMatcher, drug_trie
 from common.evaluation.formulary import Formulary
@@ -51,8 +52,8 @@ class Ranking:
     drugs: tuple[RankedDrug, ...]
     length: int
     """How many of them are the list."""
-    threshold: float
-    """Confidence at which the list ends."""
+    threshold: float | None
+    """Confidence at which the list ends; None: at a length."""
     admissions: int
     """Validation admissions that the threshold was chosen on."""
 
@@ -61,9 +62,22 @@ class Ranking:
         """The drugs of the list."""
         return self.drugs[: self.length]
 
+    def beyond(self, admission: "Admission") -> "Ranking":
+        """Return the ranking without the drugs that are known to be ordered already.
+
+        A list that ends at a length keeps it, one that ends at a threshold what reaches it.
+        """
+        open_names = set(not_ordered(tuple(drug.name for drug in self.drugs), admission))
+        kept = [drug.name in open_names for drug in self.drugs]
+        drugs = tuple(drug for drug, stays in zip(self.drugs, kept, strict=True) if stays)
+        above = self.length if self.threshold is None else sum(kept[: self.length])
+        return replace(self, drugs=drugs, length=min(above, len(drugs)))
+
     @property
     def ends(self) -> str:
         """Why the list ends where it does, in a sentence."""
+        if self.threshold is None:
+            return f"it is as long as training lists are on average, {self.length} drugs"
         chosen = (
             f"the threshold of {self.threshold:.0%} that served {self.admissions} validation "
             "admissions best"
@@ -84,15 +98,22 @@ class Ranker:
         formulary: What may be listed.
         text: What the run asks.
         max_length_tokens: ``train.max-length``, which prompts keep to.
+        frequencies: Of the training split, where confidences are to know them.
 
     Raises:
         UserError: If the tokenizer does not write lists line by line.
     """
 
     def __init__(
-        self, session: "Session", formulary: Formulary, *, text: TextConfig, max_length_tokens: int
+        self,
+        session: "Session",
+        formulary: Formulary,
+        *,
+        text: TextConfig,
+        max_length_tokens: int,
+        frequencies: Frequencies | None = None,
     ) -> None:
-        self.session, self.formulary = session, formulary
+        self.session, self.formulary, self._frequencies = session, formulary, frequencies
         self._text, self._max_length_tokens = text, max_length_tokens
         self._place = {normalise_string(name): i for i, name in enumerate(formulary.names)}
 
@@ -152,6 +173,7 @@ class Ranker:
             self.scores(prompts),
             [[name in found for name in range(len(self.formulary.names))] for found in places],
             [sum(self.place(drug) is None for drug in one.drugs) for one in chosen],
+            self._frequencies,
         )
 
     def rank(
@@ -170,9 +192,11 @@ class Ranker:
         return Ranking(
             drugs=tuple(
                 RankedDrug(name=self.formulary.names[place], confidence=float(confidence_N[place]))
-                for place in ranked(scores_N)
+                for place in cutoff.order(scores_N)
             ),
             length=len(cutoff.chosen(scores_N)),
-            threshold=float(cutoff.confidence(np.array([cutoff.threshold]))[0]),
+            threshold=None
+            if cutoff.threshold is None
+            else float(cutoff.confidence(np.array([cutoff.threshold]))[0]),
             admissions=cutoff.admissions,
         )

@@ -16,7 +16,8 @@ from common.limits import available_cpus
 from common.model.adapter.falora import Adapter, AdapterSpec, attach
 from common.model.backbone.load import BackboneSpec, load_model, load_tokenizer
 from common.model.kernels.attention import Packing, choose_attention, register
-from common.model.kernels.elementwise import TORCH, Kernels, choose_kernels, kernels_named
+from common.model.kernels.choice import choose_kernels, kernels_named
+from common.model.kernels.elementwise import TORCH, Kernels
 from common.model.kernels.frozen import choose_weights, quantise
 from common.model.memory import choose_recompute
 
@@ -80,7 +81,10 @@ class Session:
     def label_states(self, batch: "PackedBatch") -> Tensor:
         """Run the backbone; returns [N, D] final hidden states where a label is predicted."""
         if self.shortens:
-            return self.hidden_states(batch, at=batch.label_positions_N)
+            if not batch.repeats:
+                return self.hidden_states(batch, at=batch.label_positions_N)
+            at, back_N = torch.unique_consecutive(batch.label_positions_N, return_inverse=True)
+            return self.hidden_states(batch, at=at)[back_N]
         return self.hidden_states(batch)[batch.label_positions_N]
 
     def hidden_states(

@@ -7,7 +7,7 @@ tokenizers): the answer's tokens and its end token carry the loss, the prompt ne
 Shapes: T packed tokens, S segments (samples), N labelled tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from common.config import TextConfig
 from common.errors import UserError
 from common.text.chat import prompt_tokens
+from common.text.known import NOTHING, LeftOut, items, with_items
 from common.text.prompts import messages, render_answer
 
 if TYPE_CHECKING:
@@ -35,15 +36,32 @@ class Encoded:
     """Index of the answer's first token."""
     unit: int
     """Local key of the patient, the unit of privacy; it never leaves this process."""
-    dropped_diagnoses: int = 0
-    """Whole diagnoses left out at the prompt's end to keep the length."""
+    left_out: LeftOut = NOTHING
+    """Whole items left out of the prompt to keep the length."""
     dropped_drugs: int = 0
     """Whole drugs left out at the answer's end to keep the length."""
+    set_at: int = 0
+    """Index of a token in whose place any of ``set_tokens`` would be right."""
+    set_tokens: tuple[int, ...] = ()
+    """Tokens that all count there; empty: no such place."""
+
+    @property
+    def dropped_diagnoses(self) -> int:
+        """Whole diagnoses left out at the prompt's end."""
+        return self.left_out.diagnoses
 
     @property
     def label_tokens(self) -> int:
-        """Number of tokens that carry loss."""
-        return len(self.input_ids) - self.answer_start
+        """Number of labels, which weigh the same: one a token of the answer, more at ``set_at``."""
+        return len(self.input_ids) - self.answer_start + max(0, len(self.set_tokens) - 1)
+
+    def labels(self) -> Iterator[tuple[int, int]]:
+        """Yield (index of the token before, label)."""
+        for place in range(self.answer_start, len(self.input_ids)):
+            if self.set_tokens and place == self.set_at:
+                yield from ((place - 1, token) for token in self.set_tokens)
+            else:
+                yield place - 1, self.input_ids[place]
 
     def in_epoch(self, epoch: int) -> "Encoded":
         """Return the sample as training sees it in one pass over the data."""
@@ -59,10 +77,11 @@ class PackedBatch:
         position_ids: [1, T] int64, restarting at 0 in every segment.
         cu_seqlens: S + 1 token offsets on the host, from 0 to T.
         label_positions_N: Packed index of the token *before* each labelled one: the hidden state
-            there predicts the label.
+            there predicts the label. Where several labels count, it stands there as often.
         labels_N: Token ids to predict.
         label_segments_N: Segment of each label.
         units: Unit of privacy of each segment.
+        repeats: Whether some position stands there more than once.
     """
 
     input_ids: Tensor
@@ -72,6 +91,7 @@ class PackedBatch:
     labels_N: Tensor
     label_segments_N: Tensor
     units: tuple[int, ...]
+    repeats: bool = False
 
     @property
     def tokens(self) -> int:
@@ -101,11 +121,12 @@ def encode_prompt(
     *,
     text: TextConfig,
     max_length_tokens: int,
-) -> tuple[list[int], int]:
+) -> tuple[list[int], LeftOut]:
     """Tokenise one admission's prompt up to the point where the answer starts.
 
     The prompt has half of the length at most, whatever the answer is: what is left out must not
-    depend on what is to be predicted. Whole diagnoses are dropped from the end.
+    depend on what is to be predicted. Whole items are dropped: the oldest visits first, and
+    diagnoses from the end (``common.text.known``).
 
     Args:
         admission: The sample; its drugs are not read.
@@ -114,18 +135,19 @@ def encode_prompt(
         max_length_tokens: Longest prompt and answer together.
 
     Returns:
-        Token ids, and the number of diagnoses left out.
+        Token ids, and what is left out.
 
     Raises:
-        UserError: If even a prompt without diagnoses is too long.
+        UserError: If even a prompt without any item is too long.
     """
 
     def tokens(kept: int) -> list[int]:
-        shown = replace(admission, diagnoses=admission.diagnoses[:kept])
+        shown, _ = with_items(admission, kept)
         system, user = (message["content"] for message in messages(shown, text))
         return prompt_tokens(tokenizer, system, user)
 
-    return _fit(tokens, len(admission.diagnoses), max_length_tokens // 2)
+    ids, dropped = _fit(tokens, items(admission), max_length_tokens // 2)
+    return ids, with_items(admission, items(admission) - dropped)[1]
 
 
 def encode(
@@ -147,7 +169,7 @@ def encode(
     Raises:
         UserError: If not even the empty answer fits.
     """
-    prompt, dropped_diagnoses = encode_prompt(
+    prompt, left_out = encode_prompt(
         admission, tokenizer, text=text, max_length_tokens=max_length_tokens
     )
     answer, dropped_drugs = encode_answer(
@@ -157,7 +179,7 @@ def encode(
         input_ids=(*prompt, *answer),
         answer_start=len(prompt),
         unit=admission.patient,
-        dropped_diagnoses=dropped_diagnoses,
+        left_out=left_out,
         dropped_drugs=dropped_drugs,
     )
 
@@ -207,8 +229,9 @@ def pack(samples: Sequence[Encoded]) -> PackedBatch:
         length, start = len(sample.input_ids), bounds[-1]
         ids.extend(sample.input_ids)
         positions.extend(range(length))
-        label_positions.extend(range(start + sample.answer_start - 1, start + length - 1))
-        labels.extend(sample.input_ids[sample.answer_start :])
+        for place, label in sample.labels():
+            label_positions.append(start + place)
+            labels.append(label)
         label_segments.extend([segment] * sample.label_tokens)
         bounds.append(start + length)
     return PackedBatch(
@@ -219,6 +242,7 @@ def pack(samples: Sequence[Encoded]) -> PackedBatch:
         labels_N=torch.tensor(labels, dtype=torch.int64),
         label_segments_N=torch.tensor(label_segments, dtype=torch.int64),
         units=tuple(sample.unit for sample in samples),
+        repeats=any(sample.set_tokens for sample in samples),
     )
 
 

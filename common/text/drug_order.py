@@ -3,21 +3,30 @@
 An answer is a set, and a model writes it as a list. By first start, as the stay was, or by name, a
 model learns one order too; in a new random order every time, the first drug it names is drawn from
 the list evenly, so that its probability there ranks drugs by how likely they are in the list.
+
+As a set, that is said outright: where the first drug begins, the beginnings of all drugs of the
+list count (the expectation over random orders, from one pass over the prompt), and of a new random
+order only the first few drugs are written, which tell apart the names that begin alike.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from common.config import Config
 from common.data.names import normalise_string
+from common.errors import UserError
 from common.seeds import stream
 from common.text.batches import Encoded, encode_answer
+from common.text.prompts import NEXT_ITEM, render_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from common.data.samples import Admission
+
+WRITTEN_OF_A_SET = 4
+"""Drugs whose names are written out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,9 +42,34 @@ class Shuffled(Encoded):
 
     def in_epoch(self, epoch: int) -> Encoded:
         """Return the sample in one pass's order, a pure function of seed, place and epoch."""
+        return _with_drugs(self, self.shuffled(epoch), self.tokenizer, self.max_length_tokens)
+
+    def shuffled(self, epoch: int) -> list[str]:
+        """Return the drugs in one pass's order."""
         order = stream(self.seed, "drug-order", *self.names, epoch).permutation(len(self.drugs))
-        return _with_drugs(
-            self, [self.drugs[place] for place in order], self.tokenizer, self.max_length_tokens
+        return [self.drugs[place] for place in order]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DrugSet(Shuffled):
+    """A sample in which any drug of the list may come first."""
+
+    header_tokens: int
+    """Tokens of an answer before its first drug."""
+    first_tokens: tuple[int, ...]
+    """Of each drug's name."""
+
+    def in_epoch(self, epoch: int) -> Encoded:
+        """Return the prompt and a few drugs, others in every pass."""
+        few = self.shuffled(epoch)[:WRITTEN_OF_A_SET]
+        seen = _with_drugs(self, few, self.tokenizer, self.max_length_tokens)
+        # A list that goes on has no end here to learn.
+        end = len(seen.input_ids) - (len(few) < len(self.drugs))
+        return replace(
+            seen,
+            input_ids=seen.input_ids[:end],
+            set_at=self.answer_start + self.header_tokens,
+            set_tokens=self.first_tokens,
         )
 
 
@@ -61,13 +95,13 @@ def in_order(
             _with_drugs(sample, sorted(one.drugs, key=normalise_string), tokenizer, length)
             for sample, one in zip(samples, admissions, strict=True)
         )
-    if order == "shuffled":
-        return tuple(
+    if order in ("shuffled", "set"):
+        shuffled = tuple(
             Shuffled(
                 input_ids=sample.input_ids,
                 answer_start=sample.answer_start,
                 unit=sample.unit,
-                dropped_diagnoses=sample.dropped_diagnoses,
+                left_out=sample.left_out,
                 dropped_drugs=sample.dropped_drugs,
                 drugs=one.drugs,
                 tokenizer=tokenizer,
@@ -77,6 +111,7 @@ def in_order(
             )
             for place, (sample, one) in enumerate(zip(samples, admissions, strict=True))
         )
+        return shuffled if order == "shuffled" else _as_sets(shuffled, tokenizer)
     return tuple(samples)
 
 
@@ -92,6 +127,31 @@ def _with_drugs(
         input_ids=(*prompt, *answer),
         answer_start=len(prompt),
         unit=sample.unit,
-        dropped_diagnoses=sample.dropped_diagnoses,
+        left_out=sample.left_out,
         dropped_drugs=dropped,
+    )
+
+
+def _as_sets(
+    samples: Sequence[Shuffled], tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[DrugSet, ...]:
+    header = tokenizer(render_answer([]) + NEXT_ITEM, add_special_tokens=False)["input_ids"]
+    names = sorted({drug for one in samples for drug in one.drugs})
+    texts = [render_answer([name]) for name in names]
+    written = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    if any(ids[: len(header)] != header or len(ids) == len(header) for ids in written):
+        raise UserError(
+            "data.drug-order=set: this backbone's tokenizer merges a list's beginning with the "
+            "first drug's name",
+            allowed="first-start, name, shuffled",
+            fix="set data.drug-order to shuffled",
+        )
+    first = {name: ids[len(header)] for name, ids in zip(names, written, strict=True)}
+    return tuple(
+        DrugSet(
+            **{one.name: getattr(sample, one.name) for one in fields(sample)},
+            header_tokens=len(header),
+            first_tokens=tuple(first[drug] for drug in sample.drugs),
+        )
+        for sample in samples
     )

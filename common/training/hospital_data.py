@@ -1,6 +1,8 @@
 """One hospital's samples as tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from common.config import Config
 from common.data.partition import Hospital
@@ -8,6 +10,9 @@ from common.model.session import Session
 from common.seeds import stream
 from common.text.batches import Encoded, encode
 from common.text.drug_order import in_order
+
+if TYPE_CHECKING:
+    from common.data.samples import Admission
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,19 +39,22 @@ def encode_hospital(hospital: Hospital, session: Session, config: Config) -> Hos
         validation = [validation[place] for place in chosen]
     asked, length = config.text, config.train.max_length
 
-    def tokens(admissions: object) -> tuple[Encoded, ...]:
-        assert isinstance(admissions, list | tuple)
+    def tokens(admissions: Sequence["Admission"]) -> tuple[Encoded, ...]:
         return tuple(
             encode(one, session.tokenizer, text=asked, max_length_tokens=length)
             for one in admissions
         )
 
+    def ordered(admissions: Sequence["Admission"]) -> tuple[Encoded, ...]:
+        return in_order(tokens(admissions), admissions, session.tokenizer, config, hospital.name)
+
     return HospitalData(
         name=hospital.name,
         patients=hospital.patients,
         samples=hospital.samples,
-        train=in_order(
-            tokens(hospital.train), hospital.train, session.tokenizer, config, hospital.name
-        ),
-        validation=tokens(validation),
+        train=ordered(hospital.train),
+        # Another loss is learnt, so that one is validated.
+        validation=tuple(one.in_epoch(0) for one in ordered(validation))
+        if config.data.drug_order == "set"
+        else tokens(validation),
     )

@@ -68,6 +68,9 @@ class Worker:
         """Return a hospital's tokens, encoded once."""
         session, key = self.session(config), (config, hospital.name)
         if key not in self._tokens:
+            run = config.run.directory  # a sweep in one process has many: one at a time is kept
+            for other in [one for one in self._tokens if one[0].run.directory != run]:
+                del self._tokens[other]
             self._tokens[key] = encode_hospital(hospital, session, config)
         return self._tokens[key]
 

@@ -20,6 +20,25 @@ def sampled(fraction: float, hospitals: int) -> int:
     return max(1, math.ceil(fraction * hospitals - 1e-9))
 
 
+def trained_by(federation: FederationConfig) -> list[str]:
+    """Return the names in ``federation.only``, sorted; empty where all hospitals take part.
+
+    >>> trained_by(FederationConfig(only="hospital-3, hospital-1"))
+    ['hospital-1', 'hospital-3']
+    """
+    return sorted({name.strip() for name in federation.only.split(",")} - {""})
+
+
+def asked(federation: FederationConfig) -> int:
+    """Return how many hospitals are asked in a round.
+
+    >>> asked(FederationConfig()), asked(FederationConfig(only="hospital-1")), asked(
+    ...     FederationConfig(hospitals=9, fraction=0.5, only="hospital-1,hospital-2,hospital-3"))
+    (3, 1, 2)
+    """
+    return sampled(federation.fraction, len(trained_by(federation)) or federation.hospitals)
+
+
 def hospital_names(hospitals: int) -> list[str]:
     """Return the names that a simulation's hospitals have.
 
@@ -31,15 +50,15 @@ def hospital_names(hospitals: int) -> list[str]:
 
 
 def check_only(federation: FederationConfig) -> None:
-    """Refuse ``federation.only`` where no hospital of a simulation has that name.
+    """Refuse ``federation.only`` where no hospital of a simulation has such a name.
 
     Raises:
         UserError: naming the first and the last hospital.
     """
     names = hospital_names(federation.hospitals)
-    if federation.only and federation.only not in names:
+    if not set(trained_by(federation)) <= set(names):
         raise UserError(
             f"federation.only={federation.only}",
             allowed=" to ".join(dict.fromkeys((names[0], names[-1]))),
-            fix="name one of the hospitals, or leave it empty for all of them",
+            fix="name hospitals, comma-separated, or leave it empty for all of them",
         )

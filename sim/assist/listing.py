@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.evaluation.constrained import answer_grammar
 from common.evaluation.cutoff import Cutoff
 from common.evaluation.drug_trie import require_room
-from common.evaluation.formulary import Formulary, formulary_of, read_formulary
+from common.evaluation.formulary import Formulary, formulary_of, frequencies_of, read_formulary
 from common.evaluation.generate import generate
 from common.evaluation.judge.rubric import distinct_drugs
 from common.evaluation.lists import read_answer
@@ -57,8 +57,13 @@ class Lister:
         self._cutoff: Cutoff | None = None
         formulary = self._formulary(data)
         if formulary is not None:
+            counted = settings.method == "score" and settings.frequencies
             self._ranker = Ranker(
-                session, formulary, text=config.text, max_length_tokens=config.train.max_length
+                session,
+                formulary,
+                text=config.text,
+                max_length_tokens=config.train.max_length,
+                frequencies=frequencies_of(formulary, data.train) if data and counted else None,
             )
             validation = (
                 [one for place in data.hospitals for one in place.validation] if data else []
@@ -80,7 +85,7 @@ class Lister:
 
     def list_drugs(self, admission: Admission) -> ListedDrugs:
         """Return one admission's list; deterministic."""
-        ids, dropped = encode_prompt(
+        ids, left_out = encode_prompt(
             admission,
             self._session.tokenizer,
             text=self._config.text,
@@ -94,7 +99,7 @@ class Lister:
                 names=tuple(drug.name for drug in ranking.listed),
                 confidences=tuple(drug.confidence for drug in ranking.listed),
                 ends=ranking.ends,
-                dropped_diagnoses=dropped,
+                dropped_diagnoses=left_out.diagnoses,
             )
         text, finished = self._written(ids)
         answer = read_answer(text, finished=finished)
@@ -106,7 +111,7 @@ class Lister:
             ends="the model ended it"
             if finished
             else f"it was cut at {limit} tokens (evaluation.max-new-tokens)",
-            dropped_diagnoses=dropped,
+            dropped_diagnoses=left_out.diagnoses,
         )
 
     def _formulary(self, data: Dataset | None) -> Formulary | None:

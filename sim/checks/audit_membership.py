@@ -19,6 +19,7 @@ from common.rundir import RunDirectory
 from common.tensor_files import Tensors
 from common.text.batches import Encoded, encode
 from common.training.worker import Worker
+from common.wire.cohort import trained_by
 from sim.answers.evaluate import reopen
 from sim.checks.audit import plain, show
 from sim.checks.audit_page import claim_of, write_audit_page
@@ -61,9 +62,9 @@ def audit_membership(
             initial_tensors(adapter.shapes, adapter.spec),
             *(_reference(path, session) for path in references),
         ]
-        only = config.federation.only
-        trained = [one for one in data.hospitals if only in ("", one.name)]
-        inside, outside = _records(trained, session, config)
+        only = trained_by(config.federation)
+        trained = [one for one in data.hospitals if not only or one.name in only]
+        inside, outside = split_records(trained, session, config)
         members, _ = patient_losses(session, inside, models)
         outsiders, _ = patient_losses(session, outside, models)
         for count, what in ((len(members), "trained on"), (len(outsiders), "held out")):
@@ -118,9 +119,11 @@ def _reference(path: Path, session: Session) -> Tensors:
     return other.load_checkpoint().b
 
 
-def _records(
+def split_records(
     hospitals: Sequence[Hospital], session: Session, config: Config
 ) -> tuple[list[Encoded], list[Encoded]]:
+    """Return the records of patients trained on, and of those that were not."""
+
     def tokens(admissions: Sequence[Any]) -> list[Encoded]:
         return [
             encode(

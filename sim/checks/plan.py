@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.choice import Choice
-from common.config import Config, FederationConfig
+from common.config import Config
 from common.data.dataset import open_hospitals
 from common.limits import total_memory_bytes
 from common.model.adapter.layout import adapter_spec
@@ -39,7 +39,7 @@ from common.records import (
 )
 from common.training.budget import checkpoint_steps, steps_in_all, steps_of_round
 from common.wire.codecs import wire_layout
-from common.wire.cohort import check_only, sampled
+from common.wire.cohort import asked, check_only
 from server.strategies import check_strategy
 from sim.checks.measured_cards import CARDS, seconds_per_step
 from sim.flower.worker_count import choose_workers, planned_recompute, training_footprints
@@ -127,7 +127,7 @@ def plan(config: Config, *, card_bytes: int | None = None) -> PlanRecord:
         workers=Workers(value=workers.value, reason=workers.reason),
         fits=needed <= card.value,
         spare_bytes=card.value - needed,
-        bytes_per_round=asked_hospitals(federation) * exchange_bytes(config, shape),
+        bytes_per_round=asked(federation) * exchange_bytes(config, shape),
         steps=steps.value,
         steps_reason=f"{steps.reason}; {samples.reason}" if samples.reason else steps.reason,
     )
@@ -171,11 +171,6 @@ def measured_times(
                 )
             )
     return tuple(times)
-
-
-def asked_hospitals(federation: FederationConfig) -> int:
-    """Return how many hospitals a round asks: a share of them, rounded up, or the one named."""
-    return 1 if federation.only else sampled(federation.fraction, federation.hospitals)
 
 
 def exchange_bytes(config: Config, shape: BackboneShape) -> int:

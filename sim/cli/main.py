@@ -18,6 +18,7 @@ from sim.cli import data as cli_data
 from sim.cli import deploy as cli_deploy
 from sim.cli import people as cli_people
 from sim.cli import runs as cli_runs
+from sim.cli import worth as cli_worth
 from sim.cli.options import (
     BackendOption,
     ConfigArgument,
@@ -128,6 +129,14 @@ def paper(
         str, typer.Option("--scale", help="full, or small: minutes on a CPU, marked as such.")
     ] = "full",
     ranks: Annotated[str, typer.Option("--ranks", help="Ranks, comma-separated.")] = "16,32",
+    best: Annotated[
+        bool | None,
+        typer.Option(
+            "--best/--no-best",
+            help="Also the best settings found here, at the same checkpoints; --scale small has it "
+            "unless told otherwise.",
+        ),
+    ] = None,
     set_: SetOption = None,
     run_dir: RunDirOption = None,
     json_output: JsonOption = False,
@@ -140,6 +149,7 @@ def paper(
         scaled_config(scale, parse_overrides(set_ or ())),
         scale=scale,
         ranks=read_ranks(ranks),
+        best=best,
         console=console_for(json_output),
         command_line=sys.argv,
         run_dir=run_dir,
@@ -206,61 +216,6 @@ def audit(
         config, console=console, command_line=sys.argv, run_dir=run_dir, canaries=canaries
     )
     print_json(summary.as_json(), json_output)
-
-
-@app.command()
-def sweep(
-    config_file: ConfigArgument,
-    arms: Annotated[
-        list[str] | None,
-        typer.Option("--arm", help="An arm of the comparison; default: all that fit."),
-    ] = None,
-    vary: Annotated[
-        list[str] | None, typer.Option("--vary", help="key=value,value: a grid beside the arms.")
-    ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds 0, 1, ... of each arm.")] = 3,
-    set_: SetOption = None,
-    run_dir: RunDirOption = None,
-    slurm: Annotated[
-        str | None,
-        typer.Option("--slurm", metavar="PARTITION", help="Each run as a job on Slurm."),
-    ] = None,
-    slurm_set: Annotated[
-        list[str] | None,
-        typer.Option("--slurm-set", help="key=value of sbatch, for instance gres=gpu:1."),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs only.")] = False,
-    json_output: JsonOption = False,
-) -> None:
-    """Compare ways of training over seeds, in one table with intervals."""
-    from sim.runs.sweep import default_arms, plan_cells
-    from sim.runs.sweep import sweep as run_sweep
-
-    config = read_config(find_config(config_file), set_ or ())
-    console = console_for(json_output)
-    if not arms:
-        arms, reasons = default_arms(config)
-        for reason in reasons:
-            console.print(reason, style="yellow", markup=False, highlight=False)
-    cells = plan_cells(config, arms=arms, seeds=range(seeds), vary=vary or ())
-    if dry_run:
-        for cell in cells:
-            console.print(cell.folder, markup=False, highlight=False)
-        console.print(f"{len(cells)} runs")
-        return
-    folder = run_dir or Path("runs") / f"sweep-{config.run.name}"
-    if slurm is not None or slurm_set:
-        from sim.runs.slurm import run_cells
-
-        run_cells(
-            cells,
-            folder,
-            partition=slurm or "",
-            options=slurm_set or (),
-            console=console,
-            command_line=sys.argv,
-        )
-    print_json(run_sweep(cells, folder, console=console, command_line=sys.argv), json_output)
 
 
 @app.command()
@@ -355,6 +310,7 @@ def doctor(
 app.add_typer(cli_data.app, name="data")
 cli_runs.register(app)
 cli_people.register(app)
+cli_worth.register(app)
 app.command()(cli_deploy.deploy)
 app.command()(cli_deploy.superlink)
 app.command()(cli_deploy.hospital)

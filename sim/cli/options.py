@@ -27,7 +27,9 @@ RunDirOption = Annotated[
 BackendOption = Annotated[
     str | None,
     typer.Option(
-        "--backend", help="ray: Flower on Ray; in-process: this process alone, for a debugger."
+        "--backend",
+        help="ray: Flower on Ray; in-process: this process alone, for a debugger, or for all runs "
+        "of a sweep.",
     ),
 ]
 JsonOption = Annotated[

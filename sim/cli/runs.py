@@ -1,18 +1,23 @@
-"""The verbs about one run before and after it: plan, evaluate, export."""
+"""The verbs around a run: plan, sweep, evaluate, export."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from common.configio import read_config
+from common.errors import UserError
 from sim.cli.options import (
+    BackendOption,
     ConfigArgument,
     JsonOption,
+    RunDirOption,
     SetOption,
     console_for,
     find_config,
     print_json,
+    with_backend,
 )
 from sim.process.open_run import open_run
 
@@ -26,6 +31,7 @@ def register(app: typer.Typer) -> None:
     """Add the verbs to the command."""
     app.command()(plan)
     app.command()(evaluate)
+    app.command()(sweep)
     app.command()(export)
 
 
@@ -62,6 +68,61 @@ def evaluate(
     print_json(summary.as_json(), json_output)
 
 
+def sweep(
+    config_file: ConfigArgument,
+    arms: Annotated[
+        list[str] | None,
+        typer.Option("--arm", help="An arm of the comparison; default: all that fit."),
+    ] = None,
+    vary: Annotated[
+        list[str] | None, typer.Option("--vary", help="key=value,value: a grid beside the arms.")
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds 0, 1, ... of each arm.")] = 3,
+    backend: BackendOption = None,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    slurm: Annotated[
+        str | None,
+        typer.Option("--slurm", metavar="PARTITION", help="Each run as a job on Slurm."),
+    ] = None,
+    slurm_set: Annotated[
+        list[str] | None,
+        typer.Option("--slurm-set", help="key=value of sbatch, for instance gres=gpu:1."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs only.")] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Compare ways of training over seeds, in one table with intervals."""
+    from sim.runs.sweep import default_arms, plan_cells
+    from sim.runs.sweep import sweep as run_sweep
+
+    config = read_config(find_config(config_file), with_backend(set_, backend))
+    console = console_for(json_output)
+    if not arms:
+        arms, reasons = default_arms(config)
+        for reason in reasons:
+            console.print(reason, style="yellow", markup=False, highlight=False)
+    cells = plan_cells(config, arms=arms, seeds=range(seeds), vary=vary or ())
+    if dry_run:
+        for cell in cells:
+            console.print(cell.folder, markup=False, highlight=False)
+        console.print(f"{len(cells)} runs")
+        return
+    folder = run_dir or Path("runs") / f"sweep-{config.run.name}"
+    if slurm is not None or slurm_set:
+        from sim.runs.slurm import run_cells
+
+        run_cells(
+            cells,
+            folder,
+            partition=slurm or "",
+            options=slurm_set or (),
+            console=console,
+            command_line=sys.argv,
+        )
+    print_json(run_sweep(cells, folder, console=console, command_line=sys.argv), json_output)
+
+
 def export(
     run: RunArgument,
     target: Annotated[
@@ -75,11 +136,31 @@ def export(
     base_model: Annotated[
         str, typer.Option("--base-model", help="Hub id of a backbone that is a local folder.")
     ] = "",
+    personal: Annotated[
+        str, typer.Option("--personal", help="Hospital whose own B is added; no epsilon covers it.")
+    ] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask about --personal.")] = False,
 ) -> None:
     """Write the trained adapter for others to load, with a model card."""
     from sim.runs.export import export_run
 
+    if personal and not yes:
+        _ask(personal)
     folder = export_run(
-        open_run(run), target, checkpoint=checkpoint, layout=layout, base_model=base_model
+        open_run(run),
+        target,
+        checkpoint=checkpoint,
+        layout=layout,
+        base_model=base_model,
+        personal=personal,
     )
     console_for(False).print(f"{layout}: {folder}", markup=False, highlight=False)
+
+
+def _ask(hospital: str) -> None:
+    """Let a person agree that a personal adapter is written."""
+    what = f"The own B of {hospital} was trained without noise and is for {hospital} alone."
+    if not sys.stdin.isatty():
+        raise UserError(f"--personal: {what}", allowed="a person's yes", fix="add --yes")
+    if not typer.confirm(f"{what} Write it?"):
+        raise UserError("nothing was written", fix="leave --personal out, or say yes")

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -72,6 +73,38 @@ def lines_svg(
         axes.xaxis.set_major_locator(MaxNLocator())
     if len(names) + bool(mean) > 1 or any(lines):
         axes.legend(frameon=False)
+    return inline_svg(figure)
+
+
+def heat_map_svg(
+    values: Sequence[Sequence[float | None]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    label: str,
+    dark_is_high: bool = True,
+) -> str:
+    """Plot a table of figures as coloured cells, each with its figure; an absent one is a dash."""
+    table_RC = np.array([[np.nan if v is None else v for v in row] for row in values])
+    figure, axes = framed("", "", width=6.0, height=1.2 + 0.45 * len(rows))
+    colours = "Blues" if dark_is_high else "Blues_r"
+    mesh = axes.pcolormesh(table_RC, cmap=colours, edgecolors="white", linewidth=2)
+    axes.invert_yaxis()
+    axes.set_yticks([place + 0.5 for place in range(len(rows))], rows)
+    axes.set_xticks([place + 0.5 for place in range(len(columns))], columns, rotation=30)
+    middle = (np.nanmin(table_RC) + np.nanmax(table_RC)) / 2
+    for row, column in np.ndindex(table_RC.shape):
+        value = table_RC[row, column]
+        dark = value > middle if dark_is_high else value < middle
+        axes.text(
+            column + 0.5,
+            row + 0.5,
+            "–" if np.isnan(value) else f"{value:.2f}",
+            ha="center",
+            va="center",
+            color="white" if dark else "#1a202c",
+        )
+    figure.colorbar(mesh, ax=axes, label=label)
     return inline_svg(figure)
 
 

@@ -114,13 +114,14 @@ def _by_hospital(summary: Summary, metrics: Mapping[str, Mapping[str, Any]]) -> 
             model_name(model, summary),
             *(number(one["by_hospital"].get(name, {}).get("f1")) for name in names),
             one["worst_hospital"],
+            number(one.get("hospital_gap")),
         )
         for model, one in told.items()
     ]
     return [
         Block(
             title="F1 by hospital",
-            headers=("", *names, "worst"),
+            headers=("", *names, "worst", "best less worst"),
             rows=tuple(rows),
         )
     ]

@@ -24,6 +24,7 @@ from sim.report.what_ran import settings, what_ran
 from sim.report.words import (
     COLUMNS,
     NOTICE,
+    PERSONAL_NOTE,
     RANDOM_WEIGHTS,
     figure,
     matrices,
@@ -75,9 +76,10 @@ def run_blocks(run: RunDirectory) -> list[Block]:
         Block(note=f"{NOTICE} {handling_of(summary.source).report}", warning=True),
         *_result(summary),
         *_incidents(run),
-        *_losses(run),
+        *_losses(run, summary),
         *_metrics(summary),
         *ranking_blocks(summary),
+        *([Block(note=PERSONAL_NOTE, warning=True)] if "personal" in summary.metrics else []),
         _hospitals(run, summary),
         *_privacy(run, summary),
         what_ran(config, summary),
@@ -145,14 +147,27 @@ def _incidents(run: RunDirectory) -> list[Block]:
     return [Block(note=note, warning=True) for note in notes]
 
 
-def _losses(run: RunDirectory) -> list[Block]:
+def _losses(run: RunDirectory, summary: Summary) -> list[Block]:
     validation, train = run.metrics("validation-loss"), run.metrics("train-loss")
-    plots = [loss_svg(validation)] if validation else []
-    plots += [loss_svg(train, "training loss")] if train else []
-    note = "Mean cross-entropy per answer token: on each hospital's validation patients" + (
-        ", and on what was trained on." if validation and train else "."
-    )
-    return [Block(title="Learning curves", note=note, svgs=tuple(plots))] if plots else []
+    curves = [
+        ("on each hospital's validation patients", validation, "validation loss"),
+        ("on what was trained on", train, "training loss"),
+    ]
+    notes = ""
+    if public := summary.public_validation:
+        events = [{public.unit: place, "value": loss} for place, loss in public.losses]
+        where = f"on {public.samples} made-up admissions that no hospital has"
+        curves.append((where, events, "loss on made-up patients"))
+        notes = (
+            " The last was measured after training, with what every round had released: no "
+            "hospital's data is read for it, and it costs no privacy."
+        )
+    shown = [(where, loss_svg(events, label)) for where, events, label in curves if events]
+    if not shown:
+        return []
+    places = ", ".join(where for where, _ in shown)
+    note = f"Mean cross-entropy per answer token: {places}.{notes}"
+    return [Block(title="Learning curves", note=note, svgs=tuple(svg for _, svg in shown))]
 
 
 def _metrics(summary: Summary) -> list[Block]:
@@ -228,6 +243,8 @@ def _privacy(run: RunDirectory, summary: Summary) -> list[Block]:
         "outside the guarantee: no hospital sent them. The baselines beside them are fitted on "
         "the training patients without privacy."
     )
+    if summary.public_validation:
+        note += " The loss on made-up patients needed no hospital's data and spent nothing."
     unit = "step" if summary.mode == "single" else "round"
     places = sorted({line["round"] for line in lines})
     spent = {(line["hospital"], line["round"]): float(line["epsilon"]) for line in lines}

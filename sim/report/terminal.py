@@ -55,6 +55,12 @@ def show_summary(console: Console, run: RunDirectory, summary: Summary) -> None:
     if losses:
         ends = ("–" if loss is None else f"{loss:.4f}" for loss in (losses[0], losses[-1]))
         console.print(f"validation loss {' -> '.join(ends)}", highlight=False)
+    if public := summary.public_validation:
+        ends = (f"{loss:.4f}" for _, loss in (public.losses[0], public.losses[-1]))
+        console.print(
+            f"loss on {public.samples} made-up admissions of no hospital {' -> '.join(ends)}",
+            highlight=False,
+        )
     for line in privacy_lines(run.config(), summary):
         console.print(line, markup=False, highlight=False)
     wire = summary.wire

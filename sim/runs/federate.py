@@ -26,7 +26,7 @@ from common.privacy.settings import (
 from common.records import RunRecord, Summary
 from common.rundir import RunDirectory
 from common.training.budget import steps_of_round
-from common.wire.cohort import check_only
+from common.wire.cohort import check_only, trained_by
 from server.strategies import check_strategy
 from sim.flower.in_process import run_in_process
 from sim.flower.superlink import end_leftovers, run_flower
@@ -143,11 +143,11 @@ def total_steps(config: Config, hospitals: Sequence[Hospital]) -> int:
     Raises:
         UserError: if there are fewer steps than rounds.
     """
-    rounds = range(1, config.federation.rounds + 1)
+    rounds, only = range(1, config.federation.rounds + 1), trained_by(config.federation)
     return sum(
         steps_of_round(config, len(hospital.train), number).value
         for hospital in hospitals
-        if config.federation.only in ("", hospital.name)
+        if not only or hospital.name in only
         for number in rounds
     )
 

@@ -12,15 +12,18 @@ from common.config import Config
 from common.configio import Scalar, from_flat, read_config
 from common.errors import UserError
 from common.evaluation.answers_file import Evaluation
+from common.evaluation.lists import check_lists
 from common.provenance import source_root
-from common.records import Inputs, Record, RunRecord
+from common.records import Inputs, PaperTable, Record, RunRecord
 from common.rundir import RunDirectory, remove_unbegun
 from sim.answers.evaluate import evaluate_run
 from sim.process.lock import exclusive
 from sim.process.open_run import rank_folder
 from sim.report.run_report import write_report
 from sim.runs.lifecycle import Kind, Run, resume, start
+from sim.runs.paper_best import best_config, best_rows, finish_best
 from sim.runs.paper_table import build_table, model_of, show_table, write_table
+from sim.runs.preparation import Preparation
 from sim.runs.single import Single, one_node, single
 from sim.runs.stages import EVALUATION, REPORT, after_training
 
@@ -33,6 +36,8 @@ SMALL: dict[str, Scalar] = {
     "evaluation.max-new-tokens": 256,
 }
 SCALES: dict[str, dict[str, Scalar]] = {"small": SMALL, "full": {}}
+BESIDE = {"small": True, "full": False}
+"""Whether the best settings found here are tried too, by scale, unless the caller says."""
 
 
 def paper_config() -> Config:
@@ -73,6 +78,7 @@ def paper(
     ranks: Sequence[int],
     console: Console,
     command_line: Sequence[str],
+    best: bool | None = None,
     run_dir: Path | None = None,
 ) -> Record:
     """Run every rank, evaluate every checkpoint, and put the table beside the paper's.
@@ -83,6 +89,7 @@ def paper(
         ranks: Ranks to run; ``adapter.rank`` is replaced.
         console: Where progress and results are shown.
         command_line: Stored in environment.json.
+        best: Whether the best settings found here stand beside; None: as the scale has it.
         run_dir: Run directory; default below ``runs``. Each rank has its own inside.
 
     Raises:
@@ -90,7 +97,7 @@ def paper(
     """
     return start(
         config,
-        partial(Paper, scale, tuple(ranks)),
+        partial(Paper, scale, tuple(ranks), BESIDE[scale] if best is None else best),
         console=console,
         command_line=command_line,
         run_dir=run_dir,
@@ -102,14 +109,15 @@ class Paper(Kind):
 
     Args:
         scale: Name of the scale.
-        ranks: Ranks to run; a resumed run reads both from its run.json.
+        ranks: Ranks to run; a resumed run reads all of these from its run.json.
+        best: Whether the best settings found here are run too.
     """
 
     mode = "paper"
     renewed = True  # its runs may have been judged meanwhile
 
-    def __init__(self, scale: str = "", ranks: tuple[int, ...] = ()) -> None:
-        self.scale, self.ranks = scale, ranks
+    def __init__(self, scale: str = "", ranks: tuple[int, ...] = (), best: bool = False) -> None:
+        self.scale, self.ranks, self.best = scale, ranks, best
 
     def settle(self, config: Config) -> Config:
         """Check every rank, and resolve the rest."""
@@ -117,10 +125,16 @@ class Paper(Kind):
             from_flat({"adapter.rank": rank}, base=config)
         return one_node(config)
 
+    def ready(self, config: Config, preparation: Preparation, console: Console) -> Config:
+        """Check that the best settings can be tried on these data."""
+        if self.best:
+            check_lists(preparation.data.hospitals, best_config(config))
+        return super().ready(config, preparation, console)
+
     def record(self, config: Config, inputs: Inputs) -> RunRecord:
         """Say which ranks lie inside."""
         told = super().record(config, inputs)
-        return told.model_copy(update={"scale": self.scale, "ranks": self.ranks})
+        return told.model_copy(update={"scale": self.scale, "ranks": self.ranks, "best": self.best})
 
     def facts(self, record: RunRecord) -> Mapping[str, object]:
         """Say which ranks lie inside."""
@@ -132,8 +146,10 @@ class Paper(Kind):
         for rank in run.record.ranks:
             directory.write_status("running", rank=rank)
             _finish_rank(run, rank)
+        if run.record.best:
+            finish_best(run)
         run.enter(REPORT)
-        table = build_table(directory, run.record, paper_config())
+        table = _table(directory, run.record)
         write_table(directory, table)
         directory.write_status("finished", seconds=round(run.seconds, 3))
         show_table(run.console, table)
@@ -152,8 +168,13 @@ def renew_table(run: RunDirectory) -> Path:
     record = run.record()
     if record is None or run.status()["state"] != "finished":
         raise UserError(f"{run.path} has not finished", fix="finish it with `fedrx resume`")
-    write_table(run, build_table(run, record, paper_config()))
+    write_table(run, _table(run, record))
     return run.path / "report.html"
+
+
+def _table(run: RunDirectory, record: RunRecord) -> PaperTable:
+    table = build_table(run, record, paper_config())
+    return table.model_copy(update={"best": best_rows(run)})
 
 
 def _finish_rank(run: Run, rank: int) -> None:

@@ -6,31 +6,34 @@ an interrupted sweep goes on where it stopped.
 """
 
 import itertools
-import math
 import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import t as student
 
-from common.config import Config
+import client.app
+from common.config import IN_PROCESS, Config
 from common.configio import Scalar, differences, flatten, from_flat, parse_overrides
 from common.errors import UserError
+from common.evaluation.transfer import CONFIDENCE, half_width
 from common.files import write_text
+from common.model.adapter.layout import adapter_spec
 from common.privacy.settings import plan_of, protects
 from common.provenance import shown_command
-from common.records import RunRecord, Summary
+from common.records import Figures, RunRecord, Summary
 from common.rundir import RUN, RunDirectory, remove_unbegun
-from common.wire.cohort import hospital_names, sampled
+from common.wire.cohort import asked, hospital_names
 from server.strategies import STRATEGIES, check_strategy
 from sim.process.failures import StageFailed
 from sim.process.lock import exclusive
 from sim.report.comparison import write_sweep_page
-from sim.report.html import Block, markdown_table
+from sim.report.html import Bar, Block, markdown_table
 from sim.runs.federate import federate, resolved
 from sim.runs.resume import resume
 from sim.runs.single import one_node, single
@@ -44,19 +47,21 @@ ARMS: dict[str, dict[str, Scalar]] = {
     "bf16": {"federation.codec": "bf16"},
     "int8": {"federation.codec": "int8"},
     "reset-state": {"train.keep-state": False},
+    "uniform": {"federation.weighting": "uniform"},
+    "personal": {"adapter.personal": True},
     CENTRALISED: {},
     LOCAL_ONLY: {},
 }
 SEEDED = ("train.seed", "adapter.seed", "partition.seed", "federation.seed")
 RESULTLESS = ("federation.workers",)
 """Keys that cannot change a run's result."""
-CONFIDENCE = 0.95
 INTERVALS = f"Mean ± {CONFIDENCE:.0%} interval over seeds (Student's t)."
 FIGURES: dict[str, Callable[[Summary], float | None]] = {
-    "F1": lambda summary: summary.metrics["fedrx"].f1,
-    "Jaccard": lambda summary: summary.metrics["fedrx"].jaccard,
+    "F1": lambda summary: _answers(summary).f1,
+    "Jaccard": lambda summary: _answers(summary).jaccard,
     "validation loss": lambda summary: next(reversed(summary.validation_loss), None),
     "MB up": lambda summary: summary.wire.bytes_up / 1e6 if summary.wire else None,
+    "worst hospital's F1": lambda summary: _worst_f1(_answers(summary)),
 }
 
 
@@ -173,11 +178,11 @@ def pooled_budget(config: Config) -> dict[str, float]:
     {'train.steps': 120}
     """
     train, federation = config.train, config.federation
-    asked = sampled(federation.fraction, federation.hospitals)
+    together = asked(federation)
     if train.epochs and not train.steps:
-        return {"train.epochs": train.epochs * asked / federation.hospitals}
+        return {"train.epochs": train.epochs * together / federation.hospitals}
     steps = train.steps or federation.rounds * federation.local_steps
-    return {"train.steps": asked * steps}
+    return {"train.steps": together * steps}
 
 
 def sweep(
@@ -202,22 +207,11 @@ def sweep(
         UserError: if another process is at work on it, or a run in it is not the cell's.
     """
     again = shlex.join(shown_command(command_line)) or "the same `fedrx sweep`"
-    folder.mkdir(parents=True, exist_ok=True)
+    done = run_all(cells, folder, console=console, command_line=command_line, again=again)
     directory, arms = RunDirectory(folder), dict[str, dict[int, list[Summary]]]()
-    with exclusive(directory):
-        names = tuple(cell.folder for cell in cells)
-        directory.write_json(RUN, RunRecord(mode="sweep", resumable=False, cells=names))
-        for number, cell in enumerate(cells, 1):
-            label = f"{number}/{len(cells)}: {cell.arm}, seed {cell.seed} {cell.part}"
-            console.print(label, style="bold", markup=False)
-            try:
-                summary = run_cell(cell, folder / cell.folder, console, command_line)
-            except StageFailed as error:
-                raise StageFailed(error.what, command=again) from error
-            except KeyboardInterrupt:
-                console.print(f"go on with: {again}", markup=False, highlight=False)
-                raise
-            arms.setdefault(cell.arm, {}).setdefault(cell.seed, []).append(summary)
+    for cell in cells:
+        summary = done[cell.folder].summary()
+        arms.setdefault(cell.arm, {}).setdefault(cell.seed, []).append(summary)
     rows = [
         ArmRow(arm, len(seeds), tabulate([seeds[seed] for seed in sorted(seeds)]))
         for arm, seeds in arms.items()
@@ -227,17 +221,75 @@ def sweep(
     write_text(folder / "sweep.md", markdown(rows))
     runs: dict[str, list[RunDirectory]] = {}
     for cell in cells:
-        runs.setdefault(cell.arm, []).append(RunDirectory.open(folder / cell.folder))
-    table = Block(
-        title="Arms",
-        note=INTERVALS,
-        headers=("arm", "seeds", *FIGURES),
-        rows=tuple(tuple(_cells(row)) for row in rows),
-    )
-    page = write_sweep_page(runs, table, folder / "sweep.html")
+        runs.setdefault(cell.arm, []).append(done[cell.folder])
+    page = write_sweep_page(runs, arms_block(rows), folder / "sweep.html")
     show(console, rows)
     console.print(f"page: {page}", markup=False, highlight=False)
     return result
+
+
+def run_all(
+    cells: Sequence[Cell],
+    folder: Path,
+    *,
+    console: Console,
+    command_line: Sequence[str],
+    again: str,
+    trained: Mapping[str, RunDirectory] = MappingProxyType({}),
+) -> dict[str, RunDirectory]:
+    """Run the cells that are not finished yet, holding their folder alone.
+
+    Args:
+        cells: All of them.
+        folder: Where they are.
+        console: Where progress is shown.
+        command_line: Stored in each run's environment.json.
+        again: The command that goes on after an interruption.
+        trained: Finished runs elsewhere that stand for cells, by the cells' folders.
+
+    Returns:
+        The runs by the cells' folders.
+
+    Raises:
+        UserError: if another process is at work on the folder, or a run is not its cell's.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    directory, found = RunDirectory(folder), dict[str, RunDirectory]()
+    with exclusive(directory):
+        names = tuple(cell.folder for cell in cells)
+        directory.write_json(RUN, RunRecord(mode="sweep", resumable=False, cells=names))
+        for number, cell in enumerate(cells, 1):
+            label = f"{number}/{len(cells)}: {cell.arm}, seed {cell.seed} {cell.part}"
+            console.print(label, style="bold", markup=False)
+            elsewhere = trained.get(cell.folder)
+            place = elsewhere.path if elsewhere else folder / cell.folder
+            try:
+                run_cell(cell, place, console, command_line)
+            except StageFailed as error:
+                raise StageFailed(error.what, command=again) from error
+            except KeyboardInterrupt:
+                console.print(f"go on with: {again}", markup=False, highlight=False)
+                raise
+            found[cell.folder] = RunDirectory(place)
+    return found
+
+
+def arms_block(rows: Sequence[ArmRow]) -> Block:
+    """Return the arms' figures as the page shows them: F1 drawn, and the table."""
+    bars = []
+    for row in rows:
+        f1, half = row.figures["F1"].mean, row.figures["F1"].half_width
+        ends = None if f1 is None or half is None else (max(0.0, f1 - half), min(1.0, f1 + half))
+        bars.append(
+            Bar(name=row.arm, value=f1, text=f"F1 {_text(row.figures['F1'])}", interval=ends)
+        )
+    return Block(
+        title="Arms",
+        note=INTERVALS,
+        bars=tuple(bars),
+        headers=("arm", "seeds", *FIGURES),
+        rows=tuple(tuple(_cells(row)) for row in rows),
+    )
 
 
 def tabulate(seeds: Sequence[Sequence[Summary]]) -> dict[str, Interval]:
@@ -257,10 +309,22 @@ def tabulate(seeds: Sequence[Sequence[Summary]]) -> dict[str, Interval]:
 
 
 def _check_arm(arm: str, config: Config) -> None:
+    adapter_spec(config.adapter)
     if arm not in (CENTRALISED, LOCAL_ONLY):
         check_strategy(config.federation)
         if protects(config):
             plan_of(config)  # refuses what the protection takes away
+
+
+def _answers(summary: Summary) -> Figures:
+    """Return the figures of a run's answers: those of personal adapters where it trained them."""
+    return summary.metrics.get("personal") or summary.metrics["fedrx"]
+
+
+def _worst_f1(figures: Figures) -> float | None:
+    each = (figures.model_extra or {}).get("by_hospital") or {}
+    known = [one["f1"] for one in each.values() if one["f1"] is not None]
+    return min(known, default=None)
 
 
 def _interval(seeds: Sequence[Sequence[float | None]]) -> Interval:
@@ -268,11 +332,7 @@ def _interval(seeds: Sequence[Sequence[float | None]]) -> Interval:
     if [len(runs) for runs in known] != [len(runs) for runs in seeds]:
         return Interval(None, None)
     values = [statistics.fmean(runs) for runs in known]
-    half = None
-    if len(values) > 1:
-        quantile = float(student.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
-        half = quantile * statistics.stdev(values) / math.sqrt(len(values))
-    return Interval(statistics.fmean(values), half)
+    return Interval(statistics.fmean(values), half_width(values))
 
 
 def markdown(rows: Sequence[ArmRow]) -> str:
@@ -290,11 +350,12 @@ def show(console: Console, rows: Sequence[ArmRow]) -> None:
 
 
 def _cells(row: ArmRow) -> list[str]:
-    cells = [row.arm, str(row.runs)]
-    for one in row.figures.values():
-        text = "–" if one.mean is None else f"{one.mean:.4g}"
-        cells.append(text if one.half_width is None else f"{text} ± {one.half_width:.2g}")
-    return cells
+    return [row.arm, str(row.runs), *map(_text, row.figures.values())]
+
+
+def _text(figure: Interval) -> str:
+    text = "–" if figure.mean is None else f"{figure.mean:.4g}"
+    return text if figure.half_width is None else f"{text} ± {figure.half_width:.2g}"
 
 
 def run_cell(cell: Cell, folder: Path, console: Console, command_line: Sequence[str]) -> Summary:
@@ -304,14 +365,18 @@ def run_cell(cell: Cell, folder: Path, console: Console, command_line: Sequence[
         UserError: if the folder holds another run than the cell's.
     """
     run = RunDirectory(folder)
+    # In one process all cells have one backbone open, the hospitals' and the single node's.
+    worker = client.app.worker() if cell.config.run.backend == IN_PROCESS else None
+    told: dict[str, Any] = {"console": console, "command_line": command_line}
+    told |= {"inside": True, "worker": worker}
     if run.record() is None:
         remove_unbegun(folder)
         begin = federate if cell.federated else single
-        begin(cell.config, console=console, command_line=command_line, run_dir=folder, inside=True)
+        begin(cell.config, run_dir=folder, **told)
     else:
         _check_same(cell, RunDirectory.open(folder))
         if run.status()["state"] != "finished":
-            resume(folder, console=console, command_line=command_line, inside=True)
+            resume(folder, **told)
     return run.summary()
 
 

@@ -41,6 +41,12 @@ def config_of(*, calibrated=True, **changes):
     return with_calibrated_noise(config) if calibrated else config
 
 
+def stated(**changes):
+    """A configuration whose noise is given: to search it takes seconds."""
+    noise = {"privacy__target_epsilon": 0.0, "privacy__noise_multiplier": 2.0}
+    return config_of(calibrated=False, **noise, **changes)
+
+
 def joins(config, folder, limit=7.0, max_delta=1e-3, patients=lambda: 100, **keys):
     keys |= {"max_delta": max_delta} if max_delta else {}
     keep_to_limit(config, policy(max_epsilon=limit, **keys), folder, patients=patients)
@@ -127,11 +133,11 @@ def test_promises_are_kept_by_the_whole_digest(tmp_path, monkeypatch):
 
 
 def test_a_promise_under_another_plan_is_neither_lowered_nor_joined(tmp_path):
-    joins(config_of(), tmp_path)
+    joins(stated(), tmp_path)
     line = promised(tmp_path)[0]
     (tmp_path / PROMISES).write_text(json.dumps({**line, "plan": "other", "epsilon": 6.5}) + "\n")
     with pytest.raises(LimitReached, match="under another privacy plan"):
-        joins(config_of(), tmp_path)
+        joins(stated(), tmp_path)
     assert promised(tmp_path)[0]["epsilon"] == 6.5
 
 
@@ -216,16 +222,16 @@ def test_a_damaged_promise_costs_the_unknown(tmp_path):
     for text in ("{}\n", "x\n", '{"run": "a", "plan": "b", "epsilon": "x", "delta": 0}\n'):
         (tmp_path / PROMISES).write_text(text)
         with pytest.raises(LimitReached, match="damaged"):
-            joins(config_of(), tmp_path, limit=100.0)
+            joins(stated(), tmp_path, limit=100.0)
         assert (tmp_path / PROMISES).read_text() == text
 
 
 def test_a_torn_last_line_never_paid_for_anything(tmp_path):
-    joins(config_of(), tmp_path)
+    joins(stated(), tmp_path)
     first = (tmp_path / PROMISES).read_text()
     (tmp_path / PROMISES).write_text(first + first[:40])
-    joins(config_of(train__seed=1), tmp_path)
-    assert promised(tmp_path)[0]["run"] == run_digest(config_of())
+    joins(stated(train__seed=1), tmp_path)
+    assert promised(tmp_path)[0]["run"] == run_digest(stated())
     assert len(promised(tmp_path)) == 2
 
 

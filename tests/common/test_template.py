@@ -13,7 +13,7 @@ VALUES = {name: f"<{name}>" for name in PLACEHOLDERS}
     ("template", "said"),
     [
         ("Age: {agee}\n{diagnoses}", "unknown placeholder {agee} (did you mean {age}?)"),
-        ("{service}\n{diagnoses}", "unknown placeholder {service}; fix: take one"),
+        ("{service}\n{diagnoses}", "unknown placeholder {service}: take one"),
         ("{}\n{diagnoses}", "unknown placeholder {}"),
         ("{0}\n{diagnoses}", "unknown placeholder {0}"),
         ("{age.real}\n{diagnoses}", "unknown placeholder {age.real}"),
@@ -21,10 +21,10 @@ VALUES = {name: f"<{name}>" for name in PLACEHOLDERS}
         ("{drugs}\n{diagnoses}", "the answer's format is fixed"),
         ("{age!r}\n{diagnoses}", "{age} takes no format"),
         ("{age:>9}\n{diagnoses}", "{age} takes no format"),
-        ("Age: {age}\nSex: {sex}", "{diagnoses} is missing; fix: put it once"),
+        ("Age: {age}\nSex: {sex}", "{diagnoses} is missing: put it once"),
         ("{diagnoses}\n{diagnoses}", "{diagnoses} stands there 2 times"),
         ("Ill with {diagnoses}", "{diagnoses} shares its line"),
-        ("{diagnoses}\n}", "a brace stands alone; fix: write {{ and }}"),
+        ("{diagnoses}\n}", "a brace stands alone: write {{ and }}"),
         ("{diagnoses\n", "a brace stands alone"),
         ("prompts/mine.txt", "'prompts/mine.txt' is no template"),
         ("two\nlines", "{diagnoses} is missing"),
@@ -33,7 +33,7 @@ VALUES = {name: f"<{name}>" for name in PLACEHOLDERS}
 def test_what_cannot_be_filled_is_refused(template: str, said: str) -> None:
     fault = template_fault(template)
     assert said in fault
-    assert fault.endswith("; allowed: {sex}, {age}, {height}, {weight}, {bmi}, {diagnoses}")
+    assert fault.endswith(" (allowed: {sex}, {age}, {height}, {weight}, {bmi}, {diagnoses})")
     assert "\n" not in fault
 
 

@@ -101,7 +101,9 @@ def test_a_hospital_without_room_tells_the_server_in_one_line(
     assert RunDirectory(folder).status()["state"] == "failed"
 
 
-def test_a_private_hospital_without_room_releases_nothing(tiny_config, run_main, full_at, tmp_path):
+def test_a_private_hospital_without_room_releases_nothing(
+    tiny_config, run_main, full_at, tmp_path, quick_accounting
+):
     folder = tmp_path / "run"
     full_at("answer-")
     with pytest.raises(RunFailed, match="hospital-1: failed: answer-00001-[0-9a-f]{16}"):

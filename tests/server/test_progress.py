@@ -32,7 +32,7 @@ def test_each_round_shows_the_losses_that_the_metrics_hold(tiny_config, in_proce
     assert shown()[:-1] == expected
 
 
-def test_a_private_run_shows_no_loss(tiny_config, in_process, shown):
+def test_a_private_run_shows_no_loss(tiny_config, in_process, shown, quick_accounting):
     config = tiny_config(privacy__noise_multiplier=1.0, privacy__delta=1e-4)
     in_process(config)
     assert shown()[:-1] == [

@@ -207,7 +207,7 @@ def test_the_other_half_is_refused(tiny_config, in_process, number):
 
 
 @pytest.mark.parametrize("unit", ["patient", "hospital"])
-def test_private_rounds_move_one_half_at_a_time(tiny_config, in_process, unit):
+def test_private_rounds_move_one_half_at_a_time(tiny_config, in_process, quick_accounting, unit):
     """What a round releases is the half that it trains: the other stays to the last bit."""
     done = in_process(
         rolora(

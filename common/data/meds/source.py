@@ -1,21 +1,23 @@
 """MEDS as a data source. Its data is credentialed: nothing in a data set proves the contrary."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from common.config import DataConfig
-from common.data.handling import CREDENTIALED
 from common.data.icd import Diagnosis
 from common.data.meds.codes import EICU, Codes, read_codes
 from common.data.meds.eicu import prepare_stays
 from common.data.meds.events import extraction_of, find_shards, read_titles
 from common.data.meds.read import prepare_events
+from common.data.protocols import ADMISSION, PROTOCOLS
 from common.data.samples import Prepared, Progress
 from common.data.source import Source
+from common.errors import UserError
 
 
 class Meds(Source):
     """A folder that holds ``data/**/*.parquet`` and ``metadata/``."""
+
+    protocols = PROTOCOLS
 
     def claims(self, path: str) -> bool:
         """Take a folder with ``metadata/``, or with parquet files in it or in its ``data/``."""
@@ -34,19 +36,28 @@ class Meds(Source):
             files["data.meds-codes"] = Path(config.meds_codes).expanduser()
         return files
 
-    def tag(self, folder: Path, hashes: Mapping[str, str]) -> str:
-        """Return ``credentialed``."""
-        del folder, hashes
-        return CREDENTIALED
-
     def read(
         self, folder: Path, config: DataConfig, *, chunk_rows: int, progress: Progress
     ) -> Prepared:
         """Read, clean and join the events."""
         del chunk_rows
         codes = _codes(folder, config)
-        prepare = prepare_stays if codes.extraction == EICU.extraction else prepare_events
-        return prepare(folder, codes, drop_flushes=config.drop_flushes, progress=progress)
+        if codes.extraction == EICU.extraction:
+            if config.protocol != ADMISSION:
+                raise UserError(
+                    f"data.protocol={config.protocol} with eICU as MEDS, whose subjects are "
+                    "single stays",
+                    allowed=ADMISSION,
+                    fix="leave data.protocol out",
+                )
+            return prepare_stays(folder, codes, drop_flushes=config.drop_flushes, progress=progress)
+        return prepare_events(
+            folder,
+            codes,
+            drop_flushes=config.drop_flushes,
+            progress=progress,
+            protocol=config.protocol,
+        )
 
     def titles(self, folder: Path, config: DataConfig) -> list[Diagnosis]:
         """Return the descriptions of all codes of diagnoses; eICU's words stand in the samples."""

@@ -168,6 +168,14 @@ def test_a_bad_event_is_one_line(tmp_path, case):
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
+@pytest.mark.parametrize("protocol", ["visits", "first-24h"])
+def test_other_protocols_are_refused(tmp_path, protocol):
+    folder = write_eicu_meds(tmp_path / "meds")
+    line = f"data.protocol={protocol} with eICU as MEDS.*; allowed: admission"
+    with pytest.raises(UserError, match=line):
+        load(folder, tmp_path / "cache", protocol=protocol)
+
+
 def test_a_column_of_another_type_counts_as_empty(tmp_path):
     """Priorities as numbers: the order is that of time alone."""
     folder = write_eicu_meds(tmp_path / "meds")

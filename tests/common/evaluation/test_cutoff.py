@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import f1_score
 
 from common.errors import UserError
-from common.evaluation.cutoff import fit_cutoff
+from common.evaluation.cutoff import Frequencies, fit_cutoff
 from common.evaluation.ranking_metrics import calibration
 
 
@@ -23,8 +23,8 @@ def test_the_threshold_is_the_best_of_all():
     found = fit_cutoff(list(scores), truth.tolist(), [0] * 30)
 
     def mean_f1(threshold):
-        listed = [row >= min(threshold, row.max()) for row in scores]
-        return np.mean([f1_score(t, one) for t, one in zip(truth, listed, strict=True)])
+        listed = np.array([row >= min(threshold, row.max()) for row in scores])
+        return f1_score(truth, listed, average="samples")
 
     best = max(map(mean_f1, np.unique(scores)))
     assert found.f1 == pytest.approx(mean_f1(found.threshold))
@@ -62,6 +62,46 @@ def test_a_ranking_that_says_the_contrary_keeps_its_order_and_the_base_rate():
 def test_one_sided_outcomes_give_no_certainty():
     found = fit_cutoff([np.array([0.6, 0.4])], [[True, True]], [0])
     assert np.all(found.confidence(np.array([0.6, 0.4])) < 1)
+
+
+def test_frequencies_are_weighed_beside_the_score_and_give_the_length():
+    random = np.random.default_rng(5)
+    scores = random.dirichlet(np.full(40, 0.3), size=1500)
+    common = random.normal(-1, 1.5, 40)
+    odds = 3 + 1.2 * np.log(np.maximum(scores, 1e-30)) + 0.7 * common
+    truth = random.random(scores.shape) < 1 / (1 + np.exp(-odds))
+    told = Frequencies(log_odds=tuple(common), length=7)
+    found = fit_cutoff(list(scores), truth.tolist(), [0] * 1500, told)
+    assert (found.slope, found.weight, found.intercept) == pytest.approx((1.2, 0.7, 3), rel=0.1)
+    assert found.threshold is None
+    expected = 1 / (
+        1 + np.exp(-(found.slope * np.log(scores[0]) + found.weight * common + found.intercept))
+    )
+    assert found.confidence(scores[0]) == pytest.approx(expected)
+    assert found.chosen(scores[0]) == np.argsort(-expected, kind="stable")[:7].tolist()
+    f1s = [
+        f1_score(t, np.isin(np.arange(40), found.chosen(s)))
+        for s, t in zip(scores, truth, strict=True)
+    ]
+    assert found.f1 == pytest.approx(np.mean(f1s))
+
+
+def test_scores_and_frequencies_that_mislead_do_not_turn_a_ranking_round():
+    scores, truth = drawn(200, 20, 6)
+    common = np.log(truth.mean(axis=0) + 0.01)
+    against = fit_cutoff(
+        list(scores), truth.tolist(), [0] * 200, Frequencies(log_odds=tuple(-common), length=3)
+    )
+    alone = fit_cutoff(list(scores), truth.tolist(), [0] * 200)
+    assert (against.weight, against.slope) == (0, alone.slope)
+    turned = fit_cutoff(
+        list(1 / (scores + 1e-3)),
+        truth.tolist(),
+        [0] * 200,
+        Frequencies(log_odds=tuple(common), length=3),
+    )
+    assert turned.slope == 0
+    assert turned.weight > 0
 
 
 def test_without_validation_patients_there_is_no_threshold():

@@ -99,7 +99,7 @@ def test_each_hospital_is_scored_over_its_own_names(session, prompts):
 
 
 def test_shared_beginnings_are_run_once_and_sure_endings_never(session, prompts, monkeypatch):
-    """Counted: the prompt once, then the tokens that more than one name begins with."""
+    """Counted: the prompt and the tokens that more than one name begins with, in one pass."""
     run: list[int] = []
     forward = session.model.model.forward
 
@@ -117,5 +117,5 @@ def test_shared_beginnings_are_run_once_and_sure_endings_never(session, prompts,
             for place in range(1, len(way) + 1):
                 begun.setdefault(tuple(way[:place]), set()).add(name)
     shared = sum(len(names) > 1 for names in begun.values())
-    assert run == [len(prompts[0]) + len(head), shared]
+    assert run == [len(prompts[0]) + len(head) + shared]
     assert scored.PASS_TOKENS > shared > 0

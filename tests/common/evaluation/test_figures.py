@@ -67,6 +67,7 @@ def test_each_hospital_is_scored_alone_and_the_worst_is_named():
         "f1": 0,
     }
     assert part["worst_hospital"] == "south"
+    assert part["hospital_gap"] == pytest.approx((1 + 4 / 5) / 2 - 0)
     whole = score(rows("fedrx", LISTS), level="string", vocabulary=(), resamples=0)
     assert np.mean([one["f1"] for one in part["by_hospital"].values()]) == whole.value("f1")
 
@@ -112,6 +113,8 @@ def test_rankings_have_average_precision_and_calibration():
     # B1, A1, C1 against {A1 B1}, {A1}, {A1 C1 D1}, {B1}; D1 is not ranked.
     expected = (1 + 1 / 2 + (1 / 2 + 2 / 3) / 3 + 1) / 4
     assert part["prauc"]["value"] == pytest.approx(expected)
+    north, south = (1 + (1 / 2 + 2 / 3) / 3) / 2, (1 / 2 + 1) / 2
+    assert part["prauc_by_hospital"] == pytest.approx({"north": north, "south": south})
     assert sum(band["pairs"] for band in part["calibration"]["bins"]) == 12
     told = np.tile([0.9, 0.8, 0.1], 4)
     true = np.array([1, 1, 0, 0, 1, 0, 0, 1, 1, 1, 0, 0])

@@ -13,7 +13,12 @@ from common.errors import UserError
 from common.evaluation.answers import evaluate_answers
 from common.evaluation.cutoff import fit_cutoff
 from common.evaluation.drug_scores import drug_scores
-from common.evaluation.formulary import MOST_NAMES, formulary_of, read_formulary
+from common.evaluation.formulary import (
+    MOST_NAMES,
+    formulary_of,
+    frequencies_of,
+    read_formulary,
+)
 from common.evaluation.ranking import Ranker
 from common.model.adapter.layout import adapter_spec
 from common.model.backbone.load import resolve_backbone
@@ -138,6 +143,35 @@ def test_scored_lists_are_cut_where_each_hospitals_validation_says(session, b):
             assert "confidence" not in row.as_json()
 
 
+def test_frequencies_rank_beside_the_scores_and_fix_the_length(session, b):
+    """Against scores, counts and lists put together by hand, for each hospital its own."""
+    found = evaluated(session, b, method="score", frequencies=True)
+    told = found.facts.generation["fedrx"].cutoffs
+    session.adapter.load(b)
+    expected = {}
+    for one in HOSPITALS:
+        ranker = Ranker(session, formulary_of(one.train), text=OWN_TEXT, max_length_tokens=512)
+        names, cut = ranker.formulary.names, told[one.name]
+        counts = np.array([sum(name in a.drugs for a in one.train) for name in names])
+        odds = np.log((counts + 0.5) / (len(one.train) - counts + 0.5))
+        assert cut.length == round(np.mean([len(a.drugs) for a in one.train]))
+        assert cut.threshold is None
+        for admission in one.test:
+            prompt, _ = encode_prompt(
+                admission, session.tokenizer, text=OWN_TEXT, max_length_tokens=512
+            )
+            (scores,) = ranker.scores([prompt])
+            logit = cut.slope * np.log(scores) + cut.weight * odds + cut.intercept
+            order = np.argsort(-logit, kind="stable")[: cut.length]
+            listed = [names[i] for i in order], (1 / (1 + np.exp(-logit[order]))).tolist()
+            expected[admission.drugs, admission.sex, admission.age] = listed
+    session.adapter.flat.zero_()
+    for row in (one for one in models(found) if one.model == "fedrx"):
+        listed, confidence = expected[row.truth, row.patient.sex, int(row.patient.age)]
+        assert list(row.answer) == listed
+        assert row.confidence == pytest.approx(confidence, abs=1e-3)
+
+
 def test_held_out_admissions_choose_nothing(session, b):
     """Other held-out drugs change the figures, but no list and no threshold."""
     before = evaluated(session, b, method="score")
@@ -202,3 +236,8 @@ def test_why_a_list_ends_is_told(session):
     assert "2 validation admissions" in one.ends
     assert ranker.ranking(np.full(4, 0.9), cut).ends.startswith("every drug of the formulary")
     assert ranker.ranking(np.full(4, 1e-9), cut).ends.startswith("no drug reaches")
+    counted = frequencies_of(ranker.formulary, HOSPITALS[0].train)
+    cut = fit_cutoff([np.array([0.6, 0.3, 0.09, 0.01])] * 2, truths, [0, 0], counted)
+    assert ranker.ranking(np.array([0.7, 0.25, 0.04, 0.01]), cut).ends == (
+        f"it is as long as training lists are on average, {counted.length} drugs"
+    )

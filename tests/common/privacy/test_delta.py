@@ -75,7 +75,8 @@ def test_plan_federate_and_single_refuse_it() -> None:
 
 
 @pytest.mark.parametrize(("delta", "said"), [(0.01, "is above 1 /"), (0.001, "is at most 1 /")])
-def test_plan_says_what_delta_means(delta, said) -> None:
+def test_plan_says_what_delta_means(delta, said, monkeypatch) -> None:
+    monkeypatch.setattr("common.privacy.forecast.alternatives", lambda *_: [])  # dear to search
     console = Console(record=True, width=200)
     show_plan(console, plan(config(**{"data.synthetic-patients": 80, "privacy.delta": delta})))
     assert said in console.export_text()

@@ -11,15 +11,16 @@ from common.data.partition import Hospital
 from common.data.samples import Admission
 from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.load import resolve_backbone
-from common.model.session import open_session
+from common.model.session import Session, open_session
 from common.privacy.mechanism import gradients as private
 from common.privacy.mechanism.noise import NoiseSource
 from common.privacy.plan import PrivacyPlan
 from common.text.batches import encode
+from common.text.drug_order import WRITTEN_OF_A_SET
 from common.text.prompts import parse_answer
 from common.training import gradients as plain
 from common.training.hospital_data import encode_hospital
-from common.training.loop import train
+from common.training.loop import train, validation_loss
 from common.training.optimiser import TrainState
 from common.training.schedule import batch_order
 
@@ -127,6 +128,76 @@ def test_whole_drugs_are_dropped_from_the_end_of_each_order(session):
         kept = drugs_of(session, tight, epoch)
         assert tight.in_epoch(epoch).dropped_drugs == len(drugs) - len(kept) > 0
         assert kept == drugs_of(session, one, epoch)[: len(kept)]
+
+
+def test_as_a_set_any_drug_may_come_first_and_a_few_are_written(session):
+    """Against the lists' own texts: labels where the first drug begins, and nowhere else."""
+    tokenizer = session.tokenizer
+    head = tokenizer("Drugs:\n-", add_special_tokens=False)["input_ids"]
+    begins = {
+        tokenizer(f"Drugs:\n- {drug}", add_special_tokens=False)["input_ids"][len(head)]
+        for drug in DRUGS
+    }
+    few = admission(9, DRUGS[:3])
+    hospital = replace(HOSPITAL, train=(*ADMISSIONS, few))
+    for one, source in zip(samples(session, "set", hospital), hospital.train, strict=True):
+        orders = set()
+        for epoch in range(4):
+            seen = one.in_epoch(epoch)
+            assert seen.input_ids[: seen.answer_start] == one.input_ids[: one.answer_start]
+            text = tokenizer.decode(seen.input_ids[seen.answer_start :])
+            written = parse_answer(text.removesuffix(tokenizer.eos_token))
+            orders.add(tuple(written))
+            assert len(written) == len(set(written)) == min(WRITTEN_OF_A_SET, len(source.drugs))
+            assert set(written) <= set(source.drugs)
+            # Only a list that is whole has an end.
+            assert (seen.input_ids[-1] == tokenizer.eos_token_id) == (source is few)
+            labels = list(seen.labels())
+            first = seen.answer_start + len(head) - 1
+            there = [label for place, label in labels if place == first]
+            assert len(there) == len(source.drugs)
+            assert set(there) == begins if source is not few else set(there) <= begins
+            hard = [(place, label) for place, label in labels if place != first]
+            assert hard == [
+                (place - 1, seen.input_ids[place])
+                for place in range(seen.answer_start, len(seen.input_ids))
+                if place != first + 1
+            ]
+            assert seen.label_tokens == len(labels)
+        assert len(orders) > 1
+
+
+def test_a_set_s_loss_is_the_mean_over_all_first_drugs(session):
+    """One pass with all labels is as many passes as drugs, each with its own first drug."""
+    (one, *_) = samples(session, "set")
+    seen = one.in_epoch(0)
+    noise = torch.randn(session.adapter.flat.shape, generator=torch.Generator().manual_seed(0))
+    session.adapter.flat.copy_(0.3 * noise)
+    at_once = validation_loss(session, [seen])
+    with torch.no_grad():
+        logits = session.model(input_ids=torch.tensor([seen.input_ids]), use_cache=False).logits
+    logs = logits[0].double().log_softmax(-1)
+    by_hand = -sum(float(logs[place, label]) for place, label in seen.labels())
+    session.adapter.flat.zero_()
+    assert at_once.tokens == seen.label_tokens
+    assert at_once.loss_sum == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_a_shortened_last_layer_gives_a_set_s_states_as_often(session, monkeypatch):
+    batch = plain.pack([one.in_epoch(0) for one in samples(session, "set")[:2]])
+    assert batch.repeats
+    assert not plain.pack(samples(session, "name")[:2]).repeats
+    with torch.no_grad():
+        expected = session.label_states(batch)
+        monkeypatch.setattr(Session, "shortens", True)
+        found = session.label_states(batch)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_validated_as_a_set_is_what_is_learnt(session):
+    found = encode_hospital(HOSPITAL, session, config("set")).validation
+    assert [len(one.set_tokens) for one in found] == [len(DRUGS)] * 2
+    assert found == encode_hospital(HOSPITAL, session, config("set")).validation
 
 
 def test_an_epoch_ends_with_the_data_and_not_with_the_step(session, monkeypatch):

@@ -74,3 +74,8 @@ def test_tokens_are_encoded_once_for_each_hospital_and_configuration():
     longest = max(len(one.input_ids) for one in worker.tokens(shorter, hospitals[0]).train)
     assert longest <= 128
     assert worker.loads == 2
+    # Of runs one after the other in one process, the last one's tokens are kept.
+    held = weakref.ref(worker.tokens(shorter, hospitals[0]))
+    worker.tokens(replace(shorter, run=replace(shorter.run, directory="next")), hospitals[0])
+    gc.collect()
+    assert held() is None

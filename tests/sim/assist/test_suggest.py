@@ -162,7 +162,7 @@ def test_a_run_with_another_backbone_or_a_is_refused(tiny_run):
     config = assistant_config(tiny_run)
     tiny_run.write_json("environment.json", {"inputs": {"backbone": "0" * 64}})
     with pytest.raises(UserError, match="backbone is not what the run was trained with"):
-        Assistant(tiny_run, config, surroundings=surroundings_of(config))
+        Assistant(tiny_run, config, surroundings=Surroundings(index=INDEX, support=None, note=""))
 
 
 def test_overrides_of_what_was_trained_are_refused(tiny_run):

@@ -97,6 +97,7 @@ def test_suggest_names_all_wrong_fields_before_it_loads_a_model(run):
 
 def test_without_a_run_the_newest_with_a_model_is_taken_and_named(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sim.assist.suggest.public_diagnoses", list)  # seconds to read
     model = RunDirectory.create(run.config(), directory=tmp_path / "runs" / "1-model")
     checkpoint = model.path / "checkpoints" / "round-0001"
     checkpoint.mkdir(parents=True)

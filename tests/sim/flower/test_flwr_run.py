@@ -111,6 +111,8 @@ def shipped_but_tiny(tiny_config, target: Path) -> Path:
                 {
                     **base,
                     **changed,
+                    "data.drug-order": default["data.drug-order"],
+                    "adapter.targets": default["adapter.targets"],
                     "train.schedule": "constant",
                     "train.warmup-steps": 0,
                     "train.max-grad-norm": 0.0,

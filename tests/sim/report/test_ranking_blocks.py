@@ -16,6 +16,7 @@ FEDRX = {
     "calibration": {"brier": 0.061, "expected_error": 0.0231, "bins": BANDS},
     "by_hospital": {"north": {"samples": 3, "f1": 0.61}, "south": {"samples": 4, "f1": 0.42}},
     "worst_hospital": "south",
+    "hospital_gap": 0.19,
     "ddi_high_priority": {
         "predicted": {"rate": 0.0123, "pairs": 900, "interacting": 11, "unknown": 0.9},
         "true": {"rate": 0.0456, "pairs": 100, "interacting": 4, "unknown": 0.8},
@@ -45,7 +46,7 @@ def test_each_figure_stands_in_its_row():
         (name, "0.543 (0.50–0.60)", "0.400", "0.350", "0.061", "0.023"),
         ("popularity", "0.300", "0.300", "0.200", "–", "–"),
     )
-    assert rows("F1 by hospital") == ((name, "0.610", "0.420", "south"),)
+    assert rows("F1 by hospital") == ((name, "0.610", "0.420", "south", "0.190"),)
     assert rows("High-priority interactions") == ((name, "0.012", "0.046", "0.900"),)
     assert rows("Interacting drugs") == ((name, "0.070", "–", "0.200"),)
 

@@ -328,7 +328,7 @@ def server():
             pass
 
     serving = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=serving.serve_forever, daemon=True).start()
+    threading.Thread(target=serving.serve_forever, args=(0.02,), daemon=True).start()
     yield f"http://127.0.0.1:{serving.server_address[1]}", got
     serving.shutdown()
     serving.server_close()

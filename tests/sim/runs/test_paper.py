@@ -11,13 +11,15 @@ import pytest
 from rich.console import Console
 
 import sim.runs.paper
+import sim.runs.paper_best
 from common.configio import parse_overrides
 from common.errors import UserError
 from common.rundir import RunDirectory
 from sim.cli.main import main
 from sim.report.html import to_markdown
 from sim.runs.lifecycle import evaluate
-from sim.runs.paper import paper, paper_config, read_ranks, renew_table, scaled_config
+from sim.runs.paper import BESIDE, paper, paper_config, read_ranks, renew_table, scaled_config
+from sim.runs.paper_best import best_config
 from sim.runs.paper_table import (
     HEADERS,
     PAPER,
@@ -55,11 +57,12 @@ TINY = [
 ]
 
 
-def run_paper(path, ranks=(16, 4)):
+def run_paper(path, ranks=(16, 4), best=False, extra=()):
     return paper(
-        scaled_config("small", parse_overrides(TINY)),
+        scaled_config("small", parse_overrides([*TINY, *extra])),
         scale="small",
         ranks=ranks,
+        best=best,
         console=Console(quiet=True),
         command_line=["fedrx", "paper"],
         run_dir=path,
@@ -128,6 +131,7 @@ def test_a_checkpoint_stands_beside_the_paper_s_at_the_same_share(steps, pairs):
     assert [(a and a.steps, b and b.step) for a, b in found] == pairs
 
 
+@pytest.mark.slow
 def test_a_table_has_its_own_answers_only(finished):
     """Whoever evaluates another checkpoint, with fewer samples, does not change the table."""
     run, table = finished
@@ -220,6 +224,52 @@ def test_report_on_a_paper_run_writes_into_it(finished, monkeypatch, tmp_path, c
         main()
     assert str(finished[0].path / "report.html") in "".join(capsys.readouterr().out.split())
     assert not list(tmp_path.iterdir())
+
+
+LONGER = ("evaluation.max-new-tokens=60", "train.steps=4")
+
+
+@pytest.mark.slow
+def test_the_best_settings_stand_beside_at_the_same_steps(tmp_path, monkeypatch):
+    """Interrupted between its two kinds of lists: the first are kept, the table has both."""
+    answered = sim.runs.paper_best._answered
+
+    def stopped_at_the_second(one, around, lists):
+        if lists == "formulary":
+            raise KeyboardInterrupt
+        return answered(one, around, lists)
+
+    monkeypatch.setattr(sim.runs.paper_best, "_answered", stopped_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run_paper(tmp_path / "run", ranks=(4,), best=True, extra=LONGER)
+    monkeypatch.undo()
+    run = RunDirectory.open(tmp_path / "run")
+    first = run.read_json("best.json")
+    assert list(first) == ["scored"]
+    again = resume(run.path, console=Console(quiet=True), command_line=[])
+    assert run.read_json("best.json")["scored"] == first["scored"]
+    table = PaperTable.read(again, what="")
+    steps = [row.here.steps for row in table.rows]
+    told = [(one.lists, one.steps) for one in table.best]
+    assert told == [(lists, step) for lists in ("scored", "formulary") for step in steps]
+    assert {one.output_rate for one in table.best} == {1.0}
+    assert all((one.prauc is not None) == (one.lists == "scored") for one in table.best)
+    inside = RunDirectory.open(run.path / "best").config()
+    assert (inside.data.drug_order, inside.evaluation.method) == ("set", "score")
+    # The paper's own settings are what they were.
+    rank = RunDirectory.open(run.path / "rank-4").config()
+    assert (rank.train.optimizer, rank.train.learning_rate) == ("sgd", 1e-3)
+    assert (rank.data.drug_order, rank.evaluation.decoding) == ("first-start", "greedy")
+    page = to_markdown("", table_blocks(table))
+    assert page.count("The best settings found here") == 1
+    console = Console(width=80, record=True, file=io.StringIO())
+    show_table(console, table)
+    assert console.export_text().count(" formulary ") == len(steps)
+
+
+def test_only_the_small_scale_tries_them_unasked():
+    assert BESIDE == {"small": True, "full": False}
+    assert best_config(paper_config()).model == paper_config().model
 
 
 @pytest.mark.slow

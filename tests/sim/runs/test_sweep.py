@@ -14,13 +14,16 @@ from common.errors import UserError
 from common.records import RunRecord, Summary
 from common.rundir import RunDirectory
 from common.training.budget import steps_in_all
+from common.training.worker import Worker
 from sim.process.lock import exclusive
 from sim.runs.federate import resolved
 from sim.runs.single import one_node
 from sim.runs.sweep import (
     ARMS,
+    FIGURES,
     ArmRow,
     Interval,
+    arms_block,
     default_arms,
     markdown,
     plan_cells,
@@ -105,6 +108,21 @@ def test_interval_is_student_s_over_seeds():
     assert tabulate([[summary(0.5)]])["F1"].half_width is None
     averaged = tabulate([[summary(0.2), summary(0.4)], [summary(0.5), summary(0.7)]])["F1"]
     assert averaged.mean == pytest.approx(0.45)
+
+
+def test_the_page_draws_f1_with_its_interval_where_there_is_one():
+    figures = {name: Interval(2.0, 0.1) for name in FIGURES}
+    rows = [
+        ArmRow("a", 3, {**figures, "F1": Interval(0.5, 0.7)}),
+        ArmRow("b", 1, {**figures, "F1": Interval(0.5, None)}),
+        ArmRow("c", 1, {**figures, "F1": Interval(None, None)}),
+    ]
+    found = [(bar.value, bar.interval, bar.text) for bar in arms_block(rows).bars]
+    assert found == [
+        (0.5, (0.0, 1.0), "F1 0.5 ± 0.7"),
+        (0.5, None, "F1 0.5"),
+        (None, None, "F1 –"),
+    ]
 
 
 def test_sweep_runs_each_cell_once_and_writes_the_table(tiny_config, tmp_path, monkeypatch):
@@ -260,6 +278,29 @@ def test_local_only_trains_on_one_hospital_alone(tiny_config, in_process):
     )
     ours = done.run.load_checkpoint().b
     assert max(abs(ours[k] - v).max() for k, v in session.adapter.state().items()) <= 1e-6
+
+
+def test_cells_in_one_process_share_one_backbone(tiny_config, tmp_path, monkeypatch):
+    """No mark allows a process here: neither SuperLink nor Ray is started."""
+    worker = Worker()
+    monkeypatch.setattr("client.app.worker", lambda: worker)
+    short = tiny_config(
+        run__backend="in-process",
+        train__threads=1,
+        federation__rounds=1,
+        evaluation__samples=2,
+        evaluation__max_new_tokens=8,
+    )
+    cells = plan_cells(short, arms=["fa-lora", "fedmedian", "centralised"], seeds=[0])
+    sweep(cells, tmp_path, console=QUIET, command_line=["fedrx"])
+    runs = [RunDirectory.open(tmp_path / cell.folder) for cell in cells]
+    assert [run.summary().backbone_loads for run in runs] == [1, 1, 1]
+    assert worker.loads == 1
+    alone = tmp_path / "alone"
+    worker = Worker()
+    sweep(cells[1:2], alone, console=QUIET, command_line=["fedrx"])
+    again = RunDirectory.open(alone / cells[1].folder).summary().b_sha256
+    assert again == runs[1].summary().b_sha256
 
 
 def test_every_arm_is_a_valid_configuration(tiny_config):

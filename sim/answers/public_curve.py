@@ -1,0 +1,68 @@
+"""A learning curve that costs no privacy: the loss of each checkpoint on made-up admissions.
+
+It is measured after training, with what every round has released already, on admissions of the
+synthetic source that no hospital has: nothing of a hospital is read for it, so no epsilon is spent.
+"""
+
+from rich.console import Console
+
+from common.config import Config, DataConfig
+from common.data.prepare import load_samples
+from common.data.samples import Admission
+from common.data.synthetic.source import PATH
+from common.model.session import Session
+from common.records import PublicCurve
+from common.rundir import RunDirectory
+from common.text.batches import encode
+from common.training.loop import validation_loss
+from sim.process.progress import Meter
+
+FEWEST_PATIENTS = 10
+"""The synthetic source writes no fewer."""
+
+
+def public_admissions(config: Config) -> tuple[tuple[Admission, ...], int]:
+    """Return ``evaluation.public-validation`` made-up admissions and their source's seed.
+
+    A run on synthetic data trains on patients of another seed.
+    """
+    count, seed = config.evaluation.public_validation, config.data.synthetic_seed + 1
+    data = DataConfig(
+        path=PATH,
+        synthetic_patients=max(FEWEST_PATIENTS, count),
+        synthetic_seed=seed,
+        drop_flushes=config.data.drop_flushes,
+    )
+    return load_samples(data).admissions[:count], seed
+
+
+def public_curve(
+    run: RunDirectory, session: Session, config: Config, *, console: Console | None = None
+) -> PublicCurve:
+    """Measure every checkpoint of a run; the adapter's values are put back afterwards.
+
+    Args:
+        run: Whose checkpoints.
+        session: Open session of the run's backbone and A.
+        config: Of the run; ``evaluation.public-validation`` is above 0.
+        console: Where progress is shown, if anywhere.
+    """
+    admissions, seed = public_admissions(config)
+    samples = [
+        encode(one, session.tokenizer, text=config.text, max_length_tokens=config.train.max_length)
+        for one in admissions
+    ]
+    names, losses, unit = run.checkpoint_names(), [], "round"
+    before = session.adapter.flat.clone()
+    try:
+        with Meter(console or Console(quiet=True), "public curve", len(names)) as meter:
+            for done, name in enumerate(names, start=1):
+                checkpoint = run.load_checkpoint(name)
+                unit = "round" if "round" in checkpoint.facts else "step"
+                session.adapter.load(checkpoint.b)
+                found = validation_loss(session, samples)
+                losses.append((int(checkpoint.facts[unit]), found.mean))
+                meter.update(done, name)
+    finally:
+        session.adapter.flat.copy_(before)
+    return PublicCurve(samples=len(samples), seed=seed, unit=unit, losses=tuple(losses))

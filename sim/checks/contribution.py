@@ -1,0 +1,197 @@
+"""``fedrx contribution``: what each hospital adds to a run's model, as exact Shapley values."""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from common.data.dataset import Dataset
+from common.data.handling import handling_of
+from common.errors import UserError
+from common.evaluation.answers import evaluate_answers
+from common.evaluation.metrics import drug_map_of, f1_by_admission, interval_of_mean
+from common.evaluation.shapley import MOST_PLAYERS, members, shapley
+from common.model.session import Session
+from common.records import Record
+from common.rundir import RunDirectory
+from common.tensor_files import Tensors
+from common.training.worker import Worker
+from server.replay import Replay
+from sim.answers.evaluate import reopen
+from sim.answers.held_out import HeldOut
+from sim.process.lock import exclusive
+from sim.process.progress import Meter
+from sim.report.html import Block, write_page
+from sim.report.words import NOTICE
+
+CONTRIBUTION = "contribution.json"
+METRICS = {
+    "loss": "nats per answer token by which the loss on held-out patients is lower",
+    "f1": "F1 of the lists for held-out admissions",
+}
+Values = tuple[NDArray[np.float64], list[int]]
+"""[S, N] values of the models, the higher the better, and the patient of each of N."""
+
+
+class Contribution(Record):
+    """What one hospital adds; the interval is by patient."""
+
+    name: str
+    value: float
+    low: float | None
+    high: float | None
+
+
+class ContributionRecord(Record):
+    """contribution.json: exact Shapley values of a run's hospitals."""
+
+    metric: str
+    meaning: str
+    hospitals: tuple[Contribution, ...]
+    nobody: float
+    """Value of the model before any round; that of a loss is its negative."""
+    everybody: float
+    subsets: dict[str, float]
+    """Value of every subset's model, by its hospitals."""
+    patients: int
+    seconds: float
+
+
+def contribution(
+    run: RunDirectory, *, console: Console, metric: str = "loss"
+) -> ContributionRecord:
+    """Value every subset of a run's hospitals by the model that the rounds make of it.
+
+    Writes contribution.json and contribution.html; both hold figures of all patients together.
+
+    Args:
+        run: A finished run with kept updates.
+        console: Where progress and the table are shown.
+        metric: What a model is worth on held-out patients of all hospitals: ``loss`` or ``f1``.
+
+    Raises:
+        UserError: for another metric, more hospitals than ``MOST_PLAYERS``, a run without updates,
+            or data that is not the run's.
+    """
+    started = time.monotonic()
+    if metric not in METRICS:
+        raise UserError(f"--metric {metric}", allowed=" | ".join(METRICS), fix="name one of these")
+    with exclusive(run):
+        replay = Replay.open(run)
+        names = tuple(replay.hospitals)
+        if len(names) > MOST_PLAYERS:
+            raise UserError(
+                f"{run.path} has {len(names)} hospitals, and {2 ** len(names)} subsets of them",
+                allowed=f"at most {MOST_PLAYERS} hospitals",
+                fix="train a run with fewer",
+            )
+        data, session = reopen(run, run.config(), Worker())
+        subsets = {s: members(s, names) for s in range(2 ** len(names))}
+        with Meter(console, "models", len(subsets)) as meter:
+            make = _by_loss if metric == "loss" else _by_f1
+            models = {place: replay.of(some) for place, some in subsets.items()}
+            values_SN, patients = make(run, data, session, models, meter.update)
+        settings = run.config().evaluation
+        shares = [
+            interval_of_mean(row, patients, resamples=settings.bootstrap, seed=settings.seed)
+            for row in shapley(values_SN).tolist()
+        ]
+        means = values_SN.mean(1).tolist()
+        result = ContributionRecord(
+            metric=metric,
+            meaning=METRICS[metric],
+            hospitals=tuple(
+                Contribution(name=name, **share._asdict())
+                for name, share in zip(names, shares, strict=True)
+            ),
+            nobody=means[0],
+            everybody=means[-1],
+            subsets={", ".join(some) or "–": means[place] for place, some in subsets.items()},
+            patients=len(set(patients)),
+            seconds=round(time.monotonic() - started, 3),
+        )
+        run.write_json(CONTRIBUTION, result)
+        page = write_page(
+            run.path / "contribution.html", "FedRx: contributions", _blocks(result, data.source)
+        )
+    table = Table("hospital", f"adds ({metric})", "95% interval")
+    for row in _rows(result):
+        table.add_row(*row)
+    console.print(table)
+    console.print(_note(result), style="dim", markup=False, highlight=False)
+    console.print(f"page: {page}", markup=False, highlight=False)
+    return result
+
+
+def _by_loss(
+    run: RunDirectory,
+    data: Dataset,
+    session: Session,
+    models: dict[int, Tensors],
+    told: Callable[[int], None],
+) -> Values:
+    held_out = HeldOut.of(data.hospitals, session, run.config())
+    losses_SN = held_out.losses(session, models.values(), told)
+    return -losses_SN, list(range(losses_SN.shape[1]))
+
+
+def _by_f1(
+    run: RunDirectory,
+    data: Dataset,
+    session: Session,
+    models: dict[int, Tensors],
+    told: Callable[[int], None],
+) -> Values:
+    config = run.config()
+    named = {f"subset-{place}": b for place, b in models.items()}
+    order = list(named)
+    found = evaluate_answers(
+        session,
+        data.hospitals,
+        config,
+        named,
+        progress=lambda model, done, of: told(order.index(model) + (done == of)),
+    )
+    rows = {name: [row for row in found.predictions if row.model == name] for name in named}
+    level, drug_map = config.data.normalisation, drug_map_of(config.data)
+    f1 = [f1_by_admission(rows[name], level=level, drug_map=drug_map) for name in named]
+    return np.array(f1), [row.cluster for row in rows[order[0]]]
+
+
+def _rows(result: ContributionRecord) -> list[tuple[str, str, str]]:
+    return [
+        (
+            one.name,
+            f"{one.value:+.4f}",
+            "–" if one.low is None or one.high is None else f"{one.low:+.4f} to {one.high:+.4f}",
+        )
+        for one in result.hospitals
+    ]
+
+
+def _note(result: ContributionRecord) -> str:
+    return (
+        f"Exact Shapley values: {result.meaning}. They add up to what all hospitals together add "
+        f"to the untrained backbone, {result.everybody - result.nobody:+.4f}. Each subset's model "
+        "is the run's rounds replayed with its updates alone, without training. Intervals: "
+        f"bootstrap over {result.patients} held-out patients of all hospitals; those of retraining "
+        "are not in them."
+    )
+
+
+def _blocks(result: ContributionRecord, source: str) -> list[Block]:
+    headers = ("hospital", f"adds ({result.metric})", "95% interval")
+    subsets = tuple((name, f"{value:.4f}") for name, value in result.subsets.items())
+    return [
+        Block(note=f"{NOTICE} {handling_of(source).report}", warning=True),
+        Block(
+            title="What each hospital adds",
+            note=_note(result),
+            headers=headers,
+            rows=tuple(_rows(result)),
+        ),
+        Block(title="Every subset", headers=("hospitals", "value"), rows=subsets),
+    ]

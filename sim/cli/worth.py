@@ -1,0 +1,92 @@
+"""The verbs about what federation is worth: generalise, contribution, forget."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.configio import read_config
+from common.errors import UserError
+from sim.cli.options import (
+    JsonOption,
+    RunDirOption,
+    SetOption,
+    console_for,
+    find_config,
+    print_json,
+)
+from sim.cli.runs import RunArgument
+from sim.process.open_run import open_run
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command."""
+    app.command()(generalise)
+    app.command()(contribution)
+    app.command()(forget)
+
+
+def generalise(
+    what: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN|CONFIG", help="A federation's folder, or a TOML file as of `federate`."
+        ),
+    ],
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Models of each kind.")] = 3,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs only.")] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Say what hospitals gain from each other: every model at every hospital, and who is absent."""
+    from sim.runs.generalise import generalise as run_generalise
+    from sim.runs.generalise import plan_models
+
+    console, run = console_for(json_output), open_run(what) if what.is_dir() else None
+    if run is None:
+        config = read_config(find_config(what), set_ or ())
+        folder = run_dir or Path("runs") / f"generalise-{config.run.name}"
+    elif set_:
+        raise UserError("--set changes nothing of a run", fix="name a configuration instead")
+    else:
+        config, folder = run.config(), run_dir or run.path / "generalise"
+    if dry_run:
+        cells = plan_models(config, seeds)
+        for cell in cells:
+            console.print(cell.folder, markup=False, highlight=False)
+        console.print(f"{len(cells)} runs")
+        return
+    found = run_generalise(
+        config, folder, seeds=seeds, console=console, command_line=sys.argv, run=run
+    )
+    print_json(found.as_json(), json_output)
+
+
+def contribution(
+    run: RunArgument,
+    metric: Annotated[
+        str, typer.Option("--metric", help="loss, or f1 of the lists (slower).")
+    ] = "loss",
+    json_output: JsonOption = False,
+) -> None:
+    """Say what each hospital adds to a run's model: exact Shapley values, without training."""
+    from sim.checks.contribution import contribution as value_hospitals
+
+    console = console_for(json_output)
+    found = value_hospitals(open_run(run), console=console, metric=metric)
+    print_json(found.as_json(), json_output)
+
+
+def forget(
+    run: RunArgument,
+    hospital: Annotated[str, typer.Option("--hospital", help="Name of the one that leaves.")],
+    json_output: JsonOption = False,
+) -> None:
+    """Replay a run without one hospital, and compare with a run that never had it."""
+    from sim.checks.forget import forget as forget_hospital
+
+    console = console_for(json_output)
+    found = forget_hospital(open_run(run), hospital, console=console, command_line=sys.argv)
+    print_json(found.as_json(), json_output)

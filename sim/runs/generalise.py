@@ -1,0 +1,231 @@
+"""``fedrx generalise``: models of one, some and all hospitals on the held-out patients of each.
+
+Every model is an ordinary run, a cell as in a sweep: each hospital alone, all of them, all but one,
+and some. Patients stay where the configuration deals them; what a seed changes is A, the order of
+data and who is asked.
+"""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from common.config import Config, RunConfig
+from common.configio import flatten, from_flat
+from common.data.dataset import Dataset, open_hospitals
+from common.errors import UserError
+from common.evaluation.answers import choose_cases
+from common.evaluation.answers_file import read_answers
+from common.evaluation.metrics import drug_map_of, f1_by_admission
+from common.evaluation.transfer import Measured, Results, Trained, measured
+from common.privacy.settings import plan_of, protects
+from common.provenance import shown_command
+from common.records import Record
+from common.rundir import RunDirectory
+from common.training.worker import Worker
+from common.wire.cohort import hospital_names, trained_by
+from server.strategies import check_strategy
+from sim.answers.held_out import HeldOut
+from sim.process.progress import Meter
+from sim.report.transfer_page import show_transfer, write_transfer_page
+from sim.runs.sweep import Cell, run_all
+
+ALL, ALONE, WITHOUT = "all", "alone", "without"
+SEEDS = ("train.seed", "adapter.seed", "federation.seed")
+GENERALISE, PAGE = "generalise.json", "generalise.html"
+
+
+class GeneraliseRecord(Record):
+    """generalise.json."""
+
+    source: str
+    seeds: int
+    f1: Measured
+    """Of the lists."""
+    loss: Measured
+    """Nats per answer token."""
+
+
+def groups(names: Sequence[str], place: int) -> dict[tuple[str, str], tuple[str, ...]]:
+    """Return who trains the models of one seed, by kind and part of the cell.
+
+    Between one and all but one, the hospitals are added one by one, beginning with another one in
+    every seed.
+
+    >>> [*groups(("a", "b", "c", "d"), 1).values()][-2:]
+    [('a', 'b', 'c'), ('b', 'c')]
+    """
+    found = {(ALL, ""): tuple(names)} | {(ALONE, name): (name,) for name in names}
+    if len(names) > 2:
+        found |= {(WITHOUT, name): tuple(o for o in names if o != name) for name in names}
+    order = [names[(place + step) % len(names)] for step in range(len(names))]
+    for size in range(2, len(names) - 1):
+        found[f"of-{size}", ""] = tuple(sorted(order[:size]))
+    return found
+
+
+def plan_models(config: Config, seeds: int) -> list[Cell]:
+    """List the runs.
+
+    Args:
+        config: Of the run of all hospitals.
+        seeds: How many of each; the first has the configuration's own seeds.
+
+    Raises:
+        UserError: with one hospital, or some of them left out already, or where the aggregation or
+            the privacy of the run allows no model of fewer.
+    """
+    federation = config.federation
+    if federation.hospitals < 2 or federation.only:
+        only = f", federation.only={federation.only}" * bool(federation.only)
+        raise UserError(
+            f"federation.hospitals={federation.hospitals}{only}",
+            allowed="two hospitals or more, all of which take part",
+            fix="name another run or configuration",
+        )
+    cells = []
+    for place in range(seeds):
+        flat = flatten(config)
+        flat |= {key: int(flat[key]) + place for key in SEEDS}
+        for (arm, part), some in groups(hospital_names(federation.hospitals), place).items():
+            only = "" if arm == ALL else ",".join(some)
+            one = from_flat({**flat, "federation.only": only})
+            check_strategy(one.federation)
+            if protects(one):
+                plan_of(one)
+            # Ray pays where several hospitals train for long side by side.
+            quick = len(some) == 1 or config.model.backbone == "tiny"
+            run = RunConfig(name=arm, backend="in-process" if quick else config.run.backend)
+            cells.append(
+                Cell(arm=arm, seed=place, part=part, config=replace(one, run=run), federated=True)
+            )
+    return cells
+
+
+def generalise(
+    config: Config,
+    folder: Path,
+    *,
+    seeds: int,
+    console: Console,
+    command_line: Sequence[str],
+    run: RunDirectory | None = None,
+) -> GeneraliseRecord:
+    """Train what is not trained yet, and put everything into matrices, a curve and a page.
+
+    Args:
+        config: Of the run of all hospitals.
+        folder: Where the runs, generalise.json and generalise.html are.
+        seeds: How many models of each kind.
+        console: Where progress and the table are shown.
+        command_line: Stored in each run's environment.json.
+        run: A finished run of ``config``: the first seed's model of all hospitals.
+
+    Raises:
+        UserError: see ``plan_models``; if a run in the folder is another, or answered other cases.
+    """
+    cells = plan_models(config, seeds)
+    if run and not is_finished_federation(run):
+        raise UserError(
+            f"{run.path} is no finished federation",
+            allowed="a run of `fedrx federate` that is finished, or a configuration",
+            fix="`fedrx resume` it, or name a configuration",
+        )
+    again = shlex.join(shown_command(command_line)) or "the same `fedrx generalise`"
+    runs = run_all(
+        cells,
+        folder,
+        console=console,
+        command_line=command_line,
+        again=again,
+        trained={cells[0].folder: run} if run else {},
+    )
+    data = open_hospitals(config)
+    result = GeneraliseRecord(
+        source=data.source,
+        seeds=seeds,
+        f1=measured(_by_f1(config, data, cells, runs), _names(data)),
+        loss=measured(_by_loss(config, data, cells, runs, console), _names(data)),
+    )
+    directory = RunDirectory(folder)
+    directory.write_json(GENERALISE, result)
+    measures = {"F1": result.f1, "loss": result.loss}
+    show_transfer(console, measures)
+    page = write_transfer_page(folder / PAGE, data.source, seeds, measures)
+    console.print(f"page: {page}", markup=False, highlight=False)
+    return result
+
+
+def is_finished_federation(run: RunDirectory) -> bool:
+    """Return whether a run stands for the model of all hospitals."""
+    record = run.record()
+    return bool(record and record.mode == "federation") and run.status()["state"] == "finished"
+
+
+def _names(data: Dataset) -> list[str]:
+    return [hospital.name for hospital in data.hospitals]
+
+
+def _models(data: Dataset, cells: Sequence[Cell]) -> list[Trained]:
+    everybody = _names(data)
+    return [
+        Trained(tuple(trained_by(cell.config.federation) or everybody), cell.seed) for cell in cells
+    ]
+
+
+def _by_f1(
+    config: Config, data: Dataset, cells: Sequence[Cell], runs: Mapping[str, RunDirectory]
+) -> Results:
+    settings, level = config.evaluation, config.data.normalisation
+    cases = choose_cases(data.hospitals, samples=settings.samples, seed=settings.seed)
+    rows_RN = []
+    for cell in cells:
+        run = runs[cell.folder]
+        rows = {row.case: row for row in read_answers(run) if row.model == "fedrx"}
+        if list(rows) != [case.name for case in cases]:
+            raise UserError(
+                f"{run.path} answered other cases than its configuration names",
+                fix=f"fedrx evaluate {run.path}",
+            )
+        answers = list(rows.values())
+        rows_RN.append(f1_by_admission(answers, level=level, drug_map=drug_map_of(config.data)))
+    return Results(
+        models=_models(data, cells),
+        values_RN=np.array(rows_RN),
+        patients_N=[case.cluster for case in cases],
+        hospitals_N=[data.hospitals[case.hospital].name for case in cases],
+        higher_is_better=True,
+        resamples=settings.bootstrap,
+        seed=settings.seed,
+    )
+
+
+def _by_loss(
+    config: Config,
+    data: Dataset,
+    cells: Sequence[Cell],
+    runs: Mapping[str, RunDirectory],
+    console: Console,
+) -> Results:
+    settings, worker = config.evaluation, Worker()
+    rows_RN, at = [], []
+    with Meter(console, "losses", len(cells)) as meter:
+        for done, cell in enumerate(cells, 1):
+            session = worker.session(cell.config)  # A is another in every seed
+            held_out = HeldOut.of(data.hospitals, session, config)
+            b = runs[cell.folder].load_checkpoint().b
+            rows_RN.append(held_out.losses(session, [b])[0])
+            at = held_out.hospitals
+            meter.update(done)
+    return Results(
+        models=_models(data, cells),
+        values_RN=np.array(rows_RN),
+        patients_N=range(len(at)),
+        hospitals_N=at,
+        higher_is_better=False,
+        resamples=settings.bootstrap,
+        seed=settings.seed,
+    )

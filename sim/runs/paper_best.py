@@ -1,0 +1,105 @@
+"""Beside the paper's settings, the best ones found here: the same checkpoints, two kinds of lists.
+
+What was tried, and on whom it was chosen: benchmarks/README.md, "What makes answers better".
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from common.config import Config
+from common.configio import Scalar, from_flat
+from common.records import BestRow, Readings
+from common.rundir import RunDirectory, remove_unbegun
+from sim.answers.evaluate import evaluate_run
+from sim.process.lock import exclusive
+from sim.report.run_report import write_report
+from sim.runs.lifecycle import Run, resume
+from sim.runs.paper_table import model_of
+from sim.runs.single import Single, single
+from sim.runs.stages import EVALUATION, after_training
+
+FOLDER = "best"
+BEST: dict[str, Scalar] = {
+    "data.drug-order": "set",
+    "adapter.targets": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+    "adapter.rank": 16,
+    "train.optimizer": "adamw",
+    "train.learning-rate": 1e-2,
+    "train.schedule": "cosine",
+    "train.warmup-steps": 4,
+    "train.max-grad-norm": 1.0,
+    "evaluation.method": "score",
+    "evaluation.frequencies": True,
+}
+"""As in configs/hospitals.toml; the rest is the paper run's own."""
+LISTS = {
+    "scored": ("evaluation.method=score",),
+    "formulary": ("evaluation.method=generate", "evaluation.decoding=formulary"),
+}
+_ANSWERS = "best.json"
+
+
+def best_config(config: Config) -> Config:
+    """Return the best settings, with a paper run's scale."""
+    return from_flat(BEST, base=config)
+
+
+def finish_best(run: Run) -> None:
+    """Do what is left: training in a run directory of its own, then both kinds of lists."""
+    folder = run.directory.path / FOLDER
+    config = best_config(run.config)
+    config = replace(
+        config,
+        run=replace(config.run, directory=str(folder), name=f"{config.run.name}-{FOLDER}"),
+    )
+    one = RunDirectory(folder)
+    options: Any = {"console": run.console, "command_line": run.command_line, "worker": run.worker}
+    if one.record() is None:
+        remove_unbegun(folder)
+        run.console.rule("the best settings found here")
+        single(config, run_dir=folder, inside=True, **options)
+    elif one.status()["state"] != "finished":
+        run.console.rule("the best settings found here, resumed")
+        resume(folder, kinds=(Single,), inside=True, **options)
+    known = _known(run.directory)
+    for lists in LISTS:
+        if lists not in known:
+            run.directory.write_status("running", stage=EVALUATION, lists=lists)
+            with exclusive(one), after_training(one, "the answers", "fedrx evaluate"):
+                known[lists] = [row.as_json() for row in _answered(one, run, lists)]
+            run.directory.write_json(_ANSWERS, known)
+    write_report(one)
+
+
+def best_rows(run: RunDirectory) -> tuple[BestRow, ...]:
+    """Return what a paper run knows of the best settings; nothing where it has not tried them."""
+    return tuple(BestRow.read(row, what=_ANSWERS) for rows in _known(run).values() for row in rows)
+
+
+def _known(run: RunDirectory) -> dict[str, list[dict[str, Any]]]:
+    return dict(run.read_json(_ANSWERS)) if (run.path / _ANSWERS).exists() else {}
+
+
+def _answered(one: RunDirectory, around: Run, lists: str) -> list[BestRow]:
+    rows = []
+    for checkpoint in one.summary().checkpoints:
+        evaluate_run(
+            one,
+            checkpoint=checkpoint.name,
+            overrides=LISTS[lists],
+            console=around.console,
+            worker=around.worker,
+            data=around.preparation.data,
+        )
+        summary = one.summary()
+        told = summary.metrics[model_of(summary, checkpoint)].model_dump()
+        rows.append(
+            BestRow(
+                lists=lists,
+                checkpoint=checkpoint.name,
+                steps=checkpoint.step,
+                prauc=told["prauc"]["value"] if told.get("prauc") else None,
+                **{key: told[key] for key in Readings.model_fields},
+            )
+        )
+    return rows
