@@ -28,9 +28,6 @@ class MeasureCode(Record):
 class Codes(Record):
     """Beginnings of codes; what follows one is its content, up to the next separator."""
 
-    extraction: Literal["mimic-iv", "eicu"] = "mimic-iv"
-    """How events become samples: ``eicu`` where a subject is one hospital stay, whose diagnoses
-    are cells of icd9code beside eICU's own words, see ``common.data.meds.eicu``."""
     birth: str = "MEDS_BIRTH"
     """The whole code of a birth; age is counted from its time."""
     sex: str = "GENDER//"
@@ -64,6 +61,9 @@ class Codes(Record):
     """Of eICU's extraction: column with the words of a diagnosis."""
     priority_column: str = "diagnosis_priority"
     """Of eICU's extraction: column with the priority of a diagnosis."""
+    extraction: Literal["mimic-iv", "eicu"] = "mimic-iv"
+    """How events become samples: ``eicu`` where a subject is one hospital stay, whose diagnoses
+    are cells of icd9code beside eICU's own words, see ``common.data.meds.eicu``."""
 
     @property
     def prefixes(self) -> dict[str, str]:
