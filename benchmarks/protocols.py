@@ -1,11 +1,11 @@
 """What the bedside costs: the baselines under each ``data.protocol``, and against the whole stay.
 
-    OMP_NUM_THREADS=1 python benchmarks/protocols.py --data DIR --out FILE [--run RUN]...
+    OMP_NUM_THREADS=1 python benchmarks/protocols.py --data DIR --out FILE
 
 Every admission is held out once (five folds of patients), and the baselines are fitted on the other
 four. A protocol has other admissions and other lists than ``admission``, so what its task costs is
-told beside ``admission`` on the same admissions alone, in the same folds. ``--run`` adds what a
-finished run's own evaluation found, under its protocol. Intervals are by bootstrap over patients.
+told beside ``admission`` on the same admissions alone, in the same folds. Intervals
+are by bootstrap over patients.
 
 The MIMIC-IV demo's 100 patients prove that the counts are right, and rank nothing.
 """
@@ -31,7 +31,6 @@ from common.evaluation.baselines import BASELINES, Ranked
 from common.evaluation.metrics import Estimate, interval_of_mean, score
 from common.evaluation.ranking_metrics import average_precision
 from common.files import write_json
-from common.rundir import RunDirectory
 
 FOLDS = 5
 NOTE = (
@@ -120,33 +119,14 @@ def table(path: str) -> list[dict[str, Any]]:
     return lines
 
 
-def of_run(run: RunDirectory) -> dict[str, Any]:
-    """Return what a run's own evaluation found on held-out admissions."""
-    config, summary = run.config(), run.read_json("summary.json")
-    kept = ("f1", "jaccard", "prauc", "f1_beyond", "samples")
-    steps = config.federation.rounds * config.federation.local_steps
-    return {
-        "protocol": config.data.protocol,
-        "backbone": config.model.backbone,
-        "steps": steps * config.federation.hospitals,
-        "left_out": summary["evaluation"].get("left_out", {}),
-        "metrics": {
-            model: {key: values[key] for key in kept if key in values}
-            for model, values in summary["metrics"].items()
-        },
-    }
-
-
 def main() -> None:
-    """Write the lines and the runs."""
+    """Write the lines."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="synthetic", help="folder of MIMIC-IV, or synthetic")
     parser.add_argument("--out", type=Path, required=True, help="results file")
-    parser.add_argument("--run", type=Path, action="append", default=[], help="a finished run")
     options = parser.parse_args()
     lines = table(options.data)
-    runs = [of_run(RunDirectory.open(path)) for path in options.run]
-    write_json(options.out, {"note": NOTE, "folds": FOLDS, "tasks": lines, "runs": runs})
+    write_json(options.out, {"note": NOTE, "folds": FOLDS, "tasks": lines})
     for line in lines:
         shown = ", ".join(
             f"{name} {one['f1']['value']:.3f} ({one['prauc']['value']:.3f})"
