@@ -31,6 +31,12 @@ class DataConfig:
         "toml file that says what the codes of a MEDS data set mean; empty: as for MIMIC-IV",
         file=True,
     )
+    protocol: Literal["admission", "visits", "first-24h"] = option(
+        "admission",
+        "what is asked of a sample: the list of a whole stay from its discharge diagnoses; the "
+        "same of patients with two visits or more, from the earlier visits too; or what is ordered "
+        "after the first 24 hours, from what is known then",
+    )
     synthetic_patients: int = option(240, "patients that the synthetic source writes", low=10)
     synthetic_seed: int = option(0, "seed of the synthetic source", low=0)
     split_seed: int = option(0, "seed of the hash that puts a patient into a split", low=0)
@@ -133,6 +139,11 @@ class AdapterConfig:
         "kaiming-uniform", "distribution of A"
     )
     seed: int = option(0, "seed of A; every party draws the same A from it", low=0)
+    personal: bool = option(
+        False,
+        "train in every hospital a B of its own beside the global one, which never leaves it and "
+        "which no epsilon covers; twice the steps",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 
 DIAGNOSES = "diagnoses"
 PLACEHOLDERS = ("sex", "age", "height", "weight", "bmi", DIAGNOSES)
-OWN_TEMPLATE = """\
+PATIENT_LINES = """\
 Sex: {sex}
 Age: {age}
 Height: {height}
 Weight: {weight}
-BMI: {bmi}
-Diagnoses:
-{diagnoses}"""
+BMI: {bmi}"""
+"""How every message of FedRx's own begins."""
+OWN_TEMPLATE = PATIENT_LINES + "\nDiagnoses:\n{diagnoses}"
 """FedRx's own user message."""
 _NAMED = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
 

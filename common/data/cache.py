@@ -68,6 +68,7 @@ def store(path: Path, prepared: Prepared) -> None:
         "titles": prepared.titles,
         "codes": prepared.codes,
         "counts": prepared.counts.as_json(),
+        "procedures": prepared.procedures,
     }
     with writing(path.parent):
         parquet = io.BytesIO()
@@ -96,6 +97,7 @@ def load(path: Path) -> Prepared | None:
             titles=tuple(content["titles"]),
             codes=tuple(content["codes"]),
             counts=Counts(**content["counts"]),
+            procedures=tuple(content["procedures"]),
         )
     except (KeyError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException):
         return None

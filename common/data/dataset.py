@@ -6,6 +6,7 @@ from pathlib import Path
 from common.config import Config
 from common.data.partition import Hospital, assign_hospitals, pooled_sites
 from common.data.prepare import load_samples
+from common.data.protocols import require_own_template
 from common.data.samples import Admission, Progress, SampleTable
 
 
@@ -45,6 +46,7 @@ def open_hospitals(
     Raises:
         UserError: Tables that cannot be used, or a hospital that would be too small.
     """
+    require_own_template(config)
     samples = load_samples(config.data, cache_dir=cache_dir, progress=progress)
     if progress is not None:
         progress("dealing patients to hospitals")

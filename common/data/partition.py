@@ -14,6 +14,7 @@ import numpy as np
 
 from common.config import DataConfig, PartitionConfig
 from common.data.missing import apply_policies, fit_medians, policies_of
+from common.data.protocols import split_shares
 from common.data.samples import UNKNOWN, Admission
 from common.errors import UserError
 from common.seeds import stream
@@ -97,12 +98,13 @@ def assign_hospitals(
     rooms: list[dict[Split, list[Admission]]] = [
         {split: [] for split in SPLITS} for _ in range(hospitals)
     ]
+    validation, test = split_shares(data)
     split = {
         patient: split_of(
             patient,
             seed=data.split_seed,
-            validation_fraction=data.validation_fraction,
-            test_fraction=data.test_fraction,
+            validation_fraction=validation,
+            test_fraction=test,
         )
         for patient in first
     }

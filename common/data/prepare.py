@@ -2,19 +2,21 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
 from common.config import DataConfig
 from common.data.cache import cache_key, load, require_writable, store
 from common.data.mimic.orders import CHUNK_ROWS
-from common.data.samples import Admission, Prepared, Progress, SampleTable
+from common.data.samples import Admission, Prepared, Progress, SampleTable, Visit
 from common.data.source import hash_files
 from common.data.sources import source_for
+from common.errors import UserError
 from common.user_cache import fedrx_cache
 
 
@@ -53,9 +55,17 @@ def prepare_source(
     say = progress or (lambda _line: None)
     cache = cache_dir or fedrx_cache()
     source = source_for(config.path)
+    if config.protocol not in source.protocols:
+        raise UserError(
+            f"data.protocol={config.protocol} with {source.kind}",
+            allowed=", ".join(source.protocols),
+            fix="set another data.protocol, or data.path to tables of MIMIC-IV's form",
+        )
     folder = source.folder(config, cache)
     hashes = hash_files(source.files(folder, config))
-    key = cache_key({"files": hashes, "drop_flushes": config.drop_flushes})
+    key = cache_key(
+        {"files": hashes, "drop_flushes": config.drop_flushes, "protocol": config.protocol}
+    )
     path = cache / "samples" / f"{key}.samples"
     prepared = load(path)
     if prepared is None:
@@ -81,18 +91,30 @@ def load_samples(
 
 def sample_table(prepared: Prepared, *, source: str, file_hashes: Mapping[str, str]) -> SampleTable:
     """Turn columns into samples; equal strings are one object, so that millions fit."""
-    admissions = tuple(
-        Admission(
-            diagnoses=_pick(prepared.titles, row.pop("diagnoses")),
-            diagnosis_codes=_pick(prepared.codes, codes),
-            drugs=_pick(prepared.drugs, row.pop("drugs")),
-            **row,
+    past: tuple[Visit, ...] = ()
+    admissions = []
+    for row in prepared.frame.iter_rows(named=True):
+        codes = row["diagnoses"]
+        if prepared.counts.protocol:
+            past = _visits(prepared, row) or past
+            row |= {
+                "protocol": prepared.counts.protocol.name,
+                "earlier": tuple(past[place] for place in row["earlier"]),
+                "procedures": _pick(prepared.procedures, row["procedures"]),
+                "ordered": _pick(prepared.drugs, row["ordered"]),
+                "services": tuple(row["services"]),
+                "labs": tuple(row["labs"]),
+            }
+        admissions.append(
+            Admission(
+                diagnoses=_pick(prepared.titles, row.pop("diagnoses")),
+                diagnosis_codes=_pick(prepared.codes, codes),
+                drugs=_pick(prepared.drugs, row.pop("drugs")),
+                **row,
+            )
         )
-        for row in prepared.frame.iter_rows(named=True)
-        for codes in (row["diagnoses"],)
-    )
     return SampleTable(
-        admissions=admissions,
+        admissions=tuple(admissions),
         counts=prepared.counts,
         source=source,
         file_hashes=dict(file_hashes),
@@ -100,7 +122,23 @@ def sample_table(prepared: Prepared, *, source: str, file_hashes: Mapping[str, s
     )
 
 
+def _visits(prepared: Prepared, row: dict[str, Any]) -> tuple[Visit, ...]:
+    """Take a patient's visits out of a row; the first row of each patient holds them."""
+    lists = [row.pop(f"visit_{name}") or () for name in ("diagnoses", "procedures", "drugs")]
+    return tuple(
+        Visit(
+            diagnoses=_pick(prepared.titles, diagnoses),
+            diagnosis_codes=_pick(prepared.codes, diagnoses),
+            procedures=_pick(prepared.procedures, procedures),
+            drugs=_pick(prepared.drugs, drugs),
+        )
+        for diagnoses, procedures, drugs in zip(*lists, strict=True)
+    )
+
+
 def _pick(vocabulary: tuple[str, ...], indices: list[int]) -> tuple[str, ...]:
+    if not indices:
+        return ()
     if len(indices) == 1:
         return (vocabulary[indices[0]],)
     picked: tuple[str, ...] = itemgetter(*indices)(vocabulary)
@@ -110,13 +148,23 @@ def _pick(vocabulary: tuple[str, ...], indices: list[int]) -> tuple[str, ...]:
 def table_digest(prepared: Prepared) -> str:
     """Return the sha256 of all columns and vocabularies: equal digests mean equal samples."""
     digest = hashlib.sha256()
-    for vocabulary in (prepared.drugs, prepared.titles, prepared.codes):
+    for vocabulary in _vocabularies(prepared):
         digest.update(json.dumps(vocabulary).encode())
     for column in prepared.frame.iter_columns():
         flat = column
-        if column.dtype == pl.List:
-            flat = column.explode()
-            digest.update(column.list.len().to_numpy().tobytes())
+        while flat.dtype == pl.List:
+            digest.update(flat.list.len().to_numpy().tobytes())
+            flat = flat.explode()
         text = flat.dtype == pl.String
+        if prepared.counts.protocol and text:
+            flat = flat.fill_null("")
         digest.update("\0".join(flat).encode() if text else flat.to_numpy().tobytes())
     return digest.hexdigest()
+
+
+def _vocabularies(prepared: Prepared) -> Iterator[tuple[str, ...]]:
+    """Yield what the columns' indices stand for; a protocol's only where there is one."""
+    yield from (prepared.drugs, prepared.titles, prepared.codes)
+    if prepared.counts.protocol:
+        yield (prepared.counts.protocol.name,)
+        yield prepared.procedures

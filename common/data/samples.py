@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import polars as pl
 
@@ -10,6 +11,19 @@ from common.records import Record
 UNKNOWN = "unknown"
 Progress = Callable[[str], None]
 """Is called with one line for each step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Visit:
+    """An earlier stay of the same patient, as far as the protocol shows it."""
+
+    diagnoses: tuple[str, ...] = ()
+    """Titles in the order of seq_num."""
+    diagnosis_codes: tuple[str, ...] = ()
+    procedures: tuple[str, ...] = ()
+    """Titles in the order of seq_num."""
+    drugs: tuple[str, ...] = ()
+    """By first start."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +57,18 @@ class Admission:
     careunit: str = UNKNOWN
     site: str = UNKNOWN
     """The hospital that the data names; it deals patients, and is shown nowhere."""
+    protocol: str = "admission"
+    """What is asked, ``data.protocol``; below stands what only other protocols show."""
+    earlier: tuple[Visit, ...] = ()
+    """The oldest first."""
+    procedures: tuple[str, ...] = ()
+    """Titles in the order of seq_num."""
+    services: tuple[str, ...] = ()
+    """Of the first 24 hours, in the order of time."""
+    labs: tuple[str, ...] = ()
+    """Results of the first 24 hours, one text each, what matters most first."""
+    ordered: tuple[str, ...] = ()
+    """Drugs of the first 24 hours, by first start; ``drugs`` holds none of them."""
 
 
 class Range(Record):
@@ -74,6 +100,15 @@ class BmiCheck(Record):
     triples: int = 0
     within_one: int = 0
     """BMI within 1 kg/m2 of what height and weight give."""
+
+
+class ProtocolCounts(Record):
+    """What a protocol other than ``admission`` counted."""
+
+    name: str
+    absent: tuple[str, ...]
+    """Optional tables that are not there, or that this kind of data does not serve."""
+    counted: dict[str, int]
 
 
 class Counts(Record):
@@ -110,6 +145,15 @@ class Counts(Record):
     """Rows left out, by ``table.reason``; with ``rows_out`` they add up to ``rows``."""
     null_spelled: dict[str, int]
     """Cells that spelled NULL, by ``table.column``."""
+    protocol: ProtocolCounts | None = None
+    """Of ``data.protocol``; no key for ``admission``."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the counts; those of a protocol only where it is not the usual one."""
+        told = super().as_json()
+        if self.protocol is None:
+            del told["protocol"]
+        return told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +161,18 @@ class Prepared:
     """Samples in columns; lists hold indices into the vocabularies."""
 
     frame: pl.DataFrame
-    """One row per sample, in the order of patient and time; columns as in ``Admission``."""
+    """One row per sample, in the order of patient and time; columns as in ``Admission``.
+
+    With a protocol of earlier visits the first row of a patient holds them all
+    (``visit_diagnoses``, ``visit_procedures``, ``visit_drugs``), and ``earlier`` of each row says
+    which of them come before it.
+    """
     drugs: tuple[str, ...]
     titles: tuple[str, ...]
     codes: tuple[str, ...]
     counts: Counts
+    procedures: tuple[str, ...] = ()
+    """Titles."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,6 +94,17 @@ class Generation(Record):
     cutoffs: dict[str, CutoffFacts] | None = None
     """Of scored lists, by hospital."""
 
+    def and_(self, other: "Generation") -> "Generation":
+        """Return both together, of two hospitals."""
+        both = {**(self.cutoffs or {}), **(other.cutoffs or {})}
+        return Generation(
+            seconds=round(self.seconds + other.seconds, 3),
+            tokens=self.tokens + other.tokens,
+            cut_answers=self.cut_answers + other.cut_answers,
+            escaped_names=self.escaped_names + other.escaped_names,
+            cutoffs=both or None,
+        )
+
 
 class Facts(Record):
     """``evaluation`` in summary.json: how the answers came about."""
@@ -103,6 +114,8 @@ class Facts(Record):
     settings: EvaluationConfig
     dropped_diagnoses: int
     """Left out of prompts for ``train.max-length``."""
+    left_out: dict[str, int] | None = None
+    """The same of what only other protocols show, by kind; no key where it is nothing."""
     generation: dict[str, Generation]
     checkpoint: str
     """The last of the run."""

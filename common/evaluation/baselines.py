@@ -1,7 +1,9 @@
 """The simple baselines that always stand beside a model: popularity, neighbours, regression.
 
-All are fitted on the training admissions alone and know nothing of a test admission but its coded
-diagnoses. Names are counted at the string level and shown in their most common spelling. A list's
+All are fitted on the training admissions alone and know nothing of a test admission but what its
+prompt shows beside age, sex and measures (``common.data.protocols.known_items``): its coded
+diagnoses, and under other protocols what they show. A drug that is known to be ordered already is
+in no list. Names are counted at the string level and shown in their most common spelling. A list's
 length is never looked up in the truth: popularity chooses it on the training split, neighbours use
 the mean length of the neighbours' lists, regression the mean length in training.
 """
@@ -17,6 +19,7 @@ from scipy.sparse import csr_array
 from sklearn.linear_model import LogisticRegression
 
 from common.data.names import normalise_string
+from common.data.protocols import known_items, not_ordered
 from common.data.samples import Admission
 
 DrugList = tuple[str, ...]
@@ -48,14 +51,18 @@ def popularity(
     Args:
         train: What is fitted.
         test: Who gets a list.
-        drugs_listed: Length of the list; None takes the length with the best mean Jaccard on
-            ``train``.
+        drugs_listed: Length of the list, what is ordered already included; None takes the length
+            with the best mean Jaccard on ``train``.
     """
     fit = _Fit.of(train)
     ranked_d = _ranked(fit.frequency_d)
     if drugs_listed is None:
-        drugs_listed = _best_length(fit.drugs_nd, ranked_d)
-    return [Ranked(fit.named(ranked_d), drugs_listed)] * len(test)
+        drugs_listed = _best_length(fit, ranked_d)
+    popular = fit.named(ranked_d)
+    return [
+        Ranked(not_ordered(popular, one), len(not_ordered(popular[:drugs_listed], one)))
+        for one in test
+    ]
 
 
 def nearest_neighbours(
@@ -74,8 +81,9 @@ def nearest_neighbours(
     lengths_n = fit.drugs_nd.sum(axis=1)
     lists = []
     for start in range(0, len(test), _ROWS_AT_ONCE):
-        asked_bc = fit.codes_of(test[start : start + _ROWS_AT_ONCE])
-        for shared_n in (asked_bc @ fit.codes_nc.T).toarray():
+        asked = test[start : start + _ROWS_AT_ONCE]
+        shared_bn = (fit.codes_of(asked) @ fit.codes_nc.T).toarray()
+        for one, shared_n in zip(asked, shared_bn, strict=True):
             # The test admission's own norm is the same for all its neighbours: it changes nothing.
             weight_n = shared_n / norms_n
             near = largest(weight_n, neighbours)
@@ -83,7 +91,7 @@ def nearest_neighbours(
                 weight_n, near = np.ones(len(train)), np.arange(len(train))
             votes_d = fit.drugs_nd[near].T @ weight_n[near]
             length = round(np.average(lengths_n[near], weights=weight_n[near]))
-            lists.append(Ranked(fit.named(_ranked(votes_d)), length))
+            lists.append(Ranked(not_ordered(fit.named(_ranked(votes_d)), one), length))
     return lists
 
 
@@ -113,7 +121,10 @@ def logistic_regression(
         model.fit(fit.codes_nc, fit.drugs_nd[:, [drug]].toarray().ravel())
         probable_bd[:, drug] = model.predict_proba(asked_bc)[:, 1]
     length = round(fit.drugs_nd.sum() / len(spaced))
-    return [Ranked(fit.named(_ranked(probable_d)), length) for probable_d in probable_bd]
+    return [
+        Ranked(not_ordered(fit.named(_ranked(probable_d)), one), length)
+        for one, probable_d in zip(test, probable_bd, strict=True)
+    ]
 
 
 BASELINES: Mapping[str, Callable[[Sequence[Admission], Sequence[Admission]], list[Ranked]]] = {
@@ -126,10 +137,12 @@ BASELINES: Mapping[str, Callable[[Sequence[Admission], Sequence[Admission]], lis
 
 @dataclass(frozen=True, kw_only=True)
 class _Fit:
-    """Training admissions as 0/1 matrices (N admissions, C codes, D drugs)."""
+    """Training admissions as 0/1 matrices (N admissions, C codes or other items, D drugs)."""
 
     codes_nc: csr_array
     drugs_nd: csr_array
+    ordered_nd: csr_array
+    """Known to be ordered already."""
     code_column: Mapping[str, int]
     spellings: tuple[str, ...]
     """The most common spelling of each drug; drugs are sorted by string-level name."""
@@ -143,11 +156,12 @@ class _Fit:
             for drug in one.drugs:
                 spelled.setdefault(normalise_string(drug), Counter())[drug] += 1
         names = {name: column for column, name in enumerate(sorted(spelled))}
-        codes = sorted({code for one in train for code in one.diagnosis_codes})
+        codes = sorted({code for one in train for code in known_items(one)})
         code_column = {code: column for column, code in enumerate(codes)}
         return cls(
-            codes_nc=presence((one.diagnosis_codes for one in train), code_column),
+            codes_nc=presence(map(known_items, train), code_column),
             drugs_nd=presence((map(normalise_string, one.drugs) for one in train), names),
+            ordered_nd=presence((map(normalise_string, one.ordered) for one in train), names),
             code_column=code_column,
             spellings=tuple(
                 min(spelled[name], key=lambda spelling: (-spelled[name][spelling], spelling))
@@ -161,7 +175,7 @@ class _Fit:
         return frequency
 
     def codes_of(self, admissions: Sequence[Admission]) -> csr_array:
-        return presence((one.diagnosis_codes for one in admissions), self.code_column)
+        return presence(map(known_items, admissions), self.code_column)
 
     def named(self, drugs: NDArray[np.intp]) -> DrugList:
         return tuple(self.spellings[drug] for drug in drugs)
@@ -191,14 +205,15 @@ def largest(score_n: NDArray[np.float64], number: int) -> NDArray[np.intp]:
     return np.concatenate([above, np.flatnonzero(score_n == bound)[: number - len(above)]])
 
 
-def _best_length(drugs_nd: csr_array, ranked_d: NDArray[np.intp]) -> int:
+def _best_length(fit: _Fit, ranked_d: NDArray[np.intp]) -> int:
     """Return the length of the popular list with the best mean Jaccard on the training split."""
     offered = ranked_d[:_LONGEST_POPULAR_LIST]
     lengths_k = np.arange(1, len(offered) + 1)
     total_k = np.zeros(len(offered))
-    true_n = drugs_nd.sum(axis=1)
-    for start in range(0, drugs_nd.shape[0], _ROWS_AT_ONCE):
+    true_n = fit.drugs_nd.sum(axis=1)
+    for start in range(0, fit.drugs_nd.shape[0], _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
-        hits_bk = drugs_nd[rows][:, offered].toarray().cumsum(axis=1)
-        total_k += (hits_bk / (true_n[rows, None] + lengths_k - hits_bk)).sum(axis=0)
+        hits_bk = fit.drugs_nd[rows][:, offered].toarray().cumsum(axis=1)
+        listed_bk = lengths_k - fit.ordered_nd[rows][:, offered].toarray().cumsum(axis=1)
+        total_k += (hits_bk / (true_n[rows, None] + listed_bk - hits_bk)).sum(axis=0)
     return int(lengths_k[total_k.argmax()])

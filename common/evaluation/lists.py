@@ -10,19 +10,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from common.config import Config
+from common.data.protocols import not_ordered
 from common.evaluation.answers_file import CutoffFacts, Generation
 from common.evaluation.constrained import answer_grammar
 from common.evaluation.cutoff import Cutoff, require_validation
 from common.evaluation.drug_scores import drug_scores
 from common.evaluation.drug_trie import require_room
 from common.evaluation.formulary import formularies, frequencies_of
-from common.evaluation.generate import Generated, Matcher, generate
+from common.evaluation.generate import generate
 from common.evaluation.ranking import Ranker, Ranking
+from common.evaluation.slot_generation import Generated, Matcher
 from common.files import writable
 from common.text.prompts import parse_answer
 
 if TYPE_CHECKING:
     from common.data.partition import Hospital
+    from common.data.samples import Admission
     from common.model.session import Session
 
 Progress = Callable[[int, int], None]
@@ -41,6 +44,16 @@ class Answer(NamedTuple):
     """Of a ranking: all names, the likeliest first."""
     ranking: Ranking | None = None
     """Of a scored list: with confidences."""
+
+    def beyond(self, admission: "Admission") -> "Answer":
+        """Return the answer without the drugs that are known to be ordered already."""
+        if not admission.ordered:
+            return self
+        return self._replace(
+            drugs=None if self.drugs is None else not_ordered(self.drugs, admission),
+            order=None if self.order is None else not_ordered(self.order, admission),
+            ranking=None if self.ranking is None else self.ranking.beyond(admission),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

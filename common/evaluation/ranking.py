@@ -12,7 +12,7 @@ Shapes: N names of the formulary.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from common.config import TextConfig
 from common.data.names import normalise_string
+from common.data.protocols import not_ordered
 from common.evaluation.cutoff import Cutoff, Frequencies, fit_cutoff
 from common.evaluation.drug_scores import ScorePlan, drug_scores, score_plan
 from common.evaluation.drug_trie import DrugTrie, FormularyMatcher, drug_trie
@@ -60,6 +61,17 @@ class Ranking:
     def listed(self) -> tuple[RankedDrug, ...]:
         """The drugs of the list."""
         return self.drugs[: self.length]
+
+    def beyond(self, admission: "Admission") -> "Ranking":
+        """Return the ranking without the drugs that are known to be ordered already.
+
+        A list that ends at a length keeps it, one that ends at a threshold what reaches it.
+        """
+        open_names = set(not_ordered(tuple(drug.name for drug in self.drugs), admission))
+        kept = [drug.name in open_names for drug in self.drugs]
+        drugs = tuple(drug for drug, stays in zip(self.drugs, kept, strict=True) if stays)
+        above = self.length if self.threshold is None else sum(kept[: self.length])
+        return replace(self, drugs=drugs, length=min(above, len(drugs)))
 
     @property
     def ends(self) -> str:

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from common.choice import Choice
 from common.config import Config, PrivacyConfig
+from common.data.protocols import ADMISSION
 from common.errors import UserError
 from common.privacy.accounting import calibrate, epsilon
 from common.privacy.plan import PrivacyPlan
@@ -142,6 +143,13 @@ def _usual(bound: Choice[int]) -> float:
 def _refuse_dependence(config: Config) -> None:
     """Refuse settings under which removing one unit changes more than that unit's gradients."""
     data = config.data
+    if config.privacy.unit == "admission" and data.protocol != ADMISSION:
+        raise UserError(
+            f"privacy.unit=admission with data.protocol={data.protocol}: an admission is also in "
+            "the prompts of the patient's later ones",
+            allowed="patient, hospital",
+            fix="set privacy.unit = patient",
+        )
     if config.train.epochs and not config.train.steps:
         raise UserError(
             f"train.epochs={config.train.epochs:g} with privacy makes the number of steps depend "

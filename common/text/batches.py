@@ -17,6 +17,7 @@ from torch import Tensor
 from common.config import TextConfig
 from common.errors import UserError
 from common.text.chat import prompt_tokens
+from common.text.known import NOTHING, LeftOut, items, with_items
 from common.text.prompts import messages, render_answer
 
 if TYPE_CHECKING:
@@ -35,14 +36,19 @@ class Encoded:
     """Index of the answer's first token."""
     unit: int
     """Local key of the patient, the unit of privacy; it never leaves this process."""
-    dropped_diagnoses: int = 0
-    """Whole diagnoses left out at the prompt's end to keep the length."""
+    left_out: LeftOut = NOTHING
+    """Whole items left out of the prompt to keep the length."""
     dropped_drugs: int = 0
     """Whole drugs left out at the answer's end to keep the length."""
     set_at: int = 0
     """Index of a token in whose place any of ``set_tokens`` would be right."""
     set_tokens: tuple[int, ...] = ()
     """Tokens that all count there; empty: no such place."""
+
+    @property
+    def dropped_diagnoses(self) -> int:
+        """Whole diagnoses left out at the prompt's end."""
+        return self.left_out.diagnoses
 
     @property
     def label_tokens(self) -> int:
@@ -115,11 +121,12 @@ def encode_prompt(
     *,
     text: TextConfig,
     max_length_tokens: int,
-) -> tuple[list[int], int]:
+) -> tuple[list[int], LeftOut]:
     """Tokenise one admission's prompt up to the point where the answer starts.
 
     The prompt has half of the length at most, whatever the answer is: what is left out must not
-    depend on what is to be predicted. Whole diagnoses are dropped from the end.
+    depend on what is to be predicted. Whole items are dropped: the oldest visits first, and
+    diagnoses from the end (``common.text.known``).
 
     Args:
         admission: The sample; its drugs are not read.
@@ -128,18 +135,19 @@ def encode_prompt(
         max_length_tokens: Longest prompt and answer together.
 
     Returns:
-        Token ids, and the number of diagnoses left out.
+        Token ids, and what is left out.
 
     Raises:
-        UserError: If even a prompt without diagnoses is too long.
+        UserError: If even a prompt without any item is too long.
     """
 
     def tokens(kept: int) -> list[int]:
-        shown = replace(admission, diagnoses=admission.diagnoses[:kept])
+        shown, _ = with_items(admission, kept)
         system, user = (message["content"] for message in messages(shown, text))
         return prompt_tokens(tokenizer, system, user)
 
-    return _fit(tokens, len(admission.diagnoses), max_length_tokens // 2)
+    ids, dropped = _fit(tokens, items(admission), max_length_tokens // 2)
+    return ids, with_items(admission, items(admission) - dropped)[1]
 
 
 def encode(
@@ -161,7 +169,7 @@ def encode(
     Raises:
         UserError: If not even the empty answer fits.
     """
-    prompt, dropped_diagnoses = encode_prompt(
+    prompt, left_out = encode_prompt(
         admission, tokenizer, text=text, max_length_tokens=max_length_tokens
     )
     answer, dropped_drugs = encode_answer(
@@ -171,7 +179,7 @@ def encode(
         input_ids=(*prompt, *answer),
         answer_start=len(prompt),
         unit=admission.patient,
-        dropped_diagnoses=dropped_diagnoses,
+        left_out=left_out,
         dropped_drugs=dropped_drugs,
     )
 

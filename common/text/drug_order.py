@@ -101,7 +101,7 @@ def in_order(
                 input_ids=sample.input_ids,
                 answer_start=sample.answer_start,
                 unit=sample.unit,
-                dropped_diagnoses=sample.dropped_diagnoses,
+                left_out=sample.left_out,
                 dropped_drugs=sample.dropped_drugs,
                 drugs=one.drugs,
                 tokenizer=tokenizer,
@@ -127,7 +127,7 @@ def _with_drugs(
         input_ids=(*prompt, *answer),
         answer_start=len(prompt),
         unit=sample.unit,
-        dropped_diagnoses=sample.dropped_diagnoses,
+        left_out=sample.left_out,
         dropped_drugs=dropped,
     )
 

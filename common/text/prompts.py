@@ -19,7 +19,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from common.config import OWN_TEXT, TextConfig
-from common.template import filled
+from common.data.protocols import ADMISSION, FIRST_24H, system_prompt
+from common.template import PATIENT_LINES, filled
 
 if TYPE_CHECKING:
     from common.data.samples import Admission
@@ -64,10 +65,43 @@ def messages(admission: "Admission", text: TextConfig = OWN_TEXT) -> list[dict[s
         "bmi": _measure(admission.bmi, ".1f", ""),
         "diagnoses": "\n".join(_item_lines(admission.diagnoses)),
     }
+    user = (
+        filled(text.template, values)
+        if admission.protocol == ADMISSION
+        else "\n".join([filled(PATIENT_LINES, values), *_protocol_lines(admission)])
+    )
     return [
-        {"role": "system", "content": text.system_prompt.strip()},
-        {"role": "user", "content": filled(text.template, values)},
+        {"role": "system", "content": system_prompt(text, admission.protocol)},
+        {"role": "user", "content": user},
     ]
+
+
+def _protocol_lines(admission: "Admission") -> list[str]:
+    """Return what another protocol than ``admission`` shows beyond the patient.
+
+    Sections without items are left out, so that an absent table and a stay without any are alike.
+    """
+    lines = []
+    for place, visit in enumerate(admission.earlier):
+        back = len(admission.earlier) - place
+        lines.append("Last visit:" if back == 1 else f"{back} visits ago:")
+        lines += _section("Diagnoses", visit.diagnoses)
+        lines += _section("Procedures", visit.procedures)
+        lines += _section("Drugs", visit.drugs)
+    lines.append("This visit:")
+    if admission.protocol == FIRST_24H:
+        lines.append(f"Admission type: {_escape(admission.admission_type)}")
+        lines += _section("Services", admission.services)
+        lines += _section("Laboratory results of the first 24 hours", admission.labs)
+        lines += _section("Drugs ordered in the first 24 hours", admission.ordered)
+    else:
+        lines += _section("Diagnoses", admission.diagnoses)
+        lines += _section("Procedures", admission.procedures)
+    return lines
+
+
+def _section(name: str, items: Sequence[str]) -> list[str]:
+    return [f"{name}:", *_item_lines(items)] if items else []
 
 
 def age_text(age_years: int) -> str:

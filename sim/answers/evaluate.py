@@ -5,11 +5,12 @@ from typing import Any
 
 from rich.console import Console
 
+from client.personal import own_b, with_own
 from common.config import Config
 from common.configio import changed_freely
 from common.data.dataset import Dataset, open_hospitals
 from common.errors import UserError
-from common.evaluation.answers import B, choose_cases, evaluate_answers
+from common.evaluation.answers import B, Personal, choose_cases, evaluate_answers
 from common.evaluation.answers_file import Evaluation, Facts
 from common.model.session import Session
 from common.rundir import RunDirectory
@@ -18,6 +19,7 @@ from common.training.worker import Worker
 from sim.answers.public_curve import public_curve
 from sim.process.early import check_device
 from sim.process.progress import Meter
+from sim.report.data_description import other_items
 
 FREE_KEYS = (
     "evaluation.",
@@ -74,7 +76,10 @@ def evaluate_run(
         if console is not None:
             console.print(f"{error}: all is answered anew", style="yellow", markup=False)
     beside = known if known and known.facts.way == way else None
-    adapters: dict[str, B | None] = {"fedrx": last.b, "untrained": None}
+    adapters: dict[str, B | Personal | None] = {"fedrx": last.b, "untrained": None}
+    own = personal_b(run, last.b, [one.name for one in data.hospitals])
+    if own:
+        adapters["personal"] = own
     if loaded.name != last.name:
         adapters = {loaded.name: loaded.b} if beside else {**adapters, loaded.name: loaded.b}
     cases = len(choose_cases(data.hospitals, samples=settings.samples, seed=settings.seed))
@@ -98,6 +103,17 @@ def evaluate_run(
     summary = {"source": data.source, **run.read_json("summary.json"), **curve}
     (beside.beside(found) if beside else found).write(run, summary)
     return summary
+
+
+def personal_b(run: RunDirectory, b: B, hospitals: Iterable[str]) -> Personal | None:
+    """Return B_global + B_own of every hospital, as this machine has them; None if it has none.
+
+    One that was never asked has no own B, and answers with the global one.
+    """
+    own = {name: own_b(run.path / "hospitals" / name) for name in hospitals}
+    if not any(own.values()):
+        return None
+    return Personal({name: with_own(b, one) for name, one in own.items()})
 
 
 def reopen(
@@ -145,3 +161,5 @@ def _show(console: Console, facts: Facts) -> None:
             f"{facts.dropped_diagnoses} diagnoses left out of prompts (train.max-length)",
             highlight=False,
         )
+    for kind, number in other_items({"left_out": facts.left_out}).items():
+        console.print(f"{number} {kind} left out of prompts (train.max-length)", highlight=False)

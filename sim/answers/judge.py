@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.configio import changed_freely
+from common.data.protocols import ADMISSION, VISITS, require_protocol
 from common.errors import RunFailed, UserError
 from common.evaluation.judge.gate import Statement
 from common.evaluation.judge.judging import judge_run
@@ -44,9 +45,19 @@ def plan(
             allowed="both or neither",
             fix="state the host and the agreement that covers it",
         )
+    require_diagnoses(run)
     config = changed_freely(run.config(), overrides, ("judge.",)).judge
     statement = Statement(host=agreement_host, agreement=agreement) if agreement else None
     return plan_judging(run, config, statement=statement, **choices)
+
+
+def require_diagnoses(run: RunDirectory) -> None:
+    """Refuse a run whose cases show no diagnoses: nobody can judge a list by them.
+
+    Raises:
+        UserError: If the run stands at the first 24 hours.
+    """
+    require_protocol(run.config(), (ADMISSION, VISITS), "a list is judged by its stay's diagnoses")
 
 
 def judge(run: RunDirectory, prepared: JudgePlan, *, console: Console) -> dict[str, Any]:

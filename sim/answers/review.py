@@ -31,7 +31,7 @@ from common.evaluation.review.packet_import import (
 from common.evaluation.review.scores import summarise_reviews
 from common.files import utf8, write_json, write_text
 from common.rundir import RunDirectory
-from sim.answers.judge import percent
+from sim.answers.judge import percent, require_diagnoses
 from sim.report.page import render
 
 
@@ -58,8 +58,9 @@ def make_review(
         The page.
 
     Raises:
-        UserError: See ``make_packet``.
+        UserError: See ``make_packet`` and ``require_diagnoses``.
     """
+    require_diagnoses(run)
     packet = make_packet(
         read_answers(run),
         source=source_of_run(run.read_json("summary.json"), run.read_json("data.json")),

@@ -85,7 +85,7 @@ class Lister:
 
     def list_drugs(self, admission: Admission) -> ListedDrugs:
         """Return one admission's list; deterministic."""
-        ids, dropped = encode_prompt(
+        ids, left_out = encode_prompt(
             admission,
             self._session.tokenizer,
             text=self._config.text,
@@ -99,7 +99,7 @@ class Lister:
                 names=tuple(drug.name for drug in ranking.listed),
                 confidences=tuple(drug.confidence for drug in ranking.listed),
                 ends=ranking.ends,
-                dropped_diagnoses=dropped,
+                dropped_diagnoses=left_out.diagnoses,
             )
         text, finished = self._written(ids)
         answer = read_answer(text, finished=finished)
@@ -111,7 +111,7 @@ class Lister:
             ends="the model ended it"
             if finished
             else f"it was cut at {limit} tokens (evaluation.max-new-tokens)",
-            dropped_diagnoses=dropped,
+            dropped_diagnoses=left_out.diagnoses,
         )
 
     def _formulary(self, data: Dataset | None) -> Formulary | None:

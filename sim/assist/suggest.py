@@ -18,6 +18,7 @@ from common.data.icd import (
     code_frequency,
     public_diagnoses,
 )
+from common.data.protocols import ADMISSION, require_protocol
 from common.data.sources import titles_of
 from common.errors import UserError
 from common.evaluation.high_priority import warned_of
@@ -256,9 +257,14 @@ def assistant_config(run: RunDirectory, overrides: Iterable[str] = ()) -> Config
     """Return the run's configuration with overrides of how to compute.
 
     Raises:
-        UserError: If an override would change what was trained.
+        UserError: If an override would change what was trained, or the run asks for more of a
+            patient than a form holds.
     """
-    changed = changed_freely(run.config(), overrides, _FREE_KEYS)
+    config = run.config()
+    require_protocol(
+        config, (ADMISSION,), "one patient's form holds no earlier visits, results or orders"
+    )
+    changed = changed_freely(config, overrides, _FREE_KEYS)
     # One answer at a time needs no more than one slot.
     return replace(changed, evaluation=replace(changed.evaluation, batch_size=1))
 

@@ -4,7 +4,7 @@ No patient's row leaves these functions: what they return and show are counts an
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from common.config import Config, TextConfig
 from common.data.dataset import open_hospitals
 from common.data.partition import ATTRIBUTES, Hospital
 from common.data.prepare import prepare_source, table_digest
+from common.data.protocols import ASKED
 from common.data.samples import Admission, SampleTable
 from common.data.skew import drug_skew
 from common.errors import UserError
@@ -22,6 +23,7 @@ from common.model.backbone import embedded, tiny
 from common.model.backbone.tokenizer import read_tokenizer
 from common.seeds import stream
 from common.text.batches import encode
+from common.text.known import LeftOut, together
 from common.user_cache import fedrx_cache
 from sim.report.html import Block
 
@@ -46,7 +48,8 @@ class TokenLengths:
     max_length: int
     longer: int
     """Samples of the choice that lose at least one whole item at ``max_length``."""
-    dropped_diagnoses: int
+    left_out: LeftOut
+    """Items of the choice's prompts."""
     dropped_drugs: int
 
 
@@ -150,8 +153,8 @@ def token_lengths(
         prompt=tuple(one.answer_start for one in whole),
         answer=tuple(one.label_tokens for one in whole),
         max_length=max_length,
-        longer=sum(bool(one.dropped_diagnoses or one.dropped_drugs) for one in cut),
-        dropped_diagnoses=sum(one.dropped_diagnoses for one in cut),
+        longer=sum(any(one.left_out) or one.dropped_drugs > 0 for one in cut),
+        left_out=together(one.left_out for one in cut),
         dropped_drugs=sum(one.dropped_drugs for one in cut),
     )
 
@@ -218,6 +221,8 @@ def description_blocks(description: Description) -> list[Block]:
         headers = (*headers, "groups (patients)")
         rows = [[*row, _groups(one["groups"])] for row, one in zip(rows, hospitals, strict=True)]
     blocks = count_blocks(data)
+    if "protocol" in data:
+        blocks.append(_protocol_block(data["protocol"]))
     small = [
         f"{one['name']} ({one['validation']} validation, {one['test']} test)"
         for one in hospitals
@@ -250,8 +255,32 @@ def description_blocks(description: Description) -> list[Block]:
         f"{tokens['longer_than_max_length']:,} of {tokens['samples']:,} longer than "
         f"train.max-length {tokens['max_length']:,}: whole items dropped: "
         f"{tokens['dropped_diagnoses']:,} diagnoses, {tokens['dropped_drugs']:,} drugs"
+        + "".join(f", {number:,} {kind}" for kind, number in other_items(tokens).items())
     )
     return [*blocks, Block(title="Tokens", note=note)]
+
+
+def other_items(facts: Mapping[str, Any]) -> dict[str, int]:
+    """Return what prompts leave out beside diagnoses, in words for people.
+
+    >>> other_items({"left_out": {"visits": 2, "ordered": 1}})
+    {'earlier visits (the oldest)': 2, 'early orders': 1}
+    """
+    words = {
+        "visits": "earlier visits (the oldest)",
+        "ordered": "early orders",
+        "labs": "laboratory results",
+    }
+    return {words.get(kind, kind): number for kind, number in (facts.get("left_out") or {}).items()}
+
+
+def _protocol_block(told: Mapping[str, Any]) -> Block:
+    """Return what a protocol counted."""
+    note = f"{told['name']}: {ASKED[told['name']]}."
+    if told["absent"]:
+        note += f" Not there, and done without: {', '.join(told['absent'])}."
+    rows = tuple((key.replace("_", " "), f"{number:,}") for key, number in told["counted"].items())
+    return Block(title="Protocol", note=note, headers=("counted", ""), rows=rows, text_cells=True)
 
 
 def _groups(groups: dict[str, int]) -> str:
@@ -305,8 +334,9 @@ def _tokens(lengths: TokenLengths | None, backbone: str, reason: str) -> dict[st
         "total": _spread(total),
         "max_length": lengths.max_length,
         "longer_than_max_length": lengths.longer,
-        "dropped_diagnoses": lengths.dropped_diagnoses,
+        "dropped_diagnoses": lengths.left_out.diagnoses,
         "dropped_drugs": lengths.dropped_drugs,
+        **({"left_out": other} if (other := lengths.left_out.beyond_diagnoses()) else {}),
     }
 
 

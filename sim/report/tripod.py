@@ -12,6 +12,7 @@ from pathlib import Path
 
 from common.config import Config
 from common.data.handling import CREDENTIALED
+from common.data.protocols import ADMISSION, ASKED, FIRST_24H, system_prompt
 from common.files import write_text
 from common.privacy.settings import is_private
 from common.records import Summary
@@ -123,11 +124,13 @@ def answers(config: Config, summary: Summary) -> dict[str, str]:
         f"{_trained_by(config, hospitals)}; no alignment; {_privacy(config, summary)}",
         "7a": "precision, recall, Jaccard and F1 of drug sets per admission, share of answers in "
         "the format; intervals by bootstrap over patients",
-        "7c": "the drugs ordered during the whole stay; predictions as in 6c, metrics as in 7a",
+        "7c": f"{_outcome(data.protocol)}; predictions as in 6c, metrics as in 7a",
         "9a": "one fixed prompt, not tuned",
         "9b": "none",
         "14f": "FedRx, Apache-2.0; source digest in environment.json",
-        "19b": "diagnoses are coded at discharge: the task reconstructs a list, it does not advise",
+        "19b": "what was ordered is learnt, right or wrong: the task does not advise"
+        if data.protocol == FIRST_24H
+        else "diagnoses are coded at discharge: the task reconstructs a list, it does not advise",
         "19d": "research only, not for clinical use",
     }
     if summary.backbone:
@@ -150,6 +153,12 @@ def answers(config: Config, summary: Summary) -> dict[str, str]:
     return known
 
 
+def _outcome(protocol: str) -> str:
+    if protocol == ADMISSION:
+        return "the drugs ordered during the whole stay"
+    return f"{ASKED[protocol]} (data.protocol {protocol})"
+
+
 def _lists(config: Config, summary: Summary) -> dict[str, str]:
     """How the lists behind the figures came about: the evaluation's settings before the run's."""
     settings = {
@@ -157,9 +166,11 @@ def _lists(config: Config, summary: Summary) -> dict[str, str]:
         **(summary.evaluation or {}).get("settings", {}),
     }
     user = f'template "{config.text.template}"' if config.text.template else "FedRx's own template"
+    protocol = config.data.protocol
+    shown = "diagnoses" if protocol == ADMISSION else f"what data.protocol={protocol} shows"
     prompt = _cell(
-        f'system message "{config.text.system_prompt}", patient and diagnoses as user message '
-        f"({user})"
+        f'system message "{system_prompt(config.text, protocol)}", patient and {shown} as user '
+        f"message ({user})"
     )
     if settings["method"] == "score":
         counted = settings.get("frequencies", False)

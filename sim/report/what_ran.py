@@ -2,6 +2,7 @@
 
 from common.config import Config
 from common.configio import differences, file_keys
+from common.data.protocols import ASKED, split_shares
 from common.records import Summary
 from sim.report.html import Block
 from sim.report.words import peak_memory, speed
@@ -15,6 +16,7 @@ def what_ran(config: Config, summary: Summary) -> Block:
     train, federation, adapter = config.train, config.federation, summary.adapter
     dtype, attention, scaling = summary.dtype, summary.attention, summary.scaling
     partition, data = config.partition, config.data
+    validation, test = split_shares(data)
     scheme = f"{partition.scheme}"
     if partition.scheme == "dirichlet":
         scheme += f", alpha {partition.alpha:g}"
@@ -25,8 +27,8 @@ def what_ran(config: Config, summary: Summary) -> Block:
         else "–",
         "adapted projections": ", ".join(adapter.targets) if adapter else "–",
         "trainable parameters": f"{summary.trainable_parameters:,}",
-        "patients": f"{scheme}; held out: {data.validation_fraction:g} to validate, "
-        f"{data.test_fraction:g} to test",
+        "task": f"{data.protocol}: {ASKED[data.protocol]}",
+        "patients": f"{scheme}; held out: {validation:.3g} to validate, {test:.3g} to test",
     }
     if scaling:
         facts["steps"] = f"{scaling.steps:,}, {scaling.epochs:g} epochs"

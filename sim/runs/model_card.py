@@ -2,12 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, Literal
 
-from common.config import Config, TextConfig
+from common.config import Config
 from common.data.handling import CREDENTIALED, handling_of
-from common.data.samples import Admission
+from common.data.protocols import ADMISSION, ASKED, FIRST_24H, FLAGGED, VISITS
+from common.data.samples import Admission, Visit
 from common.model.adapter.layout import adapter_spec
 from common.model.backbone import embedded
 from common.model.backbone.load import BackboneSpec
@@ -34,6 +36,27 @@ EXAMPLE = Admission(
     diagnoses=("Heart failure, unspecified", "Essential (primary) hypertension"),
 )
 """An invented patient."""
+_EARLIER = Visit(
+    diagnoses=("Essential (primary) hypertension",),
+    diagnosis_codes=("10:I10",),
+    procedures=("Central venous catheter placement with guidance",),
+    drugs=("Lisinopril",),
+)
+EXAMPLES = {
+    ADMISSION: EXAMPLE,
+    VISITS: replace(EXAMPLE, protocol=VISITS, earlier=(_EARLIER,)),
+    FIRST_24H: replace(
+        EXAMPLE,
+        protocol=FIRST_24H,
+        diagnoses=(),
+        earlier=(replace(_EARLIER, procedures=(), drugs=()),),
+        admission_type="URGENT",
+        services=("MED",),
+        labs=(f"Potassium: 3.1 mEq/L{FLAGGED}",),
+        ordered=("Heparin",),
+    ),
+}
+"""The same, as each protocol shows it."""
 _LICENCES = {
     embedded.HUB_ID.lower(): "apache-2.0",
     "meta-llama/llama-3.1": "llama3.1",
@@ -50,6 +73,7 @@ def model_card(
     *,
     layout: Format,
     hub_id: str,
+    personal: str = "",
 ) -> str:
     """Return the README of an export.
 
@@ -60,6 +84,7 @@ def model_card(
         checkpoint: Whose B it is.
         layout: Of the weights beside the card.
         hub_id: The backbone's; empty when it has none.
+        personal: Hospital whose own B is in the weights; empty: the common B alone.
     """
     summary = run.summary()
     source = summary.source or CREDENTIALED
@@ -82,6 +107,9 @@ def model_card(
             "Given a patient's physical data and the diagnoses of one hospital stay, the model "
             "lists the drugs that were ordered. Diagnoses are coded at discharge and the list is "
             "the whole stay's orders: this reconstructs, it does not advise."
+            if config.data.protocol == ADMISSION
+            else f"Task (data.protocol {config.data.protocol}): {ASKED[config.data.protocol]}. "
+            "It reproduces what was ordered, it does not advise."
         ),
         "",
         "| | |",
@@ -99,15 +127,15 @@ def model_card(
         ),
         *_weights_lines(config),
         f"| data | {source} |",
-        f"| privacy | {_privacy_line(summary)} |",
+        f"| privacy | {_privacy_line(summary) if not personal else 'none, see below'} |",
         "",
-        *_coverage_lines(summary),
+        *(_personal_lines(personal) if personal else _coverage_lines(summary)),
     ]
-    if checkpoint.name == (summary.evaluation or {}).get("checkpoint"):
+    if not personal and checkpoint.name == (summary.evaluation or {}).get("checkpoint"):
         lines += _metrics_lines(summary)
     lines += [
-        *_format_lines(config.text),
-        *_use_lines(layout, config.text, hub_id=hub_id, length=config.evaluation.max_new_tokens),
+        *_format_lines(config),
+        *_use_lines(layout, config, hub_id=hub_id, length=config.evaluation.max_new_tokens),
         *_serve_lines(layout, rank=adapter.rank, hub_id=hub_id),
     ]
     return "\n".join(lines)
@@ -154,6 +182,19 @@ def _privacy_line(summary: Summary) -> str:
     return f"epsilon {epsilon:.3f}, delta {privacy['delta']:g}, per {privacy['unit']}"
 
 
+def _personal_lines(hospital: str) -> list[str]:
+    return [
+        "## A personal adapter",
+        "",
+        (
+            f"The weights are the common B plus one that {markdown_text(hospital)} trained for "
+            "itself, without noise: no epsilon covers them. They can tell of its patients, and are "
+            "for that hospital alone."
+        ),
+        "",
+    ]
+
+
 def _coverage_lines(summary: Summary) -> list[str]:
     """Say what the guarantee of a private run is about, and what it is not."""
     privacy = summary.privacy
@@ -198,9 +239,11 @@ def _metrics_lines(summary: Summary) -> list[str]:
     ]
 
 
-def _format_lines(text: TextConfig) -> list[str]:
+def _format_lines(config: Config) -> list[str]:
     """Show the prompt and the answer's format with an invented patient."""
-    system, user = messages(EXAMPLE, text)
+    text, protocol = config.text, config.data.protocol
+    system, user = messages(EXAMPLES[protocol], text)
+    template = ["Its template:", "", *_text(text.template or OWN_TEMPLATE)]
     return [
         "## Prompt and answer",
         "",
@@ -213,9 +256,7 @@ def _format_lines(text: TextConfig) -> list[str]:
         'User; what is not known is "unknown", ages above 89 are "> 89":',
         "",
         *_text(user["content"]),
-        "Its template:",
-        "",
-        *_text(text.template or OWN_TEMPLATE),
+        *(template if protocol == ADMISSION else ()),
         "Answer, one drug a line, ended by the end token:",
         "",
         *_text(render_answer(["Furosemide", "Lisinopril"])),
@@ -228,11 +269,11 @@ def _text(content: str) -> list[str]:
     return [f"{fence}text", content.strip(), fence, ""]
 
 
-def _use_lines(layout: Format, text: TextConfig, *, hub_id: str, length: int) -> list[str]:
+def _use_lines(layout: Format, config: Config, *, hub_id: str, length: int) -> list[str]:
     """Return code that generates a list; llama.cpp's stands among the commands to serve."""
     if layout == "gguf":
         return []
-    system, user = messages(EXAMPLE, text)
+    system, user = messages(EXAMPLES[config.data.protocol], config.text)
     base = hub_id or "FOLDER OF THE BACKBONE"
     model = "AutoModelForCausalLM.from_pretrained(BASE)"
     return [

@@ -8,6 +8,15 @@ import polars as pl
 from common.data.cleaning.diagnoses import DiagnosisLists
 from common.data.cleaning.measures import Measures, measures_at_admission
 from common.data.cleaning.orders import DrugLists
+from common.data.cleaning.protocols import (
+    COLUMNS,
+    Extra,
+    counts_of,
+    first_24h,
+    visits,
+    with_extra,
+)
+from common.data.protocols import ADMISSION, FIRST_24H, VISITS
 from common.data.samples import (
     UNKNOWN,
     BmiCheck,
@@ -26,6 +35,13 @@ ATTRIBUTES = ("service", "admission_type", "insurance", "anchor_year_group", "ca
 SITE = "site"
 """Only in samples of a source that names sites."""
 _MOST_ORPHANS = 0.5
+_NEEDED = {"implausible_age": "age", "no_diagnoses": "diagnoses", "no_drugs": "drugs"}
+"""Reason to leave an admission out: what it lacks then."""
+_FEWEST = {
+    ADMISSION: "at least one admission with a plausible age, diagnoses and MAIN drugs",
+    VISITS: "at least one patient with two such admissions",
+    FIRST_24H: "at least one admission with a drug that is ordered after 24 hours and not before",
+}
 
 
 class Book:
@@ -83,6 +99,7 @@ def assemble(
     measures: Measures,
     folder: Path,
     null_spelled: Mapping[str, int],
+    extra: Extra | None = None,
 ) -> Prepared:
     """Join the parts; an admission that lacks an age, diagnoses or drugs is dropped and counted.
 
@@ -95,6 +112,8 @@ def assemble(
         measures: Of the patients.
         folder: Named where nothing is left.
         null_spelled: Cells that spelled NULL, by ``table.column``.
+        extra: What another protocol than ``admission`` needs; ``first-24h`` also needs ``ended``
+            in ``stays``, when each was over.
 
     Raises:
         UserError: No sample is left.
@@ -105,12 +124,12 @@ def assemble(
         .join(measures_at_admission(stays, measures), on="hadm_id", how="left")
         .sort("subject_id", "admittime", "hadm_id")
     )
-    complete = _complete(samples, book)
+    complete = _as_asked(samples, stays, diagnoses, book, extra)
     book.keep("admissions", complete.height)
     if complete.is_empty():
         raise UserError(
             f"no samples after cleaning in {folder}",
-            allowed="at least one admission with a plausible age, diagnoses and MAIN drugs",
+            allowed=_FEWEST[extra.protocol if extra else ADMISSION],
             fix="check that the tables come from one version of the data",
         )
     frame = _sample_columns(complete)
@@ -146,6 +165,7 @@ def assemble(
             for reason, number in reasons.items()
         },
         null_spelled=dict(null_spelled),
+        protocol=counts_of(extra, complete, drugs.divided or {}) if extra else None,
     )
     return Prepared(
         frame=frame,
@@ -153,6 +173,7 @@ def assemble(
         titles=diagnoses.titles,
         codes=diagnoses.codes,
         counts=counts,
+        procedures=extra.procedures if extra else (),
     )
 
 
@@ -161,13 +182,30 @@ def items(lists: pl.Series) -> int:
     return int(lists.list.len().sum())
 
 
-def _complete(samples: pl.DataFrame, book: Book) -> pl.DataFrame:
+def _as_asked(
+    samples: pl.DataFrame,
+    stays: pl.DataFrame,
+    diagnoses: DiagnosisLists,
+    book: Book,
+    extra: Extra | None,
+) -> pl.DataFrame:
+    """Return the admissions that pose what the protocol asks, with all that it shows."""
+    if extra is None:
+        return _complete(samples, book, _NEEDED)
+    samples = with_extra(samples, extra)
+    if extra.protocol == FIRST_24H:
+        # What was coded at discharge must not decide which admissions there are.
+        complete = _complete(samples, book, {"implausible_age": "age", "no_later_drugs": "drugs"})
+        return first_24h(stays.join(diagnoses.lists, on="hadm_id", how="left"), complete)
+    complete = _complete(samples, book, _NEEDED)
+    several = visits(complete)
+    book.drop("admissions", {"only_visit": complete.height - several.height})
+    return several
+
+
+def _complete(samples: pl.DataFrame, book: Book, needed: Mapping[str, str]) -> pl.DataFrame:
     """Keep the admissions that lack nothing; the first thing that is missing is the reason."""
-    for reason, column in (
-        ("implausible_age", "age"),
-        ("no_diagnoses", "diagnoses"),
-        ("no_drugs", "drugs"),
-    ):
+    for reason, column in needed.items():
         kept = samples.filter(pl.col(column).is_not_null())
         book.drop("admissions", {reason: samples.height - kept.height})
         samples = kept
@@ -181,6 +219,7 @@ def _sample_columns(complete: pl.DataFrame) -> pl.DataFrame:
         for name in ("gender", *ATTRIBUTES)
     }
     columns = ("age", "height_cm", "weight_kg", "bmi", "diagnoses", "drugs")
+    extra = [name for name in COLUMNS if name in complete.columns]
     site = [pl.col(SITE).fill_null(UNKNOWN)] if SITE in complete.columns else []
     return complete.select(
         pl.col("subject_id").alias("patient"),
@@ -189,6 +228,7 @@ def _sample_columns(complete: pl.DataFrame) -> pl.DataFrame:
         texts.pop("gender").alias("sex"),
         *(text.alias(name) for name, text in texts.items()),
         *site,
+        *extra,
     )
 
 

@@ -19,9 +19,11 @@ from common.data.cleaning.assemble import (
 )
 from common.data.cleaning.diagnoses import DiagnosisLists, diagnosis_lists, match_titles
 from common.data.cleaning.measures import CM_PER_INCH, KG_PER_POUND, Measures, clean_measures
-from common.data.cleaning.orders import Orders, drug_lists, one_row_per_pair
+from common.data.cleaning.orders import Orders, divided, drug_lists, one_row_per_pair
+from common.data.cleaning.protocols import Extra, clock
 from common.data.meds.codes import Codes
 from common.data.meds.events import CODES_FILE, find_shards, read_shard, read_titles, split_code
+from common.data.protocols import ADMISSION, FIRST_24H, VISITS
 from common.data.samples import Prepared, Progress
 from common.errors import UserError
 
@@ -29,6 +31,11 @@ UNITS = {"in": 1.0, "cm": 1 / CM_PER_INCH, "lb": 1.0, "kg": 1 / KG_PER_POUND, "k
 """Factor to the units of the cleaning rules."""
 NO_NAME = "UNK"
 """How MEDS extractions write a part that was NULL."""
+_NOT_READ = {
+    VISITS: ("procedures_icd", "d_icd_procedures"),
+    FIRST_24H: ("services", "labevents", "d_labitems"),
+}
+"""What a protocol shows of MIMIC-IV's tables and events are not read for."""
 _LINES = 10
 """Lines of progress at most."""
 _FIX = "check the codes (data.meds-codes) and the extraction"
@@ -51,7 +58,12 @@ class _Parts:
 
 
 def prepare_events(
-    folder: Path, codes: Codes, *, drop_flushes: bool, progress: Progress
+    folder: Path,
+    codes: Codes,
+    *,
+    drop_flushes: bool,
+    progress: Progress,
+    protocol: str = ADMISSION,
 ) -> Prepared:
     """Read, clean and join the events of a MEDS data set.
 
@@ -60,6 +72,7 @@ def prepare_events(
         codes: What the codes mean.
         drop_flushes: Leave saline and heparin flushes out of the drug lists.
         progress: Called with one line for each step.
+        protocol: ``data.protocol``; procedures, services and results are not read.
 
     Raises:
         UserError: Shards that cannot be used as they are, or without an event of a needed kind.
@@ -81,11 +94,15 @@ def prepare_events(
             )
         seen = pl.concat([seen, subjects])
         parts.rows["events"] += total
-        _sort_out(events, label, codes, parts)
-    return _join(parts, titles, folder, codes, drop_flushes)
+        _sort_out(events, label, codes, parts, divide=protocol == FIRST_24H)
+    absent = _NOT_READ.get(protocol, ())
+    extra = Extra(protocol=protocol, absent=absent) if absent else None
+    return _join(parts, titles, folder, codes, drop_flushes, extra)
 
 
-def _sort_out(events: pl.DataFrame, label: str, codes: Codes, parts: _Parts) -> None:
+def _sort_out(
+    events: pl.DataFrame, label: str, codes: Codes, parts: _Parts, *, divide: bool
+) -> None:
     kinds = {kind: group for (kind,), group in events.group_by("kind", maintain_order=True)}
     for kind, group in kinds.items():
         parts.rows[str(kind)] += group.height
@@ -105,7 +122,7 @@ def _sort_out(events: pl.DataFrame, label: str, codes: Codes, parts: _Parts) -> 
         _part(codes.drug, 0).replace(NO_NAME, "").fill_null("").cast(pl.Categorical).alias("drug"),
         pl.col("time").alias("start"),
     )
-    parts.orders.append(one_row_per_pair(drugs))
+    parts.orders.append(one_row_per_pair(divided(drugs, clock(stays) if divide else None)))
     for kind in ("careunit", "insurance", "service"):
         placed = _placed(kinds.get(kind, empty), stays)
         value = _part(codes.prefixes[kind], 0).replace(NO_NAME, None)
@@ -172,7 +189,12 @@ def _placed(events: pl.DataFrame, stays: pl.DataFrame) -> pl.DataFrame:
 
 
 def _join(
-    parts: _Parts, titles: pl.DataFrame, folder: Path, codes: Codes, drop_flushes: bool
+    parts: _Parts,
+    titles: pl.DataFrame,
+    folder: Path,
+    codes: Codes,
+    drop_flushes: bool,
+    extra: Extra | None,
 ) -> Prepared:
     book = Book()
     rows = parts.rows
@@ -199,7 +221,7 @@ def _join(
     book.drug_type = dict(orders.drug_type)
     drugs = drug_lists(orders, known, drop_flushes=drop_flushes)
     refuse_orphans("drugs", drugs.dropped["unknown_admission"], rows["drug"], "an admission")
-    book.add("drugs", rows["drug"], drugs.dropped, items(drugs.lists["drugs"]))
+    book.add("drugs", rows["drug"], drugs.dropped, drugs.listed)
     for kind, found in parts.attributes.items():
         stays = stays.join(_first(pl.concat(found), kind, known, book), on="hadm_id", how="left")
     if not stays[SITE].drop_nulls().len():
@@ -212,6 +234,7 @@ def _join(
         measures=measures,
         folder=folder,
         null_spelled={},
+        extra=extra,
     )
 
 
@@ -243,7 +266,7 @@ def _known_stays(parts: _Parts, codes: Codes, book: Book) -> pl.DataFrame:
     years = came.year().cast(pl.Int64) - born.year()
     birthday = pl.col("birth").dt.offset_by(pl.format("{}y", years))
     age = years - (pl.col("admittime") < birthday).cast(pl.Int64)
-    return found.with_columns(age=plausible_age(age))
+    return found.with_columns(age=plausible_age(age), ended=pl.col("end"))
 
 
 def _diagnoses(

@@ -1,20 +1,21 @@
 """MEDS as a data source. Its data is credentialed: nothing in a data set proves the contrary."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from common.config import DataConfig
-from common.data.handling import CREDENTIALED
 from common.data.icd import Diagnosis
 from common.data.meds.codes import read_codes
 from common.data.meds.events import find_shards, read_titles
 from common.data.meds.read import prepare_events
+from common.data.protocols import PROTOCOLS
 from common.data.samples import Prepared, Progress
 from common.data.source import Source
 
 
 class Meds(Source):
     """A folder that holds ``data/**/*.parquet`` and ``metadata/``."""
+
+    protocols = PROTOCOLS
 
     def claims(self, path: str) -> bool:
         """Take a folder with ``metadata/``, or with parquet files in it or in its ``data/``."""
@@ -33,18 +34,19 @@ class Meds(Source):
             files["data.meds-codes"] = Path(config.meds_codes).expanduser()
         return files
 
-    def tag(self, folder: Path, hashes: Mapping[str, str]) -> str:
-        """Return ``credentialed``."""
-        del folder, hashes
-        return CREDENTIALED
-
     def read(
         self, folder: Path, config: DataConfig, *, chunk_rows: int, progress: Progress
     ) -> Prepared:
         """Read, clean and join the events."""
         del chunk_rows
         codes = read_codes(config.meds_codes)
-        return prepare_events(folder, codes, drop_flushes=config.drop_flushes, progress=progress)
+        return prepare_events(
+            folder,
+            codes,
+            drop_flushes=config.drop_flushes,
+            progress=progress,
+            protocol=config.protocol,
+        )
 
     def titles(self, folder: Path, config: DataConfig) -> list[Diagnosis]:
         """Return the descriptions of all codes of diagnoses."""

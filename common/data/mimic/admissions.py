@@ -9,15 +9,17 @@ from common.data.cleaning.assemble import (
     PLAUSIBLE_AGE,
     Book,
     assemble,
-    items,
     plausible_age,
     refuse_orphans,
 )
 from common.data.cleaning.measures import Measures, clean_measures
 from common.data.cleaning.orders import DrugLists, drug_lists
+from common.data.cleaning.protocols import clock
 from common.data.mimic.diagnoses import read_diagnoses
+from common.data.mimic.extra import read_extra
 from common.data.mimic.orders import CHUNK_ROWS, read_orders
 from common.data.mimic.tables import find_tables
+from common.data.protocols import ADMISSION, FIRST_24H
 from common.data.samples import Prepared, Progress
 from common.data.tables import Table, read, spelled_nulls, times, whole_numbers
 from common.errors import UserError
@@ -33,6 +35,7 @@ def prepare_tables(
     drop_flushes: bool = True,
     chunk_rows: int = CHUNK_ROWS,
     progress: Progress | None = None,
+    protocol: str = ADMISSION,
 ) -> Prepared:
     """Read, clean and join the tables of a MIMIC-IV folder.
 
@@ -41,12 +44,13 @@ def prepare_tables(
         drop_flushes: Leave saline and heparin flushes out of the drug lists.
         chunk_rows: Rows of prescriptions per batch; the result does not depend on it.
         progress: Called with one line for each step.
+        protocol: ``data.protocol``.
 
     Raises:
         UserError: Any table that cannot be used as it is.
     """
     say = progress or (lambda _: None)
-    tables = find_tables(folder)
+    tables = find_tables(folder, protocol)
     book = Book()
     say("reading patients and admissions")
     patients = _patients(tables["patients"], book)
@@ -57,9 +61,11 @@ def prepare_tables(
     say("reading body measures")
     measures = _measures(tables["omr"], patients, book)
     say("streaming prescriptions")
-    drugs = _drugs(tables["prescriptions"], known, book, drop_flushes, chunk_rows, say)
+    times_of = clock(stays) if protocol == FIRST_24H else None
+    drugs = _drugs(tables["prescriptions"], known, book, drop_flushes, chunk_rows, say, times_of)
     services = _attribute(tables, "services", "transfertime", "curr_service", known, book)
     careunits = _attribute(tables, "transfers", "intime", "careunit", known, book)
+    extra = read_extra(protocol, tables, stays, book, say)
     say("joining one row per admission")
     return assemble(
         stays.join(services.rename({"curr_service": "service"}), on="hadm_id", how="left").join(
@@ -71,6 +77,7 @@ def prepare_tables(
         measures=measures,
         folder=folder,
         null_spelled=spelled_nulls(tables),
+        extra=extra,
     )
 
 
@@ -96,6 +103,8 @@ def _stays(table: Table, patients: pl.DataFrame, book: Book) -> pl.DataFrame:
         table, numbers=("subject_id", "hadm_id"), attributes=("admission_type", "insurance")
     )
     frame = times(frame, table, "admittime", required=True)
+    if "dischtime" in frame.columns:
+        frame = times(frame, table, "dischtime", required=False).rename({"dischtime": "ended"})
     book.read("admissions", frame.height)
     distinct = frame.unique()
     doubled = distinct.height - distinct["hadm_id"].n_unique()
@@ -141,11 +150,13 @@ def _drugs(
     drop_flushes: bool,
     chunk_rows: int,
     say: Progress,
+    times_of: pl.DataFrame | None,
 ) -> DrugLists:
     orders = read_orders(
         table,
         chunk_rows=chunk_rows,
         on_rows=lambda rows: say(f"streaming prescriptions: {rows:,} rows"),
+        clock=times_of,
     )
     lists = drug_lists(orders, known, drop_flushes=drop_flushes)
     book.drug_type = dict(orders.drug_type)
@@ -157,7 +168,7 @@ def _drugs(
             fix="use the table as PhysioNet ships it",
         )
     refuse_orphans(table.label, lists.dropped["unknown_admission"], main, "an admission")
-    book.add("prescriptions", orders.rows, lists.dropped, items(lists.lists["drugs"]))
+    book.add("prescriptions", orders.rows, lists.dropped, lists.listed)
     return lists
 
 

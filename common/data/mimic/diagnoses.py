@@ -1,4 +1,4 @@
-"""diagnoses_icd and its dictionary, read as text: codes keep their leading zeros."""
+"""Codes of diagnoses and procedures with their dictionaries, as text: leading zeros stay."""
 
 from collections.abc import Sequence
 
@@ -14,11 +14,11 @@ _MOST_UNMATCHED = 0.5
 
 
 def read_diagnoses(table: Table, dictionary: Table, known: pl.Series, book: Book) -> DiagnosisLists:
-    """Join diagnoses with their titles and list them by seq_num.
+    """Join diagnoses, or procedures, with their titles and list them by seq_num.
 
     Args:
-        table: diagnoses_icd as found.
-        dictionary: d_icd_diagnoses as found.
+        table: diagnoses_icd as found, or procedures_icd.
+        dictionary: d_icd_diagnoses as found, or d_icd_procedures.
         known: Admissions that exist (hadm_id).
         book: Rows of both are counted here.
 
@@ -37,9 +37,9 @@ def read_diagnoses(table: Table, dictionary: Table, known: pl.Series, book: Book
             f"{dictionary.label}",
             fix="use both tables from the same version",
         )
-    book.add("diagnoses_icd", lists.rows, lists.dropped, items(lists.lists["diagnoses"]))
+    book.add(table.name, lists.rows, lists.dropped, items(lists.lists["diagnoses"]))
     entries = titles.height + sum(untitled.values())
-    book.add("d_icd_diagnoses", entries, untitled, titles.height)
+    book.add(dictionary.name, entries, untitled, titles.height)
     return lists
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import polars as pl
 
-from common.data.cleaning.orders import Orders, one_row_per_pair
+from common.data.cleaning.orders import Orders, divided, one_row_per_pair
 from common.data.tables import (
     MORE_FIELDS,
     NULLS,
@@ -32,6 +32,7 @@ def read_orders(
     *,
     chunk_rows: int = CHUNK_ROWS,
     on_rows: Callable[[int], None] | None = None,
+    clock: pl.DataFrame | None = None,
 ) -> Orders:
     """Stream the prescriptions table.
 
@@ -39,6 +40,7 @@ def read_orders(
         table: The table as found.
         chunk_rows: Rows per batch; only memory and speed depend on it.
         on_rows: Called with the number of rows read so far.
+        clock: Of the admissions, where their stays are divided.
 
     Raises:
         UserError: A damaged or empty table, one with a row longer than its header, or admission
@@ -73,7 +75,8 @@ def read_orders(
             starts, bad = mend(table, batch["starttime"], batch["start"], midnight)
             lost += bad
             main = batch.with_columns(hadm_id=stays, start=starts)
-            parts.append(one_row_per_pair(main.filter(pl.col("drug_type") == "MAIN")))
+            wanted = main.filter(pl.col("drug_type") == "MAIN")
+            parts.append(one_row_per_pair(divided(wanted, clock)))
             if on_rows is not None:
                 on_rows(rows)
     require_rows(table, rows)

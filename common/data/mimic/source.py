@@ -13,6 +13,7 @@ from common.data.handling import CREDENTIALED, DEMO, SYNTHETIC
 from common.data.icd import Diagnosis
 from common.data.mimic.admissions import prepare_tables
 from common.data.mimic.tables import find_tables
+from common.data.protocols import PROTOCOLS
 from common.data.samples import Prepared, Progress
 from common.data.source import Source
 from common.data.synthetic.write import MANIFEST_NAME
@@ -51,6 +52,22 @@ DEMO_SHA256: Mapping[str, tuple[str, str]] = {
         "41151539886d12d57159b65ffe4d7df5a7ef8ceb7cd113ea9a56fbfbfd78a87c",
         "75a8f8c8bcaecb57406bbec43aa1cffee72cf2b91195a949aa7f21426432da8b",
     ),
+    "procedures_icd": (
+        "68f21dcba9ae0c4b7faa3ef38aa950a8ebeb6d167bc74416314dccdcf28674e0",
+        "03161547a84ac86657f27c4fedd5d5f1e1b391b29e3faa53a6e6171e141b9fb6",
+    ),
+    "d_icd_procedures": (
+        "a921a20fbf3220e2a7fe874d6392d671c1cc769a001ef0a7841b80eb01030bb6",
+        "ce5e256bc06ff8e2071e190799fe3bb99bd58be4d66d6b81276d61bfe9f65688",
+    ),
+    "labevents": (
+        "d51a4cf1ea63245abe7d544b0d50a928e9ee2ec5eb9a5ce85500aed0bd6c6dfc",
+        "f3feb488a9b7c6039e47a30d4f0ff9cd869fedf0e02df6c250d7405c0db1a8d9",
+    ),
+    "d_labitems": (
+        "72ea5f020469fd24543bd98ab3bd0a4f645a5a4b7802d9d52af20d736f9d76db",
+        "6a758494be345531d17ff3f2efcb0fefad78e7bfce83a4168f4ab5132e148856",
+    ),
 }
 """Tables of the MIMIC-IV Clinical Database Demo 2.2 (Johnson et al., PhysioNet): sha256 of the
 csv.gz, as in its SHA256SUMS.txt, and of the csv inside."""
@@ -59,14 +76,16 @@ csv.gz, as in its SHA256SUMS.txt, and of the csv inside."""
 class MimicIV(Source):
     """A folder that holds ``hosp/``."""
 
+    protocols = PROTOCOLS
+
     def claims(self, path: str) -> bool:
         """Take whatever folder nobody else claims: its errors say what is missing."""
         return (Path(path).expanduser() / "hosp").is_dir()
 
     def files(self, folder: Path, config: DataConfig) -> dict[str, Path]:
         """Return the tables in use."""
-        del config
-        return {table.label: table.path for table in find_tables(folder).values()}
+        tables = find_tables(folder, config.protocol)
+        return {table.label: table.path for table in tables.values()}
 
     def tag(self, folder: Path, hashes: Mapping[str, str]) -> str:
         """Return ``demo``, ``synthetic`` or ``credentialed``."""
@@ -83,7 +102,11 @@ class MimicIV(Source):
     ) -> Prepared:
         """Read, clean and join the tables."""
         return prepare_tables(
-            folder, drop_flushes=config.drop_flushes, chunk_rows=chunk_rows, progress=progress
+            folder,
+            drop_flushes=config.drop_flushes,
+            chunk_rows=chunk_rows,
+            progress=progress,
+            protocol=config.protocol,
         )
 
     def titles(self, folder: Path, config: DataConfig) -> list[Diagnosis]:

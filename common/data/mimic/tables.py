@@ -1,9 +1,10 @@
 """MIMIC-IV's tables: which there are, which columns are in use, and where they lie."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from common.data.protocols import ADMISSION, FIRST_24H, VISITS
 from common.data.tables import Table, find_csv, open_table
 from common.errors import UserError
 
@@ -18,16 +19,35 @@ COLUMNS = {
     "transfers": ("hadm_id", "eventtype", "careunit", "intime"),
 }
 """Tables under hosp/ and the columns in use."""
-OPTIONAL = ("services", "transfers")
-"""Only partition attributes come from these; without them the attribute is ``unknown``."""
+PROTOCOL_COLUMNS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    ADMISSION: {},
+    VISITS: {
+        "procedures_icd": ("hadm_id", "seq_num", "icd_code", "icd_version"),
+        "d_icd_procedures": ("icd_code", "icd_version", "long_title"),
+    },
+    FIRST_24H: {
+        "admissions": (*COLUMNS["admissions"], "dischtime"),
+        "labevents": (
+            *("hadm_id", "itemid", "charttime", "storetime"),
+            *("valuenum", "valueuom", "flag"),
+        ),
+        "d_labitems": ("itemid", "label", "fluid"),
+    },
+}
+"""What a protocol reads beyond or instead of these."""
+PAIRED = {VISITS: ("procedures_icd", "d_icd_procedures"), FIRST_24H: ("labevents", "d_labitems")}
+"""Optional tables of a protocol, of use only together."""
+OPTIONAL = ("services", "transfers", *PAIRED[VISITS], *PAIRED[FIRST_24H])
+"""Without the first two partition attributes are ``unknown``; the others belong to protocols."""
 _SEARCH_DEPTH = 4
 
 
-def find_tables(folder: Path) -> dict[str, Table]:
+def find_tables(folder: Path, protocol: str = ADMISSION) -> dict[str, Table]:
     """Locate and check the header of every table of a MIMIC-IV folder.
 
     Args:
         folder: The version's folder, which holds ``hosp/``.
+        protocol: ``data.protocol``: each has tables of its own.
 
     Returns:
         Table by name; optional tables that are absent are left out.
@@ -38,11 +58,14 @@ def find_tables(folder: Path) -> dict[str, Table]:
     """
     _check_root(folder)
     tables = {}
-    for name, columns in COLUMNS.items():
+    for name, columns in {**COLUMNS, **PROTOCOL_COLUMNS[protocol]}.items():
         path = _locate(folder, name)
         if path is not None:
             label = path.relative_to(folder).as_posix()
             tables[name] = open_table(name, path, label, columns)
+    pair = PAIRED.get(protocol, ())
+    if not set(pair) <= tables.keys():
+        tables = {name: table for name, table in tables.items() if name not in pair}
     return tables
 
 

@@ -17,6 +17,11 @@ HEADERS = {
     "omr": "subject_id,chartdate,seq_num,result_name,result_value",
     "services": "subject_id,hadm_id,transfertime,prev_service,curr_service",
     "transfers": "subject_id,hadm_id,transfer_id,eventtype,careunit,intime,outtime",
+    "procedures_icd": "subject_id,hadm_id,seq_num,chartdate,icd_code,icd_version",
+    "d_icd_procedures": "icd_code,icd_version,long_title",
+    "labevents": "labevent_id,subject_id,hadm_id,itemid,charttime,storetime,value,valuenum,"
+    "valueuom,flag",
+    "d_labitems": "itemid,label,fluid,category",
 }
 
 SMALL: Mapping[str, Sequence[Mapping[str, Any]]] = {

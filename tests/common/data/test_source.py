@@ -8,7 +8,7 @@ import pytest
 
 from common.config import DataConfig
 from common.data.mimic.source import DEMO_SHA256
-from common.data.mimic.tables import COLUMNS
+from common.data.mimic.tables import COLUMNS, PAIRED
 from common.data.prepare import load_samples
 from common.data.sources import source_for
 from common.data.synthetic.write import MANIFEST_NAME
@@ -88,4 +88,4 @@ def test_hashes_are_those_that_physionet_publishes(mimic_demo):
     published = {path: digest for digest, path in (line.split() for line in lines)}
     for name, (zipped, _) in DEMO_SHA256.items():
         assert published[f"hosp/{name}.csv.gz"] == zipped
-    assert set(DEMO_SHA256) == set(COLUMNS)
+    assert set(DEMO_SHA256) == set(COLUMNS).union(*PAIRED.values())
