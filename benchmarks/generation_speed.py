@@ -23,8 +23,9 @@ from common.config import OWN_TEXT, DataConfig
 from common.data.prepare import load_samples
 from common.evaluation.constrained import answer_grammar
 from common.evaluation.formulary import formulary_of
-from common.evaluation.generate import Generated, Matcher, generate
+from common.evaluation.generate import generate
 from common.evaluation.ranking import Ranker
+from common.evaluation.slot_generation import Generated, Matcher
 from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.load import resolve_backbone
 from common.model.session import Session, open_session

@@ -25,7 +25,7 @@ from common.model.backbone.tiny import tiny_config
 from common.model.footprint import training_footprint
 from common.model.kernels import attention
 from common.model.kernels import fused_layer as lean
-from common.model.kernels.elementwise import CANDIDATES, choose_kernels, kernels_named
+from common.model.kernels.choice import CANDIDATES, choose_kernels, kernels_named
 from common.model.kernels.frozen import quantise
 from common.model.memory import choose_recompute
 from common.model.session import DTYPES, Session, choose_device

@@ -59,7 +59,7 @@ from common.model.backbone.load import BackboneShape
 from common.model.backbone.tiny import tiny_config
 from common.model.footprint import count_parameters
 from common.model.kernels import attention
-from common.model.kernels.elementwise import CANDIDATES
+from common.model.kernels.choice import CANDIDATES
 from common.model.kernels.frozen import choose_weights
 from common.model.session import DTYPES, Session, choose_device, choose_dtype
 from common.text.batches import Encoded

@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -23,7 +23,16 @@ from common.provenance import (
     tensors_sha256,
     tokens_per_second,
 )
-from common.records import RunRecord, Summary
+from common.records import (
+    AdapterFacts,
+    BackboneFacts,
+    DtypeFacts,
+    HospitalFacts,
+    KernelFacts,
+    RunRecord,
+    Summary,
+    WireTotals,
+)
 from common.rundir import ENVIRONMENT, RUN, SUMMARY, TRAINED, RunDirectory
 from common.wire.cohort import NOT_EVALUATED
 from common.wire.contract import Fingerprints, Tensors
@@ -89,9 +98,9 @@ def federate(grid: Grid, config: Config, run: RunDirectory, *, clock: Clock = ti
     )
     b = rounds.start(initial_tensors(layout.shapes, adapter))
     run.write_config(rounds.config)
-    summary = summarise(rounds.config, run, backbone, layout, rounds.roster, b)
-    summary["seconds"] = round(clock.monotonic() - started, 3)
-    run.write_json(SUMMARY, Summary.read(summary, what=SUMMARY))
+    seconds = round(clock.monotonic() - started, 3)
+    summary = summarise(rounds.config, run, backbone, layout, rounds.roster, b, seconds)
+    run.write_json(SUMMARY, summary)
     record = run.record()
     if record and record.mode == FLOWER:
         run.write_status("finished", round=config.federation.rounds)
@@ -119,55 +128,57 @@ def summarise(
     layout: AdapterLayout,
     roster: Roster,
     b: Tensors,
-) -> dict[str, Any]:
+    seconds: float,
+) -> Summary:
     """Return the server's part of summary.json."""
-    told = [roster.handshakes[name] for name in sorted(roster.handshakes)]
-    first = told[0]
+    handshakes = [roster.handshakes[name] for name in sorted(roster.handshakes)]
+    first = handshakes[0]
     losses = {
         event["round"]: event["value"]
         for event in run.metrics("validation-loss")
         if "hospital" not in event
     }
     losses |= {event["round"]: None for event in run.metrics(NOT_EVALUATED)}
-    privacy = {}
-    if roster.plan:
-        privacy["privacy"] = privacy_summary(roster.plan, privacy_lines(run))
-        if roster.plan.unit == HOSPITAL:
-            warning = hospital_warning(roster.plan, layout.trainable_parameters)
-            privacy["privacy"]["warning"] = warning
     workers = [
         run.read_json(f"workers/{file.name}")
         for file in sorted((run.path / "workers").glob("*.json"))
     ]
-    seconds = sum(one["training_seconds"] for one in workers)
+    trained = sum(one["training_seconds"] for one in workers)
     peaks = [one["peak_device_bytes"] for one in workers if one["peak_device_bytes"]]
-    return {
-        "trainable_parameters": layout.trainable_parameters,
-        "adapter": {
-            "mode": config.adapter.mode,
-            "rank": config.adapter.rank,
-            "alpha": config.adapter.alpha,
-            "targets": list(adapter_spec(config.adapter).targets),
-        },
-        "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint},
-        "hospitals": [
-            {"name": one.hospital, "patients": one.patients, "samples": one.samples} for one in told
-        ],
-        "rounds": config.federation.rounds,
-        **privacy,
-        "b_sha256": tensors_sha256(b),
-        "wire": wire_totals(run),
-        "overhead_seconds_per_hospital_round": overhead_seconds(run, len(workers)),
-        "backbone_loads": sum(one["backbone_loads"] for one in workers),
-        "workers": len(workers),
-        "validation_loss": [losses[index] for index in sorted(losses)],
-        "tokens_per_second": tokens_per_second(sum(one["tokens"] for one in workers), seconds),
-        "peak_rss_bytes": peak_rss_bytes(),
-        "peak_device_bytes": max(peaks, default=None),
-        "device": first.device,
-        "attention": {"kernel": first.attention, "reason": first.attention_reason},
-        "dtype": {"value": first.dtype, "reason": first.dtype_reason},
-    }
+    summary = Summary(
+        trainable_parameters=layout.trainable_parameters,
+        adapter=AdapterFacts(
+            mode=config.adapter.mode,
+            rank=config.adapter.rank,
+            alpha=config.adapter.alpha,
+            targets=adapter_spec(config.adapter).targets,
+        ),
+        backbone=BackboneFacts(name=backbone.name, fingerprint=backbone.fingerprint),
+        hospitals=tuple(
+            HospitalFacts(name=one.hospital, patients=one.patients, samples=one.samples)
+            for one in handshakes
+        ),
+        rounds=config.federation.rounds,
+        b_sha256=tensors_sha256(b),
+        wire=wire_totals(run),
+        overhead_seconds_per_hospital_round=overhead_seconds(run, len(workers)),
+        backbone_loads=sum(one["backbone_loads"] for one in workers),
+        workers=len(workers),
+        validation_loss=tuple(losses[index] for index in sorted(losses)),
+        seconds=seconds,
+        tokens_per_second=tokens_per_second(sum(one["tokens"] for one in workers), trained),
+        peak_rss_bytes=peak_rss_bytes(),
+        peak_device_bytes=max(peaks, default=None),
+        device=first.device,
+        attention=KernelFacts(kernel=first.attention, reason=first.attention_reason),
+        dtype=DtypeFacts(value=first.dtype, reason=first.dtype_reason),
+    )
+    if not roster.plan:
+        return summary
+    privacy = privacy_summary(roster.plan, privacy_lines(run))
+    if roster.plan.unit == HOSPITAL:
+        privacy["warning"] = hospital_warning(roster.plan, layout.trainable_parameters)
+    return summary.having(privacy=privacy)
 
 
 def overhead_seconds(run: RunDirectory, workers: int) -> float | None:
@@ -183,15 +194,13 @@ def overhead_seconds(run: RunDirectory, workers: int) -> float | None:
     return round((waited - sum(trained) / workers) / len(trained), 4)
 
 
-def wire_totals(run: RunDirectory) -> dict[str, Any]:
+def wire_totals(run: RunDirectory) -> WireTotals:
     """Add up wire.jsonl: tensor names, bytes in both directions."""
     tensors: set[str] = set()
     total: Counter[str] = Counter()
     for line in run.lines("wire.jsonl"):
         tensors.update(line["tensors"])
         total[line["direction"]] += line["bytes"]
-    return {
-        "tensors": sorted(tensors),
-        "bytes_up": total["up"],
-        "bytes_down": total["down"],
-    }
+    return WireTotals(
+        tensors=tuple(sorted(tensors)), bytes_up=total["up"], bytes_down=total["down"]
+    )

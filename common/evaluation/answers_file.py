@@ -94,6 +94,17 @@ class Generation(Record):
     cutoffs: dict[str, CutoffFacts] | None = None
     """Of scored lists, by hospital."""
 
+    def and_(self, other: "Generation") -> "Generation":
+        """Return both together, of two hospitals."""
+        both = {**(self.cutoffs or {}), **(other.cutoffs or {})}
+        return Generation(
+            seconds=round(self.seconds + other.seconds, 3),
+            tokens=self.tokens + other.tokens,
+            cut_answers=self.cut_answers + other.cut_answers,
+            escaped_names=self.escaped_names + other.escaped_names,
+            cutoffs=both or None,
+        )
+
 
 class Facts(Record):
     """``evaluation`` in summary.json: how the answers came about."""

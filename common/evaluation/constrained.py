@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.evaluation.generate import Matcher
+from common.evaluation.slot_generation import Matcher
 from common.model.session import Session
 from common.provenance import pip_install
 from common.text.prompts import ANSWER_GRAMMAR

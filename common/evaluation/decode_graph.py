@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.evaluation.generate import SlotGeneration, SlotRow
+from common.evaluation.slot_generation import SlotGeneration, SlotRow
 from common.model.kernels.rope import BY_LENGTH
 from common.model.session import Session
 from common.text.batches import Encoded, pack

@@ -17,8 +17,9 @@ from common.evaluation.cutoff import Cutoff, require_validation
 from common.evaluation.drug_scores import drug_scores
 from common.evaluation.drug_trie import require_room
 from common.evaluation.formulary import formularies, frequencies_of
-from common.evaluation.generate import Generated, Matcher, generate
+from common.evaluation.generate import generate
 from common.evaluation.ranking import Ranker, Ranking
+from common.evaluation.slot_generation import Generated, Matcher
 from common.files import writable
 from common.text.prompts import parse_answer
 

@@ -16,7 +16,8 @@ from common.limits import available_cpus
 from common.model.adapter.falora import Adapter, AdapterSpec, attach
 from common.model.backbone.load import BackboneSpec, load_model, load_tokenizer
 from common.model.kernels.attention import Packing, choose_attention, register
-from common.model.kernels.elementwise import TORCH, Kernels, choose_kernels, kernels_named
+from common.model.kernels.choice import choose_kernels, kernels_named
+from common.model.kernels.elementwise import TORCH, Kernels
 from common.model.kernels.frozen import choose_weights, quantise
 from common.model.memory import choose_recompute
 

@@ -24,7 +24,7 @@ from common.errors import FedrxError, UserError
 from common.limits import available_cpus, available_memory_bytes
 from common.model.backbone.embedded import FOLDER
 from common.model.kernels.attention import choose_attention
-from common.model.kernels.elementwise import choose_kernels
+from common.model.kernels.choice import choose_kernels
 from common.model.kernels.frozen import fp8_obstacle
 from common.model.kernels.nf4 import nf4_obstacle
 from common.model.session import DTYPES, choose_device, choose_dtype

@@ -14,7 +14,7 @@ from common.model.adapter.layout import adapter_spec, meta_adapter
 from common.model.backbone.known_shapes import KNOWN_SHAPES, shape_of
 from common.model.backbone.load import BackboneSpec, load_tokenizer
 from common.model.kernels.attention import choose_attention
-from common.model.kernels.elementwise import choose_kernels
+from common.model.kernels.choice import choose_kernels
 from common.model.kernels.frozen import choose_weights
 from common.model.session import DTYPES, choose_device, choose_dtype
 

@@ -2,7 +2,6 @@
 
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -57,12 +56,7 @@ class Meter:
             self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         """Stop showing; everything seen so far stays on the screen."""
         if self._bar:
             self._bar.stop()
@@ -116,15 +110,10 @@ class RunProgress:
         self._meter.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         """Stop showing; everything seen so far stays on the screen."""
         self.tick()
-        self._meter.__exit__(kind, error, trace)
+        self._meter.__exit__()
 
     def tick(self) -> None:
         """Read what is new and show it."""

@@ -24,6 +24,7 @@ from sim.report.what_ran import settings, what_ran
 from sim.report.words import (
     COLUMNS,
     NOTICE,
+    PERSONAL_NOTE,
     RANDOM_WEIGHTS,
     figure,
     matrices,
@@ -78,6 +79,7 @@ def run_blocks(run: RunDirectory) -> list[Block]:
         *_losses(run, summary),
         *_metrics(summary),
         *ranking_blocks(summary),
+        *([Block(note=PERSONAL_NOTE, warning=True)] if "personal" in summary.metrics else []),
         _hospitals(run, summary),
         *_privacy(run, summary),
         what_ran(config, summary),

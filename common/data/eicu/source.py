@@ -1,20 +1,20 @@
 """eICU as a data source. Its data is credentialed, and its hospitals are real ones."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from common.config import DataConfig
 from common.data.eicu.read import prepare_tables
 from common.data.eicu.tables import find_tables
-from common.data.handling import CREDENTIALED
-from common.data.icd import Diagnosis
 from common.data.samples import Prepared, Progress
 from common.data.source import Source
 from common.data.tables import find_csv
 
 
 class EICU(Source):
-    """A folder that holds patient.csv.gz, diagnosis.csv.gz and medication.csv.gz."""
+    """A folder that holds patient.csv.gz, diagnosis.csv.gz and medication.csv.gz.
+
+    eICU has no dictionary of diagnoses: its words stand in the samples.
+    """
 
     kind = (
         "eICU's tables, which tell neither which of a year's stays came first nor what was known "
@@ -31,19 +31,9 @@ class EICU(Source):
         del config
         return {table.label: table.path for table in find_tables(folder).values()}
 
-    def tag(self, folder: Path, hashes: Mapping[str, str]) -> str:
-        """Return ``credentialed``."""
-        del folder, hashes
-        return CREDENTIALED
-
     def read(
         self, folder: Path, config: DataConfig, *, chunk_rows: int, progress: Progress
     ) -> Prepared:
         """Read, clean and join the tables."""
         del chunk_rows
         return prepare_tables(folder, drop_flushes=config.drop_flushes, progress=progress)
-
-    def titles(self, folder: Path, config: DataConfig) -> list[Diagnosis]:
-        """Return none: eICU has no dictionary, and its words stand in the samples."""
-        del folder, config
-        return []

@@ -1,10 +1,8 @@
 """MEDS as a data source. Its data is credentialed: nothing in a data set proves the contrary."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from common.config import DataConfig
-from common.data.handling import CREDENTIALED
 from common.data.icd import Diagnosis
 from common.data.meds.codes import read_codes
 from common.data.meds.events import find_shards, read_titles
@@ -35,11 +33,6 @@ class Meds(Source):
         if config.meds_codes:
             files["data.meds-codes"] = Path(config.meds_codes).expanduser()
         return files
-
-    def tag(self, folder: Path, hashes: Mapping[str, str]) -> str:
-        """Return ``credentialed``."""
-        del folder, hashes
-        return CREDENTIALED
 
     def read(
         self, folder: Path, config: DataConfig, *, chunk_rows: int, progress: Progress

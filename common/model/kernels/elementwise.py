@@ -8,7 +8,6 @@ Shapes: T packed tokens, D hidden width, I MLP width, H heads, G key/value heads
 F = E / 2, R rows, V vocabulary.
 """
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,15 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from common.choice import Choice
-from common.errors import UserError
 from common.undocumented.torch_names import silu_backward
 
 FP8_LARGEST = 448.0
 """Of e4m3, which has no infinity."""
 FP8_SMALLEST_SCALE = 1e-30
 """So that a row of zeros stays one."""
-CANDIDATES = ("triton", "torch")
 
 # Rows that are worked on at a time on a CPU, so that fp32 intermediates stay in its cache.
 _CPU_ROWS = 256
@@ -53,55 +49,6 @@ class Kernels:
     """(x_TD, factors_D) -> x (times the factors) as e4m3 [T, D] and its scales [T, 1] in fp32."""
     transpose: Callable[[Tensor], Tensor]
     """One-byte values [O, D] -> [D, O], contiguous."""
-
-
-def choose_kernels(requested: str, device: torch.device) -> Choice[str]:
-    """Choose who does the elementwise work.
-
-    Args:
-        requested: ``auto`` or one of ``CANDIDATES``.
-        device: Where the backbone is.
-
-    Raises:
-        UserError: If what is asked for cannot run here.
-
-    >>> choose_kernels("auto", torch.device("cpu")).value
-    'torch'
-    """
-    if requested == "auto":
-        if device.type != "cuda":
-            return Choice("torch", "blocked for a CPU's cache")
-        obstacle = _obstacle("triton", device)
-        if obstacle:
-            return Choice("torch", f"triton: {obstacle}")
-        return Choice("triton", "one pass over memory for each function")
-    if requested not in CANDIDATES:
-        raise UserError(f"model.kernels={requested!r}", allowed=", ".join(("auto", *CANDIDATES)))
-    obstacle = _obstacle(requested, device)
-    if obstacle:
-        raise UserError(
-            f"model.kernels={requested} cannot run here: {obstacle}",
-            fix="set model.kernels to auto",
-        )
-    return Choice(requested, "asked for")
-
-
-def _obstacle(candidate: str, device: torch.device) -> str:
-    if candidate == "triton":
-        if device.type != "cuda":
-            return f"needs a CUDA device, not {device.type}"
-        if importlib.util.find_spec("triton") is None:
-            return "package triton is not installed"
-    return ""
-
-
-def kernels_named(name: str) -> Kernels:
-    """Return one of ``CANDIDATES``."""
-    if name == "triton":
-        from common.model.kernels.elementwise_triton import TRITON
-
-        return TRITON
-    return TORCH
 
 
 def _row_blocks(x: Tensor) -> range:

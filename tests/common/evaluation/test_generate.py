@@ -10,7 +10,8 @@ import torch
 import transformers
 
 from common.evaluation import decode_graph
-from common.evaluation.generate import Generated, SlotGeneration, generate
+from common.evaluation.generate import generate
+from common.evaluation.slot_generation import Generated, SlotGeneration
 from common.evaluation.slots import SlotCache, cache_argument
 from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.load import load_model, resolve_backbone

@@ -7,8 +7,8 @@ from torch.nn import functional
 from common.errors import UserError
 from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.load import resolve_backbone
-from common.model.kernels import elementwise
-from common.model.kernels.elementwise import choose_kernels, kernels_named
+from common.model.kernels import choice
+from common.model.kernels.choice import choose_kernels, kernels_named
 from common.model.session import open_session
 from common.text.batches import Encoded
 from common.training.gradients import BatchGradient
@@ -117,7 +117,7 @@ def test_bytes_are_transposed(found):
 
 def test_the_gradient_of_b_is_that_of_plain_torch(monkeypatch):
     needed("triton")
-    monkeypatch.setattr(elementwise, "_obstacle", lambda candidate, device: "")
+    monkeypatch.setattr(choice, "_obstacle", lambda candidate, device: "")
     data = [
         Encoded(input_ids=tuple(range(5, 5 + size)), answer_start=size // 2, unit=0)
         for size in (24, 9, 13)
