@@ -1,5 +1,6 @@
 """The verbs about people and their judge: judge, review, suggest, assist."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,7 +79,12 @@ def judge(
         show_estimate(console, figures)
         print_json(figures, json_output)
         return
-    with after_training(directory, "the judge", "fedrx judge"):
+    again = ["fedrx", "judge"]
+    again += [word for key in overrides for word in ("--set", key)]
+    again += [word for name in models or () for word in ("--list-by", name)]
+    again += ["--agreement-host", agreement_host] if agreement_host else []
+    again += ["--agreement", agreement] if agreement else []
+    with after_training(directory, "the judge", shlex.join(again)):
         result = ask_judge(directory, prepared, console=console)
     _renew_report(directory)
     print_json(result, json_output)

@@ -32,6 +32,6 @@ class Synthetic(MimicIV):
         return folder
 
     def titles(self, folder: Path, config: DataConfig) -> list[Diagnosis]:
-        """Return none: every title of the catalogue is in some sample."""
+        """Return none: every title of the catalogue is in some sample, and there is no folder."""
         del folder, config
         return []

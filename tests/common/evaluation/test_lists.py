@@ -11,6 +11,7 @@ from common.data.partition import Hospital
 from common.data.samples import Admission
 from common.errors import UserError
 from common.evaluation.answers import evaluate_answers
+from common.evaluation.answers_file import Facts
 from common.evaluation.cutoff import fit_cutoff
 from common.evaluation.drug_scores import drug_scores
 from common.evaluation.formulary import (
@@ -165,6 +166,8 @@ def test_frequencies_rank_beside_the_scores_and_fix_the_length(session, b):
             order = np.argsort(-logit, kind="stable")[: cut.length]
             listed = [names[i] for i in order], (1 / (1 + np.exp(-logit[order]))).tolist()
             expected[admission.drugs, admission.sex, admission.age] = listed
+    # What is written is read again as it was.
+    assert Facts.model_validate(found.facts.as_json()) == found.facts
     session.adapter.flat.zero_()
     for row in (one for one in models(found) if one.model == "fedrx"):
         listed, confidence = expected[row.truth, row.patient.sex, int(row.patient.age)]

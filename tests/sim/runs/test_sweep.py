@@ -20,8 +20,10 @@ from sim.runs.federate import resolved
 from sim.runs.single import one_node
 from sim.runs.sweep import (
     ARMS,
+    FIGURES,
     ArmRow,
     Interval,
+    arms_block,
     default_arms,
     markdown,
     plan_cells,
@@ -106,6 +108,21 @@ def test_interval_is_student_s_over_seeds():
     assert tabulate([[summary(0.5)]])["F1"].half_width is None
     averaged = tabulate([[summary(0.2), summary(0.4)], [summary(0.5), summary(0.7)]])["F1"]
     assert averaged.mean == pytest.approx(0.45)
+
+
+def test_the_page_draws_f1_with_its_interval_where_there_is_one():
+    figures = {name: Interval(2.0, 0.1) for name in FIGURES}
+    rows = [
+        ArmRow("a", 3, {**figures, "F1": Interval(0.5, 0.7)}),
+        ArmRow("b", 1, {**figures, "F1": Interval(0.5, None)}),
+        ArmRow("c", 1, {**figures, "F1": Interval(None, None)}),
+    ]
+    found = [(bar.value, bar.interval, bar.text) for bar in arms_block(rows).bars]
+    assert found == [
+        (0.5, (0.0, 1.0), "F1 0.5 ± 0.7"),
+        (0.5, None, "F1 0.5"),
+        (None, None, "F1 –"),
+    ]
 
 
 def test_sweep_runs_each_cell_once_and_writes_the_table(tiny_config, tmp_path, monkeypatch):
