@@ -204,6 +204,7 @@ def test_a_file_of_names_replaces_the_training_splits(session, b, tmp_path):
         (b"", "holds 0 names"),
         (b"\n \n", "holds 0 names"),
         (b"Aspirin\n\xff\n", "is not UTF-8 \\(byte 8\\)"),
+        ("Aspirin\n".encode("utf-16"), "is not UTF-8 \\(byte 0\\)"),
         (b"Aspirin\n" + b"x" * 301, "line 2 is no drug name"),
         (b"Aspirin\nHep\x07arin\n", "line 2 is no drug name"),
         ("".join(f"name {n}\n" for n in range(100_000)).encode(), f"100,000 names.*{MOST_NAMES:,}"),

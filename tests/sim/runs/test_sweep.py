@@ -282,8 +282,15 @@ def test_local_only_trains_on_one_hospital_alone(tiny_config, in_process):
 
 def test_cells_in_one_process_share_one_backbone(tiny_config, tmp_path, monkeypatch):
     """No mark allows a process here: neither SuperLink nor Ray is started."""
-    worker = Worker()
+    worker, opened = Worker(), []
     monkeypatch.setattr("client.app.worker", lambda: worker)
+    honest = Worker.session
+
+    def session(asked, config):
+        opened.append(asked)
+        return honest(asked, config)
+
+    monkeypatch.setattr(Worker, "session", session)
     short = tiny_config(
         run__backend="in-process",
         train__threads=1,
@@ -296,6 +303,7 @@ def test_cells_in_one_process_share_one_backbone(tiny_config, tmp_path, monkeypa
     runs = [RunDirectory.open(tmp_path / cell.folder) for cell in cells]
     assert [run.summary().backbone_loads for run in runs] == [1, 1, 1]
     assert worker.loads == 1
+    assert {id(one) for one in opened} == {id(worker)}
     alone = tmp_path / "alone"
     worker = Worker()
     sweep(cells[1:2], alone, console=QUIET, command_line=["fedrx"])
