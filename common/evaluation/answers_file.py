@@ -68,7 +68,7 @@ class CutoffFacts(Record):
 
     names: int
     """Of the formulary."""
-    threshold: float | None
+    threshold: float | None = None
     """None: lists have a length."""
     slope: float
     intercept: float

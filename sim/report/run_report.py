@@ -159,8 +159,8 @@ def _losses(run: RunDirectory, summary: Summary) -> list[Block]:
         where = f"on {public.samples} made-up admissions that no hospital has"
         curves.append((where, events, "loss on made-up patients"))
         notes = (
-            " The last was measured after training, with what every round had released: no "
-            "hospital's data is read for it, and it costs no privacy."
+            " That on made-up ones was measured after training, with what every round had "
+            "released: no hospital's data is read for it, and it costs no privacy."
         )
     shown = [(where, loss_svg(events, label)) for where, events, label in curves if events]
     if not shown:

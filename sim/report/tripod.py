@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from common.config import Config
+from common.config import OWN_TEXT, Config
 from common.data.handling import CREDENTIALED
 from common.data.protocols import ADMISSION, ASKED, FIRST_24H, system_prompt
 from common.files import write_text
@@ -125,7 +125,6 @@ def answers(config: Config, summary: Summary) -> dict[str, str]:
         "7a": "precision, recall, Jaccard and F1 of drug sets per admission, share of answers in "
         "the format; intervals by bootstrap over patients",
         "7c": f"{_outcome(data.protocol)}; predictions as in 6c, metrics as in 7a",
-        "9a": "one fixed prompt, not tuned",
         "9b": "none",
         "14f": "FedRx, Apache-2.0; source digest in environment.json",
         "19b": "what was ordered is learnt, right or wrong: the task does not advise"
@@ -133,6 +132,8 @@ def answers(config: Config, summary: Summary) -> dict[str, str]:
         else "diagnoses are coded at discharge: the task reconstructs a list, it does not advise",
         "19d": "research only, not for clinical use",
     }
+    if config.text == OWN_TEXT:  # of prompts of their own, the authors know
+        known["9a"] = "one fixed prompt, not tuned"
     if summary.backbone:
         known["6a"] = (
             f"{_cell(Path(summary.backbone.name).name)}, sha256 "

@@ -23,7 +23,7 @@ class Single(Kind):
 
     mode = "single"
 
-    def settle(self, config: Config) -> Config:
+    def resolve(self, config: Config) -> Config:
         """Make it one hospital, and resolve the rest."""
         return one_node(config)
 

@@ -33,7 +33,7 @@ from server.strategies import STRATEGIES, check_strategy
 from sim.process.failures import StageFailed
 from sim.process.lock import exclusive
 from sim.report.comparison import write_sweep_page
-from sim.report.html import Block, markdown_table
+from sim.report.html import Bar, Block, markdown_table
 from sim.runs.federate import federate, resolved
 from sim.runs.resume import resume
 from sim.runs.single import one_node, single
@@ -222,13 +222,7 @@ def sweep(
     runs: dict[str, list[RunDirectory]] = {}
     for cell in cells:
         runs.setdefault(cell.arm, []).append(done[cell.folder])
-    table = Block(
-        title="Arms",
-        note=INTERVALS,
-        headers=("arm", "seeds", *FIGURES),
-        rows=tuple(tuple(_cells(row)) for row in rows),
-    )
-    page = write_sweep_page(runs, table, folder / "sweep.html")
+    page = write_sweep_page(runs, arms_block(rows), folder / "sweep.html")
     show(console, rows)
     console.print(f"page: {page}", markup=False, highlight=False)
     return result
@@ -278,6 +272,24 @@ def run_all(
                 raise
             found[cell.folder] = RunDirectory(place)
     return found
+
+
+def arms_block(rows: Sequence[ArmRow]) -> Block:
+    """Return the arms' figures as the page shows them: F1 drawn, and the table."""
+    bars = []
+    for row in rows:
+        f1, half = row.figures["F1"].mean, row.figures["F1"].half_width
+        ends = None if f1 is None or half is None else (max(0.0, f1 - half), min(1.0, f1 + half))
+        bars.append(
+            Bar(name=row.arm, value=f1, text=f"F1 {_text(row.figures['F1'])}", interval=ends)
+        )
+    return Block(
+        title="Arms",
+        note=INTERVALS,
+        bars=tuple(bars),
+        headers=("arm", "seeds", *FIGURES),
+        rows=tuple(tuple(_cells(row)) for row in rows),
+    )
 
 
 def tabulate(seeds: Sequence[Sequence[Summary]]) -> dict[str, Interval]:
@@ -338,11 +350,12 @@ def show(console: Console, rows: Sequence[ArmRow]) -> None:
 
 
 def _cells(row: ArmRow) -> list[str]:
-    cells = [row.arm, str(row.runs)]
-    for one in row.figures.values():
-        text = "–" if one.mean is None else f"{one.mean:.4g}"
-        cells.append(text if one.half_width is None else f"{text} ± {one.half_width:.2g}")
-    return cells
+    return [row.arm, str(row.runs), *map(_text, row.figures.values())]
+
+
+def _text(figure: Interval) -> str:
+    text = "–" if figure.mean is None else f"{figure.mean:.4g}"
+    return text if figure.half_width is None else f"{text} ± {figure.half_width:.2g}"
 
 
 def run_cell(cell: Cell, folder: Path, console: Console, command_line: Sequence[str]) -> Summary:

@@ -126,8 +126,10 @@ def _sort_out(
     for kind in ("careunit", "insurance", "service"):
         placed = _placed(kinds.get(kind, empty), stays)
         value = _part(codes.prefixes[kind], 0).replace(NO_NAME, None)
-        told = placed.with_columns(value.alias(kind)).sort("hadm_id", "time", kind, nulls_last=True)
-        parts.attributes.setdefault(kind, []).append(told.select("hadm_id", kind))
+        named = placed.with_columns(value.alias(kind)).sort(
+            "hadm_id", "time", kind, nulls_last=True
+        )
+        parts.attributes.setdefault(kind, []).append(named.select("hadm_id", kind))
 
 
 def _stays(
@@ -319,12 +321,12 @@ def _one_each(events: pl.DataFrame, table: str, book: Book) -> pl.DataFrame:
 
 def _first(found: pl.DataFrame, kind: str, known: pl.Series, book: Book) -> pl.DataFrame:
     """Return the first value of each admission; ``found`` is in the order of time."""
-    told = found.drop_nulls(kind)
-    placed = told.join(known.to_frame(), on="hadm_id", how="semi")
+    named = found.drop_nulls(kind)
+    placed = named.join(known.to_frame(), on="hadm_id", how="semi")
     first = placed.unique("hadm_id", keep="first", maintain_order=True)
     unused = {
-        "not_in_use": found.height - told.height,
-        "unknown_admission": told.height - placed.height,
+        "not_in_use": found.height - named.height,
+        "unknown_admission": named.height - placed.height,
         "later": placed.height - first.height,
     }
     book.add(kind, found.height, unused, first.height)

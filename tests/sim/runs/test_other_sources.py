@@ -14,7 +14,7 @@ from common.configio import from_flat
 from common.data.synthetic.write import write_tables
 from common.rundir import RunDirectory
 from sim.assist.patient_form import read_form
-from sim.assist.suggest import Assistant, assistant_config, surroundings_of
+from sim.assist.suggest import Assistant, assistant_config, reference_of
 from sim.report.data_description import describe
 from sim.runs.federate import federate
 from sim.runs.single import single
@@ -69,14 +69,12 @@ def test_describe_federate_single_and_suggest(config: Config, tmp_path: Path) ->
         assert summary.metrics["fedrx"].samples == 2
     run = RunDirectory.open(tmp_path / "federated")
     own = assistant_config(run)
-    surroundings = surroundings_of(own)
-    assert surroundings.support is not None
-    assert "credentialed tables" in surroundings.index.origin
-    asked = surroundings.index.search("sepsis")[0]
+    reference = reference_of(own)
+    assert reference.support is not None
+    assert "credentialed tables" in reference.index.origin
+    asked = reference.index.search("sepsis")[0]
     form = {"sex": "F", "age": "70", "height": "", "weight": "", "diagnoses": [asked.title]}
-    answer = Assistant(run, own, surroundings=surroundings).suggest(
-        read_form(form, surroundings.index)
-    )
+    answer = Assistant(run, own, reference=reference).suggest(read_form(form, reference.index))
     assert answer.similar > 0
     report = (run.path / "report.md").read_text(encoding="utf-8")
     assert "Credentialed data" in report
