@@ -55,7 +55,15 @@ PRIVATE = {
     "train.schedule": "constant",
 }
 EXPERIMENTS: dict[str, dict[str, Any]] = {
-    "personal": {"arms": ["personal"], "set": {**PRIVATE, "partition.alpha": 0.1}},
+    "personal": {
+        "arms": ["personal"],
+        "set": {
+            **PRIVATE,
+            "partition.alpha": 0.1,
+            "partition.min-patients": 40,
+            "data.validation-fraction": 0.15,
+        },
+    },
     "fairness": {"arms": ["fa-lora", "uniform", "q-fedavg"], "set": {}},
     "methods": {
         "arms": [
