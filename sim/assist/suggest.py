@@ -229,9 +229,11 @@ def reference_of(
     """
     try:
         data = load(config)
-    except UserError:
+    except UserError as error:
         index = DiagnosisIndex(public_diagnoses(), frequency={}, origin="the public ICD-10-CM")
-        note = "The run's tables are not on this machine: no support from similar admissions."
+        place = Path(config.data.path).expanduser()
+        why = f"cannot be used ({error})" if place.exists() else "are not on this machine"
+        note = f"The run's tables {why}: no support from similar admissions."
         return ReferenceData(index=index, support=None, note=note)
     train = data.train
     known = [

@@ -1,9 +1,10 @@
 """``fedrx report --tripod-llm``: the reporting checklist, filled with what a run knows.
 
 Items are numbered as in Gallifant et al., "The TRIPOD-LLM reporting guideline for studies using
-large language models", Nature Medicine 31, 60-69 (2025), doi 10.1038/s41591-024-03425-5; their
-wording here is ours and short: authors read the guideline. What only people know is left to the
-"author".
+large language models", Nature Medicine 31, 60-69 (2025), doi 10.1038/s41591-024-03425-5: 19 main
+items on 49 numbered lines (its abstract counts 50 subitems; the items of its separate checklist for
+abstracts, item 2, are not among them). The wording here is ours and short: authors read the
+guideline. What only people know is left to the "author".
 """
 
 from collections.abc import Mapping
@@ -79,11 +80,14 @@ def write_checklist(run: RunDirectory, target: Path | None = None) -> Path:
 
     Args:
         run: A run with figures.
-        target: File to write; default ``tripod-llm.md`` in the run directory.
+        target: File to write, or a folder for it; default the run directory.
 
     Returns:
         The file.
     """
+    named = (target or run.path).expanduser().absolute()
+    file = named / FILE if named.is_dir() else named
+    file.parent.mkdir(parents=True, exist_ok=True)
     known = answers(run.config(), run.summary())
     lines = [
         "# TRIPOD-LLM",
@@ -99,7 +103,6 @@ def write_checklist(run: RunDirectory, target: Path | None = None) -> Path:
         ),
         "",
     ]
-    file = target or run.path / FILE
     write_text(file, "\n".join(lines))
     return file
 

@@ -223,6 +223,17 @@ def test_what_no_table_knows_is_said_in_json_and_on_the_terminal(tiny_run):
     assert all(warning in told.getvalue() for warning in suggestion.warnings)
 
 
+def test_damaged_tables_are_not_called_missing(tmp_path):
+    data = DataConfig(path=str(tmp_path / "tables"))
+    config = Config(data=data)
+    assert "are not on this machine" in reference_of(config).note
+    (tmp_path / "tables" / "hosp").mkdir(parents=True)
+    note = reference_of(config).note
+    assert "cannot be used (" in note
+    assert "is missing" in note
+    assert "\n" not in note
+
+
 @pytest.mark.parametrize("named", [False, True])
 def test_a_list_with_interactions_says_so(tiny_run, tmp_path, monkeypatch, named):
     """The shipped pairs always; the user's file beside them, and not called high priority."""

@@ -45,6 +45,7 @@ def test_items_are_the_guidelines_in_order(tmp_path):
     numbers = [int(re.match(r"\d+", item)[0]) for item in ITEMS]
     assert numbers == sorted(numbers)
     assert set(numbers) == set(range(1, 20))
+    assert len(ITEMS) == 49
     letters = {
         n: "".join(i[len(str(n)) :] for i in ITEMS if re.fullmatch(rf"{n}[a-g]?", i))
         for n in numbers

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from eicu_fixtures import many_patients, write_eicu
+from eicu_meds_fixtures import eicu_events, write_eicu_meds
 from meds_fixtures import write_meds
 from rich.console import Console
 
@@ -38,11 +39,14 @@ KEYS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module", params=["meds", "eicu"])
+@pytest.fixture(scope="module", params=["meds", "eicu", "eicu-meds"])
 def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp(request.param)
-    if request.param == "eicu":
-        write_eicu(folder / "data", many_patients(8))
+    if request.param.startswith("eicu"):
+        if request.param == "eicu":
+            write_eicu(folder / "data", many_patients(8))
+        else:
+            write_eicu_meds(folder / "data", eicu_events(many_patients(8)))
         return from_flat({**KEYS, "data.path": str(folder / "data"), "partition.scheme": "site"})
     write_tables(folder / "tables", patients=40, seed=0)
     write_meds(folder / "tables", folder / "data")
