@@ -20,6 +20,7 @@ from client.kept_state import (
 )
 from client.local_update import evaluate, update
 from client.node import hospital_of, local_config, own_policy, private_folder
+from client.personal import train_own
 from client.private_update import private_update
 from client.site import NAME
 from common.choice import travelling_reason
@@ -153,6 +154,12 @@ def train_round(config: Config, message: Message, context: Context, worker: Work
         # hospital-level: the server pays, one release a round; it is told nothing but B
         metrics = {"round": float(server_round), "weight": 1.0, "steps": float(server_round)}
     wire = in_codec(config, folder, result.b, b, server_round)
+    if config.adapter.personal:
+        try:
+            train_own(session, tokens, b, config, server_round=server_round, folder=folder)
+        except Exception:  # whether it works depends on the data, and what is sent must not
+            with contextlib.suppress(OSError):
+                _keep_traceback(config)
     return train_reply(wire, metrics, private=protects(config))
 
 

@@ -14,6 +14,7 @@ from common.config import Config, DataConfig, FederationConfig, PartitionConfig
 from common.configio import run_digest, settled
 from common.data.dataset import open_hospitals
 from common.data.partition import Hospital
+from common.data.protocols import require_own_template
 from common.errors import RunFailed, UserError
 from common.wire.handshake import NAME_PATTERN
 
@@ -79,7 +80,9 @@ def hospital_of(config: Config, node_config: Mapping[str, Any]) -> Hospital:
     Raises:
         RunFailed: if Flower started another number of nodes than there are hospitals, or the
             node's name is not fit for a folder.
+        UserError: if its tables cannot be used, or cannot be asked as the configuration says.
     """
+    require_own_template(config)
     if NAME in node_config:
         name = str(node_config[NAME])
         if not NAME_PATTERN.fullmatch(name):

@@ -139,6 +139,11 @@ class AdapterConfig:
         "kaiming-uniform", "distribution of A"
     )
     seed: int = option(0, "seed of A; every party draws the same A from it", low=0)
+    personal: bool = option(
+        False,
+        "train in every hospital a B of its own beside the global one, which never leaves it and "
+        "which no epsilon covers; twice the steps",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

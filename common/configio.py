@@ -59,8 +59,8 @@ def from_flat(values: Mapping[str, Any], *, base: Config | None = None) -> Confi
     known = known_keys()
     problems: list[str] = []
     flat = flatten(base or Config())
-    for given, told in values.items():
-        key, value = _renamed(given, told)
+    for given, raw in values.items():
+        key, value = _renamed(given, raw)
         if key not in known:
             problems.append(_unknown(key, known))
             continue

@@ -57,11 +57,11 @@ def read_tensors(source: Path) -> Tensors:
     """
     try:
         with safe_open(source, framework="numpy") as file:
-            told = (file.metadata() or {}).get(_DIGEST)
+            digest = (file.metadata() or {}).get(_DIGEST)
             tensors: Tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, TypeError, KeyError, SafetensorError):
-        told, tensors = None, {}
-    if told != content_sha256(tensors):
+        digest, tensors = None, {}
+    if digest != content_sha256(tensors):
         raise Altered(
             f"{source.name} is damaged, was altered, or is an earlier FedRx's, which kept no "
             "digest: it is not used; fix: bring the file back, or start a new run"

@@ -21,10 +21,10 @@ def round_line(number: int, rounds: int, updates: Sequence[Update], loss: float 
     'round 0 of 4'
     """
     parts = [f"{len(updates)} hospitals"] if updates else []
-    told = [update for update in updates if "train-loss" in update.metrics]
-    if told:
-        total = sum(update.metrics["train-loss"] * update.weight for update in told)
-        mean = total / sum(update.weight for update in told)
+    with_loss = [update for update in updates if "train-loss" in update.metrics]
+    if with_loss:
+        total = sum(update.metrics["train-loss"] * update.weight for update in with_loss)
+        mean = total / sum(update.weight for update in with_loss)
         parts.append(f"training loss {mean:.4f}")
     if loss is not None:
         parts.append(f"validation loss {loss:.4f}")

@@ -206,25 +206,25 @@ class Roster:
         found = {(one.name, one.reason) for one in self.nodes.values() if isinstance(one, LeftOut)}
         return "".join(f"; {name}: {why.removeprefix(f'{name}: ')}" for name, why in sorted(found))
 
-    def _enter(self, node: int, told: Handshake, connected: Collection[int]) -> None:
-        hospital = told.hospital
+    def _enter(self, node: int, handshake: Handshake, connected: Collection[int]) -> None:
+        hospital = handshake.hospital
         theirs = Fingerprints(
-            a=told.a_sha256, backbone=told.backbone_sha256, source=told.source_sha256
+            a=handshake.a_sha256, backbone=handshake.backbone_sha256, source=handshake.source_sha256
         )
         self.ours.check(hospital, theirs)
-        if self.plan and told.privacy_plan_sha256 != self.plan.fingerprint:
+        if self.plan and handshake.privacy_plan_sha256 != self.plan.fingerprint:
             raise RunFailed(
                 f"{hospital}: its privacy plan differs from the server's; "
                 "fix: give both sides the same [privacy] section"
             )
-        if self.of and told.federation_size != self.of:
-            raise RunFailed(_miscount(told, self.of))
+        if self.of and handshake.federation_size != self.of:
+            raise RunFailed(_miscount(handshake, self.of))
         before = next((old for old, name in self.names.items() if name == hospital), None)
         if before is not None and before in connected:
             raise RunFailed(f"two nodes call themselves {hospital}; fix: one node per hospital")
         if before is not None:
             del self.nodes[before]
-        self.nodes[node] = Admitted(name=hospital, handshake=told)
+        self.nodes[node] = Admitted(name=hospital, handshake=handshake)
 
     def _handshake(
         self, name: str, node: int, reply: Message | None, nonce: str, timeout_seconds: float
@@ -248,7 +248,7 @@ class Roster:
 
         Between equally many ``expected`` decides, else the smaller number.
         """
-        votes = Counter(told.federation_size for told in self.handshakes.values())
+        votes = Counter(handshake.federation_size for handshake in self.handshakes.values())
         return max(votes, key=lambda of: (votes[of], of == expected, -of), default=1)
 
     def fix_number(self, of: int) -> dict[str, str]:
@@ -306,5 +306,6 @@ def _name_in(reply: Message | None) -> str | None:
     return claimed_name(records[0]) if len(records) == 1 else None
 
 
-def _miscount(told: Handshake, of: int) -> str:
-    return f"{told.hospital}: it counts {told.federation_size} hospitals, the federation has {of}"
+def _miscount(handshake: Handshake, of: int) -> str:
+    counted = handshake.federation_size
+    return f"{handshake.hospital}: it counts {counted} hospitals, the federation has {of}"

@@ -317,7 +317,7 @@ class Rounds:
         steps = 1
         if kind == "train":
             asked = [handshakes[names[node]] for node in nodes]
-            steps = max(steps_expected(self.config, told, server_round) for told in asked)
+            steps = max(steps_expected(self.config, one, server_round) for one in asked)
         pace = self.paces.get(kind)
         started = self.clock.monotonic()
         replies = exchange(

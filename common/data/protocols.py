@@ -10,7 +10,7 @@ known 24 hours after admission, and what was ordered later and not before.
 
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from common.config import OWN_TEXT, Config, DataConfig, TextConfig
 from common.data.names import normalise_string
@@ -19,8 +19,10 @@ from common.errors import UserError
 if TYPE_CHECKING:
     from common.data.samples import Admission
 
-ADMISSION, VISITS, FIRST_24H = "admission", "visits", "first-24h"
-PROTOCOLS = (ADMISSION, VISITS, FIRST_24H)
+ADMISSION: Final = "admission"
+VISITS: Final = "visits"
+FIRST_24H: Final = "first-24h"
+PROTOCOLS: Final = (ADMISSION, VISITS, FIRST_24H)
 KNOWN_FOR = timedelta(hours=24)
 """What happens before this much of a stay has passed is known under ``first-24h``."""
 FEWEST_VISITS = 2

@@ -150,10 +150,10 @@ class Counts(Record):
 
     def as_json(self) -> dict[str, Any]:
         """Return the counts; those of a protocol only where it is not the usual one."""
-        told = super().as_json()
+        content = super().as_json()
         if self.protocol is None:
-            del told["protocol"]
-        return told
+            del content["protocol"]
+        return content
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from common.config import DataConfig
 from common.data.handling import CREDENTIALED
@@ -21,6 +22,8 @@ class Source(ABC):
     (``common.data.handling``), and titles of diagnoses to search in.
     """
 
+    identifiers: ClassVar[str] = r"\d{6,}"
+    """A regular expression: how patients and stays are numbered. Texts for others hold none."""
     protocols: tuple[str, ...] = (ADMISSION,)
     """Of ``data.protocol``: what its tables can serve."""
     kind: str = "such data"

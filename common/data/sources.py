@@ -23,6 +23,18 @@ def source_for(path: str) -> Source:
     return next((source for source in SOURCES if source.claims(path)), SOURCES[-1])
 
 
+def identifiers_of(config: DataConfig) -> str:
+    r"""Return a regular expression of the source's ids; of all sources where its data is not here.
+
+    >>> print(identifiers_of(DataConfig(path="synthetic")))
+    [1-3]\d{7}
+    """
+    own = source_for(config.path)
+    if isinstance(own, Synthetic) or Path(config.path).expanduser().exists():
+        return own.identifiers
+    return "|".join(dict.fromkeys(source.identifiers for source in SOURCES))
+
+
 def titles_of(config: DataConfig) -> list[Diagnosis]:
     """Return the diagnoses that ``data.path`` has a title for, beyond those of its samples.
 

@@ -31,6 +31,13 @@ Progress = Callable[[str, int, int], None]
 """Called with (model, answers so far, all answers)."""
 
 
+@dataclass(frozen=True)
+class Personal:
+    """Every hospital answers with a B of its own."""
+
+    by_hospital: Mapping[str, B]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One held-out admission under an anonymous name."""
@@ -46,7 +53,7 @@ def evaluate_answers(
     session: Session,
     hospitals: Sequence[Hospital],
     config: Config,
-    adapters: Mapping[str, B | None],
+    adapters: Mapping[str, B | Personal | None],
     *,
     checkpoint: str = "",
     progress: Progress | None = None,
@@ -58,7 +65,8 @@ def evaluate_answers(
         hospitals: All of them; their test splits are answered.
         config: Sections ``evaluation`` and ``text``, ``train.max_length`` and
             ``data.normalisation`` are read.
-        adapters: What to answer with, by the name in the results; None is the untrained backbone.
+        adapters: What to answer with, by the name in the results; None is the untrained backbone,
+            ``Personal`` a B for each hospital's cases.
         checkpoint: The run's last one, which names the evaluation.
         progress: Called after every generated answer.
 
@@ -84,13 +92,16 @@ def evaluate_answers(
     before = session.adapter.flat.clone()
     try:
         for model, b in adapters.items():
-            if b is None:
-                # With B = 0 the update B A vanishes, whatever A is.
-                session.adapter.flat.zero_()
-            else:
-                session.adapter.load(b)
             told = None if progress is None else partial(progress, model)
-            given, generation[model] = maker.answer(prompts, progress=told)
+            if isinstance(b, Personal):
+                given, generation[model] = _personal_answers(session, maker, hospitals, prompts, b)
+            else:
+                if b is None:
+                    # With B = 0 the update B A vanishes, whatever A is.
+                    session.adapter.flat.zero_()
+                else:
+                    session.adapter.load(b)
+                given, generation[model] = maker.answer(prompts, progress=told)
             answers[model] = [
                 one.beyond(case.admission) for one, case in zip(given, cases, strict=True)
             ]
@@ -175,6 +186,27 @@ def choose_cases(hospitals: Sequence[Hospital], *, samples: int, seed: int) -> l
             Case(name=f"case-{number:04d}", cluster=cluster, hospital=hospital, admission=admission)
         )
     return cases
+
+
+def _personal_answers(
+    session: Session,
+    maker: ListMaker,
+    hospitals: Sequence[Hospital],
+    prompts: Prompts,
+    personal: Personal,
+) -> tuple[list[Answer], Generation]:
+    """Let every hospital's own B answer its own prompts."""
+    answers = [Answer(None, ())] * len(prompts.ids)
+    whole = Generation(seconds=0, tokens=0, cut_answers=0)
+    for number in sorted(set(prompts.hospitals)):
+        places = [place for place, at in enumerate(prompts.hospitals) if at == number]
+        session.adapter.load(personal.by_hospital[hospitals[number].name])
+        own = Prompts(ids=[prompts.ids[p] for p in places], hospitals=[number] * len(places))
+        given, facts = maker.answer(own)
+        for place, one in zip(places, given, strict=True):
+            answers[place] = one
+        whole = whole.and_(facts)
+    return answers, whole
 
 
 def _baseline_answers(

@@ -68,7 +68,7 @@ class CutoffFacts(Record):
 
     names: int
     """Of the formulary."""
-    threshold: float | None
+    threshold: float | None = None
     """None: lists have a length."""
     slope: float
     intercept: float
@@ -93,6 +93,17 @@ class Generation(Record):
     """Names that UTF-8 cannot hold; in the file only where there are some."""
     cutoffs: dict[str, CutoffFacts] | None = None
     """Of scored lists, by hospital."""
+
+    def and_(self, other: "Generation") -> "Generation":
+        """Return both together, of two hospitals."""
+        both = {**(self.cutoffs or {}), **(other.cutoffs or {})}
+        return Generation(
+            seconds=round(self.seconds + other.seconds, 3),
+            tokens=self.tokens + other.tokens,
+            cut_answers=self.cut_answers + other.cut_answers,
+            escaped_names=self.escaped_names + other.escaped_names,
+            cutoffs=both or None,
+        )
 
 
 class Facts(Record):

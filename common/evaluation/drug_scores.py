@@ -13,7 +13,6 @@ Shapes: N names, P tokens of the prompt, C tokens of a pass, D width.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -105,91 +104,67 @@ def drug_scores(
     """
     scores = []
     with torch.inference_mode(), session.adapter.merged():
-        begun = _Begun(session, prompts)
         for place, prompt in enumerate(prompts):
             plan = plans(place)
-            scores.append(_probabilities(plan, begun.edge_logits(prompt, plan)))
+            scores.append(_probabilities(plan, _edge_logits(session, prompt, plan)))
             if progress:
                 progress(place + 1, len(prompts))
     return scores
 
 
-class _Begun:
-    """Keys and values of what all prompts begin with, which is run once."""
+def _edge_logits(session: "Session", prompt: Sequence[int], plan: ScorePlan) -> NDArray[np.float64]:
+    """Return the logit of every edge's token after its parent.
 
-    def __init__(self, session: "Session", prompts: Sequence[Sequence[int]]) -> None:
-        # transformers is imported when something is scored, not when help is asked for.
-        from transformers import DynamicCache
+    The first beginnings of names go with the prompt, since a pass of few tokens is mostly the
+    reading of weights.
+    """
+    # transformers is imported when something is scored, not when help is asked for.
+    from transformers import DynamicCache
 
-        from common.evaluation.slots import cache_argument
+    from common.evaluation.slots import cache_argument
 
-        self._session, self._cache = session, DynamicCache()
-        self._cache_argument = cache_argument(session.model.model)
-        self._length = _same_beginning(prompts)
-        if self._length:
-            self._run(torch.tensor(prompts[0][: self._length]))
+    device, model = session.torch_device, session.model.model
+    cache = DynamicCache()
 
-    def edge_logits(self, prompt: Sequence[int], plan: ScorePlan) -> NDArray[np.float64]:
-        """Return the logit of every edge's token after its parent.
-
-        The first beginnings of names go with the prompt, since a pass of few tokens is mostly the
-        reading of weights.
-        """
-        device, begun = self._session.torch_device, self._length
-        ids_P = torch.tensor([*prompt[begun:], *plan.trie.header])
-        own, length = len(ids_P), begun + len(ids_P)
-        logits = torch.empty(len(plan.edge_tokens), dtype=torch.float32)
-        weight_VD = self._session.model.lm_head.weight
-        tokens = plan.edge_tokens.to(device)
-        if not plan.passes:
-            last_D = self._run(ids_P)[-1]
-        for number, one in enumerate(plan.passes):
-            ids_C, positions_C = one.tokens, one.depths + (length - 1)
-            seen_CL = torch.cat(
-                [torch.ones(len(one.tokens), length, dtype=torch.bool), one.seen], dim=1
-            )
-            if number == 0:
-                ids_C = torch.cat([ids_P, ids_C])
-                positions_C = torch.cat([torch.arange(begun, length), positions_C])
-                causal_PL = torch.ones(own, seen_CL.shape[1], dtype=torch.bool).tril(begun)
-                seen_CL = torch.cat([causal_PL, seen_CL])
-            hidden_CD = self._run(
-                ids_C,
-                position_ids=positions_C[None],
-                # transformers hands a 4-D mask on as it is.
-                attention_mask=seen_CL[None, None],
-            )
-            if number == 0:
-                last_D, hidden_CD = hidden_CD[own - 1], hidden_CD[own:]
-            rows_ED = hidden_CD[one.edge_rows.to(device)]
-            logits[one.edges] = (rows_ED * weight_VD[tokens[one.edges]]).float().sum(-1).cpu()
-            self._cache.crop(-len(one.tokens))
-        self._cache.crop(-own)
-        roots = slice(0, int((plan.edge_parents == ROOT).sum()))
-        logits[roots] = (weight_VD[tokens[roots]] @ last_D).float().cpu()
-        return logits.double().numpy()
-
-    def _run(self, ids_C: Tensor, **inputs: Tensor) -> Tensor:
-        device, model = self._session.torch_device, self._session.model.model
+    def run(ids_C: Tensor, **inputs: Tensor) -> Tensor:
         named: dict[str, Any] = {name: one.to(device) for name, one in inputs.items()}
-        named[self._cache_argument] = self._cache
+        named[cache_argument(model)] = cache
         hidden: Tensor = model(
             input_ids=ids_C[None].to(device), use_cache=True, **named
         ).last_hidden_state
         return hidden[0]
 
-
-def _same_beginning(prompts: Sequence[Sequence[int]]) -> int:
-    """Return how many tokens all prompts begin with; 0 of one alone, which shares with none.
-
-    >>> _same_beginning([(5, 6, 7), (5, 6), (5, 6, 8)]), _same_beginning([(5, 6)])
-    (1, 0)
-    """
-    if len(prompts) < 2:
-        return 0
-    # Every prompt keeps a token of its own to run.
-    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
-    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    ids_P = torch.tensor([*prompt, *plan.trie.header])
+    length = len(ids_P)
+    logits = torch.empty(len(plan.edge_tokens), dtype=torch.float32)
+    weight_VD = session.model.lm_head.weight
+    tokens = plan.edge_tokens.to(device)
+    if not plan.passes:
+        last_D = run(ids_P)[-1]
+    for number, one in enumerate(plan.passes):
+        ids_C, positions_C = one.tokens, one.depths + (length - 1)
+        seen_CL = torch.cat(
+            [torch.ones(len(one.tokens), length, dtype=torch.bool), one.seen], dim=1
+        )
+        if number == 0:
+            ids_C = torch.cat([ids_P, ids_C])
+            positions_C = torch.cat([torch.arange(length), positions_C])
+            causal_PL = torch.ones(length, seen_CL.shape[1], dtype=torch.bool).tril()
+            seen_CL = torch.cat([causal_PL, seen_CL])
+        hidden_CD = run(
+            ids_C,
+            position_ids=positions_C[None],
+            # transformers hands a 4-D mask on as it is.
+            attention_mask=seen_CL[None, None],
+        )
+        if number == 0:
+            last_D, hidden_CD = hidden_CD[length - 1], hidden_CD[length:]
+        rows_ED = hidden_CD[one.edge_rows.to(device)]
+        logits[one.edges] = (rows_ED * weight_VD[tokens[one.edges]]).float().sum(-1).cpu()
+        cache.crop(-len(one.tokens))
+    roots = slice(0, int((plan.edge_parents == ROOT).sum()))
+    logits[roots] = (weight_VD[tokens[roots]] @ last_D).float().cpu()
+    return logits.double().numpy()
 
 
 def _probabilities(plan: ScorePlan, logits: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -81,6 +81,8 @@ def figures(
         part["ddi_high_priority"] = _interactions(of_model, high_priority())
         if interactions:
             part["interactions"] = _interactions(of_model, interactions)
+        if drug_map:
+            part["unmapped"] = _unmapped(of_model, drug_map)
         if len(set(compared.hospitals)) > 1:
             part |= _by_hospital(of_model, compared, drug_map)
         given = answers.get(model, ())
@@ -122,6 +124,19 @@ def _interactions(rows: Sequence[Prediction], interactions: Interactions) -> Jso
     predicted = interaction_figures([row.answer or () for row in rows], interactions)
     true = interaction_figures([row.truth for row in rows], interactions)
     return {"predicted": predicted._asdict(), "true": true._asdict()}
+
+
+def _unmapped(rows: Sequence[Prediction], drug_map: Mapping[str, tuple[str, ...]]) -> JsonValue:
+    """Return the share of names that ``data.drug-map`` lacks: each counts as itself."""
+
+    def share(lists: Sequence[Sequence[str]]) -> float | None:
+        names = [normalise_string(name) for names in lists for name in names]
+        return sum(name not in drug_map for name in names) / len(names) if names else None
+
+    return {
+        "predicted": share([row.answer or () for row in rows]),
+        "true": share([row.truth for row in rows]),
+    }
 
 
 def _by_hospital(

@@ -25,9 +25,9 @@ class LeftOut(NamedTuple):
 
     def beyond_diagnoses(self) -> dict[str, int]:
         """Return what other protocols than ``admission`` leave out, by kind; none without any."""
-        told = self._asdict()
-        del told["diagnoses"]
-        return {kind: number for kind, number in told.items() if number}
+        counts = self._asdict()
+        del counts["diagnoses"]
+        return {kind: number for kind, number in counts.items() if number}
 
 
 NOTHING = LeftOut()

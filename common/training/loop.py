@@ -90,7 +90,7 @@ def train(
     adapter = session.adapter
     optimizer = FlatOptimizer(adapter, config, state)
     losses: list[tuple[float, int]] = []
-    told = True
+    has_loss = True
     tokens = 0
     started = time.perf_counter()
     try:
@@ -110,7 +110,7 @@ def train(
             state.step = step + 1
             tokens += result.packed_tokens
             if result.loss_sum is None:
-                told = False
+                has_loss = False
             else:
                 losses.append((result.loss_sum, result.label_tokens))
             if on_step is not None:
@@ -130,7 +130,7 @@ def train(
         state.optimizer = optimizer.tensors()
     return TrainMetrics(
         steps=steps,
-        loss=_total(losses) if told else None,
+        loss=_total(losses) if has_loss else None,
         tokens=tokens,
         seconds=time.perf_counter() - started,
     )

@@ -98,5 +98,5 @@ def check_signature(
 
 
 def _statement(nonce: str, node: int, facts: Mapping[str, Any]) -> bytes:
-    told = {"nonce": nonce, "node": node, "facts": dict(facts)}
-    return b"fedrx handshake " + json.dumps(told, sort_keys=True).encode()
+    signed = {"nonce": nonce, "node": node, "facts": dict(facts)}
+    return b"fedrx handshake " + json.dumps(signed, sort_keys=True).encode()

@@ -5,11 +5,12 @@ from typing import Any
 
 from rich.console import Console
 
+from client.personal import own_b, with_own
 from common.config import Config
 from common.configio import changed_freely
 from common.data.dataset import Dataset, open_hospitals
 from common.errors import UserError
-from common.evaluation.answers import B, choose_cases, evaluate_answers
+from common.evaluation.answers import B, Personal, choose_cases, evaluate_answers
 from common.evaluation.answers_file import Evaluation, Facts
 from common.model.session import Session
 from common.rundir import RunDirectory
@@ -75,7 +76,10 @@ def evaluate_run(
         if console is not None:
             console.print(f"{error}: all is answered anew", style="yellow", markup=False)
     beside = known if known and known.facts.way == way else None
-    adapters: dict[str, B | None] = {"fedrx": last.b, "untrained": None}
+    adapters: dict[str, B | Personal | None] = {"fedrx": last.b, "untrained": None}
+    own = personal_b(run, last.b, [one.name for one in data.hospitals])
+    if own:
+        adapters["personal"] = own
     if loaded.name != last.name:
         adapters = {loaded.name: loaded.b} if beside else {**adapters, loaded.name: loaded.b}
     cases = len(choose_cases(data.hospitals, samples=settings.samples, seed=settings.seed))
@@ -99,6 +103,17 @@ def evaluate_run(
     summary = {"source": data.source, **run.read_json("summary.json"), **curve}
     (beside.beside(found) if beside else found).write(run, summary)
     return summary
+
+
+def personal_b(run: RunDirectory, b: B, hospitals: Iterable[str]) -> Personal | None:
+    """Return B_global + B_own of every hospital, as this machine has them; None if it has none.
+
+    One that was never asked has no own B, and answers with the global one.
+    """
+    own = {name: own_b(run.path / "hospitals" / name) for name in hospitals}
+    if not any(own.values()):
+        return None
+    return Personal({name: with_own(b, one) for name, one in own.items()})
 
 
 def reopen(

@@ -4,9 +4,11 @@ It is measured after training, with what every round has released already, on ad
 synthetic source that no hospital has: nothing of a hospital is read for it, so no epsilon is spent.
 """
 
+from dataclasses import replace
+
 from rich.console import Console
 
-from common.config import Config, DataConfig
+from common.config import Config
 from common.data.prepare import load_samples
 from common.data.samples import Admission
 from common.data.synthetic.source import PATH
@@ -27,12 +29,8 @@ def public_admissions(config: Config) -> tuple[tuple[Admission, ...], int]:
     A run on synthetic data trains on patients of another seed.
     """
     count, seed = config.evaluation.public_validation, config.data.synthetic_seed + 1
-    data = DataConfig(
-        path=PATH,
-        synthetic_patients=max(FEWEST_PATIENTS, count),
-        synthetic_seed=seed,
-        drop_flushes=config.data.drop_flushes,
-    )
+    patients = max(FEWEST_PATIENTS, count)
+    data = replace(config.data, path=PATH, synthetic_patients=patients, synthetic_seed=seed)
     return load_samples(data).admissions[:count], seed
 
 

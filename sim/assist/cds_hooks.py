@@ -70,7 +70,7 @@ class Suggester(Protocol):
     """What the services need of ``sim.assist.suggest.Assistant``."""
 
     @property
-    def surroundings(self) -> Any:
+    def reference(self) -> Any:
         """Titles and codes to look up."""
 
     @property
@@ -181,9 +181,9 @@ def answer(
         BadResource: in one line without the request's content, before the model begins.
     """
     request, context = read_request(service, body)
-    chart = chart_of(request, context, suggester.surroundings.index, today)
+    chart = chart_of(request, context, suggester.reference.index, today)
     try:
-        patient = read_form(chart.form, suggester.surroundings.index)
+        patient = read_form(chart.form, suggester.reference.index)
     except FormProblems as problems:
         return [card("No drugs are suggested", [*problems.problems.values(), *chart.notes])]
     free = answering.acquire(blocking=False)

@@ -27,7 +27,7 @@ from common.errors import UserError
 from common.files import json_line, utf8, writable
 from sim.assist.cds_hooks import LARGEST_BODY_BYTES, PREFIX
 from sim.assist.patient_form import FormProblems, PatientRequest, read_form
-from sim.assist.suggest import Suggestion, Surroundings
+from sim.assist.suggest import ReferenceData, Suggestion
 from sim.report.page import render
 
 HOST = "127.0.0.1"
@@ -51,7 +51,7 @@ class Suggester(Protocol):
     """What the page needs of ``sim.assist.suggest.Assistant``."""
 
     @property
-    def surroundings(self) -> Surroundings:
+    def reference(self) -> ReferenceData:
         """Titles to search and admissions to compare."""
 
     def suggest(self, request: PatientRequest) -> Suggestion:
@@ -59,7 +59,7 @@ class Suggester(Protocol):
 
 
 @dataclass(kw_only=True)
-class Desk:
+class PageState:
     """The state of one page: what it was asked, and where decisions go."""
 
     suggester: Suggester
@@ -122,16 +122,16 @@ _WRONG_DECISION = {
 }
 
 
-def make_app(desk: Desk, *, port: int, services: APIRouter | None = None) -> FastAPI:
+def make_app(state: PageState, *, port: int, services: APIRouter | None = None) -> FastAPI:
     """Return the page's application.
 
     Args:
-        desk: Its state.
+        state: Its state.
         port: Where it is served, for the check of hosts and origins.
         services: For hospital systems, from ``sim.assist.cds_hooks``.
     """
     app = FastAPI(title="FedRx assist", docs_url=None, redoc_url=None, openapi_url=None)
-    app.include_router(_routes(desk, cookie_name(port)))
+    app.include_router(_routes(state, cookie_name(port)))
     if services:
         app.include_router(services)
     # Starlette's own check of hosts leaves the port out: this one is exact.
@@ -141,7 +141,7 @@ def make_app(desk: Desk, *, port: int, services: APIRouter | None = None) -> Fas
     async def guard(
         request: Request, proceed: Callable[[Request], Awaitable[Response]]
     ) -> Response:
-        refusal = _refusal(request, hosts, cookie_name(port), desk.secret)
+        refusal = _refusal(request, hosts, cookie_name(port), state.secret)
         response = refusal if refusal is not None else await proceed(request)
         response.headers.update(_HEADERS)
         return response
@@ -162,18 +162,18 @@ def make_app(desk: Desk, *, port: int, services: APIRouter | None = None) -> Fas
     return app
 
 
-def _routes(desk: Desk, cookie: str) -> APIRouter:
-    router, index = APIRouter(), desk.suggester.surroundings.index
+def _routes(state: PageState, cookie: str) -> APIRouter:
+    router, index = APIRouter(), state.suggester.reference.index
     page = render(
         "assist.html",
         styles=("base.css", "assist.css"),
         script="assist.js",
         data={
-            **desk.about,
+            **state.about,
             "titles": index.origin,
-            "support": desk.suggester.surroundings.note,
-            "supported": desk.suggester.surroundings.support is not None,
-            "decisions": str(desk.decisions),
+            "support": state.suggester.reference.note,
+            "supported": state.suggester.reference.support is not None,
+            "decisions": str(state.decisions),
         },
         connect="'self'",
     )
@@ -182,7 +182,7 @@ def _routes(desk: Desk, cookie: str) -> APIRouter:
     async def show(request: Request) -> Response:
         if "token" in request.query_params:
             response: Response = RedirectResponse("/", status_code=303)
-            response.set_cookie(cookie, desk.secret, httponly=True, samesite="strict", path="/")
+            response.set_cookie(cookie, state.secret, httponly=True, samesite="strict", path="/")
             return response
         return HTMLResponse(page)
 
@@ -194,23 +194,23 @@ def _routes(desk: Desk, cookie: str) -> APIRouter:
     @router.post("/api/suggest")
     async def suggest(form: dict[str, object]) -> dict[str, Any]:
         patient = read_form(form, index)
-        suggestion = await run_in_threadpool(desk.suggester.suggest, patient)
-        return {"id": desk.remember(patient, suggestion), **suggestion.as_dict()}
+        suggestion = await run_in_threadpool(state.suggester.suggest, patient)
+        return {"id": state.remember(patient, suggestion), **suggestion.as_dict()}
 
     @router.post("/api/decision")
     async def decide(decision: Decision) -> dict[str, object]:
-        asked = desk.asked.get(decision.id)
+        asked = state.asked.get(decision.id)
         if asked is None:
             raise FormProblems({"decision": _WRONG_DECISION["id"]})
         record = decision_record(*asked, decision)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         try:
-            append_private(desk.decisions, {"time": now, **desk.about, **record})
+            append_private(state.decisions, {"time": now, **state.about, **record})
         except OSError as error:
             text = f"The decision could not be stored: {error.strerror}."
             raise FormProblems({"decision": text}) from None
-        del desk.asked[decision.id]
-        return {"stored": str(desk.decisions), "escaped_texts": decision.escaped_texts}
+        del state.asked[decision.id]
+        return {"stored": str(state.decisions), "escaped_texts": decision.escaped_texts}
 
     return router
 
@@ -274,14 +274,14 @@ def open_socket(port: int) -> socket.socket:
 
 
 def make_server(
-    desk: Desk, listening: socket.socket, *, services: APIRouter | None = None
+    state: PageState, listening: socket.socket, *, services: APIRouter | None = None
 ) -> uvicorn.Server:
     """Return the server of the page (and of ``services``); nothing that is sent is logged.
 
     Its ``run(sockets=[listening])`` serves until Ctrl-C.
     """
     config = uvicorn.Config(
-        make_app(desk, port=listening.getsockname()[1], services=services),
+        make_app(state, port=listening.getsockname()[1], services=services),
         log_level="warning",
         access_log=False,
         # X-Forwarded-For and its like are believed by default: there is no proxy here.
@@ -292,16 +292,16 @@ def make_server(
     return uvicorn.Server(config)
 
 
-def address(desk: Desk, listening: socket.socket) -> str:
+def address(state: PageState, listening: socket.socket) -> str:
     """Return the address with the secret, for the person who started it."""
-    return f"http://{HOST}:{listening.getsockname()[1]}/?token={desk.secret}"
+    return f"http://{HOST}:{listening.getsockname()[1]}/?token={state.secret}"
 
 
-def service_lines(desk: Desk, listening: socket.socket) -> list[str]:
+def service_lines(state: PageState, listening: socket.socket) -> list[str]:
     """Return where hospital systems find the services, and the token that they send."""
     return [
         f"CDS Hooks 2.0: http://{HOST}:{listening.getsockname()[1]}{PREFIX}",
-        f"Authorization: Bearer {desk.secret}",
+        f"Authorization: Bearer {state.secret}",
     ]
 
 

@@ -105,7 +105,7 @@ class Suggestion:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Surroundings:
+class ReferenceData:
     """What is known around a run without its model: titles to search, admissions to compare."""
 
     index: DiagnosisIndex
@@ -122,7 +122,7 @@ class Assistant:
     Args:
         run: Whose adapter.
         config: Of the run, see ``assistant_config``.
-        surroundings: See ``surroundings_of``.
+        reference: See ``reference_of``.
         checkpoint: Name; default the last.
 
     Raises:
@@ -134,19 +134,19 @@ class Assistant:
         run: RunDirectory,
         config: Config,
         *,
-        surroundings: Surroundings,
+        reference: ReferenceData,
         checkpoint: str | None = None,
     ) -> None:
         loaded = run.load_checkpoint(checkpoint)
         self.checkpoint = loaded.name
-        self.surroundings = surroundings
+        self.reference = reference
         self._interactions = warned_of(config.evaluation.interactions)
         self._session = Worker().session(config)
         inputs = run.inputs()
         _require_same("the backbone", self._session.spec.fingerprint, inputs.backbone)
         _require_same("A", self._session.adapter.a_fingerprint, inputs.a)
         self._session.adapter.load(loaded.b)
-        self._lister = Lister(self._session, config, surroundings.data)
+        self._lister = Lister(self._session, config, reference.data)
         self._one_at_a_time = threading.Lock()
 
     @property
@@ -160,7 +160,7 @@ class Assistant:
         with self._one_at_a_time:
             listed = self._lister.list_drugs(request.admission())
         names = listed.names or ()
-        index, orders = self.surroundings.support, self.surroundings.orders
+        index, orders = self.reference.support, self.reference.orders
         supports: Sequence[Support | None] = (
             index.support(request.codes, names) if index else [None] * len(names)
         )
@@ -188,14 +188,14 @@ class Assistant:
 
     def _warnings(self, request: PatientRequest, listed: ListedDrugs) -> Iterator[str]:
         free = [diagnosis.title for diagnosis in request.diagnoses if not diagnosis.code]
-        origin = self.surroundings.index.origin
+        origin = self.reference.index.origin
         for code in filter(_CODE.fullmatch, free):
             yield f"{code} looks like a code, but is not in {origin}: it was read as free text."
         if words := [text for text in free if not _CODE.fullmatch(text)]:
             yield f"Not recognised in {origin}, and read as free text: {'; '.join(words)}."
         if listed.names is None:
             yield "The model's answer was not a drug list."
-        elif self.surroundings.orders is None:
+        elif self.reference.orders is None:
             yield "No orders are at hand: a name may be one that no hospital ever ordered."
         yield from interaction_lines(interacting(listed.names or (), self._interactions))
         if listed.dropped_diagnoses:
@@ -218,9 +218,9 @@ def interaction_lines(found: Iterable[Interaction]) -> Iterator[str]:
         yield f"{what}: {'; '.join(by_reason[reason])}."
 
 
-def surroundings_of(
+def reference_of(
     config: Config, *, load: Callable[[Config], Dataset] = open_hospitals
-) -> Surroundings:
+) -> ReferenceData:
     """Look for the run's data; without it, the public titles serve and there is no support.
 
     Args:
@@ -229,10 +229,12 @@ def surroundings_of(
     """
     try:
         data = load(config)
-    except UserError:
+    except UserError as error:
         index = DiagnosisIndex(public_diagnoses(), frequency={}, origin="the public ICD-10-CM")
-        note = "The run's tables are not on this machine: no support from similar admissions."
-        return Surroundings(index=index, support=None, note=note)
+        place = Path(config.data.path).expanduser()
+        why = f"cannot be used ({error})" if place.exists() else "are not on this machine"
+        note = f"The run's tables {why}: no support from similar admissions."
+        return ReferenceData(index=index, support=None, note=note)
     train = data.train
     known = [
         Diagnosis(title=title, code=code)
@@ -248,7 +250,7 @@ def surroundings_of(
         f"Support: among the most similar of {len(train):,} admissions of {places} "
         f"({data.source} data), by coded diagnoses."
     )
-    return Surroundings(
+    return ReferenceData(
         index=index, support=SupportIndex(train), note=note, data=data, orders=Orders(train)
     )
 
@@ -269,17 +271,17 @@ def assistant_config(run: RunDirectory, overrides: Iterable[str] = ()) -> Config
     return replace(changed, evaluation=replace(changed.evaluation, batch_size=1))
 
 
-def within_formulary(config: Config, surroundings: Surroundings, asked: Iterable[str]) -> Config:
+def within_formulary(config: Config, reference: ReferenceData, asked: Iterable[str]) -> Config:
     """Return the configuration, lists held to the formulary unless the user or the run decided.
 
     Args:
         config: See ``assistant_config``.
-        surroundings: Whether orders are at hand.
+        reference: Whether orders are at hand.
         asked: The user's overrides.
     """
     settings = config.evaluation
     decided = any(one.startswith(("evaluation.method", "evaluation.decoding")) for one in asked)
-    at_hand = surroundings.orders is not None or settings.formulary
+    at_hand = reference.orders is not None or settings.formulary
     if decided or settings.method != "generate" or settings.decoding != "greedy" or not at_hand:
         return config
     return replace(config, evaluation=replace(settings, decoding="formulary"))
@@ -321,7 +323,7 @@ def show_suggestion(
     run: RunDirectory,
     request: PatientRequest,
     suggestion: Suggestion,
-    surroundings: Surroundings,
+    reference: ReferenceData,
 ) -> None:
     """Show one list on the terminal."""
     measures = [f"{request.height_cm:g} cm"] if request.height_cm else []
@@ -347,7 +349,7 @@ def show_suggestion(
         title = f"{len(suggestion.drugs)} suggested drugs"
         note = f"Why it ends there: {suggestion.ends}."
         blocks.append(Block(title=title, headers=headers, rows=rows, note=note))
-    show_blocks(console, [*blocks, Block(note=f"{surroundings.note} Run: {run.path.name}.")])
+    show_blocks(console, [*blocks, Block(note=f"{reference.note} Run: {run.path.name}.")])
 
 
 def _require_same(what: str, found: str, recorded: str) -> None:

@@ -101,7 +101,7 @@ class Audit(Kind):
     def __init__(self, canaries: int) -> None:
         self.canaries = canaries
 
-    def settle(self, config: Config) -> Config:
+    def resolve(self, config: Config) -> Config:
         """Refuse a configuration without anything to audit; calibrate its noise."""
         if protects(config) and not is_private(config):
             raise UserError(

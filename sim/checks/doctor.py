@@ -15,7 +15,7 @@ import torch
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from client.bundle import check_installation
 from client.policy import POLICY, describe, read_policy
@@ -89,7 +89,8 @@ def _asked(name: str, check: Callable[[], str], fix: str) -> Finding:
 
 def show_findings(console: Console, findings: list[Finding]) -> None:
     """Print the findings as a table."""
-    table = Table("check", "", "found", "fix")
+    # What is to be typed is shown whole: where a column is too narrow, it goes over the line.
+    table = Table("check", "", *(Column(name, overflow="fold") for name in ("found", "fix")))
     for one in findings:
         table.add_row(one.check, MARKS[one.state], escape(one.found), escape(one.fix))
     console.print(table)

@@ -237,7 +237,7 @@ def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder of the comparison of several runs, or of the bundle."),
+        typer.Option("--out", help="Where the comparison, bundle or checklist goes."),
     ] = None,
     bundle: Annotated[
         bool,
@@ -277,11 +277,15 @@ def _write_for_a_paper(
         raise UserError(
             "--bundle and --tripod-llm are of one run", fix="name one run, or run it once for each"
         )
+    if bundle and tripod_llm and out:
+        raise UserError(
+            "--out names one place, and --bundle and --tripod-llm need two", fix="run it twice"
+        )
     console = console_for(False)
     if bundle:
         console.print(f"bundle: {write_bundle(runs[0], out)}", markup=False, highlight=False)
     if tripod_llm:
-        console.print(f"checklist: {write_checklist(runs[0])}", markup=False, highlight=False)
+        console.print(f"checklist: {write_checklist(runs[0], out)}", markup=False, highlight=False)
 
 
 @app.command()

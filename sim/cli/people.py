@@ -1,5 +1,6 @@
 """The verbs about people and their judge: judge, review, suggest, assist."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,7 +79,12 @@ def judge(
         show_estimate(console, figures)
         print_json(figures, json_output)
         return
-    with after_training(directory, "the judge", "fedrx judge"):
+    again = ["fedrx", "judge"]
+    again += [word for key in overrides for word in ("--set", key)]
+    again += [word for name in models or () for word in ("--list-by", name)]
+    again += ["--agreement-host", agreement_host] if agreement_host else []
+    again += ["--agreement", agreement] if agreement else []
+    with after_training(directory, "the judge", shlex.join(again)):
         result = ask_judge(directory, prepared, console=console)
     _renew_report(directory)
     print_json(result, json_output)
@@ -154,8 +160,8 @@ def suggest(
         Assistant,
         assistant_config,
         find_run,
+        reference_of,
         show_suggestion,
-        surroundings_of,
         within_formulary,
     )
 
@@ -164,18 +170,18 @@ def suggest(
     console = console_for(json_output)
     if run is None:
         console.print(f"run: {directory.path}", style="dim", markup=False, highlight=False)
-    surroundings = surroundings_of(config)
-    config = within_formulary(config, surroundings, set_ or ())
+    reference = reference_of(config)
+    config = within_formulary(config, reference, set_ or ())
     form = {"sex": sex, "age": age, "height": height, "weight": weight, "diagnoses": diagnosis}
     try:
-        request = read_form(form, surroundings.index)
+        request = read_form(form, reference.index)
     except FormProblems as error:
         raise UserError(
             str(error), fix="for instance --sex F --age 71 --height 165 --weight 80 -d I50.9 -d I10"
         ) from None
-    assistant = Assistant(directory, config, surroundings=surroundings, checkpoint=checkpoint)
+    assistant = Assistant(directory, config, reference=reference, checkpoint=checkpoint)
     suggestion = assistant.suggest(request)
-    show_suggestion(console, directory, request, suggestion, surroundings)
+    show_suggestion(console, directory, request, suggestion, reference)
     print_json({"patient": request.as_dict(), **suggestion.as_dict()}, json_output)
 
 
@@ -194,13 +200,20 @@ def assist(
     """Serve the assist page on this machine alone (research only, not for clinical use)."""
     from sim.assist.cds_hooks import routes_of_run
     from sim.assist.chart import require_fhir
-    from sim.assist.server import DECISIONS, Desk, address, make_server, open_socket, service_lines
+    from sim.assist.server import (
+        DECISIONS,
+        PageState,
+        address,
+        make_server,
+        open_socket,
+        service_lines,
+    )
     from sim.assist.suggest import (
         Assistant,
         about_run,
         assistant_config,
         find_run,
-        surroundings_of,
+        reference_of,
         within_formulary,
     )
 
@@ -213,25 +226,25 @@ def assist(
         console.print(f"run: {directory.path}", style="dim", markup=False, highlight=False)
     listening = open_socket(port)
     console.print("loading the model ...", style="dim")
-    surroundings = surroundings_of(config)
-    config = within_formulary(config, surroundings, set_ or ())
-    assistant = Assistant(directory, config, surroundings=surroundings, checkpoint=checkpoint)
-    desk = Desk(
+    reference = reference_of(config)
+    config = within_formulary(config, reference, set_ or ())
+    assistant = Assistant(directory, config, reference=reference, checkpoint=checkpoint)
+    state = PageState(
         suggester=assistant,
         decisions=(log or directory.path / DECISIONS).absolute(),
         about=about_run(directory, config, assistant.checkpoint),
     )
     lines: list[Any] = [
         "Research only, not for clinical use. Open in a browser on this machine:",
-        address(desk, listening),
-        f"decisions: {desk.decisions}",
+        address(state, listening),
+        f"decisions: {state.decisions}",
     ]
     services = None
     if cds_hooks:
         services = routes_of_run(assistant, config)
-        lines += service_lines(desk, listening)
+        lines += service_lines(state, listening)
     console.print("\n".join([*lines, "Ctrl-C stops."]), markup=False, highlight=False)
-    make_server(desk, listening, services=services).run(sockets=[listening])
+    make_server(state, listening, services=services).run(sockets=[listening])
 
 
 def _renew_report(run: RunDirectory) -> None:

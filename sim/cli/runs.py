@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from common.configio import read_config
+from common.errors import UserError
 from sim.cli.options import (
     BackendOption,
     ConfigArgument,
@@ -135,11 +136,31 @@ def export(
     base_model: Annotated[
         str, typer.Option("--base-model", help="Hub id of a backbone that is a local folder.")
     ] = "",
+    personal: Annotated[
+        str, typer.Option("--personal", help="Hospital whose own B is added; no epsilon covers it.")
+    ] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask about --personal.")] = False,
 ) -> None:
     """Write the trained adapter for others to load, with a model card."""
     from sim.runs.export import export_run
 
+    if personal and not yes:
+        _ask(personal)
     folder = export_run(
-        open_run(run), target, checkpoint=checkpoint, layout=layout, base_model=base_model
+        open_run(run),
+        target,
+        checkpoint=checkpoint,
+        layout=layout,
+        base_model=base_model,
+        personal=personal,
     )
     console_for(False).print(f"{layout}: {folder}", markup=False, highlight=False)
+
+
+def _ask(hospital: str) -> None:
+    """Let a person agree that a personal adapter is written."""
+    what = f"The own B of {hospital} was trained without noise and is for {hospital} alone."
+    if not sys.stdin.isatty():
+        raise UserError(f"--personal: {what}", allowed="a person's yes", fix="add --yes")
+    if not typer.confirm(f"{what} Write it?"):
+        raise UserError("nothing was written", fix="leave --personal out, or say yes")

@@ -220,8 +220,8 @@ def run_flower(
                 *(run.path, f"Flower ended the run {state}", log.stdout, link.log()),
                 otherwise=details,
             )
-            told = run.status().get("error")
-            raise RunFailed(told) if told else failure
+            reason = run.status().get("error")
+            raise RunFailed(reason) if reason else failure
 
 
 def stop(process: subprocess.Popen[bytes], run: Path) -> None:

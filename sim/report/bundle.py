@@ -5,15 +5,17 @@ weights, no times, no folders of this machine, no reviewers' names. Before anyth
 every text is checked for what looks like an id or a date.
 """
 
+import datetime
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from common.config import Config
 from common.configio import flatten, from_flat, to_toml
 from common.data.handling import CREDENTIALED, handling_of
+from common.data.sources import identifiers_of
 from common.errors import UserError
 from common.files import json_document, json_line, new_folder, write_text
 from common.privacy.settings import is_private
@@ -43,20 +45,29 @@ _PLACES = (
     *("run.tracker-url", "run.tracker-agreement", "judge.base-url"),
 )
 """Keys that name folders, servers and agreements: the bundle has their defaults."""
-_ID = re.compile(r"(?<![\w.])[1-3]\d{7}(?![\w.])")
-"""As MIMIC-IV's patients (1...), admissions (2...) and stays (3...) are numbered."""
+_LICENSE = {
+    "name": "The authors of the run decide",
+    "description": "No license is given with this bundle. FedRx itself is under Apache-2.0; the "
+    "data that the figures are of has terms of its own, which bind whoever publishes them.",
+}
 _DATE = re.compile(
     r"(?<!\d)(?:(?:19|2[01])\d\d[-/]\d{1,2}[-/]\d{1,2}|\d{1,2}[-./]\d{1,2}[-./](?:19|2[01])\d\d)(?!\d)"
 )
 
 
-def write_bundle(run: RunDirectory, target: Path | None = None) -> Path:
+def write_bundle(
+    run: RunDirectory,
+    target: Path | None = None,
+    *,
+    today: Callable[[], datetime.date] = datetime.date.today,
+) -> Path:
     """Write a run's bundle.
 
     Args:
         run: A run with figures.
         target: Folder to write; default ``bundle`` in the run directory. An earlier bundle there
             is replaced.
+        today: The day of publication.
 
     Returns:
         The folder.
@@ -66,12 +77,15 @@ def write_bundle(run: RunDirectory, target: Path | None = None) -> Path:
             folder holds something else, or the package rocrate is not installed.
     """
     try:
+        from rocrate.model.contextentity import ContextEntity
         from rocrate.rocrate import ROCrate
     except ImportError:
         raise UserError("--bundle needs the package rocrate", fix=pip_install("rocrate")) from None
     folder = (target or run.path / FOLDER).expanduser().absolute()
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if folder.exists() and names and not (METADATA in names and names <= {METADATA, *_TITLES}):
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file", allowed="a folder", fix="name another with --out")
+    if names and not (METADATA in names and names <= {METADATA, *_TITLES}):
         raise UserError(
             f"{folder} holds something else",
             allowed="a new or empty folder, or an earlier bundle",
@@ -81,6 +95,10 @@ def write_bundle(run: RunDirectory, target: Path | None = None) -> Path:
     source = run.summary().source or CREDENTIALED
     crate = ROCrate()
     crate.name = "A FedRx run"
+    crate.root_dataset["datePublished"] = today().isoformat()
+    crate.root_dataset["license"] = crate.add(
+        ContextEntity(crate, "#license", properties={"@type": "CreativeWork", **_LICENSE})
+    )
     crate.description = (
         "Configuration, environment and figures of one run of FedRx, without patient rows, answers "
         f"or weights. Research only, not for clinical use. {handling_of(source).report}"
@@ -121,13 +139,14 @@ def contents(run: RunDirectory) -> dict[str, str]:
     if keys["data.path"] != "synthetic":
         keys["data.path"] = "DATA"
     keys |= {key: flatten(Config())[key] for key in _PLACES}
+    ids = re.compile(rf"(?<![\w.])(?:{identifiers_of(run.config().data)})(?![\w.])")
     config = to_toml(from_flat(keys), heading="Of a bundle: data.path is yours to fill in.")
     # Its numbers are no ids: a seed may be a day's date.
-    _check("config.toml", _texts(keys))
+    _check("config.toml", _texts(keys), ids)
     files = {"config.toml": config}
     for name, values in documents.items():
         if any(values):
-            _check(name, _texts(values))
+            _check(name, _texts(values), ids)
             files[name] = (
                 "".join(map(json_line, values)) if name.endswith("l") else json_document(values[0])
             )
@@ -158,9 +177,9 @@ def _texts(value: Any) -> Iterator[str]:
         yield value
 
 
-def _check(name: str, texts: Any) -> None:
+def _check(name: str, texts: Any, ids: re.Pattern[str]) -> None:
     for text in texts:
-        for what, pattern in (("an id", _ID), ("a date", _DATE)):
+        for what, pattern in (("an id", ids), ("a date", _DATE)):
             if pattern.search(text):
                 raise UserError(
                     f"the bundle's {name} would hold what looks like {what}: nothing was written",

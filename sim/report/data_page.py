@@ -35,21 +35,26 @@ def write_page(description: Description, folder: Path) -> Path:
     Returns:
         The page's path.
     """
-    figures = {
-        "hospital-sizes": ("Hospital sizes", sizes_figure(description.hospitals)),
-        "top-drugs": ("Top drugs by hospital", drugs_figure(description.hospitals)),
-        "list-lengths": ("List lengths", lists_figure(description.hospitals)),
+    hospitals, lengths = description.hospitals, description.lengths
+    titled = {
+        "Hospital sizes and top drugs": {
+            "hospital-sizes": sizes_figure(hospitals),
+            "top-drugs": drugs_figure(hospitals),
+        },
+        "Lengths of lists and of prompts": {
+            "list-lengths": lists_figure(hospitals),
+            **({"token-lengths": tokens_figure(lengths)} if lengths is not None else {}),
+        },
     }
-    if description.lengths is not None:
-        figures["token-lengths"] = ("Token lengths", tokens_figure(description.lengths))
     folder.mkdir(parents=True, exist_ok=True)
     blocks = [
         Block(note=_NOTICE.format(source=description.data["source"]), warning=True),
         *description_blocks(description),
     ]
-    for name, (title, figure) in figures.items():
-        write_bytes(folder / f"{name}.png", rendered(figure, "png"))
-        blocks.append(Block(title=title, svgs=(inline_svg(figure),)))
+    for title, figures in titled.items():
+        for name, figure in figures.items():
+            write_bytes(folder / f"{name}.png", rendered(figure, "png"))
+        blocks.append(Block(title=title, svgs=tuple(map(inline_svg, figures.values()))))
     data = description.data
     page, title = folder / "index.html", f"{data['samples']:,} samples of {data['patients']:,}"
     write_text(page, to_html(f"Data: {title} patients", blocks))

@@ -33,6 +33,7 @@ def ranking_blocks(summary: Summary) -> list[Block]:
         *_rankings(summary, metrics),
         *_by_hospital(summary, metrics),
         *_interactions(summary, metrics),
+        *_unmapped(summary, metrics),
     ]
 
 
@@ -125,6 +126,19 @@ def _by_hospital(summary: Summary, metrics: Mapping[str, Mapping[str, Any]]) -> 
             rows=tuple(rows),
         )
     ]
+
+
+def _unmapped(summary: Summary, metrics: Mapping[str, Mapping[str, Any]]) -> list[Block]:
+    rows = tuple(
+        (model_name(model, summary), number(told["predicted"]), number(told["true"]))
+        for model, one in metrics.items()
+        if (told := one.get("unmapped"))
+    )
+    note = "Share of the names; each of these counts as itself, and is equal to no code."
+    title = "Names that data.drug-map does not hold"
+    return [Block(title=title, note=note, headers=("", "listed", "ordered"), rows=rows)] * bool(
+        rows
+    )
 
 
 def _interactions(summary: Summary, metrics: Mapping[str, Mapping[str, Any]]) -> list[Block]:

@@ -24,6 +24,7 @@ from sim.report.what_ran import settings, what_ran
 from sim.report.words import (
     COLUMNS,
     NOTICE,
+    PERSONAL_NOTE,
     RANDOM_WEIGHTS,
     figure,
     matrices,
@@ -78,6 +79,7 @@ def run_blocks(run: RunDirectory) -> list[Block]:
         *_losses(run, summary),
         *_metrics(summary),
         *ranking_blocks(summary),
+        *([Block(note=PERSONAL_NOTE, warning=True)] if "personal" in summary.metrics else []),
         _hospitals(run, summary),
         *_privacy(run, summary),
         what_ran(config, summary),
@@ -157,8 +159,8 @@ def _losses(run: RunDirectory, summary: Summary) -> list[Block]:
         where = f"on {public.samples} made-up admissions that no hospital has"
         curves.append((where, events, "loss on made-up patients"))
         notes = (
-            " The last was measured after training, with what every round had released: no "
-            "hospital's data is read for it, and it costs no privacy."
+            " That on made-up ones was measured after training, with what every round had "
+            "released: no hospital's data is read for it, and it costs no privacy."
         )
     shown = [(where, loss_svg(events, label)) for where, events, label in curves if events]
     if not shown:

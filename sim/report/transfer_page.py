@@ -38,12 +38,11 @@ def write_transfer_page(
         Block(note=f"{NOTICE} {handling_of(source).report}", warning=True),
         Block(note=_lead(measures), lead=True),
     ]
+    note = f"{NOTE} {seeds} seed(s)."
     for name, one in measures.items():
         title = f"What a hospital gains: {name}"
-        rows = tuple(_rows(one))
-        blocks.append(
-            Block(title=title, note=f"{NOTE} {seeds} seed(s).", headers=HEADERS, rows=rows)
-        )
+        blocks.append(Block(title=title, note=note, headers=HEADERS, rows=tuple(_rows(one))))
+        note = ""
     blocks += [_worst(measures), _maps(measures), *_curves(measures)]
     return write_page(page, "FedRx: what federation is worth", blocks)
 
@@ -51,9 +50,14 @@ def write_transfer_page(
 def show_transfer(console: Console, measures: Mapping[str, Measured]) -> None:
     """Print a table for each metric."""
     for name, one in measures.items():
-        table = Table(*HEADERS, title=name)
-        for row in _rows(one):
-            table.add_row(*row)
+        table = Table(title=name)
+        for header in HEADERS:
+            table.add_column(header, overflow="fold")
+        for at in one.hospitals:
+            levels = [number(v.value if v else None) for v in (at.alone, at.together, at.absent)]
+            gains = [told(v, signed=True).partition(" ±")[0] for v in (at.gain, at.presence)]
+            cells = (*levels[:2], gains[0], levels[2], gains[1])
+            table.add_row(at.hospital, str(at.patients), *cells)
         console.print(table)
     console.print(_lead(measures), markup=False, highlight=False)
 
@@ -62,14 +66,14 @@ def told(value: Value | None, *, signed: bool = False) -> str:
     """Format a value with both intervals.
 
     >>> told(Value(value=0.5, low=0.4, high=0.6, over_seeds=0.01)), told(None)
-    ('0.500 (0.400–0.600) ±0.010', '–')
+    ('0.500 (0.400 to 0.600) ±0.010', '–')
     """
     if value is None:
         return "–"
     sign = "+" if signed else ""
     text = f"{value.value:{sign}.3f}"
     if value.low is not None and value.high is not None:
-        text += f" ({value.low:{sign}.3f}–{value.high:{sign}.3f})"
+        text += f" ({value.low:{sign}.3f} to {value.high:{sign}.3f})"
     return text if value.over_seeds is None else f"{text} ±{value.over_seeds:.3f}"
 
 

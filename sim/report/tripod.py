@@ -1,16 +1,17 @@
 """``fedrx report --tripod-llm``: the reporting checklist, filled with what a run knows.
 
 Items are numbered as in Gallifant et al., "The TRIPOD-LLM reporting guideline for studies using
-large language models", Nature Medicine 31, 60-69 (2025), doi 10.1038/s41591-024-03425-5; their
-wording here is ours and short: authors read the guideline. What only people know is left to the
-"author".
+large language models", Nature Medicine 31, 60-69 (2025), doi 10.1038/s41591-024-03425-5: 19 main
+items on 49 numbered lines (its abstract counts 50 subitems; the items of its separate checklist for
+abstracts, item 2, are not among them). The wording here is ours and short: authors read the
+guideline. What only people know is left to the "author".
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from common.config import Config
+from common.config import OWN_TEXT, Config
 from common.data.handling import CREDENTIALED
 from common.data.protocols import ADMISSION, ASKED, FIRST_24H, system_prompt
 from common.files import write_text
@@ -79,11 +80,14 @@ def write_checklist(run: RunDirectory, target: Path | None = None) -> Path:
 
     Args:
         run: A run with figures.
-        target: File to write; default ``tripod-llm.md`` in the run directory.
+        target: File to write, or a folder for it; default the run directory.
 
     Returns:
         The file.
     """
+    named = (target or run.path).expanduser().absolute()
+    file = named / FILE if named.is_dir() else named
+    file.parent.mkdir(parents=True, exist_ok=True)
     known = answers(run.config(), run.summary())
     lines = [
         "# TRIPOD-LLM",
@@ -99,7 +103,6 @@ def write_checklist(run: RunDirectory, target: Path | None = None) -> Path:
         ),
         "",
     ]
-    file = target or run.path / FILE
     write_text(file, "\n".join(lines))
     return file
 
@@ -125,7 +128,6 @@ def answers(config: Config, summary: Summary) -> dict[str, str]:
         "7a": "precision, recall, Jaccard and F1 of drug sets per admission, share of answers in "
         "the format; intervals by bootstrap over patients",
         "7c": f"{_outcome(data.protocol)}; predictions as in 6c, metrics as in 7a",
-        "9a": "one fixed prompt, not tuned",
         "9b": "none",
         "14f": "FedRx, Apache-2.0; source digest in environment.json",
         "19b": "what was ordered is learnt, right or wrong: the task does not advise"
@@ -133,6 +135,8 @@ def answers(config: Config, summary: Summary) -> dict[str, str]:
         else "diagnoses are coded at discharge: the task reconstructs a list, it does not advise",
         "19d": "research only, not for clinical use",
     }
+    if config.text == OWN_TEXT:  # of prompts of their own, the authors know
+        known["9a"] = "one fixed prompt, not tuned"
     if summary.backbone:
         known["6a"] = (
             f"{_cell(Path(summary.backbone.name).name)}, sha256 "

@@ -8,10 +8,15 @@ from common.records import Figures, Summary
 NOTICE = "Research only, not for clinical use."
 MODEL_NAMES = {
     "fedrx": "FedRx (trained B)",
+    "personal": "FedRx, personal (B + own)",
     "untrained": "untrained backbone",
     "nearest_neighbours": "nearest neighbours",
     "logistic_regression": "logistic regression",
 }
+PERSONAL_NOTE = (
+    "Personal answers are made with a B that each hospital trained for itself, without noise, and "
+    "that never left it: no epsilon covers them, nor what is said of them."
+)
 COLUMNS = (
     ("output_rate", "output rate"),
     ("precision", "precision"),

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from client.personal import own_b, with_own
 from common.config import Config
 from common.errors import UserError
 from common.files import write_bytes, write_json, write_text
@@ -27,7 +28,7 @@ from common.model.backbone.load import (
     resolve_backbone,
     without_progress_bars,
 )
-from common.rundir import RunDirectory
+from common.rundir import Checkpoint, RunDirectory
 from common.tensor_files import Tensors
 from sim.runs.model_card import CARD_TITLE, Format, model_card
 
@@ -57,6 +58,7 @@ def export_run(
     checkpoint: str | None = None,
     layout: Format = "peft",
     base_model: str = "",
+    personal: str = "",
 ) -> Path:
     """Write a run's adapter in one of the layouts, with a model card.
 
@@ -67,21 +69,24 @@ def export_run(
 
     Args:
         run: Any run directory with a checkpoint.
-        target: Folder to write; default ``adapter``, ``merged`` or ``gguf`` in the run directory.
+        target: Folder to write; default ``adapter``, ``merged`` or ``gguf`` in the run directory,
+            of a personal adapter with ``-HOSPITAL``.
             An earlier export there is replaced.
         checkpoint: Name of a checkpoint; default the last.
         layout: ``peft``, ``merged`` or ``gguf``.
         base_model: Hub id of a backbone that is a local folder.
+        personal: Hospital whose own B is added, where the run has trained one.
 
     Returns:
         The folder.
 
     Raises:
         UserError: If there is no checkpoint, the target holds other files, ``base_model`` is no
-            hub id, or the backbone or A are not those of the run.
+            hub id, the backbone or A are not those of the run, or there is no such own B.
     """
     config, loaded = run.config(), run.load_checkpoint(checkpoint)
-    folder = (target or run.path / FOLDERS[layout]).expanduser().absolute()
+    default = "-".join(filter(None, (FOLDERS[layout], personal)))
+    folder = (target or run.path / default).expanduser().absolute()
     if not _replaceable(folder):
         raise UserError(
             f"{folder} holds something else",
@@ -101,8 +106,11 @@ def export_run(
                 f"{what} is not what the run was trained with",
                 fix="restore what model.backbone named, and this version's adapter.seed",
             )
-    tensors = lora_tensors(adapter, loaded.b)
-    card = model_card(run, config, backbone, loaded, layout=layout, hub_id=hub_id)
+    b = _personal(run, loaded, personal) if personal else loaded.b
+    tensors = lora_tensors(adapter, b)
+    card = model_card(
+        run, config, backbone, loaded, layout=layout, hub_id=hub_id, personal=personal
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         written = Path(scratch) / folder.name
@@ -118,6 +126,20 @@ def export_run(
         shutil.rmtree(folder, ignore_errors=True)
         written.rename(folder)
     return folder
+
+
+def _personal(run: RunDirectory, loaded: Checkpoint, hospital: str) -> Tensors:
+    folder = run.path / "hospitals"
+    able = sorted(one.name for one in folder.glob("*") if one.is_dir() and own_b(one))
+    if hospital not in able or loaded.name != run.checkpoint_names()[-1]:
+        raise UserError(
+            f"{run.path} has no personal adapter of {hospital} beside {loaded.name}",
+            allowed=f"the last checkpoint, with {', '.join(able)}"
+            if able
+            else "a run that trains them: adapter.personal = true",
+            fix="name one of these hospitals, and no --checkpoint" if able else "train another run",
+        )
+    return with_own(loaded.b, own_b(folder / hospital))
 
 
 def _replaceable(folder: Path) -> bool:

@@ -41,7 +41,7 @@ class Federation(Kind):
 
     mode = "federation"
 
-    def settle(self, config: Config) -> Config:
+    def resolve(self, config: Config) -> Config:
         """Check what no data decides, and resolve the rest."""
         check_strategy(config.federation)
         check_only(config.federation)

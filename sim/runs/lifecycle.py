@@ -44,7 +44,7 @@ class Kind:
     renewed = False
     """Whether a finished run is worked on again when it is resumed."""
 
-    def settle(self, config: Config) -> Config:
+    def resolve(self, config: Config) -> Config:
         """Before data is read: fill in what decides the result, refuse what is known to fail."""
         return config
 
@@ -182,7 +182,7 @@ def start(
     """
     started, chosen = time.monotonic(), kind()
     RunDirectory.require_new(config, directory=run_dir)
-    settled = config = chosen.settle(config)
+    settled = config = chosen.resolve(config)
     check_tracker(config, command_line)
     preparation, inputs = chosen.prepare(config, console), Inputs()
     if preparation:

@@ -73,6 +73,7 @@ def model_card(
     *,
     layout: Format,
     hub_id: str,
+    personal: str = "",
 ) -> str:
     """Return the README of an export.
 
@@ -83,6 +84,7 @@ def model_card(
         checkpoint: Whose B it is.
         layout: Of the weights beside the card.
         hub_id: The backbone's; empty when it has none.
+        personal: Hospital whose own B is in the weights; empty: the common B alone.
     """
     summary = run.summary()
     source = summary.source or CREDENTIALED
@@ -125,11 +127,11 @@ def model_card(
         ),
         *_weights_lines(config),
         f"| data | {source} |",
-        f"| privacy | {_privacy_line(summary)} |",
+        f"| privacy | {_privacy_line(summary) if not personal else 'none, see below'} |",
         "",
-        *_coverage_lines(summary),
+        *(_personal_lines(personal) if personal else _coverage_lines(summary)),
     ]
-    if checkpoint.name == (summary.evaluation or {}).get("checkpoint"):
+    if not personal and checkpoint.name == (summary.evaluation or {}).get("checkpoint"):
         lines += _metrics_lines(summary)
     lines += [
         *_format_lines(config),
@@ -178,6 +180,19 @@ def _privacy_line(summary: Summary) -> str:
     if epsilon is None:
         return "no guarantee (epsilon is infinite)"
     return f"epsilon {epsilon:.3f}, delta {privacy['delta']:g}, per {privacy['unit']}"
+
+
+def _personal_lines(hospital: str) -> list[str]:
+    return [
+        "## A personal adapter",
+        "",
+        (
+            f"The weights are the common B plus one that {markdown_text(hospital)} trained for "
+            "itself, without noise: no epsilon covers them. They can tell of its patients, and are "
+            "for that hospital alone."
+        ),
+        "",
+    ]
 
 
 def _coverage_lines(summary: Summary) -> list[str]:

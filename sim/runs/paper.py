@@ -119,7 +119,7 @@ class Paper(Kind):
     def __init__(self, scale: str = "", ranks: tuple[int, ...] = (), best: bool = False) -> None:
         self.scale, self.ranks, self.best = scale, ranks, best
 
-    def settle(self, config: Config) -> Config:
+    def resolve(self, config: Config) -> Config:
         """Check every rank, and resolve the rest."""
         for rank in self.ranks:
             from_flat({"adapter.rank": rank}, base=config)

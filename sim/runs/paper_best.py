@@ -14,7 +14,7 @@ from sim.answers.evaluate import evaluate_run
 from sim.process.lock import exclusive
 from sim.report.run_report import write_report
 from sim.runs.lifecycle import Run, resume
-from sim.runs.paper_table import model_of
+from sim.runs.paper_table import LAST, model_of
 from sim.runs.single import Single, single
 from sim.runs.stages import EVALUATION, after_training
 
@@ -81,17 +81,20 @@ def _known(run: RunDirectory) -> dict[str, list[dict[str, Any]]]:
 
 
 def _answered(one: RunDirectory, around: Run, lists: str) -> list[BestRow]:
-    rows = []
+    rows: list[BestRow] = []
     for checkpoint in one.summary().checkpoints:
-        evaluate_run(
-            one,
-            checkpoint=checkpoint.name,
-            overrides=LISTS[lists],
-            console=around.console,
-            worker=around.worker,
-            data=around.preparation.data,
-        )
         summary = one.summary()
+        # The last checkpoint stands beside the first that is answered.
+        if not rows or model_of(summary, checkpoint) != LAST:
+            evaluate_run(
+                one,
+                checkpoint=checkpoint.name,
+                overrides=LISTS[lists],
+                console=around.console,
+                worker=around.worker,
+                data=around.preparation.data,
+            )
+            summary = one.summary()
         told = summary.metrics[model_of(summary, checkpoint)].model_dump()
         rows.append(
             BestRow(

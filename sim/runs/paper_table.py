@@ -62,6 +62,8 @@ BEST_NOTE = (
     "All seven projections at rank 16, AdamW at 0.01, lists learnt as sets. Scored: every drug of "
     "the formulary ranked. Formulary: written, each name of it at most once."
 )
+LAST = "fedrx"
+"""Name of a run's last checkpoint among its metrics."""
 READINGS = set(Readings.model_fields)
 NOTE = (
     "The paper's accuracy is the share of drugs that match; it does not say of which list, so both "
@@ -157,7 +159,7 @@ def _pairs(
 
 def model_of(summary: Summary, checkpoint: CheckpointFacts) -> str:
     """Return a checkpoint's name among the metrics: the last one is the run's result."""
-    return "fedrx" if checkpoint == summary.checkpoints[-1] else checkpoint.name
+    return LAST if checkpoint == summary.checkpoints[-1] else checkpoint.name
 
 
 def table_blocks(table: PaperTable) -> list[Block]:

@@ -23,7 +23,7 @@ class Single(Kind):
 
     mode = "single"
 
-    def settle(self, config: Config) -> Config:
+    def resolve(self, config: Config) -> Config:
         """Make it one hospital, and resolve the rest."""
         return one_node(config)
 
@@ -64,7 +64,8 @@ def one_node(config: Config) -> Config:
             allowed="patient, admission",
             fix="set privacy.unit",
         )
-    config = replace(config, federation=replace(config.federation, hospitals=1))
+    alone = replace(config.federation, hospitals=1)
+    config = replace(config, federation=alone, adapter=replace(config.adapter, personal=False))
     config = with_absolute_paths(with_calibrated_noise(config))
     threads = config.train.threads or available_cpus()
     return replace(config, train=replace(config.train, threads=threads))

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from common.errors import RunFailed, UserError
+from common.errors import FedrxError, RunFailed, UserError
 from common.limits import available_cpus
 from common.rundir import RunDirectory
 from sim.process.extras import require_extra
@@ -45,10 +45,14 @@ class CellJob:
     """The sweep's."""
     command_line: tuple[str, ...]
 
-    def __call__(self) -> None:
-        """Run the cell, or go on with it."""
+    def __call__(self) -> str:
+        """Run the cell, or go on with it; return the line that a person is told of a failure."""
         place = self.folder / self.cell.folder
-        run_cell(self.cell, place, Console(), self.command_line)
+        try:
+            run_cell(self.cell, place, Console(), self.command_line)
+        except FedrxError as error:
+            return str(error)
+        return ""
 
     def checkpoint(self) -> Any:
         """Return what submitit queues when the job is pre-empted: the same, which goes on."""
@@ -81,7 +85,7 @@ def read_options(texts: Sequence[str]) -> dict[str, str]:
         key = key.strip().removeprefix("--")
         if not (equals and key.replace("-", "").isalnum() and value.strip().isprintable()):
             raise UserError(
-                f"--slurm-set {text}",
+                f"--slurm-set {text if text.isprintable() else ascii(text)}",
                 allowed="key=value as sbatch has it",
                 fix="for instance --slurm-set gres=gpu:1",
             )
@@ -200,7 +204,7 @@ def _failure(job: Any, place: Path) -> str:
 
     error = job.exception()
     if error is None:
-        return ""
+        return str(job.result())
     if not isinstance(error, FailedJobError):
         return VANISHED
     # The job's own text may quote data; status.json does not.

@@ -23,16 +23,17 @@ from common.configio import Scalar, differences, flatten, from_flat, parse_overr
 from common.errors import UserError
 from common.evaluation.transfer import CONFIDENCE, half_width
 from common.files import write_text
+from common.model.adapter.layout import adapter_spec
 from common.privacy.settings import plan_of, protects
 from common.provenance import shown_command
-from common.records import RunRecord, Summary
+from common.records import Figures, RunRecord, Summary
 from common.rundir import RUN, RunDirectory, remove_unbegun
 from common.wire.cohort import asked, hospital_names
 from server.strategies import STRATEGIES, check_strategy
 from sim.process.failures import StageFailed
 from sim.process.lock import exclusive
 from sim.report.comparison import write_sweep_page
-from sim.report.html import Block, markdown_table
+from sim.report.html import Bar, Block, markdown_table
 from sim.runs.federate import federate, resolved
 from sim.runs.resume import resume
 from sim.runs.single import one_node, single
@@ -46,6 +47,8 @@ ARMS: dict[str, dict[str, Scalar]] = {
     "bf16": {"federation.codec": "bf16"},
     "int8": {"federation.codec": "int8"},
     "reset-state": {"train.keep-state": False},
+    "uniform": {"federation.weighting": "uniform"},
+    "personal": {"adapter.personal": True},
     CENTRALISED: {},
     LOCAL_ONLY: {},
 }
@@ -54,10 +57,11 @@ RESULTLESS = ("federation.workers",)
 """Keys that cannot change a run's result."""
 INTERVALS = f"Mean ± {CONFIDENCE:.0%} interval over seeds (Student's t)."
 FIGURES: dict[str, Callable[[Summary], float | None]] = {
-    "F1": lambda summary: summary.metrics["fedrx"].f1,
-    "Jaccard": lambda summary: summary.metrics["fedrx"].jaccard,
+    "F1": lambda summary: _answers(summary).f1,
+    "Jaccard": lambda summary: _answers(summary).jaccard,
     "validation loss": lambda summary: next(reversed(summary.validation_loss), None),
     "MB up": lambda summary: summary.wire.bytes_up / 1e6 if summary.wire else None,
+    "worst hospital's F1": lambda summary: _worst_f1(_answers(summary)),
 }
 
 
@@ -218,13 +222,7 @@ def sweep(
     runs: dict[str, list[RunDirectory]] = {}
     for cell in cells:
         runs.setdefault(cell.arm, []).append(done[cell.folder])
-    table = Block(
-        title="Arms",
-        note=INTERVALS,
-        headers=("arm", "seeds", *FIGURES),
-        rows=tuple(tuple(_cells(row)) for row in rows),
-    )
-    page = write_sweep_page(runs, table, folder / "sweep.html")
+    page = write_sweep_page(runs, arms_block(rows), folder / "sweep.html")
     show(console, rows)
     console.print(f"page: {page}", markup=False, highlight=False)
     return result
@@ -276,6 +274,24 @@ def run_all(
     return found
 
 
+def arms_block(rows: Sequence[ArmRow]) -> Block:
+    """Return the arms' figures as the page shows them: F1 drawn, and the table."""
+    bars = []
+    for row in rows:
+        f1, half = row.figures["F1"].mean, row.figures["F1"].half_width
+        ends = None if f1 is None or half is None else (max(0.0, f1 - half), min(1.0, f1 + half))
+        bars.append(
+            Bar(name=row.arm, value=f1, text=f"F1 {_text(row.figures['F1'])}", interval=ends)
+        )
+    return Block(
+        title="Arms",
+        note=INTERVALS,
+        bars=tuple(bars),
+        headers=("arm", "seeds", *FIGURES),
+        rows=tuple(tuple(_cells(row)) for row in rows),
+    )
+
+
 def tabulate(seeds: Sequence[Sequence[Summary]]) -> dict[str, Interval]:
     """Return mean and half-width of the confidence interval of each figure over seeds.
 
@@ -293,10 +309,22 @@ def tabulate(seeds: Sequence[Sequence[Summary]]) -> dict[str, Interval]:
 
 
 def _check_arm(arm: str, config: Config) -> None:
+    adapter_spec(config.adapter)
     if arm not in (CENTRALISED, LOCAL_ONLY):
         check_strategy(config.federation)
         if protects(config):
             plan_of(config)  # refuses what the protection takes away
+
+
+def _answers(summary: Summary) -> Figures:
+    """Return the figures of a run's answers: those of personal adapters where it trained them."""
+    return summary.metrics.get("personal") or summary.metrics["fedrx"]
+
+
+def _worst_f1(figures: Figures) -> float | None:
+    each = (figures.model_extra or {}).get("by_hospital") or {}
+    known = [one["f1"] for one in each.values() if one["f1"] is not None]
+    return min(known, default=None)
 
 
 def _interval(seeds: Sequence[Sequence[float | None]]) -> Interval:
@@ -322,11 +350,12 @@ def show(console: Console, rows: Sequence[ArmRow]) -> None:
 
 
 def _cells(row: ArmRow) -> list[str]:
-    cells = [row.arm, str(row.runs)]
-    for one in row.figures.values():
-        text = "–" if one.mean is None else f"{one.mean:.4g}"
-        cells.append(text if one.half_width is None else f"{text} ± {one.half_width:.2g}")
-    return cells
+    return [row.arm, str(row.runs), *map(_text, row.figures.values())]
+
+
+def _text(figure: Interval) -> str:
+    text = "–" if figure.mean is None else f"{figure.mean:.4g}"
+    return text if figure.half_width is None else f"{text} ± {figure.half_width:.2g}"
 
 
 def run_cell(cell: Cell, folder: Path, console: Console, command_line: Sequence[str]) -> Summary:

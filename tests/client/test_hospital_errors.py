@@ -12,6 +12,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 import client.app
 import client.handlers
 from client.kept_state import own_folder
+from client.node import hospital_of
 from client.policy import POLICY
 from common.configio import flatten
 from common.errors import RunFailed, UserError
@@ -172,3 +173,9 @@ def test_a_hospital_s_own_limit_keeps_it_out_and_tells_why(
     answered = {line["hospital"] for line in lines if line["direction"] == "up"}
     assert {"north", "south"} <= answered
     assert "west" not in answered
+
+
+def test_a_template_is_not_dropped_in_silence_where_a_prompt_shows_a_past(tiny_config):
+    config = tiny_config(data__protocol="visits", text__template="Ill with\n{diagnoses}")
+    with pytest.raises(UserError, match="text.template with data.protocol=visits"):
+        hospital_of(config, {"partition-id": 0, "num-partitions": 3})

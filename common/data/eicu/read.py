@@ -70,7 +70,7 @@ def prepare_tables(folder: Path, *, drop_flushes: bool, progress: Progress) -> P
     diagnoses = _diagnoses(tables["diagnosis"], stays, clock, book)
     progress("reading medication")
     drugs = _drugs(tables["medication"], clock, known, book, drop_flushes)
-    measures = _measures(stays, book)
+    measures = measures_of(stays, book)
     progress("joining one row per hospital stay")
     return assemble(
         stays,
@@ -167,7 +167,6 @@ def _diagnoses(
         rank=pl.col("diagnosispriority").str.strip_chars().replace_strict(PRIORITIES, default=4),
         since=pl.col("diagnosisoffset") - pl.col("hospitaladmitoffset"),
     )
-    written = rows.select("hadm_id", "rank", "since", "words", *_code())
     reasons = stays.select(
         "hadm_id",
         rank=pl.lit(0),
@@ -176,7 +175,28 @@ def _diagnoses(
         icd_version=pl.lit(APACHE),
         icd_code=pl.col("apacheadmissiondx").str.strip_chars(),
     ).filter(pl.col("words").fill_null("") != "")
-    coded = pl.concat([reasons, written], how="vertical_relaxed").sort(
+    lists = list_diagnoses(rows, reasons, stays["hadm_id"])
+    refuse_orphans(table.label, lists.dropped["unknown_admission"], frame.height, "a unit stay")
+    book.add(
+        "diagnosis", frame.height + reasons.height, lists.dropped, items(lists.lists["diagnoses"])
+    )
+    return lists
+
+
+def list_diagnoses(
+    rows: pl.DataFrame, reasons: pl.DataFrame | None, known: pl.Series
+) -> DiagnosisLists:
+    """Return each stay's diagnoses by priority and time, with their own words as titles.
+
+    Args:
+        rows: hadm_id, rank (of the priority), since (minutes), words, icd9code (a cell, which may
+            hold codes of both versions).
+        reasons: hadm_id, rank, since, words, icd_version, icd_code: other diagnoses.
+        known: hadm_id of the stays.
+    """
+    written = rows.select("hadm_id", "rank", "since", "words", *_code())
+    parts = [written] if reasons is None else [reasons, written]
+    coded = pl.concat(parts, how="vertical_relaxed").sort(
         "rank", "since", maintain_order=True, nulls_last=True
     )
     coded = coded.with_columns(seq_num=pl.int_range(pl.len()))
@@ -189,12 +209,7 @@ def _diagnoses(
         .unique(["icd_code", "icd_version"], keep="first", maintain_order=True)
         .select("icd_code", "icd_version", title=_title())
     )
-    lists = diagnosis_lists(coded, match_titles(coded, titles), stays["hadm_id"])
-    refuse_orphans(table.label, lists.dropped["unknown_admission"], frame.height, "a unit stay")
-    book.add(
-        "diagnosis", frame.height + reasons.height, lists.dropped, items(lists.lists["diagnoses"])
-    )
-    return lists
+    return diagnosis_lists(coded, match_titles(coded, titles), known)
 
 
 def _code() -> tuple[pl.Expr, pl.Expr]:
@@ -259,8 +274,13 @@ def _drugs(
     return lists
 
 
-def _measures(stays: pl.DataFrame, book: Book) -> Measures:
-    """Take height and weight at the first unit's admission; a slipped decimal is rejected."""
+def measures_of(stays: pl.DataFrame, book: Book) -> Measures:
+    """Take height and weight at the first unit's admission; a slipped decimal is rejected.
+
+    Args:
+        stays: subject_id, admittime, admissionheight (cm) and admissionweight (kg), as text.
+        book: Where the reasons are counted.
+    """
     height, weight = (
         pl.col(name).str.strip_chars().cast(pl.Float64, strict=False)
         for name in ("admissionheight", "admissionweight")

@@ -21,6 +21,8 @@ class EICU(Source):
         "before the unit"
     )
 
+    identifiers = r"\d{3}-\d{1,6}|\d{6,7}"  # uniquepid; hospital and unit stays
+
     def claims(self, path: str) -> bool:
         """Take a folder with a table that only eICU has."""
         folder = Path(path).expanduser()

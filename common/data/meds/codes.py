@@ -1,8 +1,8 @@
 """Which codes of a MEDS data set mean what: MEDS fixes the columns, and every extraction its codes.
 
 ``MIMIC_IV`` is for the MEDS working group's extraction of MIMIC-IV (MIMIC_IV_MEDS, its
-event_configs.yaml); other extractions are told by a toml file with the same keys
-(``data.meds-codes``).
+event_configs.yaml), ``EICU`` for that of eICU (https://github.com/rvandewater/eICU_MEDS, of October
+2025); other extractions are told by a toml file with the same keys (``data.meds-codes``).
 """
 
 import tomllib
@@ -57,6 +57,13 @@ class Codes(Record):
     day; without one the file's order counts."""
     site_column: str = "hospital_id"
     """Column, in the events of admissions, with the hospital; without one there are no sites."""
+    words_column: str = "diagnosis_string"
+    """Of eICU's extraction: column with the words of a diagnosis."""
+    priority_column: str = "diagnosis_priority"
+    """Of eICU's extraction: column with the priority of a diagnosis."""
+    extraction: Literal["mimic-iv", "eicu"] = "mimic-iv"
+    """How events become samples: ``eicu`` where a subject is one hospital stay, whose diagnoses
+    are cells of icd9code beside eICU's own words, see ``common.data.meds.eicu``."""
 
     @property
     def prefixes(self) -> dict[str, str]:
@@ -66,16 +73,35 @@ class Codes(Record):
 
 
 MIMIC_IV = Codes()
+EICU = Codes(
+    extraction="eicu",
+    diagnosis="DIAGNOSIS//ICD//9//",  # then a cell of icd9code, whatever versions it holds
+    drug="MEDICATION//STARTED//",
+    careunit="",
+    insurance="",
+    service="",
+    measures={
+        "ICU_ADMISSION_HEIGHT": MeasureCode(kind="height", unit="cm"),
+        "ICU_ADMISSION_WEIGHT": MeasureCode(kind="weight", unit="kg"),
+    },
+    admission_column="",
+    sequence_column="",
+    site_column="hadm_id",  # where this extraction puts hospitalid
+)
 
 
-def read_codes(path: str) -> Codes:
-    """Read a toml file of codes; without a path those of MIMIC-IV's extraction.
+def read_codes(path: str, *, otherwise: Codes = MIMIC_IV) -> Codes:
+    """Read a toml file of codes; what it leaves out is as in the extraction that it names.
+
+    Args:
+        path: The file; empty: none.
+        otherwise: Without a file.
 
     Raises:
         UserError: It cannot be read, or holds a key or unit that does not exist.
     """
     if not path:
-        return MIMIC_IV
+        return otherwise
     what = f"data.meds-codes={path}"
     try:
         with Path(path).expanduser().open("rb") as stream:
@@ -87,7 +113,8 @@ def read_codes(path: str) -> Codes:
             fix="set data.meds-codes, or leave it out for MIMIC-IV's codes",
         ) from None
     try:
-        codes = Codes.read(content, what=what)
+        base = EICU if content.get("extraction") == EICU.extraction else MIMIC_IV
+        codes = Codes.read({**base.model_dump(), **content}, what=what)
     except UserError as error:
         raise UserError(
             error.what,

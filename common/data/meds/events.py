@@ -6,10 +6,13 @@ from pathlib import Path
 
 import polars as pl
 
-from common.data.meds.codes import Codes
+from common.data.meds.codes import EICU, MIMIC_IV, Codes
+from common.data.samples import Progress
 from common.errors import UserError
 
 CODES_FILE = "metadata/codes.parquet"
+_LINES = 10
+"""Lines of progress at most."""
 _FIX = "write the data set again with the MEDS extraction"
 
 
@@ -50,6 +53,41 @@ def find_shards(folder: Path) -> dict[str, Path]:
     return files
 
 
+def extraction_of(folder: Path) -> Codes:
+    """Return the codes of the extraction that a folder is of, by a column that only eICU's has."""
+    for path in (folder / "data").rglob("*.parquet"):
+        with reading(path.name):
+            if EICU.words_column in pl.scan_parquet(path, glob=False).collect_schema():
+                return EICU
+    return MIMIC_IV
+
+
+def read_shards(
+    folder: Path, codes: Codes, progress: Progress
+) -> Iterator[tuple[str, pl.DataFrame, int]]:
+    """Yield each shard's label, events in use and number of all events.
+
+    Raises:
+        UserError: As ``find_shards`` and ``read_shard``; also for a subject in two shards.
+    """
+    files = find_shards(folder)
+    shards = {label: path for label, path in files.items() if label != CODES_FILE}
+    seen = pl.Series("subject_id", [], pl.Int64)
+    for place, (label, path) in enumerate(shards.items()):
+        if place % -(-len(shards) // _LINES) == 0:
+            progress(f"reading events: shard {place + 1} of {len(shards)}")
+        events, total = read_shard(label, path, codes)
+        subjects = events["subject_id"].unique()
+        if subjects.is_in(seen.implode()).any():
+            raise UserError(
+                f"{label} holds subjects of another shard",
+                allowed="each subject in one shard, as MEDS says",
+                fix="extract again, or name one data set's folder",
+            )
+        seen = pl.concat([seen, subjects])
+        yield label, events, total
+
+
 def read_titles(folder: Path, codes: Codes) -> pl.DataFrame:
     """Return the titles of diagnoses: icd_version, icd_code, title; each code and version once.
 
@@ -81,8 +119,8 @@ def read_shard(label: str, path: Path, codes: Codes) -> tuple[pl.DataFrame, int]
     """Read a shard's events in use, in the file's order.
 
     Returns:
-        subject_id, time, kind, code, text (the value, as text), admission, sequence, site, row;
-        and the number of all rows.
+        subject_id, time, kind, code, text (the value, as text), admission, sequence, site, words,
+        priority, row; and the number of all rows.
 
     Raises:
         UserError: A damaged shard, or an event without a subject.
@@ -102,6 +140,8 @@ def read_shard(label: str, path: Path, codes: Codes) -> tuple[pl.DataFrame, int]
                 _column(names, codes.admission_column, pl.Int64).alias("admission"),
                 _column(names, codes.sequence_column, pl.Int64).alias("sequence"),
                 _column(names, codes.site_column, pl.String).alias("site"),
+                _column(names, codes.words_column, pl.String).alias("words"),
+                _column(names, codes.priority_column, pl.String).alias("priority"),
             )
         )
         total = int(rows.select(pl.len()).collect().item())

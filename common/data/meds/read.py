@@ -4,6 +4,7 @@ Shards are read one after the other: MEDS keeps a subject's events in one shard.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from common.data.cleaning.measures import CM_PER_INCH, KG_PER_POUND, Measures, c
 from common.data.cleaning.orders import Orders, divided, drug_lists, one_row_per_pair
 from common.data.cleaning.protocols import Extra, clock
 from common.data.meds.codes import Codes
-from common.data.meds.events import CODES_FILE, find_shards, read_shard, read_titles, split_code
+from common.data.meds.events import find_shards, read_shards, read_titles, split_code
 from common.data.protocols import ADMISSION, FIRST_24H, VISITS
 from common.data.samples import Prepared, Progress
 from common.errors import UserError
@@ -36,8 +37,6 @@ _NOT_READ = {
     FIRST_24H: ("services", "labevents", "d_labitems"),
 }
 """What a protocol shows of MIMIC-IV's tables and events are not read for."""
-_LINES = 10
-"""Lines of progress at most."""
 _FIX = "check the codes (data.meds-codes) and the extraction"
 
 
@@ -77,22 +76,10 @@ def prepare_events(
     Raises:
         UserError: Shards that cannot be used as they are, or without an event of a needed kind.
     """
-    files = find_shards(folder)
-    shards = {label: path for label, path in files.items() if label != CODES_FILE}
+    find_shards(folder)
     titles = read_titles(folder, codes)
-    parts, seen = _Parts(), pl.Series("subject_id", [], pl.Int64)
-    for place, (label, path) in enumerate(shards.items()):
-        if place % -(-len(shards) // _LINES) == 0:
-            progress(f"reading events: shard {place + 1} of {len(shards)}")
-        events, total = read_shard(label, path, codes)
-        subjects = events["subject_id"].unique()
-        if subjects.is_in(seen.implode()).any():
-            raise UserError(
-                f"{label} holds subjects of another shard",
-                allowed="each subject in one shard, as MEDS says",
-                fix="extract again, or name one data set's folder",
-            )
-        seen = pl.concat([seen, subjects])
+    parts = _Parts()
+    for label, events, total in read_shards(folder, codes, progress):
         parts.rows["events"] += total
         _sort_out(events, label, codes, parts, divide=protocol == FIRST_24H)
     absent = _NOT_READ.get(protocol, ())
@@ -126,8 +113,10 @@ def _sort_out(
     for kind in ("careunit", "insurance", "service"):
         placed = _placed(kinds.get(kind, empty), stays)
         value = _part(codes.prefixes[kind], 0).replace(NO_NAME, None)
-        told = placed.with_columns(value.alias(kind)).sort("hadm_id", "time", kind, nulls_last=True)
-        parts.attributes.setdefault(kind, []).append(told.select("hadm_id", kind))
+        named = placed.with_columns(value.alias(kind)).sort(
+            "hadm_id", "time", kind, nulls_last=True
+        )
+        parts.attributes.setdefault(kind, []).append(named.select("hadm_id", kind))
 
 
 def _stays(
@@ -198,19 +187,7 @@ def _join(
 ) -> Prepared:
     book = Book()
     rows = parts.rows
-    for kind, prefix in (
-        ("admission", codes.admission),
-        ("diagnosis", codes.diagnosis),
-        ("drug", codes.drug),
-    ):
-        if not rows[kind]:
-            raise UserError(
-                f"{folder} holds no event whose code begins with {prefix}",
-                allowed="admissions, diagnoses and drugs under the codes of MIMIC-IV's extraction",
-                fix="set data.meds-codes to a file with the codes of this data set",
-            )
-    used = sum(number for kind, number in rows.items() if kind != "events")
-    book.add("events", rows["events"], {"other_code": rows["events"] - used}, used)
+    count_events(rows, codes, folder, book)
     stays = _known_stays(parts, codes, book)
     known = stays["hadm_id"]
     diagnoses = _diagnoses(parts, titles, known, book, codes)
@@ -236,6 +213,30 @@ def _join(
         null_spelled={},
         extra=extra,
     )
+
+
+def count_events(rows: Mapping[str, int], codes: Codes, folder: Path, book: Book) -> None:
+    """Count events in use and others.
+
+    Args:
+        rows: Events by kind, and ``events``: all of them.
+        codes: What the codes mean.
+        folder: Of the data set.
+        book: Where they are counted.
+
+    Raises:
+        UserError: Without an event of a needed kind.
+    """
+    for kind in ("admission", "diagnosis", "drug"):
+        if not rows[kind]:
+            raise UserError(
+                f"{folder} holds no event whose code begins with {codes.prefixes[kind]}",
+                allowed="admissions, diagnoses and drugs under the codes of MIMIC-IV's or eICU's "
+                "extraction",
+                fix="set data.meds-codes to a file with the codes of this data set",
+            )
+    used = sum(number for kind, number in rows.items() if kind != "events")
+    book.add("events", rows["events"], {"other_code": rows["events"] - used}, used)
 
 
 def _known_stays(parts: _Parts, codes: Codes, book: Book) -> pl.DataFrame:
@@ -319,12 +320,12 @@ def _one_each(events: pl.DataFrame, table: str, book: Book) -> pl.DataFrame:
 
 def _first(found: pl.DataFrame, kind: str, known: pl.Series, book: Book) -> pl.DataFrame:
     """Return the first value of each admission; ``found`` is in the order of time."""
-    told = found.drop_nulls(kind)
-    placed = told.join(known.to_frame(), on="hadm_id", how="semi")
+    named = found.drop_nulls(kind)
+    placed = named.join(known.to_frame(), on="hadm_id", how="semi")
     first = placed.unique("hadm_id", keep="first", maintain_order=True)
     unused = {
-        "not_in_use": found.height - told.height,
-        "unknown_admission": told.height - placed.height,
+        "not_in_use": found.height - named.height,
+        "unknown_admission": named.height - placed.height,
         "later": placed.height - first.height,
     }
     book.add(kind, found.height, unused, first.height)

@@ -4,12 +4,14 @@ from pathlib import Path
 
 from common.config import DataConfig
 from common.data.icd import Diagnosis
-from common.data.meds.codes import read_codes
-from common.data.meds.events import find_shards, read_titles
+from common.data.meds.codes import EICU, Codes, read_codes
+from common.data.meds.eicu import prepare_stays
+from common.data.meds.events import extraction_of, find_shards, read_titles
 from common.data.meds.read import prepare_events
-from common.data.protocols import PROTOCOLS
+from common.data.protocols import ADMISSION, PROTOCOLS
 from common.data.samples import Prepared, Progress
 from common.data.source import Source
+from common.errors import UserError
 
 
 class Meds(Source):
@@ -39,7 +41,16 @@ class Meds(Source):
     ) -> Prepared:
         """Read, clean and join the events."""
         del chunk_rows
-        codes = read_codes(config.meds_codes)
+        codes = _codes(folder, config)
+        if codes.extraction == EICU.extraction:
+            if config.protocol != ADMISSION:
+                raise UserError(
+                    f"data.protocol={config.protocol} with eICU as MEDS, whose subjects are "
+                    "single stays",
+                    allowed=ADMISSION,
+                    fix="leave data.protocol out",
+                )
+            return prepare_stays(folder, codes, drop_flushes=config.drop_flushes, progress=progress)
         return prepare_events(
             folder,
             codes,
@@ -49,10 +60,16 @@ class Meds(Source):
         )
 
     def titles(self, folder: Path, config: DataConfig) -> list[Diagnosis]:
-        """Return the descriptions of all codes of diagnoses."""
+        """Return the descriptions of all codes of diagnoses; eICU's words stand in the samples."""
+        codes = _codes(folder, config)
+        if codes.extraction == EICU.extraction:
+            return []
         return [
             Diagnosis(title=title, code=f"{version}:{code}")
-            for version, code, title in read_titles(
-                folder, read_codes(config.meds_codes)
-            ).iter_rows()
+            for version, code, title in read_titles(folder, codes).iter_rows()
         ]
+
+
+def _codes(folder: Path, config: DataConfig) -> Codes:
+    """Return what the user's file says; without one the codes of the extraction by its columns."""
+    return read_codes(config.meds_codes, otherwise=extraction_of(folder))

@@ -180,18 +180,18 @@ def _attribute(
         return pl.DataFrame(schema={"hadm_id": pl.Int64, value: pl.String})
     table = tables[name]
     rows = read(table, attributes=(value,))
-    told = rows.drop_nulls(value)
+    named = rows.drop_nulls(value)
     if "eventtype" in rows.columns:
-        told = told.filter(pl.col("eventtype") == _CAREUNIT_EVENT)
+        named = named.filter(pl.col("eventtype") == _CAREUNIT_EVENT)
     placed = (
-        times(told, table, time, required=False)
-        .with_columns(whole_numbers(table, told["hadm_id"]))
+        times(named, table, time, required=False)
+        .with_columns(whole_numbers(table, named["hadm_id"]))
         .join(known.to_frame(), on="hadm_id", how="semi")
     )
     first = placed.sort("hadm_id", time, value, nulls_last=True).unique("hadm_id", keep="first")
     unused = {
-        "not_in_use": rows.height - told.height,
-        "unknown_admission": told.height - placed.height,
+        "not_in_use": rows.height - named.height,
+        "unknown_admission": named.height - placed.height,
         "later": placed.height - first.height,
     }
     book.add(name, rows.height, unused, first.height)

@@ -76,6 +76,7 @@ csv.gz, as in its SHA256SUMS.txt, and of the csv inside."""
 class MimicIV(Source):
     """A folder that holds ``hosp/``."""
 
+    identifiers = r"[1-3]\d{7}"  # patients (1...), admissions (2...), stays (3...)
     protocols = PROTOCOLS
 
     def claims(self, path: str) -> bool:

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from common.config import AdapterConfig
+from common.errors import UserError
 from common.model.adapter.falora import Adapter, AdapterSpec, attach, draw_a
 from common.model.adapter.scheme import A, part_of
 from common.model.backbone.llama_config import read_llama_config
@@ -26,7 +27,17 @@ class AdapterLayout:
 
 
 def adapter_spec(config: AdapterConfig) -> AdapterSpec:
-    """Translate the configuration section."""
+    """Translate the configuration section.
+
+    Raises:
+        UserError: for a personal B beside an A that is trained: the two would not add up.
+    """
+    if config.personal and config.mode != "fa-lora":
+        raise UserError(
+            f"adapter.personal with adapter.mode={config.mode}: B_global + B_own needs one A",
+            allowed="adapter.mode = fa-lora",
+            fix="set adapter.personal = false, or another adapter.mode",
+        )
     return AdapterSpec(
         targets=tuple(
             dict.fromkeys(name.strip() for name in config.targets.split(",") if name.strip())

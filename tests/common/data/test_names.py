@@ -107,13 +107,20 @@ def test_map_reads_the_users_csv(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "word"),
-    [("drug,code\na,b\n", "lacks column name"), ("name,code\n", "maps no name"), ("", "lacks")],
+    [
+        (b"drug,code\na,b\n", "lacks column name"),
+        (b"name,code\n", "maps no name"),
+        (b"name,code\n,B01AC06\nAspirin,\n", "maps no name"),
+        (b"", "lacks"),
+        (b"name,code\nParac\xe9tamol,N02BE01\n", "cannot be read as csv"),
+    ],
 )
 def test_a_map_that_cannot_be_used_is_one_line(tmp_path, content, word):
     path = tmp_path / "atc.csv"
-    path.write_text(content)
-    with pytest.raises(UserError, match=word):
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=word) as caught:
         read_drug_map(path)
+    assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"data\.drug-map"):
         read_drug_map(tmp_path / "absent.csv")
 

@@ -15,7 +15,7 @@ from common.data.dataset import open_hospitals
 from common.data.handling import handling_of
 from common.data.icd import Diagnosis
 from common.data.source import Source
-from sim.assist.suggest import surroundings_of
+from sim.assist.suggest import reference_of
 from sim.report.data_description import describe
 
 NOON = datetime.datetime(2020, 1, 1, 12)
@@ -93,7 +93,7 @@ def test_it_is_read_cleaned_counted_dealt_and_described(config):
     assert (counts.rows["ward"], counts.rows_out["ward"]) == (60, 40)
     assert counts.dropped["ward.flush"] == 20
     assert describe(config).data["samples"] == 40
-    assert surroundings_of(config).index.read("M109").title == "Gout"
+    assert reference_of(config).index.read("M109").title == "Gout"
 
 
 def test_its_own_tag_counts_as_credentialed(config):

@@ -2,7 +2,15 @@
 
 import pytest
 
-from common.config import Config, DataConfig, FederationConfig, PartitionConfig, PrivacyConfig
+from common.config import (
+    Config,
+    DataConfig,
+    FederationConfig,
+    PartitionConfig,
+    PrivacyConfig,
+    TextConfig,
+)
+from common.data.dataset import open_hospitals
 from common.data.partition import assign_hospitals
 from common.data.prepare import load_samples
 from common.errors import UserError
@@ -36,7 +44,7 @@ LABS = [
     (11, 1, "2150-01-01 12:00:00", "2150-01-01 13:00:00", "140", ""),
     (11, 1, "2150-01-02 09:00:00", "2150-01-02 09:30:00", "128.5", "abnormal"),
     (11, 1, "2150-01-02 09:30:00", "2150-01-02 10:00:00", "999", ""),  # stored on the hour
-    (11, 2, "2150-01-01 11:00:00", "", "6.0", ""),
+    (11, 2, "2150-01-02 09:20:00", "", "6.0", ""),  # later, but not flagged
     (11, 3, "2150-01-01 11:00:00", "", "___", ""),
     (11, 9, "2150-01-01 11:00:00", "", "1", ""),
     ("", 1, "2150-01-01 11:00:00", "", "1", ""),
@@ -213,7 +221,9 @@ def test_an_absent_table_is_told_and_no_error(load, protocol, gone, absent):
 
 
 def test_protocols_do_not_share_a_cache_entry(load, write_tables):
-    folder = write_tables(**tables())
+    # Without optional tables all read the same files.
+    absent = dict.fromkeys(("procedures_icd", "d_icd_procedures", "labevents", "d_labitems"))
+    folder = write_tables(**tables(**absent))
     digests = {load(name, folder=folder).digest for name in ("admission", "visits", "first-24h")}
     again = {load(name, folder=folder).digest for name in ("admission", "visits", "first-24h")}
     assert len(digests) == 3
@@ -274,6 +284,14 @@ def test_the_literatures_split_is_not_overruled_in_silence():
             hospitals=1,
             data=DataConfig(protocol="visits", test_fraction=0.4),
         )
+
+
+@pytest.mark.parametrize("protocol", ["visits", "first-24h"])
+def test_a_template_of_the_users_has_no_place_for_a_past(protocol, tmp_path):
+    text = TextConfig(template="Ill with\n{diagnoses}")
+    with pytest.raises(UserError, match="text.template with data.protocol=.*has no place"):
+        open_hospitals(Config(data=DataConfig(protocol=protocol), text=text), cache_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("protocol", ["visits", "first-24h"])

@@ -6,6 +6,7 @@ documentation.
 
 import pandas as pd
 import pytest
+from meds_fixtures import write_meds
 
 from common.config import DataConfig, PartitionConfig
 from common.data.partition import assign_hospitals
@@ -208,3 +209,24 @@ def test_visits_are_split_as_in_the_literature(samples):
     means = [sum(column) / len(column) for column in zip(*shares, strict=True)]
     assert means == pytest.approx([2 / 3, 1 / 6, 1 / 6], abs=0.04)
     assert data.validation_fraction == DataConfig().validation_fraction
+
+
+def test_the_demo_as_meds_gives_the_same_but_what_it_has_lost(mimic_demo, samples, tmp_path):
+    folder = write_meds(mimic_demo, tmp_path / "meds")
+    for protocol, lost in (("visits", "procedures"), ("first-24h", "labs")):
+        data = DataConfig(path=str(folder), protocol=protocol)
+        found = load_samples(data, cache_dir=tmp_path / "cache")
+        assert found.counts.protocol.absent
+        events = {one.admission: one for one in found.admissions}
+        assert len(events) == len(samples[protocol].admissions)
+        for one in samples[protocol].admissions:
+            other = events[one.admission]
+            assert not getattr(other, lost)
+            assert (other.drugs, other.ordered, other.diagnoses) == (
+                one.drugs,
+                one.ordered,
+                one.diagnoses,
+            )
+            assert [(visit.diagnosis_codes, visit.drugs) for visit in other.earlier] == [
+                (visit.diagnosis_codes, visit.drugs) for visit in one.earlier
+            ]

@@ -10,7 +10,7 @@ from common.config import DataConfig
 from common.data.mimic.source import DEMO_SHA256
 from common.data.mimic.tables import COLUMNS, PAIRED
 from common.data.prepare import load_samples
-from common.data.sources import source_for
+from common.data.sources import source_for, titles_of
 from common.data.synthetic.write import MANIFEST_NAME
 
 
@@ -89,3 +89,8 @@ def test_hashes_are_those_that_physionet_publishes(mimic_demo):
     for name, (zipped, _) in DEMO_SHA256.items():
         assert published[f"hosp/{name}.csv.gz"] == zipped
     assert set(DEMO_SHA256) == set(COLUMNS).union(*PAIRED.values())
+
+
+def test_the_synthetic_source_has_no_titles_beyond_its_samples():
+    """It has no folder of its own to read them from: ``data.path`` is a name."""
+    assert titles_of(DataConfig()) == []

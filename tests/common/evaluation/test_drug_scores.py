@@ -78,6 +78,14 @@ def test_scores_are_those_of_one_pass_for_each_name(session, prompts, pass_token
     assert not np.allclose(found[0], found[1], rtol=0.05)
 
 
+def test_a_patient_s_scores_do_not_know_who_else_is_scored(session, prompts):
+    plan = score_plan(drug_trie(NAMES, session.tokenizer))
+    together = drug_scores(session, prompts, lambda place: plan)
+    for prompt, scores in zip(prompts, together, strict=True):
+        (alone,) = drug_scores(session, [prompt], lambda place: plan)
+        assert (alone == scores).all()
+
+
 def test_the_adapter_decides_the_scores(session, prompts):
     plan = score_plan(drug_trie(NAMES, session.tokenizer))
     (before,) = drug_scores(session, prompts[:1], lambda place: plan)

@@ -149,6 +149,18 @@ def test_interactions_are_those_of_the_users_file(tmp_path):
     assert "interactions" not in found()["fedrx"]
 
 
+def test_names_that_the_map_does_not_hold_are_told_as_a_share(tmp_path):
+    file = tmp_path / "atc.csv"
+    file.write_text("name,code\na1,A01AA01\nB1,B01AA01\nnobody,C01AA01\n")
+    both = {"fedrx": rows("fedrx", LISTS)}
+    data = DataConfig(normalisation="atc-4", drug_map=str(file))
+    asked = compared()
+    part = figures(both, {}, replace(asked, config=replace(asked.config, data=data)))["fedrx"]
+    # Listed A1 B1 B1 C1 A1; ordered A1 B1 A1 C1 D1 A1 B1.
+    assert part["unmapped"] == {"predicted": 1 / 5, "true": 2 / 7}
+    assert "unmapped" not in figures(both, {}, asked)["fedrx"]
+
+
 def test_high_priority_interactions_need_no_file():
     """Of the lists one pair of three is of high priority; of the true ones none of one."""
     lists = [("Haloperidol", "Methadone", "Senna"), (), None, ()]

@@ -11,6 +11,7 @@ from common.data.partition import Hospital
 from common.data.samples import Admission
 from common.errors import UserError
 from common.evaluation.answers import evaluate_answers
+from common.evaluation.answers_file import Facts
 from common.evaluation.cutoff import fit_cutoff
 from common.evaluation.drug_scores import drug_scores
 from common.evaluation.formulary import (
@@ -165,6 +166,8 @@ def test_frequencies_rank_beside_the_scores_and_fix_the_length(session, b):
             order = np.argsort(-logit, kind="stable")[: cut.length]
             listed = [names[i] for i in order], (1 / (1 + np.exp(-logit[order]))).tolist()
             expected[admission.drugs, admission.sex, admission.age] = listed
+    # What is written is read again as it was.
+    assert Facts.model_validate(found.facts.as_json()) == found.facts
     session.adapter.flat.zero_()
     for row in (one for one in models(found) if one.model == "fedrx"):
         listed, confidence = expected[row.truth, row.patient.sex, int(row.patient.age)]
@@ -201,6 +204,7 @@ def test_a_file_of_names_replaces_the_training_splits(session, b, tmp_path):
         (b"", "holds 0 names"),
         (b"\n \n", "holds 0 names"),
         (b"Aspirin\n\xff\n", "is not UTF-8 \\(byte 8\\)"),
+        ("Aspirin\n".encode("utf-16"), "is not UTF-8 \\(byte 0\\)"),
         (b"Aspirin\n" + b"x" * 301, "line 2 is no drug name"),
         (b"Aspirin\nHep\x07arin\n", "line 2 is no drug name"),
         ("".join(f"name {n}\n" for n in range(100_000)).encode(), f"100,000 names.*{MOST_NAMES:,}"),

@@ -84,6 +84,13 @@ def test_each_checkpoint_s_loss_on_admissions_of_no_hospital(run, monkeypatch):
     assert found.losses[0] != found.losses[2]
 
 
+def test_it_asks_what_the_run_asks(run):
+    config = asked(run)
+    config = replace(config, data=replace(config.data, protocol="first-24h"))
+    admissions, _ = curve.public_admissions(config)
+    assert {one.protocol for one in admissions} == {"first-24h"}
+
+
 def test_it_spends_nothing_and_the_report_says_so(run):
     ledgers = [*sorted(run.path.rglob("*ledger*")), run.path / "privacy.jsonl"]
     before = [file.read_bytes() for file in ledgers]

@@ -28,8 +28,8 @@ from common.evaluation.high_priority import high_priority
 from common.evaluation.support import Support
 from sim.assist.cds_hooks import LARGEST_BODY_BYTES, NOTICE, SERVICES, cds_routes, routes_of_run
 from sim.assist.chart import require_fhir
-from sim.assist.server import Desk, make_app
-from sim.assist.suggest import SuggestedDrug, Suggestion, Surroundings
+from sim.assist.server import PageState, make_app
+from sim.assist.suggest import ReferenceData, SuggestedDrug, Suggestion
 from sim.process import extras
 
 pytest.importorskip("fhir.resources.R4B")
@@ -43,7 +43,7 @@ class Stub:
     def __init__(self):
         rows = [Diagnosis(code=code, title=title) for code, title in TITLES.items()]
         index = DiagnosisIndex(rows, frequency={}, origin="test titles")
-        self.surroundings = Surroundings(index=index, support=None, note="")
+        self.reference = ReferenceData(index=index, support=None, note="")
         self.busy = False
         self.asked = []
         self.answer = self.list_of(*self.drugs)
@@ -449,11 +449,11 @@ PORT = 8080
 @pytest.fixture
 def served(model, tmp_path):
     """The page's application with the services in it, and its secret."""
-    desk = Desk(suggester=model, decisions=tmp_path / "decisions.jsonl", about={})
+    state = PageState(suggester=model, decisions=tmp_path / "decisions.jsonl", about={})
     services = cds_routes(model, interactions=high_priority(), today=lambda: TODAY)
-    app = make_app(desk, port=PORT, services=services)
+    app = make_app(state, port=PORT, services=services)
     with TestClient(app, base_url=f"http://127.0.0.1:{PORT}") as client:
-        yield client, desk.secret
+        yield client, state.secret
 
 
 def send(served, **headers):

@@ -17,11 +17,11 @@ from sim.assist.orders import Orders
 from sim.assist.patient_form import FormProblems, read_form
 from sim.assist.suggest import (
     Assistant,
-    Surroundings,
+    ReferenceData,
     assistant_config,
     find_run,
+    reference_of,
     show_suggestion,
-    surroundings_of,
     within_formulary,
 )
 
@@ -110,7 +110,7 @@ def opened(config):
 
 def test_support_rests_on_training_admissions_alone():
     config = Config(federation=FederationConfig(hospitals=2))
-    found = surroundings_of(config, load=opened)
+    found = reference_of(config, load=opened)
     similar = found.support.similar(["10:I10"])
     assert f"{len(similar)} admissions of 2 training hospitals" in found.note
     # A fifth is held out, a tenth validates.
@@ -122,7 +122,7 @@ def test_without_the_data_titles_are_the_public_ones_and_there_is_no_support():
     def missing(config):
         raise UserError("gone")
 
-    found = surroundings_of(Config(), load=missing)
+    found = reference_of(Config(), load=missing)
     assert found.support is None
     assert found.index.read("I50.9").title == "Heart failure, unspecified"
     assert "not on this machine" in found.note
@@ -148,8 +148,8 @@ def tiny_run(tmp_path):
 def test_a_tiny_run_answers_the_same_each_time(tiny_run):
     pytest.importorskip("llguidance")
     config = assistant_config(tiny_run)
-    assistant = Assistant(tiny_run, config, surroundings=surroundings_of(config))
-    request = read_form(RIGHT, assistant.surroundings.index)
+    assistant = Assistant(tiny_run, config, reference=reference_of(config))
+    request = read_form(RIGHT, assistant.reference.index)
     first, second = assistant.suggest(request), assistant.suggest(request)
     assert first.drugs
     assert first.in_format
@@ -162,7 +162,7 @@ def test_a_run_with_another_backbone_or_a_is_refused(tiny_run):
     config = assistant_config(tiny_run)
     tiny_run.write_json("environment.json", {"inputs": {"backbone": "0" * 64}})
     with pytest.raises(UserError, match="backbone is not what the run was trained with"):
-        Assistant(tiny_run, config, surroundings=Surroundings(index=INDEX, support=None, note=""))
+        Assistant(tiny_run, config, reference=ReferenceData(index=INDEX, support=None, note=""))
 
 
 def test_overrides_of_what_was_trained_are_refused(tiny_run):
@@ -195,7 +195,9 @@ def test_the_newest_finished_run_is_found(tmp_path, monkeypatch):
     ],
 )
 def test_lists_are_held_to_the_formulary_unless_someone_decided(asked, settings, orders, decoding):
-    around = Surroundings(index=INDEX, support=None, note="", orders=Orders([]) if orders else None)
+    around = ReferenceData(
+        index=INDEX, support=None, note="", orders=Orders([]) if orders else None
+    )
     config = Config(evaluation=EvaluationConfig(**settings))
     assert within_formulary(config, around, asked).evaluation.decoding == decoding
 
@@ -204,8 +206,8 @@ def test_lists_are_held_to_the_formulary_unless_someone_decided(asked, settings,
 def test_what_no_table_knows_is_said_in_json_and_on_the_terminal(tiny_run):
     """No data is at hand either: nothing can be said about names."""
     config = assistant_config(tiny_run)
-    around = surroundings_of(config)
-    assistant = Assistant(tiny_run, config, surroundings=around)
+    around = reference_of(config)
+    assistant = Assistant(tiny_run, config, reference=around)
     request = read_form({**RIGHT, "diagnoses": ["I10", "Q99.99X", "lives alone"]}, around.index)
     suggestion = assistant.suggest(request)
     assert suggestion.warnings[:2] == (
@@ -221,6 +223,17 @@ def test_what_no_table_knows_is_said_in_json_and_on_the_terminal(tiny_run):
     assert all(warning in told.getvalue() for warning in suggestion.warnings)
 
 
+def test_damaged_tables_are_not_called_missing(tmp_path):
+    data = DataConfig(path=str(tmp_path / "tables"))
+    config = Config(data=data)
+    assert "are not on this machine" in reference_of(config).note
+    (tmp_path / "tables" / "hosp").mkdir(parents=True)
+    note = reference_of(config).note
+    assert "cannot be used (" in note
+    assert "is missing" in note
+    assert "\n" not in note
+
+
 @pytest.mark.parametrize("named", [False, True])
 def test_a_list_with_interactions_says_so(tiny_run, tmp_path, monkeypatch, named):
     """The shipped pairs always; the user's file beside them, and not called high priority."""
@@ -228,11 +241,11 @@ def test_a_list_with_interactions_says_so(tiny_run, tmp_path, monkeypatch, named
     file.write_text("drug_a,drug_b\nSenna,Aspirin\n", "utf-8")
     asked = [f"evaluation.interactions={file}"] if named else []
     config = assistant_config(tiny_run, asked)
-    assistant = Assistant(tiny_run, config, surroundings=surroundings_of(config))
+    assistant = Assistant(tiny_run, config, reference=reference_of(config))
     names = ("Senna", "Aspirin 81 mg Tab", "Haloperidol", "Citalopram 20mg Tab", "SIMVASTATIN")
     listed = ListedDrugs(names=names, confidences=(None,) * len(names))
     monkeypatch.setattr(assistant._lister, "list_drugs", lambda admission: listed)
-    request = read_form(RIGHT, assistant.surroundings.index)
+    request = read_form(RIGHT, assistant.reference.index)
     high = (
         "High-priority interaction (QT-prolonging agents with one another): "
         "Haloperidol with Citalopram 20mg Tab."

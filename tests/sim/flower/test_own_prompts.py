@@ -12,7 +12,7 @@ from common.rundir import RunDirectory
 from common.text import batches
 from sim.answers.evaluate import evaluate_run
 from sim.assist.patient_form import read_form
-from sim.assist.suggest import Assistant, assistant_config, surroundings_of
+from sim.assist.suggest import Assistant, assistant_config, reference_of
 from sim.checks.audit_membership import audit_membership
 from sim.report.data_description import describe
 from sim.runs.federate import federate
@@ -59,8 +59,8 @@ def test_everything_that_a_run_asks_is_the_user_s(tiny_config, tmp_path, asked):
         evaluate_run(run, overrides=[f"evaluation.method={method}"], console=QUIET)
         require_own(asked)
     form = {"sex": "F", "age": "71", "diagnoses": ["I10"]}
-    around = surroundings_of(config)
-    assistant = Assistant(run, assistant_config(run), surroundings=around)
+    around = reference_of(config)
+    assistant = Assistant(run, assistant_config(run), reference=around)
     assistant.suggest(read_form(form, around.index))
     require_own(asked)
     audit_membership(run, console=QUIET)

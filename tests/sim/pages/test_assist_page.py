@@ -15,8 +15,8 @@ from common.data.icd import Diagnosis, DiagnosisIndex
 from common.data.samples import Admission
 from common.errors import UserError
 from common.evaluation.support import SupportIndex
-from sim.assist.server import Desk, address, cookie_name, make_server, open_socket
-from sim.assist.suggest import SuggestedDrug, Suggestion, Surroundings
+from sim.assist.server import PageState, address, cookie_name, make_server, open_socket
+from sim.assist.suggest import ReferenceData, SuggestedDrug, Suggestion
 
 TITLES = {
     "10:I509": "Heart failure, unspecified",
@@ -46,12 +46,12 @@ class Stub:
         ]
         rows = [Diagnosis(code=code, title=title) for code, title in TITLES.items()]
         index = DiagnosisIndex(rows, frequency={}, origin="test titles")
-        self.surroundings = Surroundings(index=index, support=SupportIndex(train), note="A note.")
+        self.reference = ReferenceData(index=index, support=SupportIndex(train), note="A note.")
         self.asked, self.warnings = [], []
 
     def suggest(self, request):
         self.asked.append(request)
-        supports = self.surroundings.support.support(request.codes, DRUGS)
+        supports = self.reference.support.support(request.codes, DRUGS)
         return Suggestion(
             drugs=tuple(
                 SuggestedDrug(
@@ -69,16 +69,16 @@ class Stub:
 
 
 @pytest.fixture
-def desk(tmp_path):
+def state(tmp_path):
     about = {"run": "run-1", "checkpoint": "round-0004", "backbone": "tiny", "source": "demo"}
-    return Desk(suggester=Stub(), decisions=tmp_path / "d" / "decisions.jsonl", about=about)
+    return PageState(suggester=Stub(), decisions=tmp_path / "d" / "decisions.jsonl", about=about)
 
 
 @contextlib.contextmanager
-def serving(desk):
+def serving(state):
     """Serve the page in a thread; the second value stops it."""
     bound = open_socket(0)
-    server = make_server(desk, bound)
+    server = make_server(state, bound)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
 
@@ -95,13 +95,13 @@ def serving(desk):
 
 
 @pytest.fixture
-def listening(desk):
-    with serving(desk) as (bound, _):
+def listening(state):
+    with serving(state) as (bound, _):
         yield bound
 
 
 @pytest.fixture
-def ask(desk, listening):
+def ask(state, listening):
     """Send one request; headers of None are left out."""
     port = listening.getsockname()[1]
 
@@ -113,7 +113,7 @@ def ask(desk, listening):
 
     def send(path, body=None, **headers):
         usual = {
-            "Cookie": f"{cookie_name(port)}={desk.secret}",
+            "Cookie": f"{cookie_name(port)}={state.secret}",
             "Content-Type": "application/json",
         }
         chosen = {**usual, **{k.replace("_", "-"): v for k, v in headers.items()}}
@@ -135,8 +135,8 @@ def ask(desk, listening):
 FORM = {"sex": "F", "age": "71", "height": "", "weight": "", "diagnoses": ["10:I509"]}
 
 
-def test_the_address_becomes_a_cookie_and_only_the_cookie_opens_the_page(desk, listening, ask):
-    path = "/" + address(desk, listening).partition("/?")[2].join(["?", ""])
+def test_the_address_becomes_a_cookie_and_only_the_cookie_opens_the_page(state, listening, ask):
+    path = "/" + address(state, listening).partition("/?")[2].join(["?", ""])
     status, headers, _ = ask(path, Cookie=None)
     assert (status, headers["location"]) == (303, "/")
     assert "HttpOnly" in headers["set-cookie"]
@@ -146,16 +146,16 @@ def test_the_address_becomes_a_cookie_and_only_the_cookie_opens_the_page(desk, l
     assert "not for clinical use" in text
     assert headers["cache-control"] == "no-store"
     assert headers["x-frame-options"] == "DENY"
-    assert desk.secret not in text
+    assert state.secret not in text
     name, other = (cookie_name(listening.getsockname()[1] + more) for more in (0, 1))
-    wrong = (None, f"{name}=wrong", f"{name}=", f"{name}=\xe9", f"{other}={desk.secret}")
+    wrong = (None, f"{name}=wrong", f"{name}=", f"{name}=\xe9", f"{other}={state.secret}")
     for cookie in wrong:
         for target in ("/", "/api/diagnoses?q=heart"):
             assert ask(target, Cookie=cookie)[0] == 403
         assert ask("/api/suggest", FORM, Cookie=cookie)[0] == 403
     assert ask("/?token=wrong", Cookie=None)[0] == 403
-    assert ask(f"/api/diagnoses?q=heart&token={desk.secret}", Cookie=None)[0] == 403
-    assert not desk.suggester.asked
+    assert ask(f"/api/diagnoses?q=heart&token={state.secret}", Cookie=None)[0] == 403
+    assert not state.suggester.asked
 
 
 @pytest.mark.parametrize(
@@ -174,11 +174,11 @@ def test_the_address_becomes_a_cookie_and_only_the_cookie_opens_the_page(desk, l
         {"Content_Type": "application/x-www-form-urlencoded"},
     ],
 )
-def test_other_pages_and_rebound_names_are_refused(desk, listening, ask, headers):
+def test_other_pages_and_rebound_names_are_refused(state, listening, ask, headers):
     port = str(listening.getsockname()[1])
     headers = {name: value.replace("PORT", port) for name, value in headers.items()}
     assert ask("/api/suggest", FORM, **headers)[0] in (403, 415, 421)
-    assert not desk.suggester.asked
+    assert not state.suggester.asked
     own = {"Origin": f"http://127.0.0.1:{port}", "Sec_Fetch_Site": "same-origin"}
     assert ask("/api/suggest", FORM, **own)[0] == 200
 
@@ -213,16 +213,16 @@ def test_what_was_typed_is_never_quoted(ask, path, body):
     assert "secret" not in text
 
 
-def test_a_body_of_no_known_length_is_not_read(desk, listening):
+def test_a_body_of_no_known_length_is_not_read(state, listening):
     port = listening.getsockname()[1]
-    cookie = f"{cookie_name(port)}={desk.secret}"
+    cookie = f"{cookie_name(port)}={state.secret}"
     with socket.create_connection(("127.0.0.1", port), timeout=5) as sent:
         sent.sendall(
             f"POST /api/suggest HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nCookie: {cookie}\r\n"
             "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
         )
         assert b" 422 " in sent.recv(100)
-    assert not desk.suggester.asked
+    assert not state.suggester.asked
 
 
 def test_wrong_fields_come_back_by_name(ask):
@@ -253,42 +253,42 @@ def decide(ask, identity, **changes):
         ({"id": ["x"]}, "no longer known"),
     ],
 )
-def test_a_wrong_decision_is_refused_and_nothing_is_stored(desk, ask, changes, message):
+def test_a_wrong_decision_is_refused_and_nothing_is_stored(state, ask, changes, message):
     identity = json.loads(ask("/api/suggest", FORM)[2])["id"]
     status, answer = decide(ask, identity, **changes)
     assert status == 422
     assert message in answer["problems"]["decision"]
-    assert not desk.decisions.exists()
+    assert not state.decisions.exists()
 
 
-def test_a_decision_is_stored_once_and_privately(desk, ask):
+def test_a_decision_is_stored_once_and_privately(state, ask):
     identity = json.loads(ask("/api/suggest", {**FORM, "age": 95})[2])["id"]
     assert decide(ask, identity, added=[" Digoxin  0.125 "], note=" ok ")[0] == 200
     assert decide(ask, identity)[0] == 422
-    (line,) = desk.decisions.read_text().splitlines()
+    (line,) = state.decisions.read_text().splitlines()
     record = json.loads(line)
     assert record["kept"] == ["Furosemide", "<b>Bold</b>"]
     assert (record["removed"], record["added"]) == (["Aspirin"], ["Digoxin 0.125"])
     assert record["patient"]["age"] == "> 89"
     assert record["patient"]["diagnoses"] == [{"code": "10:I509", "title": TITLES["10:I509"]}]
     assert (record["run"], record["checkpoint"], record["note"]) == ("run-1", "round-0004", "ok")
-    assert stat.S_IMODE(desk.decisions.stat().st_mode) == 0o600
+    assert stat.S_IMODE(state.decisions.stat().st_mode) == 0o600
 
 
-def test_text_that_utf8_cannot_hold_is_kept_escaped_and_counted(desk, ask):
+def test_text_that_utf8_cannot_hold_is_kept_escaped_and_counted(state, ask):
     half = "half \ud83d"
     identity = json.loads(ask("/api/suggest", {**FORM, "diagnoses": [half]})[2])["id"]
-    assert desk.suggester.asked[0].diagnoses[0].title == r"half \ud83d"
+    assert state.suggester.asked[0].diagnoses[0].title == r"half \ud83d"
     status, answer = decide(ask, identity, added=[half], note=half)
     assert (status, answer["escaped_texts"]) == (200, 2)
-    record = json.loads(desk.decisions.read_bytes())
+    record = json.loads(state.decisions.read_bytes())
     assert (record["added"], record["note"]) == ([r"half \ud83d"], r"half \ud83d")
     assert record["escaped_texts"] == 2
     assert ask("/api/suggest", {half: half})[0] == 422
 
 
 @pytest.mark.browser
-def test_a_clinicians_way_through_the_page(browser, desk, listening, requested_urls):
+def test_a_clinicians_way_through_the_page(browser, state, listening, requested_urls):
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import WebDriverWait
 
@@ -298,7 +298,7 @@ def test_a_clinicians_way_through_the_page(browser, desk, listening, requested_u
     def wait(condition):
         return WebDriverWait(browser, 10, poll_frequency=0.05).until(lambda _: condition())
 
-    browser.get(address(desk, listening))
+    browser.get(address(state, listening))
     assert browser.current_url.endswith("/")
     assert "token" not in browser.current_url
     assert "not for clinical use" in browser.find_element("tag name", "body").text
@@ -330,7 +330,7 @@ def test_a_clinicians_way_through_the_page(browser, desk, listening, requested_u
     find("#chosen li:nth-child(3) .icon")[1].click()
     browser.find_element("id", "ask").click()
     wait(lambda: len(find(".drug")) == 3)
-    (asked,) = desk.suggester.asked
+    (asked,) = state.suggester.asked
     assert asked.codes == ("10:I10", "10:I509")
     assert (asked.sex, asked.age, asked.height_cm, asked.weight_kg) == ("F", 71, 165.0, 80.0)
 
@@ -348,11 +348,11 @@ def test_a_clinicians_way_through_the_page(browser, desk, listening, requested_u
     browser.find_element("id", "add").send_keys("Digoxin", Keys.ENTER)
     browser.find_element("id", "store").click()
     wait(lambda: "1 of 3" in browser.find_element("id", "decision-error").text)
-    assert not desk.decisions.exists()
+    assert not state.decisions.exists()
     find('.drug [data-value="remove"]')[2].click()
     browser.find_element("id", "store").click()
     wait(lambda: "Stored" in browser.find_element("id", "stored").text)
-    record = json.loads(desk.decisions.read_text())
+    record = json.loads(state.decisions.read_text())
     assert record["kept"] == ["Furosemide"]
     assert record["removed"] == ["Aspirin", "<b>Bold</b>"]
     assert record["added"] == ["Digoxin"]
@@ -365,11 +365,11 @@ def test_a_clinicians_way_through_the_page(browser, desk, listening, requested_u
 
 
 @pytest.mark.browser
-def test_a_stopped_program_is_named_on_the_page(browser, desk):
+def test_a_stopped_program_is_named_on_the_page(browser, state):
     from selenium.webdriver.support.ui import WebDriverWait
 
-    with serving(desk) as (bound, stop):
-        browser.get(address(desk, bound))
+    with serving(state) as (bound, stop):
+        browser.get(address(state, bound))
         stop()
         browser.find_element("id", "ask").click()
         problem = browser.find_element("id", "form-error")
@@ -378,28 +378,28 @@ def test_a_stopped_program_is_named_on_the_page(browser, desk):
 
 
 @pytest.mark.browser
-def test_what_must_be_known_before_reading_stands_above_the_list(browser, desk, listening):
+def test_what_must_be_known_before_reading_stands_above_the_list(browser, state, listening):
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import WebDriverWait
 
-    desk.suggester.warnings = ["Not recognised: <i>x</i>.", "Two diagnoses did not fit."]
-    browser.get(address(desk, listening))
+    state.suggester.warnings = ["Not recognised: <i>x</i>.", "Two diagnoses did not fit."]
+    browser.get(address(state, listening))
     browser.find_element("css selector", '[value="M"]').click()
     browser.find_element("id", "age").send_keys("50")
     browser.find_element("id", "search").send_keys("lives alone", Keys.ENTER)
     browser.find_element("id", "ask").click()
     WebDriverWait(browser, 10).until(lambda _: browser.find_elements("css selector", ".warn"))
     warnings = browser.find_elements("css selector", ".warn")
-    assert [one.text for one in warnings] == desk.suggester.warnings
+    assert [one.text for one in warnings] == state.suggester.warnings
     first = browser.find_element("css selector", ".drug")
     assert warnings[-1].location["y"] < first.location["y"]
 
 
 @pytest.mark.browser
-def test_a_field_s_message_is_in_view_beside_it_under_200_diagnoses(browser, desk, listening):
+def test_a_field_s_message_is_in_view_beside_it_under_200_diagnoses(browser, state, listening):
     from selenium.webdriver.support.ui import WebDriverWait
 
-    browser.get(address(desk, listening))
+    browser.get(address(state, listening))
     browser.set_window_size(1280, 800)
     browser.find_element("css selector", '[value="M"]').click()
     browser.find_element("id", "age").send_keys("50")

@@ -1,5 +1,6 @@
 """The bundle read back as an RO-Crate, and what must not be in it."""
 
+import datetime
 import json
 import sys
 import tomllib
@@ -97,7 +98,14 @@ def test_no_row_place_time_or_name_of_a_person_is_in_it(tmp_path):
         assert secret not in texts
 
 
-@pytest.mark.parametrize("name", ["patient-10000032", "22595853", "of 2180-05-06", "6.5.2180"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("patient-10000032", "22595853", "of 2180-05-06", "6.5.2180"),
+        # The data is not on this machine: eICU's and MEDS' ids are looked for too.
+        *("002-10009", "stay 141168", "3353263", "subject-123456789"),
+    ],
+)
 @pytest.mark.parametrize("where", ["name", "hospital"])
 def test_what_looks_like_an_id_or_a_date_stops_the_bundle(tmp_path, name, where):
     pytest.importorskip("rocrate")
@@ -107,6 +115,39 @@ def test_what_looks_like_an_id_or_a_date_stops_the_bundle(tmp_path, name, where)
     assert name not in str(caught.value)
     assert not (run.path / "bundle").exists()
     assert {p.name for p in run.path.iterdir()}.isdisjoint({"bundle", ".bundle"})
+
+
+def test_ids_are_those_of_the_runs_own_source(tmp_path):
+    """Tables of MIMIC-IV's form: a number of six digits is none of theirs."""
+    pytest.importorskip("rocrate")
+    (tmp_path / "secret-place" / "mimic" / "hosp").mkdir(parents=True)
+    run = make_run(tmp_path, name="tried-200000-steps")
+    assert write_bundle(run).is_dir()
+    (tmp_path / "secret-place" / "mimic" / "hosp").rmdir()
+    (tmp_path / "secret-place" / "mimic" / "patient.csv").touch()
+    with pytest.raises(UserError, match="looks like an id"):
+        write_bundle(run)
+
+
+def test_a_file_is_no_folder_for_a_bundle(tmp_path):
+    pytest.importorskip("rocrate")
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"mine\.txt is a file; allowed: a folder"):
+        write_bundle(make_run(tmp_path), tmp_path / "mine.txt")
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_the_root_has_a_day_and_says_whose_license_it_is(tmp_path):
+    pytest.importorskip("rocrate")
+    from rocrate.rocrate import ROCrate
+
+    folder = write_bundle(make_run(tmp_path), today=lambda: datetime.date(2026, 2, 3))
+    written = json.loads((folder / METADATA).read_text(encoding="utf-8"))
+    (root,) = [one for one in written["@graph"] if one["@id"] == "./"]
+    assert root["datePublished"] == "2026-02-03"
+    license = ROCrate(folder).root_dataset["license"]
+    assert license["name"] == "The authors of the run decide"
+    assert "Apache-2.0" in license["description"]
 
 
 def test_a_private_runs_bundle_counts_nobody(tmp_path):
@@ -165,6 +206,15 @@ def test_the_command_writes_both_for_one_run(tmp_path):
     assert told.exit_code == 0
     assert f"bundle: {run.path / 'bundle'}" in told.output
     assert (run.path / "tripod-llm.md").read_text(encoding="utf-8").startswith("# TRIPOD-LLM")
+    both = ["report", str(run.path), "--bundle", "--tripod-llm", "--out", str(tmp_path / "x")]
+    told = CliRunner().invoke(app, both)
+    assert "--out names one place" in str(told.exception)
+    assert not (tmp_path / "x").exists()
+    target = tmp_path / "paper" / "checklist.md"
+    for out, file in ((target, target), (target.parent, target.parent / "tripod-llm.md")):
+        told = CliRunner().invoke(app, ["report", str(run.path), "--tripod-llm", "--out", str(out)])
+        assert told.output == f"checklist: {file}\n"
+        assert file.read_text(encoding="utf-8").startswith("# TRIPOD-LLM")
     two = CliRunner().invoke(app, ["report", str(run.path), str(run.path), "--bundle"])
     assert isinstance(two.exception, UserError)
     assert "of one run" in str(two.exception)

@@ -17,6 +17,7 @@ FEDRX = {
     "by_hospital": {"north": {"samples": 3, "f1": 0.61}, "south": {"samples": 4, "f1": 0.42}},
     "worst_hospital": "south",
     "hospital_gap": 0.19,
+    "unmapped": {"predicted": 0.25, "true": None},
     "ddi_high_priority": {
         "predicted": {"rate": 0.0123, "pairs": 900, "interacting": 11, "unknown": 0.9},
         "true": {"rate": 0.0456, "pairs": 100, "interacting": 4, "unknown": 0.8},
@@ -49,6 +50,7 @@ def test_each_figure_stands_in_its_row():
     assert rows("F1 by hospital") == ((name, "0.610", "0.420", "south", "0.190"),)
     assert rows("High-priority interactions") == ((name, "0.012", "0.046", "0.900"),)
     assert rows("Interacting drugs") == ((name, "0.070", "–", "0.200"),)
+    assert rows("Names that data.drug-map does not hold") == ((name, "0.250", "–"),)
 
 
 def test_the_reliability_plot_is_on_the_page():

@@ -3,7 +3,7 @@
 import re
 from dataclasses import replace
 
-from common.config import Config, PrivacyConfig
+from common.config import Config, PrivacyConfig, TextConfig
 from common.records import Summary
 from common.rundir import RunDirectory
 from sim.report.tripod import ITEMS, answers, write_checklist
@@ -45,6 +45,7 @@ def test_items_are_the_guidelines_in_order(tmp_path):
     numbers = [int(re.match(r"\d+", item)[0]) for item in ITEMS]
     assert numbers == sorted(numbers)
     assert set(numbers) == set(range(1, 20))
+    assert len(ITEMS) == 49
     letters = {
         n: "".join(i[len(str(n)) :] for i in ITEMS if re.fullmatch(rf"{n}[a-g]?", i))
         for n in numbers
@@ -110,3 +111,13 @@ def test_how_lists_came_about_is_that_of_the_figures():
     assert "tokens" not in scored["6c"]
     assert scored["6d"].startswith("a ranking of the formulary's drugs")
     assert "threshold" in scored["6e"]
+
+
+def test_prompts_of_the_users_own_are_for_the_authors_to_explain():
+    summary = Summary.model_validate(SUMMARY)
+    assert answers(Config(), summary)["9a"] == "one fixed prompt, not tuned"
+    own = Config(text=TextConfig(system_prompt="Say | it.\nNow.", template="x\n{diagnoses}"))
+    known = answers(own, summary)
+    assert "9a" not in known
+    assert 'system message "Say \\| it. Now."' in known["6c"]
+    assert 'template "x {diagnoses}"' in known["6c"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from eicu_fixtures import many_patients, write_eicu
+from eicu_meds_fixtures import eicu_events, write_eicu_meds
 from meds_fixtures import write_meds
 from rich.console import Console
 
@@ -14,7 +15,7 @@ from common.configio import from_flat
 from common.data.synthetic.write import write_tables
 from common.rundir import RunDirectory
 from sim.assist.patient_form import read_form
-from sim.assist.suggest import Assistant, assistant_config, surroundings_of
+from sim.assist.suggest import Assistant, assistant_config, reference_of
 from sim.report.data_description import describe
 from sim.runs.federate import federate
 from sim.runs.single import single
@@ -38,11 +39,14 @@ KEYS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module", params=["meds", "eicu"])
+@pytest.fixture(scope="module", params=["meds", "eicu", "eicu-meds"])
 def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp(request.param)
-    if request.param == "eicu":
-        write_eicu(folder / "data", many_patients(8))
+    if request.param.startswith("eicu"):
+        if request.param == "eicu":
+            write_eicu(folder / "data", many_patients(8))
+        else:
+            write_eicu_meds(folder / "data", eicu_events(many_patients(8)))
         return from_flat({**KEYS, "data.path": str(folder / "data"), "partition.scheme": "site"})
     write_tables(folder / "tables", patients=40, seed=0)
     write_meds(folder / "tables", folder / "data")
@@ -69,14 +73,12 @@ def test_describe_federate_single_and_suggest(config: Config, tmp_path: Path) ->
         assert summary.metrics["fedrx"].samples == 2
     run = RunDirectory.open(tmp_path / "federated")
     own = assistant_config(run)
-    surroundings = surroundings_of(own)
-    assert surroundings.support is not None
-    assert "credentialed tables" in surroundings.index.origin
-    asked = surroundings.index.search("sepsis")[0]
+    reference = reference_of(own)
+    assert reference.support is not None
+    assert "credentialed tables" in reference.index.origin
+    asked = reference.index.search("sepsis")[0]
     form = {"sex": "F", "age": "70", "height": "", "weight": "", "diagnoses": [asked.title]}
-    answer = Assistant(run, own, surroundings=surroundings).suggest(
-        read_form(form, surroundings.index)
-    )
+    answer = Assistant(run, own, reference=reference).suggest(read_form(form, reference.index))
     assert answer.similar > 0
     report = (run.path / "report.md").read_text(encoding="utf-8")
     assert "Credentialed data" in report

@@ -253,6 +253,9 @@ def test_the_best_settings_stand_beside_at_the_same_steps(tmp_path, monkeypatch)
     told = [(one.lists, one.steps) for one in table.best]
     assert told == [(lists, step) for lists in ("scored", "formulary") for step in steps]
     assert {one.output_rate for one in table.best} == {1.0}
+    inside = RunDirectory.open(run.path / "best")
+    answered = {row["model"] for row in inside.lines("predictions.jsonl")}
+    assert {one.checkpoint for one in table.best} - answered == {inside.checkpoint_names()[-1]}
     assert all((one.prauc is not None) == (one.lists == "scored") for one in table.best)
     inside = RunDirectory.open(run.path / "best").config()
     assert (inside.data.drug_order, inside.evaluation.method) == ("set", "score")

@@ -7,16 +7,19 @@ import signal
 import stat
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 from rich.console import Console
 
+from common.config import DataConfig
 from common.errors import RunFailed, UserError
 from common.rundir import RunDirectory
 from sim.process import extras
 from sim.runs import slurm
+from sim.runs.single import single
 from sim.runs.slurm import JOBS, CellJob, read_options, run_cells
 from sim.runs.sweep import plan_cells, sweep
 
@@ -101,7 +104,10 @@ class Job:
         return True
 
     def exception(self):
-        return self.error
+        return None if isinstance(self.error, str) else self.error
+
+    def result(self):
+        return self.error or ""
 
     def cancel(self, check):
         self.cancelled = True
@@ -158,6 +164,21 @@ def test_what_vanishes_is_submitted_three_times_and_what_fails_once(tiny_config,
     assert "Quux" not in line
 
 
+def test_what_a_person_can_mend_is_the_cells_own_line(tiny_config, tmp_path, ending, monkeypatch):
+    """Before there is a run directory too: the job hands its line over."""
+    cells = single_cells(tiny_config, 2)
+    wrong = replace(cells[0], config=replace(cells[0].config, data=DataConfig(path="/no/where")))
+    told = CellJob(cell=wrong, folder=tmp_path, command_line=("fedrx",))()
+    with pytest.raises(UserError) as own:
+        single(wrong.config, console=QUIET, command_line=(), run_dir=tmp_path / "own")
+    assert told == str(own.value)
+    ending(told, None)
+    with pytest.raises(RunFailed) as error:
+        run_cells([wrong, cells[1]], tmp_path / "sweep", console=QUIET, **TOLD)
+    assert str(error.value).startswith(f"1 of 2 cells failed: {wrong.folder}: {told}; what the ")
+    assert "\n" not in str(error.value)
+
+
 def test_jobs_are_cancelled_where_the_sweep_ends(tiny_config, tmp_path, ending):
     executor = ending(None, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -205,12 +226,14 @@ def test_slurm_gets_partition_and_options_and_its_refusal_is_one_line(
         ({"options": ["gres"]}, "--slurm-set gres; allowed: key=value"),
         ({"options": ["=1"]}, "--slurm-set =1; allowed: key=value"),
         ({"options": ["a b=1"]}, "--slurm-set a b=1; allowed: key=value"),
-        ({"options": ["mem=1\n#SBATCH --uid=0"]}, "allowed: key=value"),
+        ({"options": ["mem=1\n#SBATCH --uid=0"]}, "^--slurm-set 'mem=1.n#SBATCH --uid=0'; allo"),
+        ({"options": ["me\nm=1"]}, "^--slurm-set 'me.nm=1'; allowed: key=value"),
     ],
 )
 def test_wrong_options_are_one_line(tiny_config, tmp_path, told, words):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=words) as error:
         run_cells((), tmp_path / "sweep", console=QUIET, **{**TOLD, **told})
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "sweep").exists()
 
 

@@ -20,8 +20,10 @@ from sim.runs.federate import resolved
 from sim.runs.single import one_node
 from sim.runs.sweep import (
     ARMS,
+    FIGURES,
     ArmRow,
     Interval,
+    arms_block,
     default_arms,
     markdown,
     plan_cells,
@@ -106,6 +108,21 @@ def test_interval_is_student_s_over_seeds():
     assert tabulate([[summary(0.5)]])["F1"].half_width is None
     averaged = tabulate([[summary(0.2), summary(0.4)], [summary(0.5), summary(0.7)]])["F1"]
     assert averaged.mean == pytest.approx(0.45)
+
+
+def test_the_page_draws_f1_with_its_interval_where_there_is_one():
+    figures = {name: Interval(2.0, 0.1) for name in FIGURES}
+    rows = [
+        ArmRow("a", 3, {**figures, "F1": Interval(0.5, 0.7)}),
+        ArmRow("b", 1, {**figures, "F1": Interval(0.5, None)}),
+        ArmRow("c", 1, {**figures, "F1": Interval(None, None)}),
+    ]
+    found = [(bar.value, bar.interval, bar.text) for bar in arms_block(rows).bars]
+    assert found == [
+        (0.5, (0.0, 1.0), "F1 0.5 ± 0.7"),
+        (0.5, None, "F1 0.5"),
+        (None, None, "F1 –"),
+    ]
 
 
 def test_sweep_runs_each_cell_once_and_writes_the_table(tiny_config, tmp_path, monkeypatch):
@@ -265,8 +282,15 @@ def test_local_only_trains_on_one_hospital_alone(tiny_config, in_process):
 
 def test_cells_in_one_process_share_one_backbone(tiny_config, tmp_path, monkeypatch):
     """No mark allows a process here: neither SuperLink nor Ray is started."""
-    worker = Worker()
+    worker, opened = Worker(), []
     monkeypatch.setattr("client.app.worker", lambda: worker)
+    honest = Worker.session
+
+    def session(asked, config):
+        opened.append(asked)
+        return honest(asked, config)
+
+    monkeypatch.setattr(Worker, "session", session)
     short = tiny_config(
         run__backend="in-process",
         train__threads=1,
@@ -279,6 +303,7 @@ def test_cells_in_one_process_share_one_backbone(tiny_config, tmp_path, monkeypa
     runs = [RunDirectory.open(tmp_path / cell.folder) for cell in cells]
     assert [run.summary().backbone_loads for run in runs] == [1, 1, 1]
     assert worker.loads == 1
+    assert {id(one) for one in opened} == {id(worker)}
     alone = tmp_path / "alone"
     worker = Worker()
     sweep(cells[1:2], alone, console=QUIET, command_line=["fedrx"])

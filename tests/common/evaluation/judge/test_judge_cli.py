@@ -1,6 +1,7 @@
 """``fedrx judge`` as it is typed."""
 
 import json
+import shlex
 
 import pytest
 import typer
@@ -112,6 +113,14 @@ def test_the_terminal_tells_reasons_judges_and_what_this_time_took(server, demo,
     for text in ("[red]one", "two", "unscored by [red]one: 1 x not-json", "this time: 5 calls"):
         assert text in result.output
     assert "all together: 10 calls" in result.output
+
+
+def test_a_failed_judging_goes_on_with_the_command_as_it_was_typed(demo):
+    asked = ["--set", "judge.base-url=http://127.0.0.1:9/v1", "--set", "judge.model=a b"]
+    asked += ["--set", "judge.attempts=1", "--list-by", "fedrx", "--list-by", "other"]
+    result = CliRunner().invoke(app, ["judge", str(demo.path), *asked])
+    command = shlex.split(result.exception.command)
+    assert command == ["fedrx", "judge", *asked, str(demo.path)]
 
 
 def test_an_empty_run_of_lists_is_a_failure(server, make_run, kit):

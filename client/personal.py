@@ -1,0 +1,74 @@
+"""A hospital's personal adapter: B_own, trained beside the global B, which stays on its own disk.
+
+    y = W x + s (B_global + B_own) A x
+
+B_own is trained with as many steps as the global update of each round, from the same B that the
+server sent, without noise, and carried over rounds. What the hospital sends is computed before, and
+is the same without it: so it costs no epsilon, and answers made with it are covered by none.
+"""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from client.kept_state import keep, load_kept
+from common.config import Config
+from common.model.session import Session
+from common.privacy.settings import is_private
+from common.training.budget import steps_before_round, steps_in_all, steps_of_round
+from common.training.hospital_data import HospitalData
+from common.training.loop import train
+from common.training.optimiser import TrainState
+from common.wire.contract import Tensors
+
+PERSONAL = "personal"
+_OWN, _STATE = "own.", "state."
+
+
+def train_own(
+    session: Session,
+    hospital: HospitalData,
+    b: Tensors,
+    config: Config,
+    *,
+    server_round: int,
+    folder: Path,
+) -> None:
+    """Train B_own for one round with the global B frozen, and keep it in the hospital's folder."""
+    kept = load_kept(folder, PERSONAL, before_round=server_round)
+    own, carried = _part(kept, _OWN), _part(kept, _STATE)
+    samples = 0 if is_private(config) else len(hospital.train)
+    state = TrainState(step=steps_before_round(config, samples, server_round))
+    if carried and config.train.keep_state:
+        state = TrainState.from_tensors({k: torch.from_numpy(v) for k, v in carried.items()})
+    session.adapter.load(with_own(b, own))
+    session.adapter.start_round(server_round)
+    train(
+        session,
+        hospital.train,
+        config.train,
+        state,
+        steps=steps_of_round(config, samples, server_round).value,
+        schedule_steps=steps_in_all(config, samples).value,
+        stream=f"{hospital.name} {PERSONAL}",
+    )
+    found = {_OWN + key: value - b[key] for key, value in session.adapter.state().items()}
+    found |= {_STATE + key: value.numpy() for key, value in state.to_tensors().items()}
+    keep(folder, PERSONAL, found, server_round=server_round)
+
+
+def own_b(folder: Path) -> Tensors:
+    """Return a hospital's last B_own, from its own folder; empty if it has none."""
+    return _part(load_kept(folder, PERSONAL, before_round=sys.maxsize), _OWN)
+
+
+def with_own(b: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray]) -> Tensors:
+    """Return B_global + B_own (fp32); without an own one, B_global."""
+    return {key: value + own[key] if own else value for key, value in b.items()}
+
+
+def _part(kept: Tensors, prefix: str) -> Tensors:
+    return {k.removeprefix(prefix): v for k, v in kept.items() if k.startswith(prefix)}
