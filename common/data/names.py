@@ -24,6 +24,7 @@ _SALT_WORDS = """
 acetate acetonide axetil besylate bitartrate bromide calcium camsylate carbonate chloride cilexetil
 citrate decanoate dihydrate dimesylate dipropionate disodium disoproxil edisylate estolate etexilate
 ethylsuccinate fumarate furoate gluceptate gluconate hydrobromide hydrochloride hyclate iodide
+isethionate
 lactate lactobionate magnesium malate maleate medoxomil mesylate mofetil monohydrate nitrate oxalate
 palmitate pamoate phosphate pivoxil polacrilex potassium propionate proxetil salicylate sodium
 stearate succinate sulfate tartrate tosylate trihydrate tromethamine valerate xinafoate

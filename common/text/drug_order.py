@@ -64,12 +64,14 @@ class DrugSet(Shuffled):
         few = self.shuffled(epoch)[:WRITTEN_OF_A_SET]
         seen = _with_drugs(self, few, self.tokenizer, self.max_length_tokens)
         # A list that goes on has no end here to learn.
-        end = len(seen.input_ids) - (len(few) < len(self.drugs))
+        written = len(few) - seen.dropped_drugs
+        end = len(seen.input_ids) - (written < len(self.drugs))
         return replace(
             seen,
             input_ids=seen.input_ids[:end],
             set_at=self.answer_start + self.header_tokens,
-            set_tokens=self.first_tokens,
+            # Where not even one drug fits, no drug begins.
+            set_tokens=self.first_tokens if written else (),
         )
 
 

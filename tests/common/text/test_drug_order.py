@@ -183,6 +183,25 @@ def test_a_set_s_loss_is_the_mean_over_all_first_drugs(session):
     assert at_once.loss_sum == pytest.approx(by_hand, rel=1e-5)
 
 
+def test_a_set_whose_names_do_not_fit_keeps_as_many_labels_as_it_counts(session):
+    """Also where the first name alone is too long, and no list that is cut has an end."""
+    long = "Xyloglucan " * 25
+    hospital = replace(
+        HOSPITAL, train=(admission(1, (f"{long}A", f"{long}B", "Senna", "Aspirin")),), validation=()
+    )
+    (one,) = samples(session, "set", hospital, max_length=256)
+    written = set()
+    for epoch in range(8):
+        seen = one.in_epoch(epoch)
+        assert seen.dropped_drugs >= 2
+        assert len(list(seen.labels())) == seen.label_tokens
+        batch = plain.pack([seen, seen])
+        assert len(batch.labels_N) == len(batch.label_segments_N) == 2 * seen.label_tokens
+        assert seen.input_ids[-1] != session.tokenizer.eos_token_id
+        written.add(4 - seen.dropped_drugs)
+    assert {0, 1} <= written
+
+
 def test_a_shortened_last_layer_gives_a_set_s_states_as_often(session, monkeypatch):
     batch = plain.pack([one.in_epoch(0) for one in samples(session, "set")[:2]])
     assert batch.repeats
