@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
 
@@ -24,6 +25,7 @@ _SALT_WORDS = """
 acetate acetonide axetil besylate bitartrate bromide calcium camsylate carbonate chloride cilexetil
 citrate decanoate dihydrate dimesylate dipropionate disodium disoproxil edisylate estolate etexilate
 ethylsuccinate fumarate furoate gluceptate gluconate hydrobromide hydrochloride hyclate iodide
+isethionate
 lactate lactobionate magnesium malate maleate medoxomil mesylate mofetil monohydrate nitrate oxalate
 palmitate pamoate phosphate pivoxil polacrilex potassium propionate proxetil salicylate sodium
 stearate succinate sulfate tartrate tosylate trihydrate tromethamine valerate xinafoate
@@ -153,6 +155,7 @@ def read_drug_map(path: Path, level: str = "map") -> dict[str, tuple[str, ...]]:
                     fix="add the header name,code",
                 )
             for row in rows:
+                require_no_more(row, f"data.drug-map={path}, line {rows.line_num}")
                 name, code = normalise_string(row["name"] or ""), (row["code"] or "").strip()
                 if code and level in ATC_CHARACTERS and not _ATC.fullmatch(code):
                     raise UserError(
@@ -172,6 +175,20 @@ def read_drug_map(path: Path, level: str = "map") -> dict[str, tuple[str, ...]]:
     if not found:
         raise UserError(f"data.drug-map={path} maps no name", fix="fill in name,code")
     return found
+
+
+def require_no_more(row: Mapping[Any, Any], where: str) -> None:
+    """Refuse a row of csv.DictReader that is longer than its header: cells may have moved.
+
+    Raises:
+        UserError: It is, as happens where a name holds a comma and has no quotes.
+    """
+    if any(row.get(None) or ()):
+        raise UserError(
+            f"{where} has more fields than the header",
+            allowed="as many, with quotes around a name that holds a comma",
+            fix="put the name into quotes",
+        )
 
 
 @lru_cache(maxsize=65536)

@@ -52,6 +52,8 @@ class Table:
     columns: tuple[str, ...]
     header: tuple[str, ...] = ()
     """All columns of the file, in its order."""
+    clocked: bool = False
+    """Whether hours count, so that a date alone is no time."""
     nulls: Counter[str] = field(default_factory=Counter, compare=False)
     """Cells that spelled NULL, by column, as far as the table was read."""
 
@@ -185,23 +187,31 @@ def reading(label: str) -> Iterator[None]:
 
 
 def times(frame: pl.DataFrame, table: Table, column: str, *, required: bool) -> pl.DataFrame:
-    """Parse a text column of times (``2180-05-06 22:23:00``) or dates to datetime.
+    """Parse a text column of times (``2180-05-06 22:23:00``), or of dates, to datetime.
 
     Raises:
         UserError: A cell is in another format, or empty where ``required``.
     """
     text = frame[column]
     first = text.str.to_datetime(TIME_FORMAT, strict=False)
-    values, unreadable = mend(table, text, first, midnight)
+    values, unreadable = mend_times(table, text, first)
     lost = values.null_count() if required else unreadable
     if lost:
         raise bad_times(table, column, lost)
     return frame.with_columns(values)
 
 
-def midnight(text: pl.Series) -> pl.Series:
-    """Parse dates as their midnight; null where a cell is none."""
+def mend_times(table: Table, text: pl.Series, parsed: pl.Series) -> tuple[pl.Series, int]:
+    """Look again at cells that are no time: a date is its midnight, where hours do not count."""
+    return mend(table, text, parsed, _no_time if table.clocked else _midnight)
+
+
+def _midnight(text: pl.Series) -> pl.Series:
     return text.str.to_datetime(DATE_FORMAT, strict=False)
+
+
+def _no_time(text: pl.Series) -> pl.Series:
+    return pl.repeat(None, len(text), dtype=pl.Datetime, eager=True)
 
 
 def bad_numbers(table: Table, column: str, cells: int, *, empty: int = 0) -> UserError:

@@ -96,6 +96,7 @@ def fit_cutoff(
     truths: Sequence[Sequence[bool]],
     missing: Sequence[int],
     frequencies: Frequencies | None = None,
+    open_to: Sequence[Sequence[bool]] | None = None,
 ) -> Cutoff:
     """Fit threshold and recalibration on a validation split.
 
@@ -104,6 +105,7 @@ def fit_cutoff(
         truths: For each admission, which of the N drugs were ordered.
         missing: For each admission, how many ordered drugs are not in the formulary.
         frequencies: Of the training split, where it is to help.
+        open_to: For each admission, which of the N drugs a list may name; None: all.
 
     Raises:
         UserError: If there is no admission.
@@ -112,13 +114,14 @@ def fit_cutoff(
     scores_AN = np.array(scores)
     truth_AN = np.array(truths, dtype=bool)
     true_A = truth_AN.sum(axis=1) + np.array(missing)
+    open_AN = np.ones_like(truth_AN) if open_to is None else np.array(open_to, dtype=bool)
     if frequencies is None:
-        threshold, f1 = _best_threshold(scores_AN, truth_AN, true_A)
-        slope, intercept = _platt(scores_AN.ravel(), truth_AN.ravel())
+        threshold, f1 = _best_threshold(scores_AN, truth_AN, true_A, open_AN)
+        slope, intercept = _platt(scores_AN[open_AN], truth_AN[open_AN])
         return Cutoff(
             threshold=threshold, slope=slope, intercept=intercept, admissions=len(scores), f1=f1
         )
-    slope, weight, intercept = _weighed(scores_AN, frequencies, truth_AN)
+    slope, weight, intercept = _weighed(scores_AN, frequencies, truth_AN, open_AN)
     unmeasured = Cutoff(
         threshold=None,
         slope=slope,
@@ -128,7 +131,10 @@ def fit_cutoff(
         f1=0.0,
         frequencies=frequencies,
     )
-    lists = [unmeasured.chosen(scores_N) for scores_N in scores_AN]
+    lists = [
+        [place for place in unmeasured.order(scores_N) if open_N[place]][: frequencies.length]
+        for scores_N, open_N in zip(scores_AN, open_AN, strict=True)
+    ]
     f1s = [
         2 * truth_N[listed].sum() / (len(listed) + true)
         for truth_N, listed, true in zip(truth_AN, lists, true_A, strict=True)
@@ -151,14 +157,19 @@ def require_validation(validation: Sequence[object], hospital: str = "a hospital
 
 
 def _best_threshold(
-    scores_AN: NDArray[np.float64], truth_AN: NDArray[np.bool_], true_A: NDArray[np.intp]
+    scores_AN: NDArray[np.float64],
+    truth_AN: NDArray[np.bool_],
+    true_A: NDArray[np.intp],
+    open_AN: NDArray[np.bool_],
 ) -> tuple[float, float]:
     """Return the threshold with the best mean F1, of an even grid over the log scores."""
+    least = scores_AN[open_AN].min(initial=1.0)
+    scores_AN = np.where(open_AN, scores_AN, 0.0)
     order_AN = np.argsort(-scores_AN, axis=1, kind="stable")
     hits_AN = np.take_along_axis(truth_AN, order_AN, axis=1).cumsum(axis=1)
     rising_AN = np.sort(scores_AN, axis=1)
     # A list is never empty, so nothing above an admission's highest score changes it.
-    low, high = _log(scores_AN.min()), _log(rising_AN[:, -1].max())
+    low, high = _log(least), _log(rising_AN[:, -1].max())
     grid = np.exp(np.linspace(low, high, _GRID))
     mean_G = np.zeros(_GRID)
     for rising_N, hits_N, true in zip(rising_AN, hits_AN, true_A, strict=True):
@@ -180,14 +191,17 @@ def _platt(scores: NDArray[np.float64], truth: NDArray[np.bool_]) -> tuple[float
 
 
 def _weighed(
-    scores_AN: NDArray[np.float64], frequencies: Frequencies, truth_AN: NDArray[np.bool_]
+    scores_AN: NDArray[np.float64],
+    frequencies: Frequencies,
+    truth_AN: NDArray[np.bool_],
+    open_AN: NDArray[np.bool_],
 ) -> tuple[float, float, float]:
     """Return slope, weight and intercept; of two that contradict each other the better stays."""
-    truth = truth_AN.ravel()
-    common = np.tile(frequencies.log_odds, len(scores_AN))
-    (slope, weight), intercept = _logistic(np.stack([_log(scores_AN.ravel()), common], 1), truth)
+    truth, scores = truth_AN[open_AN], scores_AN[open_AN]
+    common = np.tile(frequencies.log_odds, (len(scores_AN), 1))[open_AN]
+    (slope, weight), intercept = _logistic(np.stack([_log(scores), common], 1), truth)
     if weight < 0:
-        slope, intercept = _platt(scores_AN.ravel(), truth)
+        slope, intercept = _platt(scores, truth)
         return slope, 0.0, intercept
     if slope < 0:
         (weight,), intercept = _logistic(common[:, None], truth)

@@ -15,7 +15,7 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import NamedTuple
 
-from common.data.names import normalise
+from common.data.names import normalise, require_no_more
 from common.errors import UserError
 
 _COLUMNS = (("Drug_A", "Drug_B"), ("drug_a", "drug_b"))
@@ -93,6 +93,7 @@ def read_interactions(path: Path) -> Interactions:
                     f"{what} has other columns", allowed=expected, fix="name the two columns so"
                 )
             for row in rows:
+                require_no_more(row, f"{what}, line {rows.line_num}")
                 sides = [normalise(row[column] or "", _LEVEL) for column in columns]
                 if not all(sides):
                     raise UserError(

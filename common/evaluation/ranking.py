@@ -174,7 +174,14 @@ class Ranker:
             [[name in found for name in range(len(self.formulary.names))] for found in places],
             [sum(self.place(drug) is None for drug in one.drugs) for one in chosen],
             self._frequencies,
+            [self._open(one) for one in chosen],
         )
+
+    def _open(self, admission: "Admission") -> list[bool]:
+        """Tell of every name whether a list may have it: what is ordered already may not."""
+        names = self.formulary.names
+        left = set(not_ordered(names, admission))
+        return [name in left for name in names]
 
     def rank(
         self,

@@ -45,23 +45,27 @@ def clock(stays: pl.DataFrame) -> pl.DataFrame:
 def first_24h(stays: pl.DataFrame, joined: pl.DataFrame) -> pl.DataFrame:
     """Return samples that show what was known 24 hours after admission.
 
-    Earlier stays are those that had ended when this one began: their diagnoses are coded.
+    Earlier stays are those that had begun and ended when this one began: their diagnoses are
+    coded. MIMIC-IV has stays that end before they begin: when those ended is not known.
 
     Args:
         stays: hadm_id, subject_id, admittime, ended (null: not known), diagnoses (null: none).
         joined: Admissions with all columns, in the order of patient and time.
     """
     coded = stays.filter(pl.col("diagnoses").is_not_null())
-    past = _past(coded, joined.select("hadm_id", "subject_id", "admittime"), "ended")
+    past = _past(coded, joined.select("hadm_id", "subject_id", "admittime"))
     # Not even the reference to this stay's own diagnoses goes on from here.
     return _with_visits(joined.with_columns(diagnoses=_empty()), coded, past, ("diagnoses",))
 
 
 def visits(joined: pl.DataFrame) -> pl.DataFrame:
-    """Return the samples of patients with several, which show the samples before them."""
+    """Return the samples of patients with several, which show the samples before them.
+
+    Of two that begin at one time neither is before the other.
+    """
     several = joined.filter(pl.len().over("subject_id") >= FEWEST_VISITS)
-    number = pl.int_range(pl.len(), dtype=pl.UInt32).over("subject_id")
-    past = several.select("hadm_id", earlier=pl.int_ranges(0, number, dtype=pl.UInt32))
+    before = pl.col("admittime").rank("min").over("subject_id").cast(pl.UInt32) - 1
+    past = several.select("hadm_id", earlier=pl.int_ranges(0, before, dtype=pl.UInt32))
     return _with_visits(several, several, past, _VISIT)
 
 
@@ -107,12 +111,18 @@ def _empty() -> pl.Expr:
     return pl.lit([], pl.List(pl.UInt32))
 
 
-def _past(stays: pl.DataFrame, samples: pl.DataFrame, ended: str) -> pl.DataFrame:
+def _past(stays: pl.DataFrame, samples: pl.DataFrame) -> pl.DataFrame:
     """Return hadm_id and ``earlier``: places of the patient's stays that had ended before."""
     numbered = stays.sort(*_ORDER).select(
-        "subject_id", ended, place=pl.int_range(pl.len(), dtype=pl.UInt32).over("subject_id")
+        "subject_id",
+        "ended",
+        begun="admittime",
+        place=pl.int_range(pl.len(), dtype=pl.UInt32).over("subject_id"),
     )
-    pairs = samples.join(numbered, on="subject_id").filter(pl.col(ended) <= pl.col("admittime"))
+    begun, ended, now = map(pl.col, ("begun", "ended", "admittime"))
+    pairs = samples.join(numbered, on="subject_id").filter(
+        begun < now, begun <= ended, ended <= now
+    )
     return pairs.sort("place").group_by("hadm_id").agg(pl.col("place").alias("earlier"))
 
 

@@ -20,7 +20,7 @@ from common.data.tables import (
     bad_times,
     bad_width,
     mend,
-    midnight,
+    mend_times,
     read,
     reading,
     require_rows,
@@ -162,7 +162,7 @@ def _checked(batch: pl.DataFrame, table: Table) -> pl.DataFrame:
             raise bad_numbers(table, text, bad)
         batch = batch.with_columns(values.alias(parsed))
     for text, parsed in (("charttime", "time"), ("storetime", "stored")):
-        values, bad = mend(table, batch[text], batch[parsed], midnight)
+        values, bad = mend_times(table, batch[text], batch[parsed])
         if bad:
             raise bad_times(table, text, bad)
         batch = batch.with_columns(values.alias(parsed))

@@ -15,7 +15,7 @@ from common.data.tables import (
     bad_times,
     bad_width,
     mend,
-    midnight,
+    mend_times,
     reading,
     require_rows,
     scan,
@@ -72,7 +72,7 @@ def read_orders(
                 kinds["" if spelled else kind] += number
             stays, bad = mend(table, batch["hadm_id"], batch["number"], was_float)
             unnumbered += bad
-            starts, bad = mend(table, batch["starttime"], batch["start"], midnight)
+            starts, bad = mend_times(table, batch["starttime"], batch["start"])
             lost += bad
             main = batch.with_columns(hadm_id=stays, start=starts)
             wanted = main.filter(pl.col("drug_type") == "MAIN")

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from common.data.protocols import ADMISSION, FIRST_24H, VISITS
@@ -39,6 +40,8 @@ PAIRED = {VISITS: ("procedures_icd", "d_icd_procedures"), FIRST_24H: ("labevents
 """Optional tables of a protocol, of use only together."""
 OPTIONAL = ("services", "transfers", *PAIRED[VISITS], *PAIRED[FIRST_24H])
 """Without the first two partition attributes are ``unknown``; the others belong to protocols."""
+_CLOCKED = ("admissions", "prescriptions", "services", "labevents")
+"""What decides whether something was known at hour 24 must be told to the hour."""
 _SEARCH_DEPTH = 4
 
 
@@ -62,7 +65,8 @@ def find_tables(folder: Path, protocol: str = ADMISSION) -> dict[str, Table]:
         path = _locate(folder, name)
         if path is not None:
             label = path.relative_to(folder).as_posix()
-            tables[name] = open_table(name, path, label, columns)
+            clocked = protocol == FIRST_24H and name in _CLOCKED
+            tables[name] = replace(open_table(name, path, label, columns), clocked=clocked)
     pair = PAIRED.get(protocol, ())
     if not set(pair) <= tables.keys():
         tables = {name: table for name, table in tables.items() if name not in pair}

@@ -153,6 +153,50 @@ def test_first_24h_by_hand(load):
     }
 
 
+def stays(*changed):
+    """Return the admissions with some of them changed."""
+    new = {row[1]: row for row in changed}
+    rows = [new.get(row[1], row) for row in STAYS]
+    return [
+        {"subject_id": subject, "hadm_id": hadm, "admittime": came, "dischtime": went}
+        for subject, hadm, came, went in rows
+    ]
+
+
+def test_a_stay_that_ends_before_it_begins_shows_nobody_its_diagnoses(load):
+    """MIMIC-IV has such: its own discharge diagnoses would be in its prompt, and in an earlier."""
+    own = stays((1, 11, "2150-01-01 10:00:00", "2150-01-01 09:00:00"))
+    found = by_stay(load("first-24h", admissions=own))
+    assert found[11].earlier == found[12].earlier == ()
+    later = stays((1, 13, "2150-02-10 10:00:00", "2150-01-20 10:00:00"))
+    found = by_stay(load("first-24h", admissions=later))
+    assert [visit.diagnosis_codes for visit in found[12].earlier] == [("10:I10",)]
+
+
+def test_of_two_visits_that_begin_at_once_neither_is_the_earlier(load):
+    found = by_stay(load("visits", admissions=stays((1, 13, STAYS[1][2], STAYS[2][3]))))
+    assert [len(found[stay].earlier) for stay in (11, 12, 13)] == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [
+        ("labevents", "charttime"),
+        ("labevents", "storetime"),
+        ("prescriptions", "starttime"),
+        ("services", "transfertime"),
+        ("admissions", "dischtime"),
+        ("admissions", "admittime"),
+    ],
+)
+def test_a_date_does_not_tell_what_was_known_at_an_hour(load, name, column):
+    rows = tables()[name]
+    rows[-1][column] = "2150-01-02"
+    with pytest.raises(UserError, match=f"{name}.*1 cells of column {column} are no time"):
+        load("first-24h", **{name: rows})
+    assert load("visits", **{name: rows}).admissions
+
+
 def test_a_sample_does_not_need_what_is_coded_at_discharge(load):
     rows = [row for row in tables()["diagnoses_icd"] if row["hadm_id"] != 21]
     assert 21 in by_stay(load("first-24h", diagnoses_icd=rows))

@@ -34,6 +34,22 @@ def test_the_threshold_is_the_best_of_all():
     assert lists == [set(np.flatnonzero(row >= min(found.threshold, row.max()))) for row in scores]
 
 
+def test_what_a_list_may_not_name_counts_for_nothing():
+    scores, truth = drawn(30, 20, 1)
+    allowed = np.ones_like(truth)
+    allowed[:, :5] = False
+    narrow = scores[:, 5:], truth[:, 5:]
+    given = Frequencies(log_odds=tuple(np.linspace(-3, 1, 20)), length=4)
+    fewer = Frequencies(log_odds=given.log_odds[5:], length=4)
+    loud = np.where(allowed, scores, 0.9)
+    for wide_f, narrow_f in ((None, None), (given, fewer)):
+        wide = fit_cutoff(list(loud), (truth & allowed).tolist(), [0] * 30, wide_f, allowed)
+        alone = fit_cutoff(list(narrow[0]), narrow[1].tolist(), [0] * 30, narrow_f)
+        assert wide.threshold == alone.threshold
+        assert (wide.f1, wide.slope) == pytest.approx((alone.f1, alone.slope))
+        assert (wide.intercept, wide.weight) == pytest.approx((alone.intercept, alone.weight))
+
+
 def test_drugs_outside_the_formulary_count_as_missed():
     scores, truth = [np.array([0.9, 0.1])], [[True, False]]
     assert fit_cutoff(scores, truth, [0]).f1 == 1

@@ -96,6 +96,13 @@ def test_a_pair_of_each_row_is_there(first, second, of):
     assert high_priority().high_priority[Pair(*sorted((first, second)))].startswith(of)
 
 
+def test_an_order_of_pentamidine_by_its_salt_is_known():
+    """As MIMIC-IV spells it, beside amiodarone: both prolong QT."""
+    orders = ("Pentamidine Isethionate", "Amiodarone HCl")
+    (found,) = interacting(orders, high_priority())
+    assert found.high_priority.startswith("QT-prolonging")
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [

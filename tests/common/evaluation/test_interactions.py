@@ -4,6 +4,7 @@ import networkx
 import numpy as np
 import pytest
 
+from common.data.names import read_drug_map
 from common.errors import UserError
 from common.evaluation.interactions import interacting, interaction_figures, read_interactions
 
@@ -93,3 +94,19 @@ def test_a_file_that_holds_no_pairs_is_one_line(tmp_path, text, says):
 def test_a_file_that_is_not_there_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"evaluation\.interactions=.*No such file"):
         read_interactions(tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize(
+    ("read", "text"),
+    [
+        (read_interactions, "drug_a,drug_b\nInsulin, regular,Aspirin\n"),
+        (read_drug_map, "name,code\nInsulin, regular,A10AB01\n"),
+    ],
+)
+def test_a_comma_in_a_name_without_quotes_moves_no_cell_in_silence(tmp_path, read, text):
+    path = tmp_path / "pairs.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match="line 2 has more fields than the header"):
+        read(path)
+    path.write_text(text.replace("Insulin, regular", '"Insulin, regular"'))
+    assert read(path)

@@ -175,6 +175,28 @@ def test_frequencies_rank_beside_the_scores_and_fix_the_length(session, b):
         assert row.confidence == pytest.approx(confidence, abs=1e-3)
 
 
+def test_what_is_ordered_already_has_no_say_in_the_threshold(session):
+    one = HOSPITALS[0]
+    ranker = Ranker(session, formulary_of(one.train), text=OWN_TEXT, max_length_tokens=512)
+    names = ranker.formulary.names
+    # Two of three of the names, so that what is left decides.
+    ordered = tuple(name for place, name in enumerate(names) if place % 3)
+    told = [
+        replace(a, ordered=ordered, drugs=tuple(d for d in a.drugs if d not in ordered))
+        for a in one.validation
+    ]
+    text = {"text": OWN_TEXT, "max_length_tokens": 512}
+    prompts = [encode_prompt(a, session.tokenizer, **text)[0] for a in told]
+    by_hand = fit_cutoff(
+        [scores[::3] for scores in ranker.scores(prompts)],
+        [[name in a.drugs for name in names[::3]] for a in told],
+        [0] * len(told),
+    )
+    found = ranker.fit(told, samples=0, seed=0)
+    assert found.threshold == by_hand.threshold
+    assert (found.f1, found.slope) == pytest.approx((by_hand.f1, by_hand.slope))
+
+
 def test_held_out_admissions_choose_nothing(session, b):
     """Other held-out drugs change the figures, but no list and no threshold."""
     before = evaluated(session, b, method="score")

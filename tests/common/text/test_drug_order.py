@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common.config import OWN_TEXT, Config, DataConfig, TrainConfig
+from common.config import OWN_TEXT, Config, DataConfig, PrivacyConfig, TrainConfig
 from common.data.partition import Hospital
 from common.data.samples import Admission
 from common.model.adapter.falora import AdapterSpec
@@ -183,6 +183,25 @@ def test_a_set_s_loss_is_the_mean_over_all_first_drugs(session):
     assert at_once.loss_sum == pytest.approx(by_hand, rel=1e-5)
 
 
+def test_a_set_whose_names_do_not_fit_keeps_as_many_labels_as_it_counts(session):
+    """Also where the first name alone is too long, and no list that is cut has an end."""
+    long = "Xyloglucan " * 25
+    hospital = replace(
+        HOSPITAL, train=(admission(1, (f"{long}A", f"{long}B", "Senna", "Aspirin")),), validation=()
+    )
+    (one,) = samples(session, "set", hospital, max_length=256)
+    written = set()
+    for epoch in range(8):
+        seen = one.in_epoch(epoch)
+        assert seen.dropped_drugs >= 2
+        assert len(list(seen.labels())) == seen.label_tokens
+        batch = plain.pack([seen, seen])
+        assert len(batch.labels_N) == len(batch.label_segments_N) == 2 * seen.label_tokens
+        assert seen.input_ids[-1] != session.tokenizer.eos_token_id
+        written.add(4 - seen.dropped_drugs)
+    assert {0, 1} <= written
+
+
 def test_a_shortened_last_layer_gives_a_set_s_states_as_often(session, monkeypatch):
     batch = plain.pack([one.in_epoch(0) for one in samples(session, "set")[:2]])
     assert batch.repeats
@@ -253,3 +272,21 @@ def test_a_private_step_has_an_order_of_its_own(session, monkeypatch):
     for step in range(2):
         source(session, step)
     assert packed == [[one.in_epoch(step) for one in found] for step in range(2)]
+
+
+@pytest.mark.parametrize("order", ["shuffled", "set"])
+def test_with_privacy_who_else_is_there_changes_no_order(session, order):
+    """Else a patient who leaves would change everybody's gradient after it, beyond the clip."""
+    private_config = replace(
+        config(order), privacy=PrivacyConfig(noise_multiplier=1.0, unit="patient")
+    )
+    fewer = replace(HOSPITAL, train=ADMISSIONS[1:])
+    whole, rest = (
+        encode_hospital(hospital, session, private_config).train for hospital in (HOSPITAL, fewer)
+    )
+    steps = range(3)
+    assert [[one.in_epoch(step) for one in whole[1:]] for step in steps] == [
+        [one.in_epoch(step) for one in rest] for step in steps
+    ]
+    orders = {tuple(one.shuffled(step)) for one in whole for step in steps}
+    assert len(orders) > 9  # of 18, among 120

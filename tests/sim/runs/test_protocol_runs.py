@@ -7,6 +7,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from common.data.dataset import open_hospitals
+from common.data.names import normalise_string
+from common.evaluation.answers import choose_cases
 from common.rundir import RunDirectory
 from common.text import batches
 from sim.answers.evaluate import evaluate_run
@@ -57,6 +60,11 @@ def test_a_federation_trains_answers_and_tells_its_protocol(tiny_config, tmp_pat
     rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert rows
     assert all(bool(row["diagnoses"]) == (protocol == "visits") for row in rows)
+    cases = choose_cases(open_hospitals(config).hospitals, samples=6, seed=0)
+    ordered = {one.name: set(map(normalise_string, one.admission.ordered)) for one in cases}
+    for row in rows:
+        assert not ordered[row["case"]] & set(map(normalise_string, row["answer"] or ()))
+    assert protocol == "visits" or all(ordered.values())
     write_report(run)
     for page in ("report.html", "report.md"):
         assert f"{protocol}: the drugs" in (folder / page).read_text()
