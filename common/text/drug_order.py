@@ -38,7 +38,8 @@ class Shuffled(Encoded):
     max_length_tokens: int
     seed: int
     names: tuple[str | int, ...]
-    """Hospital and place: with the seed and the epoch, all that an order depends on."""
+    """Hospital and place (with privacy the admission): with the seed and the epoch, all that an
+    order depends on."""
 
     def in_epoch(self, epoch: int) -> Encoded:
         """Return the sample in one pass's order, a pure function of seed, place and epoch."""
@@ -88,10 +89,13 @@ def in_order(
         samples: As the tables have them, by first start.
         admissions: What they were encoded from.
         tokenizer: The backbone's.
-        config: ``data.drug-order``, ``train.seed`` and ``train.max-length`` are read.
+        config: ``data.drug-order``, ``train.seed``, ``train.max-length``, and whether the run is
+            private are read.
         hospital: Its name; two hospitals shuffle differently.
     """
     order, length = config.data.drug_order, config.train.max_length
+    # A place follows from who else is there, and a patient's gradient must not.
+    private = config.privacy.noise_multiplier > 0 or config.privacy.target_epsilon > 0
     if order == "name":
         return tuple(
             _with_drugs(sample, sorted(one.drugs, key=normalise_string), tokenizer, length)
@@ -109,7 +113,7 @@ def in_order(
                 tokenizer=tokenizer,
                 max_length_tokens=length,
                 seed=config.train.seed,
-                names=(hospital, place),
+                names=(hospital, *(("admission", one.admission) if private else (place,))),
             )
             for place, (sample, one) in enumerate(zip(samples, admissions, strict=True))
         )

@@ -28,7 +28,9 @@ def main(folder: str, home: str) -> None:
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
                 if process.environ().get(HOME_VARIABLE) == home:
-                    process.kill()
+                    # Ray's agents write their title over their environment: found as children.
+                    for one in (*process.children(recursive=True), process):
+                        one.kill()
                     busy = time.monotonic()
         time.sleep(0.1)
     shutil.rmtree(folder, ignore_errors=True)

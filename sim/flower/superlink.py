@@ -242,12 +242,13 @@ def stop(process: subprocess.Popen[bytes], run: Path) -> None:
 
 def processes_of(run: Path) -> list[psutil.Process]:
     """Return the Flower and Ray processes that were started for a run directory."""
-    found = []
+    found = set()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if process.pid != os.getpid() and process.environ().get(RUN_VARIABLE) == str(run):
-                found.append(process)
-    return found
+                # Ray's agents write their title over their environment: found as children.
+                found |= {process, *process.children(recursive=True)}
+    return sorted(found, key=lambda one: one.pid)
 
 
 def end_leftovers(run: Path) -> None:

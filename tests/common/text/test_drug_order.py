@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common.config import OWN_TEXT, Config, DataConfig, TrainConfig
+from common.config import OWN_TEXT, Config, DataConfig, PrivacyConfig, TrainConfig
 from common.data.partition import Hospital
 from common.data.samples import Admission
 from common.model.adapter.falora import AdapterSpec
@@ -272,3 +272,21 @@ def test_a_private_step_has_an_order_of_its_own(session, monkeypatch):
     for step in range(2):
         source(session, step)
     assert packed == [[one.in_epoch(step) for one in found] for step in range(2)]
+
+
+@pytest.mark.parametrize("order", ["shuffled", "set"])
+def test_with_privacy_who_else_is_there_changes_no_order(session, order):
+    """Else a patient who leaves would change everybody's gradient after it, beyond the clip."""
+    private_config = replace(
+        config(order), privacy=PrivacyConfig(noise_multiplier=1.0, unit="patient")
+    )
+    fewer = replace(HOSPITAL, train=ADMISSIONS[1:])
+    whole, rest = (
+        encode_hospital(hospital, session, private_config).train for hospital in (HOSPITAL, fewer)
+    )
+    steps = range(3)
+    assert [[one.in_epoch(step) for one in whole[1:]] for step in steps] == [
+        [one.in_epoch(step) for one in rest] for step in steps
+    ]
+    orders = {tuple(one.shuffled(step)) for one in whole for step in steps}
+    assert len(orders) > 9  # of 18, among 120

@@ -9,14 +9,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-# A launcher whose SuperLink has a child in a session of its own, as Ray's actors are.
+# A launcher whose SuperLink has a child in a session of its own, as Ray's actors are, and that one
+# a child that shows no environment, as Ray's agents do.
 LAUNCHER = """
 import subprocess, sys, time
 from pathlib import Path
 from sim.flower.superlink import superlink
 with superlink(Path(sys.argv[1])) as link:
-    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
-    subprocess.Popen(sleep, env=link.environment, start_new_session=True)
+    sleep = "import time; time.sleep(600)"
+    bare = f"Popen([sys.executable, '-c', {sleep!r}, {str(link.folder)!r}], env={{}})"
+    both = f"import sys; from subprocess import Popen; {bare}; {sleep}"
+    child = [sys.executable, "-c", both]
+    subprocess.Popen(child, env=link.environment, start_new_session=True)
     print(link.folder, flush=True)
     if sys.argv[2] == "stay":
         time.sleep(600)
@@ -48,7 +52,11 @@ def launched(run, mode: str) -> tuple[subprocess.Popen[str], str]:
 def test_a_killed_launcher_takes_its_processes_and_its_folder_along(tmp_path):
     other, untouched = launched(tmp_path / "other", "stay")
     killed, folder = launched(tmp_path / "killed", "stay")
-    assert len(of_launch(folder)) >= 3  # the SuperLink, the child, the watch
+    deadline = time.monotonic() + WAIT_SECONDS
+    # The SuperLink, the child, its child, the watch.
+    while len(of_launch(folder)) < 4 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(of_launch(folder)) >= 4
     assert Path(folder).is_dir()
     killed.send_signal(signal.SIGKILL)
     killed.wait()

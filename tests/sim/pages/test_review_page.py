@@ -309,6 +309,7 @@ def test_the_legend_is_in_sight_and_names_break_between_words(browser, run, widt
             "return [r.top, r.bottom, innerHeight]"
         )
         assert 0 <= place[0] < place[1] <= place[2]
+        assert place[1] - place[0] < 60  # of 800: it leaves the screen to the list
     assert browser.execute_script(WORDS_BROKEN) == []
     wide = "return document.documentElement.scrollWidth <= innerWidth"
     assert browser.execute_script(wide)
