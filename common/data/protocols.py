@@ -4,7 +4,7 @@
 of the literature on drug recommendation (GAMENet, Shang et al., AAAI 2019; SafeDrug, Yang et al.,
 IJCAI 2021; MoleRec, Yang et al., WWW 2023): patients with two visits or more, each visit's list
 from its own diagnoses and procedures and from the earlier visits; the first visit is a sample
-without earlier ones, as in SafeDrug and MoleRec. ``first-24h`` stands at the bedside: what was
+without earlier ones, as in SafeDrug. ``first-24h`` stands at the bedside: what was
 known 24 hours after admission, and what was ordered later and not before.
 """
 
