@@ -346,7 +346,7 @@ def show_suggestion(
             for drug in suggestion.drugs
         )
         headers = ("drug", "confidence", "similar stays with it")
-        title = f"{len(suggestion.drugs)} suggested drugs"
+        title = f"{len(rows)} suggested drug{'s' * (len(rows) != 1)}"
         note = f"Why it ends there: {suggestion.ends}."
         blocks.append(Block(title=title, headers=headers, rows=rows, note=note))
     show_blocks(console, [*blocks, Block(note=f"{reference.note} Run: {run.path.name}.")])

@@ -1,6 +1,7 @@
 """The form's messages, and a whole answer of a tiny run."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -18,6 +19,7 @@ from sim.assist.patient_form import FormProblems, read_form
 from sim.assist.suggest import (
     Assistant,
     ReferenceData,
+    SuggestedDrug,
     assistant_config,
     find_run,
     reference_of,
@@ -221,6 +223,12 @@ def test_what_no_table_knows_is_said_in_json_and_on_the_terminal(tiny_run):
     told = io.StringIO()
     show_suggestion(Console(file=told, width=200), tiny_run, request, suggestion, around)
     assert all(warning in told.getvalue() for warning in suggestion.warnings)
+    one = SuggestedDrug(name="Aspirin", support=None)
+    for drugs, title in (((one,), "1 suggested drug\n"), ((one, one), "2 suggested drugs\n")):
+        told = io.StringIO()
+        listed = replace(suggestion, drugs=drugs, in_format=True)
+        show_suggestion(Console(file=told, width=200), tiny_run, request, listed, around)
+        assert title in told.getvalue()
 
 
 def test_damaged_tables_are_not_called_missing(tmp_path):
