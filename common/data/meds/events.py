@@ -201,9 +201,14 @@ def _check_columns(label: str, path: Path) -> None:
         "code": (pl.String, pl.Categorical, pl.Enum),
     }
     wrong = [name for name in fits if name in needed and not isinstance(schema[name], fits[name])]
+    # Text here would make every measure null, and nothing would count it.
+    numbers = schema.get("numeric_value", pl.Null())
+    if label != CODES_FILE and not (numbers.is_numeric() or numbers == pl.Null):
+        wrong.append("numeric_value")
     if wrong:
         raise UserError(
             f"{label}: column {wrong[0]} is {schema[wrong[0]]}",
-            allowed="subject_id int64, time a timestamp, code text, as MEDS has them",
+            allowed="subject_id int64, time a timestamp, code text and numeric_value a float, as "
+            "MEDS has them",
             fix=_FIX,
         )

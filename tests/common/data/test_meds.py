@@ -212,6 +212,10 @@ BAD_FILES = {
         "column code is ",
     ),
     "text times": (lambda f: rewritten(f, 1, lambda t: t.cast({"time": str})), "time is String"),
+    "text values": (
+        lambda f: rewritten(f, 1, lambda t: t.with_columns(numeric_value=t["code"])),
+        "column numeric_value is String",
+    ),
     "no subject": (
         lambda f: rewritten(f, 0, lambda t: t.with_columns(subject_id=t["subject_id"].set(
             t["code"] == "GENDER//F", None))),
