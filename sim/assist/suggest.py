@@ -44,6 +44,8 @@ _FREE_KEYS = (
         "evaluation.decoding",
         "evaluation.formulary",
         "evaluation.interactions",
+        "evaluation.threshold-samples",
+        "evaluation.frequencies",
         "model.attention",
         "model.kernels",
         "model.weights",

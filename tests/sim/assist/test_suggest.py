@@ -168,7 +168,8 @@ def test_a_run_with_another_backbone_or_a_is_refused(tiny_run):
 
 
 def test_overrides_of_what_was_trained_are_refused(tiny_run):
-    assert assistant_config(tiny_run, ["evaluation.constrained=false"])
+    for free in ("evaluation.constrained=false", "evaluation.threshold-samples=8"):
+        assert assistant_config(tiny_run, [free])
     with pytest.raises(UserError, match="adapter.rank"):
         assistant_config(tiny_run, ["adapter.rank=4"])
 
