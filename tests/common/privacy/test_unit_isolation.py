@@ -12,7 +12,7 @@ from common.choice import Choice
 from common.errors import UserError
 from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.load import resolve_backbone
-from common.model.kernels import attention, elementwise, frozen
+from common.model.kernels import attention, choice, frozen
 from common.model.kernels.attention import KERNELS, Packing, attend, choose_attention
 from common.model.kernels.rope import BY_LENGTH, FIXED
 from common.model.session import DTYPES, Session, open_session
@@ -292,7 +292,7 @@ def test_units_do_not_touch_each_other_on_any_path(
         pytest.importorskip("triton")
     if path.get("weights") == "nf4":
         pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr(elementwise, "_obstacle", lambda candidate, device: "")
+    monkeypatch.setattr(choice, "_obstacle", lambda candidate, device: "")
     monkeypatch.setattr(frozen, "fp8_obstacle", lambda device, dtype: "")
     monkeypatch.setattr(Session, "shortens", True)
     session = open_tiny(dtype="fp32", **path)
