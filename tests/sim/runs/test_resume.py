@@ -148,6 +148,7 @@ def test_a_paper_run_and_its_ranks_are_worked_on_alone(worked, tmp_path, monkeyp
         ranks=ranks,
         console=QUIET,
         command_line=[],
+        best=False,
         run_dir=tmp_path / "run",
     )
     names = [rank_folder(rank) for rank in ranks for _ in ("trained", "answered")]
