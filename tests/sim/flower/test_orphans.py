@@ -41,6 +41,11 @@ def of_launch(folder: str) -> list[psutil.Process]:
     return found
 
 
+def of_bare_child(folder: str) -> list[psutil.Process]:
+    """Return the child's child, which shows no environment."""
+    return [one for one in of_launch(folder) if "import time; time.sleep(600)" in one.cmdline()]
+
+
 def launched(run, mode: str) -> tuple[subprocess.Popen[str], str]:
     process = subprocess.Popen(
         [sys.executable, "-c", LAUNCHER, str(run), mode], stdout=subprocess.PIPE, text=True
@@ -53,9 +58,10 @@ def test_a_killed_launcher_takes_its_processes_and_its_folder_along(tmp_path):
     other, untouched = launched(tmp_path / "other", "stay")
     killed, folder = launched(tmp_path / "killed", "stay")
     deadline = time.monotonic() + WAIT_SECONDS
-    # The SuperLink, the child, its child, the watch.
-    while len(of_launch(folder)) < 4 and time.monotonic() < deadline:
+    # The SuperLink, the child, its child (the last to be there), the watch.
+    while not of_bare_child(folder) and time.monotonic() < deadline:
         time.sleep(0.1)
+    assert of_bare_child(folder)
     assert len(of_launch(folder)) >= 4
     assert Path(folder).is_dir()
     killed.send_signal(signal.SIGKILL)
