@@ -96,13 +96,14 @@ def plan(config: Config, *, card_bytes: int | None = None) -> PlanRecord:
         device=device,
         weights=config.model.weights,
     )
-    workers = Choice(1, "one node, or one worker per GPU")
-    if device == "cpu" and federation.hospitals > 1:
-        workers = choose_workers(config, shape, memory_bytes=card.value)
-    # The answers come after the rounds, from one process.
-    needed = max(workers.value * peak.total, answering)
     samples = _train_samples(config)
     steps = steps_in_all(config, samples.value)
+    workers = Choice(1, "one node, or one worker per GPU")
+    if device == "cpu" and federation.hospitals > 1:
+        steps_of_all = steps.value * federation.hospitals
+        workers = choose_workers(config, shape, steps=steps_of_all, memory_bytes=card.value)
+    # The answers come after the rounds, from one process.
+    needed = max(workers.value * peak.total, answering)
     checkpoint_steps(config, steps.value)
     if federation.hospitals > 1:
         check_strategy(federation)

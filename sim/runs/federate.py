@@ -49,14 +49,14 @@ class Federation(Kind):
 
     def ready(self, config: Config, preparation: Preparation, console: Console) -> Config:
         """Warn of what the protection costs here, and choose the workers."""
-        total_steps(config, preparation.data.hospitals)
+        steps = total_steps(config, preparation.data.hospitals)
         notes = [partition_note(config), delta_warning(config)]
         if protects(config) and not is_private(config):
             parameters = preparation.layout.trainable_parameters
             notes.insert(0, hospital_warning(plan_of(config), parameters))
         for note in filter(None, notes):
             console.print(note, style="yellow", markup=False, highlight=False)
-        self.workers = choose_workers(config, preparation.backbone.shape)
+        self.workers = choose_workers(config, preparation.backbone.shape, steps=steps)
         return replace(config, federation=replace(config.federation, workers=self.workers.value))
 
     def facts(self, record: RunRecord) -> Mapping[str, object]:
