@@ -15,6 +15,7 @@ from common.errors import UserError
 from common.limits import available_cpus
 from common.model.adapter.falora import Adapter, AdapterSpec, attach
 from common.model.backbone.load import BackboneSpec, load_model, load_tokenizer
+from common.model.backbone.reading import Destination
 from common.model.kernels.attention import Packing, choose_attention, register
 from common.model.kernels.choice import choose_kernels, kernels_named
 from common.model.kernels.elementwise import TORCH, Kernels
@@ -196,6 +197,31 @@ def limit_primitive_cache() -> None:
         os.environ.setdefault(name, PRIMITIVES)
 
 
+def weights_go_to(device: torch.device, dtype: torch.dtype, weights: str) -> Destination:
+    """Say where a backbone's weights are loaded to.
+
+    nf4 is made weight by weight on the way to the device: the whole may not fit there before.
+    """
+    on = torch.device("cpu") if weights == "nf4" else device
+    return Destination(device=on, dtype=dtype)
+
+
+def early_destination(device: str, dtype: str, weights: str) -> Destination | None:
+    """Say where ``open_session`` will want the weights, if they may be read there beforehand.
+
+    Not on a CPU: there they are mapped, and cost no time.
+
+    Args:
+        device: As ``open_session`` takes it.
+        dtype: Likewise.
+        weights: Likewise.
+    """
+    on = torch.device(choose_device(device).value)
+    if on.type == "cpu":
+        return None
+    return weights_go_to(on, DTYPES[choose_dtype(dtype, on).value], weights)
+
+
 def open_session(
     spec: BackboneSpec,
     adapter: AdapterSpec,
@@ -237,9 +263,8 @@ def open_session(
     kernels_choice = choose_kernels(kernels, on)
     weights_choice = choose_weights(weights, on, arithmetic)
     tokenizer = load_tokenizer(spec)
-    # Quantised weight by weight on its way to the device: the whole may not fit there before.
-    host = torch.device("cpu")
-    model = load_model(spec, device=host if weights_choice.value == "nf4" else on, dtype=arithmetic)
+    there = weights_go_to(on, arithmetic, weights_choice.value)
+    model = load_model(spec, device=there.device, dtype=there.dtype)
     model.set_attn_implementation(register())
     functions = kernels_named(kernels_choice.value)
     if weights_choice.value in ("fp8", "nf4"):
