@@ -197,19 +197,10 @@ def limit_primitive_cache() -> None:
         os.environ.setdefault(name, PRIMITIVES)
 
 
-def weights_go_to(device: torch.device, dtype: torch.dtype, weights: str) -> Destination:
-    """Say where a backbone's weights are loaded to.
-
-    nf4 is made weight by weight on the way to the device: the whole may not fit there before.
-    """
-    on = torch.device("cpu") if weights == "nf4" else device
-    return Destination(device=on, dtype=dtype)
-
-
 def early_destination(device: str, dtype: str, weights: str) -> Destination | None:
     """Say where ``open_session`` will want the weights, if they may be read there beforehand.
 
-    Not on a CPU: there they are mapped, and cost no time.
+    What a CPU needs, or turns into nf4, is mapped and not read.
 
     Args:
         device: As ``open_session`` takes it.
@@ -217,9 +208,9 @@ def early_destination(device: str, dtype: str, weights: str) -> Destination | No
         weights: Likewise.
     """
     on = torch.device(choose_device(device).value)
-    if on.type == "cpu":
+    if on.type == "cpu" or weights == "nf4":
         return None
-    return weights_go_to(on, DTYPES[choose_dtype(dtype, on).value], weights)
+    return Destination(device=on, dtype=DTYPES[choose_dtype(dtype, on).value])
 
 
 def open_session(
@@ -263,8 +254,9 @@ def open_session(
     kernels_choice = choose_kernels(kernels, on)
     weights_choice = choose_weights(weights, on, arithmetic)
     tokenizer = load_tokenizer(spec)
-    there = weights_go_to(on, arithmetic, weights_choice.value)
-    model = load_model(spec, device=there.device, dtype=there.dtype)
+    # Quantised weight by weight on its way to the device: the whole may not fit there before.
+    host = torch.device("cpu")
+    model = load_model(spec, device=host if weights_choice.value == "nf4" else on, dtype=arithmetic)
     model.set_attn_implementation(register())
     functions = kernels_named(kernels_choice.value)
     if weights_choice.value in ("fp8", "nf4"):
