@@ -418,7 +418,7 @@ class PlanRecord(PartialRecord):
     bytes_per_round: int
     """Of training: down and up again, all hospitals that are asked."""
     steps: int
-    """Of one hospital, in all."""
+    """Of one hospital, in all, those of a personal B included."""
     steps_reason: str
     measured: tuple[MeasuredTime, ...] = ()
     """For a GPU."""
