@@ -72,15 +72,12 @@ class RunDirectory:
     path: Path
 
     @classmethod
-    def create(cls, config: Config, *, directory: Path | None = None) -> "RunDirectory":
-        """Make a new run directory and write its resolved configuration.
+    def place(cls, config: Config, *, directory: Path | None = None) -> Path:
+        """Return where ``create`` makes the directory; nothing is made.
 
         Args:
             config: The complete configuration.
             directory: Where; default ``runs/<UTC time>-<name>-<hash>`` below the working directory.
-
-        Raises:
-            UserError: if the directory holds files already, or cannot be made.
         """
         directory = _named(config, directory)
         if directory is None:
@@ -90,7 +87,20 @@ class RunDirectory:
             while directory.exists():
                 count += 1
                 directory = stem.with_name(f"{stem.name}-{count}")
-        directory = directory.expanduser().absolute()
+        return directory.expanduser().absolute()
+
+    @classmethod
+    def create(cls, config: Config, *, directory: Path | None = None) -> "RunDirectory":
+        """Make a new run directory and write its resolved configuration.
+
+        Args:
+            config: The complete configuration.
+            directory: Where; see ``place``.
+
+        Raises:
+            UserError: if the directory holds files already, or cannot be made.
+        """
+        directory = cls.place(config, directory=directory)
         _require_new(directory)
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)

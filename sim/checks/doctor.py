@@ -209,6 +209,7 @@ def _extras() -> Finding:
 def _simulation() -> Finding:
     try:
         with tempfile.TemporaryDirectory() as folder, superlink(Path(folder)) as link:
+            link.wait_until_up()
             found = f"a private SuperLink starts (port {link.port})"
         return Finding(check="simulation", state="ok", found=found)
     except FedrxError as error:
