@@ -253,7 +253,7 @@ class FederationConfig:
     )
     seed: int = option(0, "seed of the hospital sampling", low=0)
     workers: int = option(
-        0, "Ray actors of a simulation; 0: from cores, hospitals and memory", low=0
+        0, "Ray actors of a simulation; 0: from cores, hospitals, memory and work", low=0
     )
     timeout_seconds: float = option(
         0.0, "longest wait for one round; 0: from measured steps", low=0, high=43200
