@@ -22,8 +22,10 @@ def told(monkeypatch):
     @contextlib.contextmanager
     def link(place, port):
         events.append(f"SuperLink of {place.name}")
-        yield "link"
-        events.append("no SuperLink")
+        try:
+            yield "link"
+        finally:
+            events.append("no SuperLink")
 
     def answers(*_args, **_keys):
         events.append("answers")
