@@ -78,14 +78,19 @@ class Session:
 
         return self.torch_device.type != "cpu" and type(self.model.model.layers[-1]) is LeanLayer
 
-    def label_states(self, batch: "PackedBatch") -> Tensor:
-        """Run the backbone; returns [N, D] final hidden states where a label is predicted."""
+    def label_states(self, batch: "PackedBatch", *, apart: bool = False) -> Tensor:
+        """Run the backbone; returns [N, D] final hidden states where a label is predicted.
+
+        Args:
+            batch: Segments laid end to end, on the device.
+            apart: See ``hidden_states``.
+        """
         if self.shortens:
             if not batch.repeats:
-                return self.hidden_states(batch, at=batch.label_positions_N)
+                return self.hidden_states(batch, at=batch.label_positions_N, apart=apart)
             at, back_N = torch.unique_consecutive(batch.label_positions_N, return_inverse=True)
-            return self.hidden_states(batch, at=at)[back_N]
-        return self.hidden_states(batch)[batch.label_positions_N]
+            return self.hidden_states(batch, at=at, apart=apart)[back_N]
+        return self.hidden_states(batch, apart=apart)[batch.label_positions_N]
 
     def hidden_states(
         self,
@@ -93,6 +98,7 @@ class Session:
         *,
         keep: "KeepKeys | None" = None,
         at: Tensor | None = None,
+        apart: bool = False,
     ) -> Tensor:
         """Run the backbone on a packed batch that lies on the device.
 
@@ -101,11 +107,12 @@ class Session:
             keep: Called by each lean layer with its number, keys and values (both [T, G, E]).
             at: [N] packed indices, each at most once, of the tokens that are wanted (lean layers
                 only); all when None.
+            apart: Compute each segment by the same calls as if it were alone (lean layers only).
 
         Returns:
             [T, D] (with ``at``: [N, D]) final hidden states, before the language-model head.
         """
-        packing = Packing.of(batch, self.attention.value, self.torch_device)
+        packing = Packing.of(batch, self.attention.value, self.torch_device, apart=apart)
         out = self.model.model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
