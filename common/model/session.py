@@ -74,9 +74,18 @@ class Session:
         It is the same function, a fiftieth faster at 32 layers; its products round otherwise, so
         CPUs, whose runs are compared value by value, keep all tokens.
         """
+        return self.torch_device.type != "cpu" and self._lean
+
+    @property
+    def by_row(self) -> bool:
+        """Whether all but products and attention is done by kernels with a program for each row."""
+        return self.kernels.value == "triton" and self._lean
+
+    @property
+    def _lean(self) -> bool:
         from common.model.kernels.fused_layer import LeanLayer
 
-        return self.torch_device.type != "cpu" and type(self.model.model.layers[-1]) is LeanLayer
+        return type(self.model.model.layers[-1]) is LeanLayer
 
     def label_states(self, batch: "PackedBatch", *, apart: bool = False) -> Tensor:
         """Run the backbone; returns [N, D] final hidden states where a label is predicted.

@@ -98,7 +98,10 @@ def add_unit_gradients(
     tokens_S = counts_S.float().to(session.torch_device)
     batch = batch.to(session.torch_device)
     weights_N = (1.0 / tokens_S)[batch.label_segments_N]
-    with session.adapter.unit_gradients(batch.cu_seqlens, rows, out_UP):
+    places = session.adapter.unit_gradients(
+        batch.cu_seqlens, rows, out_UP, state_bounds=batch.state_bounds
+    )
+    with places:
         losses_N = _backward(session, batch, weights_N, apart=apart)
     return torch.zeros_like(tokens_S).index_add_(0, batch.label_segments_N, losses_N * weights_N)
 

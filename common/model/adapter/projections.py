@@ -33,7 +33,8 @@ from common.model.kernels.rows import Parts, add_product, product
 class UnitCapture:
     """Where the running backward pass puts each segment's gradient."""
 
-    bounds: tuple[int, ...]
+    bounds: tuple[tuple[int, ...], tuple[int, ...]]
+    """The segments' offsets among all tokens, and among those before labels."""
     rows: tuple[int, ...]
     out_UP: Tensor
 

@@ -100,6 +100,19 @@ class LeanLayer(LlamaDecoderLayer):
         return _add(x_TD, self.down, _swiglu(gate_TI, up_TI, self.kernels), parts)
 
 
+class LeanNorm(nn.Module):
+    """The norm after the last layer, by the layers' kernels; takes the place of transformers'."""
+
+    def __init__(self, base: nn.Module, kernels: Kernels) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = base.weight, base.variance_epsilon
+        self.kernels = kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normed input, [..., D]."""
+        return rms_norm(x.reshape(-1, x.shape[-1]), self, self.kernels)[0].view(x.shape)
+
+
 def install(model: LlamaForCausalLM, recompute: str, kernels: Kernels = TORCH) -> None:
     """Put lean layers in the place of transformers' layers, sharing every module.
 
@@ -114,6 +127,8 @@ def install(model: LlamaForCausalLM, recompute: str, kernels: Kernels = TORCH) -
     for place, layer in enumerate(layers):
         last = place == len(layers) - 1
         layers[place] = LeanLayer(layer, per_layer[place % 2], kernels, last=last)
+    if kernels is not TORCH:
+        model.model.norm = LeanNorm(model.model.norm, kernels)
 
 
 def supported(model: LlamaForCausalLM) -> bool:
