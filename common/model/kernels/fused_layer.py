@@ -108,9 +108,10 @@ class LeanNorm(nn.Module):
         self.weight, self.variance_epsilon = base.weight, base.variance_epsilon
         self.kernels = kernels
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the normed input, [..., D]."""
-        return rms_norm(x.reshape(-1, x.shape[-1]), self, self.kernels)[0].view(x.shape)
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return rms_norm(x_TD, self, self.kernels)[0].view(hidden_states.shape)
 
 
 def install(model: LlamaForCausalLM, recompute: str, kernels: Kernels = TORCH) -> None:
