@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from common.config import AdapterConfig
@@ -13,6 +12,7 @@ from common.model.adapter.falora import Adapter, AdapterSpec, attach, draw_a
 from common.model.adapter.scheme import A, part_of
 from common.model.backbone.llama_config import read_llama_config
 from common.model.backbone.load import BackboneSpec
+from common.model.backbone.skeleton import shaped_like
 from common.model.backbone.tiny import tiny_config
 
 
@@ -82,12 +82,8 @@ def adapter_layout(backbone: BackboneSpec, spec: AdapterSpec) -> AdapterLayout:
 
 def meta_adapter(backbone: BackboneSpec, spec: AdapterSpec) -> Adapter:
     """Attach the adapter to the backbone's shape on the meta device; its A can be drawn."""
-    from transformers import LlamaForCausalLM
-
     if backbone.folder is None:
         config = tiny_config()
     else:
         config = read_llama_config(backbone.folder, backbone.name)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    return attach(model, spec)
+    return attach(shaped_like(config), spec)
