@@ -1,7 +1,7 @@
 """What personal adapters, weighting and ways of training do, above all to the worst hospital.
 
     OMP_NUM_THREADS=1 python benchmarks/federation_worth.py EXPERIMENT [--backbone tiny]
-        [--seeds N] [--arm NAME ...] [--set key=value ...] [--folder DIR]
+        [--seeds N] [--arm NAME ...] [--set key=value ...] [--folder DIR] [--processes N]
 
 EXPERIMENT is one of
 
@@ -11,16 +11,24 @@ EXPERIMENT is one of
     methods    ways of training, Dirichlet of 0.3: F1, loss, bytes, seconds
     private    FA-LoRA and LoRA in a federation under epsilon 1, 3 and 6
 
-Every run is a cell of a sweep in the folder: killed at any moment, the same command goes on.
+The last two first choose learning rates, by F1 with a seed of their own (patients dealt otherwise).
+
+Every run is a cell of a sweep in the folder: killed at any moment, the same command goes on. With
+--processes, so many cells run at once, each process with a backbone of its own.
 Synthetic source, lists scored as in configs/demo.toml. Patients are dealt anew by every seed. The
 result is written to benchmarks/results/federation_worth_EXPERIMENT_BACKBONE.json, as it comes.
 """
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +37,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 
 from common.config import Config
-from common.configio import from_flat, parse_overrides, read_config
+from common.configio import Scalar, from_flat, parse_overrides, read_config
 from common.evaluation.transfer import half_width
 from common.records import Summary
-from common.rundir import RunDirectory
-from sim.runs.sweep import Cell, plan_cells, run_all
+from sim.runs.sweep import Cell, plan_cells, run_cell
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = {
@@ -70,64 +77,101 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
             *("fa-lora", "lora", "rolora", "local-only", "centralised"),
             *("fedadam", "personal"),
         ],
-        "set": {},
+        "set": {"federation.local-steps": 8},
+        "tune": {
+            "fa-lora": "train.learning-rate=1e-2,3e-2",
+            "lora": "train.learning-rate=1e-3,3e-3,1e-2,3e-2",
+            "rolora": "train.learning-rate=3e-3,1e-2,3e-2",
+            "fedadam": "federation.server-learning-rate=3e-3,1e-2,3e-2",
+        },
     },
     "private": {
         "arms": ["fa-lora", "lora"],
-        "set": PRIVATE,
+        "set": {**PRIVATE, "federation.local-steps": 4},
         "vary": ["privacy.target-epsilon=1,3,6"],
+        "tune": {
+            "fa-lora": "train.learning-rate=3e-3,1e-2,3e-2",
+            "lora": "train.learning-rate=1e-3,3e-3,1e-2",
+        },
     },
 }
+TUNING_SEED = 1000
+LEARNS_AS = {"local-only": "fa-lora", "centralised": "fa-lora", "personal": "fa-lora"}
 
 
 def figures(summary: Summary, model: str) -> dict[str, float | None]:
     """Return one run's figures, of the answers of one model."""
     told = summary.metrics[model].model_dump()
-    each = {name: one["f1"] for name, one in told["by_hospital"].items()}
+    each = [one["f1"] for one in told.get("by_hospital", {}).values()]
     return {
         "f1": told["f1"],
-        "worst_f1": min(each.values()),
-        "best_f1": max(each.values()),
+        "worst_f1": min(each, default=None),
+        "best_f1": max(each, default=None),
         "loss": (summary.validation_loss or (None,))[-1],
         "mb_up": summary.wire.bytes_up / 1e6 if summary.wire else None,
         "seconds": summary.training_seconds,
     }
 
 
-def over_seeds(seeds: Mapping[int, Sequence[dict[str, float | None]]]) -> dict[str, Any]:
+def of_their_own(alone: Mapping[str, Summary]) -> dict[str, float | None]:
+    """Return the figures of hospitals that train alone: each answers for its own admissions.
+
+    Args:
+        alone: By hospital its run, which answers for every hospital's held-out admissions.
+    """
+    own = [one.metrics["fedrx"].model_dump()["by_hospital"][name] for name, one in alone.items()]
+    each, samples = [one["f1"] for one in own], [one["samples"] for one in own]
+    losses = [figures(one, "fedrx")["loss"] for one in alone.values()]
+    return {
+        "f1": statistics.fmean(each, samples),
+        "worst_f1": min(each),
+        "best_f1": max(each),
+        "loss": None if None in losses else statistics.fmean(one for one in losses if one),
+        "mb_up": None,
+        "seconds": sum(one.training_seconds for one in alone.values()),
+    }
+
+
+def over_seeds(seeds: Mapping[int, Mapping[str, float | None]]) -> dict[str, Any]:
     """Return mean and half width of the interval over seeds (Student's t) of every figure.
 
     Args:
-        seeds: For each seed its runs (several of local-only, which are averaged).
+        seeds: By seed the figures of its run.
     """
     found = {}
-    for name in next(iter(seeds.values()))[0]:
-        each = [[run[name] for run in runs] for runs in seeds.values()]
-        if any(value is None for runs in each for value in runs):
-            continue
-        means = [statistics.fmean(runs) for runs in each]
-        found[name] = {
-            "mean": statistics.fmean(means),
-            "half_width": half_width(means),
-            "seeds": means,
-        }
+    for name in next(iter(seeds.values())):
+        values = [one[name] for one in seeds.values() if one[name] is not None]
+        if len(values) == len(seeds):
+            found[name] = {
+                "mean": statistics.fmean(values),
+                "half_width": half_width(values),
+                "seeds": values,
+            }
     return found
 
 
-def table(cells: Sequence[Cell], runs: Mapping[str, RunDirectory]) -> list[dict[str, Any]]:
-    """Return a row for every arm, and beside personal adapters one for the global B alone."""
-    rows: dict[str, dict[int, list[dict[str, float | None]]]] = {}
-    for cell in cells:
-        summary = runs[cell.folder].summary()
-        personal = "personal" in summary.metrics
-        found = figures(summary, "personal" if personal else "fedrx")
-        if personal:
-            common = figures(summary, "fedrx")
-            alone = f"{cell.arm}: its global B"
-            rows.setdefault(alone, {}).setdefault(cell.seed, []).append(common)
+def table(runs: Mapping[Cell, Summary]) -> list[dict[str, Any]]:
+    """Return a row for every arm, and beside personal adapters one for the global B alone.
+
+    Args:
+        runs: Of an arm and seed all its cells: of local-only one for every hospital.
+    """
+    rows: dict[str, dict[int, dict[str, float | None]]] = {}
+    for arm, seed in dict.fromkeys((cell.arm, cell.seed) for cell in runs):
+        parts = {
+            cell.part: summary
+            for cell, summary in runs.items()
+            if (cell.arm, cell.seed) == (arm, seed)
+        }
+        summary = next(iter(parts.values()))
+        if "personal" in summary.metrics:
+            common, found = figures(summary, "fedrx"), figures(summary, "personal")
+            rows.setdefault(f"{arm}: its global B", {})[seed] = common
             for name in ("f1", "worst_f1"):
                 found[f"{name}_beyond_global"] = (found[name] or 0.0) - (common[name] or 0.0)
-        rows.setdefault(cell.arm, {}).setdefault(cell.seed, []).append(found)
+        else:
+            found = of_their_own(parts) if "" not in parts else figures(summary, "fedrx")
+        rows.setdefault(arm, {})[seed] = found
     return [{"arm": arm, "runs": len(seeds), **over_seeds(seeds)} for arm, seeds in rows.items()]
 
 
@@ -152,8 +196,48 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
         print(f"| {row['arm']} | {row['runs']} | " + " | ".join(cells) + " |", flush=True)
 
 
+def run_one(folder: Path, cell: Cell) -> Summary:
+    """Run a cell, or go on with it, in its folder below the experiment's."""
+    return run_cell(cell, folder / cell.folder, Console(quiet=True), sys.argv)
+
+
+def finished(
+    cells: Sequence[Cell], folder: Path, processes: int
+) -> Iterator[tuple[Cell, Summary | None]]:
+    """Run all cells, so many at once; yields each as it ends, without a summary where it failed."""
+    if processes == 1:
+        yield from ((cell, run_one(folder, cell)) for cell in cells)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        waiting = {pool.submit(partial(run_one, folder), cell): cell for cell in cells}
+        for one in as_completed(waiting):
+            error = one.exception()
+            if error:
+                traceback.print_exception(error)
+            yield waiting[one], None if error else one.result()
+
+
+def tuned(
+    experiment: str, config: Config, folder: Path, processes: int
+) -> dict[str, dict[str, Scalar]]:
+    """Return by arm the value whose run has the highest F1, all with a seed of their own."""
+    tune: Mapping[str, str] = EXPERIMENTS[experiment].get("tune", {})
+    cells: list[Cell] = []
+    for arm, values in tune.items():
+        cells += plan_cells(config, arms=[arm], seeds=[TUNING_SEED], vary=[values])
+    best: dict[str, tuple[float, str]] = {}
+    for cell, summary in finished(cells, folder, processes):
+        arm, _, point = cell.arm.partition(" ")
+        f1 = summary.metrics["fedrx"].f1 if summary else None
+        if f1 is not None:
+            print(f"tuning: {cell.arm}: F1 {f1:.4f}", flush=True)
+            best[arm] = max(best.get(arm, (-1.0, "")), (f1, point))
+    return {arm: dict(parse_overrides([point])) for arm, (_, point) in best.items()}
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run what is not finished, and write the result after every seed."""
+    """Run what is not finished, and write the result whenever an arm's seed is whole."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--backbone", default="embedded")
@@ -161,32 +245,40 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arm", action="append", default=[])
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args(arguments)
     told = EXPERIMENTS[options.experiment]
     name = f"federation_worth_{options.experiment}_{options.backbone}"
     folder = options.folder or Path("runs") / name
     config = configuration(options.experiment, options.backbone, options.overrides)
+    chosen = tuned(options.experiment, config, folder, options.processes)
     cells: list[Cell] = []
     for seed in range(options.seeds):
-        arms, vary = options.arm or told["arms"], told.get("vary", ())
-        cells += plan_cells(config, arms=arms, seeds=[seed], vary=vary)
-        runs = run_all(
-            cells,
-            folder,
-            console=Console(quiet=True),
-            command_line=sys.argv,
-            again="the same command",
-        )
-        rows = table(cells, runs)
+        for arm in options.arm or told["arms"]:
+            values = chosen.get(LEARNS_AS.get(arm, arm)) or chosen.get("fa-lora", {})
+            best = from_flat({**chosen.get("fa-lora", {}), **values}, base=config)
+            cells += plan_cells(best, arms=[arm], seeds=[seed], vary=told.get("vary", ()))
+    done: dict[Cell, Summary] = {}
+    failed = 0
+    for cell, summary in finished(cells, folder, options.processes):
+        if summary is None:
+            failed += 1
+            continue
+        done[cell] = summary
+        parts = Counter((one.arm, one.seed) for one in cells)
+        there = Counter((one.arm, one.seed) for one in done)
+        whole = [one for one in cells if there[one.arm, one.seed] == parts[one.arm, one.seed]]
         result = {
             "command": " ".join(["benchmarks/federation_worth.py", *sys.argv[1:]]),
-            "seeds": seed + 1,
-            "rows": rows,
+            "processes": options.processes,
+            "device": summary.device,
+            "tuned": chosen,
+            "rows": table({one: done[one] for one in whole}),
         }
         out = ROOT / "benchmarks" / "results" / f"{name}.json"
         out.write_text(json.dumps(result, indent=1) + "\n")
-        show(rows)
-    return 0
+    show(result["rows"])
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ from client.kept_state import keep, load_kept
 from common.config import Config
 from common.model.session import Session
 from common.privacy.settings import is_private
+from common.tensor_files import Tensors
 from common.training.budget import steps_before_round, steps_in_all, steps_of_round
 from common.training.hospital_data import HospitalData
 from common.training.loop import train
 from common.training.optimiser import TrainState
-from common.wire.contract import Tensors
 
 PERSONAL = "personal"
 _OWN, _STATE = "own.", "state."

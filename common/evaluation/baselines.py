@@ -11,16 +11,17 @@ the mean length of the neighbours' lists, regression the mean length in training
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
-from sklearn.linear_model import LogisticRegression
 
 from common.data.names import normalise_string
 from common.data.protocols import known_items, not_ordered
 from common.data.samples import Admission
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 DrugList = tuple[str, ...]
 
@@ -109,6 +110,8 @@ def logistic_regression(
         test: Who gets a list.
         inverse_penalty: scikit-learn's C.
     """
+    from sklearn.linear_model import LogisticRegression
+
     if not test:
         return []
     spaced = np.linspace(0, len(train) - 1, min(len(train), _MOST_FITTED_SAMPLES)).astype(int)
@@ -139,9 +142,9 @@ BASELINES: Mapping[str, Callable[[Sequence[Admission], Sequence[Admission]], lis
 class _Fit:
     """Training admissions as 0/1 matrices (N admissions, C codes or other items, D drugs)."""
 
-    codes_nc: csr_array
-    drugs_nd: csr_array
-    ordered_nd: csr_array
+    codes_nc: "csr_array"
+    drugs_nd: "csr_array"
+    ordered_nd: "csr_array"
     """Known to be ordered already."""
     code_column: Mapping[str, int]
     spellings: tuple[str, ...]
@@ -174,15 +177,17 @@ class _Fit:
         frequency: NDArray[np.float64] = self.drugs_nd.sum(axis=0) / self.drugs_nd.shape[0]
         return frequency
 
-    def codes_of(self, admissions: Sequence[Admission]) -> csr_array:
+    def codes_of(self, admissions: Sequence[Admission]) -> "csr_array":
         return presence(map(known_items, admissions), self.code_column)
 
     def named(self, drugs: NDArray[np.intp]) -> DrugList:
         return tuple(self.spellings[drug] for drug in drugs)
 
 
-def presence(rows: Iterable[Iterable[str]], column: Mapping[str, int]) -> csr_array:
+def presence(rows: Iterable[Iterable[str]], column: Mapping[str, int]) -> "csr_array":
     """Return a 0/1 matrix (rows, columns); items without a column are unknown and left out."""
+    from scipy.sparse import csr_array
+
     found = [sorted({column[item] for item in row if item in column}) for row in rows]
     return csr_array(
         (

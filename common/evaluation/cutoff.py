@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
 
 from common.errors import UserError
 
@@ -213,6 +212,8 @@ def _logistic(
     numbers_K: NDArray[np.float64], truth: NDArray[np.bool_]
 ) -> tuple[tuple[float, ...], float]:
     """Return the coefficients of [pairs, K] numbers and the intercept, by maximum likelihood."""
+    from sklearn.linear_model import LogisticRegression
+
     weight = _targets(truth)
     fitted = LogisticRegression(C=np.inf, max_iter=1000).fit(
         np.concatenate([numbers_K] * 2),

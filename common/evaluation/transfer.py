@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student
 
 from common.evaluation.metrics import interval_of_mean
 from common.records import Record
@@ -205,5 +204,7 @@ def half_width(values: Sequence[float]) -> float | None:
     """
     if len(values) < 2:
         return None
+    from scipy.stats import t as student
+
     quantile = float(student.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
     return quantile * statistics.stdev(values) / math.sqrt(len(values))

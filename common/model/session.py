@@ -15,6 +15,7 @@ from common.errors import UserError
 from common.limits import available_cpus
 from common.model.adapter.falora import Adapter, AdapterSpec, attach
 from common.model.backbone.load import BackboneSpec, load_model, load_tokenizer
+from common.model.backbone.reading import Destination
 from common.model.kernels.attention import Packing, choose_attention, register
 from common.model.kernels.choice import choose_kernels, kernels_named
 from common.model.kernels.elementwise import TORCH, Kernels
@@ -194,6 +195,22 @@ def limit_primitive_cache() -> None:
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, PRIMITIVES)
+
+
+def early_destination(device: str, dtype: str, weights: str) -> Destination | None:
+    """Say where ``open_session`` will want the weights, if they may be read there beforehand.
+
+    What a CPU needs, or turns into nf4, is mapped and not read.
+
+    Args:
+        device: As ``open_session`` takes it.
+        dtype: Likewise.
+        weights: Likewise.
+    """
+    on = torch.device(choose_device(device).value)
+    if on.type == "cpu" or weights == "nf4":
+        return None
+    return Destination(device=on, dtype=DTYPES[choose_dtype(dtype, on).value])
 
 
 def open_session(

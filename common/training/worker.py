@@ -1,6 +1,7 @@
 """What one process keeps from message to message, and from stage to stage of a run."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,7 +11,8 @@ from common.data.partition import Hospital
 from common.files import write_json
 from common.model.adapter.layout import adapter_spec
 from common.model.backbone.load import BackboneSpec, resolve_backbone
-from common.model.session import Session, open_session
+from common.model.backbone.reading import Destination
+from common.model.session import Session, early_destination, open_session
 from common.provenance import peak_device_bytes
 from common.training.hospital_data import HospitalData, encode_hospital
 
@@ -30,11 +32,36 @@ class Worker:
         self._opened: tuple[object, ...] = ()
         self._tokens: dict[tuple[Config, str], HospitalData] = {}
 
-    def backbone(self, name: str) -> BackboneSpec:
+    def backbone(
+        self,
+        name: str,
+        *,
+        destination: Destination | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> BackboneSpec:
         """Return a backbone, resolved once."""
         if self._backbone is None or self._backbone.name != name:
-            self._backbone = resolve_backbone(name)
+            if destination:
+                self._close()
+            self._backbone = resolve_backbone(name, progress=progress, destination=destination)
         return self._backbone
+
+    def backbone_to_open(
+        self, config: Config, progress: Callable[[str], None] | None = None
+    ) -> BackboneSpec:
+        """Return the backbone of a session that will be opened: a GPU has its weights already.
+
+        Args:
+            config: The session's.
+            progress: Called with one line when something takes long.
+        """
+        model, train = config.model, config.train
+        destination = early_destination(train.device, train.dtype, model.weights)
+        return self.backbone(model.backbone, destination=destination, progress=progress)
+
+    def _close(self) -> None:
+        self._session = None
+        self._tokens.clear()
 
     def session(self, config: Config) -> Session:
         """Return the session that a configuration asks for, opened once.
@@ -46,10 +73,9 @@ class Worker:
         settings = (train.device, train.dtype, train.threads, train.recompute, tokens)
         asked = (model, config.adapter, *settings)
         if self._session is None or self._opened != asked:
-            self._session = None
-            self._tokens.clear()
+            self._close()
             self._session = open_session(
-                self.backbone(model.backbone),
+                self.backbone_to_open(config),
                 adapter_spec(config.adapter),
                 device=train.device,
                 dtype=train.dtype,

@@ -12,7 +12,6 @@ from rich.table import Table
 from common.config import Config
 from common.errors import RunFailed, UserError
 from common.model.adapter.layout import adapter_spec
-from common.model.backbone.load import resolve_backbone
 from common.model.session import Session, open_session
 from common.privacy.accounting import epsilon
 from common.privacy.audit import inversion_test, noise_test, one_run_audit
@@ -27,6 +26,7 @@ from common.rundir import SUMMARY
 from common.seeds import torch_stream
 from common.text.batches import Encoded, pack
 from common.training.gradients import StepLoss, add_unit_gradients
+from common.training.worker import Worker
 from sim.checks.audit_loop import audit_loop
 from sim.checks.audit_page import (
     NOT_COVERED,
@@ -123,10 +123,10 @@ class Audit(Kind):
             )
         return config
 
-    def prepare(self, config: Config, console: Console) -> None:
+    def prepare(self, config: Config, console: Console, worker: Worker) -> None:
         """Find the backbone; no data is read."""
         say = partial(console.print, style="dim")
-        self.backbone = resolve_backbone(config.model.backbone, progress=say)
+        self.backbone = worker.backbone_to_open(config, progress=say)
         check_backbone(self.backbone)
 
     def facts(self, record: RunRecord) -> Mapping[str, object]:

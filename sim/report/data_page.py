@@ -3,10 +3,9 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from common.data.names import normalise_string
 from common.data.partition import SPLITS, Hospital
@@ -14,6 +13,10 @@ from common.files import write_bytes, write_text
 from sim.report.data_description import Description, TokenLengths, description_blocks
 from sim.report.html import Block, to_html
 from sim.report.plots import framed, inline_svg, rendered
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TOP_DRUGS = 15
 MOST_LABELS = 12
@@ -61,7 +64,7 @@ def write_page(description: Description, folder: Path) -> Path:
     return page
 
 
-def sizes_figure(hospitals: Sequence[Hospital]) -> Figure:
+def sizes_figure(hospitals: Sequence[Hospital]) -> "Figure":
     """Samples of each hospital, stacked by split, with its number of patients."""
     height = max(2.2, 0.34 * min(len(hospitals), 40) + 1.2)
     figure, axes = framed("samples (admissions)", "", height=height)
@@ -83,7 +86,7 @@ def sizes_figure(hospitals: Sequence[Hospital]) -> Figure:
     return figure
 
 
-def drugs_figure(hospitals: Sequence[Hospital]) -> Figure:
+def drugs_figure(hospitals: Sequence[Hospital]) -> "Figure":
     """Share of a hospital's samples with each of the most frequent drugs."""
     folded, spelling = _drug_counts(hospitals)
     total = sum(folded, Counter[str]())
@@ -113,7 +116,7 @@ def drugs_figure(hospitals: Sequence[Hospital]) -> Figure:
     return figure
 
 
-def lists_figure(hospitals: Sequence[Hospital]) -> Figure:
+def lists_figure(hospitals: Sequence[Hospital]) -> "Figure":
     """How many drugs and diagnoses a sample has."""
     figure, axes = framed("items per sample", "samples")
     drugs = [len(sample.drugs) for one in hospitals for sample in one.admissions]
@@ -130,7 +133,7 @@ def lists_figure(hospitals: Sequence[Hospital]) -> Figure:
     return figure
 
 
-def tokens_figure(lengths: TokenLengths) -> Figure:
+def tokens_figure(lengths: TokenLengths) -> "Figure":
     """Lengths in tokens of prompt, answer and both, against the limit."""
     figure, axes = framed("tokens per sample", "samples")
     total = [prompt + answer for prompt, answer in zip(lengths.prompt, lengths.answer, strict=True)]
@@ -169,7 +172,7 @@ def _whole_number_bins(largest: int) -> list[float]:
     return [edge - 0.5 for edge in range(0, largest + width + 1, width)]
 
 
-def _legend_above(axes: Axes) -> None:
+def _legend_above(axes: "Axes") -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4, frameon=False)
 
 

@@ -7,13 +7,13 @@ import io
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#a0aec0"
 MOST_LABELS = 8
@@ -70,6 +70,8 @@ def lines_svg(
     if from_zero:
         axes.set_ylim(bottom=0)
     if not all(float(x).is_integer() for points in lines.values() for x, _ in points):
+        from matplotlib.ticker import MaxNLocator
+
         axes.xaxis.set_major_locator(MaxNLocator())
     if len(names) + bool(mean) > 1 or any(lines):
         axes.legend(frameon=False)
@@ -154,8 +156,10 @@ def epsilon_svg(lines: Sequence[Mapping[str, Any]], unit: str) -> str:
 
 def framed(
     x_label: str, y_label: str, *, width: float = 8.5, height: float = 3.8
-) -> tuple[Figure, Axes]:
+) -> "tuple[Figure, Axes]":
     """Return a figure (in inches) with labelled axes and no box around them."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.set_xlabel(x_label)
@@ -164,14 +168,16 @@ def framed(
     return figure, axes
 
 
-def inline_svg(figure: Figure) -> str:
+def inline_svg(figure: "Figure") -> str:
     """Return a figure as an element of a page."""
     text = rendered(figure, "svg").decode()
     return text[text.index("<svg") :]
 
 
-def rendered(figure: Figure, kind: Literal["svg", "png"]) -> bytes:
+def rendered(figure: "Figure", kind: Literal["svg", "png"]) -> bytes:
     """Draw a figure; no date and a fixed salt for ids: an equal one gives equal bytes."""
+    from matplotlib import rc_context
+
     stream = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else {}
     with rc_context({"svg.hashsalt": "fedrx"}):
@@ -179,7 +185,9 @@ def rendered(figure: Figure, kind: Literal["svg", "png"]) -> bytes:
     return stream.getvalue()
 
 
-def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+def _axes(x_label: str, y_label: str) -> "tuple[Figure, Axes]":
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = framed(x_label, y_label, width=6.0, height=3.4)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     # A nearly constant loss reads as itself, not as differences from an offset.

@@ -41,6 +41,8 @@ class Kind:
 
     mode: Mode
     resumable = True
+    trains_here = False
+    """Whether this process trains, with the run's worker."""
     renewed = False
     """Whether a finished run is worked on again when it is resumed."""
 
@@ -48,9 +50,9 @@ class Kind:
         """Before data is read: fill in what decides the result, refuse what is known to fail."""
         return config
 
-    def prepare(self, config: Config, console: Console) -> Preparation | None:
+    def prepare(self, config: Config, console: Console, worker: Worker) -> Preparation | None:
         """Read what the run needs; also before it is resumed."""
-        return prepare(config, console)
+        return prepare(config, console, worker if self.trains_here else None)
 
     def ready(self, config: Config, preparation: Preparation, console: Console) -> Config:
         """Before anything is written: check and choose what depends on the data."""
@@ -180,11 +182,11 @@ def start(
         RunFailed: if the work fails; status.json says so too.
         KeyboardInterrupt: after Ctrl-C or SIGTERM.
     """
-    started, chosen = time.monotonic(), kind()
+    started, chosen, worker = time.monotonic(), kind(), worker or Worker()
     RunDirectory.require_new(config, directory=run_dir)
     settled = config = chosen.resolve(config)
     check_tracker(config, command_line)
-    preparation, inputs = chosen.prepare(config, console), Inputs()
+    preparation, inputs = chosen.prepare(config, console, worker), Inputs()
     if preparation:
         check_tracker(config, command_line, source=preparation.data.source)
         config, inputs = chosen.ready(config, preparation, console), fingerprints(preparation)
@@ -199,7 +201,7 @@ def start(
     console.print(f"run directory: {directory.path}", markup=False, highlight=False)
     with exclusive(directory):
         run = Run(chosen, directory, record, config, preparation, console, command_line, started)
-        run.worker = worker or run.worker
+        run.worker = worker
         return run.live(inside=inside)
 
 
@@ -249,16 +251,16 @@ def resume(
     if state == "finished" and not kind.renewed:
         console.print("the run is finished: nothing to do")
         return directory.read_json(SUMMARY)
-    started = time.monotonic()
+    started, worker = time.monotonic(), worker or Worker()
     check_tracker(config, command_line)
     with exclusive(directory):
-        preparation = kind.prepare(config, console)
+        preparation = kind.prepare(config, console, worker)
         if preparation:
             require_same_inputs(record.inputs, preparation)
         _note_resumption(directory, command_line, console)
         known = (kind, directory, record, config, preparation, console, command_line, started)
         run = Run(*known, overrides=overrides if answering else ())
-        run.worker = worker or run.worker
+        run.worker = worker
         return run.live(inside=inside).result.as_json()
 
 

@@ -114,6 +114,7 @@ class Paper(Kind):
     """
 
     mode = "paper"
+    trains_here = True
     renewed = True  # its runs may have been judged meanwhile
 
     def __init__(self, scale: str = "", ranks: tuple[int, ...] = (), best: bool = False) -> None:

@@ -17,6 +17,7 @@ from common.privacy.mechanism.isolation import check_backbone
 from common.privacy.settings import is_private
 from common.records import Inputs
 from common.training.budget import checkpoint_steps, steps_in_all
+from common.training.worker import Worker
 from sim.flower.superlink import free_port
 from sim.process.early import check_settings
 
@@ -33,8 +34,13 @@ class Preparation:
     layout: AdapterLayout
 
 
-def prepare(config: Config, console: Console) -> Preparation:
+def prepare(config: Config, console: Console, worker: Worker | None = None) -> Preparation:
     """Read the data, deal the hospitals and find the backbone.
+
+    Args:
+        config: Complete configuration.
+        console: Where progress is shown.
+        worker: Whose session trains in this process; None: other processes do.
 
     Raises:
         UserError: for everything that can be known to fail before the run starts.
@@ -50,7 +56,10 @@ def prepare(config: Config, console: Console) -> Preparation:
         checkpoint_steps(config, steps_in_all(config, len(hospital.train)).value)
     choose_cases(data.hospitals, samples=config.evaluation.samples, seed=config.evaluation.seed)
     check_lists(data.hospitals, config)
-    backbone = resolve_backbone(config.model.backbone, progress=say)
+    if worker:
+        backbone = worker.backbone_to_open(config, progress=say)
+    else:
+        backbone = resolve_backbone(config.model.backbone, progress=say)
     if is_private(config):
         check_backbone(backbone)
     layout = adapter_layout(backbone, adapter_spec(config.adapter))

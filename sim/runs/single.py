@@ -22,6 +22,7 @@ class Single(Kind):
     """One node that trains on everything."""
 
     mode = "single"
+    trains_here = True
 
     def resolve(self, config: Config) -> Config:
         """Make it one hospital, and resolve the rest."""

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from common.records import Summary
-from common.rundir import RunDirectory
 from sim.runs.sweep import plan_cells
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "federation_worth.py"
@@ -15,9 +14,8 @@ script = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(script)
 
 
-def write(run: RunDirectory, common: float, personal: float) -> RunDirectory:
-    """Write a summary in which the worse of two hospitals has these F1."""
-    run.path.mkdir()
+def summary(common: float, personal: float) -> Summary:
+    """Return a summary in which the worse of two hospitals has these F1."""
     metrics = {
         name: {
             "f1": 0.5,
@@ -26,8 +24,7 @@ def write(run: RunDirectory, common: float, personal: float) -> RunDirectory:
         for name, worst in (("fedrx", common), ("personal", personal))
     }
     found = {"metrics": metrics, "wire": {"tensors": (), "bytes_up": 2e6, "bytes_down": 0}}
-    run.write_json("summary.json", Summary.read(found, what="a test"))
-    return run
+    return Summary.read(found, what="a test")
 
 
 @pytest.mark.parametrize("experiment", script.EXPERIMENTS)
@@ -39,15 +36,15 @@ def test_every_experiment_can_be_planned(experiment):
     assert all(cell.config.federation.rounds == 2 for cell in cells)
 
 
-def test_personal_answers_are_compared_with_the_global_b_of_the_same_runs(tmp_path):
+def test_personal_answers_are_compared_with_the_global_b_of_the_same_runs():
     """Differences seed by seed; by hand t(0.975, 1) = 12.7062."""
     config = script.configuration("personal", "tiny", [])
     cells = plan_cells(config, arms=["personal"], seeds=[0, 1])
     runs = {
-        cell.folder: write(RunDirectory(tmp_path / cell.folder), common, personal)
+        cell: summary(common, personal)
         for cell, (common, personal) in zip(cells, ((0.1, 0.3), (0.2, 0.5)), strict=True)
     }
-    common, personal = script.table(cells, runs)
+    common, personal = script.table(runs)
     assert (common["arm"], personal["arm"]) == ("personal: its global B", "personal")
     assert common["worst_f1"]["seeds"] == [0.1, 0.2]
     beyond = personal["worst_f1_beyond_global"]
@@ -55,3 +52,23 @@ def test_personal_answers_are_compared_with_the_global_b_of_the_same_runs(tmp_pa
     assert beyond["half_width"] == pytest.approx(12.7062 * 0.0707107 / 2**0.5, rel=1e-4)
     assert personal["mb_up"]["mean"] == 2
     assert "loss" not in personal
+
+
+def test_hospitals_that_train_alone_answer_for_their_own_admissions():
+    """By hand: (30 x 0.2 + 10 x 0.6) / 40; what a B does elsewhere does not count."""
+    config = script.configuration("methods", "tiny", ["federation.hospitals=2"])
+    cells = plan_cells(config, arms=["local-only"], seeds=[0])
+    samples = dict(zip((cell.part for cell in cells), (30, 10), strict=True))
+    runs = {}
+    for cell, own in zip(cells, (0.2, 0.6), strict=True):
+        each = {
+            name: {"f1": own if name == cell.part else 0.05, "samples": count}
+            for name, count in samples.items()
+        }
+        told = {"metrics": {"fedrx": {"f1": 0.1, "by_hospital": each}}, "training_seconds": 2.0}
+        runs[cell] = Summary.read(told, what="a test")
+    (row,) = script.table(runs)
+    assert (row["runs"], row["f1"]["seeds"]) == (1, [pytest.approx(0.3)])
+    assert (row["worst_f1"]["seeds"], row["best_f1"]["seeds"]) == ([0.2], [0.6])
+    assert row["seconds"]["seeds"] == [4.0]
+    assert "mb_up" not in row

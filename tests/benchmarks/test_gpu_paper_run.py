@@ -71,6 +71,9 @@ def test_answers_and_first_steps_are_timed(figures):
         times = [stages[name] for name in ("imports", "fingerprint", "open", "first step")]
         assert times == sorted(times)
         assert times[0] > 0
+        packages = stages["import_seconds"]
+        assert {"torch", "transformers"} <= packages.keys()
+        assert not {"sklearn", "pandas", "matplotlib"} & packages.keys()
 
 
 @pytest.mark.process

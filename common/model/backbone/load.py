@@ -6,22 +6,23 @@ Llama built in code; anything else is a folder or a hub id of a Llama.
 
 import functools
 import hashlib
-import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from common.config import OWN_TEXT, TextConfig
 from common.errors import UserError
 from common.model.backbone import embedded, tiny
 from common.model.backbone.llama_config import read_llama_config, tensors_of
+from common.model.backbone.reading import Destination, Held, Reading
 from common.model.backbone.tokenizer import check_tokenizer, read_tokenizer, tokenizer_facts
-from common.model.backbone.weights import check_weights, weights_digest
+from common.model.backbone.weights import check_weights, weight_files
 from common.model.kernels import rope
 from common.user_cache import fedrx_cache
 
@@ -73,6 +74,8 @@ class BackboneSpec:
     shape: BackboneShape
     rope: str = "default"
     """Kind of its rotary position embedding, as transformers names it."""
+    held: Held | None = field(default=None, repr=False, compare=False)
+    """Its weights, where ``resolve_backbone`` was told where they go; until a model has them."""
 
     def fingerprint_as(self, weights: str, text: TextConfig = OWN_TEXT) -> str:
         """Return what hospitals must agree on: quantised weights are another function.
@@ -94,13 +97,17 @@ def resolve_backbone(
     *,
     cache_dir: Path | None = None,
     progress: Callable[[str], None] | None = None,
+    destination: Destination | None = None,
 ) -> BackboneSpec:
     """Find, and where needed fetch, a backbone.
+
+    With a destination its weights are read there meanwhile, and hashed from the same bytes.
 
     Args:
         name: ``embedded``, ``tiny``, a folder, or a hub id.
         cache_dir: The user's cache when None.
         progress: Called with one line when something takes long.
+        destination: Where the weights will be wanted, for ``load_model``; None: nowhere yet.
 
     Raises:
         UserError: If it cannot be found or fetched, or is not a Llama.
@@ -121,47 +128,89 @@ def resolve_backbone(
         folder, hub_id = Path(name).expanduser().resolve(), ""
     else:
         folder, hub_id = _hub_folder(name), name
-    config = read_llama_config(folder, name)
-    expected, optional = tensors_of(config, name)
-    files = check_weights(folder, name, expected, optional=optional)
-    tokenizer = read_tokenizer(folder, name, vocabulary=config.vocab_size)
-    return BackboneSpec(
-        name=name,
-        folder=folder,
-        hub_id=hub_id,
-        fingerprint=_fingerprint(
-            config=_read_json(folder / "config.json"),
-            weights=weights_digest(files, cache_dir, progress),
-            tokenizer=tokenizer_facts(tokenizer),
-            ends=_end_tokens(folder / "generation_config.json"),
-        ),
-        shape=BackboneShape.of(config),
-        rope=config.rope_parameters["rope_type"],
-    )
+    options: dict[str, Any] = {"destination": destination, "progress": progress}
+    with Reading(_files_at_hand(folder, name), cache_dir, **options) as reading:
+        config = read_llama_config(folder, name)
+        expected, optional = tensors_of(config, name)
+        check_weights(folder, name, expected, optional=optional)
+        tokenizer = read_tokenizer(folder, name, vocabulary=config.vocab_size)
+        ends = _end_tokens(folder / "generation_config.json")
+        return BackboneSpec(
+            name=name,
+            folder=folder,
+            hub_id=hub_id,
+            fingerprint=_fingerprint(
+                config=_read_json(folder / "config.json"),
+                weights=reading.digest(),
+                tokenizer=tokenizer_facts(tokenizer),
+                ends=ends,
+            ),
+            shape=BackboneShape.of(config),
+            rope=config.rope_parameters["rope_type"],
+            held=reading.held(),
+        )
+
+
+def _files_at_hand(folder: Path, name: str) -> tuple[Path, ...]:
+    """Return what can be read already; what is wrong with a folder is said in the checks' order."""
+    try:
+        return weight_files(folder, name)
+    except UserError:
+        return ()
 
 
 def load_model(
     spec: BackboneSpec, *, device: torch.device, dtype: torch.dtype
 ) -> "LlamaForCausalLM":
-    """Load the weights, frozen and in evaluation mode."""
+    """Load the weights, frozen and in evaluation mode.
+
+    Those that wait for their model are handed over. On a CPU the others are mapped, not read: its
+    processes share them.
+    """
     if spec.folder is None:
         return tiny.tiny_model().to(device=device, dtype=dtype).requires_grad_(False)
     from transformers import LlamaForCausalLM
 
-    # With accelerate, weights go from the file to a GPU without a copy on the host.
-    straight = device.type == "cuda" and importlib.util.find_spec("accelerate") is not None
-    place: dict[str, Any] = {"device_map": {"": device}} if straight else {}
-    with without_progress_bars():
-        model = LlamaForCausalLM.from_pretrained(
-            spec.folder,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **place,
-        )
+    destination = Destination(device=device, dtype=dtype)
+    tensors = spec.held.take(destination) if spec.held else {}
+    if device.type != "cpu" and not tensors:
+        files = weight_files(spec.folder, spec.name)
+        with Reading(files, fedrx_cache(), destination=destination) as reading:
+            held = reading.held()
+        tensors = held.take(destination) if held else {}
+    if tensors:
+        model = _assembled(spec.folder, tensors, destination)
+    else:
+        with without_progress_bars():
+            model = LlamaForCausalLM.from_pretrained(
+                spec.folder,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
     rope.install(model)
-    return model.to(device).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
+
+
+def _assembled(
+    folder: Path, tensors: dict[str, Tensor], destination: Destination
+) -> "LlamaForCausalLM":
+    """Put tensors into the model of a folder's configuration; no other copy of them is made."""
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig.from_pretrained(folder, dtype=destination.dtype)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    # check_weights has held the names against the model's: what is missing is a tied head, and
+    # what is left over are an old Llama's rotary frequencies.
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    # Buffers are not saved: they are built anew, on the CPU as everywhere.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(destination.device)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
 
 
 @contextmanager

@@ -1,18 +1,14 @@
-"""The weights in a backbone's folder: which files are loaded, whether all is there, their hash.
+"""The weights in a backbone's folder: which files are loaded, and whether all is there.
 
 The checks read the safetensors headers alone, so a 15 GiB folder takes milliseconds.
 """
 
-import hashlib
 import json
 import re
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import write_text
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WHOLE_NUMBERS_ARE = "weights in fp32, fp16 or bf16"
@@ -23,8 +19,6 @@ _QUANTISED = re.compile(
 )
 _HARMLESS = "rotary_emb.inv_freq"
 """Old Llamas carry their rotary frequencies as tensors; the configuration says them anyway."""
-_SETTLED_NANOSECONDS = 2_000_000_000
-"""A file that changed later than this ago may change again within one tick of its clock."""
 
 
 def check_weights(
@@ -46,7 +40,7 @@ def check_weights(
             twice there, elsewhere than the index says, or not of floating-point numbers.
     """
     places = _weight_map(folder, name)
-    files = sorted({folder / file for file in places.values()} or {folder / SINGLE})
+    files = _files(folder, places)
     headers = {file: _header(file, name) for file in files}
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for header in headers.values():
@@ -70,7 +64,20 @@ def check_weights(
             )
         if kind not in _FLOATS:
             raise quantised(name, kind)
-    return tuple(files)
+    return files
+
+
+def weight_files(folder: Path, name: str) -> tuple[Path, ...]:
+    """Find the weight files that loading reads, sorted by name.
+
+    Raises:
+        UserError: If one is missing, or the index is not readable.
+    """
+    return _files(folder, _weight_map(folder, name))
+
+
+def _files(folder: Path, places: Mapping[str, str]) -> tuple[Path, ...]:
+    return tuple(sorted({folder / file for file in places.values()} or {folder / SINGLE}))
 
 
 def quantised(name: str, how: str) -> UserError:
@@ -85,59 +92,6 @@ name the model that it was quantised from
         allowed=WHOLE_NUMBERS_ARE,
         fix="name the model that it was quantised from",
     )
-
-
-def weights_digest(
-    files: Sequence[Path], cache_dir: Path, progress: Callable[[str], None] | None = None
-) -> str:
-    """Return sha256 over names and contents of the weight files.
-
-    Remembered by path, inode, size and both times of change: the time of the inode's change cannot
-    be set back, so other content with the old size and date is hashed anew.
-
-    Args:
-        files: From ``check_weights``.
-        cache_dir: Where digests are remembered.
-        progress: Called with one line when it takes long.
-
-    Raises:
-        UserError: If a file changes meanwhile.
-    """
-    stamp, newest = _stamp(files)
-    remembered = cache_dir / "fingerprints" / hashlib.sha256(stamp).hexdigest()
-    if remembered.is_file():
-        return remembered.read_text(encoding="ascii").strip()
-    size = sum(file.stat().st_size for file in files)
-    if progress and size > 2**31:
-        progress(f"hashing the backbone's weights ({size / 2**30:.1f} GiB), once")
-    began = time.time_ns()
-    digest = hashlib.sha256()
-    # Shards are hashed side by side: hashing lets go of the interpreter.
-    with ThreadPoolExecutor(max_workers=len(files)) as pool:
-        for path, part in zip(files, pool.map(_hash_file, files), strict=True):
-            digest.update(path.name.encode())
-            digest.update(part)
-    if _stamp(files)[0] != stamp:
-        raise UserError(
-            f"model.backbone: the weights in {files[0].parent} changed while they were read",
-            fix="wait until they are written, then start again",
-        )
-    if began - newest > _SETTLED_NANOSECONDS:
-        write_text(remembered, digest.hexdigest() + "\n")
-    return digest.hexdigest()
-
-
-def _hash_file(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
-def _stamp(files: Sequence[Path]) -> tuple[bytes, int]:
-    """Return what identifies the files' state on this disk, and the latest change (ns)."""
-    facts = [(str(file.resolve()), file.stat()) for file in files]
-    state = [[p, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for p, s in facts]
-    newest = max(s.st_ctime_ns for _, s in facts)
-    return json.dumps(["weights", state]).encode(), newest
 
 
 def _weight_map(folder: Path, name: str) -> dict[str, str]:

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from common.configio import from_flat
 from common.errors import UserError
-from common.model.backbone import load, weights
+from common.model.backbone import load, reading
 from common.model.backbone.load import resolve_backbone
-from common.model.backbone.weights import INDEX, weights_digest
+from common.model.backbone.reading import Reading
+from common.model.backbone.weights import INDEX
 from sim.runs.federate import federate
 from sim.runs.single import single
 
@@ -200,29 +201,34 @@ def no_socks(*args, **keys) -> None:
     raise ImportError("socksio")
 
 
+def digest(file: Path, cache: Path) -> str:
+    with Reading([file], cache) as under_way:
+        return under_way.digest()
+
+
 def test_the_same_size_and_date_do_not_fool_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "_SETTLED_NANOSECONDS", 0)
+    monkeypatch.setattr(reading, "_SETTLED_NANOSECONDS", 0)
     file, cache = tmp_path / "model.safetensors", tmp_path / "cache"
     file.write_bytes(b"one")
     time.sleep(0.02)  # the file system's clock ticks every 4 ms
     dates = file.stat().st_atime_ns, file.stat().st_mtime_ns
-    first = weights_digest([file], cache)
+    first = digest(file, cache)
     remembered = list((cache / "fingerprints").iterdir())
     assert [one.read_text().strip() for one in remembered] == [first]
     remembered[0].write_text("known\n")
-    assert weights_digest([file], cache) == "known"
+    assert digest(file, cache) == "known"
     file.write_bytes(b"two")
     os.utime(file, ns=dates)
     assert file.stat().st_mtime_ns == dates[1]
-    assert weights_digest([file], cache) not in ("known", first)
+    assert digest(file, cache) not in ("known", first)
     (tmp_path / "other").write_bytes(b"one")
     (tmp_path / "other").replace(file)
     os.utime(file, ns=dates)
-    assert weights_digest([file], cache) == first
+    assert digest(file, cache) == first
 
 
 def test_a_file_that_has_just_changed_is_not_remembered(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"one")
-    weights_digest([file], tmp_path / "cache")
+    digest(file, tmp_path / "cache")
     assert not (tmp_path / "cache" / "fingerprints").exists()

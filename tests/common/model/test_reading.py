@@ -1,0 +1,316 @@
+"""Weights are read once, hashed from what was read, and become the model that was saved."""
+
+import hashlib
+import os
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from common.configio import from_flat
+from common.errors import UserError
+from common.model import session as session_module
+from common.model.backbone import load, reading
+from common.model.backbone.load import load_model, resolve_backbone
+from common.model.backbone.reading import Destination, Reading
+from common.model.session import early_destination
+from common.training import worker as worker_module
+from common.training.worker import Worker
+
+CPU = torch.device("cpu")
+FP32, BF16 = (Destination(device=CPU, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+WAIT = 20  # seconds until a test fails that would otherwise hang
+
+
+class Watched:
+    """Counts what is read and hashed of weight files; may do something before each read."""
+
+    def __init__(self) -> None:
+        self.read: Counter[str] = Counter()
+        self.hashed = 0
+        self.before = lambda path: None
+
+    def reset(self) -> None:
+        self.read.clear()
+        self.hashed = 0
+
+
+class WatchedFile:
+    def __init__(self, watched: Watched, path: Path, file) -> None:
+        self.watched, self.path, self.file = watched, path, file
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        self.file.close()
+
+    def readinto(self, view):
+        self.watched.before(self.path)
+        count = self.file.readinto(view)
+        self.watched.read[self.path.name] += count
+        return count
+
+
+class WatchedHash:
+    def __init__(self, watched: Watched, honest) -> None:
+        self.watched, self.honest = watched, honest
+        self.digest, self.hexdigest = honest.digest, honest.hexdigest
+
+    def update(self, content) -> None:
+        self.watched.hashed += len(content) * isinstance(content, memoryview)
+        self.honest.update(content)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    seen, opened, sha256 = Watched(), Path.open, hashlib.sha256
+
+    def open_watched(path, *args, **kwargs):
+        file = opened(path, *args, **kwargs)
+        return WatchedFile(seen, path, file) if path.suffix == ".safetensors" else file
+
+    monkeypatch.setattr(Path, "open", open_watched)
+    monkeypatch.setattr(hashlib, "sha256", lambda *a, **k: WatchedHash(seen, sha256(*a, **k)))
+    return seen
+
+
+@pytest.fixture
+def folder(tmp_path, save_tiny):
+    return save_tiny(tmp_path / "llama", shard_size="100KB")
+
+
+@pytest.fixture
+def settled(monkeypatch):
+    monkeypatch.setattr(reading, "_SETTLED_NANOSECONDS", 0)
+    time.sleep(0.02)  # the file system's clock ticks every 4 ms
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def by_hand(folder: Path) -> str:
+    """The digest as it is defined, of whole files."""
+    whole = b"".join(
+        file.name.encode() + hashlib.sha256(file.read_bytes()).digest() for file in files_of(folder)
+    )
+    return hashlib.sha256(whole).hexdigest()
+
+
+def test_every_byte_is_read_once_and_hashed_the_first_time(
+    tmp_path, folder, settled, watched, monkeypatch
+):
+    sizes = {file.name: file.stat().st_size for file in files_of(folder)}
+    total = sum(sizes.values())
+    assert len(sizes) > 2
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("twice"))
+    first = resolve_backbone(str(folder), cache_dir=tmp_path / "cache", destination=FP32)
+    load_model(first, device=CPU, dtype=torch.float32)
+    assert (dict(watched.read), watched.hashed) == (sizes, total)
+    watched.reset()
+    again = resolve_backbone(str(folder), cache_dir=tmp_path / "cache", destination=FP32)
+    load_model(again, device=CPU, dtype=torch.float32)
+    assert (dict(watched.read), watched.hashed) == (sizes, 0)
+    watched.reset()
+    known = resolve_backbone(str(folder), cache_dir=tmp_path / "cache")
+    assert (dict(watched.read), watched.hashed) == ({}, 0)
+    alone = resolve_backbone(str(folder), cache_dir=tmp_path / "other")
+    assert (dict(watched.read), watched.hashed) == (sizes, total)
+    assert first == again == known == alone
+
+
+@pytest.mark.parametrize("destination", [None, FP32, BF16])
+def test_the_hash_is_that_of_the_files(tmp_path, folder, monkeypatch, destination):
+    monkeypatch.setattr(reading, "CHUNK_BYTES", 999)
+    with Reading(files_of(folder), tmp_path / "cache", destination=destination) as under_way:
+        assert under_way.digest() == by_hand(folder)
+
+
+@pytest.mark.parametrize("destination", [FP32, BF16])
+@pytest.mark.parametrize("chunk", [1, 37, 2**20])
+def test_tensors_are_what_the_library_reads(tmp_path, monkeypatch, destination, chunk):
+    monkeypatch.setattr(reading, "CHUNK_BYTES", chunk)
+    torch.manual_seed(0)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    content = {f"t{n}": torch.randn(3, n, 5).to(dtype) for n, dtype in enumerate(dtypes)}
+    content |= {"number": torch.tensor(1.5), "row": torch.randn(7)}
+    save_file(content, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with Reading([tmp_path / "model.safetensors"], tmp_path, destination=destination) as under_way:
+        held = under_way.held()
+    found, expected = held.take(destination), load_file(tmp_path / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype is destination.dtype
+        assert torch.equal(found[name], tensor.to(destination.dtype)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ],
+)
+def test_the_model_is_the_one_that_transformers_loads(
+    tmp_path, folder, set_config, dtype, settings
+):
+    set_config(folder, **settings)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+    destination = Destination(device=CPU, dtype=dtype)
+    spec = resolve_backbone(str(folder), cache_dir=tmp_path / "cache", destination=destination)
+    theirs = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    ours = load_model(spec, device=CPU, dtype=dtype)
+    for names in ("named_parameters", "named_buffers"):
+        expected, found = dict(getattr(theirs, names)()), dict(getattr(ours, names)())
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert found[name].dtype is tensor.dtype
+            assert torch.equal(found[name], tensor), name
+    assert not any(one.requires_grad for one in ours.parameters())
+    assert not ours.training
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    assert ours.dtype is ours.config.dtype is dtype
+    assert ours.generation_config.eos_token_id == [1, 7]
+    ids = torch.arange(5, 25)[None]
+    assert torch.equal(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+
+
+def test_held_weights_are_handed_over_once_and_kept_by_nobody(tmp_path, folder):
+    def held():
+        spec = resolve_backbone(str(folder), cache_dir=tmp_path / "cache", destination=FP32)
+        return spec, spec.held
+
+    spec, waiting = held()
+    assert waiting.take(FP32)
+    assert waiting.take(FP32) == {}
+    load_model(spec, device=CPU, dtype=torch.float32)
+    spec, waiting = held()
+    model = load_model(spec, device=CPU, dtype=torch.bfloat16)
+    assert model.dtype is torch.bfloat16
+    assert waiting.tensors == {}
+
+
+def test_without_held_weights_another_device_reads_them_itself(tmp_path, folder, watched):
+    spec = resolve_backbone(str(folder), cache_dir=tmp_path / "cache")
+    watched.reset()
+    model = load_model(spec, device=torch.device("meta"), dtype=torch.bfloat16)
+    assert sum(watched.read.values()) == sum(file.stat().st_size for file in files_of(folder))
+    assert {(one.device.type, one.dtype) for one in model.parameters()} == {("meta", model.dtype)}
+    assert {one.device.type for one in model.buffers()} == {"meta"}
+
+
+@pytest.mark.parametrize("destination", [None, FP32])
+def test_all_shards_are_read_at_once_and_beside_the_caller(
+    tmp_path, folder, watched, monkeypatch, destination
+):
+    """Each thread waits for all others, and for the caller to come as far as the configuration."""
+    together, arrived = threading.Barrier(len(files_of(folder))), threading.Event()
+    begun = set()
+
+    def first_read(path):
+        if path not in begun:
+            begun.add(path)
+            together.wait(WAIT)
+            assert arrived.wait(WAIT)
+
+    def read_llama_config(*args):
+        arrived.set()
+        return honest(*args)
+
+    watched.before, honest = first_read, load.read_llama_config
+    monkeypatch.setattr(load, "read_llama_config", read_llama_config)
+    resolve_backbone(str(folder), cache_dir=tmp_path / "cache", destination=destination)
+    assert begun == set(files_of(folder))
+
+
+def test_a_refusal_ends_the_reading(tmp_path, folder, watched, monkeypatch, set_config):
+    monkeypatch.setattr(reading, "CHUNK_BYTES", 64)
+    watched.before = lambda path: time.sleep(0.001)
+    set_config(folder, model_type="gpt2")
+    running = threading.active_count()
+    with pytest.raises(UserError, match="not a Llama"):
+        resolve_backbone(str(folder), cache_dir=tmp_path / "cache", destination=FP32)
+    assert threading.active_count() == running
+    assert sum(watched.read.values()) < sum(file.stat().st_size for file in files_of(folder)) / 4
+
+
+def grown(path: Path) -> None:
+    os.truncate(path, path.stat().st_size + 4)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def touched(path: Path) -> None:
+    path.touch()
+
+
+@pytest.mark.parametrize("destination", [None, FP32])
+@pytest.mark.parametrize("change", [grown, cut, touched])
+def test_a_file_that_changes_meanwhile_is_refused(
+    tmp_path, folder, settled, watched, monkeypatch, destination, change
+):
+    files, done = files_of(folder), threading.Event()
+
+    def once(path):
+        if path == files[0] and not done.is_set():
+            done.set()
+            change(path)
+
+    watched.before = once
+    with Reading(files, tmp_path / "cache", destination=destination) as under_way:
+        with pytest.raises(UserError, match="changed while|cannot be read") as refused:
+            under_way.digest()
+        if destination:
+            with pytest.raises(UserError, match="changed while|cannot be read"):
+                under_way.held()
+    assert str(folder) in str(refused.value)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_other_weights_are_another_fingerprint_also_when_they_are_loaded(tmp_path, folder):
+    """What a resumed run, a handshake and an answer are held against."""
+    cache = tmp_path / "cache"
+    before = resolve_backbone(str(folder), cache_dir=cache, destination=FP32).fingerprint
+    content = bytearray(files_of(folder)[-1].read_bytes())
+    content[-1] ^= 1
+    files_of(folder)[-1].write_bytes(content)
+    assert resolve_backbone(str(folder), cache_dir=cache, destination=FP32).fingerprint != before
+
+
+def test_where_weights_are_read_beforehand(monkeypatch):
+    assert early_destination("cpu", "bf16", "bf16") is None
+    there = session_module.Choice("cuda:1", "asked for")
+    monkeypatch.setattr(session_module, "choose_device", lambda device: there)
+    cuda = Destination(device=torch.device("cuda:1"), dtype=torch.bfloat16)
+    for weights in ("bf16", "fp8"):
+        assert early_destination("cuda:1", "bf16", weights) == cuda
+    assert early_destination("cuda:1", "bf16", "nf4") is None
+
+
+def test_a_worker_opens_what_was_read_beforehand(folder, watched, monkeypatch):
+    """With the CPU in a GPU's place: the run's check and its session share one reading."""
+    monkeypatch.setattr(worker_module, "early_destination", lambda *asked: FP32)
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("twice"))
+    keys = {"train.device": "cpu", "train.dtype": "fp32", "train.threads": 1}
+    config, worker = from_flat({**keys, "model.backbone": str(folder)}), Worker()
+    spec = worker.backbone_to_open(config)
+    assert worker.session(config).spec is spec
+    assert sum(watched.read.values()) == sum(file.stat().st_size for file in files_of(folder))
