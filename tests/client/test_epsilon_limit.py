@@ -273,7 +273,7 @@ def test_without_a_limit_any_run_is_joined(tmp_path):
 
 
 def test_only_agreed_configurations_are_joined(tmp_path):
-    agreed, other = config_of(), config_of(train__seed=5)
+    agreed, other = stated(), stated(train__seed=5)
     own = policy(max_epsilon=50.0, max_delta=0.01, allowed_configurations=[config_digest(agreed)])
     keep_to_limit(agreed, own, tmp_path, patients=lambda: 1 / 0)
     with pytest.raises(LimitReached, match=f"configuration {config_digest(other)} is none that"):
