@@ -55,16 +55,16 @@ def test_files_with_real_federations_go_first_and_files_stay_whole():
         item("tests/client/test_a.py::test_one", "fast"),
         item("tests/client/test_b.py::test_one", "fast"),
         item("tests/client/test_b.py::test_two", "process"),
-        item("tests/sim/flower/test_c.py::test_one", "fast"),
-        item("tests/sim/flower/test_d.py::test_one[a::b]", "ray"),
+        item("tests/sim/flower/test_superlink.py::test_one", "fast"),
+        item("tests/sim/flower/test_kill.py::test_one[a::b]", "ray"),
     ]
     names = [one.nodeid for one in items]
     two_processes.pytest_collection_modifyitems(SimpleNamespace(workerinput={}), items)
     assert [one.nodeid for one in items] == [names[3], names[4], names[1], names[2], names[0]]
     shares = [two_processes.share_of(one.nodeid) for one in items]
-    flower = "tests/sim/flower/"
+    real = "federations"
     b, a = "tests/client/test_b.py", "tests/client/test_a.py"
-    assert shares == [flower, flower, b, b, a]
+    assert shares == [real, real, b, b, a]
 
 
 def test_one_process_keeps_the_order():
@@ -72,3 +72,14 @@ def test_one_process_keeps_the_order():
     names = [one.nodeid for one in items]
     two_processes.pytest_collection_modifyitems(SimpleNamespace(), items)
     assert [one.nodeid for one in items] == names
+
+
+def test_who_asks_for_the_real_federation_stays_together(request):
+    """So that it is made once."""
+    asking = {
+        one.nodeid.partition("::")[0]
+        for one in request.session.items
+        if "base" in getattr(one, "fixturenames", ()) and one.get_closest_marker("ray")
+    }
+    assert asking <= two_processes.FEDERATIONS
+    assert all((request.config.rootpath / file).is_file() for file in two_processes.FEDERATIONS)

@@ -212,7 +212,7 @@ needs_nginx = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def deployment(tiny_config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("deployment")
-    config = tiny_config(federation__hospitals=2, federation__rounds=3)
+    config = tiny_config(federation__hospitals=2)
     dealt = deal(config, folder)
     port, *local = (free_port() for _ in range(6))
     readme = deploy(
@@ -392,7 +392,7 @@ def test_deployment_equals_the_simulation_and_survives_a_killed_node(
         if not line.startswith(("federation.rounds", "run.directory"))
     )
     (link / "run-config.toml").write_text(
-        flat + f'federation.rounds = 6\nrun.directory = "{again}"\n'
+        flat + f'federation.rounds = 4\nrun.directory = "{again}"\n'
     )
     processes.start(link / "run.sh")
     second = RunDirectory(again)
@@ -407,7 +407,7 @@ def test_deployment_equals_the_simulation_and_survives_a_killed_node(
     assert second.status()["state"] == "finished", second.status()
     rounds = {e["round"] for e in second.metrics("steps") if e["hospital"] == victim}
     assert 1 in rounds
-    assert {e["round"] for e in second.metrics("steps")} == set(range(1, 7))
+    assert {e["round"] for e in second.metrics("steps")} == set(range(1, 5))
 
 
 def worker_loads(own: Path) -> list[int]:
