@@ -1,7 +1,6 @@
 """The script on what federation is worth: its rows, and that every experiment can be planned."""
 
 import importlib.util
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,11 +28,7 @@ def summary(common: float, personal: float) -> Summary:
 
 
 @pytest.mark.parametrize("experiment", script.EXPERIMENTS)
-def test_every_experiment_can_be_planned(experiment, monkeypatch):
-    def calibrate(plan, target):  # seconds of search, which has tests of its own
-        return replace(plan, noise_multiplier=1 / target)
-
-    monkeypatch.setattr("common.privacy.settings.calibrate", calibrate)
+def test_every_experiment_can_be_planned(experiment, quick_calibration):
     told = script.EXPERIMENTS[experiment]
     config = script.configuration(experiment, "tiny", ["federation.rounds=2"])
     cells = plan_cells(config, arms=told["arms"], seeds=[0, 1], vary=told.get("vary", ()))

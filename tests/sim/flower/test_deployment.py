@@ -329,7 +329,7 @@ def test_a_hospital_s_certificate_opens_fleet_alone(deployment, tmp_path):
 @pytest.mark.ray
 @needs_nginx
 def test_deployment_equals_the_simulation_and_survives_a_killed_node(
-    deployment, in_process, tmp_path
+    deployment, in_process, tmp_path, tmp_path_factory
 ):
     folder, processes, dealt = deployment.folder, deployment.processes, deployment.dealt
     link, config = deployment.link, deployment.config
@@ -339,7 +339,7 @@ def test_deployment_equals_the_simulation_and_survives_a_killed_node(
     hospitals = {"stranger": "/x"}
     other = deploy(
         config,
-        tmp_path / "s",
+        tmp_path_factory.mktemp("s"),  # a socket's path has at most 107 bytes
         hospitals=hospitals,
         host="127.0.0.1",
         port=deployment.port,

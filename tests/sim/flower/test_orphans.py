@@ -1,5 +1,6 @@
 """kill -9 of the launcher takes along what it has started, and nothing else."""
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -106,7 +107,12 @@ while True:
 
 
 def of_bare(folder: Path) -> list[psutil.Process]:
-    return [one for one in of_launch(str(folder)) if one.cmdline()[-1] == "bare"]
+    found = []
+    for one in of_launch(str(folder)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if one.cmdline()[-1:] == ["bare"]:
+                found.append(one)
+    return found
 
 
 @pytest.mark.process
