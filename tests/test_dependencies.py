@@ -73,8 +73,7 @@ def test_everything_that_the_product_imports_is_declared():
 
 def test_what_tests_bring_is_imported_by_tests_or_benchmarks_or_is_a_tool_of_ci():
     idle = names(EXTRAS["test"]) - imported("tests", "benchmarks")
-    by_the_product = names(EXTRAS["nf4"])  # tests go through it
-    assert idle == {*TOOLS, *PLUGINS, *WITH_TORCH_FOR_GPUS, *by_the_product}
+    assert idle == {*TOOLS, *PLUGINS, *WITH_TORCH_FOR_GPUS}
     declared = names(PROJECT["dependencies"] + EXTRAS["test"])
     assert imported("tests", "benchmarks") <= declared | WHAT_FLOWER_BRINGS | PEERS_IF_THERE
     commands = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
