@@ -30,8 +30,6 @@ AFTER_TRAINING = {"sklearn", "pandas", "matplotlib", "peft"}
 """Baselines, cut-offs, plots, exports."""
 WHILE_WEIGHTS_COME = {"transformers", "scipy"}
 """Half of what a process imports: the weights are read beside it."""
-
-
 TO_COMPUTE = {"transformers.modeling_utils", "torch._dynamo", "scipy"}
 """A run's first process and its server ask for shapes alone."""
 
@@ -45,3 +43,12 @@ def test_a_run_imports_late_what_it_needs_late():
     assert not checked & (AFTER_TRAINING | TO_COMPUTE)
     assert "transformers.models.llama.modeling_llama" in at_the_first_step
     assert not at_the_first_step & AFTER_TRAINING
+
+
+@pytest.mark.process
+def test_flower_s_process_imports_the_apps_alone():
+    """Each library would cost it seconds of a core; a hospital's work brings them to its own."""
+    code = "import json, sys; import client.app, server.app; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"torch", "transformers", "scipy", "polars", "opacus", *AFTER_TRAINING}
+    assert not set(json.loads(done.stdout)) & heavy

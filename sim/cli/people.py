@@ -26,6 +26,11 @@ CheckpointOption = Annotated[
     str | None, typer.Option("--checkpoint", help="Name of a checkpoint; default the last.")
 ]
 
+PersonalOption = Annotated[
+    str,
+    typer.Option("--personal", help="Hospital whose own B is added; no epsilon covers its lists."),
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command."""
@@ -151,6 +156,7 @@ def suggest(
         typer.Option("--diagnosis", "-d", help="ICD code, title or free text; repeat in order."),
     ] = None,
     checkpoint: CheckpointOption = None,
+    personal: PersonalOption = "",
     set_: SetOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -170,7 +176,7 @@ def suggest(
     console = console_for(json_output)
     if run is None:
         console.print(f"run: {directory.path}", style="dim", markup=False, highlight=False)
-    reference = reference_of(config)
+    reference = reference_of(config, personal=personal)
     config = within_formulary(config, reference, set_ or ())
     form = {"sex": sex, "age": age, "height": height, "weight": weight, "diagnoses": diagnosis}
     try:
@@ -179,7 +185,9 @@ def suggest(
         raise UserError(
             str(error), fix="for instance --sex F --age 71 --height 165 --weight 80 -d I50.9 -d I10"
         ) from None
-    assistant = Assistant(directory, config, reference=reference, checkpoint=checkpoint)
+    assistant = Assistant(
+        directory, config, reference=reference, checkpoint=checkpoint, personal=personal
+    )
     suggestion = assistant.suggest(request)
     show_suggestion(console, directory, request, suggestion, reference)
     print_json({"patient": request.as_dict(), **suggestion.as_dict()}, json_output)
@@ -192,6 +200,7 @@ def assist(
         Path | None, typer.Option("--log", help="Decisions; default decisions.jsonl in RUN.")
     ] = None,
     checkpoint: CheckpointOption = None,
+    personal: PersonalOption = "",
     cds_hooks: Annotated[
         bool, typer.Option("--cds-hooks", help="Serve CDS Hooks 2.0 to a hospital system, too.")
     ] = False,
@@ -226,15 +235,18 @@ def assist(
         console.print(f"run: {directory.path}", style="dim", markup=False, highlight=False)
     listening = open_socket(port)
     console.print("loading the model ...", style="dim")
-    reference = reference_of(config)
+    reference = reference_of(config, personal=personal)
     config = within_formulary(config, reference, set_ or ())
-    assistant = Assistant(directory, config, reference=reference, checkpoint=checkpoint)
+    assistant = Assistant(
+        directory, config, reference=reference, checkpoint=checkpoint, personal=personal
+    )
     state = PageState(
         suggester=assistant,
         decisions=(log or directory.path / DECISIONS).absolute(),
-        about=about_run(directory, config, assistant.checkpoint),
+        about=about_run(directory, config, assistant.checkpoint, personal=personal),
     )
     lines: list[Any] = [
+        *filter(None, [assistant.uncovered]),
         "Research only, not for clinical use. Open in a browser on this machine:",
         address(state, listening),
         f"decisions: {state.decisions}",

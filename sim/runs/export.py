@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from client.personal import own_b, with_own
+from client.personal import b_of
 from common.config import Config
 from common.errors import UserError
 from common.files import write_bytes, write_json, write_text
@@ -28,7 +28,7 @@ from common.model.backbone.load import (
     resolve_backbone,
     without_progress_bars,
 )
-from common.rundir import Checkpoint, RunDirectory
+from common.rundir import RunDirectory
 from common.tensor_files import Tensors
 from sim.runs.model_card import CARD_TITLE, Format, model_card
 
@@ -106,8 +106,7 @@ def export_run(
                 f"{what} is not what the run was trained with",
                 fix="restore what model.backbone named, and this version's adapter.seed",
             )
-    b = _personal(run, loaded, personal) if personal else loaded.b
-    tensors = lora_tensors(adapter, b)
+    tensors = lora_tensors(adapter, b_of(run, loaded, personal))
     card = model_card(
         run, config, backbone, loaded, layout=layout, hub_id=hub_id, personal=personal
     )
@@ -126,20 +125,6 @@ def export_run(
         shutil.rmtree(folder, ignore_errors=True)
         written.rename(folder)
     return folder
-
-
-def _personal(run: RunDirectory, loaded: Checkpoint, hospital: str) -> Tensors:
-    folder = run.path / "hospitals"
-    able = sorted(one.name for one in folder.glob("*") if one.is_dir() and own_b(one))
-    if hospital not in able or loaded.name != run.checkpoint_names()[-1]:
-        raise UserError(
-            f"{run.path} has no personal adapter of {hospital} beside {loaded.name}",
-            allowed=f"the last checkpoint, with {', '.join(able)}"
-            if able
-            else "a run that trains them: adapter.personal = true",
-            fix="name one of these hospitals, and no --checkpoint" if able else "train another run",
-        )
-    return with_own(loaded.b, own_b(folder / hospital))
 
 
 def _replaceable(folder: Path) -> bool:

@@ -4,13 +4,16 @@ import json
 import os
 import signal
 import socket
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from flwr.common.serde import message_from_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
+from rich.console import Console
 
 from common.limits import available_cpus
+from sim.runs.resume import resume
 
 pytestmark = pytest.mark.ray
 
@@ -81,6 +84,17 @@ def test_dependencies_are_not_reinstalled_and_nobody_phones_home(base):
     homes = {environment["FLWR_HOME"] for environment in started}
     assert len(homes) == 1
     assert not Path(homes.pop()).is_relative_to(Path.home())
+
+
+def test_what_a_run_takes_beside_its_hospitals(base):
+    """One command of Flower's, and a server without the libraries that only training needs."""
+    commands = [Path(part).name for p in base.processes() for part in p["argv"][1:3]]
+    of_flower = Counter(name for name in commands if name.startswith(("flwr", "flower")))
+    expected = ("flower-superlink", "flower-superexec", "flwr", "flwr-simulation")
+    assert of_flower == Counter(expected)
+    imported = set(json.loads((base.spy / "server-imported.json").read_text()))
+    assert {"server.rounds", "ray"} <= imported
+    assert not imported & {"torch", "transformers", "polars", "sklearn", "matplotlib"}
 
 
 def test_every_worker_has_its_share_of_the_cpus(base):
@@ -200,10 +214,11 @@ def test_ctrl_c_stops_everything_and_the_run_can_go_on(base, laboratory):
     assert "fedrx resume" in interrupted.error
     assert not (interrupted.run.path / "summary.json").exists()
     assert interrupted.left() == []
-    resumed = laboratory.resume(interrupted.run).wait()
-    assert resumed.code == 0, resumed.error
-    assert resumed.summary["b_sha256"] == base.summary["b_sha256"]
-    assert resumed.summary["validation_loss"] == base.summary["validation_loss"]
+    # In this process: what a kill leaves goes on with Flower and Ray in test_kill.
+    keys = ["run.backend=in-process"]
+    resumed = resume(interrupted.run.path, keys, console=Console(quiet=True), command_line=[])
+    assert resumed["b_sha256"] == base.summary["b_sha256"]
+    assert resumed["validation_loss"] == base.summary["validation_loss"]
 
 
 def test_busy_port_is_one_line_and_status_two(laboratory):
