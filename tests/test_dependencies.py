@@ -24,10 +24,10 @@ WHAT_FLOWER_BRINGS = {"ray", "grpcio", "requests"}
 WITH_TORCH_FOR_GPUS = {"triton"}
 PEERS_IF_THERE = {"liger-kernel"}  # a benchmark measures it where a person has installed it
 BROUGHT_TO_TORCH = {"tensorboard"}  # torch.utils.tensorboard imports it
-NAMED_OTHERWISE = {"fhir": "fhir.resources", "mlflow": "mlflow-skinny"}
+NAMED_OTHERWISE = {"fhir": "fhir.resources", "mlflow": "mlflow-skinny", "xdist": "pytest-xdist"}
 """Distributions by module, where an extra is not installed."""
 TOOLS = {"ruff": "ruff", "mypy": "mypy", "import-linter": "lint-imports"}
-PLUGINS = {"pytest-timeout", "pytest-xdist"}
+PLUGINS = {"pytest-timeout"}
 WITHOUT_UPPER_END = {"flash-attn"}  # no CUDA machine here: what it passes with is not known
 
 
