@@ -21,6 +21,11 @@ PROVEN = frozenset({("cpu", "fp32", "sdpa"), ("cpu", "fp32", "eager")})
 """Device, arithmetic and kernel under which the isolation test holds for shared passes."""
 
 
+ON_A_GPU = ("bf16", "nf4")
+"""Frozen weights whose products by segment passed the isolation test on a card; cuBLAS refuses fp8
+rows that begin anywhere."""
+
+
 def choose_passes(session: Session) -> Choice[str]:
     """Choose one of ``WAYS``, and say why.
 
@@ -31,8 +36,10 @@ def choose_passes(session: Session) -> Choice[str]:
     where = (session.torch_device.type, session.dtype.value, session.attention.value)
     if where in PROVEN:
         return Choice("shared", f"no row depends on another ({', '.join(where)}: tested)")
-    if where[0] == "cuda" and where[2] in KERNELS and session.by_row:
+    weights = session.weights.value
+    if where[0] == "cuda" and where[2] in KERNELS and session.by_row and weights in ON_A_GPU:
         return Choice("apart", f"each segment by calls of its own ({', '.join(where)})")
+    where = (*where, f"{weights} weights")
     return Choice("alone", f"rows may depend on their neighbours ({', '.join(where)})")
 
 

@@ -20,6 +20,7 @@ from common.model.kernels.choice import kernels_named
 from common.model.kernels.frozen import Fp8Weight, choose_weights, fp8_obstacle
 from common.model.kernels.nf4 import Nf4Weight
 from common.model.session import DTYPES, Session, open_session
+from common.privacy.mechanism.isolation import ON_A_GPU
 from common.text.batches import Encoded, pack
 from common.training.gradients import BatchGradient, add_unit_gradients
 from common.training.loop import TrainConfig
@@ -165,14 +166,12 @@ def units(session: Session, group: Sequence[Encoded], *, apart: bool) -> Tensor:
     return out_UP
 
 
-@pytest.mark.parametrize("weights", ["bf16", "fp8", "nf4"])
+@pytest.mark.parametrize("weights", ON_A_GPU)
 @pytest.mark.parametrize("attention", ["auto", "torch-flash"])
 def test_a_patients_gradient_on_cuda_is_its_own(device, weights, attention) -> None:
     """Whatever is beside it, before or behind: others of any number and length, or none."""
     if weights == "nf4":
         pytest.importorskip("bitsandbytes")
-    if weights == "fp8" and (reason := fp8_obstacle(device, torch.bfloat16)):
-        pytest.skip(reason)
     choose_weights(weights, device, torch.bfloat16)
     session = opened("bf16", weights=weights, attention=attention)
     one, others = sample(200, 0), [sample(length, 9 + length) for length in (7, 64, 200, 513)]
