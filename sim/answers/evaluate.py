@@ -9,7 +9,6 @@ from client.personal import own_b, with_own
 from common.config import Config
 from common.configio import changed_freely
 from common.data.dataset import Dataset, open_hospitals
-from common.errors import UserError
 from common.evaluation.answers import B, Personal, choose_cases, evaluate_answers
 from common.evaluation.answers_file import Evaluation, Facts
 from common.model.session import Session
@@ -18,18 +17,11 @@ from common.tensor_files import Altered
 from common.training.worker import Worker
 from sim.answers.public_curve import public_curve
 from sim.process.early import check_device
+from sim.process.open_run import COMPUTING, require_same
 from sim.process.progress import Meter
 from sim.report.data_description import other_items
 
-FREE_KEYS = (
-    "evaluation.",
-    "model.attention",
-    "model.kernels",
-    "model.weights",
-    "train.device",
-    "train.dtype",
-    "train.threads",
-)
+FREE_KEYS = ("evaluation.", *COMPUTING)
 
 
 def evaluate_run(
@@ -133,19 +125,11 @@ def reopen(
     inputs = run.inputs()
     data = data or open_hospitals(config)
     # With other data, held-out patients could be ones that were trained on.
-    _require("the data", data.digest, inputs.samples, "data.path")
+    require_same("the data", data.digest, inputs.samples, "data.path")
     session = worker.session(config)
-    _require("the backbone", session.spec.fingerprint, inputs.backbone, "model.backbone")
-    _require("A", session.adapter.a_fingerprint, inputs.a, "adapter.seed")
+    require_same("the backbone", session.spec.fingerprint, inputs.backbone, "model.backbone")
+    require_same("A", session.adapter.a_fingerprint, inputs.a, "adapter.seed")
     return data, session
-
-
-def _require(what: str, found: str, recorded: str, key: str) -> None:
-    if recorded not in ("", found):
-        raise UserError(
-            f"{what} is not what the run was trained with: {found[:12]}, not {recorded[:12]}",
-            fix=f"restore what {key} named",
-        )
 
 
 def _show(console: Console, facts: Facts) -> None:

@@ -15,8 +15,8 @@ from common.data.synthetic.source import PATH
 from common.model.session import Session
 from common.records import PublicCurve
 from common.rundir import RunDirectory
-from common.text.batches import encode
 from common.training.loop import validation_loss
+from sim.answers.held_out import encoded
 from sim.process.progress import Meter
 
 FEWEST_PATIENTS = 10
@@ -46,10 +46,7 @@ def public_curve(
         console: Where progress is shown, if anywhere.
     """
     admissions, seed = public_admissions(config)
-    samples = [
-        encode(one, session.tokenizer, text=config.text, max_length_tokens=config.train.max_length)
-        for one in admissions
-    ]
+    samples = encoded(admissions, session, config)
     names, losses, unit = run.checkpoint_names(), [], "round"
     before = session.adapter.flat.clone()
     try:

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -25,9 +25,9 @@ from pydantic import BaseModel, Field, StringConstraints, model_validator
 
 from common.errors import UserError
 from common.files import json_line, utf8, writable
-from sim.assist.cds_hooks import LARGEST_BODY_BYTES, PREFIX
+from sim.assist.cds_hooks import LARGEST_BODY_BYTES, PREFIX, Suggester
 from sim.assist.patient_form import FormProblems, PatientRequest, read_form
-from sim.assist.suggest import ReferenceData, Suggestion
+from sim.assist.suggest import Suggestion
 from sim.report.page import render
 
 HOST = "127.0.0.1"
@@ -45,17 +45,6 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
-
-
-class Suggester(Protocol):
-    """What the page needs of ``sim.assist.suggest.Assistant``."""
-
-    @property
-    def reference(self) -> ReferenceData:
-        """Titles to search and admissions to compare."""
-
-    def suggest(self, request: PatientRequest) -> Suggestion:
-        """Answer for one patient."""
 
 
 @dataclass(kw_only=True)

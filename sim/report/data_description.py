@@ -91,7 +91,7 @@ def describe(
     opened = open_hospitals(config, cache_dir=cache_dir, progress=progress)
     table, hospitals = opened.samples, opened.hospitals
     counts = table.counts.as_json()
-    sizes = [_sizes(one) for one in hospitals]
+    sizes = [sizes_of(one) for one in hospitals]
     if config.partition.scheme in ATTRIBUTES:
         groups = _group_counts(table, hospitals, config.partition.scheme)
         sizes = [{**one, "groups": own} for one, own in zip(sizes, groups, strict=True)]
@@ -303,7 +303,8 @@ def _group_counts(
     ]
 
 
-def _sizes(hospital: Hospital) -> dict[str, object]:
+def sizes_of(hospital: Hospital) -> dict[str, object]:
+    """Return what may be said of a hospital: its name, and how much of what it has."""
     return {
         "name": hospital.name,
         "patients": hospital.patients,

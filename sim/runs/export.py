@@ -30,6 +30,7 @@ from common.model.backbone.load import (
 )
 from common.rundir import Checkpoint, RunDirectory
 from common.tensor_files import Tensors
+from sim.process.open_run import require_same
 from sim.runs.model_card import CARD_TITLE, Format, model_card
 
 CONFIG_FILE = "adapter_config.json"
@@ -97,15 +98,8 @@ def export_run(
     hub_id = _hub_id(backbone, base_model)
     adapter = meta_adapter(backbone, adapter_spec(config.adapter))
     begun = run.inputs()
-    for what, now, before in (
-        ("the backbone", backbone.fingerprint, begun.backbone),
-        ("A", adapter.a_fingerprint, begun.a),
-    ):
-        if before not in ("", now):
-            raise UserError(
-                f"{what} is not what the run was trained with",
-                fix="restore what model.backbone named, and this version's adapter.seed",
-            )
+    require_same("the backbone", backbone.fingerprint, begun.backbone, "model.backbone")
+    require_same("A", adapter.a_fingerprint, begun.a, "adapter.seed")
     b = _personal(run, loaded, personal) if personal else loaded.b
     tensors = lora_tensors(adapter, b)
     card = model_card(
