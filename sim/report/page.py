@@ -4,10 +4,11 @@ import base64
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 PAGES = Path(__file__).parent / "pages"
 
@@ -35,16 +36,24 @@ def render(
     return fill(page, policy=policy, css=css, script=code, data=script_json(data))
 
 
-def fill(template: str, *, policy: str, css: str, **values: object) -> str:
-    """Fill a template in; what is shown is escaped.
+def fill(name: str, **values: object) -> str:
+    """Fill a template in; on a page, what is shown is escaped.
 
     Args:
-        template: Its name.
-        policy: The page's content security policy.
-        css: Its style.
+        name: The template's; ``.html`` for a page.
         **values: What the template shows.
     """
-    return _templates().get_template(template).render(policy=policy, css=css, **values)
+    return _templates().get_template(name).render(values)
+
+
+def fenced(text: str) -> str:
+    """Fence a text for Markdown, with more backticks than any of its own.
+
+    >>> fenced("a ``` b").splitlines()
+    ['````text', 'a ``` b', '````']
+    """
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 0)
+    return f"{fence}text\n{text.strip()}\n{fence}"
 
 
 def script_json(data: object) -> str:
@@ -59,14 +68,16 @@ def script_json(data: object) -> str:
 
 @functools.cache
 def _templates() -> Environment:
-    return Environment(
+    made = Environment(
         loader=FileSystemLoader(PAGES),
-        autoescape=True,
+        autoescape=select_autoescape(["html"], default=False),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    made.filters |= {"fenced": fenced, "quoted": json.dumps}
+    return made
 
 
 def _hash(text: str) -> str:
