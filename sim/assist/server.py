@@ -154,9 +154,7 @@ def make_app(state: PageState, *, port: int, services: APIRouter | None = None) 
 def _routes(state: PageState, cookie: str) -> APIRouter:
     router, index = APIRouter(), state.suggester.reference.index
     page = render(
-        "assist.html",
-        styles=("base.css", "assist.css"),
-        script="assist.js",
+        "assist",
         data={
             **state.about,
             "titles": index.origin,

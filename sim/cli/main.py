@@ -308,13 +308,14 @@ def doctor(
 
 
 app.add_typer(cli_data.app, name="data")
-cli_runs.register(app)
-cli_people.register(app)
-cli_worth.register(app)
-app.command()(cli_deploy.deploy)
-app.command()(cli_deploy.superlink)
-app.command()(cli_deploy.hospital)
-app.command()(cli_deploy.worker)
+for verb in (
+    *(cli_runs.plan, cli_runs.evaluate, cli_runs.sweep, cli_runs.export),
+    *(cli_people.judge, cli_people.suggest, cli_people.assist),
+    *(cli_worth.generalise, cli_worth.contribution, cli_worth.forget),
+    *(cli_deploy.deploy, cli_deploy.superlink, cli_deploy.hospital, cli_deploy.worker),
+):
+    app.command()(verb)
+app.add_typer(cli_people.review_app, name="review")
 
 
 def main() -> None:

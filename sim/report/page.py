@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
@@ -13,27 +12,23 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 PAGES = Path(__file__).parent / "pages"
 
 
-def render(
-    page: str, *, styles: Sequence[str], script: str, data: object, connect: str = "'none'"
-) -> str:
+def render(name: str, *, data: object, connect: str = "'none'") -> str:
     """Return a page with everything it needs inside.
 
     Only the inlined style and script are allowed, by their hashes: whatever gets into the page
     as data cannot run, and cannot load anything.
 
     Args:
-        page: Template.
-        styles: Style sheets, in order.
-        script: The script.
+        name: Of template, style sheet and script; those that all pages share come before.
         data: JSON that the script reads.
         connect: Where the script may connect to.
     """
-    css, code = "".join(map(read, styles)), read(script)
+    css, code = (read(f"base.{kind}") + read(f"{name}.{kind}") for kind in ("css", "js"))
     policy = (
         f"default-src 'none'; style-src {_hash(css)}; script-src {_hash(code)}; connect-src "
         f"{connect}; img-src data:; base-uri 'none'; form-action 'none'"
     )
-    return fill(page, policy=policy, css=css, script=code, data=script_json(data))
+    return fill(f"{name}.html", policy=policy, css=css, script=code, data=script_json(data))
 
 
 def fill(name: str, **values: object) -> str:
