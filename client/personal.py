@@ -16,8 +16,10 @@ import torch
 
 from client.kept_state import keep, load_kept
 from common.config import Config
+from common.errors import UserError
 from common.model.session import Session
 from common.privacy.settings import is_private
+from common.rundir import Checkpoint, RunDirectory
 from common.tensor_files import Tensors
 from common.training.budget import steps_before_round, steps_in_all, steps_of_round
 from common.training.hospital_data import HospitalData
@@ -68,6 +70,32 @@ def own_b(folder: Path) -> Tensors:
 def with_own(b: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray]) -> Tensors:
     """Return B_global + B_own (fp32); without an own one, B_global."""
     return {key: value + own[key] if own else value for key, value in b.items()}
+
+
+def b_of(run: RunDirectory, loaded: Checkpoint, hospital: str) -> Tensors:
+    """Return the B that answers for one hospital: B_global + B_own; for ``""`` B_global.
+
+    Args:
+        run: A run on whose disk hospitals keep their own B.
+        loaded: Its checkpoint; there is an own B beside the last alone.
+        hospital: Name.
+
+    Raises:
+        UserError: If the hospital has no own B there.
+    """
+    if not hospital:
+        return loaded.b
+    folder = run.path / "hospitals"
+    able = sorted(one.name for one in folder.glob("*") if one.is_dir() and own_b(one))
+    if hospital not in able or loaded.name != run.checkpoint_names()[-1]:
+        raise UserError(
+            f"{run.path} has no personal adapter of {hospital} beside {loaded.name}",
+            allowed=f"the last checkpoint, with {', '.join(able)}"
+            if able
+            else "a run that trains them: adapter.personal = true",
+            fix="name one of these hospitals, and no --checkpoint" if able else "train another run",
+        )
+    return with_own(loaded.b, own_b(folder / hospital))
 
 
 def _part(kept: Tensors, prefix: str) -> Tensors:

@@ -62,6 +62,16 @@ class Inputs(Record):
     a: str = ""
 
 
+class Layout(Record):
+    """What a federation's server must know of backbone and adapter, as its launcher found them."""
+
+    backbone: str
+    """Its fingerprint, as hospitals load it and ask it."""
+    shapes: dict[str, tuple[int, ...]]
+    """Of all that the server holds, by wire key."""
+    trainable_parameters: int
+
+
 class RunRecord(Record):
     """run.json: what kind of run a directory holds, and what it takes to go on with it."""
 
@@ -80,6 +90,12 @@ class RunRecord(Record):
     """Of a paper run: whether the best settings found here have a run inside too."""
     cells: tuple[str, ...] = ()
     """Of a sweep: the folders of its runs."""
+    layout: Layout | None = None
+    """Of a federation."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record under the file's keys; a run without a server has no layout."""
+        return self.model_dump(mode="json", exclude=None if self.layout else {"layout"})
 
     @classmethod
     def of_environment(cls, facts: Mapping[str, Any]) -> Self:
@@ -402,7 +418,7 @@ class PlanRecord(PartialRecord):
     bytes_per_round: int
     """Of training: down and up again, all hospitals that are asked."""
     steps: int
-    """Of one hospital, in all."""
+    """Of one hospital, in all, those of a personal B included."""
     steps_reason: str
     measured: tuple[MeasuredTime, ...] = ()
     """For a GPU."""

@@ -12,8 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 from common.config import Config
 from common.configio import from_flat, settled
 from common.errors import DiskFull, FedrxError
-from common.model.adapter.layout import AdapterLayout, adapter_layout, adapter_spec, initial_tensors
-from common.model.backbone.load import BackboneSpec, resolve_backbone
+from common.model.adapter.layout import adapter_spec, initial_tensors
 from common.privacy.budget.receipts import privacy_lines, privacy_summary
 from common.privacy.settings import HOSPITAL, hospital_warning, plan_of, protects
 from common.provenance import (
@@ -28,7 +27,9 @@ from common.records import (
     BackboneFacts,
     DtypeFacts,
     HospitalFacts,
+    Inputs,
     KernelFacts,
+    Layout,
     RunRecord,
     Summary,
     WireTotals,
@@ -39,6 +40,7 @@ from common.wire.contract import Fingerprints, Tensors
 from common.wire.identity import read_keys
 from server.checkpoints import ChangedRun
 from server.clock import Clock
+from server.known import known
 from server.progress import note_end, note_start
 from server.roster import Roster
 from server.rounds import Rounds
@@ -75,9 +77,8 @@ def _note_failure(run: RunDirectory, reason: str) -> None:
 def federate(grid: Grid, config: Config, run: RunDirectory, *, clock: Clock = time) -> None:
     """Shake hands, run the rounds, and write summary.json."""
     started = clock.monotonic()
-    backbone = resolve_backbone(config.model.backbone)
     adapter = adapter_spec(config.adapter)
-    layout = adapter_layout(backbone, adapter)
+    layout, inputs = known(config, run)
     rounds = Rounds(
         grid=grid,
         config=config,
@@ -85,11 +86,7 @@ def federate(grid: Grid, config: Config, run: RunDirectory, *, clock: Clock = ti
         shapes=layout.shapes,
         scheme=adapter.scheme,
         roster=Roster(
-            ours=Fingerprints(
-                a=layout.a_fingerprint,
-                backbone=backbone.fingerprint_as(config.model.weights, config.text),
-                source=source_digest(),
-            ),
+            ours=Fingerprints(a=inputs.a, backbone=layout.backbone, source=source_digest()),
             plan=plan_of(config) if protects(config) else None,
             clock=clock,
             keys=read_keys(Path(config.run.hospital_keys)) if config.run.hospital_keys else None,
@@ -99,7 +96,7 @@ def federate(grid: Grid, config: Config, run: RunDirectory, *, clock: Clock = ti
     b = rounds.start(initial_tensors(layout.shapes, adapter))
     run.write_config(rounds.config)
     seconds = round(clock.monotonic() - started, 3)
-    summary = summarise(rounds.config, run, backbone, layout, rounds.roster, b, seconds)
+    summary = summarise(rounds.config, run, layout, inputs, rounds.roster, b, seconds)
     run.write_json(SUMMARY, summary)
     record = run.record()
     if record and record.mode == FLOWER:
@@ -124,8 +121,8 @@ def run_directory(config: Config) -> RunDirectory:
 def summarise(
     config: Config,
     run: RunDirectory,
-    backbone: BackboneSpec,
-    layout: AdapterLayout,
+    layout: Layout,
+    inputs: Inputs,
     roster: Roster,
     b: Tensors,
     seconds: float,
@@ -153,7 +150,7 @@ def summarise(
             alpha=config.adapter.alpha,
             targets=adapter_spec(config.adapter).targets,
         ),
-        backbone=BackboneFacts(name=backbone.name, fingerprint=backbone.fingerprint),
+        backbone=BackboneFacts(name=config.model.backbone, fingerprint=inputs.backbone),
         hospitals=tuple(
             HospitalFacts(name=one.hospital, patients=one.patients, samples=one.samples)
             for one in handshakes

@@ -8,21 +8,16 @@ Shapes: P values of B, keys sorted.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
 
 from common.config import FederationConfig
 from common.errors import RunFailed
-from common.model.adapter.scheme import Scheme
-from common.privacy.budget.guard import LEDGER
 from common.privacy.budget.ledger import Ledger
 from common.privacy.mechanism.noise import NoiseSource
 from common.privacy.mechanism.release import GaussianMechanism
 from common.privacy.plan import PrivacyPlan
-from common.privacy.settings import HOSPITAL
-from common.rundir import RunDirectory
 from common.wire.contract import Tensors, Update
 from server.strategy import Aggregator, finite
 
@@ -66,17 +61,6 @@ class HospitalPrivacyAggregator(Aggregator):
         mechanism = GaussianMechanism(self.plan, total_P.size, self.noise)
         released_P = mechanism.release(torch.from_numpy(total_P).float()).double().numpy()
         return finite(_unflat(before_P + released_P, b), server_round)
-
-
-def aggregator_for(
-    config: FederationConfig, scheme: Scheme, plan: PrivacyPlan | None, run: RunDirectory
-) -> Aggregator:
-    """Return what aggregates a run's rounds; with privacy on all hospitals weigh the same."""
-    if plan is None:
-        return Aggregator(config, scheme)
-    if plan.unit != HOSPITAL:
-        return Aggregator(replace(config, weighting="uniform"), scheme)
-    return HospitalPrivacyAggregator(config, plan, Ledger(run.path / LEDGER, plan))
 
 
 def _flat(b: Tensors) -> np.ndarray:

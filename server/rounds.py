@@ -26,7 +26,6 @@ from common.wire.contract import (
     train_message,
 )
 from server import checkpoints, kept_updates
-from server.central_dp import aggregator_for
 from server.checkpoints import CARRIED, STRATEGY, Round
 from server.clock import Clock
 from server.expected_replies import most_validation_tokens, private_steps, steps_expected, train_due
@@ -36,7 +35,7 @@ from server.progress import log, round_line
 from server.roster import Roster
 from server.screening import outliers, with_capped_weights
 from server.strategies import check_strategy
-from server.strategy import Aggregator
+from server.strategy import Aggregator, aggregator_for
 from server.timeouts import HANDSHAKE_SECONDS, RECONNECT_SECONDS, Pace
 
 Answer = TypeVar("Answer")

@@ -7,6 +7,7 @@ exact because A is shared: ``mean(B_k) A == mean(B_k A)``.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from flwr.app import Message, MetricRecord, RecordDict
@@ -15,6 +16,9 @@ from common.config import FederationConfig
 from common.errors import RunFailed
 from common.model.adapter.scheme import Scheme
 from common.model.adapter.spec import SCHEMES
+from common.privacy.plan import PrivacyPlan
+from common.privacy.settings import HOSPITAL
+from common.rundir import RunDirectory
 from common.wire.contract import Tensors, Update
 from common.wire.undocumented_flower import AppExitException
 from server.strategies import STRATEGIES, WEIGHT, to_record, withstands
@@ -86,6 +90,22 @@ def finite(b: Tensors, server_round: int) -> Tensors:
     if not all(np.isfinite(value).all() for value in result.values()):
         raise RunFailed(f"round {server_round}: the aggregate is not finite")
     return result
+
+
+def aggregator_for(
+    config: FederationConfig, scheme: Scheme, plan: PrivacyPlan | None, run: RunDirectory
+) -> Aggregator:
+    """Return what aggregates a run's rounds; with privacy on all hospitals weigh the same."""
+    if plan is None:
+        return Aggregator(config, scheme)
+    if plan.unit != HOSPITAL:
+        return Aggregator(replace(config, weighting="uniform"), scheme)
+    # Here alone the server needs torch.
+    from common.privacy.budget.guard import LEDGER
+    from common.privacy.budget.ledger import Ledger
+    from server.central_dp import HospitalPrivacyAggregator
+
+    return HospitalPrivacyAggregator(config, plan, Ledger(run.path / LEDGER, plan))
 
 
 def _as_reply(update: Update, weight: float, reads: Sequence[str]) -> Message:

@@ -36,3 +36,12 @@ def test_a_run_imports_late_what_it_needs_late():
     assert not before & (AFTER_TRAINING | WHILE_WEIGHTS_COME)
     assert "transformers.models.llama.modeling_llama" in at_the_first_step
     assert not at_the_first_step & AFTER_TRAINING
+
+
+@pytest.mark.process
+def test_flower_s_process_imports_the_apps_alone():
+    """Each library would cost it seconds of a core; a hospital's work brings them to its own."""
+    code = "import json, sys; import client.app, server.app; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"torch", "transformers", "scipy", "polars", "opacus", *AFTER_TRAINING}
+    assert not set(json.loads(done.stdout)) & heavy

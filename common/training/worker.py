@@ -17,6 +17,11 @@ from common.provenance import peak_device_bytes
 from common.training.hospital_data import HospitalData, encode_hospital
 
 
+def destination_of(config: Config) -> Destination | None:
+    """Say where a session's weights are read beforehand, if they are."""
+    return early_destination(config.train.device, config.train.dtype, config.model.weights)
+
+
 class Worker:
     """One backbone with its adapter, open at a time, and the tokens of the hospitals it serves.
 
@@ -55,9 +60,8 @@ class Worker:
             config: The session's.
             progress: Called with one line when something takes long.
         """
-        model, train = config.model, config.train
-        destination = early_destination(train.device, train.dtype, model.weights)
-        return self.backbone(model.backbone, destination=destination, progress=progress)
+        destination = destination_of(config)
+        return self.backbone(config.model.backbone, destination=destination, progress=progress)
 
     def _close(self) -> None:
         self._session = None

@@ -261,10 +261,12 @@ def cards_of(
     A card each warns of the high-priority interactions and of the other ones of the user's file,
     as far as a suggested drug is in them.
     """
+    own = [suggestion.uncovered] if suggestion.uncovered else []
     if not suggestion.in_format:
-        return [card("No drugs are suggested", ["The model's answer was no drug list."])]
+        told = [*own, "The model's answer was no drug list."]
+        return [card("No drugs are suggested", told)]
     fresh = [drug for drug in suggestion.drugs if not is_ordered(drug.name, chart.ordered)]
-    details = list(chart.notes)
+    details = [*own, *chart.notes]
     if len(fresh) < len(suggestion.drugs):
         count = len(suggestion.drugs) - len(fresh)
         details.append(f"{count} of {len(suggestion.drugs)} suggested drugs are ordered already.")

@@ -24,7 +24,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from pydantic import BaseModel, Field, StringConstraints, model_validator
 
 from common.errors import UserError
-from common.files import json_line, utf8, writable
+from common.files import for_owner, json_line, utf8, writable
 from sim.assist.cds_hooks import LARGEST_BODY_BYTES, PREFIX, Suggester
 from sim.assist.patient_form import FormProblems, PatientRequest, read_form
 from sim.assist.suggest import Suggestion
@@ -234,8 +234,7 @@ def decision_record(
 def append_private(target: Path, record: Mapping[str, object]) -> None:
     """Append one JSON line to a file that only its owner can read."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    with os.fdopen(handle, "ab") as file:
+    with open(target, "ab", opener=for_owner) as file:
         os.fchmod(file.fileno(), 0o600)
         file.write(utf8(json_line(record)))
         file.flush()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from client.personal import b_of
 from common.config import Config
 from common.configio import changed_freely
 from common.data.dataset import Dataset, open_hospitals
@@ -34,7 +35,7 @@ from sim.assist.patient_form import PatientRequest
 from sim.process.open_run import COMPUTING, open_run, require_same
 from sim.report.html import Block
 from sim.report.terminal import show_blocks
-from sim.report.words import NOTICE
+from sim.report.words import NOTICE, OWN_NOTE
 
 _CODE = re.compile(r"[A-Za-z]?\d[\w.]{1,7}")
 _FREE_KEYS = (
@@ -80,6 +81,8 @@ class Suggestion:
     """Why the list ends where it does."""
     warnings: tuple[str, ...] = ()
     """What a person must know before reading the list."""
+    uncovered: str = ""
+    """That of them which says that no epsilon covers the list; empty of the common B's."""
 
     def as_dict(self) -> dict[str, object]:
         """Return plain JSON."""
@@ -123,9 +126,11 @@ class Assistant:
         config: Of the run, see ``assistant_config``.
         reference: See ``reference_of``.
         checkpoint: Name; default the last.
+        personal: Hospital whose own B is added; empty: the common B answers.
 
     Raises:
-        UserError: If the backbone or A is not the run's, or there is no such checkpoint.
+        UserError: If the backbone or A is not the run's, there is no such checkpoint, or the
+            hospital has no own B beside it.
     """
 
     def __init__(
@@ -135,9 +140,11 @@ class Assistant:
         *,
         reference: ReferenceData,
         checkpoint: str | None = None,
+        personal: str = "",
     ) -> None:
         loaded = run.load_checkpoint(checkpoint)
-        self.checkpoint = loaded.name
+        b = b_of(run, loaded, personal)
+        self.checkpoint, self.personal = loaded.name, personal
         self.reference = reference
         self._interactions = warned_of(config.evaluation.interactions)
         self._session = Worker().session(config)
@@ -145,7 +152,7 @@ class Assistant:
         fingerprint = self._session.spec.fingerprint
         require_same("the backbone", fingerprint, inputs.backbone, "model.backbone")
         require_same("A", self._session.adapter.a_fingerprint, inputs.a, "adapter.seed")
-        self._session.adapter.load(loaded.b)
+        self._session.adapter.load(b)
         self._lister = Lister(self._session, config, reference.data)
         self._one_at_a_time = threading.Lock()
 
@@ -153,6 +160,11 @@ class Assistant:
     def busy(self) -> bool:
         """Whether somebody is being answered."""
         return self._one_at_a_time.locked()
+
+    @property
+    def uncovered(self) -> str:
+        """What is said of every list that a hospital's own B makes; else empty."""
+        return OWN_NOTE.format(hospital=self.personal) if self.personal else ""
 
     def suggest(self, request: PatientRequest) -> Suggestion:
         """Answer for one patient; deterministic."""
@@ -180,7 +192,8 @@ class Assistant:
             ),
             in_format=listed.names is not None,
             ends=listed.ends,
-            warnings=tuple(self._warnings(request, listed)),
+            warnings=tuple(filter(None, (self.uncovered, *self._warnings(request, listed)))),
+            uncovered=self.uncovered,
             similar=len(index.similar(request.codes)) if index else 0,
             dropped_diagnoses=listed.dropped_diagnoses,
             seconds=time.perf_counter() - started,
@@ -219,16 +232,18 @@ def interaction_lines(found: Iterable[Interaction]) -> Iterator[str]:
 
 
 def reference_of(
-    config: Config, *, load: Callable[[Config], Dataset] = open_hospitals
+    config: Config, *, personal: str = "", load: Callable[[Config], Dataset] = open_hospitals
 ) -> ReferenceData:
     """Look for the run's data; without it, the public titles serve and there is no support.
 
     Args:
         config: Of the run.
+        personal: Hospital whose own B answers: its admissions alone are compared, its formulary
+            and its threshold alone count. Empty: those of all.
         load: Opens its data.
     """
     try:
-        data = load(config)
+        data = _narrowed(load(config), personal)
     except UserError as error:
         index = DiagnosisIndex(public_diagnoses(), frequency={}, origin="the public ICD-10-CM")
         place = Path(config.data.path).expanduser()
@@ -253,6 +268,12 @@ def reference_of(
     return ReferenceData(
         index=index, support=SupportIndex(train), note=note, data=data, orders=Orders(train)
     )
+
+
+def _narrowed(data: Dataset, hospital: str) -> Dataset:
+    """Return the data of one hospital; all of it where it is not dealt to that one."""
+    own = tuple(one for one in data.hospitals if one.name == hospital)
+    return replace(data, hospitals=own or data.hospitals)
 
 
 def assistant_config(run: RunDirectory, overrides: Iterable[str] = ()) -> Config:
@@ -307,7 +328,9 @@ def find_run(path: Path | None) -> RunDirectory:
     )
 
 
-def about_run(run: RunDirectory, config: Config, checkpoint: str) -> dict[str, str]:
+def about_run(
+    run: RunDirectory, config: Config, checkpoint: str, *, personal: str = ""
+) -> dict[str, str]:
     """Return what a page and a decision record say about the model."""
     source = source_of_run(run.read_json("summary.json"), run.read_json("data.json"))
     return {
@@ -315,6 +338,7 @@ def about_run(run: RunDirectory, config: Config, checkpoint: str) -> dict[str, s
         "checkpoint": checkpoint,
         "backbone": config.model.backbone,
         "source": source,
+        **({"personal": personal} if personal else {}),
     }
 
 

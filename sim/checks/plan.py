@@ -48,6 +48,7 @@ PAPER_CARD_BYTES = 48_000_000_000
 """RTX 6000 Ada, 48 GB: the paper's card."""
 SMALLEST_SHOWN_BYTES = 5_000_000
 """Below, a part would be shown as 0.00 GB."""
+OWN_STEPS = "and as many of the hospital's own B, adapter.personal"
 PARTS = {
     "weights": "the frozen backbone",
     "adapter": "the trained matrices in fp32, and the frozen A",
@@ -96,13 +97,14 @@ def plan(config: Config, *, card_bytes: int | None = None) -> PlanRecord:
         device=device,
         weights=config.model.weights,
     )
-    workers = Choice(1, "one node, or one worker per GPU")
-    if device == "cpu" and federation.hospitals > 1:
-        workers = choose_workers(config, shape, memory_bytes=card.value)
-    # The answers come after the rounds, from one process.
-    needed = max(workers.value * peak.total, answering)
     samples = _train_samples(config)
     steps = steps_in_all(config, samples.value)
+    workers = Choice(1, "one node, or one worker per GPU")
+    if device == "cpu" and federation.hospitals > 1:
+        steps_of_all = steps.value * federation.hospitals
+        workers = choose_workers(config, shape, steps=steps_of_all, memory_bytes=card.value)
+    # The answers come after the rounds, from one process.
+    needed = max(workers.value * peak.total, answering)
     checkpoint_steps(config, steps.value)
     if federation.hospitals > 1:
         check_strategy(federation)
@@ -128,8 +130,10 @@ def plan(config: Config, *, card_bytes: int | None = None) -> PlanRecord:
         fits=needed <= card.value,
         spare_bytes=card.value - needed,
         bytes_per_round=asked(federation) * exchange_bytes(config, shape),
-        steps=steps.value,
-        steps_reason=f"{steps.reason}; {samples.reason}" if samples.reason else steps.reason,
+        steps=steps.value * (1 + trains_own(config)),
+        steps_reason="; ".join(
+            filter(None, (steps.reason, OWN_STEPS * trains_own(config), samples.reason))
+        ),
     )
     if device == "cuda":
         times = measured_times(config, shape, chosen.value, steps.value)
@@ -146,31 +150,39 @@ def measured_times(
     """Return the time of a step, and of all steps, on cards that were measured.
 
     With a measured card at hand it alone. Samples count as full; a private step's are those that
-    its plan expects.
+    its plan expects. With a personal B, which is not private, its steps are in the hours.
+
+    Args:
+        config: Complete configuration.
+        shape: The backbone's.
+        recompute: As chosen.
+        steps: Of one hospital, without those of a personal B.
     """
     train, here = config.train, torch.cuda.is_available() and torch.cuda.get_device_name(0)
-    samples = float(train.batch_size * train.accumulation)
-    if is_private(config):
-        samples = plan_of(config).expected_batch
+    plain = float(train.batch_size * train.accumulation)
+    samples = plan_of(config).expected_batch if is_private(config) else plain
     cards = [card for card in CARDS if card.name == here] or list(CARDS)
     times = []
     for card in cards:
-        seconds = seconds_per_step(
-            card,
-            shape,
-            tokens=samples * train.max_length,
-            weights=config.model.weights,
-            recompute=recompute,
-            private=is_private(config),
+        of_step = partial(
+            seconds_per_step, card, shape, weights=config.model.weights, recompute=recompute
         )
+        seconds = of_step(tokens=samples * train.max_length, private=is_private(config))
+        own = of_step(tokens=plain * train.max_length, private=False)
         if seconds is not None:
-            hours = steps * config.federation.hospitals * seconds / 3600
+            both = seconds + (own or 0.0) * trains_own(config)
+            hours = steps * config.federation.hospitals * both / 3600
             times.append(
                 MeasuredTime(
                     card=card.name, seconds_per_step=seconds, hours=hours, source=card.source
                 )
             )
     return tuple(times)
+
+
+def trains_own(config: Config) -> bool:
+    """Return whether every hospital trains a B of its own beside; a single node does not."""
+    return config.adapter.personal and config.federation.hospitals > 1
 
 
 def exchange_bytes(config: Config, shape: BackboneShape) -> int:

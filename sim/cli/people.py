@@ -33,6 +33,10 @@ ModelsOption = Annotated[
     list[str] | None,
     typer.Option("--list-by", help="Whose lists, for instance fedrx; may be repeated."),
 ]
+PersonalOption = Annotated[
+    str,
+    typer.Option("--personal", help="Hospital whose own B is added; no epsilon covers its lists."),
+]
 
 
 def judge(
@@ -151,6 +155,7 @@ def suggest(
         typer.Option("--diagnosis", "-d", help="ICD code, title or free text; repeat in order."),
     ] = None,
     checkpoint: CheckpointOption = None,
+    personal: PersonalOption = "",
     set_: SetOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -159,7 +164,7 @@ def suggest(
     from sim.assist.suggest import Assistant, show_suggestion
 
     console = console_for(json_output)
-    directory, config, reference = _opened(run, set_, console)
+    directory, config, reference = _opened(run, set_, console, personal)
     form = {"sex": sex, "age": age, "height": height, "weight": weight, "diagnoses": diagnosis}
     try:
         request = read_form(form, reference.index)
@@ -167,7 +172,9 @@ def suggest(
         raise UserError(
             str(error), fix="for instance --sex F --age 71 --height 165 --weight 80 -d I50.9 -d I10"
         ) from None
-    assistant = Assistant(directory, config, reference=reference, checkpoint=checkpoint)
+    assistant = Assistant(
+        directory, config, reference=reference, checkpoint=checkpoint, personal=personal
+    )
     suggestion = assistant.suggest(request)
     show_suggestion(console, directory, request, suggestion, reference)
     print_json({"patient": request.as_dict(), **suggestion.as_dict()}, json_output)
@@ -180,6 +187,7 @@ def assist(
         Path | None, typer.Option("--log", help="Decisions; default decisions.jsonl in RUN.")
     ] = None,
     checkpoint: CheckpointOption = None,
+    personal: PersonalOption = "",
     cds_hooks: Annotated[
         bool, typer.Option("--cds-hooks", help="Serve CDS Hooks 2.0 to a hospital system, too.")
     ] = False,
@@ -201,15 +209,18 @@ def assist(
     if cds_hooks:
         require_fhir()
     console, listening = console_for(False), open_socket(port)
-    directory, config, reference = _opened(run, set_, console)
+    directory, config, reference = _opened(run, set_, console, personal)
     console.print("loading the model ...", style="dim")
-    assistant = Assistant(directory, config, reference=reference, checkpoint=checkpoint)
+    assistant = Assistant(
+        directory, config, reference=reference, checkpoint=checkpoint, personal=personal
+    )
     state = PageState(
         suggester=assistant,
         decisions=(log or directory.path / DECISIONS).absolute(),
-        about=about_run(directory, config, assistant.checkpoint),
+        about=about_run(directory, config, assistant.checkpoint, personal=personal),
     )
     lines: list[Any] = [
+        *filter(None, [assistant.uncovered]),
         "Research only, not for clinical use. Open in a browser on this machine:",
         address(state, listening),
         f"decisions: {state.decisions}",
@@ -223,7 +234,7 @@ def assist(
 
 
 def _opened(
-    run: Path | None, overrides: list[str] | None, console: Console
+    run: Path | None, overrides: list[str] | None, console: Console, personal: str
 ) -> "tuple[RunDirectory, Config, ReferenceData]":
     """Find the run that is named, or the newest; return it with how to answer and what is known."""
     from sim.assist.suggest import assistant_config, find_run, reference_of, within_formulary
@@ -232,7 +243,7 @@ def _opened(
     config = assistant_config(directory, overrides or ())
     if run is None:
         console.print(f"run: {directory.path}", style="dim", markup=False, highlight=False)
-    reference = reference_of(config)
+    reference = reference_of(config, personal=personal)
     return directory, within_formulary(config, reference, overrides or ()), reference
 
 

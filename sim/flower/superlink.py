@@ -3,8 +3,8 @@
 The launcher starts its own SuperLink: in an empty directory, so that Ray cannot import another
 ``client/`` from the working directory; with its own FLWR_HOME and a free loopback port, so that
 two runs never meet; with telemetry, update checks and dependency reinstalls off. It stops
-everything it started, also after Ctrl-C and after a failure, and it believes Flower's run state,
-not its exit status.
+everything it started, also after Ctrl-C and after a failure. It believes our server, which sums a
+run up at its end, and where that has not come to it Flower's run state, not its exit status.
 """
 
 import contextlib
@@ -46,11 +46,11 @@ from sim.flower.flower_log import true_cause
 from sim.flower.start_phases import FLOWER, SUPERLINK, phases_of
 
 START_SECONDS = 120.0
-STOP_SECONDS = 15.0
+STOP_SECONDS = 3.0
 CHECK_SECONDS = 10.0
 SIMULATION = "flwr-simulation"
 """The command of Flower's that runs the server app and Ray."""
-CONNECTION = "fedrx"
+CONNECTION, COMPLETED = "fedrx", "finished:completed"
 FLOWER_LOG = "flower.log"
 """What Flower and Ray wrote, kept in the run directory where they failed."""
 
@@ -156,10 +156,6 @@ def superlink(run: Path, port: int = 0) -> Iterator[SuperLink]:
             with _terminated_like_interrupted():
                 _wait_until_up(link, run)
                 yield link
-        except BaseException:
-            # All that a run writes is complete or absent, so nothing is lost by stopping at once.
-            end_leftovers(run)
-            raise
         finally:
             stop(process, run)
 
@@ -214,7 +210,7 @@ def run_flower(
             on_tick()
 
         state, details = _watch(link, run, look)
-        if state != "finished:completed":
+        if state != COMPLETED:
             log = link.flwr("log", json.loads(started.stdout)["run-id"], CONNECTION, "--show")
             failure = _failed(
                 *(run.path, f"Flower ended the run {state}", log.stdout, link.log()),
@@ -225,19 +221,14 @@ def run_flower(
 
 
 def stop(process: subprocess.Popen[bytes], run: Path) -> None:
-    """End a SuperLink and every process of its run: politely, then by force."""
-    if process.poll() is None:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_SECONDS)
-    if process.poll() is None:
-        process.kill()
-        process.wait()
-    _, alive = psutil.wait_procs(processes_of(run), timeout=STOP_SECONDS / 3)
-    for member in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
+    """End a SuperLink and every process of its run, at once.
+
+    All that a run writes is complete or absent, so nothing is lost, and their own farewells would
+    take seconds.
+    """
+    process.kill()
     end_leftovers(run)
+    process.wait()
 
 
 def processes_of(run: Path) -> list[psutil.Process]:
@@ -260,26 +251,27 @@ def end_leftovers(run: Path) -> None:
         for process in leftovers:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(leftovers, timeout=STOP_SECONDS / 5)
+        psutil.wait_procs(leftovers, timeout=STOP_SECONDS)
 
 
 def _watch(link: SuperLink, run: RunDirectory, on_tick: Callable[[], None]) -> tuple[str, str]:
-    """Wait until Flower says that the run has finished."""
+    """Wait until our server has summed up, or Flower says that the run has finished."""
     last_check = time.monotonic()
     while True:
         on_tick()
         status = run.status()
-        ended = status["state"] == "failed" or status.get("stage") == TRAINED
+        if status.get("stage") == TRAINED:
+            return COMPLETED, ""
         if link.process.poll() is not None:
             return "stopped", "the SuperLink ended"
-        due = time.monotonic() - last_check > CHECK_SECONDS
-        if ended or due:
+        failed = status["state"] == "failed"
+        if failed or time.monotonic() - last_check > CHECK_SECONDS:
             last_check = time.monotonic()
             # To ask Flower costs a second of a core, which hospitals are training on.
-            state, details = link.state() if ended or not _is_simulating() else ("running", "")
+            state, details = link.state() if failed or not _is_simulating() else ("running", "")
             if state.startswith("finished"):
                 return state, details
-        time.sleep(1.0 if ended else 0.25)
+        time.sleep(1.0 if failed else 0.25)
 
 
 def _is_simulating() -> bool:

@@ -1,4 +1,4 @@
-"""How many processes serve the hospitals of a simulation: by GPUs, or by cores and memory."""
+"""How many processes serve the hospitals of a simulation: by GPUs, or by cores, memory and work."""
 
 import torch
 
@@ -11,7 +11,14 @@ from common.model.footprint import Footprint, count_parameters, training_footpri
 from common.model.memory import RECOMPUTE
 from common.model.session import DTYPES, choose_dtype
 from common.privacy.mechanism.gradients import private_bytes
-from common.privacy.settings import is_private
+from common.privacy.settings import is_private, plan_of
+
+WORKER_START_SECONDS = 8.0
+"""Of a core: Ray's process, the libraries, the backbone (measured on an AMD EPYC of 2026)."""
+_STEP_SECONDS, _FLOPS_PER_SECOND = 0.03, 5e10
+"""Of one core: what a step takes at least, and its arithmetic."""
+_PASSES = 6
+"""Operations by parameter and token: forward, backward, and what is computed again."""
 
 
 def training_footprints(
@@ -55,14 +62,43 @@ def planned_recompute(requested: str, footprints: dict[str, Footprint], memory: 
     return Choice("all", "nothing fits; this needs the least")
 
 
+def training_seconds(config: Config, shape: BackboneShape, steps: int) -> float:
+    """Return about how long one core trains, to an order of magnitude; samples count as full.
+
+    Args:
+        config: What is trained, and how.
+        shape: The backbone's sizes.
+        steps: Of all hospitals together.
+    """
+    samples = plan_of(config).expected_batch if is_private(config) else config.train.batch_size
+    tokens = samples * config.train.accumulation * config.train.max_length
+    parameters = count_parameters(shape, adapter_spec(config.adapter)).backbone
+    return steps * (_STEP_SECONDS + _PASSES * parameters * tokens / _FLOPS_PER_SECOND)
+
+
+def worth_starting(seconds: float) -> int:
+    """Return how many workers save more time than starting them takes.
+
+    The n-th shortens the training from ``seconds / (n - 1)`` to ``seconds / n``.
+
+    >>> worth_starting(2), worth_starting(20), worth_starting(200)
+    (1, 2, 5)
+    """
+    number = 1
+    while seconds / (number * (number + 1)) >= WORKER_START_SECONDS:
+        number += 1
+    return number
+
+
 def choose_workers(
-    config: Config, shape: BackboneShape, *, memory_bytes: int | None = None
+    config: Config, shape: BackboneShape, *, steps: int, memory_bytes: int | None = None
 ) -> Choice[int]:
     """Return how many Ray actors serve the hospitals; the result does not depend on it.
 
     Args:
         config: Complete configuration.
         shape: The backbone's sizes.
+        steps: Of all hospitals together.
         memory_bytes: What all workers may take on a CPU; default what is available now.
     """
     if config.run.backend == IN_PROCESS:
@@ -77,7 +113,10 @@ def choose_workers(
     footprints = training_footprints(config, shape, device="cpu", value_bytes=dtype.itemsize)
     each = footprints[planned_recompute(config.train.recompute, footprints, memory).value].total
     cpus = available_cpus()
-    return Choice(
-        max(1, min(cpus, hospitals, memory // each)),
-        f"{cpus} CPUs, {hospitals} hospitals, {each / 1e9:.1f} of {memory / 1e9:.1f} GB each",
-    )
+    fit = max(1, min(cpus, hospitals, memory // each))
+    why = f"{cpus} CPUs, {hospitals} hospitals, {each / 1e9:.1f} of {memory / 1e9:.1f} GB each"
+    seconds = training_seconds(config, shape, steps)
+    worth = worth_starting(seconds)
+    if worth < fit:
+        return Choice(worth, f"{why}; more would not pay for their start in {seconds:.0f} s")
+    return Choice(fit, why)

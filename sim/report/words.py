@@ -17,6 +17,10 @@ PERSONAL_NOTE = (
     "Personal answers are made with a B that each hospital trained for itself, without noise, and "
     "that never left it: no epsilon covers them, nor what is said of them."
 )
+OWN_NOTE = (
+    "Made with {hospital}'s own B, which was trained without noise: no epsilon covers this list, "
+    "and it is for {hospital} alone."
+)
 COLUMNS = (
     ("output_rate", "output rate"),
     ("precision", "precision"),

@@ -5,7 +5,6 @@ Each folder has a model card that says what the weights are and how a list is ge
 
 import re
 import shutil
-import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -14,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from client.personal import own_b, with_own
+from client.personal import b_of
 from common.config import Config
 from common.errors import UserError
-from common.files import write_bytes, write_json, write_text
+from common.files import new_folder, write_bytes, write_json, write_text
 from common.model.adapter.falora import Adapter
 from common.model.adapter.layout import adapter_spec, meta_adapter
 from common.model.backbone.llama_config import read_llama_config
@@ -28,7 +27,7 @@ from common.model.backbone.load import (
     resolve_backbone,
     without_progress_bars,
 )
-from common.rundir import Checkpoint, RunDirectory
+from common.rundir import RunDirectory
 from common.tensor_files import Tensors
 from sim.process.open_run import require_same
 from sim.runs.model_card import CARD_TITLE, Format, model_card
@@ -100,14 +99,11 @@ def export_run(
     begun = run.inputs()
     require_same("the backbone", backbone.fingerprint, begun.backbone, "model.backbone")
     require_same("A", adapter.a_fingerprint, begun.a, "adapter.seed")
-    b = _personal(run, loaded, personal) if personal else loaded.b
-    tensors = lora_tensors(adapter, b)
+    tensors = lora_tensors(adapter, b_of(run, loaded, personal))
     card = model_card(
         run, config, backbone, loaded, layout=layout, hub_id=hub_id, personal=personal
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        written = Path(scratch) / folder.name
+    with new_folder(folder) as written:
         written.mkdir()
         if layout == "peft":
             write_json(written / CONFIG_FILE, peft_config(config, hub_id))
@@ -118,22 +114,7 @@ def export_run(
             _write_gguf(written / GGUF_FILE, backbone, tensors, alpha=adapter.spec.alpha)
         write_text(written / CARD_FILE, card)
         shutil.rmtree(folder, ignore_errors=True)
-        written.rename(folder)
     return folder
-
-
-def _personal(run: RunDirectory, loaded: Checkpoint, hospital: str) -> Tensors:
-    folder = run.path / "hospitals"
-    able = sorted(one.name for one in folder.glob("*") if one.is_dir() and own_b(one))
-    if hospital not in able or loaded.name != run.checkpoint_names()[-1]:
-        raise UserError(
-            f"{run.path} has no personal adapter of {hospital} beside {loaded.name}",
-            allowed=f"the last checkpoint, with {', '.join(able)}"
-            if able
-            else "a run that trains them: adapter.personal = true",
-            fix="name one of these hospitals, and no --checkpoint" if able else "train another run",
-        )
-    return with_own(loaded.b, own_b(folder / hospital))
 
 
 def _replaceable(folder: Path) -> bool:

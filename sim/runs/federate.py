@@ -23,10 +23,11 @@ from common.privacy.settings import (
     protects,
     with_calibrated_noise,
 )
-from common.records import RunRecord, Summary
+from common.records import Inputs, RunRecord, Summary
 from common.rundir import RunDirectory
 from common.training.budget import steps_of_round
 from common.wire.cohort import check_only, trained_by
+from server.known import layout_record
 from server.strategies import check_strategy
 from sim.flower.in_process import run_in_process
 from sim.flower.superlink import end_leftovers, run_flower
@@ -49,15 +50,20 @@ class Federation(Kind):
 
     def ready(self, config: Config, preparation: Preparation, console: Console) -> Config:
         """Warn of what the protection costs here, and choose the workers."""
-        total_steps(config, preparation.data.hospitals)
+        steps = total_steps(config, preparation.data.hospitals)
         notes = [partition_note(config), delta_warning(config)]
         if protects(config) and not is_private(config):
             parameters = preparation.layout.trainable_parameters
             notes.insert(0, hospital_warning(plan_of(config), parameters))
         for note in filter(None, notes):
             console.print(note, style="yellow", markup=False, highlight=False)
-        self.workers = choose_workers(config, preparation.backbone.shape)
+        self.layout = layout_record(config, preparation.backbone, preparation.layout)
+        self.workers = choose_workers(config, preparation.backbone.shape, steps=steps)
         return replace(config, federation=replace(config.federation, workers=self.workers.value))
+
+    def record(self, config: Config, inputs: Inputs) -> RunRecord:
+        """Tell the server what it must know of backbone and adapter."""
+        return super().record(config, inputs).model_copy(update={"layout": self.layout})
 
     def facts(self, record: RunRecord) -> Mapping[str, object]:
         """Say how many workers there are, and why."""

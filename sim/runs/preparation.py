@@ -17,7 +17,7 @@ from common.privacy.mechanism.isolation import check_backbone
 from common.privacy.settings import is_private
 from common.records import Inputs
 from common.training.budget import checkpoint_steps, steps_in_all
-from common.training.worker import Worker
+from common.training.worker import Worker, destination_of
 from sim.flower.superlink import free_port
 from sim.process.early import check_settings
 from sim.report.data_description import sizes_of
@@ -51,6 +51,9 @@ def prepare(config: Config, console: Console, worker: Worker | None = None) -> P
         console.print(line, style="dim", markup=False, highlight=False)
 
     free_port(config.run.port)
+    if worker and destination_of(config):
+        # Before the checks: they import what the weights are read beside.
+        worker.backbone_to_open(config, progress=say)
     check_settings(config)
     data = open_hospitals(config, progress=say)
     for hospital in data.hospitals:

@@ -1,28 +1,35 @@
 """Personal adapters: B_own is trained in a hospital, stays there, and changes nothing it sends."""
 
 import io
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
 import client.handlers
-from client.kept_state import load_kept
+from client.kept_state import load_kept, load_state
 from client.personal import PERSONAL, own_b, with_own
 from common.config import AdapterConfig
 from common.data.dataset import open_hospitals
 from common.errors import UserError
 from common.evaluation.answers import choose_cases, evaluate_answers
 from common.evaluation.answers_file import read_answers
+from common.evaluation.lists import ListMaker, Prompts
 from common.model.adapter.layout import adapter_spec
 from common.rundir import RunDirectory
+from common.text.batches import encode_prompt
 from common.training.hospital_data import encode_hospital
 from common.training.loop import TrainState, train, validation_loss
 from common.training.worker import Worker
 from sim.answers.evaluate import evaluate_run
+from sim.assist.patient_form import read_form
+from sim.assist.suggest import Assistant, about_run, assistant_config, reference_of
+from sim.checks.plan import plan
 from sim.cli.main import app
 from sim.report.bundle import contents
 from sim.report.run_report import write_report
@@ -36,6 +43,11 @@ PRIVATE = {
     "federation__weighting": "uniform",
 }
 QUIET = Console(file=io.StringIO(), width=200)
+
+
+def flat_of(session, b):
+    session.adapter.load(b)
+    return session.adapter.flat
 
 
 def own_of(run: RunDirectory) -> dict[str, dict[str, np.ndarray]]:
@@ -198,6 +210,64 @@ def test_the_export_verb_asks(answered, tmp_path):
     assert not out.exists()
     assert CliRunner().invoke(app, [*arguments, "--yes"]).exit_code == 0
     assert Path(out / "README.md").exists()
+
+
+def test_a_plan_counts_both_kinds_of_steps(tiny_config, in_process):
+    """Against the counters that a hospital's two optimizers have kept."""
+    config = tiny_config(adapter__personal=True)
+    folder = in_process(config).run.path / "hospitals" / "hospital-3"
+    own = load_kept(folder, PERSONAL, before_round=99)["state.step"]
+    common = load_state(folder, before_round=99).step
+    assert (own, common) == (4, 4)
+    assert plan(config).steps == own + common
+
+
+FORM = {"sex": "F", "age": "71", "height": "165", "weight": "80", "diagnoses": ["I10"]}
+
+
+def test_suggest_answers_as_the_hospital_does(answered):
+    """Its B, its names, its threshold: against the answers of an evaluation of it alone."""
+    config = assistant_config(answered, ["evaluation.method=score"])
+    (hospital,) = (one for one in open_hospitals(config).hospitals if one.name == "hospital-2")
+    session = Worker().session(config)
+    b = answered.load_checkpoint().b
+    session.adapter.load(with_own(b, own_of(answered)["hospital-2"]))
+    around = reference_of(config, personal="hospital-2")
+    request = read_form(FORM, around.index)
+    text, length = config.text, config.train.max_length
+    ids, _ = encode_prompt(
+        request.admission(), session.tokenizer, text=text, max_length_tokens=length
+    )
+    maker = ListMaker(session, [hospital], config)
+    ((wanted,), _) = maker.answer(Prompts(ids=[ids], hospitals=[0]))
+    assistant = Assistant(answered, config, reference=around, personal="hospital-2")
+    found = assistant.suggest(request)
+    assert [one.name for one in found.drugs] == list(wanted.drugs)
+    confidences = [one.confidence for one in wanted.ranking.listed]
+    assert [one.confidence for one in found.drugs] == pytest.approx(confidences)
+    assert f"{len(hospital.train)} admissions of 1 training hospital " in around.note
+    assert found.warnings[0] == found.uncovered
+    assert found.uncovered.startswith("Made with hospital-2's own B")
+    told = about_run(answered, config, assistant.checkpoint, personal=assistant.personal)
+    assert told["personal"] == "hospital-2"
+    common = Assistant(answered, config, reference=around)
+    assert common.suggest(request).uncovered == ""
+    assert torch.equal(common._session.adapter.flat, flat_of(session, b))
+
+
+def test_the_suggest_verb_says_what_no_epsilon_covers(answered):
+    person = ["--sex", "F", "--age", "71", "-d", "I10"]
+    scored = ["--set", "evaluation.method=score", "--json"]
+    arguments = ["suggest", str(answered.path), *person, *scored]
+    words = "no epsilon covers this list"
+    plain = CliRunner().invoke(app, arguments)
+    own = CliRunner().invoke(app, [*arguments, "--personal", "hospital-1"])
+    assert not any(words in one for one in json.loads(plain.stdout)["warnings"])
+    assert words in json.loads(own.stdout)["warnings"][0]
+    assert words in " ".join(own.stderr.split())
+    refused = CliRunner().invoke(app, [*arguments, "--personal", "west"])
+    assert isinstance(refused.exception, UserError)
+    assert "has no personal adapter of west beside round-00002; allowed" in str(refused.exception)
 
 
 @pytest.mark.parametrize("mode", ["lora", "rolora"])

@@ -185,7 +185,7 @@ def test_workers_threads_and_activations_follow_the_limit(monkeypatch):
     config = Config()
     assert threads_per_worker(config) == 1
     assert one_node(config).train.threads == 3
-    chosen = sim.flower.worker_count.choose_workers(config, shape_of("embedded"))
+    chosen = sim.flower.worker_count.choose_workers(config, shape_of("embedded"), steps=120)
     assert chosen.value < 3
     assert "3 CPUs" in chosen.reason
     assert "4.3 GB" in chosen.reason

@@ -2,18 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from common.config import AdapterConfig
 from common.errors import UserError
-from common.model.adapter.falora import Adapter, AdapterSpec, attach, draw_a
 from common.model.adapter.scheme import A, part_of
-from common.model.backbone.llama_config import read_llama_config
-from common.model.backbone.load import BackboneSpec
-from common.model.backbone.tiny import tiny_config
+from common.model.adapter.spec import AdapterSpec, draw_a
+
+if TYPE_CHECKING:
+    from common.model.adapter.falora import Adapter
+    from common.model.backbone.load import BackboneSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ def initial_tensors(
     }
 
 
-def adapter_layout(backbone: BackboneSpec, spec: AdapterSpec) -> AdapterLayout:
+def adapter_layout(backbone: "BackboneSpec", spec: AdapterSpec) -> AdapterLayout:
     """Read the adapter's layout off the backbone's shape.
 
     A is drawn on the CPU from its seed all the same, so its fingerprint is the real one.
@@ -80,9 +81,14 @@ def adapter_layout(backbone: BackboneSpec, spec: AdapterSpec) -> AdapterLayout:
     )
 
 
-def meta_adapter(backbone: BackboneSpec, spec: AdapterSpec) -> Adapter:
+def meta_adapter(backbone: "BackboneSpec", spec: AdapterSpec) -> "Adapter":
     """Attach the adapter to the backbone's shape on the meta device; its A can be drawn."""
+    import torch
     from transformers import LlamaForCausalLM
+
+    from common.model.adapter.falora import attach
+    from common.model.backbone.llama_config import read_llama_config
+    from common.model.backbone.tiny import tiny_config
 
     if backbone.folder is None:
         config = tiny_config()

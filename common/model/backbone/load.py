@@ -74,6 +74,8 @@ class BackboneSpec:
     shape: BackboneShape
     rope: str = "default"
     """Kind of its rotary position embedding, as transformers names it."""
+    tokenizer: "PreTrainedTokenizerBase | None" = field(default=None, repr=False, compare=False)
+    """As ``resolve_backbone`` read it: a large vocabulary takes a second."""
     held: Held | None = field(default=None, repr=False, compare=False)
     """Its weights, where ``resolve_backbone`` was told where they go; until a model has them."""
 
@@ -147,6 +149,7 @@ def resolve_backbone(
             ),
             shape=BackboneShape.of(config),
             rope=config.rope_parameters["rope_type"],
+            tokenizer=tokenizer,
             held=reading.held(),
         )
 
@@ -228,13 +231,15 @@ def without_progress_bars() -> Iterator[None]:
 
 
 def load_tokenizer(spec: BackboneSpec) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer.
+    """Return the tokenizer, read at most once.
 
     Raises:
         UserError: If it is not what ``read_tokenizer`` asks for.
     """
     if spec.folder is None:
         return tiny.tiny_tokenizer()
+    if spec.tokenizer is not None:
+        return spec.tokenizer
     return read_tokenizer(spec.folder, spec.name, vocabulary=spec.shape.vocabulary)
 
 

@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from common.privacy.accounting import Epsilon, epsilon
 from common.privacy.budget.ledger import Ledger
 from common.privacy.mechanism.noise import noise_name
-from common.privacy.mechanism.release import GaussianMechanism
 from common.privacy.plan import PrivacyPlan, Unit
 from common.records import Record
 from common.rundir import RunDirectory
+
+if TYPE_CHECKING:
+    from common.privacy.mechanism.release import GaussianMechanism
 
 PRIVACY = "privacy.jsonl"
 """A run's public account: one line per hospital and round, see ``ledger_line``."""
@@ -124,7 +126,7 @@ def accountant_name(plan: PrivacyPlan) -> str:
 
 
 def receipt(
-    hospital: str, ledger: Ledger, mechanism: GaussianMechanism, source_digest: str
+    hospital: str, ledger: Ledger, mechanism: "GaussianMechanism", source_digest: str
 ) -> Receipt:
     """Return a hospital's receipt for what its ledger holds.
 

@@ -1,5 +1,7 @@
 """CDS Hooks: what the cards say of a patient, of orders and of interactions."""
 
+from dataclasses import replace
+
 import pytest
 from cds_replies import call, cards
 from cds_requests import TITLES, bundle, condition, order, order_select, patient_view
@@ -35,6 +37,14 @@ def test_patient_view_suggests_what_is_not_ordered(client, model):
     expected = [TITLES["10:I509"], "lives alone", TITLES["9:4280"], TITLES["10:I10"]]
     assert titles == expected
     assert asked.codes == ("10:I509", "9:4280", "10:I10")
+
+
+@pytest.mark.parametrize("in_format", [True, False])
+def test_a_card_says_what_no_epsilon_covers(client, model, in_format):
+    listed = model.list_of("Furosemide", in_format=in_format)
+    model.answer = replace(listed, uncovered="no epsilon covers this list")
+    (card,) = cards(call(client, patient_view()))
+    assert "\n\nno epsilon covers this list\n\n" in card["detail"]
 
 
 def test_order_select_leaves_the_drafts_out_too(client, model):

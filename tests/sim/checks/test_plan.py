@@ -118,6 +118,18 @@ def test_what_a_run_would_refuse_is_refused(key, value, message):
         plan(from_flat({"model.backbone": "tiny", key: value}))
 
 
+def test_a_personal_b_doubles_the_steps_and_costs_no_epsilon(monkeypatch):
+    monkeypatch.setattr("common.privacy.forecast.alternatives", lambda *_: [])  # dear to search
+    keys = {"model.backbone": "tiny", "privacy.noise-multiplier": 1.0, "train.steps": 8}
+    without, found = (plan(from_flat({**keys, "adapter.personal": own})) for own in (False, True))
+    assert (without["steps"], found["steps"]) == (8, 16)
+    assert found["steps_reason"] == f"train.steps; {plan_module.OWN_STEPS}"
+    assert found["privacy"] == without["privacy"]
+    assert found["bytes_per_round"] == without["bytes_per_round"]
+    alone = {**keys, "federation.hospitals": 1, "adapter.personal": True}
+    assert plan(from_flat(alone))["steps"] == 8
+
+
 def test_one_node_takes_fewer_steps_than_rounds():
     keys = {"model.backbone": "tiny", "federation.hospitals": 1, "train.steps": 2}
     assert plan(from_flat(keys))["steps"] == 2
@@ -261,6 +273,10 @@ def test_a_measured_card_says_how_long(monkeypatch):
     }
     (row,) = plan(from_flat(private))["measured"]
     assert row["seconds_per_step"] == pytest.approx(40960 / fastest("ours, private"), rel=0.02)
+    (own,) = plan(from_flat({**private, "adapter.personal": True}))["measured"]
+    assert own["seconds_per_step"] == row["seconds_per_step"]
+    both = 40960 / fastest("ours, private") + 8192 / fastest("ours")
+    assert own["hours"] == pytest.approx(3 * 40 * both / 3600, rel=0.02)
     for change in ("model.backbone=embedded", "model.weights=nf4", "train.recompute=all"):
         assert plan(read_config(PAPER, [change]))["measured"] == []
     assert "measured" not in plan(read_config(PAPER, ["train.device=cpu"]))

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,17 @@ def test_dependencies_are_not_reinstalled_and_nobody_phones_home(base):
     homes = {environment["FLWR_HOME"] for environment in started}
     assert len(homes) == 1
     assert not Path(homes.pop()).is_relative_to(Path.home())
+
+
+def test_what_a_run_takes_beside_its_hospitals(base):
+    """One command of Flower's, and a server without the libraries that only training needs."""
+    commands = [Path(part).name for p in base.processes() for part in p["argv"][1:3]]
+    of_flower = Counter(name for name in commands if name.startswith(("flwr", "flower")))
+    expected = ("flower-superlink", "flower-superexec", "flwr", "flwr-simulation")
+    assert of_flower == Counter(expected)
+    imported = set(json.loads((base.spy / "server-imported.json").read_text()))
+    assert {"server.rounds", "ray"} <= imported
+    assert not imported & {"torch", "transformers", "polars", "sklearn", "matplotlib"}
 
 
 def test_every_worker_has_its_share_of_the_cpus(base):
