@@ -55,6 +55,7 @@ def evaluate_run(
         UserError: If an override would change what was trained, the data, the backbone or A are
             not those of the run, there is no such checkpoint, or nothing is held out.
     """
+    console = console or Console(quiet=True)
     config = changed_freely(run.config(), overrides, FREE_KEYS)
     check_device(config)
     loaded, last = run.load_checkpoint(checkpoint), run.load_checkpoint()
@@ -65,8 +66,7 @@ def evaluate_run(
     try:
         known = Evaluation.read(run)
     except Altered as error:
-        if console is not None:
-            console.print(f"{error}: all is answered anew", style="yellow", markup=False)
+        console.print(f"{error}: all is answered anew", style="yellow", markup=False)
     beside = known if known and known.facts.way == way else None
     adapters: dict[str, B | Personal | None] = {"fedrx": last.b, "untrained": None}
     own = personal_b(run, last.b, [one.name for one in data.hospitals])
@@ -76,7 +76,7 @@ def evaluate_run(
         adapters = {loaded.name: loaded.b} if beside else {**adapters, loaded.name: loaded.b}
     cases = len(choose_cases(data.hospitals, samples=settings.samples, seed=settings.seed))
     names = list(adapters)
-    with Meter(console or Console(quiet=True), "answers", cases * len(adapters)) as meter:
+    with Meter(console, "answers", cases * len(adapters)) as meter:
         found = evaluate_answers(
             session,
             data.hospitals,
@@ -85,8 +85,7 @@ def evaluate_run(
             checkpoint=last.name,
             progress=lambda model, done, of: meter.update(names.index(model) * of + done, model),
         )
-    if console is not None:
-        _show(console, found.facts)
+    _show(console, found.facts)
     curve = {}
     if settings.public_validation:
         made = public_curve(run, session, config, console=console)
