@@ -78,7 +78,6 @@ def _rankings(models: Models) -> Block:
         if calibration:
             bands = calibration["bins"]
             lines[name] = tuple((band["confidence"], band["ordered"]) for band in bands)
-    named = {"confidence": "share ordered"} if len(lines) > 1 else {}
     return Block(
         title="Rankings",
         note="All drugs of a hospital's training split (or of the user's formulary), the "
@@ -90,7 +89,9 @@ def _rankings(models: Models) -> Block:
             *("Brier score", "expected calibration error"),
         ),
         rows=tuple(rows),
-        svgs=tuple(lines_svg(lines, x_label=x, y_label=y) for x, y in named.items()),
+        svgs=(lines_svg(lines, x_label="confidence", y_label="share ordered"),)
+        if len(lines) > 1
+        else (),
     )
 
 
