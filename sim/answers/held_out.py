@@ -54,11 +54,11 @@ class HeldOut:
         self,
         session: Session,
         models: Iterable[Tensors],
-        told: Callable[[int], None] = lambda done: None,
+        progress: Callable[[int], None] = lambda done: None,
     ) -> NDArray[np.float64]:
         """Return [M, N]: each patient's loss per answer token (nats) under each model."""
         found = []
         for done, b in enumerate(models, 1):
             found.append(patient_losses(session, self.records, [b])[0][:, 0])
-            told(done)
+            progress(done)
         return np.stack(found)

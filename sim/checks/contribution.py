@@ -128,11 +128,11 @@ def _values(
     data: Dataset,
     session: Session,
     models: dict[int, Tensors],
-    told: Callable[[int], None],
+    progress: Callable[[int], None],
 ) -> Values:
     if metric == "loss":
         losses_SN = HeldOut.of(data.hospitals, session, config).losses(
-            session, models.values(), told
+            session, models.values(), progress
         )
         return -losses_SN, list(range(losses_SN.shape[1]))
     named = {f"subset-{place}": b for place, b in models.items()}
@@ -142,7 +142,7 @@ def _values(
         data.hospitals,
         config,
         named,
-        progress=lambda model, done, of: told(order.index(model) + (done == of)),
+        progress=lambda model, done, of: progress(order.index(model) + (done == of)),
     )
     rows = {name: [row for row in found.predictions if row.model == name] for name in named}
     level, drug_map = config.data.normalisation, drug_map_of(config.data)

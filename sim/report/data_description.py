@@ -274,12 +274,14 @@ def other_items(facts: Mapping[str, Any]) -> dict[str, int]:
     return {words.get(kind, kind): number for kind, number in (facts.get("left_out") or {}).items()}
 
 
-def _protocol_block(told: Mapping[str, Any]) -> Block:
+def _protocol_block(protocol: Mapping[str, Any]) -> Block:
     """Return what a protocol counted."""
-    note = f"{told['name']}: {ASKED[told['name']]}."
-    if told["absent"]:
-        note += f" Not there, and done without: {', '.join(told['absent'])}."
-    rows = tuple((key.replace("_", " "), f"{number:,}") for key, number in told["counted"].items())
+    note = f"{protocol['name']}: {ASKED[protocol['name']]}."
+    if protocol["absent"]:
+        note += f" Not there, and done without: {', '.join(protocol['absent'])}."
+    rows = tuple(
+        (key.replace("_", " "), f"{number:,}") for key, number in protocol["counted"].items()
+    )
     return Block(title="Protocol", note=note, headers=("counted", ""), rows=rows, text_cells=True)
 
 
