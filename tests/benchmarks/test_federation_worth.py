@@ -28,7 +28,7 @@ def summary(common: float, personal: float) -> Summary:
 
 
 @pytest.mark.parametrize("experiment", script.EXPERIMENTS)
-def test_every_experiment_can_be_planned(experiment):
+def test_every_experiment_can_be_planned(experiment, quick_calibration):
     told = script.EXPERIMENTS[experiment]
     config = script.configuration(experiment, "tiny", ["federation.rounds=2"])
     cells = plan_cells(config, arms=told["arms"], seeds=[0, 1], vary=told.get("vary", ()))
