@@ -20,7 +20,8 @@ import client.app
 from common.config import IN_PROCESS, Config
 from common.configio import Scalar, differences, flatten, from_flat, parse_overrides
 from common.errors import UserError
-from common.evaluation.transfer import CONFIDENCE, half_width
+from common.evaluation.metrics import CONFIDENCE
+from common.evaluation.transfer import half_width
 from common.files import write_text
 from common.model.adapter.layout import adapter_spec
 from common.privacy.settings import plan_of, protects
