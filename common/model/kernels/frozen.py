@@ -83,7 +83,8 @@ def _scaled(
         scaled_mm(
             left_TK[start:stop],
             right_NK.T,
-            scale_a=left_T1[start:stop],
+            # A part's scales begin anywhere, and cuBLAS wants 16 bytes (seen refused on an H200).
+            scale_a=left_T1[start:stop].clone() if start % 4 else left_T1[start:stop],
             scale_b=right_N1.view(1, -1),
             out_dtype=dtype,
             use_fast_accum=True,
