@@ -227,6 +227,10 @@ def test_units_share_passes_only_where_it_is_proven(open_tiny) -> None:
     # with kernels of a program for each row, and only then
     session.kernels = Choice("triton", "")
     assert choose_passes(session).value == "apart"
+    session.weights = Choice("fp8", "")
+    assert choose_passes(session).value == "alone"
+    session.weights = Choice("nf4", "")
+    assert choose_passes(session).value == "apart"
     for device, kernel in (("cuda", "of-tomorrow"), ("cpu", "torch-flash")):
         session.device, session.attention = Choice(device, ""), Choice(kernel, "")
         assert choose_passes(session).value == "alone"

@@ -20,7 +20,6 @@ from common.model.kernels.choice import kernels_named
 from common.model.kernels.frozen import Fp8Weight, choose_weights, fp8_obstacle
 from common.model.kernels.nf4 import Nf4Weight
 from common.model.session import DTYPES, Session, open_session
-from common.privacy.mechanism.isolation import ON_A_GPU
 from common.text.batches import Encoded, pack
 from common.training.gradients import BatchGradient, add_unit_gradients
 from common.training.loop import TrainConfig
@@ -166,7 +165,7 @@ def units(session: Session, group: Sequence[Encoded], *, apart: bool) -> Tensor:
     return out_UP
 
 
-@pytest.mark.parametrize("weights", ON_A_GPU)
+@pytest.mark.parametrize("weights", ["bf16", "nf4"])
 @pytest.mark.parametrize("attention", ["auto", "torch-flash"])
 def test_a_patients_gradient_on_cuda_is_its_own(device, weights, attention) -> None:
     """Whatever is beside it, before or behind: others of any number and length, or none."""
