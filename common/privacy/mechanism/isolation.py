@@ -36,8 +36,8 @@ def choose_passes(session: Session) -> Choice[str]:
     by_segment = session.by_row and weights != "fp8"
     if where[0] == "cuda" and where[2] in KERNELS and by_segment:
         return Choice("apart", f"each segment by calls of its own ({', '.join(where)})")
-    where = (*where, f"{weights} weights")
-    return Choice("alone", f"rows may depend on their neighbours ({', '.join(where)})")
+    named = ", ".join((*where, f"{weights} weights"))
+    return Choice("alone", f"rows may depend on their neighbours ({named})")
 
 
 def check_backbone(backbone: BackboneSpec) -> None:
