@@ -9,10 +9,12 @@ EXPERIMENT is one of
     personal   personal adapters under epsilon 3, five hospitals dealt by a Dirichlet of 0.1: the
                answers of B_global + B_own beside those of B_global, in the same runs
     fairness   weighting by samples, uniform weighting and q-FedAvg, Dirichlet of 0.3
+    q-fedavg   the same with q-FedAvg's step, 1 / L, chosen
     methods    ways of training, Dirichlet of 0.3: F1, loss, bytes, seconds
     private    FA-LoRA and LoRA in a federation under epsilon 1, 3 and 6
 
-The last two first choose learning rates, by F1 with a seed of their own (patients dealt otherwise).
+The last two first choose learning rates, by F1 with a seed of their own (patients dealt otherwise);
+q-fedavg its step so, by validation loss.
 
 Every run is a cell of a sweep in the folder: killed at any moment, the same command goes on. With
 --processes, so many cells run at once, each process with a backbone of its own.
@@ -22,6 +24,7 @@ result is written to benchmarks/results/federation_worth_EXPERIMENT_BACKBONE.jso
 
 import argparse
 import json
+import math
 import multiprocessing
 import statistics
 import sys
@@ -82,6 +85,12 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
         },
     },
     "fairness": {"arms": ["fa-lora", "uniform", "q-fedavg"], "set": {}},
+    "q-fedavg": {
+        "arms": ["q-fedavg"],
+        "set": {},
+        "tune": {"q-fedavg": "federation.server-learning-rate=10,30,100,1000"},
+        "tune by": "loss",
+    },
     "methods": {
         "arms": [
             *("fa-lora", "lora", "rolora", "local-only", "centralised"),
@@ -231,7 +240,11 @@ def finished(
 def tuned(
     experiment: str, config: Config, folder: Path, processes: int
 ) -> dict[str, dict[str, Scalar]]:
-    """Return by arm the value whose run has the highest F1, all with a seed of their own."""
+    """Return by arm the value whose run is best, all with a seed of their own.
+
+    Best is the highest F1, or the lowest validation loss where the experiment says so.
+    """
+    by = EXPERIMENTS[experiment].get("tune by", "f1")
     tune: Mapping[str, str] = EXPERIMENTS[experiment].get("tune", {})
     cells: list[Cell] = []
     for arm, values in tune.items():
@@ -239,10 +252,11 @@ def tuned(
     best: dict[str, tuple[float, str]] = {}
     for cell, summary in finished(cells, folder, processes):
         arm, _, point = cell.arm.partition(" ")
-        f1 = summary.metrics["fedrx"].f1 if summary else None
-        if f1 is not None:
-            print(f"tuning: {cell.arm}: F1 {f1:.4f}", flush=True)
-            best[arm] = max(best.get(arm, (-1.0, "")), (f1, point))
+        value = figures(summary, "fedrx")[by] if summary else None
+        if value is not None:
+            print(f"tuning: {cell.arm}: {by} {value:.4f}", flush=True)
+            score = -value if by == "loss" else value
+            best[arm] = max(best.get(arm, (-math.inf, "")), (score, point))
     return {arm: dict(parse_overrides([point])) for arm, (_, point) in best.items()}
 
 
@@ -262,7 +276,10 @@ def main(arguments: list[str] | None = None) -> int:
     name = f"federation_worth_{options.experiment}_{options.backbone}"
     folder = options.folder or Path("runs") / name
     config = configuration(options.experiment, options.backbone, options.overrides)
-    chosen = tuned(options.experiment, config, folder, options.processes)
+    out = ROOT / "benchmarks" / "results" / f"{name}.json"
+    before = json.loads(out.read_text()) if out.exists() else {}
+    # Rates that a card chose need not be searched again: remove the result to do so.
+    chosen = before.get("tuned") or tuned(options.experiment, config, folder, options.processes)
     cells: list[Cell] = []
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for arm in options.arm or told["arms"]:
@@ -286,7 +303,8 @@ def main(arguments: list[str] | None = None) -> int:
             "tuned": chosen,
             "rows": table({one: done[one] for one in whole}),
         }
-        out = ROOT / "benchmarks" / "results" / f"{name}.json"
+        if "tuning" in before:
+            result["tuning"] = before["tuning"]
         out.write_text(json.dumps(result, indent=1) + "\n")
     show(result["rows"])
     return 1 if failed else 0

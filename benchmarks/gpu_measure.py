@@ -74,7 +74,12 @@ def random_llama(shape: BackboneShape, device: torch.device, dtype: torch.dtype)
 
 
 def open_random(
-    shape: BackboneShape, options: argparse.Namespace, *, dtype: str, weights: str = "bf16"
+    shape: BackboneShape,
+    options: argparse.Namespace,
+    *,
+    dtype: str,
+    weights: str = "bf16",
+    recompute: str = "",
 ) -> Session:
     """Open a session as ``open_session`` does, on random weights instead of loaded ones."""
     device = choose_device(options.device)
@@ -88,7 +93,7 @@ def open_random(
         quantise(model, weights, on, functions)
     adapter = attach(model, spec)
     recompute = choose_recompute(
-        options.recompute,
+        recompute or options.recompute,
         shape=shape,
         adapter=spec,
         value_bytes=DTYPES[dtype].itemsize,
@@ -199,17 +204,49 @@ def ours(session: Session, data: list[Encoded], steps: int) -> dict[str, Any]:
     }
 
 
-def private(session: Session, data: list[Encoded], steps: int) -> dict[str, Any]:
-    """Time a step's clipped sum with a pass for each patient, as a private step in bf16 has it."""
+def private(session: Session, data: list[Encoded], steps: int, *, one_pass: bool) -> dict[str, Any]:
+    """Time a step's clipped sum, with a pass for each patient or with one that keeps them apart."""
+    groups = [data] if one_pass else [[sample] for sample in data]
 
     def step() -> None:
         sum_P = torch.zeros_like(session.adapter.flat)
-        for sample in data:
-            rows_UP = torch.zeros(1, session.adapter.flat.numel(), device=sum_P.device)
-            add_unit_gradients(session, pack([sample]), [0], rows_UP)
-            sum_P += clipped_sum(rows_UP, 1.0)
+        for group in groups:
+            sum_P += clipped_sum(unit_gradients(session, group), 1.0)
 
     return step_times(step, steps, session.torch_device)
+
+
+def unit_gradients(session: Session, group: list[Encoded], *, apart: bool = True) -> Tensor:
+    """Return the gradients of one pass, a row for each sample."""
+    width = session.adapter.flat.numel()
+    rows_UP = torch.zeros(len(group), width, device=session.torch_device)
+    add_unit_gradients(session, pack(group), range(len(group)), rows_UP, apart=apart)
+    return rows_UP
+
+
+def isolation(session: Session, data: list[Encoded]) -> dict[str, float]:
+    """Return how far a patient's gradient moves, relative to it, at the most of all patients.
+
+    ``apart``: with others in one pass that keeps them apart, first in one order, then in the other.
+    ``again``: when its own pass is repeated (kernels that add in any order). ``shared``: in a pass
+    that does not keep them apart.
+    """
+    generator = torch.Generator(session.torch_device).manual_seed(2)
+    session.adapter.flat.normal_(0.0, 0.01, generator=generator)
+    alone = [unit_gradients(session, [sample])[0] for sample in data]
+
+    def farthest(rows_UP: Tensor) -> float:
+        pairs = zip(rows_UP, alone, strict=True)
+        return max(float((row_P - own_P).norm() / own_P.norm()) for row_P, own_P in pairs)
+
+    found = {
+        "apart": farthest(unit_gradients(session, data)),
+        "apart, turned": farthest(unit_gradients(session, data[::-1]).flip(0)),
+        "again": farthest(torch.cat([unit_gradients(session, [sample]) for sample in data])),
+        "shared": farthest(unit_gradients(session, data, apart=False)),
+    }
+    session.adapter.flat.zero_()
+    return found
 
 
 def once(session: Session, data: list[Encoded]) -> None:

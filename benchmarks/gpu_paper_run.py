@@ -5,7 +5,8 @@
 
 Builds the shape of Llama-3.1-8B on the card with random weights and measures, in this order:
 exactness on a tiny fp32 model; training steps of 4 x 2048 tokens and of mixed lengths, with each
-kind of elementwise kernels, of attention and of frozen weights; a private step; the peak of memory
+kind of elementwise kernels, of attention and of frozen weights (nf4 beside QLoRA, where
+bitsandbytes can be imported); private steps, and what isolates their patients; the peak of memory
 beside what `fedrx plan` foresees; a step's time by kind of kernel; answers beside transformers'
 `generate`; transformers + PEFT with and without checkpointing, and with Liger's kernels where
 liger-kernel can be imported; a process's way to its first step. It needs torch, transformers and
@@ -43,7 +44,6 @@ from gpu_measure import (
     ours,
     ours_answer,
     patched,
-    private,
     random_llama,
     release,
     samples,
@@ -51,8 +51,8 @@ from gpu_measure import (
     variant,
     wait,
 )
+from gpu_weights import fp8, nf4, private_steps
 
-from common.config import TrainConfig
 from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.known_shapes import KNOWN_SHAPES
 from common.model.backbone.load import BackboneShape
@@ -60,10 +60,8 @@ from common.model.backbone.tiny import tiny_config
 from common.model.footprint import count_parameters
 from common.model.kernels import attention
 from common.model.kernels.choice import CANDIDATES
-from common.model.kernels.frozen import choose_weights
-from common.model.session import DTYPES, Session, choose_device, choose_dtype
+from common.model.session import DTYPES, choose_device, choose_dtype
 from common.text.batches import Encoded
-from common.training.loop import TrainState, train
 
 STARTED = psutil.Process().create_time()
 LLAMA_8B = "meta-llama/Llama-3.1-8B-Instruct"
@@ -98,14 +96,20 @@ class Run:
         for name, value in figures.items():
             print(f"[{time.time() - STARTED:5.0f} s] {name}: {value}", flush=True)
 
-    def case(self, who: str, workload: str, found: Callable[[], dict[str, Any]]) -> None:
+    def case(
+        self,
+        who: str,
+        workload: str,
+        found: Callable[[], dict[str, Any]],
+        lengths: Sequence[int] = (),
+    ) -> None:
         """Measure one contestant on one workload; what fails is a figure too."""
-        lengths = self.workloads[workload]
+        lengths = list(lengths or self.workloads[workload])
         one: dict[str, Any] = {"who": who, "workload": workload, "lengths": lengths}
         try:
             one |= found()
             one["tokens_per_second"] = sum(lengths) / one["seconds"]
-        except (RuntimeError, ImportError, TypeError, AttributeError) as error:
+        except Exception as error:  # the other cases' figures are worth having
             one["error"] = f"{type(error).__name__}: {str(error)[:300]}"
         self.cases.append(one)
         self.note()
@@ -172,8 +176,7 @@ def training(run: Run) -> None:
             found = step_times(partial(once, one, new), 2, run.device)
             run.note(cudnn_at_new_lengths={k: found[k] for k in ("first_seconds", "seconds")})
     session = variant(session, kernels=own_kernels, kernel=own)
-    for load in run.workloads:
-        run.case("ours, private", load, partial(private, session, data[load], steps))
+    private_steps(run, session, run.dtype)
     short = run.data([max(8, run.options.length // part) for part in (8, 5, 13)])
     reference = gradient(variant(session, kernels="torch", kernel="eager"), short)
     agreement = {}
@@ -192,59 +195,6 @@ def training(run: Run) -> None:
     prompts = run.prompts(run.options.answers[0])
     slow = partial(ours_answer, session, prompts, run.options.tokens, False)
     run.answer("ours, not recorded", len(prompts), slow)
-
-
-def fp8(run: Run) -> None:
-    """Measure fp8 weights, and hold them to bf16: one gradient, and the losses of many steps."""
-    steps, long_steps = run.options.steps, run.options.long_steps
-    choose_weights("fp8", run.device, DTYPES[run.dtype])
-    small = run.data([max(16, run.options.length // 4)], seed=3)
-    outcomes, losses = {}, {}
-    for weights in ("bf16", "fp8"):
-        session = open_random(run.shape, run.options, dtype=run.dtype, weights=weights)
-        outcomes[weights] = gradient(session, small)
-        if weights == "fp8":
-            fp8_steps(run, session, steps)
-        losses[weights] = long_run(session, small, long_steps)
-        del session
-        release(run.device)
-    apart = [abs(a / b - 1) for a, b in zip(losses["fp8"], losses["bf16"], strict=True)]
-    run.note(
-        fp8_against_bf16={
-            **distance(outcomes["fp8"], outcomes["bf16"]),
-            "largest_loss_difference": max(apart),
-            "losses": {name: [one[0], one[-1]] for name, one in losses.items()},
-        }
-    )
-
-
-def fp8_steps(run: Run, session: Session, steps: int) -> None:
-    """Time steps, a private one, the kinds of kernels and answers with fp8 weights."""
-    for load, lengths in run.workloads.items():
-        run.case("ours", load, partial(ours, session, run.data(lengths), steps))
-    full = run.data(run.workloads["full"])
-    run.case("ours, private, fp8", "full", partial(private, session, full, steps))
-    run.note(fp8_milliseconds_by_kind=by_kind(partial(once, session, full), run.device))
-    for answers in run.options.answers[:1]:
-        prompts, tokens = run.prompts(answers), run.options.tokens
-        run.answer("ours, fp8", answers, partial(ours_answer, session, prompts, tokens, True))
-
-
-def long_run(session: Session, data: list[Encoded], steps: int) -> list[float]:
-    """Train from B = 0 on one sample; returns the loss of each step."""
-    session.adapter.flat.zero_()
-    config, told = TrainConfig(batch_size=1, learning_rate=1.0), []
-    train(
-        session,
-        data,
-        config,
-        TrainState(),
-        steps=steps,
-        schedule_steps=steps,
-        stream="long",
-        on_step=lambda report: told.append(float(report.loss or 0.0)),
-    )
-    return told
 
 
 def loading(run: Run) -> None:
@@ -300,8 +250,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--answers", type=int, nargs="+", default=[20, 64])
     parser.add_argument("--tokens", type=int, default=128, help="of each answer")
     parser.add_argument(
-        "--parts", nargs="+", default=["check", "training", "fp8", "peers", "loading"]
+        "--parts", nargs="+", default=["check", "training", "fp8", "nf4", "peers", "loading"]
     )
+    parser.add_argument("--seconds", type=float, default=0, help="after these no part is begun")
     parser.add_argument("--scratch", help="folder for a backbone on disk, 17 GB")
     parser.add_argument("--peers", nargs="*", default=list(gpu_peers.PEERS))
     parser.add_argument("--json", type=Path, help="file for the figures")
@@ -318,10 +269,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     versions = {one.__name__: one.__version__ for one in (torch, transformers, peft)}
     run.note(card=card, cap_gib=options.cap_gib, versions=versions, dtype=run.dtype)
     run.note(parameters=asdict(count_parameters(run.shape, AdapterSpec(rank=options.rank))))
-    parts = {one.__name__: one for one in (check, training, fp8, loading, peers)}
-    failed = []
+    parts = {one.__name__: one for one in (check, training, fp8, nf4, loading, peers)}
+    failed, left_out = [], []
     for name in options.parts:
         if name == "fp8" and not on_gpu:
+            continue
+        if 0 < options.seconds < time.time() - STARTED:
+            left_out.append(name)
             continue
         try:
             parts[name](run)
@@ -329,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             failed.append(name)
             run.note(**{f"{name} failed": traceback.format_exc()})
         release(run.device)
-    run.note(seconds_in_all=time.time() - STARTED, failed=failed)
+    run.note(seconds_in_all=time.time() - STARTED, failed=failed, left_out=left_out)
     return run.figures
 
 

@@ -139,7 +139,7 @@ def _check_private(sent: Config, policy: Policy, largest_delta: float) -> None:
             "deterministic noise"
         )
     bounds = [
-        ("noise-multiplier", privacy.noise_multiplier, policy.noise_floor, math.inf),
+        ("noise-multiplier", privacy.noise_multiplier, policy.min_noise_multiplier, math.inf),
         ("expected-batch", privacy.expected_batch, policy.min_expected_batch, math.inf),
         ("clip-norm", privacy.clip_norm, *CLIP_NORMS),
         ("delta", privacy.delta, LEAST_DELTA, largest_delta),

@@ -27,7 +27,7 @@ from common.choice import travelling_reason
 from common.config import Config
 from common.configio import from_flat
 from common.errors import DiskFull, RunFailed, UserError
-from common.files import append_json_line
+from common.files import append_json_line, for_owner
 from common.privacy.budget.ledger import BudgetExhausted, LedgerDoubtful
 from common.privacy.settings import is_private, plan_of, protects
 from common.provenance import source_digest
@@ -270,6 +270,5 @@ def _may_leave(error: Exception, config: Config) -> bool:
 
 def _keep_traceback(config: Config) -> None:
     file = own_folder(Path(config.run.directory) / "hospitals") / ERRORS
-    file.touch(mode=0o600)
-    with file.open("a", encoding="utf-8") as stream:
+    with open(file, "a", encoding="utf-8", opener=for_owner) as stream:
         stream.write(traceback.format_exc() + "\n")

@@ -1,6 +1,5 @@
 """Which hospital a node is, and what it holds."""
 
-import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from client.kept_state import own_folder
 from client.policy import POLICY, Policy, read_policy
 from client.site import KEYS, NAME
 from common.config import Config, DataConfig, FederationConfig, PartitionConfig
-from common.configio import run_digest, settled
+from common.configio import completed_for_flwr, run_digest
 from common.data.dataset import open_hospitals
 from common.data.partition import Hospital
 from common.data.protocols import require_own_template
@@ -32,7 +31,7 @@ def local_config(config: Config, node_config: Mapping[str, Any], run_id: int) ->
         RunFailed: if the node configuration lacks a key, or has one that means nothing.
     """
     if SIMULATED in node_config and NAME not in node_config:
-        return settled(config, run_id=run_id, nodes=int(node_config[SIMULATED]))
+        return completed_for_flwr(config, run_id=run_id, nodes=int(node_config[SIMULATED]))
     unknown = sorted(set(node_config) - KEYS)
     if unknown:
         raise RunFailed(
@@ -97,13 +96,26 @@ def hospital_of(config: Config, node_config: Mapping[str, Any]) -> Hospital:
     return hospitals_of(config.data, config.partition, nodes)[index]
 
 
-@functools.lru_cache(maxsize=1)
+_opened: dict[tuple[DataConfig, PartitionConfig, int], tuple[Hospital, ...]] = {}
+"""What this process has read last."""
+
+
+def hand_on(config: Config, hospitals: tuple[Hospital, ...]) -> None:
+    """Give this process's nodes the hospitals that a configuration deals: nobody reads again."""
+    _opened.clear()
+    _opened[config.data, config.partition, config.federation.hospitals] = hospitals
+
+
 def hospitals_of(
     data: DataConfig, partition: PartitionConfig, hospitals: int
 ) -> tuple[Hospital, ...]:
     """Read the prepared samples and deal them to hospitals; once per process."""
-    dealt = FederationConfig(hospitals=hospitals)
-    return open_hospitals(Config(data=data, partition=partition, federation=dealt)).hospitals
+    key = data, partition, hospitals
+    if key not in _opened:
+        dealt = FederationConfig(hospitals=hospitals)
+        config = Config(data=data, partition=partition, federation=dealt)
+        hand_on(config, open_hospitals(config).hospitals)
+    return _opened[key]
 
 
 def private_folder(config: Config, hospital: str) -> Path:

@@ -38,8 +38,9 @@ class Policy(Typed):
     """What all runs together may spend on each patient; with it only private runs are joined."""
     max_delta: float | None = Field(None, gt=0, lt=1)
     """What the deltas of all runs may add up to; see ``epsilon_limit.default_delta`` without it."""
-    min_noise_multiplier: float | None = Field(None, ge=0.3)
-    """Least noise over the clip norm that a private run may have."""
+    min_noise_multiplier: float = Field(0.5, ge=0.3)
+    """Least noise over the clip norm that a private run may have; below the default one step of
+    every patient spends epsilon 9 at delta 1e-5."""
     min_expected_batch: float = Field(2.0, ge=1)
     """Least public divisor of a private step: no step on one patient alone."""
     max_steps: int = Field(10_000, ge=1)
@@ -61,21 +62,10 @@ class Policy(Typed):
     def _privacy_needs_a_limit(self) -> "Policy":
         if self.max_epsilon is None:
             for name in ("max_delta", "min_noise_multiplier"):
-                if getattr(self, name) is not None:
+                if name in self.model_fields_set:
                     key = name.replace("_", "-")
                     raise ValueError(f"{key} limits nothing without max-epsilon")
         return self
-
-    @property
-    def noise_floor(self) -> float:
-        """The least noise multiplier of a private run."""
-        return (
-            DEFAULT_NOISE_FLOOR if self.min_noise_multiplier is None else self.min_noise_multiplier
-        )
-
-
-DEFAULT_NOISE_FLOOR = 0.5
-"""Below it one step of every patient spends epsilon 9 at delta 1e-5."""
 
 
 def read_policy(folder: Path) -> Policy:
@@ -126,7 +116,7 @@ def describe(policy: Policy) -> str:
         delta = "by size" if policy.max_delta is None else f"{policy.max_delta:g}"
         limit = (
             f"private runs alone, epsilon {policy.max_epsilon:g} and delta {delta} over all of "
-            f"them, noise multiplier at least {policy.noise_floor:g}"
+            f"them, noise multiplier at least {policy.min_noise_multiplier:g}"
         )
     runs = len(policy.allowed_configurations) or "any"
     code = len(policy.allowed_digests) or "the installed"

@@ -173,7 +173,7 @@ def run_digest(config: Config) -> str:
     return hashlib.sha256(f"{config_digest(config)} {config.run.directory}".encode()).hexdigest()
 
 
-def settled(config: Config, *, run_id: int, nodes: int | None = None) -> Config:
+def completed_for_flwr(config: Config, *, run_id: int, nodes: int | None = None) -> Config:
     """Complete a configuration that plain ``flwr run`` started, without the launcher.
 
     Such a run has no run directory yet, and Flower's number of simulated SuperNodes decides how

@@ -191,15 +191,20 @@ def json_line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def for_owner(path: str, flags: int) -> int:
+    """Open a file for ``open(..., opener=for_owner)``: a new one is for its owner alone."""
+    return os.open(path, flags, 0o600)
+
+
 def append_json_line(target: Path, record: dict[str, Any]) -> None:
-    """Append one JSON object as one line, in a single write.
+    """Append one JSON object as one line, in a single write; a new file is for its owner alone.
 
     A last line that a crash has torn is removed first, so only one process may write to a file.
 
     Raises:
         DiskFull: if there is no room; what was there before stays readable.
     """
-    with needing_room(target.name), target.open("a+b") as file:
+    with needing_room(target.name), open(target, "a+b", opener=for_owner) as file:
         if _is_torn(file):
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)

@@ -5,7 +5,7 @@ of them is that of the run directory (``run.json``).
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -18,6 +18,9 @@ class Record(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", populate_by_name=True, ser_json_inf_nan="constants"
     )
+
+    absent_when_none: ClassVar[tuple[str, ...]] = ()
+    """Keys that a file lacks where their value is None."""
 
     @classmethod
     def read(cls, content: str | bytes | Mapping[str, Any], *, what: str) -> Self:
@@ -45,7 +48,11 @@ class Record(BaseModel):
 
     def as_json(self) -> dict[str, Any]:
         """Return the record as JSON values, under the keys of the file."""
-        return self.model_dump(mode="json", by_alias=True)
+        content = self.model_dump(mode="json", by_alias=True)
+        for key in self.absent_when_none:
+            if content[key] is None:
+                del content[key]
+        return content
 
 
 SCHEMA = 1
@@ -75,6 +82,7 @@ class Layout(Record):
 class RunRecord(Record):
     """run.json: what kind of run a directory holds, and what it takes to go on with it."""
 
+    absent_when_none = ("layout",)
     schema_version: int = SCHEMA
     mode: Mode
     resumable: bool
@@ -92,10 +100,6 @@ class RunRecord(Record):
     """Of a sweep: the folders of its runs."""
     layout: Layout | None = None
     """Of a federation."""
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the record under the file's keys; a run without a server has no layout."""
-        return self.model_dump(mode="json", exclude=None if self.layout else {"layout"})
 
     @classmethod
     def of_environment(cls, facts: Mapping[str, Any]) -> Self:

@@ -10,7 +10,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common.config import Config
-from common.configio import from_flat, settled
+from common.configio import completed_for_flwr, from_flat
 from common.errors import DiskFull, FedrxError
 from common.model.adapter.layout import adapter_spec, initial_tensors
 from common.privacy.budget.receipts import privacy_lines, privacy_summary
@@ -53,7 +53,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run one federation; the run directory tells how it ended."""
-    config = settled(from_flat(context.run_config), run_id=context.run_id)
+    config = completed_for_flwr(from_flat(context.run_config), run_id=context.run_id)
     run = run_directory(config)
     note_start(run)
     try:

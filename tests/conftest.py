@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-pytest_plugins = ["federation_fixtures", "privacy_fixtures"]
+pytest_plugins = ["federation_fixtures", "privacy_fixtures", "two_processes"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -108,6 +108,18 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
         report.outcome, report.longrepr = "failed", GUARD.reason
     GUARD.started.clear()
     return report
+
+
+LOOK_AT_PICTURES = ("tests/sim/report/", "tests/sim/cli/", "tests/benchmarks/")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def pictures(request: pytest.FixtureRequest) -> Generator[None]:
+    """Draw the pictures of a run's report where tests look at them: they take a second a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.node.nodeid.startswith(LOOK_AT_PICTURES):
+            patch.setattr("sim.report.plots.rendered", lambda *_: b"<svg></svg>")
+        yield
 
 
 @pytest.fixture(scope="session")

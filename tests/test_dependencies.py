@@ -24,10 +24,10 @@ WHAT_FLOWER_BRINGS = {"ray", "grpcio", "requests"}
 WITH_TORCH_FOR_GPUS = {"triton"}
 PEERS_IF_THERE = {"liger-kernel"}  # a benchmark measures it where a person has installed it
 BROUGHT_TO_TORCH = {"tensorboard"}  # torch.utils.tensorboard imports it
-NAMED_OTHERWISE = {"fhir": "fhir.resources", "mlflow": "mlflow-skinny"}
+NAMED_OTHERWISE = {"fhir": "fhir.resources", "mlflow": "mlflow-skinny", "xdist": "pytest-xdist"}
 """Distributions by module, where an extra is not installed."""
 TOOLS = {"ruff": "ruff", "mypy": "mypy", "import-linter": "lint-imports"}
-PLUGINS = {"pytest-timeout", "pytest-xdist"}
+PLUGINS = {"pytest-timeout"}
 WITHOUT_UPPER_END = {"flash-attn"}  # no CUDA machine here: what it passes with is not known
 
 
@@ -73,8 +73,7 @@ def test_everything_that_the_product_imports_is_declared():
 
 def test_what_tests_bring_is_imported_by_tests_or_benchmarks_or_is_a_tool_of_ci():
     idle = names(EXTRAS["test"]) - imported("tests", "benchmarks")
-    by_the_product = names(EXTRAS["nf4"])  # tests go through it
-    assert idle == {*TOOLS, *PLUGINS, *WITH_TORCH_FOR_GPUS, *by_the_product}
+    assert idle == {*TOOLS, *PLUGINS, *WITH_TORCH_FOR_GPUS}
     declared = names(PROJECT["dependencies"] + EXTRAS["test"])
     assert imported("tests", "benchmarks") <= declared | WHAT_FLOWER_BRINGS | PEERS_IF_THERE
     commands = (ROOT / ".ci" / "run").read_text(encoding="utf-8")

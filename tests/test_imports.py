@@ -9,8 +9,9 @@ import pytest
 RUN = """
 import json, sys
 
-import sim.assist.suggest, sim.runs.export, sim.runs.federate, sim.runs.paper, sim.runs.single
-from common.config import TrainConfig
+import sim.assist.suggest, sim.process.early, sim.runs.export
+import sim.runs.federate, sim.runs.paper, sim.runs.single
+from common.config import Config, TrainConfig
 from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.load import resolve_backbone
 from common.model.session import open_session
@@ -18,6 +19,8 @@ from common.text.batches import Encoded
 from common.training.gradients import BatchGradient
 
 stages = [sorted(sys.modules)]
+sim.process.early.check_settings(Config())
+stages += [sorted(sys.modules)]
 session = open_session(resolve_backbone("tiny"), AdapterSpec(rank=2), device="cpu", dtype="fp32")
 sample = Encoded(input_ids=tuple(range(5, 25)), answer_start=15, unit=0)
 BatchGradient([sample], TrainConfig(batch_size=1), "once")(session, 0)
@@ -27,13 +30,17 @@ AFTER_TRAINING = {"sklearn", "pandas", "matplotlib", "peft"}
 """Baselines, cut-offs, plots, exports."""
 WHILE_WEIGHTS_COME = {"transformers", "scipy"}
 """Half of what a process imports: the weights are read beside it."""
+TO_COMPUTE = {"transformers.modeling_utils", "torch._dynamo", "scipy"}
+"""A run's first process and its server ask for shapes alone."""
 
 
 @pytest.mark.process
 def test_a_run_imports_late_what_it_needs_late():
     done = subprocess.run([sys.executable, "-c", RUN], capture_output=True, text=True, check=True)
-    before, at_the_first_step = map(set, json.loads(done.stdout))
+    before, checked, at_the_first_step = map(set, json.loads(done.stdout))
     assert not before & (AFTER_TRAINING | WHILE_WEIGHTS_COME)
+    assert "transformers" in checked
+    assert not checked & (AFTER_TRAINING | TO_COMPUTE)
     assert "transformers.models.llama.modeling_llama" in at_the_first_step
     assert not at_the_first_step & AFTER_TRAINING
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from common.model.kernels.attention import register
 
@@ -208,6 +208,7 @@ def test_what_is_documented_or_our_own_is_not_taken_for_one():
 # Modules of ours in the place of others.
 STANDS_FOR = {
     "AdaptedLinear": nn.Linear.forward,
+    "LeanNorm": LlamaRMSNorm.forward,
     "QuantisedLinear": nn.Linear.forward,
     "SequenceRope": LlamaRotaryEmbedding.forward,
 }

@@ -308,13 +308,9 @@ def _classes(
 ) -> dict[str, list[int]]:
     """Patients by attribute value, in hash order."""
     classes: dict[str, list[int]] = {}
-    for patient in _shuffled(first, config.seed):
+    for patient in sorted(first, key=lambda one: (_uniform("order", config.seed, one), one)):
         classes.setdefault(getattr(first[patient], attribute), []).append(patient)
     return classes
-
-
-def _shuffled(patients: Iterable[int], seed: int) -> list[int]:
-    return sorted(patients, key=lambda patient: (_uniform("order", seed, patient), patient))
 
 
 def _uniform(purpose: str, seed: int, patient: int) -> float:

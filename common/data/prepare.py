@@ -12,7 +12,6 @@ import polars as pl
 
 from common.config import DataConfig
 from common.data.cache import cache_key, load, require_writable, store
-from common.data.mimic.orders import CHUNK_ROWS
 from common.data.samples import Admission, Prepared, Progress, SampleTable, Visit
 from common.data.source import hash_files
 from common.data.sources import source_for
@@ -34,7 +33,6 @@ def prepare_source(
     config: DataConfig,
     *,
     cache_dir: Path | None = None,
-    chunk_rows: int = CHUNK_ROWS,
     progress: Progress | None = None,
 ) -> PreparedSource:
     """Prepare the data of ``config.path`` into the cache, or find it there.
@@ -45,7 +43,6 @@ def prepare_source(
     Args:
         config: Where the data is and how it becomes samples.
         cache_dir: Cache folder (default: the user's, see ``fedrx_cache``).
-        chunk_rows: Rows of prescriptions per batch; the result does not depend on it.
         progress: Called with one line for each step.
 
     Raises:
@@ -70,7 +67,7 @@ def prepare_source(
     prepared = load(path)
     if prepared is None:
         require_writable(path.parent)
-        prepared = source.read(folder, config, chunk_rows=chunk_rows, progress=say)
+        prepared = source.read(folder, config, progress=say)
         store(path, prepared)
     else:
         say("samples are in the cache")

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import polars as pl
 
@@ -114,6 +113,7 @@ class ProtocolCounts(Record):
 class Counts(Record):
     """What cleaning counted, as ``fedrx data describe --json`` and data.json say it."""
 
+    absent_when_none = ("protocol",)
     rows: dict[str, int]
     """Rows read, by table."""
     rows_out: dict[str, int]
@@ -147,13 +147,6 @@ class Counts(Record):
     """Cells that spelled NULL, by ``table.column``."""
     protocol: ProtocolCounts | None = None
     """Of ``data.protocol``; no key for ``admission``."""
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the counts; those of a protocol only where it is not the usual one."""
-        content = super().as_json()
-        if self.protocol is None:
-            del content["protocol"]
-        return content
 
 
 @dataclass(frozen=True, kw_only=True)

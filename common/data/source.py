@@ -57,9 +57,7 @@ class Source(ABC):
         return CREDENTIALED
 
     @abstractmethod
-    def read(
-        self, folder: Path, config: DataConfig, *, chunk_rows: int, progress: Progress
-    ) -> Prepared:
+    def read(self, folder: Path, config: DataConfig, *, progress: Progress) -> Prepared:
         """Read and clean the tables.
 
         Raises:

@@ -195,9 +195,8 @@ def times(frame: pl.DataFrame, table: Table, column: str, *, required: bool) -> 
     text = frame[column]
     first = text.str.to_datetime(TIME_FORMAT, strict=False)
     values, unreadable = mend_times(table, text, first)
-    lost = values.null_count() if required else unreadable
-    if lost:
-        raise bad_times(table, column, lost)
+    if bad := values.null_count() if required else unreadable:
+        raise bad_times(table, column, bad)
     return frame.with_columns(values)
 
 

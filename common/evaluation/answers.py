@@ -92,7 +92,7 @@ def evaluate_answers(
     before = session.adapter.flat.clone()
     try:
         for model, b in adapters.items():
-            told = None if progress is None else partial(progress, model)
+            model_progress = None if progress is None else partial(progress, model)
             if isinstance(b, Personal):
                 given, generation[model] = _personal_answers(session, maker, hospitals, prompts, b)
             else:
@@ -101,7 +101,7 @@ def evaluate_answers(
                     session.adapter.flat.zero_()
                 else:
                     session.adapter.load(b)
-                given, generation[model] = maker.answer(prompts, progress=told)
+                given, generation[model] = maker.answer(prompts, progress=model_progress)
             answers[model] = [
                 one.beyond(case.admission) for one, case in zip(given, cases, strict=True)
             ]

@@ -41,6 +41,7 @@ class Patient(Record):
 class Prediction(Record):
     """One line of predictions.jsonl: one admission and one model's list; no ids, no dates."""
 
+    absent_when_none = ("confidence",)
     case: str
     cluster: int
     """Number of the patient within this evaluation."""
@@ -54,13 +55,6 @@ class Prediction(Record):
     """None: the text was not in the format."""
     confidence: tuple[float, ...] | None = None
     """Of a scored list: the probability of each of its drugs; else no key."""
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the line; what only scored lists have has no key in others."""
-        line = super().as_json()
-        if self.confidence is None:
-            del line["confidence"]
-        return line
 
 
 class CutoffFacts(Record):
@@ -130,11 +124,11 @@ class Facts(Record):
 
     def as_json(self) -> dict[str, Any]:
         """Return the part of summary.json; what is not there has no key."""
-        told: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
-        for one in told["generation"].values():
+        part: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
+        for one in part["generation"].values():
             if not one["escaped_names"]:
                 del one["escaped_names"]
-        return told
+        return part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,10 +192,10 @@ def read_answers(run: RunDirectory) -> list[Prediction]:
         Altered: if they are not those that were evaluated.
         UserError: if a line is none that FedRx writes.
     """
-    told = run.read_json("summary.json").get("evaluation", {}).get(ANSWERS_SHA256)
+    digest = run.read_json("summary.json").get("evaluation", {}).get(ANSWERS_SHA256)
     file = run.path / PREDICTIONS
     content = file.read_bytes() if file.exists() else b""
-    if told is not None and hashlib.sha256(content).hexdigest() != told:
+    if digest is not None and hashlib.sha256(content).hexdigest() != digest:
         raise Altered(
             f"{PREDICTIONS} is damaged or was altered: it is not used; fix: bring it back, or let "
             "`fedrx evaluate` answer again"

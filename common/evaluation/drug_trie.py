@@ -214,7 +214,7 @@ def require_room(trie: DrugTrie, max_new_tokens: int) -> None:
         raise UserError(
             f"evaluation.max-new-tokens={max_new_tokens} does not hold the longest drug name",
             allowed=f"{needed} or more",
-            fix="raise evaluation.max-new-tokens",
+            fix=f"--set evaluation.max-new-tokens={needed}",
         )
 
 

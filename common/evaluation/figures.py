@@ -18,7 +18,6 @@ from common.evaluation.high_priority import high_priority
 from common.evaluation.interactions import Interactions, interaction_figures, read_interactions
 from common.evaluation.lists import Answer
 from common.evaluation.metrics import (
-    Estimate,
     drug_map_of,
     f1_by_admission,
     interval_of_mean,
@@ -73,9 +72,9 @@ def figures(
         clusters = [row.cluster for row in of_model]
 
         def interval(values: Sequence[float], clusters: Sequence[int] = clusters) -> JsonValue:
-            return _json(
-                interval_of_mean(values, clusters, resamples=settings.bootstrap, seed=settings.seed)
-            )
+            return interval_of_mean(
+                values, clusters, resamples=settings.bootstrap, seed=settings.seed
+            )._asdict()
 
         part: dict[str, JsonValue] = {"drugs_per_list": _lengths(of_model)}
         part["ddi_high_priority"] = _interactions(of_model, high_priority())
@@ -106,10 +105,6 @@ def figures(
             }
         found[model] = part
     return found
-
-
-def _json(estimate: Estimate) -> JsonValue:
-    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
 
 
 def _lengths(rows: Sequence[Prediction]) -> JsonValue:
@@ -186,12 +181,8 @@ def _depths(hits: Sequence[Sequence[bool]], true: Sequence[int]) -> JsonValue:
 
 
 def _calibration(hits: Sequence[Sequence[bool]], rankings: Sequence[Ranking]) -> JsonValue:
-    told = calibration(
+    found = calibration(
         [drug.confidence for ranking in rankings for drug in ranking.drugs],
         [hit for one in hits for hit in one],
     )
-    return {
-        "brier": told.brier,
-        "expected_error": told.expected_error,
-        "bins": [one._asdict() for one in told.bins],
-    }
+    return {**found._asdict(), "bins": [one._asdict() for one in found.bins]}

@@ -44,6 +44,8 @@ METRICS = (
 )
 """Names of the metrics, in the order of reports."""
 
+CONFIDENCE = 0.95
+"""Mass of the intervals."""
 _RESAMPLES_AT_ONCE = 64
 _SOURCES = {"accuracy_over_predicted": "precision", "accuracy_over_true": "recall"}
 _COLUMNS = ("one", "parsed", "precision", "recall", "jaccard", "f1", "predicted", "true", "oov")
@@ -90,7 +92,6 @@ class Metrics:
     samples: int
     patients: int
     parsed: int
-    confidence: float
     resamples: int
     estimates: Mapping[str, Estimate]
     """By name, over all samples."""
@@ -110,7 +111,7 @@ class Metrics:
             "parsed": self.parsed,
             **_values(self.estimates),
             "parsed_only": _values(self.parsed_only),
-            "confidence": self.confidence,
+            "confidence": CONFIDENCE,
             "resamples": self.resamples,
             "intervals": {name: [e.low, e.high] for name, e in self.estimates.items()},
         }
@@ -123,7 +124,6 @@ def score(
     vocabulary: Collection[str],
     drug_map: Mapping[str, tuple[str, ...]] | None = None,
     resamples: int = 1000,
-    confidence: float = 0.95,
     seed: int = 0,
 ) -> Metrics:
     """Score predictions under the conventions at the top of this module.
@@ -134,7 +134,6 @@ def score(
         vocabulary: Drug names of the training split; normalised here.
         drug_map: For level ``map``.
         resamples: Bootstrap resamples; 0 for no intervals.
-        confidence: Mass of the intervals.
         seed: Of the bootstrap.
 
     Raises:
@@ -143,18 +142,7 @@ def score(
     if not predictions:
         raise ValueError("no predictions to score")
     known = normalised_set(vocabulary, level=level, drug_map=drug_map)
-    table = np.array(
-        [
-            _measure(
-                normalised_set(one.truth, level=level, drug_map=drug_map),
-                None
-                if one.answer is None
-                else normalised_set(one.answer, level=level, drug_map=drug_map),
-                known,
-            )
-            for one in predictions
-        ]
-    )
+    table = np.array([_measure(one, level, drug_map, known) for one in predictions])
     parsed = table[:, _COLUMNS.index("parsed")] == 1
     # Both sets of metrics see the same resamples.
     sums_km, drawn_rm = _resampled_sums(
@@ -164,7 +152,7 @@ def score(
         stream(seed, "bootstrap"),
     )
     overall, among_parsed = (
-        _estimates(sums_km[:, half], None if drawn_rm is None else drawn_rm[:, half], confidence)
+        _estimates(sums_km[:, half], None if drawn_rm is None else drawn_rm[:, half])
         for half in (slice(len(_COLUMNS)), slice(len(_COLUMNS), None))
     )
     return Metrics(
@@ -172,7 +160,6 @@ def score(
         samples=len(predictions),
         patients=len(sums_km),
         parsed=int(parsed.sum()),
-        confidence=confidence,
         resamples=resamples,
         estimates=overall,
         parsed_only=among_parsed,
@@ -187,16 +174,7 @@ def f1_by_admission(
 ) -> list[float]:
     """Return the F1 of every admission; an answer that is not in the format has 0."""
     place = _COLUMNS.index("f1")
-    return [
-        _measure(
-            normalised_set(one.truth, level=level, drug_map=drug_map),
-            None
-            if one.answer is None
-            else normalised_set(one.answer, level=level, drug_map=drug_map),
-            frozenset(),
-        )[place]
-        for one in predictions
-    ]
+    return [_measure(one, level, drug_map, frozenset())[place] for one in predictions]
 
 
 def interval_of_mean(
@@ -205,7 +183,6 @@ def interval_of_mean(
     *,
     resamples: int,
     seed: int,
-    confidence: float = 0.95,
     name: str = "bootstrap",
 ) -> Estimate:
     """Return a mean and its interval by percentile bootstrap over patients.
@@ -215,7 +192,6 @@ def interval_of_mean(
         clusters: Which admissions share a patient.
         resamples: 0 for no interval.
         seed: Of the bootstrap; equal seeds and patients see equal resamples.
-        confidence: Mass of the interval.
         name: Of the seed's stream.
 
     >>> interval_of_mean([1.0, 1.0, 0.0], [1, 1, 2], resamples=200, seed=0)
@@ -231,7 +207,7 @@ def interval_of_mean(
     value = float(table_nm[:, 0].mean())
     if drawn_rm is None:
         return Estimate(value, None, None)
-    return Estimate(value, *_interval(drawn_rm[:, 0] / drawn_rm[:, 1], confidence))
+    return Estimate(value, *_interval(drawn_rm[:, 0] / drawn_rm[:, 1]))
 
 
 def drug_map_of(data: DataConfig) -> dict[str, tuple[str, ...]] | None:
@@ -261,11 +237,16 @@ def _values(estimates: Mapping[str, Estimate]) -> dict[str, JsonValue]:
 
 
 def _measure(
-    truth: frozenset[str], answer: frozenset[str] | None, known: frozenset[str]
+    one: Answered,
+    level: str,
+    drug_map: Mapping[str, tuple[str, ...]] | None,
+    known: frozenset[str],
 ) -> tuple[float, ...]:
     """Return one admission's row in the order of ``_COLUMNS``."""
-    if answer is None:
+    truth = normalised_set(one.truth, level=level, drug_map=drug_map)
+    if one.answer is None:
         return (1, 0, 0, 0, 0, 0, 0, len(truth), 0)
+    answer = normalised_set(one.answer, level=level, drug_map=drug_map)
     shared, union = len(truth & answer), len(truth | answer)
     if union == 0:
         return (1, 1, 1, 1, 1, 1, 0, 0, 0)
@@ -303,15 +284,15 @@ def _resampled_sums(
     )
 
 
-def _interval(values_r: NDArray[np.float64], confidence: float) -> list[float]:
-    """Return the percentiles between which this share of the resamples lies."""
-    tail = (1 - confidence) / 2
+def _interval(values_r: NDArray[np.float64]) -> list[float]:
+    """Return the percentiles between which ``CONFIDENCE`` of the resamples lies."""
+    tail = (1 - CONFIDENCE) / 2
     bounds: list[float] = np.quantile(values_r, [tail, 1 - tail]).tolist()
     return bounds
 
 
 def _estimates(
-    sums_km: NDArray[np.float64], drawn_rm: NDArray[np.float64] | None, confidence: float
+    sums_km: NDArray[np.float64], drawn_rm: NDArray[np.float64] | None
 ) -> dict[str, Estimate]:
     point_m = sums_km.sum(axis=0)
     found: dict[str, Estimate] = {}
@@ -326,6 +307,6 @@ def _estimates(
             # A resample without any denominator has no value of its own.
             usable_rm = drawn_rm[drawn_rm[:, below] > 0]
             if len(usable_rm):
-                low, high = _interval(usable_rm[:, above] / usable_rm[:, below], confidence)
+                low, high = _interval(usable_rm[:, above] / usable_rm[:, below])
         found[name] = Estimate(value, low, high)
     return found

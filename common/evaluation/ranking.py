@@ -11,7 +11,7 @@ scores of another hospital are needed.
 Shapes: N names of the formulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -32,8 +32,6 @@ from common.text.batches import encode_prompt
 if TYPE_CHECKING:
     from common.data.samples import Admission
     from common.model.session import Session
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,11 +138,9 @@ class Ranker:
         """Return where a name stands in the formulary, compared at the string level."""
         return self._place.get(normalise_string(name))
 
-    def scores(
-        self, prompts: Sequence[Sequence[int]], *, progress: Progress | None = None
-    ) -> list[NDArray[np.float64]]:
+    def scores(self, prompts: Sequence[Sequence[int]]) -> list[NDArray[np.float64]]:
         """Return the raw scores [N] of every prompt, see ``common.evaluation.drug_scores``."""
-        return drug_scores(self.session, prompts, lambda _: self.plan, progress=progress)
+        return drug_scores(self.session, prompts, lambda _: self.plan)
 
     def fit(self, validation: Sequence["Admission"], *, samples: int, seed: int) -> Cutoff:
         """Choose threshold and recalibration for the present adapter.
@@ -183,15 +179,9 @@ class Ranker:
         left = set(not_ordered(names, admission))
         return [name in left for name in names]
 
-    def rank(
-        self,
-        prompts: Sequence[Sequence[int]],
-        cutoff: Cutoff,
-        *,
-        progress: Progress | None = None,
-    ) -> list[Ranking]:
+    def rank(self, prompts: Sequence[Sequence[int]], cutoff: Cutoff) -> list[Ranking]:
         """Rank the formulary after each prompt."""
-        return [self.ranking(one, cutoff) for one in self.scores(prompts, progress=progress)]
+        return [self.ranking(one, cutoff) for one in self.scores(prompts)]
 
     def ranking(self, scores_N: NDArray[np.float64], cutoff: Cutoff) -> Ranking:
         """Return the ranking that raw scores stand for."""

@@ -87,17 +87,17 @@ def calibration(confidences: Sequence[float], ordered: Sequence[bool]) -> Calibr
     """
     if not len(confidences):
         raise ValueError("no confidences to compare")
-    told: NDArray[np.float64] = np.asarray(confidences, dtype=np.float64)
+    confidence: NDArray[np.float64] = np.asarray(confidences, dtype=np.float64)
     true = np.asarray(ordered, dtype=np.float64)
-    band = np.minimum((told * BINS).astype(int), BINS - 1)
+    band = np.minimum((confidence * BINS).astype(int), BINS - 1)
     bins = [
-        Bin(int(here.sum()), float(told[here].mean()), float(true[here].mean()))
+        Bin(int(here.sum()), float(confidence[here].mean()), float(true[here].mean()))
         for number in range(BINS)
         if (here := band == number).any()
     ]
     gaps = sum(one.pairs * abs(one.confidence - one.ordered) for one in bins)
     return Calibration(
-        brier=float(np.square(told - true).mean()),
-        expected_error=gaps / len(told),
+        brier=float(np.square(confidence - true).mean()),
+        expected_error=gaps / len(confidence),
         bins=tuple(bins),
     )

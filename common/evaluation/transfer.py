@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from common.evaluation.metrics import interval_of_mean
+from common.evaluation.metrics import CONFIDENCE, interval_of_mean
 from common.records import Record
 
 TOGETHER = "all"
 """Row of the matrix: the model of all hospitals."""
-CONFIDENCE = 0.95
 Floats = NDArray[np.float64]
 
 

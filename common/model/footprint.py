@@ -26,7 +26,7 @@ _CUDA_BUILD_BYTES = 280 * 2**20
 # 32 MiB; larger ones go back at once): measured on the embedded backbone over 512 to 4,096 tokens
 # in bf16 with each choice of recomputation, and at 1,024 and 2,048 in fp32 with none and all. The
 # peak of one and the same step varied by up to a quarter.
-_GPU_HOLES = 0.01
+_GPU_HOLES = 0.005
 _CPU_HOLES = 5
 _LARGEST_KEPT_BYTES = 2**25
 # Logits of one chunk of the loss, in fp32 (`common.training.loss`).

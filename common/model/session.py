@@ -75,18 +75,32 @@ class Session:
         It is the same function, a fiftieth faster at 32 layers; its products round otherwise, so
         CPUs, whose runs are compared value by value, keep all tokens.
         """
+        return self.torch_device.type != "cpu" and self._lean
+
+    @property
+    def by_row(self) -> bool:
+        """Whether all but products and attention is done by kernels with a program for each row."""
+        return self.kernels.value == "triton" and self._lean
+
+    @property
+    def _lean(self) -> bool:
         from common.model.kernels.fused_layer import LeanLayer
 
-        return self.torch_device.type != "cpu" and type(self.model.model.layers[-1]) is LeanLayer
+        return type(self.model.model.layers[-1]) is LeanLayer
 
-    def label_states(self, batch: "PackedBatch") -> Tensor:
-        """Run the backbone; returns [N, D] final hidden states where a label is predicted."""
+    def label_states(self, batch: "PackedBatch", *, apart: bool = False) -> Tensor:
+        """Run the backbone; returns [N, D] final hidden states where a label is predicted.
+
+        Args:
+            batch: Segments laid end to end, on the device.
+            apart: See ``hidden_states``.
+        """
         if self.shortens:
             if not batch.repeats:
-                return self.hidden_states(batch, at=batch.label_positions_N)
+                return self.hidden_states(batch, at=batch.label_positions_N, apart=apart)
             at, back_N = torch.unique_consecutive(batch.label_positions_N, return_inverse=True)
-            return self.hidden_states(batch, at=at)[back_N]
-        return self.hidden_states(batch)[batch.label_positions_N]
+            return self.hidden_states(batch, at=at, apart=apart)[back_N]
+        return self.hidden_states(batch, apart=apart)[batch.label_positions_N]
 
     def hidden_states(
         self,
@@ -94,6 +108,7 @@ class Session:
         *,
         keep: "KeepKeys | None" = None,
         at: Tensor | None = None,
+        apart: bool = False,
     ) -> Tensor:
         """Run the backbone on a packed batch that lies on the device.
 
@@ -102,11 +117,12 @@ class Session:
             keep: Called by each lean layer with its number, keys and values (both [T, G, E]).
             at: [N] packed indices, each at most once, of the tokens that are wanted (lean layers
                 only); all when None.
+            apart: Compute each segment by the same calls as if it were alone (lean layers only).
 
         Returns:
             [T, D] (with ``at``: [N, D]) final hidden states, before the language-model head.
         """
-        packing = Packing.of(batch, self.attention.value, self.torch_device)
+        packing = Packing.of(batch, self.attention.value, self.torch_device, apart=apart)
         out = self.model.model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common.model.session import Session
 from common.privacy.accounting import pld_epsilon
+from common.privacy.budget.receipts import terms
 from common.privacy.findings import (
     FALSE_ALARM,
     Finding,
@@ -256,6 +257,7 @@ def pass_check(steps: Sequence[Step], session: Session) -> Finding:
 def ledger_check(runs: Sequence[Watched], plan: PrivacyPlan) -> Finding:
     """Hold the ledger and the receipt to the releases that were seen."""
     claimed = [float(run.receipt["epsilon"]) for run in runs]
+    promised = terms(plan) | {"relation": plan.relation, "expected_batch": plan.expected_batch}
     seen = max(len(run.steps) for run in runs)
     spent = pld_epsilon(plan.sigma, plan.sampling_rate, seen, plan.delta)
     complaints = []
@@ -263,7 +265,7 @@ def ledger_check(runs: Sequence[Watched], plan: PrivacyPlan) -> Finding:
         late = any(step.charged < number for number, step in enumerate(run.steps, 1))
         if late or run.receipt["steps"] < len(run.steps):
             complaints.append("a release was not charged")
-        if any(run.receipt[key] != value for key, value in _terms(plan).items()):
+        if any(run.receipt[key] != value for key, value in promised.items()):
             complaints.append("the receipt tells other terms")
     if min(claimed) < spent - 1e-6:
         complaints.append("the receipt tells less than was spent")
@@ -279,8 +281,3 @@ def ledger_check(runs: Sequence[Watched], plan: PrivacyPlan) -> Finding:
         if not complaints
         else "; ".join(dict.fromkeys(complaints)),
     )
-
-
-def _terms(plan: PrivacyPlan) -> dict[str, Any]:
-    keys = ("unit", "relation", "sampling_rate", "clip_norm", "expected_batch", "delta")
-    return {**{key: getattr(plan, key) for key in keys}, "noise_multiplier": plan.sigma}

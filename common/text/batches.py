@@ -81,6 +81,8 @@ class PackedBatch:
         labels_N: Token ids to predict.
         label_segments_N: Segment of each label.
         units: Unit of privacy of each segment.
+        label_bounds: S + 1 offsets of the segments' labels.
+        state_bounds: The same of the tokens before them, once each.
         repeats: Whether some position stands there more than once.
     """
 
@@ -91,6 +93,8 @@ class PackedBatch:
     labels_N: Tensor
     label_segments_N: Tensor
     units: tuple[int, ...]
+    label_bounds: tuple[int, ...]
+    state_bounds: tuple[int, ...]
     repeats: bool = False
 
     @property
@@ -219,7 +223,7 @@ def pack(samples: Sequence[Encoded]) -> PackedBatch:
     """
     if not samples or any(sample.answer_start < 1 for sample in samples):
         raise ValueError("packing needs at least one sample, each with a prompt")
-    bounds = [0]
+    bounds, label_bounds, state_bounds = [0], [0], [0]
     ids: list[int] = []
     positions: list[int] = []
     label_positions: list[int] = []
@@ -234,6 +238,8 @@ def pack(samples: Sequence[Encoded]) -> PackedBatch:
             labels.append(label)
         label_segments.extend([segment] * sample.label_tokens)
         bounds.append(start + length)
+        label_bounds.append(len(labels))
+        state_bounds.append(state_bounds[-1] + length - sample.answer_start)
     return PackedBatch(
         input_ids=torch.tensor([ids]),
         position_ids=torch.tensor([positions]),
@@ -242,6 +248,8 @@ def pack(samples: Sequence[Encoded]) -> PackedBatch:
         labels_N=torch.tensor(labels, dtype=torch.int64),
         label_segments_N=torch.tensor(label_segments, dtype=torch.int64),
         units=tuple(sample.unit for sample in samples),
+        label_bounds=tuple(label_bounds),
+        state_bounds=tuple(state_bounds),
         repeats=any(sample.set_tokens for sample in samples),
     )
 

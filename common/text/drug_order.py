@@ -11,7 +11,7 @@ order only the first few drugs are written, which tell apart the names that begi
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.config import Config
 from common.data.names import normalise_string
@@ -104,11 +104,7 @@ def in_order(
     if order in ("shuffled", "set"):
         shuffled = tuple(
             Shuffled(
-                input_ids=sample.input_ids,
-                answer_start=sample.answer_start,
-                unit=sample.unit,
-                left_out=sample.left_out,
-                dropped_drugs=sample.dropped_drugs,
+                **_values(sample),
                 drugs=one.drugs,
                 tokenizer=tokenizer,
                 max_length_tokens=length,
@@ -138,6 +134,10 @@ def _with_drugs(
     )
 
 
+def _values(sample: Encoded) -> dict[str, Any]:
+    return {one.name: getattr(sample, one.name) for one in fields(sample)}
+
+
 def _as_sets(
     samples: Sequence[Shuffled], tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[DrugSet, ...]:
@@ -155,7 +155,7 @@ def _as_sets(
     first = {name: ids[len(header)] for name, ids in zip(names, written, strict=True)}
     return tuple(
         DrugSet(
-            **{one.name: getattr(sample, one.name) for one in fields(sample)},
+            **_values(sample),
             header_tokens=len(header),
             first_tokens=tuple(first[drug] for drug in sample.drugs),
         )

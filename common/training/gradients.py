@@ -71,7 +71,12 @@ class BatchGradient:
 
 
 def add_unit_gradients(
-    session: Session, batch: PackedBatch, rows: Sequence[int], out_UP: Tensor
+    session: Session,
+    batch: PackedBatch,
+    rows: Sequence[int],
+    out_UP: Tensor,
+    *,
+    apart: bool = False,
 ) -> Tensor:
     """Add the gradient of every segment's own mean loss to its unit's row, in one backward pass.
 
@@ -82,6 +87,8 @@ def add_unit_gradients(
         batch: A packed batch, on any device.
         rows: Row of each segment in ``out_UP``; segments of one patient share a row.
         out_UP: [U, P] fp32 on the session's device, in the order of ``adapter.flat``.
+        apart: Compute each segment by the same calls as if it were alone, so that its gradient
+            has the same bits whatever is beside it.
 
     Returns:
         [S] fp32 token-mean loss of each segment. A private run must not release it.
@@ -91,19 +98,25 @@ def add_unit_gradients(
     tokens_S = counts_S.float().to(session.torch_device)
     batch = batch.to(session.torch_device)
     weights_N = (1.0 / tokens_S)[batch.label_segments_N]
-    with session.adapter.unit_gradients(batch.cu_seqlens, rows, out_UP):
-        losses_N = _backward(session, batch, weights_N)
+    places = session.adapter.unit_gradients(
+        batch.cu_seqlens, rows, out_UP, state_bounds=batch.state_bounds
+    )
+    with places:
+        losses_N = _backward(session, batch, weights_N, apart=apart)
     return torch.zeros_like(tokens_S).index_add_(0, batch.label_segments_N, losses_N * weights_N)
 
 
-def _backward(session: Session, batch: PackedBatch, weights_N: Tensor) -> Tensor:
+def _backward(
+    session: Session, batch: PackedBatch, weights_N: Tensor, *, apart: bool = False
+) -> Tensor:
     """Run one forward and backward pass; returns the token losses [N]."""
     total, losses_N = weighted_cross_entropy(
-        session.label_states(batch),
+        session.label_states(batch, apart=apart),
         session.model.lm_head.weight,
         batch.labels_N,
         weights_N,
         session.functions,
+        batch.label_bounds if apart else None,
     )
     torch.autograd.backward(total)
     return losses_N

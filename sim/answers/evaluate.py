@@ -9,7 +9,6 @@ from client.personal import own_b, with_own
 from common.config import Config
 from common.configio import changed_freely
 from common.data.dataset import Dataset, open_hospitals
-from common.errors import UserError
 from common.evaluation.answers import B, Personal, choose_cases, evaluate_answers
 from common.evaluation.answers_file import Evaluation, Facts
 from common.model.session import Session
@@ -18,18 +17,11 @@ from common.tensor_files import Altered
 from common.training.worker import Worker
 from sim.answers.public_curve import public_curve
 from sim.process.early import check_device
+from sim.process.open_run import COMPUTING, require_same
 from sim.process.progress import Meter
 from sim.report.data_description import other_items
 
-FREE_KEYS = (
-    "evaluation.",
-    "model.attention",
-    "model.kernels",
-    "model.weights",
-    "train.device",
-    "train.dtype",
-    "train.threads",
-)
+FREE_KEYS = ("evaluation.", *COMPUTING)
 
 
 def evaluate_run(
@@ -63,6 +55,7 @@ def evaluate_run(
         UserError: If an override would change what was trained, the data, the backbone or A are
             not those of the run, there is no such checkpoint, or nothing is held out.
     """
+    console = console or Console(quiet=True)
     config = changed_freely(run.config(), overrides, FREE_KEYS)
     check_device(config)
     loaded, last = run.load_checkpoint(checkpoint), run.load_checkpoint()
@@ -73,8 +66,7 @@ def evaluate_run(
     try:
         known = Evaluation.read(run)
     except Altered as error:
-        if console is not None:
-            console.print(f"{error}: all is answered anew", style="yellow", markup=False)
+        console.print(f"{error}: all is answered anew", style="yellow", markup=False)
     beside = known if known and known.facts.way == way else None
     adapters: dict[str, B | Personal | None] = {"fedrx": last.b, "untrained": None}
     own = personal_b(run, last.b, [one.name for one in data.hospitals])
@@ -84,7 +76,7 @@ def evaluate_run(
         adapters = {loaded.name: loaded.b} if beside else {**adapters, loaded.name: loaded.b}
     cases = len(choose_cases(data.hospitals, samples=settings.samples, seed=settings.seed))
     names = list(adapters)
-    with Meter(console or Console(quiet=True), "answers", cases * len(adapters)) as meter:
+    with Meter(console, "answers", cases * len(adapters)) as meter:
         found = evaluate_answers(
             session,
             data.hospitals,
@@ -93,8 +85,7 @@ def evaluate_run(
             checkpoint=last.name,
             progress=lambda model, done, of: meter.update(names.index(model) * of + done, model),
         )
-    if console is not None:
-        _show(console, found.facts)
+    _show(console, found.facts)
     curve = {}
     if settings.public_validation:
         made = public_curve(run, session, config, console=console)
@@ -133,19 +124,11 @@ def reopen(
     inputs = run.inputs()
     data = data or open_hospitals(config)
     # With other data, held-out patients could be ones that were trained on.
-    _require("the data", data.digest, inputs.samples, "data.path")
+    require_same("the data", data.digest, inputs.samples, "data.path")
     session = worker.session(config)
-    _require("the backbone", session.spec.fingerprint, inputs.backbone, "model.backbone")
-    _require("A", session.adapter.a_fingerprint, inputs.a, "adapter.seed")
+    require_same("the backbone", session.spec.fingerprint, inputs.backbone, "model.backbone")
+    require_same("A", session.adapter.a_fingerprint, inputs.a, "adapter.seed")
     return data, session
-
-
-def _require(what: str, found: str, recorded: str, key: str) -> None:
-    if recorded not in ("", found):
-        raise UserError(
-            f"{what} is not what the run was trained with: {found[:12]}, not {recorded[:12]}",
-            fix=f"restore what {key} named",
-        )
 
 
 def _show(console: Console, facts: Facts) -> None:

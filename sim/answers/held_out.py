@@ -8,11 +8,20 @@ from numpy.typing import NDArray
 
 from common.config import Config
 from common.data.partition import Hospital
+from common.data.samples import Admission
 from common.errors import UserError
 from common.model.session import Session
 from common.privacy.membership import patient_losses
 from common.tensor_files import Tensors
 from common.text.batches import Encoded, encode
+
+
+def encoded(admissions: Iterable[Admission], session: Session, config: Config) -> list[Encoded]:
+    """Return admissions as a run reads them."""
+    text, length = config.text, config.train.max_length
+    return [
+        encode(one, session.tokenizer, text=text, max_length_tokens=length) for one in admissions
+    ]
 
 
 @dataclass(frozen=True)
@@ -33,10 +42,7 @@ class HeldOut:
         kept = [(one, hospital.name) for hospital in hospitals for one in hospital.test]
         if not kept:
             raise UserError("no held-out patients", fix="raise data.test-fraction")
-        length, text = config.train.max_length, config.text
-        records = [
-            encode(one, session.tokenizer, text=text, max_length_tokens=length) for one, _ in kept
-        ]
+        records = encoded([one for one, _ in kept], session, config)
         return cls(records, {one.patient: name for one, name in kept})
 
     @property
@@ -48,11 +54,11 @@ class HeldOut:
         self,
         session: Session,
         models: Iterable[Tensors],
-        told: Callable[[int], None] = lambda done: None,
+        progress: Callable[[int], None] = lambda done: None,
     ) -> NDArray[np.float64]:
         """Return [M, N]: each patient's loss per answer token (nats) under each model."""
         found = []
         for done, b in enumerate(models, 1):
             found.append(patient_losses(session, self.records, [b])[0][:, 0])
-            told(done)
+            progress(done)
         return np.stack(found)

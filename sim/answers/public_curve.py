@@ -15,8 +15,8 @@ from common.data.synthetic.source import PATH
 from common.model.session import Session
 from common.records import PublicCurve
 from common.rundir import RunDirectory
-from common.text.batches import encode
 from common.training.loop import validation_loss
+from sim.answers.held_out import encoded
 from sim.process.progress import Meter
 
 FEWEST_PATIENTS = 10
@@ -35,7 +35,7 @@ def public_admissions(config: Config) -> tuple[tuple[Admission, ...], int]:
 
 
 def public_curve(
-    run: RunDirectory, session: Session, config: Config, *, console: Console | None = None
+    run: RunDirectory, session: Session, config: Config, *, console: Console
 ) -> PublicCurve:
     """Measure every checkpoint of a run; the adapter's values are put back afterwards.
 
@@ -43,17 +43,14 @@ def public_curve(
         run: Whose checkpoints.
         session: Open session of the run's backbone and A.
         config: Of the run; ``evaluation.public-validation`` is above 0.
-        console: Where progress is shown, if anywhere.
+        console: Where progress is shown.
     """
     admissions, seed = public_admissions(config)
-    samples = [
-        encode(one, session.tokenizer, text=config.text, max_length_tokens=config.train.max_length)
-        for one in admissions
-    ]
+    samples = encoded(admissions, session, config)
     names, losses, unit = run.checkpoint_names(), [], "round"
     before = session.adapter.flat.clone()
     try:
-        with Meter(console or Console(quiet=True), "public curve", len(names)) as meter:
+        with Meter(console, "public curve", len(names)) as meter:
             for done, name in enumerate(names, start=1):
                 checkpoint = run.load_checkpoint(name)
                 unit = "round" if "round" in checkpoint.facts else "step"

@@ -82,12 +82,7 @@ def make_review(
 
 def render_review(packet: Packet) -> str:
     """Return the page: it shows the packet, and knows nothing of the key."""
-    return render(
-        "review.html",
-        styles=("base.css", "review.css"),
-        script="review.js",
-        data={"sha256": packet.sha256, "shown": packet.shown.as_json()},
-    )
+    return render("review", data={"sha256": packet.sha256, "shown": packet.shown.as_json()})
 
 
 def import_reviews(run: RunDirectory, files: Sequence[Path]) -> dict[str, Any]:

@@ -28,8 +28,8 @@ from common.evaluation.high_priority import CITATION, warned_of
 from common.evaluation.interactions import Interaction, Interactions, interacting
 from common.files import writable
 from sim.assist.chart import BadResource, Chart, Missing, draft_order, is_ordered, read_chart
-from sim.assist.patient_form import FormProblems, read_form
-from sim.assist.suggest import SuggestedDrug, Suggestion
+from sim.assist.patient_form import FormProblems, PatientRequest, read_form
+from sim.assist.suggest import ReferenceData, SuggestedDrug, Suggestion
 
 PREFIX = "/cds-services"
 LARGEST_BODY_BYTES = 1024 * 1024
@@ -67,17 +67,17 @@ _log = logging.getLogger(__name__)
 
 
 class Suggester(Protocol):
-    """What the services need of ``sim.assist.suggest.Assistant``."""
+    """What the page and the services need of ``sim.assist.suggest.Assistant``."""
 
     @property
-    def reference(self) -> Any:
-        """Titles and codes to look up."""
+    def reference(self) -> ReferenceData:
+        """Titles to search and admissions to compare."""
 
     @property
     def busy(self) -> bool:
         """Whether it is answering somebody."""
 
-    def suggest(self, request: Any) -> Suggestion:
+    def suggest(self, request: PatientRequest) -> Suggestion:
         """Answer for one patient."""
 
 

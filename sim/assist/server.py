@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -24,10 +24,10 @@ from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from pydantic import BaseModel, Field, StringConstraints, model_validator
 
 from common.errors import UserError
-from common.files import json_line, utf8, writable
-from sim.assist.cds_hooks import LARGEST_BODY_BYTES, PREFIX
+from common.files import for_owner, json_line, utf8, writable
+from sim.assist.cds_hooks import LARGEST_BODY_BYTES, PREFIX, Suggester
 from sim.assist.patient_form import FormProblems, PatientRequest, read_form
-from sim.assist.suggest import ReferenceData, Suggestion
+from sim.assist.suggest import Suggestion
 from sim.report.page import render
 
 HOST = "127.0.0.1"
@@ -45,17 +45,6 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
-
-
-class Suggester(Protocol):
-    """What the page needs of ``sim.assist.suggest.Assistant``."""
-
-    @property
-    def reference(self) -> ReferenceData:
-        """Titles to search and admissions to compare."""
-
-    def suggest(self, request: PatientRequest) -> Suggestion:
-        """Answer for one patient."""
 
 
 @dataclass(kw_only=True)
@@ -165,9 +154,7 @@ def make_app(state: PageState, *, port: int, services: APIRouter | None = None) 
 def _routes(state: PageState, cookie: str) -> APIRouter:
     router, index = APIRouter(), state.suggester.reference.index
     page = render(
-        "assist.html",
-        styles=("base.css", "assist.css"),
-        script="assist.js",
+        "assist",
         data={
             **state.about,
             "titles": index.origin,
@@ -247,8 +234,7 @@ def decision_record(
 def append_private(target: Path, record: Mapping[str, object]) -> None:
     """Append one JSON line to a file that only its owner can read."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    with os.fdopen(handle, "ab") as file:
+    with open(target, "ab", opener=for_owner) as file:
         os.fchmod(file.fileno(), 0o600)
         file.write(utf8(json_line(record)))
         file.flush()

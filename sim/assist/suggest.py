@@ -32,7 +32,7 @@ from common.training.worker import Worker
 from sim.assist.listing import ListedDrugs, Lister
 from sim.assist.orders import Orders
 from sim.assist.patient_form import PatientRequest
-from sim.process.open_run import open_run
+from sim.process.open_run import COMPUTING, open_run, require_same
 from sim.report.html import Block
 from sim.report.terminal import show_blocks
 from sim.report.words import NOTICE, OWN_NOTE
@@ -47,11 +47,8 @@ _FREE_KEYS = (
         "evaluation.interactions",
         "evaluation.threshold-samples",
         "evaluation.frequencies",
-        "model.attention",
-        "model.kernels",
-        "model.weights",
     ),
-    *("train.device", "train.dtype", "train.threads"),
+    *COMPUTING,
 )
 
 
@@ -152,8 +149,9 @@ class Assistant:
         self._interactions = warned_of(config.evaluation.interactions)
         self._session = Worker().session(config)
         inputs = run.inputs()
-        _require_same("the backbone", self._session.spec.fingerprint, inputs.backbone)
-        _require_same("A", self._session.adapter.a_fingerprint, inputs.a)
+        fingerprint = self._session.spec.fingerprint
+        require_same("the backbone", fingerprint, inputs.backbone, "model.backbone")
+        require_same("A", self._session.adapter.a_fingerprint, inputs.a, "adapter.seed")
         self._session.adapter.load(b)
         self._lister = Lister(self._session, config, reference.data)
         self._one_at_a_time = threading.Lock()
@@ -376,11 +374,3 @@ def show_suggestion(
         note = f"Why it ends there: {suggestion.ends}."
         blocks.append(Block(title=title, headers=headers, rows=rows, note=note))
     show_blocks(console, [*blocks, Block(note=f"{reference.note} Run: {run.path.name}.")])
-
-
-def _require_same(what: str, found: str, recorded: str) -> None:
-    if recorded and found != recorded:
-        raise UserError(
-            f"{what} is not what the run was trained with: {found[:12]}, not {recorded[:12]}",
-            fix="restore what the run's config.toml names",
-        )

@@ -178,12 +178,12 @@ def _trial(session: Session, config: Config, canaries: int, number: int) -> _Tri
             for drawn in step.noise:
                 row_P += torch.from_numpy(drawn).double() * noise_step
         scale = plan.expected_batch / plan.clip_norm
-        told_SM, bare_SM = (
+        noisy_SM, bare_SM = (
             (scale * seen_SP.float() @ rows_MP.T).double().numpy()
             for seen_SP in (released_SP, released_SP - noise_SP)
         )
         gram_MM = (rows_MP @ rows_MP.T).double().numpy()
-        rounds.append(RoundSeen(gram_MM=gram_MM, releases_SM=told_SM, bare_SM=bare_SM))
+        rounds.append(RoundSeen(gram_MM=gram_MM, releases_SM=noisy_SM, bare_SM=bare_SM))
     return _Trial(watched, taking_part, rounds)
 
 

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -17,10 +16,11 @@ from common.privacy.membership import membership_findings, patient_losses, ratio
 from common.records import MembershipRecord
 from common.rundir import RunDirectory
 from common.tensor_files import Tensors
-from common.text.batches import Encoded, encode
+from common.text.batches import Encoded
 from common.training.worker import Worker
 from common.wire.cohort import trained_by
 from sim.answers.evaluate import reopen
+from sim.answers.held_out import encoded
 from sim.checks.audit import plain, show
 from sim.checks.audit_page import claim_of, write_audit_page
 from sim.process.lock import exclusive
@@ -123,18 +123,6 @@ def split_records(
     hospitals: Sequence[Hospital], session: Session, config: Config
 ) -> tuple[list[Encoded], list[Encoded]]:
     """Return the records of patients trained on, and of those that were not."""
-
-    def tokens(admissions: Sequence[Any]) -> list[Encoded]:
-        return [
-            encode(
-                one,
-                session.tokenizer,
-                text=config.text,
-                max_length_tokens=config.train.max_length,
-            )
-            for one in admissions
-        ]
-
-    inside = [record for one in hospitals for record in tokens(one.train)]
-    outside = [record for one in hospitals for record in tokens((*one.validation, *one.test))]
-    return inside, outside
+    inside = [one for hospital in hospitals for one in hospital.train]
+    outside = [one for hospital in hospitals for one in (*hospital.validation, *hospital.test)]
+    return encoded(inside, session, config), encoded(outside, session, config)

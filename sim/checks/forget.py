@@ -167,9 +167,9 @@ def _show(console: Console, result: ForgetRecord) -> None:
     table = Table("", "B (sha256)", "|B - never|", "loss, its patients", "loss, others", "told")
     for name, one in result.models.items():
         area = one.membership
-        told = f"{area[0]:.3f} ({area[1]:.2f}–{area[2]:.2f})" if area else "–"
+        shown = f"{area[0]:.3f} ({area[1]:.2f}–{area[2]:.2f})" if area else "–"
         losses = number(one.loss_of_hospital), number(one.loss_of_others)
-        table.add_row(name, one.b_sha256[:12], f"{one.distance:.4g}", *losses, told)
+        table.add_row(name, one.b_sha256[:12], f"{one.distance:.4g}", *losses, shown)
     console.print(table)
     console.print(
         "The replay takes the hospital's updates out of every round; what the others sent was "

@@ -19,15 +19,15 @@ class MeasuredCard:
     tokens_per_second: dict[str, float]
     """By format of the frozen weights, arithmetic in bf16."""
     private: dict[str, float]
-    """The same of a private step, with a pass for each patient."""
+    """The same of a private step, all patients in one pass."""
     source: str
 
 
 CARDS = (
     MeasuredCard(
         name="NVIDIA H200",
-        tokens_per_second={"bf16": 19_933.0, "fp8": 28_973.0},
-        private={"bf16": 19_038.0},
+        tokens_per_second={"bf16": 19_794.0, "fp8": 28_730.0},
+        private={"bf16": 18_760.0},
         source="benchmarks/results/gpu_paper_run.json, torch 2.11",
     ),
 )
@@ -51,7 +51,7 @@ def seconds_per_step(
         tokens: Of all micro-batches of a step.
         weights: Format of the frozen weights.
         recompute: As chosen for this memory.
-        private: Whether every patient has a pass of its own.
+        private: Whether every patient has a gradient of its own.
 
     >>> sizes = {"tokens": 8192, "recompute": "none", "private": False}
     >>> round(seconds_per_step(CARDS[0], MEASURED_SHAPE, weights="bf16", **sizes), 2)

@@ -81,13 +81,8 @@ def demo(
     json_output: JsonOption = False,
 ) -> None:
     """Run the main job on synthetic data: three hospitals, a small Llama, a report."""
-    name = Path("demo-tiny.toml" if tiny else "demo.toml")
-    config = read_config(source_root() / "configs" / name, with_backend(set_, backend))
-    from sim.runs.federate import federate
-
-    console = console_for(json_output)
-    run = federate(config, console=console, command_line=sys.argv, run_dir=run_dir)
-    print_json(run.result.as_json(), json_output)
+    shipped = source_root() / "configs" / ("demo-tiny.toml" if tiny else "demo.toml")
+    federate(shipped, set_, run_dir, backend, json_output)
 
 
 @app.command()
@@ -308,13 +303,14 @@ def doctor(
 
 
 app.add_typer(cli_data.app, name="data")
-cli_runs.register(app)
-cli_people.register(app)
-cli_worth.register(app)
-app.command()(cli_deploy.deploy)
-app.command()(cli_deploy.superlink)
-app.command()(cli_deploy.hospital)
-app.command()(cli_deploy.worker)
+for verb in (
+    *(cli_runs.plan, cli_runs.evaluate, cli_runs.sweep, cli_runs.export),
+    *(cli_people.judge, cli_people.suggest, cli_people.assist),
+    *(cli_worth.generalise, cli_worth.contribution, cli_worth.forget),
+    *(cli_deploy.deploy, cli_deploy.superlink, cli_deploy.hospital, cli_deploy.worker),
+):
+    app.command()(verb)
+app.add_typer(cli_people.review_app, name="review")
 
 
 def main() -> None:
@@ -340,9 +336,9 @@ def main() -> None:
         if isinstance(error, OSError) and error.errno in PATH_ERRORS and error.filename is not None:
             line, status = f"{error.filename}: {error.strerror}; fix: name another path", 2
         else:
-            from sim.process.failures import unexpected
+            from sim.process.failures import described
 
-            line, status = unexpected(error), 1
+            line, status = described(error, None), 1
         print(f"fedrx: {line}", file=sys.stderr)
         sys.exit(status)
 

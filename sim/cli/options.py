@@ -18,6 +18,10 @@ ConfigArgument = Annotated[
         "hospitals.toml, paper.toml.",
     ),
 ]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
+CheckpointOption = Annotated[
+    str | None, typer.Option("--checkpoint", help="Name of a checkpoint; default the last.")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="key=value, for instance adapter.rank=32.")
 ]

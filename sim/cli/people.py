@@ -2,18 +2,29 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
+from common.config import Config
 from common.errors import UserError
 from common.rundir import RunDirectory
-from sim.cli.options import JsonOption, SetOption, console_for, print_json
+from sim.cli.options import (
+    CheckpointOption,
+    JsonOption,
+    RunArgument,
+    SetOption,
+    console_for,
+    print_json,
+)
 from sim.process.open_run import open_run
+
+if TYPE_CHECKING:
+    from sim.assist.suggest import ReferenceData
 
 review_app = typer.Typer(no_args_is_help=True, help="Blinded packets for clinicians.")
 
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
 OptionalRun = Annotated[
     Path | None,
     typer.Argument(metavar="[RUN]", help="Run directory; default the newest finished below runs."),
@@ -22,22 +33,10 @@ ModelsOption = Annotated[
     list[str] | None,
     typer.Option("--list-by", help="Whose lists, for instance fedrx; may be repeated."),
 ]
-CheckpointOption = Annotated[
-    str | None, typer.Option("--checkpoint", help="Name of a checkpoint; default the last.")
-]
-
 PersonalOption = Annotated[
     str,
     typer.Option("--personal", help="Hospital whose own B is added; no epsilon covers its lists."),
 ]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verbs to the command."""
-    app.command()(judge)
-    app.add_typer(review_app, name="review")
-    app.command()(suggest)
-    app.command()(assist)
 
 
 def judge(
@@ -162,22 +161,10 @@ def suggest(
 ) -> None:
     """Print one patient's suggested drugs (research only, not for clinical use)."""
     from sim.assist.patient_form import FormProblems, read_form
-    from sim.assist.suggest import (
-        Assistant,
-        assistant_config,
-        find_run,
-        reference_of,
-        show_suggestion,
-        within_formulary,
-    )
+    from sim.assist.suggest import Assistant, show_suggestion
 
-    directory = find_run(run)
-    config = assistant_config(directory, set_ or ())
     console = console_for(json_output)
-    if run is None:
-        console.print(f"run: {directory.path}", style="dim", markup=False, highlight=False)
-    reference = reference_of(config, personal=personal)
-    config = within_formulary(config, reference, set_ or ())
+    directory, config, reference = _opened(run, set_, console, personal)
     form = {"sex": sex, "age": age, "height": height, "weight": weight, "diagnoses": diagnosis}
     try:
         request = read_form(form, reference.index)
@@ -217,26 +204,13 @@ def assist(
         open_socket,
         service_lines,
     )
-    from sim.assist.suggest import (
-        Assistant,
-        about_run,
-        assistant_config,
-        find_run,
-        reference_of,
-        within_formulary,
-    )
+    from sim.assist.suggest import Assistant, about_run
 
     if cds_hooks:
         require_fhir()
-    directory = find_run(run)
-    config = assistant_config(directory, set_ or ())
-    console = console_for(False)
-    if run is None:
-        console.print(f"run: {directory.path}", style="dim", markup=False, highlight=False)
-    listening = open_socket(port)
+    console, listening = console_for(False), open_socket(port)
+    directory, config, reference = _opened(run, set_, console, personal)
     console.print("loading the model ...", style="dim")
-    reference = reference_of(config, personal=personal)
-    config = within_formulary(config, reference, set_ or ())
     assistant = Assistant(
         directory, config, reference=reference, checkpoint=checkpoint, personal=personal
     )
@@ -257,6 +231,20 @@ def assist(
         lines += service_lines(state, listening)
     console.print("\n".join([*lines, "Ctrl-C stops."]), markup=False, highlight=False)
     make_server(state, listening, services=services).run(sockets=[listening])
+
+
+def _opened(
+    run: Path | None, overrides: list[str] | None, console: Console, personal: str
+) -> "tuple[RunDirectory, Config, ReferenceData]":
+    """Find the run that is named, or the newest; return it with how to answer and what is known."""
+    from sim.assist.suggest import assistant_config, find_run, reference_of, within_formulary
+
+    directory = find_run(run)
+    config = assistant_config(directory, overrides or ())
+    if run is None:
+        console.print(f"run: {directory.path}", style="dim", markup=False, highlight=False)
+    reference = reference_of(config, personal=personal)
+    return directory, within_formulary(config, reference, overrides or ()), reference
 
 
 def _renew_report(run: RunDirectory) -> None:

@@ -10,8 +10,10 @@ from common.configio import read_config
 from common.errors import UserError
 from sim.cli.options import (
     BackendOption,
+    CheckpointOption,
     ConfigArgument,
     JsonOption,
+    RunArgument,
     RunDirOption,
     SetOption,
     console_for,
@@ -20,19 +22,6 @@ from sim.cli.options import (
     with_backend,
 )
 from sim.process.open_run import open_run
-
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
-CheckpointOption = Annotated[
-    str | None, typer.Option("--checkpoint", help="Name of a checkpoint; default the last.")
-]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verbs to the command."""
-    app.command()(plan)
-    app.command()(evaluate)
-    app.command()(sweep)
-    app.command()(export)
 
 
 def plan(

@@ -10,21 +10,14 @@ from common.configio import read_config
 from common.errors import UserError
 from sim.cli.options import (
     JsonOption,
+    RunArgument,
     RunDirOption,
     SetOption,
     console_for,
     find_config,
     print_json,
 )
-from sim.cli.runs import RunArgument
 from sim.process.open_run import open_run
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verbs to the command."""
-    app.command()(generalise)
-    app.command()(contribution)
-    app.command()(forget)
 
 
 def generalise(

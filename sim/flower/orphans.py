@@ -28,12 +28,43 @@ def main(folder: str, home: str) -> None:
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
                 if process.environ().get(HOME_VARIABLE) == home:
-                    # Ray's agents write their title over their environment: found as children.
-                    for one in (*process.children(recursive=True), process):
-                        one.kill()
                     busy = time.monotonic()
+                    # Ray's agents write their title over their environment: found as children.
+                    for one in stopped_family(process):
+                        with contextlib.suppress(psutil.NoSuchProcess):
+                            one.kill()
         time.sleep(0.1)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def stopped_family(process: psutil.Process) -> set[psutil.Process]:
+    """Stop a process and all that it has started, so that none has a child unseen.
+
+    A stop takes effect a moment after it is asked for: whoever is listed when all were seen to
+    stand is everybody.
+
+    Returns:
+        The process and its descendants.
+    """
+    family = {process}
+    standing: set[psutil.Process] = set()
+    deadline = time.monotonic() + QUIET_SECONDS
+    while not family <= standing and time.monotonic() < deadline:
+        for one in family - standing:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.suspend()
+        standing = {one for one in family if stands(one)}
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family |= set(process.children(recursive=True))
+    return family
+
+
+def stands(process: psutil.Process) -> bool:
+    """Say whether a process is stopped, or has ended."""
+    try:
+        return process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 if __name__ == "__main__":

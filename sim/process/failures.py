@@ -32,16 +32,11 @@ class StageFailed(RunFailed):
         super().__init__(f"{what}; go on with: {command}")
 
 
-def unexpected(error: Exception) -> str:
-    """Return the line about an error outside of any run; its traceback goes to a file.
-
-    The data's terms are not known here, so the text that may quote it stays in the file.
-    """
-    return described(error, None)
-
-
 def described(error: Exception, run: RunDirectory | None) -> str:
-    """Say what went wrong without anything of credentialed data, and where the traceback is."""
+    """Say what went wrong without anything of credentialed data, and where the traceback is.
+
+    Outside of any run the data's terms are not known: the text that may quote it stays in the file.
+    """
     if isinstance(error, FedrxError):
         return str(error)
     kind = type(error).__name__

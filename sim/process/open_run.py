@@ -5,6 +5,12 @@ from pathlib import Path
 from common.errors import UserError
 from common.rundir import RunDirectory
 
+COMPUTING = (
+    *("model.attention", "model.kernels", "model.weights"),
+    *("train.device", "train.dtype", "train.threads"),
+)
+"""Keys of where and how a run is computed, which change nothing of what it is."""
+
 
 def open_run(path: Path) -> RunDirectory:
     """Open a run that has checkpoints and answers of its own.
@@ -31,3 +37,16 @@ def rank_folder(rank: int) -> str:
     'rank-16'
     """
     return f"rank-{rank}"
+
+
+def require_same(what: str, found: str, recorded: str, key: str) -> None:
+    """Hold what a run reads to what it was trained with.
+
+    Raises:
+        UserError: if its sha256 is another.
+    """
+    if recorded not in ("", found):
+        raise UserError(
+            f"{what} is not what the run was trained with: {found[:12]}, not {recorded[:12]}",
+            fix=f"restore what {key} named",
+        )

@@ -2,7 +2,6 @@
 
 import contextlib
 import time
-from pathlib import Path
 
 import psutil
 
@@ -39,11 +38,5 @@ class PeakMemory:
 
 def _size(process: psutil.Process) -> int:
     """Return a process's proportional set size, or its resident size."""
-    try:
-        text = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii")
-        for line in text.splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return int(process.memory_info().rss)
+    sizes = process.memory_full_info()
+    return int(getattr(sizes, "pss", sizes.rss))

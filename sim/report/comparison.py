@@ -122,8 +122,8 @@ def same_cases(groups: Mapping[str, Sequence[Compared]]) -> bool:
 
 
 def _notices(groups: Mapping[str, Sequence[Compared]]) -> list[Block]:
-    told = {handling_of(one.summary.source).report for runs in groups.values() for one in runs}
-    words = " ".join(sorted(told))
+    terms = {handling_of(one.summary.source).report for runs in groups.values() for one in runs}
+    words = " ".join(sorted(terms))
     return [Block(note=f"{NOTICE} {words}", warning=True), *_other_cases(groups)]
 
 

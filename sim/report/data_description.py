@@ -91,7 +91,7 @@ def describe(
     opened = open_hospitals(config, cache_dir=cache_dir, progress=progress)
     table, hospitals = opened.samples, opened.hospitals
     counts = table.counts.as_json()
-    sizes = [_sizes(one) for one in hospitals]
+    sizes = [sizes_of(one) for one in hospitals]
     if config.partition.scheme in ATTRIBUTES:
         groups = _group_counts(table, hospitals, config.partition.scheme)
         sizes = [{**one, "groups": own} for one, own in zip(sizes, groups, strict=True)]
@@ -274,12 +274,14 @@ def other_items(facts: Mapping[str, Any]) -> dict[str, int]:
     return {words.get(kind, kind): number for kind, number in (facts.get("left_out") or {}).items()}
 
 
-def _protocol_block(told: Mapping[str, Any]) -> Block:
+def _protocol_block(protocol: Mapping[str, Any]) -> Block:
     """Return what a protocol counted."""
-    note = f"{told['name']}: {ASKED[told['name']]}."
-    if told["absent"]:
-        note += f" Not there, and done without: {', '.join(told['absent'])}."
-    rows = tuple((key.replace("_", " "), f"{number:,}") for key, number in told["counted"].items())
+    note = f"{protocol['name']}: {ASKED[protocol['name']]}."
+    if protocol["absent"]:
+        note += f" Not there, and done without: {', '.join(protocol['absent'])}."
+    rows = tuple(
+        (key.replace("_", " "), f"{number:,}") for key, number in protocol["counted"].items()
+    )
     return Block(title="Protocol", note=note, headers=("counted", ""), rows=rows, text_cells=True)
 
 
@@ -303,7 +305,8 @@ def _group_counts(
     ]
 
 
-def _sizes(hospital: Hospital) -> dict[str, object]:
+def sizes_of(hospital: Hospital) -> dict[str, object]:
+    """Return what may be said of a hospital: its name, and how much of what it has."""
     return {
         "name": hospital.name,
         "patients": hospital.patients,

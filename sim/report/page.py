@@ -4,47 +4,51 @@ import base64
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+import re
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 PAGES = Path(__file__).parent / "pages"
 
 
-def render(
-    page: str, *, styles: Sequence[str], script: str, data: object, connect: str = "'none'"
-) -> str:
+def render(name: str, *, data: object, connect: str = "'none'") -> str:
     """Return a page with everything it needs inside.
 
     Only the inlined style and script are allowed, by their hashes: whatever gets into the page
     as data cannot run, and cannot load anything.
 
     Args:
-        page: Template.
-        styles: Style sheets, in order.
-        script: The script.
+        name: Of template, style sheet and script; those that all pages share come before.
         data: JSON that the script reads.
         connect: Where the script may connect to.
     """
-    css, code = "".join(map(read, styles)), read(script)
+    css, code = (read(f"base.{kind}") + read(f"{name}.{kind}") for kind in ("css", "js"))
     policy = (
         f"default-src 'none'; style-src {_hash(css)}; script-src {_hash(code)}; connect-src "
         f"{connect}; img-src data:; base-uri 'none'; form-action 'none'"
     )
-    return fill(page, policy=policy, css=css, script=code, data=script_json(data))
+    return fill(f"{name}.html", policy=policy, css=css, script=code, data=script_json(data))
 
 
-def fill(template: str, *, policy: str, css: str, **values: object) -> str:
-    """Fill a template in; what is shown is escaped.
+def fill(name: str, **values: object) -> str:
+    """Fill a template in; on a page, what is shown is escaped.
 
     Args:
-        template: Its name.
-        policy: The page's content security policy.
-        css: Its style.
+        name: The template's; ``.html`` for a page.
         **values: What the template shows.
     """
-    return _templates().get_template(template).render(policy=policy, css=css, **values)
+    return _templates().get_template(name).render(values)
+
+
+def fenced(text: str) -> str:
+    """Fence a text for Markdown, with more backticks than any of its own.
+
+    >>> fenced("a ``` b").splitlines()
+    ['````text', 'a ``` b', '````']
+    """
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 0)
+    return f"{fence}text\n{text.strip()}\n{fence}"
 
 
 def script_json(data: object) -> str:
@@ -59,14 +63,16 @@ def script_json(data: object) -> str:
 
 @functools.cache
 def _templates() -> Environment:
-    return Environment(
+    made = Environment(
         loader=FileSystemLoader(PAGES),
-        autoescape=True,
+        autoescape=select_autoescape(["html"], default=False),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    made.filters |= {"fenced": fenced, "quoted": json.dumps}
+    return made
 
 
 def _hash(text: str) -> str:

@@ -1,6 +1,6 @@
 """What a report says beside the metrics: differences, rankings, hospitals, interactions."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.evaluation.high_priority import CITATION
@@ -9,6 +9,8 @@ from sim.report.html import Block
 from sim.report.plots import Points, lines_svg
 from sim.report.words import model_name, number, with_interval
 
+Models = Sequence[tuple[str, Mapping[str, Any]]]
+"""The name of each that has the figure at hand, and its figures."""
 _PERFECT = ((0.0, 0.0), (1.0, 1.0))
 _SIDES = (("predicted", "rate"), ("true", "rate"), ("predicted", "unknown"))
 _SHIPPED = (
@@ -27,151 +29,126 @@ _INTERACTIONS = {
 
 def ranking_blocks(summary: Summary) -> list[Block]:
     """Return the blocks on rankings, hospitals and interactions, as far as a run has them."""
-    metrics = {model: one.model_dump() for model, one in summary.metrics.items()}
-    return [
-        *_beyond(summary, metrics),
-        *_rankings(summary, metrics),
-        *_by_hospital(summary, metrics),
-        *_interactions(summary, metrics),
-        *_unmapped(summary, metrics),
+    models = [(model_name(key, summary), one.model_dump()) for key, one in summary.metrics.items()]
+    blocks = [
+        _beyond(summary, _with(models, "f1_beyond")),
+        _rankings(_with(models, "prauc")),
+        _by_hospital(_with(models, "by_hospital")),
+        *(_interactions(key, _with(models, key)) for key in _INTERACTIONS),
+        _unmapped(_with(models, "unmapped")),
     ]
+    return [block for block in blocks if block.rows]
 
 
-def _beyond(summary: Summary, metrics: Mapping[str, Mapping[str, Any]]) -> list[Block]:
-    told = {model: one["f1_beyond"] for model, one in metrics.items() if one.get("f1_beyond")}
-    if not told:
-        return []
-    others = list(dict.fromkeys(other for one in told.values() for other in one))
-    rows = [
-        (
-            model_name(model, summary),
-            *(_difference(one.get(other)) for other in others),
-            *_lengths(metrics[model]),
-        )
-        for model, one in told.items()
-    ]
-    return [
-        Block(
-            title="Beside the baselines",
-            note="Difference in F1, paired by admission; 95% bootstrap intervals over patients. "
-            "Drugs per list are means.",
-            headers=(
-                *("", *(f"F1 beyond {model_name(other, summary)}" for other in others)),
-                *("drugs listed", "drugs ordered"),
-            ),
-            rows=tuple(rows),
-        )
-    ]
+def _with(models: Models, figure: str) -> Models:
+    return [(name, one) for name, one in models if figure in one]
 
 
-def _rankings(summary: Summary, metrics: Mapping[str, Mapping[str, Any]]) -> list[Block]:
-    ranked = {model: one for model, one in metrics.items() if "prauc" in one}
-    if not ranked:
-        return []
-    lines: dict[str, Points] = {"as ordered": _PERFECT}
-    rows = []
-    for model, one in ranked.items():
-        calibration = one.get("calibration") or {}
-        name = model_name(model, summary)
-        rows.append(
+def _beyond(summary: Summary, models: Models) -> Block:
+    others = list(dict.fromkeys(other for _, one in models for other in one["f1_beyond"] or ()))
+    return Block(
+        title="Beside the baselines",
+        note="Difference in F1, paired by admission; 95% bootstrap intervals over patients. "
+        "Drugs per list are means.",
+        headers=(
+            *("", *(f"F1 beyond {model_name(other, summary)}" for other in others)),
+            *("drugs listed", "drugs ordered"),
+        ),
+        rows=tuple(
             (
                 name,
-                _estimate(one["prauc"]),
-                number(one["at"]["10"]["precision"]),
-                number(one["at"]["10"]["recall"]),
-                number(calibration.get("brier")),
-                number(calibration.get("expected_error")),
+                *(_difference(one["f1_beyond"].get(other)) for other in others),
+                *(f"{one['drugs_per_list'][side]:.1f}" for side in ("predicted", "true")),
             )
-        )
+            for name, one in models
+            if one["f1_beyond"]
+        ),
+    )
+
+
+def _rankings(models: Models) -> Block:
+    lines: dict[str, Points] = {"as ordered": _PERFECT}
+    rows = []
+    for name, one in models:
+        calibration = one.get("calibration") or {}
+        at_10 = one["at"]["10"]
+        figures = [at_10["precision"], at_10["recall"]]
+        figures += [calibration.get("brier"), calibration.get("expected_error")]
+        rows.append((name, _estimate(one["prauc"]), *map(number, figures)))
         if calibration:
             bands = calibration["bins"]
             lines[name] = tuple((band["confidence"], band["ordered"]) for band in bands)
-    return [
-        Block(
-            title="Rankings",
-            note="All drugs of a hospital's training split (or of the user's formulary), the "
-            "likeliest first. PRAUC is the average precision of an admission. Confidences are "
-            "recalibrated, and scored lists cut, on each hospital's own validation patients; the "
-            "plot shows how often drugs of a confidence were ordered.",
-            headers=(
-                *("", "PRAUC", "precision at 10", "recall at 10"),
-                *("Brier score", "expected calibration error"),
-            ),
-            rows=tuple(rows),
-            svgs=(lines_svg(lines, x_label="confidence", y_label="share ordered"),)
-            if len(lines) > 1
-            else (),
-        )
-    ]
-
-
-def _by_hospital(summary: Summary, metrics: Mapping[str, Mapping[str, Any]]) -> list[Block]:
-    told = {model: one for model, one in metrics.items() if one.get("by_hospital")}
-    if not told:
-        return []
-    names = list(next(iter(told.values()))["by_hospital"])
-    rows = [
-        (
-            model_name(model, summary),
-            *(number(one["by_hospital"].get(name, {}).get("f1")) for name in names),
-            one["worst_hospital"],
-            number(one.get("hospital_gap")),
-        )
-        for model, one in told.items()
-    ]
-    return [
-        Block(
-            title="F1 by hospital",
-            headers=("", *names, "worst", "best less worst"),
-            rows=tuple(rows),
-        )
-    ]
-
-
-def _unmapped(summary: Summary, metrics: Mapping[str, Mapping[str, Any]]) -> list[Block]:
-    rows = tuple(
-        (model_name(model, summary), number(told["predicted"]), number(told["true"]))
-        for model, one in metrics.items()
-        if (told := one.get("unmapped"))
-    )
-    note = "Share of the names; each of these counts as itself, and is equal to no code."
-    title = "Names that data.drug-map does not hold"
-    return [Block(title=title, note=note, headers=("", "listed", "ordered"), rows=rows)] * bool(
-        rows
+    return Block(
+        title="Rankings",
+        note="All drugs of a hospital's training split (or of the user's formulary), the "
+        "likeliest first. PRAUC is the average precision of an admission. Confidences are "
+        "recalibrated, and scored lists cut, on each hospital's own validation patients; the "
+        "plot shows how often drugs of a confidence were ordered.",
+        headers=(
+            *("", "PRAUC", "precision at 10", "recall at 10"),
+            *("Brier score", "expected calibration error"),
+        ),
+        rows=tuple(rows),
+        svgs=(lines_svg(lines, x_label="confidence", y_label="share ordered"),)
+        if len(lines) > 1
+        else (),
     )
 
 
-def _interactions(summary: Summary, metrics: Mapping[str, Mapping[str, Any]]) -> list[Block]:
-    return [
-        Block(
-            title=title,
-            note=note,
-            headers=("", "interacting, listed", "interacting, ordered", "unknown, listed"),
-            rows=tuple(
-                (
-                    model_name(model, summary),
-                    *(number(one[key][side][what]) for side, what in _SIDES),
-                )
-                for model, one in metrics.items()
-                if key in one
-            ),
-        )
-        for key, (title, note) in _INTERACTIONS.items()
-        if any(key in one for one in metrics.values())
-    ]
+def _by_hospital(models: Models) -> Block:
+    models = [(name, one) for name, one in models if one["by_hospital"]]
+    hospitals = list(models[0][1]["by_hospital"]) if models else []
+    return Block(
+        title="F1 by hospital",
+        headers=("", *hospitals, "worst", "best less worst"),
+        rows=tuple(
+            (
+                name,
+                *(number(one["by_hospital"].get(place, {}).get("f1")) for place in hospitals),
+                one["worst_hospital"],
+                number(one.get("hospital_gap")),
+            )
+            for name, one in models
+        ),
+    )
 
 
-def _estimate(told: Mapping[str, Any] | None) -> str:
-    return with_interval(told["value"], [told["low"], told["high"]]) if told else "–"
+def _unmapped(models: Models) -> Block:
+    return Block(
+        title="Names that data.drug-map does not hold",
+        note="Share of the names; each of these counts as itself, and is equal to no code.",
+        headers=("", "listed", "ordered"),
+        rows=tuple(
+            (name, number(one["unmapped"]["predicted"]), number(one["unmapped"]["true"]))
+            for name, one in models
+            if one["unmapped"]
+        ),
+    )
 
 
-def _difference(told: Mapping[str, Any] | None) -> str:
+def _interactions(key: str, models: Models) -> Block:
+    title, note = _INTERACTIONS[key]
+    return Block(
+        title=title,
+        note=note,
+        headers=("", "interacting, listed", "interacting, ordered", "unknown, listed"),
+        rows=tuple(
+            (name, *(number(one[key][side][share]) for side, share in _SIDES))
+            for name, one in models
+        ),
+    )
+
+
+def _estimate(estimate: Mapping[str, Any] | None) -> str:
+    if not estimate:
+        return "–"
+    return with_interval(estimate["value"], [estimate["low"], estimate["high"]])
+
+
+def _difference(estimate: Mapping[str, Any] | None) -> str:
     """Format a difference, whose ends may be negative."""
-    if not told or told["low"] is None:
-        return f"{told['value']:+.3f}" if told else "–"
-    return f"{told['value']:+.3f} ({told['low']:+.2f} to {told['high']:+.2f})"
-
-
-def _lengths(values: Mapping[str, Any]) -> tuple[str, str]:
-    told = values["drugs_per_list"]
-    return f"{told['predicted']:.1f}", f"{told['true']:.1f}"
+    if not estimate:
+        return "–"
+    if estimate["low"] is None:
+        return f"{estimate['value']:+.3f}"
+    return f"{estimate['value']:+.3f} ({estimate['low']:+.2f} to {estimate['high']:+.2f})"

@@ -205,12 +205,12 @@ def _hospitals(run: RunDirectory, summary: Summary) -> Block:
         # With privacy on no hospital tells its size.
         size = sizes.get(name, {}) if one.patients is not None else {}
         splits = (str(size.get(split, "–")) for split in ("train", "validation", "test"))
-        told = ("–" if size is None else str(size) for size in (one.patients, one.samples))
+        counts = ("–" if size is None else str(size) for size in (one.patients, one.samples))
         first, last = _ends(run.metrics("validation-loss"), name)
         trained = _ends(run.metrics("train-loss"), name)[1]
         losses = (number(first), number(last), number(trained))
         epsilon = (number(float(spent[name]["epsilon"])),) if name in spent else ()
-        rows.append((name, *told, *splits, *losses, *epsilon))
+        rows.append((name, *counts, *splits, *losses, *epsilon))
     headers = (
         *("hospital", "patients", "samples", "train", "validation", "test"),
         *("validation loss, first", "last", "training loss, last"),

@@ -55,17 +55,17 @@ def show_transfer(console: Console, measures: Mapping[str, Measured]) -> None:
             table.add_column(header, overflow="fold")
         for at in one.hospitals:
             levels = [number(v.value if v else None) for v in (at.alone, at.together, at.absent)]
-            gains = [told(v, signed=True).partition(" ±")[0] for v in (at.gain, at.presence)]
+            gains = [estimate(v, signed=True).partition(" ±")[0] for v in (at.gain, at.presence)]
             cells = (*levels[:2], gains[0], levels[2], gains[1])
             table.add_row(at.hospital, str(at.patients), *cells)
         console.print(table)
     console.print(_lead(measures), markup=False, highlight=False)
 
 
-def told(value: Value | None, *, signed: bool = False) -> str:
+def estimate(value: Value | None, *, signed: bool = False) -> str:
     """Format a value with both intervals.
 
-    >>> told(Value(value=0.5, low=0.4, high=0.6, over_seeds=0.01)), told(None)
+    >>> estimate(Value(value=0.5, low=0.4, high=0.6, over_seeds=0.01)), estimate(None)
     ('0.500 (0.400 to 0.600) ±0.010', '–')
     """
     if value is None:
@@ -95,11 +95,11 @@ def _rows(one: Measured) -> list[tuple[str, ...]]:
         (
             at.hospital,
             str(at.patients),
-            told(at.alone),
-            told(at.together),
-            told(at.gain, signed=True),
-            told(at.absent),
-            told(at.presence, signed=True),
+            estimate(at.alone),
+            estimate(at.together),
+            estimate(at.gain, signed=True),
+            estimate(at.absent),
+            estimate(at.presence, signed=True),
         )
         for at in one.hospitals
     ]
@@ -107,7 +107,7 @@ def _rows(one: Measured) -> list[tuple[str, ...]]:
 
 def _worst(measures: Mapping[str, Measured]) -> Block:
     rows = tuple(
-        (name, one.kind, one.hospital, told(one.value))
+        (name, one.kind, one.hospital, estimate(one.value))
         for name, measured in measures.items()
         for one in measured.worst
     )
@@ -157,7 +157,12 @@ def _curves(measures: Mapping[str, Measured]) -> list[Block]:
         present = {label: points for label, points in lines.items() if points}
         svgs.append(lines_svg(present, x_label="hospitals that trained it", y_label=name))
         rows += [
-            (name, str(size.hospitals), str(size.models), *(told(getattr(size, k)) for k in kinds))
+            (
+                name,
+                str(size.hospitals),
+                str(size.models),
+                *(estimate(getattr(size, k)) for k in kinds),
+            )
             for size in one.curve
         ]
     note = (

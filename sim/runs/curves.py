@@ -163,7 +163,7 @@ def curves(
     Raises:
         UserError: as ``check_tracker``.
     """
-    check_tracker(config, command_line, source=source)
+    address = check_tracker(config, command_line, source=source)
     kind, configuration = config.run.tracker, public_configuration(config)
     if kind == NONE:
         return contextlib.nullcontext()
@@ -172,7 +172,7 @@ def curves(
         tracker = TensorBoard(run.path / TENSORBOARD, configuration)
     else:
         tracker = MLflow(
-            _address(config) or (run.path / MLFLOW).as_uri(),
+            address or (run.path / MLFLOW).as_uri(),
             name=run.path.name,
             note=run.path / MLFLOW_NOTE,
             configuration=configuration,
@@ -180,13 +180,16 @@ def curves(
     return Curves(run, tracker, named=f"run.tracker={kind}", console=console)
 
 
-def check_tracker(config: Config, command_line: Sequence[str], *, source: str = "") -> None:
+def check_tracker(config: Config, command_line: Sequence[str], *, source: str = "") -> str:
     """Check that the tracker is installed, and that the run's figures may go where it is.
 
     Args:
         config: The run's.
         command_line: As the person gave it: a host that is not loopback counts from there alone.
         source: Tag of the data, once it is known.
+
+    Returns:
+        The server's address; empty without one.
 
     Raises:
         UserError: if not.
@@ -205,10 +208,10 @@ def check_tracker(config: Config, command_line: Sequence[str], *, source: str = 
             without="set run.tracker to none",
         )
     if not run.tracker_url:
-        return
+        return ""
     endpoint = check_endpoint(run.tracker_url, source=SYNTHETIC, key="run.tracker-url")
     if endpoint.loopback:
-        return
+        return endpoint.url
     if f"run.tracker-url={run.tracker_url}" not in {
         argument.removeprefix("--set=") for argument in command_line
     }:
@@ -226,6 +229,7 @@ def check_tracker(config: Config, command_line: Sequence[str], *, source: str = 
         )
     if source and not handling_of(source).is_open:
         _check_attested(run.tracker_agreement, endpoint)
+    return endpoint.url
 
 
 def with_tracker(begun: RunConfig, now: RunConfig) -> RunConfig:
@@ -249,13 +253,6 @@ def _check_attested(agreement: str, endpoint: Endpoint) -> None:
             allowed="https",
             fix="use the https address of the server",
         )
-
-
-def _address(config: Config) -> str:
-    if not config.run.tracker_url:
-        return ""
-    url = config.run.tracker_url
-    return check_endpoint(url, source=SYNTHETIC, key="run.tracker-url").url
 
 
 def _in_one_line(error: Exception) -> str:

@@ -5,7 +5,6 @@ Each folder has a model card that says what the weights are and how a list is ge
 
 import re
 import shutil
-import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from safetensors.numpy import save
 from client.personal import b_of
 from common.config import Config
 from common.errors import UserError
-from common.files import write_bytes, write_json, write_text
+from common.files import new_folder, write_bytes, write_json, write_text
 from common.model.adapter.falora import Adapter
 from common.model.adapter.layout import adapter_spec, meta_adapter
 from common.model.backbone.llama_config import read_llama_config
@@ -30,6 +29,7 @@ from common.model.backbone.load import (
 )
 from common.rundir import RunDirectory
 from common.tensor_files import Tensors
+from sim.process.open_run import require_same
 from sim.runs.model_card import CARD_TITLE, Format, model_card
 
 CONFIG_FILE = "adapter_config.json"
@@ -97,22 +97,13 @@ def export_run(
     hub_id = _hub_id(backbone, base_model)
     adapter = meta_adapter(backbone, adapter_spec(config.adapter))
     begun = run.inputs()
-    for what, now, before in (
-        ("the backbone", backbone.fingerprint, begun.backbone),
-        ("A", adapter.a_fingerprint, begun.a),
-    ):
-        if before not in ("", now):
-            raise UserError(
-                f"{what} is not what the run was trained with",
-                fix="restore what model.backbone named, and this version's adapter.seed",
-            )
+    require_same("the backbone", backbone.fingerprint, begun.backbone, "model.backbone")
+    require_same("A", adapter.a_fingerprint, begun.a, "adapter.seed")
     tensors = lora_tensors(adapter, b_of(run, loaded, personal))
     card = model_card(
         run, config, backbone, loaded, layout=layout, hub_id=hub_id, personal=personal
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        written = Path(scratch) / folder.name
+    with new_folder(folder) as written:
         written.mkdir()
         if layout == "peft":
             write_json(written / CONFIG_FILE, peft_config(config, hub_id))
@@ -123,7 +114,6 @@ def export_run(
             _write_gguf(written / GGUF_FILE, backbone, tensors, alpha=adapter.spec.alpha)
         write_text(written / CARD_FILE, card)
         shutil.rmtree(folder, ignore_errors=True)
-        written.rename(folder)
     return folder
 
 

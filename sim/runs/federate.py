@@ -132,7 +132,7 @@ class Federation(Kind):
                 from sim.flower.in_process import run_in_process
 
                 run.worker = client.app.worker()
-                run_in_process(config, on_tick=on_tick)
+                run_in_process(config, run.preparation.data.hospitals, on_tick=on_tick)
                 return {}
             progress.phase(PREPARATION, since=run.started)
             with imported_meanwhile(AFTER_TRAINING):

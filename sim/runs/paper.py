@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -15,16 +14,16 @@ from common.evaluation.answers_file import Evaluation
 from common.evaluation.lists import check_lists
 from common.provenance import source_root
 from common.records import Inputs, PaperTable, Record, RunRecord
-from common.rundir import RunDirectory, remove_unbegun
+from common.rundir import RunDirectory
 from sim.answers.evaluate import evaluate_run
 from sim.process.lock import exclusive
 from sim.process.open_run import rank_folder
 from sim.report.run_report import write_report
-from sim.runs.lifecycle import Kind, Run, resume, start
+from sim.runs.lifecycle import Kind, Run, start
 from sim.runs.paper_best import best_config, best_rows, finish_best
 from sim.runs.paper_table import build_table, model_of, show_table, write_table
 from sim.runs.preparation import Preparation
-from sim.runs.single import Single, one_node, single
+from sim.runs.single import one_node, single_inside
 from sim.runs.stages import EVALUATION, REPORT, after_training
 
 RANKS = (16, 32)
@@ -180,24 +179,8 @@ def _table(run: RunDirectory, record: RunRecord) -> PaperTable:
 
 def _finish_rank(run: Run, rank: int) -> None:
     """Train one rank in its own run directory, and answer with each of its checkpoints."""
-    config, console = run.config, run.console
-    folder = run.directory.path / rank_folder(rank)
-    config = replace(
-        config,
-        adapter=replace(config.adapter, rank=rank),
-        run=replace(
-            config.run, directory=str(folder), name=f"{config.run.name}-{rank_folder(rank)}"
-        ),
-    )
-    one = RunDirectory(folder)
-    options: Any = {"console": console, "command_line": run.command_line, "worker": run.worker}
-    if one.record() is None:
-        remove_unbegun(folder)
-        console.rule(f"rank {rank}")
-        single(config, run_dir=folder, inside=True, **options)
-    elif one.status()["state"] != "finished":
-        console.rule(f"rank {rank}, resumed")
-        resume(folder, kinds=(Single,), inside=True, **options)
+    config = replace(run.config, adapter=replace(run.config.adapter, rank=rank))
+    one = single_inside(run, config, rank_folder(rank), f"rank {rank}")
     run.directory.write_status("running", stage=EVALUATION, rank=rank)
     with exclusive(one), after_training(one, "the answers", "fedrx evaluate"):
         _answer_with_checkpoints(one, run)

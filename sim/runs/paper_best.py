@@ -3,19 +3,18 @@
 What was tried, and on whom it was chosen: benchmarks/README.md, "What makes answers better".
 """
 
-from dataclasses import replace
 from typing import Any
 
 from common.config import Config
 from common.configio import Scalar, from_flat
 from common.records import BestRow, Readings
-from common.rundir import RunDirectory, remove_unbegun
+from common.rundir import RunDirectory
 from sim.answers.evaluate import evaluate_run
 from sim.process.lock import exclusive
 from sim.report.run_report import write_report
-from sim.runs.lifecycle import Run, resume
+from sim.runs.lifecycle import Run
 from sim.runs.paper_table import LAST, model_of
-from sim.runs.single import Single, single
+from sim.runs.single import single_inside
 from sim.runs.stages import EVALUATION, after_training
 
 FOLDER = "best"
@@ -46,21 +45,8 @@ def best_config(config: Config) -> Config:
 
 def finish_best(run: Run) -> None:
     """Do what is left: training in a run directory of its own, then both kinds of lists."""
-    folder = run.directory.path / FOLDER
-    config = best_config(run.config)
-    config = replace(
-        config,
-        run=replace(config.run, directory=str(folder), name=f"{config.run.name}-{FOLDER}"),
-    )
-    one = RunDirectory(folder)
-    options: Any = {"console": run.console, "command_line": run.command_line, "worker": run.worker}
-    if one.record() is None:
-        remove_unbegun(folder)
-        run.console.rule("the best settings found here")
-        single(config, run_dir=folder, inside=True, **options)
-    elif one.status()["state"] != "finished":
-        run.console.rule("the best settings found here, resumed")
-        resume(folder, kinds=(Single,), inside=True, **options)
+    title = "the best settings found here"
+    one = single_inside(run, best_config(run.config), FOLDER, title)
     known = _known(run.directory)
     for lists in LISTS:
         if lists not in known:

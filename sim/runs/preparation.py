@@ -19,6 +19,7 @@ from common.records import Inputs
 from common.training.budget import checkpoint_steps, steps_in_all
 from common.training.worker import Worker, destination_of
 from sim.process.early import check_settings
+from sim.report.data_description import sizes_of
 
 BUILT_IN = ("synthetic", "embedded", "tiny")
 """Data and backbones that are no folders, even where a folder has their name."""
@@ -83,17 +84,7 @@ def data_facts(preparation: Preparation) -> Mapping[str, object]:
         "source": table.source,
         "file_hashes": table.file_hashes,
         "counts": {name: value for name, value in table.counts.as_json().items() if name != "age"},
-        "hospitals": [
-            {
-                "name": hospital.name,
-                "patients": hospital.patients,
-                "samples": hospital.samples,
-                "train": len(hospital.train),
-                "validation": len(hospital.validation),
-                "test": len(hospital.test),
-            }
-            for hospital in preparation.data.hospitals
-        ],
+        "hospitals": [sizes_of(hospital) for hospital in preparation.data.hospitals],
     }
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from common.config import Config
 from common.errors import UserError
@@ -12,8 +13,8 @@ from common.privacy.budget.receipts import privacy_lines, privacy_summary
 from common.privacy.settings import delta_warning, is_private, protects, with_calibrated_noise
 from common.provenance import peak_device_bytes, peak_rss_bytes, tensors_sha256, tokens_per_second
 from common.records import Summary
-from common.rundir import SUMMARY, RunDirectory
-from sim.runs.lifecycle import Kind, Run, start
+from common.rundir import SUMMARY, RunDirectory, remove_unbegun
+from sim.runs.lifecycle import Kind, Run, resume, start
 from sim.runs.preparation import Preparation, with_absolute_paths
 from sim.runs.single_training import SingleTraining, scaling
 
@@ -124,3 +125,27 @@ single = partial(start, kind=Single)
 
 A federated run of the same configuration with one hospital ends in the same B.
 """
+
+
+def single_inside(around: Run, config: Config, folder: str, title: str) -> RunDirectory:
+    """Train in a folder of another run, from where an earlier process has left it.
+
+    Args:
+        around: The other run.
+        config: Of the run inside; its place and name are made here.
+        folder: Name below the other run's.
+        title: What a person is told that it is.
+    """
+    path = around.directory.path / folder
+    settings = replace(config.run, directory=str(path), name=f"{config.run.name}-{folder}")
+    options: Any = {"console": around.console, "command_line": around.command_line}
+    options |= {"inside": True, "worker": around.worker}
+    one = RunDirectory(path)
+    if one.record() is None:
+        remove_unbegun(path)
+        around.console.rule(title)
+        single(replace(config, run=settings), run_dir=path, **options)
+    elif one.status()["state"] != "finished":
+        around.console.rule(f"{title}, resumed")
+        resume(path, kinds=(Single,), **options)
+    return one

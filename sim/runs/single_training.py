@@ -116,15 +116,6 @@ class SingleTraining:
         places = {*self.kept.value, *(range(every, total, every) if every else ())}
         return sorted(place for place in places if place > self.state.step)
 
-    def _stretches(self, place: int) -> list[tuple[int, int]]:
-        """Return the rounds of a federation, and their last steps, on the way to a step."""
-        samples, scheme = len(self.hospital.train), self.session.adapter.spec.scheme
-        first = self.state.step
-        found = stretches(
-            self.config, scheme, 0 if self.guard else samples, start=first, stop=place
-        )
-        return list(found)
-
     def _train_to(self, place: int, stop: Stop, meter: Meter) -> None:
         def on_step(report: StepReport) -> None:
             self._log(report)
@@ -134,7 +125,14 @@ class SingleTraining:
         if self.guard:
             self.guard.charge(place, place - self.state.step)
         try:
-            for server_round, stop_at in self._stretches(place):
+            # A round of a federation may train another part of the adapter.
+            for server_round, stop_at in stretches(
+                self.config,
+                self.session.adapter.spec.scheme,
+                0 if self.guard else len(self.hospital.train),
+                start=self.state.step,
+                stop=place,
+            ):
                 self.session.adapter.start_round(server_round)
                 train(
                     self.session,

@@ -61,15 +61,6 @@ class CellJob:
         return DelayedSubmission(self)
 
 
-def require_submitit() -> None:
-    """Check that submitit is installed.
-
-    Raises:
-        UserError: if it is not.
-    """
-    require_extra("submitit", needed_by="--slurm", without="leave --slurm out")
-
-
 def read_options(texts: Sequence[str]) -> dict[str, str]:
     """Return sbatch's options from ``key=value``.
 
@@ -122,7 +113,7 @@ def run_cells(
         what = "--slurm-set without --slurm" if options else "--slurm names no partition"
         raise UserError(what, fix="add --slurm PARTITION")
     read = read_options(options)
-    require_submitit()
+    require_extra("submitit", needed_by="--slurm", without="leave --slurm out")
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     executor, at_once = _executor(folder / JOBS, partition, read)

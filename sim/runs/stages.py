@@ -15,7 +15,8 @@ from common.rundir import SUMMARY, TRAINED, RunDirectory
 from sim.process.failures import StageFailed, described
 
 TRAINING, EVALUATION, REPORT, AUDIT = "training", "evaluation", "report", "audit"
-AFTER_TRAINING = {TRAINED: "the answers", EVALUATION: "the answers", REPORT: "the report"}
+ANSWERS = "the answers"
+AFTER_TRAINING = {TRAINED: ANSWERS, EVALUATION: ANSWERS, REPORT: "the report"}
 """Stages of status.json in which training is done, and what they are about."""
 
 
@@ -103,7 +104,10 @@ def _failure(directory: RunDirectory, error: Exception) -> FedrxError:
         return RunFailed(f"the audit failed: {described(error, directory)}; fix: start it again")
     else:
         what = "training failed"
-    return StageFailed(f"{what}: {described(error, directory)}", command=command)
+    what = f"{what}: {described(error, directory)}"
+    if AFTER_TRAINING.get(stage) == ANSWERS:
+        what += "; they can be made otherwise, with --set evaluation.KEY=VALUE"
+    return StageFailed(what, command=command)
 
 
 def _facts(where: Callable[[], Mapping[str, int]]) -> Mapping[str, int]:

@@ -15,13 +15,13 @@ from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 import client.app
 from common.config import IN_PROCESS, Config
 from common.configio import Scalar, differences, flatten, from_flat, parse_overrides
 from common.errors import UserError
-from common.evaluation.transfer import CONFIDENCE, half_width
+from common.evaluation.metrics import CONFIDENCE
+from common.evaluation.transfer import half_width
 from common.files import write_text
 from common.model.adapter.layout import adapter_spec
 from common.privacy.settings import plan_of, protects
@@ -34,6 +34,7 @@ from sim.process.failures import StageFailed
 from sim.process.lock import exclusive
 from sim.report.comparison import write_sweep_page
 from sim.report.html import Bar, Block, markdown_table
+from sim.report.terminal import show_blocks
 from sim.runs.federate import federate, resolved
 from sim.runs.resume import resume
 from sim.runs.single import one_node, single
@@ -222,8 +223,9 @@ def sweep(
     runs: dict[str, list[RunDirectory]] = {}
     for cell in cells:
         runs.setdefault(cell.arm, []).append(done[cell.folder])
-    page = write_sweep_page(runs, arms_block(rows), folder / "sweep.html")
-    show(console, rows)
+    arms_table = arms_block(rows)
+    page = write_sweep_page(runs, arms_table, folder / "sweep.html")
+    show_blocks(console, [arms_table])
     console.print(f"page: {page}", markup=False, highlight=False)
     return result
 
@@ -339,14 +341,6 @@ def markdown(rows: Sequence[ArmRow]) -> str:
     """Render the table as markdown."""
     table = markdown_table(("arm", "seeds", *FIGURES), [_cells(row) for row in rows])
     return f"{table}\n\n{INTERVALS}\n"
-
-
-def show(console: Console, rows: Sequence[ArmRow]) -> None:
-    """Print the table."""
-    table = Table("arm", "seeds", *FIGURES)
-    for row in rows:
-        table.add_row(*_cells(row))
-    console.print(table)
 
 
 def _cells(row: ArmRow) -> list[str]:

@@ -28,7 +28,7 @@ def summary(common: float, personal: float) -> Summary:
 
 
 @pytest.mark.parametrize("experiment", script.EXPERIMENTS)
-def test_every_experiment_can_be_planned(experiment):
+def test_every_experiment_can_be_planned(experiment, quick_calibration):
     told = script.EXPERIMENTS[experiment]
     config = script.configuration(experiment, "tiny", ["federation.rounds=2"])
     cells = plan_cells(config, arms=told["arms"], seeds=[0, 1], vary=told.get("vary", ()))
@@ -52,6 +52,29 @@ def test_personal_answers_are_compared_with_the_global_b_of_the_same_runs():
     assert beyond["half_width"] == pytest.approx(12.7062 * 0.0707107 / 2**0.5, rel=1e-4)
     assert personal["mb_up"]["mean"] == 2
     assert "loss" not in personal
+
+
+@pytest.mark.parametrize(
+    ("experiment", "best"),
+    [("methods", {"fa-lora": "3e-2"}), ("q-fedavg", {"q-fedavg": "30"})],
+)
+def test_a_value_is_chosen_by_f1_or_by_loss(experiment, best, monkeypatch):
+    """Of runs in which the second value has the lowest loss and the last the highest F1."""
+
+    def runs(cells, folder, processes):
+        assert {cell.seed for cell in cells} == {script.TUNING_SEED}
+        places = {}
+        for cell in cells:
+            arm = cell.arm.partition(" ")[0]
+            place = places[arm] = places.get(arm, -1) + 1
+            told = {"metrics": {"fedrx": {"f1": 0.1 * place}}, "validation_loss": (abs(place - 1),)}
+            yield cell, Summary.read(told, what="a test")
+
+    monkeypatch.setattr(script, "finished", runs)
+    config = script.configuration(experiment, "tiny", [])
+    found = script.tuned(experiment, config, Path("nowhere"), 1)
+    for arm, value in best.items():
+        assert [float(one) for one in found[arm].values()] == [float(value)]
 
 
 def test_hospitals_that_train_alone_answer_for_their_own_admissions():

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+QLORA = "qlora: peft + bitsandbytes, checkpointing"
+LENGTHS = {"full": [40] * 4, "mixed": [40, 22, 14, 8], "half": [40] * 2}
 ROOT = Path(__file__).resolve().parents[2]
 _BARE = """
 import runpy, sys
@@ -42,12 +44,16 @@ def test_every_contestant_takes_every_workload(figures):
     found, printed = figures
     assert found["failed"] == []
     cases = {(case["who"], case["workload"]) for case in found["cases"]}
-    whos = ("ours", "ours, private", "peft", "peft, checkpointing")
-    assert cases == {(who, load) for who in whos for load in ("full", "mixed")}
+    whos = ("ours", "ours, private", "ours, private, one pass", "peft", "peft, checkpointing")
+    half = ("ours, recomputed", "ours, private, nf4", "ours, private, one pass, nf4", QLORA)
+    expected = {(who, load) for who in whos for load in ("full", "mixed")}
+    assert cases == expected | {(who, "half") for who in half}
+    assert [case["who"] for case in found["cases"] if "error" in case] == []
     assert {case["kernels"] for case in found["cases"] if "kernels" in case} == {"torch"}
+    assert {case["weights"] for case in found["cases"] if "weights" in case} == {"bf16", "nf4"}
     for case in found["cases"]:
         assert case["tokens_per_second"] == pytest.approx(sum(case["lengths"]) / case["seconds"])
-        assert case["lengths"] == ([40] * 4 if case["workload"] == "full" else [40, 22, 14, 8])
+        assert case["lengths"] == LENGTHS[case["workload"]]
     assert "tokens/s" in printed
     assert "not measured on a CPU" in printed
 
@@ -59,6 +65,18 @@ def test_exactness_and_agreement_are_measured(figures):
     for one in found["agreement_with_eager"].values():
         assert one["hidden_states"] < 1e-5
         assert 0 < one["gradient"] < 1e-4
+
+
+@pytest.mark.process
+def test_isolation_and_nf4_are_measured(figures):
+    found, _ = figures
+    for weights in ("fp32", "nf4"):
+        one = found[f"isolation, {weights}"]
+        assert one["again"] == 0
+        assert one["apart"] == one["apart, turned"] == 0
+        assert 0 <= one["shared"] < 1e-5
+    assert found["nf4_against_its_values"]["gradient"] < 1e-5
+    assert 0.01 < found["nf4_against_bf16"]["gradient"] < 1
 
 
 @pytest.mark.process

@@ -24,7 +24,7 @@ def small(monkeypatch):
     """The synthetic source with few patients, wherever the script asks for it."""
 
     def load(data):
-        return load_samples(replace(data, synthetic_patients=40))
+        return load_samples(replace(data, synthetic_patients=20))
 
     monkeypatch.setattr(protocols, "load_samples", load)
     return load

@@ -265,9 +265,16 @@ def test_the_suggest_verb_says_what_no_epsilon_covers(answered):
     assert not any(words in one for one in json.loads(plain.stdout)["warnings"])
     assert words in json.loads(own.stdout)["warnings"][0]
     assert words in " ".join(own.stderr.split())
-    refused = CliRunner().invoke(app, [*arguments, "--personal", "west"])
-    assert isinstance(refused.exception, UserError)
-    assert "has no personal adapter of west beside round-00002; allowed" in str(refused.exception)
+    for wrong, what in (
+        (["--personal", "west"], "west beside round-00002"),
+        (
+            ["--personal", "hospital-1", "--checkpoint", "round-00001"],
+            "hospital-1 beside round-00001",
+        ),
+    ):
+        refused = CliRunner().invoke(app, [*arguments, *wrong])
+        assert isinstance(refused.exception, UserError)
+        assert f"has no personal adapter of {what}; allowed: the last" in str(refused.exception)
 
 
 @pytest.mark.parametrize("mode", ["lora", "rolora"])

@@ -27,7 +27,7 @@ def read(folder, text):
 
 def test_a_whole_policy_is_read(tmp_path):
     policy = read(tmp_path, WHOLE)
-    assert (policy.max_epsilon, policy.max_delta, policy.noise_floor) == (3.0, 1e-6, 0.8)
+    assert (policy.max_epsilon, policy.max_delta, policy.min_noise_multiplier) == (3.0, 1e-6, 0.8)
     assert (policy.max_steps, policy.max_rounds) == (500, 20)
     assert policy.allowed_configurations == ("a" * 64,)
     assert policy.allowed_digests == ("b" * 64,)

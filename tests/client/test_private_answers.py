@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from privacy_fixtures import PRIVATE_TINY
 
 import client.private_update
 from client.kept_state import load_state
@@ -19,15 +20,7 @@ from common.training.hospital_data import HospitalData
 from common.wire.contract import Tensors
 
 STEPS = 2
-KEYS: dict[str, Any] = {
-    "model.backbone": "tiny",
-    "train.device": "cpu",
-    "train.dtype": "fp32",
-    "federation.rounds": 4,
-    "federation.local-steps": STEPS,
-    "privacy.noise-multiplier": 1.2,
-    "privacy.sampling-rate": 0.5,
-}
+KEYS = {**PRIVATE_TINY, "federation.rounds": 4, "federation.local-steps": STEPS}
 
 
 class Killed(BaseException):

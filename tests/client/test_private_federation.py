@@ -15,6 +15,7 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
+from privacy_fixtures import PRIVATE_TINY
 
 import client.app
 import client.node
@@ -36,18 +37,14 @@ from server.app import federate
 
 ROUNDS, STEPS = 2, 2
 SETTINGS: dict[str, Any] = {
+    **PRIVATE_TINY,
     "data.path": "synthetic",
     "data.synthetic-patients": 24,
-    "model.backbone": "tiny",
     "adapter.rank": 4,
-    "train.dtype": "fp32",
-    "train.device": "cpu",
     "train.max-length": 512,
     "federation.hospitals": 2,
     "federation.rounds": ROUNDS,
     "federation.local-steps": STEPS,
-    "privacy.noise-multiplier": 1.2,
-    "privacy.sampling-rate": 0.5,
 }
 PUBLIC_SCALARS = {
     *("round", "weight", "steps", "hospital", "of", "a-sha256", "backbone-sha256"),

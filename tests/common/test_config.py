@@ -12,6 +12,7 @@ from common.config import Config
 from common.configio import (
     Change,
     changed_freely,
+    completed_for_flwr,
     config_hash,
     differences,
     flatten,
@@ -19,7 +20,6 @@ from common.configio import (
     known_keys,
     parse_overrides,
     read_config,
-    settled,
     to_toml,
     toml_scalar,
 )
@@ -177,11 +177,14 @@ def test_hash_and_differences_leave_the_run_section_out():
 
 def test_plain_flower_runs_settle_on_one_folder_and_flowers_number_of_nodes(monkeypatch, tmp_path):
     monkeypatch.setenv("FEDRX_RUNS", str(tmp_path))
-    client, server = settled(Config(), run_id=7, nodes=2), settled(Config(), run_id=7)
+    client, server = (
+        completed_for_flwr(Config(), run_id=7, nodes=2),
+        completed_for_flwr(Config(), run_id=7),
+    )
     assert client.run.directory == server.run.directory
     assert client.federation.hospitals == 2
     launched = replace(Config(), run=replace(Config().run, directory="/somewhere"))
-    assert settled(launched, run_id=7, nodes=2) == launched
+    assert completed_for_flwr(launched, run_id=7, nodes=2) == launched
 
 
 def test_every_key_says_what_it_means():

@@ -6,6 +6,7 @@ import pytest
 from pydantic import Field
 
 from common.errors import UserError
+from common.privacy.budget.receipts import ledger_line
 from common.records import Record, RunRecord, Summary
 
 
@@ -79,3 +80,10 @@ def test_a_run_of_before_is_known_by_its_environment(facts, mode, resumable) -> 
     record = RunRecord.of_environment(facts)
     assert (record.mode, record.resumable) == (mode, resumable)
     assert record.ranks == tuple(facts.get("ranks", ()))
+
+
+def test_a_key_is_absent_where_its_value_is_none_and_stays_where_it_is_zero(make_plan):
+    assert "layout" not in RunRecord(mode="single", resumable=True).as_json()
+    line = ledger_line(make_plan(), "hospital-1", 1, 0)
+    assert "least_steps" not in line.as_json()
+    assert line.model_copy(update={"least_steps": 0}).as_json()["least_steps"] == 0

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import shutil
 import stat
 import subprocess
@@ -100,7 +101,14 @@ def test_a_run_is_rerunnable_from_its_configuration(tmp_path):
 def test_a_run_is_for_its_owner_alone(tmp_path):
     run = RunDirectory.create(Config(), directory=tmp_path / "run")
     assert stat.S_IMODE(run.path.stat().st_mode) == 0o700
-    assert stat.S_IMODE((run.path / "config.toml").stat().st_mode) == 0o600
+    before = os.umask(0o022)
+    try:
+        run.metric("train-loss", 1.0, step=1)
+        run.append("wire.jsonl", {"bytes": 1})
+    finally:
+        os.umask(before)
+    for file in ("config.toml", "status.json", "metrics.jsonl", "wire.jsonl"):
+        assert stat.S_IMODE((run.path / file).stat().st_mode) == 0o600, file
 
 
 def test_files_of_the_user_are_never_written_over(tmp_path):

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from common.config import Config
-from common.configio import settled
+from common.configio import completed_for_flwr
 from common.rundir import RunDirectory
 
 
@@ -69,4 +69,4 @@ def test_the_directory_has_the_run_id_as_flower_prints_it(monkeypatch):
     monkeypatch.setenv("FEDRX_RUNS", "/runs")
     ids = {17: "17", 2**64 - 1: "18446744073709551615", -1: "18446744073709551615"}
     for run_id, printed in ids.items():
-        assert settled(Config(), run_id=run_id).run.directory == f"/runs/flwr-{printed}"
+        assert completed_for_flwr(Config(), run_id=run_id).run.directory == f"/runs/flwr-{printed}"

@@ -33,9 +33,6 @@ class EICU(Source):
         del config
         return {table.label: table.path for table in find_tables(folder).values()}
 
-    def read(
-        self, folder: Path, config: DataConfig, *, chunk_rows: int, progress: Progress
-    ) -> Prepared:
+    def read(self, folder: Path, config: DataConfig, *, progress: Progress) -> Prepared:
         """Read, clean and join the tables."""
-        del chunk_rows
         return prepare_tables(folder, drop_flushes=config.drop_flushes, progress=progress)

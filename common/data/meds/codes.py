@@ -14,9 +14,6 @@ from pydantic import Field
 from common.errors import UserError
 from common.records import Record
 
-SEPARATOR = "//"
-"""Between the parts of a code."""
-
 
 class MeasureCode(Record):
     """The code of one body measure, whole, and the unit of its value."""

@@ -9,21 +9,14 @@ from pathlib import Path
 
 import polars as pl
 
-from common.data.cleaning.assemble import (
-    SITE,
-    Book,
-    assemble,
-    items,
-    plausible_age,
-    refuse_orphans,
-)
+from common.data.cleaning.assemble import SITE, Book, assemble, items, plausible_age, refuse_orphans
 from common.data.cleaning.diagnoses import DiagnosisLists
 from common.data.cleaning.measures import CM_PER_INCH, KG_PER_POUND
-from common.data.cleaning.orders import DrugLists, Orders, drug_lists, one_row_per_pair
+from common.data.cleaning.orders import one_row_per_pair
 from common.data.eicu.read import PRIORITIES, SEXES, list_diagnoses, measures_of
 from common.data.meds.codes import Codes
 from common.data.meds.events import read_shards
-from common.data.meds.read import NO_NAME, count_events
+from common.data.meds.read import NO_NAME, count_events, list_drugs
 from common.data.samples import Prepared, Progress
 from common.errors import UserError
 
@@ -66,7 +59,7 @@ def prepare_stays(
     kinds = {kind: pl.concat(parts) for kind, parts in found.items()}
     stays = _stays(kinds, codes, book)
     diagnoses = _diagnoses(kinds["diagnosis"], stays, codes, book)
-    drugs = _drugs(kinds["drug"], rows["drug"], stays, book, drop_flushes)
+    drugs = list_drugs([kinds["drug"]], rows["drug"], stays["hadm_id"], book, drop_flushes)
     measures = measures_of(stays, book)
     return assemble(
         stays.drop(SITE) if stays[SITE].null_count() == stays.height else stays,
@@ -81,9 +74,9 @@ def prepare_stays(
 
 def _stays(kinds: dict[str, pl.DataFrame], codes: Codes, book: Book) -> pl.DataFrame:
     """Return one row per stay; a first birth, sex and measure count, as of the first unit."""
-    first = _first(kinds["admission"], "subject_id")
-    births = _first(kinds["birth"], "subject_id").select("subject_id", birth="time")
-    sexes = _first(kinds["sex"], "subject_id").select("subject_id", sex=_content(codes.sex))
+    first = _first(kinds["admission"])
+    births = _first(kinds["birth"]).select("subject_id", birth="time")
+    sexes = _first(kinds["sex"]).select("subject_id", sex=_content(codes.sex))
     book.read("admissions", kinds["admission"].height)
     book.drop("admissions", {"duplicate": kinds["admission"].height - first.height})
     refuse_orphans(
@@ -101,7 +94,7 @@ def _stays(kinds: dict[str, pl.DataFrame], codes: Codes, book: Book) -> pl.DataF
         factors = {
             code: METRIC[one.unit] for code, one in codes.measures.items() if one.kind == kind
         }
-        own = _first(kinds["measure"].filter(pl.col("code").is_in(list(factors))), "subject_id")
+        own = _first(kinds["measure"].filter(pl.col("code").is_in(list(factors))))
         number = pl.col("text").str.strip_chars().cast(pl.Float64, strict=False)
         factor = pl.col("code").replace_strict(factors, default=None, return_dtype=pl.Float64)
         value = (number * factor).cast(pl.String).alias(f"admission{kind}")
@@ -142,20 +135,9 @@ def _orders(events: pl.DataFrame, codes: Codes) -> pl.DataFrame:
     )
 
 
-def _drugs(
-    pairs: pl.DataFrame, number: int, stays: pl.DataFrame, book: Book, drop_flushes: bool
-) -> DrugLists:
-    book.drug_type = {"MAIN": number}
-    orders = Orders(pairs=pairs, drug_type=book.drug_type, rows=number)
-    lists = drug_lists(orders, stays["hadm_id"], drop_flushes=drop_flushes)
-    refuse_orphans("drugs", lists.dropped["unknown_admission"], number, "an admission")
-    book.add("drugs", number, lists.dropped, items(lists.lists["drugs"]))
-    return lists
-
-
-def _first(events: pl.DataFrame, *keys: str) -> pl.DataFrame:
+def _first(events: pl.DataFrame) -> pl.DataFrame:
     return events.sort("time", maintain_order=True, nulls_last=True).unique(
-        keys, keep="first", maintain_order=True
+        "subject_id", keep="first", maintain_order=True
     )
 
 

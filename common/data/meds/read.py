@@ -20,7 +20,7 @@ from common.data.cleaning.assemble import (
 )
 from common.data.cleaning.diagnoses import DiagnosisLists, diagnosis_lists, match_titles
 from common.data.cleaning.measures import CM_PER_INCH, KG_PER_POUND, Measures, clean_measures
-from common.data.cleaning.orders import Orders, divided, drug_lists, one_row_per_pair
+from common.data.cleaning.orders import DrugLists, Orders, divided, drug_lists, one_row_per_pair
 from common.data.cleaning.protocols import Extra, clock
 from common.data.meds.codes import Codes
 from common.data.meds.events import find_shards, read_shards, read_titles, split_code
@@ -192,13 +192,7 @@ def _join(
     known = stays["hadm_id"]
     diagnoses = _diagnoses(parts, titles, known, book, codes)
     measures = _measures(parts, codes, book)
-    orders = Orders(
-        pairs=pl.concat(parts.orders), drug_type={"MAIN": rows["drug"]}, rows=rows["drug"]
-    )
-    book.drug_type = dict(orders.drug_type)
-    drugs = drug_lists(orders, known, drop_flushes=drop_flushes)
-    refuse_orphans("drugs", drugs.dropped["unknown_admission"], rows["drug"], "an admission")
-    book.add("drugs", rows["drug"], drugs.dropped, drugs.listed)
+    drugs = list_drugs(parts.orders, rows["drug"], known, book, drop_flushes)
     for kind, found in parts.attributes.items():
         stays = stays.join(_first(pl.concat(found), kind, known, book), on="hadm_id", how="left")
     if not stays[SITE].drop_nulls().len():
@@ -213,6 +207,18 @@ def _join(
         null_spelled={},
         extra=extra,
     )
+
+
+def list_drugs(
+    orders: list[pl.DataFrame], rows: int, known: pl.Series, book: Book, drop_flushes: bool
+) -> DrugLists:
+    """List each admission's drugs, from orders reduced shard by shard, and count their rows."""
+    book.drug_type = {"MAIN": rows}
+    reduced = Orders(pairs=pl.concat(orders), drug_type=book.drug_type, rows=rows)
+    drugs = drug_lists(reduced, known, drop_flushes=drop_flushes)
+    refuse_orphans("drugs", drugs.dropped["unknown_admission"], rows, "an admission")
+    book.add("drugs", rows, drugs.dropped, drugs.listed)
+    return drugs
 
 
 def count_events(rows: Mapping[str, int], codes: Codes, folder: Path, book: Book) -> None:

@@ -36,11 +36,8 @@ class Meds(Source):
             files["data.meds-codes"] = Path(config.meds_codes).expanduser()
         return files
 
-    def read(
-        self, folder: Path, config: DataConfig, *, chunk_rows: int, progress: Progress
-    ) -> Prepared:
+    def read(self, folder: Path, config: DataConfig, *, progress: Progress) -> Prepared:
         """Read, clean and join the events."""
-        del chunk_rows
         codes = _codes(folder, config)
         if codes.extraction == EICU.extraction:
             if config.protocol != ADMISSION:

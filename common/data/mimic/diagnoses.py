@@ -94,11 +94,11 @@ def _refuse_lost_zeros(codes: pl.DataFrame, titles: pl.DataFrame, table: Table) 
         ).join(titles, on=KEY, how="semi")
         for zeros in range(1, _LONGEST_ICD9)
     ]
-    lost = int(pl.concat(padded).unique("short")["rows"].sum())
+    shortened = int(pl.concat(padded).unique("short")["rows"].sum())
     intact = codes.filter(pl.col("icd_code").str.starts_with("0") & pl.col("title").is_not_null())
-    if lost > int(intact["rows"].sum()):
+    if shortened > int(intact["rows"].sum()):
         raise UserError(
-            f"{table.label}: {lost} rows match no title because column icd_code lost its "
+            f"{table.label}: {shortened} rows match no title because column icd_code lost its "
             "leading zeros",
             allowed="codes as text",
             fix="fetch the original file; read icd_code as text, not as a number",

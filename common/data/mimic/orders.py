@@ -58,7 +58,7 @@ def read_orders(
     )
     kinds: Counter[str] = Counter()
     parts: list[pl.DataFrame] = []
-    rows = lost = unnumbered = 0
+    rows = timeless = unnumbered = 0
     with reading(table.label):
         for batch in lines.collect_batches(
             chunk_size=chunk_rows, maintain_order=False, engine="streaming"
@@ -73,7 +73,7 @@ def read_orders(
             stays, bad = mend(table, batch["hadm_id"], batch["number"], was_float)
             unnumbered += bad
             starts, bad = mend_times(table, batch["starttime"], batch["start"])
-            lost += bad
+            timeless += bad
             main = batch.with_columns(hadm_id=stays, start=starts)
             wanted = main.filter(pl.col("drug_type") == "MAIN")
             parts.append(one_row_per_pair(divided(wanted, clock)))
@@ -82,6 +82,6 @@ def read_orders(
     require_rows(table, rows)
     if unnumbered:
         raise bad_numbers(table, "hadm_id", unnumbered)
-    if lost:
-        raise bad_times(table, "starttime", lost)
+    if timeless:
+        raise bad_times(table, "starttime", timeless)
     return Orders(pairs=pl.concat(parts), drug_type=kinds, rows=rows)

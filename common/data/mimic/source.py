@@ -98,14 +98,11 @@ class MimicIV(Source):
             return SYNTHETIC
         return CREDENTIALED
 
-    def read(
-        self, folder: Path, config: DataConfig, *, chunk_rows: int, progress: Progress
-    ) -> Prepared:
+    def read(self, folder: Path, config: DataConfig, *, progress: Progress) -> Prepared:
         """Read, clean and join the tables."""
         return prepare_tables(
             folder,
             drop_flushes=config.drop_flushes,
-            chunk_rows=chunk_rows,
             progress=progress,
             protocol=config.protocol,
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from common.config import JudgeConfig
 from common.evaluation.judge.cache import Exchanges
 
 _TEMPLATE_TOKENS = 16
@@ -16,20 +17,15 @@ _BYTES_PER_TOKEN = 3.5
 """Usual for English text with drug names; only for estimates."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prices:
-    """USD per million tokens."""
+def cost_usd(config: JudgeConfig, input_tokens: float, output_tokens: float) -> float:
+    """Return the price of one or many calls, in USD.
 
-    input_usd: float
-    output_usd: float
-
-    def cost_usd(self, input_tokens: float, output_tokens: float) -> float:
-        """Return the price of one or many calls.
-
-        >>> Prices(input_usd=2.0, output_usd=8.0).cost_usd(500_000, 250_000)
-        3.0
-        """
-        return (input_tokens * self.input_usd + output_tokens * self.output_usd) / 1e6
+    >>> prices = JudgeConfig(input_usd_per_million=2.0, output_usd_per_million=8.0)
+    >>> cost_usd(prices, 500_000, 250_000)
+    3.0
+    """
+    millions = input_tokens * config.input_usd_per_million
+    return (millions + output_tokens * config.output_usd_per_million) / 1e6
 
 
 def input_bound_tokens(body: Mapping[str, Any]) -> int:
@@ -67,14 +63,12 @@ class Meter:
     """Keeps spending and everything in flight, at its worst, within a limit.
 
     Args:
-        prices: USD per million tokens.
-        limit_usd: 0 for none.
+        config: Prices and limit.
         spent_usd: What earlier sessions spent on the same run.
     """
 
-    def __init__(self, prices: Prices, *, limit_usd: float, spent_usd: float) -> None:
-        self._prices, self._limit_usd = prices, limit_usd
-        self.spent_usd = spent_usd
+    def __init__(self, config: JudgeConfig, *, spent_usd: float) -> None:
+        self._config, self.spent_usd = config, spent_usd
         self._in_flight_usd: list[float] = []
         self._changed = asyncio.Condition()
 
@@ -88,7 +82,7 @@ class Meter:
             CostLimit: If nothing is in flight, and the call could still pass the limit.
         """
         charge = Charge(input_bound_tokens(body), output_bound)
-        worst_usd = self._prices.cost_usd(charge.input_tokens, charge.output_tokens)
+        worst_usd = cost_usd(self._config, charge.input_tokens, charge.output_tokens)
         async with self._changed:
             while not self._fits(worst_usd):
                 if not self._in_flight_usd:
@@ -99,17 +93,17 @@ class Meter:
             yield charge
         finally:
             if charge.due:
-                self.spent_usd += self._prices.cost_usd(charge.input_tokens, charge.output_tokens)
+                self.spent_usd += cost_usd(self._config, charge.input_tokens, charge.output_tokens)
             self._in_flight_usd.remove(worst_usd)
             async with self._changed:
                 self._changed.notify_all()
 
     def _fits(self, more_usd: float) -> bool:
         total = self.spent_usd + sum(self._in_flight_usd) + more_usd
-        return not self._limit_usd or total <= self._limit_usd
+        return not self._config.max_cost_usd or total <= self._config.max_cost_usd
 
 
-def usage(made: Exchanges, prices: Prices) -> dict[str, Any]:
+def usage(made: Exchanges, config: JudgeConfig) -> dict[str, float]:
     """Return what all judging of a run has taken so far, over all invocations."""
     calls = made.by_key.values()
     input_tokens = sum(exchange.input_tokens for exchange in calls)
@@ -123,7 +117,7 @@ def usage(made: Exchanges, prices: Prices) -> dict[str, Any]:
         "calls_without_usage": sum(not exchange.counted for exchange in calls),
         "lost_input_tokens_at_most": lost_input_tokens,
         "lost_output_tokens_at_most": lost_output_tokens,
-        "cost_usd": prices.cost_usd(
-            input_tokens + lost_input_tokens, output_tokens + lost_output_tokens
+        "cost_usd": cost_usd(
+            config, input_tokens + lost_input_tokens, output_tokens + lost_output_tokens
         ),
     }

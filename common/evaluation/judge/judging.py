@@ -67,11 +67,9 @@ def judge_run(
     if plan.endpoint.statement:
         _keep_statement(run, plan, plan.endpoint.statement)
     beside = _judged_before(run, plan)
-    prices = plan.prices
     exchanges = Exchanges(run.path / EXCHANGES)
-    before = usage(exchanges, prices)
-    limit = plan.config.max_cost_usd
-    meter = Meter(prices, limit_usd=limit, spent_usd=before["cost_usd"])
+    before = usage(exchanges, plan.config)
+    meter = Meter(plan.config, spent_usd=before["cost_usd"])
     client = JudgeClient(
         plan.endpoint, plan.config, api_key=api_key, meter=meter, exchanges=exchanges
     )
@@ -81,7 +79,7 @@ def judge_run(
     finally:
         judgements = [work.done.get(place, task) for place, task in enumerate(plan.tasks)]
         together = [*beside, *judgements]
-        after = usage(exchanges, prices)
+        after = usage(exchanges, plan.config)
         result = summarise(plan, together, seed=seed) | {
             "served_by": sorted({one.served_by for one in exchanges.by_key.values()}),
             "usage": {key: after[key] for key in after if key != "cost_usd"},
@@ -101,9 +99,9 @@ def judge_run(
         raise work.stopped
     if work.limit_reached:
         raise RunFailed(
-            f"judging stopped at judge.max-cost-usd={limit:g}: {len(work.done)} of "
-            f"{len(plan.tasks)} judgements are done; raise the limit and run the same command, it "
-            "goes on from there"
+            f"judging stopped at judge.max-cost-usd={plan.config.max_cost_usd:g}: "
+            f"{len(work.done)} of {len(plan.tasks)} judgements are done; raise the limit and run "
+            "the same command, it goes on from there"
         )
     return result
 
@@ -210,8 +208,8 @@ class _Judging:
             return read_verdicts(exchange.text, self.plan.lists[task.case, task.model].drugs)
         except ReplyProblem as problem:
             if exchange.cut:
-                kind, told = "cut", "it was cut off; keep the reasons shorter"
-                raise ReplyProblem(kind, told) from problem
+                detail = "it was cut off; keep the reasons shorter"
+                raise ReplyProblem("cut", detail) from problem
             raise
 
     async def _exchange(self, task: Judgement, asked: Sequence[Mapping[str, str]]) -> Exchange:

@@ -14,7 +14,7 @@ from common.config import JudgeConfig
 from common.errors import UserError
 from common.evaluation.answers_file import Patient, Prediction, read_answers
 from common.evaluation.judge.cache import Exchanges, exchange_key
-from common.evaluation.judge.cost import Prices, estimated_tokens, usage
+from common.evaluation.judge.cost import cost_usd, estimated_tokens, usage
 from common.evaluation.judge.dialect import dialects
 from common.evaluation.judge.gate import Endpoint, Statement, check_endpoint, source_of_run
 from common.evaluation.judge.rubric import Verdict, distinct_drugs, messages
@@ -134,14 +134,6 @@ class JudgePlan:
         bodies = (dialect.body(task.judge, asked, self.config) for dialect in dialects(self.config))
         return [exchange_key(self.endpoint.named, body, task.repeat) for body in bodies]
 
-    @property
-    def prices(self) -> Prices:
-        """The configured prices."""
-        return Prices(
-            input_usd=self.config.input_usd_per_million,
-            output_usd=self.config.output_usd_per_million,
-        )
-
 
 def plan_judging(
     run: RunDirectory,
@@ -228,10 +220,10 @@ def read_judgements(run: RunDirectory) -> list[Judgement]:
 
     An evaluation of other answers takes the judgement out of the summary.
     """
-    told = run.read_json("summary.json").get("judge")
-    if told is None:
+    judged = run.read_json("summary.json").get("judge")
+    if judged is None:
         return []
-    lines = [{"server": told.get("server", ""), **line} for line in run.lines("judge.jsonl")]
+    lines = [{"server": judged.get("server", ""), **line} for line in run.lines("judge.jsonl")]
     return [
         Judgement.read(line, what=f"judge.jsonl, line {number}")
         for number, line in enumerate(lines, start=1)
@@ -258,7 +250,6 @@ def estimate(run: RunDirectory, plan: JudgePlan) -> dict[str, Any]:
         input_tokens += estimated_tokens(sum(len(m["content"].encode()) for m in asked))
         names = sum(len(drug.encode()) for drug in drugs)
         output_tokens += estimated_tokens(names) + _VERDICT_TOKENS * len(drugs)
-    prices = plan.prices
     most_output = 2 * len(calls) * plan.config.max_output_tokens
     most_input = 2 * ceil(3.5 * input_tokens) + most_output
     return {
@@ -268,9 +259,9 @@ def estimate(run: RunDirectory, plan: JudgePlan) -> dict[str, Any]:
         "cached": len(plan.tasks) - len(calls),
         "input_tokens": input_tokens,
         "output_tokens": output_tokens,
-        "cost_usd": round(prices.cost_usd(input_tokens, output_tokens), 6),
-        "most_usd": round(prices.cost_usd(most_input, most_output), 6),
-        "spent_usd": round(usage(made, prices)["cost_usd"], 6),
+        "cost_usd": round(cost_usd(plan.config, input_tokens, output_tokens), 6),
+        "most_usd": round(cost_usd(plan.config, most_input, most_output), 6),
+        "spent_usd": round(usage(made, plan.config)["cost_usd"], 6),
         "max_cost_usd": plan.config.max_cost_usd,
         "server": plan.endpoint.named,
         "source": plan.source,

@@ -8,6 +8,7 @@ Shapes: T packed tokens, D input width, O output width, R rank, P trainable para
 S packed segments, U units (rows of a unit-gradient buffer).
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -150,7 +151,12 @@ class Adapter:
 
     @contextmanager
     def unit_gradients(
-        self, cu_seqlens: Sequence[int], rows: Sequence[int], out_UP: Tensor
+        self,
+        cu_seqlens: Sequence[int],
+        rows: Sequence[int],
+        out_UP: Tensor,
+        *,
+        state_bounds: Sequence[int] = (),
     ) -> Iterator[None]:
         """Send the gradients of backward passes inside the block to one row per unit.
 
@@ -164,6 +170,8 @@ class Adapter:
             cu_seqlens: S + 1 token offsets, from 0 to T.
             rows: S row numbers below U.
             out_UP: [U, P] fp32, in the order of ``flat``.
+            state_bounds: The segments' offsets among the tokens before labels, where the last
+                layer goes on with these alone.
 
         Raises:
             ValueError: If the shapes do not fit together.
@@ -171,7 +179,11 @@ class Adapter:
         fits = out_UP.dtype == torch.float32 and out_UP.shape[1:] == self.flat.shape
         if not fits or len(rows) + 1 != len(cu_seqlens):
             raise ValueError("unit gradients need [U, P] fp32 and one row per segment")
-        self.capture = UnitCapture(bounds=tuple(cu_seqlens), rows=tuple(rows), out_UP=out_UP)
+        self.capture = UnitCapture(
+            bounds=(tuple(cu_seqlens), tuple(state_bounds or cu_seqlens)),
+            rows=tuple(rows),
+            out_UP=out_UP,
+        )
         try:
             yield
         finally:
@@ -182,10 +194,11 @@ class Adapter:
     ) -> None:
         """Add every segment's ``s * left^T right`` to its unit's row (backward pass only)."""
         shape, where = self.shapes[key], self.slices[key]
-        if capture.bounds[-1] != left_TM.shape[0]:
+        fitting = [bounds for bounds in capture.bounds if bounds[-1] == left_TM.shape[0]]
+        if not fitting:
             raise ValueError("the packed batch and cu_seqlens differ in length")
-        bounds = zip(capture.bounds, capture.bounds[1:], capture.rows, strict=False)
-        for start, stop, row in bounds:
+        pairs = itertools.pairwise(fitting[0])
+        for (start, stop), row in zip(pairs, capture.rows, strict=True):
             product_MN = (left_TM[start:stop].T @ right_TN[start:stop]).float()
             capture.out_UP[row, where].view(shape).add_(product_MN, alpha=self.spec.scale)
 

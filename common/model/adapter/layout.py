@@ -83,17 +83,13 @@ def adapter_layout(backbone: "BackboneSpec", spec: AdapterSpec) -> AdapterLayout
 
 def meta_adapter(backbone: "BackboneSpec", spec: AdapterSpec) -> "Adapter":
     """Attach the adapter to the backbone's shape on the meta device; its A can be drawn."""
-    import torch
-    from transformers import LlamaForCausalLM
-
     from common.model.adapter.falora import attach
     from common.model.backbone.llama_config import read_llama_config
+    from common.model.backbone.skeleton import shaped_like
     from common.model.backbone.tiny import tiny_config
 
     if backbone.folder is None:
         config = tiny_config()
     else:
         config = read_llama_config(backbone.folder, backbone.name)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    return attach(model, spec)
+    return attach(shaped_like(config), spec)

@@ -26,13 +26,15 @@ from common.model.kernels.frozen import (
     products,
     shared_input,
 )
+from common.model.kernels.rows import Parts, add_product, product
 
 
 @dataclass(kw_only=True)
 class UnitCapture:
     """Where the running backward pass puts each segment's gradient."""
 
-    bounds: tuple[int, ...]
+    bounds: tuple[tuple[int, ...], tuple[int, ...]]
+    """The segments' offsets among all tokens, and among those before labels."""
     rows: tuple[int, ...]
     out_UP: Tensor
 
@@ -68,7 +70,7 @@ class AdaptedLinear(nn.Module):
         """Return this projection alone, [..., O]; the name is the ``nn.Linear``'s."""
         if self.merged_OD is not None:
             return functional.linear(input, self.merged_OD, self.bias)
-        output: Tensor = _adapted(input, (self,), (), self.lora_A, self.lora_B)[0]
+        output: Tensor = _adapted(input, (self,), (), None, self.lora_A, self.lora_B)[0]
         return output
 
 
@@ -91,15 +93,20 @@ class Projections:
             for module, a_RD in zip(self.adapted, parts, strict=True):
                 module.lora_A = a_RD
 
-    def __call__(self, x_TD: Tensor) -> list[Tensor]:
-        """Return every module's output, each [T, O]."""
+    def __call__(self, x_TD: Tensor, parts: Parts = None) -> list[Tensor]:
+        """Return every module's output, each [T, O].
+
+        Args:
+            x_TD: The input that all read.
+            parts: Rows with products of their own (`common.model.kernels.rows`).
+        """
         if any(one.merged_OD is not None for one in self.adapted):
             return [module(x_TD) for module in self.modules]
         outputs: dict[nn.Module, Tensor] = {}
-        if one_node(x_TD):
+        if one_node(x_TD) or parts is not None:
             if not self.adapted:
-                return list(shared_input(x_TD, self.modules))
-            outputs |= self._adapted_outputs(x_TD, self.frozen)
+                return list(shared_input(x_TD, self.modules, parts))
+            outputs |= self._adapted_outputs(x_TD, self.frozen, parts)
         for module in self.modules:
             if module not in outputs and isinstance(module, AdaptedLinear):
                 outputs |= self._adapted_outputs(x_TD, ())
@@ -108,11 +115,11 @@ class Projections:
         return [outputs[module] for module in self.modules]
 
     def _adapted_outputs(
-        self, x_TD: Tensor, beside: tuple[nn.Module, ...]
+        self, x_TD: Tensor, beside: tuple[nn.Module, ...], parts: Parts = None
     ) -> dict[nn.Module, Tensor]:
         modules = tuple(self.adapted)
         a_GD = torch.cat([one.lora_A for one in modules]) if self._a_GD is None else self._a_GD
-        outputs = _adapted(x_TD, modules, beside, a_GD, *(one.lora_B for one in modules))
+        outputs = _adapted(x_TD, modules, beside, parts, a_GD, *(one.lora_B for one in modules))
         return dict(zip((*modules, *beside), outputs, strict=True))
 
 
@@ -134,20 +141,21 @@ class _AdaptedFunction(torch.autograd.Function):
         x: Tensor,
         modules: tuple[AdaptedLinear, ...],
         beside: tuple[nn.Module, ...],
+        parts: Parts,
         a_GD: Tensor,
         *bs: Tensor,
     ) -> Any:
         x_TD = x.reshape(-1, x.shape[-1])
-        z_TG = x_TD @ a_GD.to(x.dtype).T
+        z_TG = product(x_TD, a_GD.to(x.dtype).T, parts)
         maps: tuple[Any, ...] = (*modules, *beside)
         # The weights are the modules' own, and frozen: nothing can change them in between.
         ctx.weights = [one.weight for one in maps]
-        y_TOs = products(x_TD, ctx.weights, [one.bias for one in maps])
+        y_TOs = products(x_TD, ctx.weights, [one.bias for one in maps], parts)
         scale = modules[0].adapter.spec.scale
         for y_TO, b_OR, z_TR in zip(y_TOs, bs, z_TG.chunk(len(bs), 1), strict=False):
-            y_TO.addmm_(z_TR, b_OR.to(x.dtype).T, alpha=scale)
-        ctx.modules, ctx.shape = modules, x.shape
-        ctx.a_trained, ctx.b_trained = ctx.needs_input_grad[3], any(ctx.needs_input_grad[4:])
+            add_product(y_TO, z_TR, b_OR.to(x.dtype).T, parts, scale)
+        ctx.modules, ctx.shape, ctx.parts = modules, x.shape, parts
+        ctx.a_trained, ctx.b_trained = ctx.needs_input_grad[4], any(ctx.needs_input_grad[5:])
         kept = z_TG if ctx.b_trained else None, x_TD if ctx.a_trained else None
         ctx.save_for_backward(*kept, a_GD, *bs)
         return tuple(y_TO.view(*x.shape[:-1], -1) for y_TO in y_TOs)
@@ -160,22 +168,24 @@ class _AdaptedFunction(torch.autograd.Function):
         d_x: Any = None
         low_TG: Any = None
         if ctx.needs_input_grad[0] or ctx.a_trained:
-            low_TRs = [g @ b_OR.to(g.dtype) for g, b_OR in zip(g_TOs, bs, strict=False)]
+            low_TRs = [
+                product(g, b_OR.to(g.dtype), ctx.parts) for g, b_OR in zip(g_TOs, bs, strict=False)
+            ]
             low_TG = torch.cat(low_TRs, 1)
         if ctx.needs_input_grad[0]:
-            d_x = input_gradient(list(zip(g_TOs, ctx.weights, strict=True)))
-            d_x.addmm_(low_TG, a_GD.to(d_x.dtype), alpha=adapter.spec.scale)
+            d_x = input_gradient(list(zip(g_TOs, ctx.weights, strict=True)), ctx.parts)
+            add_product(d_x, low_TG, a_GD.to(d_x.dtype), ctx.parts, adapter.spec.scale)
             d_x = d_x.view(ctx.shape)
         if adapter.capture is not None:
             _add_units(adapter, adapter.capture, ctx.modules, g_TOs, z_TG, low_TG, x_TD)
-            return (d_x, *[None] * (3 + len(bs)))
+            return (d_x, *[None] * (4 + len(bs)))
         d_a, d_bs, scale = None, [None] * len(bs), adapter.spec.scale
         if ctx.a_trained:
             d_a = (low_TG.T @ x_TD).float().mul_(scale)
         if ctx.b_trained:
             pairs = zip(g_TOs, z_TG.chunk(len(bs), 1), strict=False)
             d_bs = [(g_TO.T @ z_TR).float().mul_(scale) for g_TO, z_TR in pairs]
-        return d_x, None, None, d_a, *d_bs
+        return d_x, None, None, None, d_a, *d_bs
 
 
 # torch's stubs leave Function.apply untyped.

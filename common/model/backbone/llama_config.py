@@ -5,9 +5,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from common.errors import UserError
+from common.model.backbone.skeleton import shaped_like
 from common.model.backbone.weights import quantised
 from common.model.kernels import rope
 
@@ -121,11 +120,8 @@ def tensors_of(config: "LlamaConfig", name: str) -> tuple[dict[str, tuple[int, .
     Raises:
         UserError: If no Llama can be built from the configuration.
     """
-    from transformers import LlamaForCausalLM
-
     try:
-        with torch.device("meta"):
-            model = LlamaForCausalLM(config)
+        model = shaped_like(config)
     except Exception as error:
         raise _unusable(name, error) from None
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}

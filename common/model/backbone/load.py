@@ -137,6 +137,8 @@ def resolve_backbone(
         check_weights(folder, name, expected, optional=optional)
         tokenizer = read_tokenizer(folder, name, vocabulary=config.vocab_size)
         ends = _end_tokens(folder / "generation_config.json")
+        if destination:
+            _llama()  # what will hold the weights is imported while they come
         return BackboneSpec(
             name=name,
             folder=folder,
@@ -172,8 +174,6 @@ def load_model(
     """
     if spec.folder is None:
         return tiny.tiny_model().to(device=device, dtype=dtype).requires_grad_(False)
-    from transformers import LlamaForCausalLM
-
     destination = Destination(device=device, dtype=dtype)
     tensors = spec.held.take(destination) if spec.held else {}
     if device.type != "cpu" and not tensors:
@@ -185,7 +185,7 @@ def load_model(
         model = _assembled(spec.folder, tensors, destination)
     else:
         with without_progress_bars():
-            model = LlamaForCausalLM.from_pretrained(
+            model = _llama().from_pretrained(
                 spec.folder,
                 dtype=dtype,
                 local_files_only=True,
@@ -200,11 +200,11 @@ def _assembled(
     folder: Path, tensors: dict[str, Tensor], destination: Destination
 ) -> "LlamaForCausalLM":
     """Put tensors into the model of a folder's configuration; no other copy of them is made."""
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import GenerationConfig, LlamaConfig
 
     config = LlamaConfig.from_pretrained(folder, dtype=destination.dtype)
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = _llama()(config)
     # check_weights has held the names against the model's: what is missing is a tied head, and
     # what is left over are an old Llama's rotary frequencies.
     model.load_state_dict(tensors, strict=False, assign=True)
@@ -214,6 +214,13 @@ def _assembled(
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
+
+
+def _llama() -> "type[LlamaForCausalLM]":
+    """Import the model's class: half of all that a process imports."""
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM
 
 
 @contextmanager

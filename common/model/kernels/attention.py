@@ -30,6 +30,7 @@ from common.choice import (
 from common.errors import UserError
 from common.model.kernels import attention_cuda
 from common.model.kernels.attention_cpu import packed_attention
+from common.model.kernels.rows import Parts
 from common.provenance import pip_install
 
 if TYPE_CHECKING:
@@ -51,17 +52,46 @@ class Packing:
     """The same as int32 on the device."""
     longest: int
     kernel: str
+    segments: tuple["Packing", ...] = ()
+    """Each segment as a batch of its own, where a segment's bits must not depend on others."""
+    rows: Parts = None
+    """Then also the rows that have products of their own (`common.model.kernels.rows`)."""
+    rows_at: Parts = None
+    """The same of the tokens before labels, once each."""
 
     @classmethod
-    def of(cls, batch: "PackedBatch", kernel: str, device: torch.device) -> "Packing":
-        """Describe one batch; the offsets are moved to the device once."""
+    def of(
+        cls, batch: "PackedBatch", kernel: str, device: torch.device, *, apart: bool = False
+    ) -> "Packing":
+        """Describe one batch; the offsets are moved to the device once.
+
+        Args:
+            batch: The batch.
+            kernel: One of ``KERNELS``.
+            device: Where the backbone is.
+            apart: Compute each segment by the same calls as if it were alone.
+        """
         bounds = batch.cu_seqlens
+        lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
         return cls(
             bounds=bounds,
-            bounds_device=torch.tensor(bounds, dtype=torch.int32).to(device),
-            longest=max(stop - start for start, stop in itertools.pairwise(bounds)),
+            bounds_device=_offsets(bounds, device),
+            longest=max(lengths),
             kernel=kernel,
+            segments=tuple(_one(length, kernel, device) for length in lengths) if apart else (),
+            rows=bounds if apart else None,
+            rows_at=batch.state_bounds if apart else None,
         )
+
+
+def _one(length: int, kernel: str, device: torch.device) -> Packing:
+    bounds = (0, length)
+    offsets = _offsets(bounds, device)
+    return Packing(bounds=bounds, bounds_device=offsets, longest=length, kernel=kernel)
+
+
+def _offsets(bounds: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(bounds, dtype=torch.int32).to(device)
 
 
 def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -> Choice[str]:
@@ -126,7 +156,13 @@ def obstacle(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def attend(q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scaling: float, packing: Packing) -> Tensor:
     """Attend causally within each segment, on the chosen kernel; returns [T, H, E]."""
-    return _KERNEL_FUNCTIONS[packing.kernel](q_THE, k_TGE, v_TGE, scaling, packing)
+    call = _KERNEL_FUNCTIONS[packing.kernel]
+    if len(packing.segments) < 2:
+        return call(q_THE, k_TGE, v_TGE, scaling, packing)
+    sizes = [one.longest for one in packing.segments]
+    parts = (torch.split(t, sizes) for t in (q_THE, k_TGE, v_TGE))
+    each = zip(*parts, packing.segments, strict=True)
+    return torch.cat([call(q, k, v, scaling, one) for q, k, v, one in each])
 
 
 def _attention_forward(

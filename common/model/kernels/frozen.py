@@ -10,18 +10,19 @@ which is then one in the backbone's own arithmetic.
 Shapes: T packed tokens, D input width, O output width.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from common.choice import Choice
 from common.errors import UserError
 from common.model.kernels.elementwise import Kernels
 from common.model.kernels.nf4 import Nf4Weight, nf4_obstacle
+from common.model.kernels.rows import Parts, add_product, product
 from common.provenance import pip_install
 from common.undocumented.torch_names import scaled_mm
 
@@ -50,67 +51,82 @@ class Fp8Weight:
         """Return it in fp32, as it is used."""
         return self.values_OD.float() * self.scales_O1
 
-    def product(self, x_values: Tensor, x_scales: Tensor, dtype: torch.dtype) -> Tensor:
+    def product(
+        self, x_values: Tensor, x_scales: Tensor, dtype: torch.dtype, parts: Parts = None
+    ) -> Tensor:
         """Return ``x W^T``, [T, O], of a quantised ``x``."""
-        return _scaled(x_values, x_scales, self.values_OD, self.scales_O1, dtype)
+        return _scaled(x_values, x_scales, self.values_OD, self.scales_O1, dtype, parts)
 
-    def gradient(self, g_TO: Tensor) -> Tensor:
+    def gradient(self, g_TO: Tensor, parts: Parts = None) -> Tensor:
         """Return ``g W``, [T, D]: the weight's scales go to ``g`` before it is quantised."""
         g_values, g_scales = self.kernels.quantise(g_TO, self.scales_O1.view(-1))
         # The product wants both operands along the summed dimension; one copy of the weight is
         # turned when it is needed, where a second one would cost as much memory as it saved.
         turned_DO = self.kernels.transpose(self.values_OD)
         ones_D1 = torch.ones(len(turned_DO), 1, dtype=torch.float32, device=g_TO.device)
-        return _scaled(g_values, g_scales, turned_DO, ones_D1, g_TO.dtype)
+        return _scaled(g_values, g_scales, turned_DO, ones_D1, g_TO.dtype, parts)
 
 
 def _scaled(
-    left_TK: Tensor, left_T1: Tensor, right_NK: Tensor, right_N1: Tensor, dtype: torch.dtype
+    left_TK: Tensor,
+    left_T1: Tensor,
+    right_NK: Tensor,
+    right_N1: Tensor,
+    dtype: torch.dtype,
+    parts: Parts,
 ) -> Tensor:
     """Return ``(left * scales) (right * scales)^T`` with fp32 accumulation, [T, N]."""
-    if left_TK.device.type == "cuda":
-        return scaled_mm(
-            left_TK,
+    if left_TK.device.type != "cuda":
+        product_TN = product(left_TK.float(), right_NK.float().T, parts)
+        return (product_TN * left_T1 * right_N1.view(1, -1)).to(dtype)
+    found = [
+        scaled_mm(
+            left_TK[start:stop],
             right_NK.T,
-            scale_a=left_T1,
+            # A part's scales begin anywhere, and cuBLAS wants 16 bytes (seen refused on an H200).
+            scale_a=left_T1[start:stop].clone() if start % 4 else left_T1[start:stop],
             scale_b=right_N1.view(1, -1),
             out_dtype=dtype,
             use_fast_accum=True,
         )
-    product_TN = left_TK.float() @ right_NK.float().T
-    return (product_TN * left_T1 * right_N1.view(1, -1)).to(dtype)
+        for start, stop in itertools.pairwise(parts or (0, len(left_TK)))
+    ]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 FrozenWeight = Tensor | Fp8Weight | Nf4Weight
 
 
 def products(
-    x_TD: Tensor, weights: Sequence[FrozenWeight], biases: Sequence[Tensor | None]
+    x_TD: Tensor,
+    weights: Sequence[FrozenWeight],
+    biases: Sequence[Tensor | None],
+    parts: Parts = None,
 ) -> list[Tensor]:
     """Return ``x W^T + bias`` of projections of one input, each [T, O] in memory of its own."""
     outputs = []
     quantised: tuple[Tensor, Tensor] | None = None
     for weight, bias_O in zip(weights, biases, strict=True):
         if not isinstance(weight, Fp8Weight):
-            outputs.append(functional.linear(x_TD, _dense(weight), bias_O))
+            outputs.append(product(x_TD, _dense(weight).T, parts, bias_O))
             continue
         quantised = quantised or weight.kernels.quantise(x_TD, None)
-        out_TO = weight.product(*quantised, x_TD.dtype)
+        out_TO = weight.product(*quantised, x_TD.dtype, parts)
         outputs.append(out_TO if bias_O is None else out_TO.add_(bias_O))
     return outputs
 
 
-def input_gradient(pairs: Sequence[tuple[Tensor, FrozenWeight]]) -> Tensor:
+def input_gradient(pairs: Sequence[tuple[Tensor, FrozenWeight]], parts: Parts = None) -> Tensor:
     """Return the sum of ``g W`` over projections of one input, [T, D]."""
     total_TD: Tensor | None = None
     for g_TO, weight in pairs:
         if isinstance(weight, Fp8Weight):
-            found_TD = weight.gradient(g_TO)
+            found_TD = weight.gradient(g_TO, parts)
             total_TD = found_TD if total_TD is None else total_TD.add_(found_TD)
         elif total_TD is None:
-            total_TD = g_TO @ _dense(weight)
+            total_TD = product(g_TO, _dense(weight), parts)
         else:
-            total_TD.addmm_(g_TO, _dense(weight))
+            add_product(total_TD, g_TO, _dense(weight), parts)
     assert total_TD is not None
     return total_TD
 
@@ -135,7 +151,9 @@ class QuantisedLinear(nn.Module):
         return shared_input(flat_TD, (self,))[0].view(*input.shape[:-1], -1)
 
 
-def shared_input(x_TD: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+def shared_input(
+    x_TD: Tensor, modules: Sequence[nn.Module], parts: Parts = None
+) -> tuple[Tensor, ...]:
     """Return the outputs of frozen linear layers that read the same input, each [T, O].
 
     One node of the graph: the input is quantised once, and its gradients are summed within the
@@ -144,21 +162,26 @@ def shared_input(x_TD: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ..
     Args:
         x_TD: The input.
         modules: ``nn.Linear`` or ``QuantisedLinear``, frozen.
+        parts: Rows with products of their own (`common.model.kernels.rows`).
     """
     maps: Sequence[Any] = modules
-    outputs = _shared_input(x_TD, [one.weight for one in maps], [one.bias for one in maps])
+    weights, biases = [one.weight for one in maps], [one.bias for one in maps]
+    outputs = _shared_input(x_TD, weights, biases, parts)
     return cast("tuple[Tensor, ...]", outputs)
 
 
 class _SharedInput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weights: Any, biases: Any) -> tuple[Tensor, ...]:
-        ctx.weights = weights
-        return tuple(products(x_TD, weights, biases))
+    def forward(
+        ctx: Any, x_TD: Tensor, weights: Any, biases: Any, parts: Parts
+    ) -> tuple[Tensor, ...]:
+        ctx.weights, ctx.parts = weights, parts
+        return tuple(products(x_TD, weights, biases, parts))
 
     @staticmethod
-    def backward(ctx: Any, *g_TOs: Tensor) -> tuple[Tensor, None, None]:
-        return input_gradient(list(zip(g_TOs, ctx.weights, strict=True))), None, None
+    def backward(ctx: Any, *g_TOs: Tensor) -> tuple[Tensor, None, None, None]:
+        pairs = list(zip(g_TOs, ctx.weights, strict=True))
+        return input_gradient(pairs, ctx.parts), None, None, None
 
 
 # torch's stubs leave Function.apply untyped.

@@ -20,6 +20,7 @@ from common.model.adapter.projections import Projections
 from common.model.kernels.attention import Packing, attend
 from common.model.kernels.elementwise import TORCH, Kernels
 from common.model.kernels.frozen import QuantisedLinear
+from common.model.kernels.rows import Parts
 from common.undocumented.transformers_names import LlamaDecoderLayer
 
 _FROZEN = (nn.Linear, QuantisedLinear)
@@ -40,6 +41,7 @@ class LeanLayer(LlamaDecoderLayer):
         attention, mlp = base.self_attn, base.mlp
         self.qkv = Projections(attention.q_proj, attention.k_proj, attention.v_proj)
         self.gate_up = Projections(mlp.gate_proj, mlp.up_proj)
+        self.out, self.down = Projections(attention.o_proj), Projections(mlp.down_proj)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output, [1, T, D] for packed batches."""
@@ -63,9 +65,10 @@ class LeanLayer(LlamaDecoderLayer):
         at_N: Tensor | None,
     ) -> Tensor:
         x_TD = self._attention(x_TD, cos_TE, sin_TE, packing, keep, at_N)
+        parts = packing.rows if at_N is None else packing.rows_at
         if self.recompute == "mlp" and torch.is_grad_enabled():
-            return cast("Tensor", checkpoint(self._mlp, x_TD, use_reentrant=False))
-        return self._mlp(x_TD)
+            return cast("Tensor", checkpoint(self._mlp, x_TD, parts, use_reentrant=False))
+        return self._mlp(x_TD, parts)
 
     def _attention(
         self,
@@ -79,7 +82,8 @@ class LeanLayer(LlamaDecoderLayer):
         attention = self.self_attn
         normed_TD, x_TD = rms_norm(x_TD, self.input_layernorm, self.kernels)
         width = attention.head_dim
-        q_THE, k_TGE, v_TGE = (y_TO.view(len(x_TD), -1, width) for y_TO in self.qkv(normed_TD))
+        projected = self.qkv(normed_TD, packing.rows)
+        q_THE, k_TGE, v_TGE = (y_TO.view(len(x_TD), -1, width) for y_TO in projected)
         q_THE, k_TGE = _rotate(q_THE, k_TGE, cos_TE, sin_TE, self.kernels)
         if keep is not None:
             keep(attention.layer_idx, k_TGE, v_TGE)
@@ -88,12 +92,26 @@ class LeanLayer(LlamaDecoderLayer):
         if at_N is not None:
             # Past its attention, the last layer's other tokens are read by nobody.
             x_TD, out_TF = x_TD.index_select(0, at_N), out_TF.index_select(0, at_N)
-        return _add(x_TD, attention.o_proj, out_TF)
+        return _add(x_TD, self.out, out_TF, packing.rows if at_N is None else packing.rows_at)
 
-    def _mlp(self, x_TD: Tensor) -> Tensor:
+    def _mlp(self, x_TD: Tensor, parts: Parts) -> Tensor:
         normed_TD, x_TD = rms_norm(x_TD, self.post_attention_layernorm, self.kernels)
-        gate_TI, up_TI = self.gate_up(normed_TD)
-        return _add(x_TD, self.mlp.down_proj, _swiglu(gate_TI, up_TI, self.kernels))
+        gate_TI, up_TI = self.gate_up(normed_TD, parts)
+        return _add(x_TD, self.down, _swiglu(gate_TI, up_TI, self.kernels), parts)
+
+
+class LeanNorm(nn.Module):
+    """The norm after the last layer, by the layers' kernels; takes the place of transformers'."""
+
+    def __init__(self, base: nn.Module, kernels: Kernels) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = base.weight, base.variance_epsilon
+        self.kernels = kernels
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return the normed input, [..., D]."""
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return rms_norm(x_TD, self, self.kernels)[0].view(hidden_states.shape)
 
 
 def install(model: LlamaForCausalLM, recompute: str, kernels: Kernels = TORCH) -> None:
@@ -110,6 +128,8 @@ def install(model: LlamaForCausalLM, recompute: str, kernels: Kernels = TORCH) -
     for place, layer in enumerate(layers):
         last = place == len(layers) - 1
         layers[place] = LeanLayer(layer, per_layer[place % 2], kernels, last=last)
+    if kernels is not TORCH:
+        model.model.norm = LeanNorm(model.model.norm, kernels)
 
 
 def supported(model: LlamaForCausalLM) -> bool:
@@ -127,9 +147,11 @@ def rms_norm(x_TD: Tensor, norm: nn.Module, kernels: Kernels) -> tuple[Tensor, T
     return cast("tuple[Tensor, Tensor]", normed)
 
 
-def _add(residual_TD: Tensor, projection: nn.Module, x: Tensor) -> Tensor:
+def _add(residual_TD: Tensor, projections: Projections, x: Tensor, parts: Parts) -> Tensor:
     """Return ``residual + projection(x)``, in the projection's memory where autograd allows it."""
-    out_TD: Tensor = projection(x)
+    (projection,) = projections.modules
+    # A linear map of all rows is torch's own node, which costs the host less.
+    out_TD: Tensor = projection(x) if parts is None else projections(x, parts)[0]
     fresh = type(projection) in _FROZEN
     return out_TD.add_(residual_TD) if fresh else residual_TD + out_TD
 

@@ -38,6 +38,7 @@ def json_number(value: float) -> Number:
 class PrivacyLine(Record):
     """One line of privacy.jsonl: public constants, and what a hospital has spent so far."""
 
+    absent_when_none = ("least_steps",)
     hospital: str
     round: int
     sampling_rate: float
@@ -55,10 +56,6 @@ class PrivacyLine(Record):
     def certain(self) -> int:
         """Steps that the hospital's ledger shows at least."""
         return self.steps if self.least_steps is None else self.least_steps
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the line under the file's keys."""
-        return self.model_dump(mode="json", exclude_none=True)
 
 
 def terms(plan: PrivacyPlan) -> dict[str, Any]:

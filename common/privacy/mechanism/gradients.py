@@ -1,7 +1,7 @@
 """The private gradient source: what the training loop asks in place of a batch gradient.
 
 A unit's gradient must be a function of that unit alone. Units share a packed pass only where that
-is proven (``common.privacy.mechanism.isolation``), and have passes of their own anywhere else.
+is so (``common.privacy.mechanism.isolation``), and have passes of their own anywhere else.
 
 Shapes: U units of one micro-batch, P trainable parameters.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.model.session import Session
 from common.privacy.mechanism.clipping import clipped_sum
-from common.privacy.mechanism.isolation import check_backbone, shared_passes
+from common.privacy.mechanism.isolation import check_backbone, choose_passes
 from common.privacy.mechanism.noise import NoiseSource
 from common.privacy.mechanism.release import GaussianMechanism
 from common.privacy.mechanism.sampling import Units, group_units
@@ -67,18 +67,18 @@ class PrivateGradient:
         over the data: where drugs are shuffled, each step has its own order.
         """
         check_backbone(session.spec)
-        alone = not shared_passes(session).value
+        way = choose_passes(session).value
         adapter = session.adapter
         sum_P = torch.zeros_like(adapter.flat)
         carried_P: Tensor | None = None
-        for batch in _micro_batches(drawn, self.micro_batch, alone=alone):
+        for batch in _micro_batches(drawn, self.micro_batch, alone=way == "alone"):
             places = [place for place, _ in groupby(batch, key=lambda entry: entry[0])]
             rows = [places.index(place) for place, _ in batch]
             gradients_UP = torch.zeros(len(places), adapter.flat.numel(), device=sum_P.device)
             if carried_P is not None:
                 gradients_UP[0] = carried_P
             samples = [self.dataset[index].in_epoch(step) for _, index in batch]
-            add_unit_gradients(session, pack(samples), rows, gradients_UP)
+            add_unit_gradients(session, pack(samples), rows, gradients_UP, apart=way == "apart")
             last_place, last_index = batch[-1]
             if last_index == drawn[last_place][-1]:
                 carried_P = None

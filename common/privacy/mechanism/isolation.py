@@ -1,29 +1,43 @@
 """What a private step asks of the backbone: a unit's gradient depends on that unit alone.
 
-That includes what is not a number: a neighbour that overflows must not reach across. Where this is
-proven by test, units share passes; anywhere else every unit has passes of its own.
+That includes what is not a number: a neighbour that overflows must not reach across. Three ways:
+
+- ``shared``: units share a packed pass, where a test proves that no row depends on another;
+- ``apart``: they share one on a GPU, whose every product and attention is by segment, by the same
+  calls as if the segment were alone, and whose other kernels run one program for each row;
+- ``alone``: anywhere else every unit has passes of its own.
 """
 
 from common.choice import Choice
 from common.errors import UserError
 from common.model.backbone.load import BackboneSpec
+from common.model.kernels.attention import KERNELS
 from common.model.kernels.rope import FIXED
 from common.model.session import Session
+
+WAYS = ("shared", "apart", "alone")
 
 PROVEN = frozenset({("cpu", "fp32", "sdpa"), ("cpu", "fp32", "eager")})
 """Device, arithmetic and kernel under which the isolation test holds for shared passes."""
 
 
-def shared_passes(session: Session) -> Choice[bool]:
-    """Say whether units may share a packed pass, and why.
+def choose_passes(session: Session) -> Choice[str]:
+    """Choose one of ``WAYS``, and say why.
 
-    In bf16 they may not: kernels round and block by the batch's size (3% of a unit's gradient on
-    SmolLM2-135M with AMX; the sum moved by 1.006 clip norms when one of 12 units left).
+    In bf16 rows do depend on each other: kernels round and block by the batch's size (3% of a
+    unit's gradient on SmolLM2-135M with AMX; the sum moved by 1.006 clip norms when one of 12
+    units left).
     """
     where = (session.torch_device.type, session.dtype.value, session.attention.value)
     if where in PROVEN:
-        return Choice(True, f"no row depends on another ({', '.join(where)}: tested)")
-    return Choice(False, f"rows may depend on their neighbours ({', '.join(where)})")
+        return Choice("shared", f"no row depends on another ({', '.join(where)}: tested)")
+    weights = session.weights.value
+    # fp8 products by segment have not passed the isolation test on a card.
+    by_segment = session.by_row and weights != "fp8"
+    if where[0] == "cuda" and where[2] in KERNELS and by_segment:
+        return Choice("apart", f"each segment by calls of its own ({', '.join(where)})")
+    named = ", ".join((*where, f"{weights} weights"))
+    return Choice("alone", f"rows may depend on their neighbours ({named})")
 
 
 def check_backbone(backbone: BackboneSpec) -> None:

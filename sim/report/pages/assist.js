@@ -1,21 +1,9 @@
-"use strict";
 (() => {
   const about = JSON.parse(document.getElementById("about").textContent);
-  const $ = (id) => document.getElementById(id);
   const FIELDS = ["sex", "age", "height", "weight", "diagnoses", "form", "decision"];
   let chosen = [];
   let found = [], at = -1, searches = 0;
   let list = null;
-
-  const make = (tag, properties = {}, ...children) => {
-    const node = document.createElement(tag);
-    for (const [name, value] of Object.entries(properties)) {
-      if (name in node) node[name] = value;
-      else node.setAttribute(name, value);
-    }
-    node.append(...children);
-    return node;
-  };
 
   const tell = (problems) => {
     for (const field of FIELDS) {

@@ -1,20 +1,8 @@
-"use strict";
 (() => {
   const { sha256, shown } = JSON.parse(document.getElementById("packet").textContent);
   const MARKS = ["keep", "remove", "unsure"];
   const OVERALL = ["unusable", "poor", "fair", "good", "as I would order"];
   const STORE = `fedrx-review:${sha256}`;
-  const $ = (id) => document.getElementById(id);
-
-  const make = (tag, properties = {}, ...children) => {
-    const node = document.createElement(tag);
-    for (const [name, value] of Object.entries(properties)) {
-      if (name in node) node[name] = value;
-      else node.setAttribute(name, value);
-    }
-    node.append(...children);
-    return node;
-  };
 
   // One reviewer's work on this packet, kept under the name; `state` tells one start from another.
   const keyOf = (name) => `${STORE}:${name.toLowerCase()}`;

@@ -33,7 +33,7 @@ class Ward(Source):
     def tag(self, folder, hashes):
         return "our own"
 
-    def read(self, folder, config, *, chunk_rows, progress):
+    def read(self, folder, config, *, progress):
         rows = pl.read_csv(folder, has_header=False, new_columns=["hadm_id", "title", "drug"])
         book = Book()
         known = rows["hadm_id"]

@@ -95,11 +95,8 @@ def test_frequencies_are_weighed_beside_the_score_and_give_the_length():
     )
     assert found.confidence(scores[0]) == pytest.approx(expected)
     assert found.chosen(scores[0]) == np.argsort(-expected, kind="stable")[:7].tolist()
-    f1s = [
-        f1_score(t, np.isin(np.arange(40), found.chosen(s)))
-        for s, t in zip(scores, truth, strict=True)
-    ]
-    assert found.f1 == pytest.approx(np.mean(f1s))
+    listed = np.array([np.isin(np.arange(40), found.chosen(row)) for row in scores])
+    assert found.f1 == pytest.approx(f1_score(truth, listed, average="samples", zero_division=0))
 
 
 def test_scores_and_frequencies_that_mislead_do_not_turn_a_ranking_round():

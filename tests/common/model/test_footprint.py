@@ -106,6 +106,7 @@ def test_fp8_takes_a_byte_for_a_projections_weight():
     assert bf16 - fp8 == 32 * saved
 
 
+@pytest.mark.slow
 def test_nf4_takes_what_its_blocks_and_scales_take():
     """Against a layer of Llama-3.1-8B's shape that bitsandbytes has quantised."""
     pytest.importorskip("bitsandbytes")

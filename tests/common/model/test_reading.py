@@ -250,6 +250,13 @@ def test_all_shards_are_read_at_once_and_beside_the_caller(
     assert begun == set(files_of(folder))
 
 
+def test_the_model_is_imported_while_its_weights_come(tmp_path, folder, watched, monkeypatch):
+    imported, honest = threading.Event(), load._llama
+    monkeypatch.setattr(load, "_llama", lambda: imported.set() or honest())
+    watched.before = lambda path: imported.wait(WAIT) or pytest.fail("nobody imports it")
+    resolve_backbone(str(folder), cache_dir=tmp_path / "cache", destination=FP32)
+
+
 def test_a_refusal_ends_the_reading(tmp_path, folder, watched, monkeypatch, set_config):
     monkeypatch.setattr(reading, "CHUNK_BYTES", 64)
     watched.before = lambda path: time.sleep(0.001)

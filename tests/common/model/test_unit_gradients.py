@@ -1,11 +1,15 @@
 """Every segment's gradient from one backward pass, against a loop of single-unit passes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.load import resolve_backbone
-from common.model.session import open_session
+from common.model.kernels import frozen
+from common.model.session import Session, open_session
 from common.text.batches import Encoded, pack
 from common.training.gradients import add_unit_gradients
 
@@ -88,3 +92,60 @@ def test_shapes_that_do_not_fit_are_refused():
         add_unit_gradients(session, batch, (0,), torch.zeros(4, session.adapter.flat.numel()))
     with pytest.raises(ValueError, match="fp32"):
         add_unit_gradients(session, batch, range(4), torch.zeros(4, 7))
+
+
+@pytest.mark.parametrize("weights", ["bf16", "fp8", "nf4"])
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_segment_kept_apart_has_the_bits_that_it_has_alone(
+    monkeypatch, dtype, kernel, weights
+) -> None:
+    """Oracle: a pass of its own; where products share rows, tests below and on a GPU tell."""
+    if weights == "nf4":
+        pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(frozen, "fp8_obstacle", lambda device, dtype: "")
+    session = open_session(
+        resolve_backbone("tiny"),
+        AdapterSpec(targets=("q_proj", "v_proj", "o_proj", "down_proj")),
+        device="cpu",
+        dtype=dtype,
+        attention=kernel,
+        weights=weights,
+        recompute="mlp",
+    )
+    session.adapter.flat.normal_(0.0, 0.02, generator=torch.Generator().manual_seed(7))
+    units = [sample(length, unit) for unit, length in enumerate((90, 31, 7, 64))]
+    units[1] = replace(units[1], set_at=20, set_tokens=(11, 12, 13))
+
+    def gradients(group: list[Encoded]) -> torch.Tensor:
+        out_UP = torch.zeros(len(group), session.adapter.flat.numel())
+        add_unit_gradients(session, pack(group), range(len(group)), out_UP, apart=True)
+        return out_UP
+
+    for shortened in (False, True):
+        monkeypatch.setattr(Session, "shortens", shortened)
+        for row_P, unit in zip(gradients(units), units, strict=True):
+            assert float(row_P.norm()) > 0
+            assert torch.equal(row_P, gradients([unit])[0])
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("o_proj", "gate_proj", "down_proj")])
+def test_every_product_of_a_pass_kept_apart_is_by_segment(monkeypatch, targets) -> None:
+    """Oracle: torch's own count of the rows of every product, over the whole pass."""
+    session = open_session(
+        resolve_backbone("tiny"), AdapterSpec(targets=targets), device="cpu", dtype="fp32"
+    )
+    units = [sample(12, 0), sample(21, 1)]
+    out_UP = torch.zeros(2, session.adapter.flat.numel())
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+        add_unit_gradients(session, pack(units), range(2), out_UP, apart=True)
+    names = ("aten::mm", "aten::addmm", "aten::addmm_")
+    shapes = [size for one in seen.events() if one.name in names for size in one.input_shapes]
+    assert [12, 64] in shapes
+    assert [21, 64] in shapes
+    assert not [size for size in shapes if 33 in size]
+
+
+def sample(length: int, unit: int) -> Encoded:
+    ids = torch.randint(5, 900, (length,), generator=torch.Generator().manual_seed(unit)).tolist()
+    return Encoded(input_ids=tuple(ids), answer_start=max(1, length // 2), unit=unit)

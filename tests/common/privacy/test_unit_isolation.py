@@ -19,7 +19,7 @@ from common.model.session import DTYPES, Session, open_session
 from common.privacy.mechanism import gradients
 from common.privacy.mechanism.clipping import clipped_sum
 from common.privacy.mechanism.gradients import PrivateGradient
-from common.privacy.mechanism.isolation import check_backbone, shared_passes
+from common.privacy.mechanism.isolation import check_backbone, choose_passes
 from common.privacy.mechanism.noise import NoiseSource
 from common.text.batches import Encoded, pack
 from common.training.gradients import add_unit_gradients
@@ -74,7 +74,8 @@ def test_units_share_passes_in_fp32_only(
 ) -> None:
     seen = []
 
-    def spied(session, batch, rows, out_UP):
+    def spied(session, batch, rows, out_UP, *, apart):
+        assert not apart
         seen.append(batch.segments)
         return add_unit_gradients(session, batch, rows, out_UP)
 
@@ -177,7 +178,8 @@ def test_what_overflows_in_one_unit_stays_there(
     for place in (0, 5):
         samples = poisoned([20, 31, 12, 7, 27, 15], place, samples_of)
         assert excess_without(session, samples, plan, place) < 1e-5
-    if kernel == "eager" and dtype == "fp32" and poison is not square_overflows:
+    shared = device == "cpu" and kernel == "eager" and dtype == "fp32"
+    if shared and poison is not square_overflows:
         monkeypatch.setitem(attention._KERNEL_FUNCTIONS, "eager", mixing_eager)
         samples = poisoned([20, 31, 12, 7, 27, 15], 0, samples_of)
         assert excess_without(session, samples, plan, 0) > 1.0
@@ -215,13 +217,23 @@ def test_no_value_crosses_a_segments_edge_in_a_kernel(device, kernel, dtype, poi
 
 def test_units_share_passes_only_where_it_is_proven(open_tiny) -> None:
     for kernel in ("sdpa", "eager"):
-        assert shared_passes(open_tiny(attention=kernel)).value
-        assert not shared_passes(open_tiny(attention=kernel, dtype="bf16")).value
+        assert choose_passes(open_tiny(attention=kernel)).value == "shared"
+        assert choose_passes(open_tiny(attention=kernel, dtype="bf16")).value == "alone"
     session = open_tiny()
     for device, kernel in (("cuda", "sdpa"), ("cpu", "of-tomorrow"), ("cuda", "torch-flash")):
         session.device, session.attention = Choice(device, ""), Choice(kernel, "")
-        assert not shared_passes(session).value
-        assert kernel in shared_passes(session).reason
+        assert choose_passes(session).value == "alone"
+        assert kernel in choose_passes(session).reason
+    # with kernels of a program for each row, and only then
+    session.kernels = Choice("triton", "")
+    assert choose_passes(session).value == "apart"
+    session.weights = Choice("fp8", "")
+    assert choose_passes(session).value == "alone"
+    session.weights = Choice("nf4", "")
+    assert choose_passes(session).value == "apart"
+    for device, kernel in (("cuda", "of-tomorrow"), ("cpu", "torch-flash")):
+        session.device, session.attention = Choice(device, ""), Choice(kernel, "")
+        assert choose_passes(session).value == "alone"
 
 
 @pytest.mark.parametrize("kind", [*FIXED, *BY_LENGTH])

@@ -64,7 +64,7 @@ def test_each_checkpoint_s_loss_on_admissions_of_no_hospital(run, monkeypatch):
 
     monkeypatch.setattr(curve, "load_samples", noted)
     before = session.adapter.flat.clone()
-    found = curve.public_curve(run, session, config)
+    found = curve.public_curve(run, session, config, console=Console(quiet=True))
     assert torch.equal(session.adapter.flat, before)
     assert read == [("synthetic", config.data.synthetic_seed + 1)]
     admissions, _ = curve.public_admissions(config)

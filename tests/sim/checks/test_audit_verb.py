@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from privacy_fixtures import PRIVATE_TINY
 from rich.console import Console
 
 from common.configio import from_flat
@@ -15,13 +16,7 @@ from common.privacy.mechanism.release import GaussianMechanism
 from sim.checks.audit import audit
 from sim.checks.audit_page import NOT_COVERED, QUESTIONS
 
-KEYS: dict[str, Any] = {
-    "model.backbone": "tiny",
-    "adapter.rank": 32,
-    "train.dtype": "fp32",
-    "train.device": "cpu",
-    "privacy.noise-multiplier": 1.2,
-}
+KEYS = {**PRIVATE_TINY, "adapter.rank": 32, "privacy.sampling-rate": 0.1}
 
 
 def run_audit(folder: Path, printed: io.StringIO | None = None, **keys: Any) -> dict[str, Any]:

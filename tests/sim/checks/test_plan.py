@@ -272,10 +272,12 @@ def test_a_measured_card_says_how_long(monkeypatch):
         "privacy.expected-batch": 20.0,
     }
     (row,) = plan(from_flat(private))["measured"]
-    assert row["seconds_per_step"] == pytest.approx(40960 / fastest("ours, private"), rel=0.02)
+    assert row["seconds_per_step"] == pytest.approx(
+        40960 / fastest("ours, private, one pass"), rel=0.02
+    )
     (own,) = plan(from_flat({**private, "adapter.personal": True}))["measured"]
     assert own["seconds_per_step"] == row["seconds_per_step"]
-    both = 40960 / fastest("ours, private") + 8192 / fastest("ours")
+    both = 40960 / fastest("ours, private, one pass") + 8192 / fastest("ours")
     assert own["hours"] == pytest.approx(3 * 40 * both / 3600, rel=0.02)
     for change in ("model.backbone=embedded", "model.weights=nf4", "train.recompute=all"):
         assert plan(read_config(PAPER, [change]))["measured"] == []

@@ -3,16 +3,12 @@
 import json
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from common.config import Config, DataConfig, EvaluationConfig, ModelConfig
 from common.errors import UserError
 from common.rundir import RunDirectory
-from sim.cli.people import register
-
-app = typer.Typer()
-register(app)
+from sim.cli.main import app
 
 
 def fedrx(*arguments):

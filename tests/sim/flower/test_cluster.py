@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,15 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("r")
+def short_folder():
+    """Ray's sockets lie below it, and a socket's path has at most 107 bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def cluster(short_folder):
+    folder = short_folder
     address = f"127.0.0.1:{free_port()}"
     environment = {
         **os.environ,

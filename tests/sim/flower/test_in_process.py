@@ -26,8 +26,13 @@ def short(tiny_config):
     return tiny_config(evaluation__samples=2, evaluation__max_new_tokens=8)
 
 
-def test_a_whole_run_to_its_report(short, tmp_path):
-    """No process is started: none of this test's marks allows one, so the guard would fail it."""
+def test_a_whole_run_to_its_report(short, tmp_path, monkeypatch):
+    """No process is started: none of this test's marks allows one, so the guard would fail it.
+
+    The data is opened once: the nodes have the hospitals of the launcher, and read nothing.
+    """
+    monkeypatch.setattr("client.node._opened", {})
+    monkeypatch.setattr("client.node.open_hospitals", lambda *_: pytest.fail("it is read again"))
     summary = started(short, tmp_path / "run")
     assert summary["workers"] == 1
     assert summary["validation_loss"][-1] < summary["validation_loss"][0]

@@ -1,5 +1,6 @@
 """kill -9 of the launcher takes along what it has started, and nothing else."""
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+import sim.flower.orphans
 
 # A launcher whose SuperLink has a child in a session of its own, as Ray's actors are, and that one
 # a child that shows no environment, as Ray's agents do.
@@ -83,3 +86,51 @@ def test_a_launcher_that_ends_by_itself_leaves_nothing(tmp_path):
     process, folder = launched(tmp_path / "run", "go")
     assert process.wait() == 0
     assert of_launch(folder) == []
+
+
+# A process of the launch, whose child shows no environment and always has just had a child.
+RESTLESS = """
+import os, signal, subprocess, sys, time
+if len(sys.argv) == 2:
+    subprocess.Popen([sys.executable, "-c", os.environ["RESTLESS"], sys.argv[1], "bare"], env={})
+    time.sleep(600)
+before, end = 0, time.monotonic() + 120  # by itself too, should the test fail before the watch runs
+while time.monotonic() < end:
+    child = os.fork()
+    if child == 0:
+        time.sleep(600)
+    if before:
+        os.kill(before, signal.SIGKILL)
+        os.waitpid(before, 0)
+    before = child
+"""
+
+
+def of_bare(folder: Path) -> list[psutil.Process]:
+    found = []
+    for one in of_launch(str(folder)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if one.cmdline()[-1:] == ["bare"]:
+                found.append(one)
+    return found
+
+
+@pytest.mark.process
+def test_a_child_that_is_born_while_its_parent_is_killed_does_not_stay(tmp_path):
+    folder = tmp_path / "launch"
+    folder.mkdir()
+    parent = subprocess.Popen(
+        [sys.executable, "-c", RESTLESS, str(folder)],
+        env={"FLWR_HOME": str(folder), "RESTLESS": RESTLESS},
+    )
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not of_bare(folder) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert of_bare(folder)
+    watch = [sys.executable, sim.flower.orphans.__file__, str(folder), str(folder)]
+    subprocess.run(watch, stdin=subprocess.DEVNULL, check=True)
+    parent.wait()
+    left = of_bare(folder)
+    for one in left:
+        one.kill()
+    assert left == []

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -22,7 +23,7 @@ from common.text.batches import encode_prompt
 from common.text.prompts import messages
 from common.training.worker import Worker
 from sim.runs.export import export_run
-from sim.runs.model_card import EXAMPLE, _serve_lines
+from sim.runs.model_card import EXAMPLE, model_card
 
 
 def configure(backbone: str, **more: object) -> Config:
@@ -296,8 +297,12 @@ def test_the_config_is_one_that_vllm_takes(tmp_path):
     ("rank", "phrase"),
     [(33, "--max-lora-rank 64 "), (513, "vLLM takes ranks up to 512: serve the merged weights")],
 )
-def test_the_card_names_a_rank_that_vllm_has(rank, phrase):
-    assert phrase in "\n".join(_serve_lines("peft", rank=rank, hub_id="a/b"))
+def test_the_card_names_a_rank_that_vllm_has(tmp_path, rank, phrase):
+    run = trained_run(configure("tiny"), tmp_path / "run")
+    config = run.config()
+    config = replace(config, adapter=replace(config.adapter, rank=rank))
+    base, checkpoint = resolve_backbone("tiny"), run.load_checkpoint()
+    assert phrase in model_card(run, config, base, checkpoint, layout="peft", hub_id="a/b")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from rich.console import Console
 
 import sim.runs.paper
 import sim.runs.paper_best
+import sim.runs.single
 from common.configio import parse_overrides
 from common.errors import UserError
 from common.rundir import RunDirectory
@@ -278,14 +279,14 @@ def test_only_the_small_scale_tries_them_unasked():
 @pytest.mark.slow
 def test_an_interrupted_paper_run_goes_on(finished, tmp_path, monkeypatch):
     _, table = finished
-    single = sim.runs.paper.single
+    single = sim.runs.single.single
 
     def stopped_at_the_second(config, **options):
         if config.adapter.rank == 4:
             raise KeyboardInterrupt
         return single(config, **options)
 
-    monkeypatch.setattr(sim.runs.paper, "single", stopped_at_the_second)
+    monkeypatch.setattr(sim.runs.single, "single", stopped_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         run_paper(tmp_path / "run")
     monkeypatch.undo()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from privacy_fixtures import PRIVATE_TINY
 from rich.console import Console
 
 from client.private_update import private_update
@@ -25,18 +26,14 @@ from sim.runs.single import one_node
 from sim.runs.single_training import SingleTraining
 
 KEYS: dict[str, Any] = {
-    "model.backbone": "tiny",
+    **PRIVATE_TINY,
     "adapter.rank": 4,
-    "train.dtype": "fp32",
-    "train.device": "cpu",
     "train.threads": 1,
     "train.optimizer": "adamw",
     "federation.hospitals": 1,
     "federation.rounds": 2,
     "federation.local-steps": 3,
     "train.checkpoint-steps": "3,6",
-    "privacy.noise-multiplier": 1.2,
-    "privacy.sampling-rate": 0.5,
 }
 
 
@@ -151,7 +148,8 @@ def test_killed_around_a_checkpoint_the_ledger_covers_it(
 
 
 @pytest.mark.slow
-def test_one_node_calibrates(tmp_path) -> None:
+@pytest.mark.slow
+def test_one_node_calibrates() -> None:
     keys = {**KEYS, "privacy.noise-multiplier": 0.0, "privacy.target-epsilon": 5.0}
     config = one_node(from_flat(keys))
     assert config.federation.hospitals == 1

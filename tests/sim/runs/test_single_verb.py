@@ -15,6 +15,7 @@ from common.configio import read_config
 from common.errors import UserError
 from common.provenance import tensors_sha256
 from common.rundir import RunDirectory
+from sim.runs.federate import federate
 from sim.runs.resume import resume
 from sim.runs.single import single
 
@@ -133,19 +134,16 @@ def test_kill_9_and_resume_end_in_the_same_b(whole, config_file, tmp_path):
     assert resume(path, console=quiet, command_line=[]) == summary
 
 
-@pytest.mark.ray
-def test_a_real_federation_of_one_hospital_gives_the_same_b(whole, config_file, tmp_path):
-    """Flower's SuperLink, Ray and messages in between: 2 rounds of 5 steps against 10 steps."""
-    path = tmp_path / "federation"
-    done = fedrx(
-        *("federate", str(config_file), "--set", "federation.hospitals=1"),
-        *("--run-dir", str(path), "--json"),
-    )
-    assert done.returncode == 0, done.stderr
+@pytest.mark.process
+def test_a_federation_of_one_hospital_gives_the_same_b(whole, config_file, tmp_path):
+    """Flower's messages in between, in another process: 2 rounds of 5 steps against 10 steps."""
+    keys = ["federation.hospitals=1", "run.backend=in-process"]
+    config, path = read_config(config_file, keys), tmp_path / "federation"
+    done = federate(config, console=Console(quiet=True), command_line=[], run_dir=path)
     federated, alone = RunDirectory.open(path).load_checkpoint().b, whole[0].load_checkpoint().b
     assert max(abs(federated[key] - alone[key]).max() for key in alone) <= 1e-6
     assert max(abs(value).max() for value in alone.values()) > 1e-3
-    assert json.loads(done.stdout)["b_sha256"] == whole[1]["b_sha256"]
+    assert done.result.b_sha256 == whole[1]["b_sha256"]
 
 
 def test_a_run_that_can_be_resumed_has_said_what_it_reads(config_file, tmp_path, monkeypatch):

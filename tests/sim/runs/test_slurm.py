@@ -48,15 +48,17 @@ def worker_of(cell, folder):
 
 
 @pytest.mark.process
-def test_four_cells_finish_though_one_is_killed_and_one_pre_empted(
+def test_three_cells_finish_though_one_is_killed_and_one_pre_empted(
     tiny_config, tmp_path, monkeypatch
 ):
     import submitit
 
     assert submitit.__version__
     monkeypatch.setattr(slurm, "SECONDS", 0.1)
+    # So long it waits for the result of a job that has ended: on one machine it is there.
+    monkeypatch.setattr("submitit.core.core.Job._results_timeout_s", 1)
     monkeypatch.setattr(slurm.shutil, "which", lambda name: None)
-    cells = single_cells(tiny_config, 4, train__checkpoint_every=1, train__steps=40)
+    cells = single_cells(tiny_config, 3, train__checkpoint_every=1, train__steps=40)
     folder = tmp_path / "sweep"
     disturbed = []
 
@@ -80,14 +82,14 @@ def test_four_cells_finish_though_one_is_killed_and_one_pre_empted(
     assert "no Slurm here" in lines
     assert f"{cells[1].folder} ended without a word: again" in lines
     runs = [RunDirectory(folder / cell.folder) for cell in cells]
-    assert [run.status()["state"] for run in runs] == ["finished"] * 4
+    assert [run.status()["state"] for run in runs] == ["finished"] * 3
     resumed = [len(run.read_json("environment.json").get("resumed", [])) for run in runs]
-    assert resumed == [0, 1, 1, 0]
+    assert resumed == [0, 1, 1]
     # The table is that of the same sweep; nothing is left to run.
     before = [run.read_json("summary.json") for run in runs]
     rows = sweep(cells, folder, console=console, command_line=["fedrx"])
     assert [run.read_json("summary.json") for run in runs] == before
-    assert rows["rows"][0]["runs"] == 4
+    assert rows["rows"][0]["runs"] == 3
     # Nothing is submitted for what is finished.
     jobs = set((folder / JOBS).iterdir())
     run_cells(cells, folder, console=console, **TOLD)

@@ -141,6 +141,7 @@ def test_a_full_disk_is_one_line_and_needs_no_traceback(
     line = str(caught.value)
     assert f"{what}: {file} cannot be written: No space left on device; fix: make room" in line
     assert line.endswith(f"; go on with: fedrx resume {shlex.quote(str(run.path))}")
+    assert ("with --set evaluation.KEY=VALUE" in line) == (stage == EVALUATION)
     assert "\n" not in line
     assert not (run.path / ERROR_LOG).exists()
     assert run.status()["state"] == "failed"

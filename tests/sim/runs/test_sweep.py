@@ -16,6 +16,7 @@ from common.rundir import RunDirectory
 from common.training.budget import steps_in_all
 from common.training.worker import Worker
 from sim.process.lock import exclusive
+from sim.report.terminal import show_blocks
 from sim.runs.federate import resolved
 from sim.runs.single import one_node
 from sim.runs.sweep import (
@@ -27,7 +28,6 @@ from sim.runs.sweep import (
     default_arms,
     markdown,
     plan_cells,
-    show,
     sweep,
     tabulate,
 )
@@ -388,5 +388,5 @@ def test_table_of_runs_without_a_validation_loss(tiny_config):
     rows = [ArmRow("fa-lora", 2, row)]
     assert "| fa-lora | 2 | 0.5 ± 0 | 0.25 ± 0 | – | 2 ± 0 |" in markdown(rows)
     console = Console(file=io.StringIO(), width=200)
-    show(console, rows)
+    show_blocks(console, [arms_block(rows)])
     assert "–" in console.file.getvalue()

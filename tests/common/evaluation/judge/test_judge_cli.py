@@ -4,14 +4,10 @@ import json
 import shlex
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from common.errors import RunFailed, UserError
-from sim.cli.people import register
-
-app = typer.Typer()
-register(app)
+from sim.cli.main import app
 
 
 def fedrx(*arguments):
