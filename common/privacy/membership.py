@@ -14,8 +14,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import logsumexp
-from scipy.stats import norm
 
 from common.model.session import Session
 from common.privacy.canaries import area_with_deviation
@@ -76,6 +74,8 @@ def ratios(losses_NM: Floats) -> Floats:
     [2.0, 0.0]
     """
     references = losses_NM[:, 1:]
+    from scipy.special import logsumexp  # slow to import, and a run needs it last
+
     log_mean = logsumexp(-references, axis=1) - math.log(references.shape[1])
     result: Floats = -losses_NM[:, 0] - log_mean
     return result
@@ -103,6 +103,8 @@ def membership_findings(
     area, deviation = area_with_deviation(members_N, outsiders_N)
     limit = largest_area(epsilon, delta)
     low, high = area - 1.96 * deviation, area + 1.96 * deviation
+    from scipy.stats import norm
+
     refuted = area - float(norm.isf(FALSE_ALARM)) * deviation > limit
     if refuted:
         verdict = "the claim is refuted"
