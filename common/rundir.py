@@ -72,12 +72,15 @@ class RunDirectory:
     path: Path
 
     @classmethod
-    def place(cls, config: Config, *, directory: Path | None = None) -> Path:
-        """Return where ``create`` makes the directory; nothing is made.
+    def create(cls, config: Config, *, directory: Path | None = None) -> "RunDirectory":
+        """Make a new run directory and write its resolved configuration.
 
         Args:
             config: The complete configuration.
             directory: Where; default ``runs/<UTC time>-<name>-<hash>`` below the working directory.
+
+        Raises:
+            UserError: if the directory holds files already, or cannot be made.
         """
         directory = _named(config, directory)
         if directory is None:
@@ -87,20 +90,7 @@ class RunDirectory:
             while directory.exists():
                 count += 1
                 directory = stem.with_name(f"{stem.name}-{count}")
-        return directory.expanduser().absolute()
-
-    @classmethod
-    def create(cls, config: Config, *, directory: Path | None = None) -> "RunDirectory":
-        """Make a new run directory and write its resolved configuration.
-
-        Args:
-            config: The complete configuration.
-            directory: Where; see ``place``.
-
-        Raises:
-            UserError: if the directory holds files already, or cannot be made.
-        """
-        directory = cls.place(config, directory=directory)
+        directory = directory.expanduser().absolute()
         _require_new(directory)
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -196,7 +196,6 @@ def _extras() -> Finding:
 
 def _simulated() -> str:
     with tempfile.TemporaryDirectory() as folder, superlink(Path(folder)) as link:
-        link.wait_until_up()
         return f"a private SuperLink starts (port {link.port})"
 
 

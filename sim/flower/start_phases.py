@@ -6,7 +6,6 @@ from pathlib import Path
 from common.rundir import RunDirectory
 from common.undocumented.ray_names import RAYLET
 
-PREPARATION = "preparation"
 SUPERLINK, FLOWER, RAY = "SuperLink", "Flower's app", "Ray"
 BACKBONE, HANDSHAKE, FIRST_LOSS = "backbone", "handshake", "tokens and first loss"
 

@@ -57,34 +57,12 @@ FLOWER_LOG = "flower.log"
 
 @dataclass(frozen=True, kw_only=True)
 class SuperLink:
-    """A SuperLink of our own, which was started; it takes a run once it is up."""
+    """A SuperLink of our own, ready to take a run."""
 
     port: int
     folder: Path
     process: subprocess.Popen[bytes]
     environment: dict[str, str]
-    run: Path
-    """The run directory that marks its processes."""
-
-    def wait_until_up(self) -> None:
-        """Return once it takes a run.
-
-        Raises:
-            RunFailed: if it does not come up.
-        """
-        deadline = time.monotonic() + START_SECONDS
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                break
-            with (
-                contextlib.suppress(urllib.error.URLError, OSError),
-                direct.open(f"http://127.0.0.1:{self.port}/health", timeout=1) as answer,
-            ):
-                if answer.status == 200:
-                    return
-            time.sleep(0.05)
-        raise _failed(self.run, "the SuperLink did not start", self.log())
 
     def flwr(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run one ``flwr`` command against this SuperLink."""
@@ -140,14 +118,13 @@ def free_port(wanted: int = 0) -> int:
 def superlink(run: Path, port: int = 0) -> Iterator[SuperLink]:
     """Start a private SuperLink in simulation mode; stop it and all it started at the end.
 
-    It comes up while the caller does something else.
-
     Args:
         run: The run directory; marks the processes.
         port: Loopback port; 0: a free one.
 
     Raises:
         UserError: if the wanted port is in use.
+        RunFailed: if it does not come up.
     """
     port = free_port(port)
     with working_folder() as folder, _orphans_ended(folder):
@@ -174,20 +151,20 @@ def superlink(run: Path, port: int = 0) -> Iterator[SuperLink]:
                 stderr=subprocess.STDOUT,
                 preexec_fn=end_with_parent if sys.platform == "linux" else None,
             )
+        link = SuperLink(port=port, folder=folder, process=process, environment=environment)
         try:
             with _terminated_like_interrupted():
-                yield SuperLink(
-                    port=port, folder=folder, process=process, environment=environment, run=run
-                )
+                _wait_until_up(link, run)
+                yield link
         finally:
-            stop(process, folder / "home")
+            stop(process, run)
 
 
 def run_flower(
-    link: SuperLink,
     config: Config,
     run: RunDirectory,
     *,
+    workers: int,
     gpus_per_worker: float,
     on_tick: Callable[[], None],
     on_phase: Callable[[str], None] = lambda phase: None,
@@ -195,9 +172,9 @@ def run_flower(
     """Run the federation of ``config`` to its end.
 
     Args:
-        link: Was started for this run.
         config: Complete, with ``run.directory`` absolute.
         run: The run directory that the apps write to.
+        workers: Ray actors.
         gpus_per_worker: Share of a GPU that each actor holds.
         on_tick: Called a few times a second, to show progress.
         on_phase: Called with the phase that the start has come to; empty once hospitals train.
@@ -206,73 +183,69 @@ def run_flower(
         RunFailed: if Flower does not end the run as completed, with the reason.
     """
     on_phase(SUPERLINK)
-    link.wait_until_up()
-    on_phase(FLOWER)
-    phase = phases_of(link.folder, run)
-    app = stage_app(link.folder, version=importlib.metadata.version("fedrx"))
-    overrides = link.folder / "run-config.toml"
-    write_text(
-        overrides,
-        "".join(f"{key} = {toml_scalar(value)}\n" for key, value in flatten(config).items()),
-    )
-    federation = (
-        f"num-supernodes={config.federation.hospitals} client-resources-num-cpus=1 "
-        f"client-resources-num-gpus={gpus_per_worker}"
-    )
-    if not joins_cluster():
-        federation += f" init-args-num-cpus={config.federation.workers}"
-    started = link.flwr(
-        *("run", str(app), CONNECTION, "--format", "json"),
-        *("--run-config", str(overrides), "--federation-config", federation),
-    )
-    if started.returncode or '"success": true' not in started.stdout:
-        raise _failed(run.path, "Flower did not take the run", started.stdout + started.stderr)
-
-    def look() -> None:
-        on_phase(phase())
-        on_tick()
-
-    state, details = _watch(link, run, look)
-    if state != COMPLETED:
-        log = link.flwr("log", json.loads(started.stdout)["run-id"], CONNECTION, "--show")
-        failure = _failed(
-            *(run.path, f"Flower ended the run {state}", log.stdout, link.log()),
-            otherwise=details,
+    with superlink(run.path, config.run.port) as link:
+        on_phase(FLOWER)
+        phase = phases_of(link.folder, run)
+        app = stage_app(link.folder, version=importlib.metadata.version("fedrx"))
+        overrides = link.folder / "run-config.toml"
+        write_text(
+            overrides,
+            "".join(f"{key} = {toml_scalar(value)}\n" for key, value in flatten(config).items()),
         )
-        reason = run.status().get("error")
-        raise RunFailed(reason) if reason else failure
+        federation = (
+            f"num-supernodes={config.federation.hospitals} client-resources-num-cpus=1 "
+            f"client-resources-num-gpus={gpus_per_worker}"
+        )
+        if not joins_cluster():
+            federation += f" init-args-num-cpus={workers}"
+        started = link.flwr(
+            *("run", str(app), CONNECTION, "--format", "json"),
+            *("--run-config", str(overrides), "--federation-config", federation),
+        )
+        if started.returncode or '"success": true' not in started.stdout:
+            raise _failed(run.path, "Flower did not take the run", started.stdout + started.stderr)
+
+        def look() -> None:
+            on_phase(phase())
+            on_tick()
+
+        state, details = _watch(link, run, look)
+        if state != COMPLETED:
+            log = link.flwr("log", json.loads(started.stdout)["run-id"], CONNECTION, "--show")
+            failure = _failed(
+                *(run.path, f"Flower ended the run {state}", log.stdout, link.log()),
+                otherwise=details,
+            )
+            reason = run.status().get("error")
+            raise RunFailed(reason) if reason else failure
 
 
-def stop(process: subprocess.Popen[bytes], home: Path) -> None:
-    """End a SuperLink and every process of its launch, at once.
+def stop(process: subprocess.Popen[bytes], run: Path) -> None:
+    """End a SuperLink and every process of its run, at once.
 
     All that a run writes is complete or absent, so nothing is lost, and their own farewells would
     take seconds.
     """
     process.kill()
-    _end(orphans.HOME_VARIABLE, home)
+    end_leftovers(run)
     process.wait()
 
 
-def end_leftovers(run: Path) -> None:
-    """Kill what a killed launcher left behind, so that nobody else writes to the run."""
-    _end(RUN_VARIABLE, run)
-
-
-def _marked(variable: str, value: Path) -> list[psutil.Process]:
-    """Return the Flower and Ray processes whose environment has a variable with a value."""
+def processes_of(run: Path) -> list[psutil.Process]:
+    """Return the Flower and Ray processes that were started for a run directory."""
     found = set()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and process.environ().get(variable) == str(value):
+            if process.pid != os.getpid() and process.environ().get(RUN_VARIABLE) == str(run):
                 # Ray's agents write their title over their environment: found as children.
                 found |= {process, *process.children(recursive=True)}
     return sorted(found, key=lambda one: one.pid)
 
 
-def _end(variable: str, value: Path) -> None:
+def end_leftovers(run: Path) -> None:
+    """Kill what a killed launcher left behind, so that nobody else writes to the run."""
     for _ in range(5):
-        leftovers = _marked(variable, value)
+        leftovers = processes_of(run)
         if not leftovers:
             return
         for process in leftovers:
@@ -298,7 +271,7 @@ def _watch(link: SuperLink, run: RunDirectory, on_tick: Callable[[], None]) -> t
             state, details = link.state() if failed or not _is_simulating() else ("running", "")
             if state.startswith("finished"):
                 return state, details
-        time.sleep(1.0 if failed else 0.1)
+        time.sleep(1.0 if failed else 0.25)
 
 
 def _is_simulating() -> bool:
@@ -308,6 +281,22 @@ def _is_simulating() -> bool:
             if any(Path(part).name == SIMULATION for part in child.cmdline()):
                 return True
     return False
+
+
+def _wait_until_up(link: SuperLink, run: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while time.monotonic() < deadline:
+        if link.process.poll() is not None:
+            break
+        with (
+            contextlib.suppress(urllib.error.URLError, OSError),
+            direct.open(f"http://127.0.0.1:{link.port}/health", timeout=1) as answer,
+        ):
+            if answer.status == 200:
+                return
+        time.sleep(0.1)
+    raise _failed(run, "the SuperLink did not start", link.log())
 
 
 def _failed(run: Path, what: str, *logs: str, otherwise: str = "") -> RunFailed:

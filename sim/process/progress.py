@@ -122,20 +122,15 @@ class RunProgress:
         self._show_events()
         self._meter.update(self._done, f"starting: {self._phase}" if self._phase else "")
 
-    def phase(self, name: str, *, since: float | None = None) -> None:
-        """Show that the start has come to a phase; with an empty name, that it is over.
-
-        Args:
-            name: Of the phase.
-            since: When it began, by ``time.monotonic``; default now.
-        """
+    def phase(self, name: str) -> None:
+        """Show that the start has come to a phase; with an empty name, that it is over."""
         if name == self._phase:
             return
         if self._phase:
             seconds = round(time.monotonic() - self._phase_began, 3)
             self.start_seconds[self._phase] = seconds
             self.console.print(f"start: {self._phase} {seconds:.1f} s", style="dim")
-        self._phase, self._phase_began = name, time.monotonic() if since is None else since
+        self._phase, self._phase_began = name, time.monotonic()
 
     def _new_lines(self, file: Path) -> int:
         with file.open("rb") as lines:

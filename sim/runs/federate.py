@@ -1,15 +1,14 @@
 """``fedrx federate``: a federation in simulation, through to its report."""
 
-import contextlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from rich.console import Console
 
+import client.app
 from common.config import IN_PROCESS, Config
 from common.data.handling import handling_of
 from common.data.partition import Hospital
@@ -30,32 +29,18 @@ from common.training.budget import steps_of_round
 from common.wire.cohort import check_only, trained_by
 from server.known import layout_record
 from server.strategies import check_strategy
-from sim.flower.start_phases import PREPARATION
-from sim.flower.superlink import SuperLink, end_leftovers, run_flower, superlink
+from sim.flower.in_process import run_in_process
+from sim.flower.superlink import end_leftovers, run_flower
 from sim.flower.worker_count import choose_workers
-from sim.process.ahead import imported_meanwhile
 from sim.process.progress import RunProgress
 from sim.runs.lifecycle import Kind, Run, start
 from sim.runs.preparation import Preparation, with_absolute_paths
-
-AFTER_TRAINING = (
-    "transformers.models.llama.modeling_llama",
-    "sklearn.linear_model",
-    "matplotlib.figure",
-)
-"""What answers and report need; imported while the hospitals train elsewhere."""
 
 
 class Federation(Kind):
     """Hospitals that train together: rounds by Flower on Ray, or in this process."""
 
     mode = "federation"
-
-    link: SuperLink
-
-    def __init__(self) -> None:
-        self.simulation = contextlib.ExitStack()
-        """Closed when the training is done: nothing of Flower and Ray is alive then."""
 
     def resolve(self, config: Config) -> Config:
         """Check what no data decides, and resolve the rest."""
@@ -89,20 +74,12 @@ class Federation(Kind):
         names = directory.checkpoint_names()
         return {"round": int(directory.checkpoint_facts(names[-1])["round"]) if names else -1}
 
-    @contextlib.contextmanager
-    def beginning(self, config: Config, place: Path) -> Iterator[None]:
-        """Start the SuperLink, which comes up while data is read; it ends with the training."""
-        end_leftovers(place)
-        with self.simulation:
-            if config.run.backend != IN_PROCESS:
-                self.link = self.simulation.enter_context(superlink(place, config.run.port))
-            yield
-
     def train(self, run: Run) -> Summary:
         """Run the rounds after the last checkpoint (or all); the server sums them up."""
+        end_leftovers(run.directory.path)
         earlier = len(tracebacks(run.directory))
         try:
-            start = self.rounds(run)
+            start = train_rounds(run)
             summary = run.directory.summary()
             return summary.having(start_seconds=start) if start else summary
         except FedrxError:
@@ -111,41 +88,34 @@ class Federation(Kind):
                 Console(stderr=True, soft_wrap=True).print(told, markup=False, highlight=False)
             raise
 
-    def rounds(self, run: Run) -> dict[str, float]:
-        """Run the rounds that are left, with progress shown; return the seconds of their start."""
-        config, directory = run.config, run.directory
-        directory.write_status("started", **self.place(directory))
-        shutil.rmtree(directory.path / "workers", ignore_errors=True)
-        steps, rounds = (
-            total_steps(config, run.preparation.data.hospitals),
-            config.federation.rounds,
-        )
-        progress = RunProgress(run.console, directory, steps=steps, rounds=rounds)
+
+def train_rounds(run: Run) -> dict[str, float]:
+    """Run the rounds that are left, with progress shown; return the seconds of their start."""
+    config, directory = run.config, run.directory
+    directory.write_status("started", **run.kind.place(directory))
+    shutil.rmtree(directory.path / "workers", ignore_errors=True)
+    steps = total_steps(config, run.preparation.data.hospitals)
+    rounds = config.federation.rounds
+    with run.curves(), RunProgress(run.console, directory, steps=steps, rounds=rounds) as progress:
 
         def on_tick() -> None:
             progress.tick()
             run.peak.tick()
 
-        with run.curves(), progress:
-            if config.run.backend == IN_PROCESS:
-                import client.app
-                from sim.flower.in_process import run_in_process
-
-                run.worker = client.app.worker()
-                run_in_process(config, run.preparation.data.hospitals, on_tick=on_tick)
-                return {}
-            progress.phase(PREPARATION, since=run.started)
-            with imported_meanwhile(AFTER_TRAINING):
-                run_flower(
-                    self.link,
-                    config,
-                    directory,
-                    gpus_per_worker=gpus_per_worker(config),
-                    on_tick=on_tick,
-                    on_phase=progress.phase,
-                )
-                self.simulation.close()
-        return progress.start_seconds
+        if config.run.backend == IN_PROCESS:
+            run.worker = client.app.worker()
+            run_in_process(config, run.preparation.data.hospitals, on_tick=on_tick)
+        else:
+            workers = config.federation.workers
+            run_flower(
+                config,
+                directory,
+                workers=workers,
+                gpus_per_worker=gpus_per_worker(config, workers),
+                on_tick=on_tick,
+                on_phase=progress.phase,
+            )
+    return progress.start_seconds
 
 
 def resolved(config: Config) -> Config:
@@ -188,11 +158,11 @@ def total_steps(config: Config, hospitals: Sequence[Hospital]) -> int:
     )
 
 
-def gpus_per_worker(config: Config) -> float:
+def gpus_per_worker(config: Config, workers: int) -> float:
     """Return the share of a GPU that each Ray actor holds."""
     if config.train.device == "cpu" or not torch.cuda.is_available():
         return 0.0
-    return min(1.0, torch.cuda.device_count() / config.federation.workers)
+    return min(1.0, torch.cuda.device_count() / workers)
 
 
 federate = partial(start, kind=Federation)

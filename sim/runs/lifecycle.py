@@ -5,7 +5,7 @@ A kind of run (``federate``, ``single``, ``paper``, ``audit``) supplies what dif
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,15 +49,6 @@ class Kind:
     def resolve(self, config: Config) -> Config:
         """Before data is read: fill in what decides the result, refuse what is known to fail."""
         return config
-
-    def beginning(self, config: Config, place: Path) -> AbstractContextManager[object]:
-        """Return what is started beside the preparation and ends with the run, if not before.
-
-        Args:
-            config: As far as it is resolved.
-            place: The run directory, which may not be there yet.
-        """
-        return nullcontext()
 
     def prepare(self, config: Config, console: Console, worker: Worker) -> Preparation | None:
         """Read what the run needs; also before it is resumed."""
@@ -195,29 +186,23 @@ def start(
     RunDirectory.require_new(config, directory=run_dir)
     settled = config = chosen.resolve(config)
     check_tracker(config, command_line)
-    place = RunDirectory.place(settled, directory=run_dir)
-    with chosen.beginning(settled, place):
-        preparation, inputs = chosen.prepare(config, console, worker), Inputs()
-        if preparation:
-            check_tracker(config, command_line, source=preparation.data.source)
-            config, inputs = chosen.ready(config, preparation, console), fingerprints(preparation)
-        # Another run may have taken the same second's name meanwhile.
-        free = run_dir or (None if place.exists() else place)
-        directory = RunDirectory.create(settled, directory=free)
-        config = replace(config, run=replace(config.run, directory=str(directory.path)))
-        directory.write_config(config)
-        if preparation:
-            directory.write_json("data.json", data_facts(preparation))
-        record = chosen.record(config, inputs)
-        directory.write_json(ENVIRONMENT, {**environment(command_line), **chosen.facts(record)})
-        directory.write_json(RUN, record)
-        console.print(f"run directory: {directory.path}", markup=False, highlight=False)
-        with exclusive(directory):
-            run = Run(
-                chosen, directory, record, config, preparation, console, command_line, started
-            )
-            run.worker = worker
-            return run.live(inside=inside)
+    preparation, inputs = chosen.prepare(config, console, worker), Inputs()
+    if preparation:
+        check_tracker(config, command_line, source=preparation.data.source)
+        config, inputs = chosen.ready(config, preparation, console), fingerprints(preparation)
+    directory = RunDirectory.create(settled, directory=run_dir)
+    config = replace(config, run=replace(config.run, directory=str(directory.path)))
+    directory.write_config(config)
+    if preparation:
+        directory.write_json("data.json", data_facts(preparation))
+    record = chosen.record(config, inputs)
+    directory.write_json(ENVIRONMENT, {**environment(command_line), **chosen.facts(record)})
+    directory.write_json(RUN, record)
+    console.print(f"run directory: {directory.path}", markup=False, highlight=False)
+    with exclusive(directory):
+        run = Run(chosen, directory, record, config, preparation, console, command_line, started)
+        run.worker = worker
+        return run.live(inside=inside)
 
 
 def resume(
@@ -268,8 +253,7 @@ def resume(
         return directory.read_json(SUMMARY)
     started, worker = time.monotonic(), worker or Worker()
     check_tracker(config, command_line)
-    beside = nullcontext() if answering else kind.beginning(config, directory.path)
-    with exclusive(directory), beside:
+    with exclusive(directory):
         preparation = kind.prepare(config, console, worker)
         if preparation:
             require_same_inputs(record.inputs, preparation)

@@ -18,6 +18,7 @@ from common.privacy.settings import is_private
 from common.records import Inputs
 from common.training.budget import checkpoint_steps, steps_in_all
 from common.training.worker import Worker, destination_of
+from sim.flower.superlink import free_port
 from sim.process.early import check_settings
 from sim.report.data_description import sizes_of
 
@@ -49,6 +50,7 @@ def prepare(config: Config, console: Console, worker: Worker | None = None) -> P
     def say(line: str) -> None:
         console.print(line, style="dim", markup=False, highlight=False)
 
+    free_port(config.run.port)
     if worker and destination_of(config):
         # Before the checks: they import what the weights are read beside.
         worker.backbone_to_open(config, progress=say)

@@ -205,14 +205,16 @@ WRITERS = {
 
 def writes(node):
     """Tell whether a call opens a file for writing, or writes one."""
-    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+    if not isinstance(node, ast.Call):
         return False
-    if node.func.attr in ("write_bytes", "write_text", "touch"):
+    method, name = isinstance(node.func, ast.Attribute), ast.unparse(node.func)
+    if method and node.func.attr in ("write_bytes", "write_text", "touch"):
         return True
-    if ast.unparse(node.func) in ("os.write", "os.open", "os.fdopen"):
-        return ast.unparse(node.func) == "os.write" or "O_CREAT" in ast.unparse(node)
+    if name in ("os.write", "os.open", "os.fdopen"):
+        return name == "os.write" or "O_CREAT" in ast.unparse(node)
     modes = [one.value for one in node.args if isinstance(one, ast.Constant)]
-    return node.func.attr == "open" and any(set(str(mode)) & set("wax+") for mode in modes)
+    opens = name == "open" or (method and node.func.attr == "open")
+    return opens and any(set(str(mode)) & set("wax+") for mode in modes)
 
 
 def test_no_other_file_of_the_product_writes_by_itself():

@@ -202,7 +202,10 @@ def _assembled(
     """Put tensors into the model of a folder's configuration; no other copy of them is made."""
     from transformers import GenerationConfig, LlamaConfig
 
-    config = LlamaConfig.from_pretrained(folder, dtype=destination.dtype)
+    local: dict[str, Any] = {"local_files_only": True}
+    config = LlamaConfig.from_pretrained(
+        folder, dtype=destination.dtype, trust_remote_code=False, **local
+    )
     with torch.device("meta"):
         model = _llama()(config)
     # check_weights has held the names against the model's: what is missing is a tied head, and
@@ -212,7 +215,9 @@ def _assembled(
     # Buffers are not saved: they are built anew, on the CPU as everywhere.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(destination.device)
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.generation_config = GenerationConfig.from_pretrained(
+            folder, trust_remote_code=False, **local
+        )
     return model
 
 

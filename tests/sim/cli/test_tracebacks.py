@@ -26,7 +26,7 @@ def test_an_attempt_shows_its_own_tracebacks_alone(tmp_path, monkeypatch, capsys
                 file.write(attempt)
             raise RunFailed("a hospital failed")
 
-        monkeypatch.setattr(federate.Federation, "rounds", fail)
+        monkeypatch.setattr(federate, "train_rounds", fail)
         prepared = SimpleNamespace(data=SimpleNamespace(source=source))
         kind, console = federate.Federation(), Console(file=StringIO())
         with pytest.raises(RunFailed):

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+import sim.runs.federate
 from common.errors import RunFailed
 from common.rundir import RunDirectory
 from sim.cli.options import with_backend
-from sim.runs.federate import Federation, federate
+from sim.runs.federate import federate
 from sim.runs.resume import resume
 
 QUIET = Console(file=io.StringIO())
@@ -64,13 +65,13 @@ def test_an_interrupted_run_goes_on_to_the_same_b(short, tmp_path, monkeypatch):
 
 def test_a_run_that_ends_between_server_and_launcher_is_summed_up(short, tmp_path, monkeypatch):
     """The server has told what it knows; seconds and source are the launcher's to tell."""
-    rounds = Federation.rounds
+    train_rounds = sim.runs.federate.train_rounds
 
-    def cut(federation, run):
-        rounds(federation, run)
+    def cut(run):
+        train_rounds(run)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Federation, "rounds", cut)
+    monkeypatch.setattr(sim.runs.federate, "train_rounds", cut)
     with pytest.raises(KeyboardInterrupt):
         started(short, tmp_path / "run")
     told = RunDirectory.open(tmp_path / "run").summary()
