@@ -255,6 +255,7 @@ def test_the_model_is_imported_while_its_weights_come(tmp_path, folder, watched,
     monkeypatch.setattr(load, "_llama", lambda: imported.set() or honest())
     watched.before = lambda path: imported.wait(WAIT) or pytest.fail("nobody imports it")
     resolve_backbone(str(folder), cache_dir=tmp_path / "cache", destination=FP32)
+    assert imported.is_set()
 
 
 def test_a_refusal_ends_the_reading(tmp_path, folder, watched, monkeypatch, set_config):
