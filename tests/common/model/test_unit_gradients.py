@@ -143,7 +143,10 @@ def test_every_product_of_a_pass_kept_apart_is_by_segment(monkeypatch, targets) 
     shapes = [size for one in seen.events() if one.name in names for size in one.input_shapes]
     assert [12, 64] in shapes
     assert [21, 64] in shapes
-    assert not [size for size in shapes if 33 in size]
+    # The loss, too: 6 and 11 tokens with a label.
+    assert [6, 64] in shapes
+    assert [11, 64] in shapes
+    assert not [size for size in shapes if 33 in size or 17 in size]
 
 
 def sample(length: int, unit: int) -> Encoded:
