@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.load import resolve_backbone
-from common.model.kernels import frozen
+from common.model.kernels import attention, frozen
 from common.model.session import Session, open_session
 from common.text.batches import Encoded, pack
 from common.training.gradients import add_unit_gradients
@@ -137,6 +137,13 @@ def test_every_product_of_a_pass_kept_apart_is_by_segment(monkeypatch, targets) 
     )
     units = [sample(12, 0), sample(21, 1)]
     out_UP = torch.zeros(2, session.adapter.flat.numel())
+    honest, attended = attention._KERNEL_FUNCTIONS["sdpa"], []
+
+    def attend(q_THE, k_TGE, v_TGE, scaling, packing):
+        attended.append((len(q_THE), packing.bounds))
+        return honest(q_THE, k_TGE, v_TGE, scaling, packing)
+
+    monkeypatch.setitem(attention._KERNEL_FUNCTIONS, session.attention.value, attend)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
         add_unit_gradients(session, pack(units), range(2), out_UP, apart=True)
     names = ("aten::mm", "aten::addmm", "aten::addmm_")
@@ -147,6 +154,7 @@ def test_every_product_of_a_pass_kept_apart_is_by_segment(monkeypatch, targets) 
     assert [6, 64] in shapes
     assert [11, 64] in shapes
     assert not [size for size in shapes if 33 in size or 17 in size]
+    assert set(attended) == {(12, (0, 12)), (21, (0, 21))}
 
 
 def sample(length: int, unit: int) -> Encoded:
