@@ -41,7 +41,9 @@ from common.files import (
     write_text,
 )
 from common.provenance import tensors_sha256
-from common.records import SCHEMA, Inputs, Record, RunRecord, Summary
+from common.records import Record
+from common.records.run import SCHEMA, Inputs, RunRecord
+from common.records.summary import Summary
 from common.tensor_files import Altered, Tensors, content_sha256, read_tensors, write_tensors
 
 State = Literal["started", "running", "finished", "failed", "interrupted"]

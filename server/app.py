@@ -22,15 +22,13 @@ from common.provenance import (
     tensors_sha256,
     tokens_per_second,
 )
-from common.records import (
+from common.records.run import Inputs, Layout, RunRecord
+from common.records.summary import (
     AdapterFacts,
     BackboneFacts,
     DtypeFacts,
     HospitalFacts,
-    Inputs,
     KernelFacts,
-    Layout,
-    RunRecord,
     Summary,
     WireTotals,
 )

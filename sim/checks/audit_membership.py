@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.model.adapter.layout import initial_tensors
 from common.model.session import Session
 from common.privacy.membership import membership_findings, patient_losses, ratios
-from common.records import MembershipRecord
+from common.records.checks import MembershipRecord
 from common.rundir import RunDirectory
 from common.tensor_files import Tensors
 from common.text.batches import Encoded

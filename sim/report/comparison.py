@@ -17,7 +17,7 @@ from common.errors import UserError
 from common.evaluation.answers_file import read_answers
 from common.evaluation.metrics import drug_map_of, f1_by_admission, interval_of_mean
 from common.files import write_json, write_text
-from common.records import Figures, Summary
+from common.records.summary import Figures, Summary
 from common.rundir import RunDirectory
 from sim.report.html import Bar, Block, to_html, write_page
 from sim.report.plots import Points, lines_svg

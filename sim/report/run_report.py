@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.evaluation.answers_file import read_answers
 from common.privacy.forecast import verdict
 from common.privacy.settings import plan_of
-from common.records import Figures, Summary
+from common.records.summary import Figures, Summary
 from common.rundir import RunDirectory
 from common.wire.cohort import NOT_EVALUATED, WITHSTANDS_NOTHING
 from sim.report.html import Bar, Block, write_page

@@ -23,7 +23,9 @@ from common.provenance import (
     shown_command,
     source_digest,
 )
-from common.records import Inputs, Mode, Record, RunRecord, Summary
+from common.records import Record
+from common.records.run import Inputs, Mode, RunRecord
+from common.records.summary import Summary
 from common.rundir import ENVIRONMENT, RUN, SUMMARY, RunDirectory
 from common.training.worker import Worker
 from sim.answers.evaluate import FREE_KEYS, evaluate_run

@@ -13,7 +13,9 @@ from common.errors import UserError
 from common.evaluation.answers_file import Evaluation
 from common.evaluation.lists import check_lists
 from common.provenance import source_root
-from common.records import Inputs, PaperTable, Record, RunRecord
+from common.records import Record
+from common.records.paper import PaperTable
+from common.records.run import Inputs, RunRecord
 from common.rundir import RunDirectory
 from sim.answers.evaluate import evaluate_run
 from sim.process.lock import exclusive

@@ -12,7 +12,7 @@ from common.model.adapter.layout import adapter_spec
 from common.privacy.budget.receipts import privacy_lines, privacy_summary
 from common.privacy.settings import delta_warning, is_private, protects, with_calibrated_noise
 from common.provenance import peak_device_bytes, peak_rss_bytes, tensors_sha256, tokens_per_second
-from common.records import Summary
+from common.records.summary import Summary
 from common.rundir import SUMMARY, RunDirectory, remove_unbegun
 from sim.runs.lifecycle import Kind, Run, resume, start
 from sim.runs.preparation import Preparation, with_absolute_paths

@@ -25,7 +25,7 @@ from common.privacy.budget.guard import Guard
 from common.privacy.budget.receipts import PRIVACY, ledger_line
 from common.privacy.settings import is_private
 from common.provenance import source_digest, tensors_sha256
-from common.records import Scaling
+from common.records.summary import Scaling
 from common.rundir import RunDirectory, damaged
 from common.tensor_files import Tensors
 from common.training.budget import checkpoint_steps, steps_in_all, steps_per_epoch, stretches

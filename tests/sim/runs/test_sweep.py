@@ -11,7 +11,8 @@ from rich.console import Console
 import sim.runs.sweep
 from common.config import AdapterConfig, FederationConfig
 from common.errors import UserError
-from common.records import RunRecord, Summary
+from common.records.run import RunRecord
+from common.records.summary import Summary
 from common.rundir import RunDirectory
 from common.training.budget import steps_in_all
 from common.training.worker import Worker
