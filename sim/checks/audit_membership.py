@@ -50,7 +50,7 @@ def audit_membership(
             are not those of the run, or a reference has another A.
     """
     started = time.monotonic()
-    state = run.status()["state"]
+    state = run.status().state
     if state != "finished":
         raise UserError(f"{run.path} is {state}", allowed="a finished run", fix="`fedrx resume` it")
     config = run.config()

@@ -168,7 +168,7 @@ def renew_table(run: RunDirectory) -> Path:
         UserError: if the paper run has not finished.
     """
     record = run.record()
-    if record is None or run.status()["state"] != "finished":
+    if record is None or run.status().state != "finished":
         raise UserError(f"{run.path} has not finished", fix="finish it with `fedrx resume`")
     write_table(run, _table(run, record))
     return run.path / "report.html"

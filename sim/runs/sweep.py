@@ -370,7 +370,7 @@ def run_cell(cell: Cell, folder: Path, console: Console, command_line: Sequence[
         begin(cell.config, run_dir=folder, **told)
     else:
         _check_same(cell, RunDirectory.open(folder))
-        if run.status()["state"] != "finished":
+        if run.status().state != "finished":
             resume(folder, **told)
     return run.summary()
 

@@ -270,7 +270,7 @@ def test_local_only_trains_on_one_hospital_alone(tiny_config, in_process):
 
     config = tiny_config(federation__only="hospital-2")
     done = in_process(config)
-    assert {e["hospital"] for e in done.run.metrics("steps")} == {"hospital-2"}
+    assert {e.hospital for e in done.run.metrics("steps")} == {"hospital-2"}
     session = Worker().session(config)
     data = encode_hospital(hospitals_of(config.data, config.partition, 3)[1], session, config)
     session.adapter.flat.zero_()
