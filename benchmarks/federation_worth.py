@@ -43,7 +43,7 @@ from rich.console import Console
 from common.config import Config
 from common.configio import Scalar, from_flat, parse_overrides, read_config
 from common.evaluation.transfer import half_width
-from common.records import Summary
+from common.records.summary import Summary
 from sim.runs.sweep import Cell, plan_cells, run_cell
 
 ROOT = Path(__file__).resolve().parents[1]

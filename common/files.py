@@ -196,7 +196,7 @@ def for_owner(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def append_json_line(target: Path, record: dict[str, Any]) -> None:
+def append_json_line(target: Path, record: Mapping[str, object]) -> None:
     """Append one JSON object as one line, in a single write; a new file is for its owner alone.
 
     A last line that a crash has torn is removed first, so only one process may write to a file.

@@ -23,7 +23,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from common.config import Config
 from common.configio import config_hash, read_config, to_toml
@@ -41,11 +41,13 @@ from common.files import (
     write_text,
 )
 from common.provenance import tensors_sha256
-from common.records import SCHEMA, Inputs, Record, RunRecord, Summary
+from common.records import Record
+from common.records.run import SCHEMA, Inputs, Metric, RunRecord, State, Status, WireLine
+from common.records.summary import Summary
 from common.tensor_files import Altered, Tensors, content_sha256, read_tensors, write_tensors
 
-State = Literal["started", "running", "finished", "failed", "interrupted"]
 RUN, ENVIRONMENT, SUMMARY = "run.json", "environment.json", "summary.json"
+STATUS, METRICS, WIRE = "status.json", "metrics.jsonl", "wire.jsonl"
 TRAINED = "trained"
 """Stage in status.json: all rounds are done and summed up."""
 _SHA256 = "sha256"
@@ -159,14 +161,14 @@ class RunDirectory:
         return Summary.read(self.read_json(SUMMARY), what=str(self.path / SUMMARY))
 
     def write_status(self, state: State, **facts: Any) -> None:
-        """Replace status.json, also on a full disk; ``updated`` is UTC."""
+        """Replace status.json, also on a full disk."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        content = json_document({"state": state, "updated": now, **facts})
-        write_bytes_or_over(self.path / "status.json", utf8(content))
+        content = json_document(Status(state=state, updated=now, **facts).as_json())
+        write_bytes_or_over(self.path / STATUS, utf8(content))
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> Status:
         """Read status.json."""
-        return _read_object(self.path / "status.json")
+        return Status.read(_read_object(self.path / STATUS), what=str(self.path / STATUS))
 
     def write_json(self, name: str, value: Any) -> None:
         """Write one JSON document, or a record, atomically."""
@@ -178,31 +180,37 @@ class RunDirectory:
         return _read_object(file) if file.exists() else {}
 
     def metric(self, name: str, value: float | str | None, **labels: Any) -> None:
-        """Append one event to metrics.jsonl (labels: round, hospital, split, step, seconds)."""
-        record = {"name": name, "value": value, **labels, "time": round(time.time(), 3)}
-        append_json_line(self.path / "metrics.jsonl", record)
+        """Append one event to metrics.jsonl (labels: the fields of ``Metric``)."""
+        event = Metric(name=name, value=value, **labels, time=round(time.time(), 3))
+        self.append(METRICS, event)
 
-    def metrics(self, name: str | None = None) -> list[dict[str, Any]]:
+    def metrics(self, name: str | None = None) -> list[Metric]:
         """Read metrics.jsonl, optionally only the events called ``name``."""
-        records = self.lines("metrics.jsonl")
-        return [r for r in records if name is None or r["name"] == name]
+        events = [Metric.read(line, what=METRICS) for line in self.lines(METRICS)]
+        return [event for event in events if name in (None, event.name)]
 
-    def forget_metrics(
-        self, *, after_round: int | None = None, after_step: int | None = None
-    ) -> None:
+    def numbers(self, name: str) -> list[float]:
+        """Read the numbers of the events called ``name``."""
+        return [event.number for event in self.metrics(name) if event.number is not None]
+
+    def forget_metrics(self, *, after: int) -> None:
         """Drop the events of later rounds or steps, which a resumed run will write again.
 
         A line that was torn by a crash goes with them.
         """
-        file = self.path / "metrics.jsonl"
-        label, last = ("round", after_round) if after_step is None else ("step", after_step)
-        if file.exists() and last is not None:
-            kept = [event for event in self.metrics() if event.get(label, 0) <= last]
-            write_text(file, "".join(json_line(event) for event in kept))
+        file = self.path / METRICS
+        if file.exists():
+            kept = [event.as_json() for event in self.metrics() if event.place <= after]
+            write_text(file, "".join(map(json_line, kept)))
 
-    def append(self, file: str, record: dict[str, Any]) -> None:
-        """Append one JSON object to a JSON-lines file of the run."""
-        append_json_line(self.path / file, record)
+    def wire(self) -> list[WireLine]:
+        """Read wire.jsonl."""
+        return [WireLine.read(line, what=WIRE) for line in self.lines(WIRE)]
+
+    def append(self, file: str, record: Record | Mapping[str, object]) -> None:
+        """Append one JSON object, or a record, to a JSON-lines file of the run."""
+        content = record.as_json() if isinstance(record, Record) else record
+        append_json_line(self.path / file, content)
 
     def lines(self, file: str) -> list[dict[str, Any]]:
         """Read a JSON-lines file of the run.

@@ -22,15 +22,13 @@ from common.provenance import (
     tensors_sha256,
     tokens_per_second,
 )
-from common.records import (
+from common.records.run import Inputs, Layout, RunRecord
+from common.records.summary import (
     AdapterFacts,
     BackboneFacts,
     DtypeFacts,
     HospitalFacts,
-    Inputs,
     KernelFacts,
-    Layout,
-    RunRecord,
     Summary,
     WireTotals,
 )
@@ -131,11 +129,11 @@ def summarise(
     handshakes = [roster.handshakes[name] for name in sorted(roster.handshakes)]
     first = handshakes[0]
     losses = {
-        event["round"]: event["value"]
+        event.place: event.number
         for event in run.metrics("validation-loss")
-        if "hospital" not in event
+        if event.hospital is None
     }
-    losses |= {event["round"]: None for event in run.metrics(NOT_EVALUATED)}
+    losses |= {event.place: None for event in run.metrics(NOT_EVALUATED)}
     workers = [
         run.read_json(f"workers/{file.name}")
         for file in sorted((run.path / "workers").glob("*.json"))
@@ -184,8 +182,7 @@ def overhead_seconds(run: RunDirectory, workers: int) -> float | None:
     Workers train side by side, so an exchange that cost nothing would take the hospitals' training
     seconds over the number of workers. None where hospitals tell no seconds (privacy).
     """
-    trained = [event["value"] for event in run.metrics("seconds")]
-    waited = sum(event["value"] for event in run.metrics("train-exchange-seconds"))
+    trained, waited = run.numbers("seconds"), sum(run.numbers("train-exchange-seconds"))
     if not trained or not workers:
         return None
     return round((waited - sum(trained) / workers) / len(trained), 4)
@@ -195,9 +192,9 @@ def wire_totals(run: RunDirectory) -> WireTotals:
     """Add up wire.jsonl: tensor names, bytes in both directions."""
     tensors: set[str] = set()
     total: Counter[str] = Counter()
-    for line in run.lines("wire.jsonl"):
-        tensors.update(line["tensors"])
-        total[line["direction"]] += line["bytes"]
+    for line in run.wire():
+        tensors.update(line.tensors)
+        total[line.direction] += line.bytes
     return WireTotals(
         tensors=tuple(sorted(tensors)), bytes_up=total["up"], bytes_down=total["down"]
     )

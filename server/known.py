@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from common.config import Config
 from common.model.adapter.layout import adapter_layout, adapter_spec
-from common.records import Inputs, Layout
+from common.records.run import Inputs, Layout
 from common.rundir import RunDirectory
 
 if TYPE_CHECKING:

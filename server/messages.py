@@ -3,20 +3,20 @@
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from common.errors import RunFailed
-from common.rundir import RunDirectory
+from common.records.run import Direction
+from common.rundir import WIRE, RunDirectory
 from common.wire.contract import LONGEST_REASON, ContractError, describe, shortened
 from server.clock import Clock
 
 POLL_SECONDS = 0.1
 PRESENCE_SECONDS = 2.0
 """How often a waiting server looks whether the asked nodes are still connected."""
-OnMessage = Callable[[str, str, str, Message], None]
+OnMessage = Callable[[str, Direction, str, Message], None]
 """Called with kind, direction (``down`` or ``up``), hospital and message."""
 
 
@@ -92,11 +92,16 @@ class Recorder:
     tensors: Collection[str]
     """Names that tensors may have."""
 
-    def __call__(self, kind: str, direction: str, hospital: str, message: Message) -> None:
+    def __call__(self, kind: str, direction: Direction, hospital: str, message: Message) -> None:
         """Record one message."""
-        where: dict[str, Any] = {"direction": direction, "hospital": hospital}
-        facts = {"round": self.server_round, "kind": kind, **describe(message, self.tensors)}
-        self.run.append("wire.jsonl", {**where, **facts})
+        line = describe(
+            *(message, self.tensors),
+            direction=direction,
+            hospital=hospital,
+            server_round=self.server_round,
+            kind=kind,
+        )
+        self.run.append(WIRE, line)
 
 
 def answered(reply: Message | None) -> Message:

@@ -1,8 +1,6 @@
 """What the server knows of each hospital's privacy spending: the run's privacy.jsonl."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from typing import Any
 
 from common.privacy.budget.receipts import PRIVACY, PrivacyLine, ledger_line, privacy_lines
 from common.privacy.plan import PrivacyPlan
@@ -51,19 +49,17 @@ class PrivacyAccount:
         line = ledger_line(self.plan, hospital, server_round, worst)
         self._write(line.model_copy(update={"least_steps": min(certain, self.plan.steps)}))
 
-    def record_interrupted(
-        self, wire: Iterable[Mapping[str, Any]], server_round: int, steps: int
-    ) -> None:
+    def record_interrupted(self, server_round: int, steps: int) -> None:
         """Write the worst case of hospitals that an earlier process asked and heard no more of."""
         asked = {
-            line["hospital"]
-            for line in wire
-            if (line["direction"], line["kind"], line["round"]) == ("down", "train", server_round)
+            line.hospital
+            for line in self.run.wire()
+            if (line.direction, line.kind, line.round) == ("down", "train", server_round)
         }
         for hospital in sorted(asked):
             if all(line.round != server_round for line in self._lines[hospital]):
                 self.record_missing(hospital, server_round, steps)
 
     def _write(self, line: PrivacyLine) -> None:
-        self.run.append(PRIVACY, line.as_json())
+        self.run.append(PRIVACY, line)
         self._lines[line.hospital].append(line)

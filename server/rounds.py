@@ -113,10 +113,10 @@ class Rounds:
         last = int(checkpoint.facts["round"])
         aggregator.restore(checkpoints.part(STRATEGY, checkpoint))
         self.paces = {kind: Pace(**pace) for kind, pace in checkpoint.facts["paces"].items()}
-        self.run.forget_metrics(after_round=last)
+        self.run.forget_metrics(after=last)
         if self.account:
             cost = private_steps(self.config, self.roster.plan, last + 1)
-            self.account.record_interrupted(self.run.lines("wire.jsonl"), last + 1, cost)
+            self.account.record_interrupted(last + 1, cost)
         self.run.write_status("running", round=last)
         return self._round(last, checkpoint.b, checkpoints.part(CARRIED, checkpoint))
 

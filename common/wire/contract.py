@@ -20,6 +20,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from common.errors import FedrxError, RunFailed
+from common.records.run import Direction, WireLine
 from common.wire.codecs import decode, is_lossy, wire_layout
 from common.wire.figures import fault_of, rounded
 from common.wire.identity import NONCE, SIGNATURE
@@ -310,7 +311,15 @@ def shortened(text: str, limit: int = LONGEST_QUOTE) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
-def describe(message: Message, tensors: Collection[str]) -> dict[str, Any]:
+def describe(
+    message: Message,
+    tensors: Collection[str],
+    *,
+    direction: Direction,
+    hospital: str,
+    server_round: int,
+    kind: str,
+) -> WireLine:
     """Return what wire.jsonl records of a message: tensor names, scalar names and bytes.
 
     What arrives is not checked yet: of names that no message has, only the number is told.
@@ -322,12 +331,16 @@ def describe(message: Message, tensors: Collection[str]) -> dict[str, Any]:
     labels = [key for record in scalars for key in record]
     unknown = sum(name not in tensors for name in names)
     unknown += sum(label not in _SCALARS for label in labels)
-    return {
-        "tensors": sorted(name for name in names if name in tensors),
-        "scalars": sorted(label for label in labels if label in _SCALARS),
-        **({"unknown": unknown} if unknown else {}),
-        "bytes": sum(len(array.data) for record in arrays for array in record.values()),
-    }
+    return WireLine(
+        direction=direction,
+        hospital=hospital,
+        round=server_round,
+        kind=kind,
+        tensors=tuple(sorted(name for name in names if name in tensors)),
+        scalars=tuple(sorted(label for label in labels if label in _SCALARS)),
+        unknown=unknown or None,
+        bytes=sum(len(array.data) for record in arrays for array in record.values()),
+    )
 
 
 def _check_kinds(content: RecordDict, *, arrays: bool, metrics: bool, configs: bool) -> None:

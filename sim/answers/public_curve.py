@@ -13,7 +13,7 @@ from common.data.prepare import load_samples
 from common.data.samples import Admission
 from common.data.synthetic.source import PATH
 from common.model.session import Session
-from common.records import PublicCurve
+from common.records.summary import PublicCurve
 from common.rundir import RunDirectory
 from common.training.loop import validation_loss
 from sim.answers.held_out import encoded

@@ -320,7 +320,7 @@ def find_run(path: Path | None) -> RunDirectory:
     for file in folders:
         run = RunDirectory.open(file.parent)
         # Audits and paper runs have no checkpoint of their own.
-        if run.status()["state"] == "finished" and run.checkpoint_names():
+        if run.status().state == "finished" and run.checkpoint_names():
             return run
     raise UserError(
         "there is no finished run below ./runs",

@@ -21,7 +21,8 @@ from common.privacy.mechanism.gradients import PrivateGradient
 from common.privacy.mechanism.isolation import check_backbone
 from common.privacy.plan import PrivacyPlan
 from common.privacy.settings import is_private, plan_of, protects, with_calibrated_noise
-from common.records import AuditSummary, Json, RunRecord
+from common.records.checks import AuditSummary, Json
+from common.records.run import RunRecord
 from common.rundir import SUMMARY
 from common.seeds import torch_stream
 from common.text.batches import Encoded, pack

@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.model.adapter.layout import initial_tensors
 from common.model.session import Session
 from common.privacy.membership import membership_findings, patient_losses, ratios
-from common.records import MembershipRecord
+from common.records.checks import MembershipRecord
 from common.rundir import RunDirectory
 from common.tensor_files import Tensors
 from common.text.batches import Encoded
@@ -50,7 +50,7 @@ def audit_membership(
             are not those of the run, or a reference has another A.
     """
     started = time.monotonic()
-    state = run.status()["state"]
+    state = run.status().state
     if state != "finished":
         raise UserError(f"{run.path} is {state}", allowed="a finished run", fix="`fedrx resume` it")
     config = run.config()

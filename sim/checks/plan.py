@@ -28,15 +28,15 @@ from common.model.footprint import (
 from common.model.session import choose_dtype, device_kind
 from common.privacy.forecast import forecast, lines
 from common.privacy.settings import delta_note, is_private, plan_of, protects
-from common.records import (
+from common.records.checks import (
     AdapterShape,
-    DtypeFacts,
     MeasuredTime,
     Parameters,
     PlanRecord,
     Recomputation,
     Workers,
 )
+from common.records.summary import DtypeFacts
 from common.training.budget import checkpoint_steps, steps_in_all, steps_of_round
 from common.wire.codecs import wire_layout
 from common.wire.cohort import asked, check_only

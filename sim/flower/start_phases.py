@@ -17,11 +17,11 @@ def phases_of(folder: Path, run: RunDirectory) -> Callable[[], str]:
         folder: Ray's temporary folder.
         run: The run directory; what earlier attempts have left there does not count.
     """
-    before, training = len(run.lines("wire.jsonl")), False
+    before, training = len(run.wire()), False
 
     def phase() -> str:
         nonlocal training
-        kinds = () if training else {line["kind"] for line in run.lines("wire.jsonl")[before:]}
+        kinds = () if training else {line.kind for line in run.wire()[before:]}
         training = training or "train" in kinds
         if training:
             return ""

@@ -216,7 +216,7 @@ def run_flower(
                 *(run.path, f"Flower ended the run {state}", log.stdout, link.log()),
                 otherwise=details,
             )
-            reason = run.status().get("error")
+            reason = run.status().error
             raise RunFailed(reason) if reason else failure
 
 
@@ -261,11 +261,11 @@ def _watch(link: SuperLink, run: RunDirectory, on_tick: Callable[[], None]) -> t
     while True:
         on_tick()
         status = run.status()
-        if status.get("stage") == TRAINED:
+        if status.stage == TRAINED:
             return COMPLETED, ""
         if link.process.poll() is not None:
             return "stopped", "the SuperLink ended"
-        failed = status["state"] == "failed"
+        failed = status.state == "failed"
         if failed or time.monotonic() - last_check > CHECK_SECONDS:
             last_check = time.monotonic()
             # To ask Flower costs a second of a core, which hospitals are training on.

@@ -14,7 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from common.privacy.budget.receipts import PRIVACY
+from common.privacy.budget.receipts import privacy_lines
 from common.rundir import RunDirectory
 
 PLAIN_SECONDS = 15.0
@@ -147,16 +147,14 @@ class RunProgress:
         self._events_bytes = size
         events = self.run.metrics()
         for event in events[self._seen_events :]:
-            if event["name"] == "validation-loss" and "hospital" not in event:
-                moment = (
-                    "untrained" if event["round"] == 0 else f"round {event['round']}/{self.rounds}"
-                )
-                self.console.print(f"{moment}: validation loss {event['value']:.4f}")
-            elif event["name"] == "round-seconds":
-                self._show_spent(event["round"])
-            elif event["name"] == "refused":
+            if event.name == "validation-loss" and event.hospital is None:
+                moment = f"round {event.place}/{self.rounds}" if event.place else "untrained"
+                self.console.print(f"{moment}: validation loss {event.number:.4f}")
+            elif event.name == "round-seconds":
+                self._show_spent(event.place)
+            elif event.name == "refused":
                 self.console.print(
-                    f"round {event['round']}: {event['hospital']} refused: {event['value']}",
+                    f"round {event.place}: {event.hospital} refused: {event.value}",
                     style="yellow",
                     markup=False,
                 )
@@ -164,7 +162,9 @@ class RunProgress:
 
     def _show_spent(self, server_round: int) -> None:
         """With privacy on no loss is told; show what the round's hospitals have spent at most."""
-        lines = [line for line in self.run.lines(PRIVACY) if line["round"] == server_round]
-        if lines:
-            spent = max(float(line["epsilon"]) for line in lines)
-            self.console.print(f"round {server_round}/{self.rounds}: epsilon {spent:.3f} spent")
+        spent = [
+            float(line.epsilon) for line in privacy_lines(self.run) if line.round == server_round
+        ]
+        if spent:
+            line = f"round {server_round}/{self.rounds}: epsilon {max(spent):.3f} spent"
+            self.console.print(line)

@@ -17,7 +17,7 @@ from common.errors import UserError
 from common.evaluation.answers_file import read_answers
 from common.evaluation.metrics import drug_map_of, f1_by_admission, interval_of_mean
 from common.files import write_json, write_text
-from common.records import Figures, Summary
+from common.records.summary import Figures, Summary
 from common.rundir import RunDirectory
 from sim.report.html import Bar, Block, to_html, write_page
 from sim.report.plots import Points, lines_svg
@@ -205,17 +205,16 @@ def _curves(groups: Mapping[str, Sequence[Compared]]) -> list[Block]:
     plots = []
     for metric, label in (("validation-loss", "validation loss"), ("train-loss", "training loss")):
         lines: dict[str, Points] = {}
-        units = set()
+        units: set[str] = set()
         for name, runs in groups.items():
             values: dict[int, list[float]] = defaultdict(list)
             for one in runs:
                 events = one.run.metrics(metric)
-                whole = [event for event in events if "hospital" not in event] or events
+                whole = [event for event in events if event.hospital is None] or events
                 for event in whole:
-                    unit = "round" if "round" in event else "step"
-                    units.add(unit)
-                    if event["value"] is not None:
-                        values[event[unit]].append(event["value"])
+                    units.add(event.unit)
+                    if event.number is not None:
+                        values[event.place].append(event.number)
             if values:
                 lines[name] = [(at, statistics.fmean(found)) for at, found in values.items()]
         if lines:

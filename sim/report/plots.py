@@ -7,9 +7,12 @@ import io
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+
+from common.privacy.budget.receipts import PrivacyLine
+from common.records.run import Metric, WireLine
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,14 +27,13 @@ COLOURS = (
 Points = Sequence[tuple[float, float]]
 
 
-def loss_svg(events: Sequence[Mapping[str, Any]], label: str = "validation loss") -> str:
+def loss_svg(events: Sequence[Metric], label: str = "validation loss") -> str:
     """Plot a loss over rounds (or steps): the mean, and each hospital."""
-    unit = "round" if any("round" in event for event in events) else "step"
     lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for event in events:
-        if event["value"] is not None:
-            lines[event.get("hospital", "")].append((event[unit], event["value"]))
-    mean = lines.pop("", None)
+        if event.number is not None:
+            lines[event.hospital or ""].append((event.place, event.number))
+    mean, unit = lines.pop("", None), events[0].unit
     return lines_svg(dict(sorted(lines.items())), x_label=unit, y_label=label, mean=mean)
 
 
@@ -123,12 +125,12 @@ def together(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}, equal"
 
 
-def bytes_svg(lines: Sequence[Mapping[str, Any]]) -> str:
+def bytes_svg(lines: Sequence[WireLine]) -> str:
     """Plot megabytes per round in both directions."""
     totals: dict[str, dict[int, int]] = {"up": defaultdict(int), "down": defaultdict(int)}
     for line in lines:
-        totals[line["direction"]][line["round"]] += line["bytes"]
-    rounds = sorted({line["round"] for line in lines})
+        totals[line.direction][line.round] += line.bytes
+    rounds = sorted({line.round for line in lines})
     figure, axes = _axes("round (0: handshake and first evaluation)", "MB")
     for offset, (direction, label, colour) in enumerate(
         (("up", "from hospitals", ORANGE), ("down", "to hospitals", BLUE))
@@ -144,12 +146,12 @@ def bytes_svg(lines: Sequence[Mapping[str, Any]]) -> str:
     return inline_svg(figure)
 
 
-def epsilon_svg(lines: Sequence[Mapping[str, Any]], unit: str) -> str:
+def epsilon_svg(lines: Sequence[PrivacyLine], unit: str) -> str:
     """Plot spent epsilon over rounds (or steps) for each hospital."""
     spent: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for line in lines:
-        if math.isfinite(float(line["epsilon"])):
-            spent[line["hospital"]].append((line["round"], float(line["epsilon"])))
+        if math.isfinite(float(line.epsilon)):
+            spent[line.hospital].append((line.round, float(line.epsilon)))
     ordered = dict(sorted(spent.items()))
     return lines_svg(ordered, x_label=unit, y_label="epsilon spent", from_zero=True)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.evaluation.high_priority import CITATION
-from common.records import Summary
+from common.records.summary import Summary
 from sim.report.html import Block
 from sim.report.plots import Points, lines_svg
 from sim.report.words import model_name, number, with_interval

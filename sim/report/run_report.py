@@ -12,13 +12,15 @@ from typing import Any
 from common.data.handling import handling_of
 from common.errors import UserError
 from common.evaluation.answers_file import read_answers
+from common.privacy.budget.receipts import privacy_lines
 from common.privacy.forecast import verdict
 from common.privacy.settings import plan_of
-from common.records import Figures, Summary
+from common.records.run import Metric
+from common.records.summary import Figures, Summary
 from common.rundir import RunDirectory
 from common.wire.cohort import NOT_EVALUATED, WITHSTANDS_NOTHING
 from sim.report.html import Bar, Block, write_page
-from sim.report.plots import bytes_svg, epsilon_svg, loss_svg, together
+from sim.report.plots import bytes_svg, epsilon_svg, lines_svg, loss_svg, together
 from sim.report.ranking_blocks import ranking_blocks
 from sim.report.what_ran import settings, what_ran
 from sim.report.words import (
@@ -138,31 +140,35 @@ def _side(ours: Figures, theirs: Figures) -> str:
 def _incidents(run: RunDirectory) -> list[Block]:
     """Warn of rounds that were not evaluated, or in which a robust strategy was not robust."""
     notes = [
-        f"Round {event['round']} was not evaluated: {event['value']}."
+        f"Round {event.round} was not evaluated: {event.value}."
         for event in run.metrics(NOT_EVALUATED)
     ] + [
-        f"Round {event['round']}: the strategy withstands nothing with {event['value']} updates."
+        f"Round {event.round}: the strategy withstands nothing with {event.value} updates."
         for event in run.metrics(WITHSTANDS_NOTHING)
     ]
     return [Block(note=note, warning=True) for note in notes]
 
 
 def _losses(run: RunDirectory, summary: Summary) -> list[Block]:
-    validation, train = run.metrics("validation-loss"), run.metrics("train-loss")
-    curves = [
-        ("on each hospital's validation patients", validation, "validation loss"),
-        ("on what was trained on", train, "training loss"),
+    shown = [
+        (where, loss_svg(events, label))
+        for where, name, label in (
+            ("on each hospital's validation patients", "validation-loss", "validation loss"),
+            ("on what was trained on", "train-loss", "training loss"),
+        )
+        if (events := run.metrics(name))
     ]
     notes = ""
     if public := summary.public_validation:
-        events = [{public.unit: place, "value": loss} for place, loss in public.losses]
         where = f"on {public.samples} made-up admissions that no hospital has"
-        curves.append((where, events, "loss on made-up patients"))
+        svg = lines_svg(
+            {}, x_label=public.unit, y_label="loss on made-up patients", mean=public.losses
+        )
+        shown.append((where, svg))
         notes = (
             " That on made-up ones was measured after training, with what every round had "
             "released: no hospital's data is read for it, and it costs no privacy."
         )
-    shown = [(where, loss_svg(events, label)) for where, events, label in curves if events]
     if not shown:
         return []
     places = ", ".join(where for where, _ in shown)
@@ -219,13 +225,13 @@ def _hospitals(run: RunDirectory, summary: Summary) -> Block:
     return Block(title="Hospitals", headers=headers, rows=tuple(rows))
 
 
-def _ends(events: Sequence[Mapping[str, Any]], hospital: str) -> tuple[float | None, float | None]:
-    values = [event["value"] for event in events if event.get("hospital") == hospital]
+def _ends(events: Sequence[Metric], hospital: str) -> tuple[float | None, float | None]:
+    values = [event.number for event in events if event.hospital == hospital]
     return (values[0], values[-1]) if values else (None, None)
 
 
 def _privacy(run: RunDirectory, summary: Summary) -> list[Block]:
-    lines, privacy = run.lines("privacy.jsonl"), summary.privacy
+    lines, privacy = privacy_lines(run), summary.privacy
     if not lines or not privacy:
         return []
     facts = [
@@ -246,8 +252,8 @@ def _privacy(run: RunDirectory, summary: Summary) -> list[Block]:
     if summary.public_validation:
         note += " The loss on made-up patients needed no hospital's data and spent nothing."
     unit = "step" if summary.mode == "single" else "round"
-    places = sorted({line["round"] for line in lines})
-    spent = {(line["hospital"], line["round"]): float(line["epsilon"]) for line in lines}
+    places = sorted({line.round for line in lines})
+    spent = {(line.hospital, line.round): float(line.epsilon) for line in lines}
     equal: dict[tuple[str, ...], list[str]] = {}
     for hospital in sorted({hospital for hospital, _ in spent}):
         column = tuple(number(spent.get((hospital, place))) for place in places)
@@ -261,7 +267,7 @@ def _privacy(run: RunDirectory, summary: Summary) -> list[Block]:
 
 
 def _wire(run: RunDirectory, summary: Summary) -> list[Block]:
-    lines, wire = run.lines("wire.jsonl"), summary.wire
+    lines, wire = run.wire(), summary.wire
     if not lines or not wire:
         return []
     note = (

@@ -9,7 +9,7 @@ from rich.text import Text
 from common.config import Config
 from common.privacy.forecast import verdict
 from common.privacy.settings import plan_of
-from common.records import Summary
+from common.records.summary import Summary
 from common.rundir import RunDirectory
 from sim.report.html import Block
 from sim.report.words import (

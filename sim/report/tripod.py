@@ -16,7 +16,7 @@ from common.data.handling import CREDENTIALED
 from common.data.protocols import ADMISSION, ASKED, FIRST_24H, system_prompt
 from common.files import write_text
 from common.privacy.settings import is_private
-from common.records import Summary
+from common.records.summary import Summary
 from common.rundir import RunDirectory
 
 FILE = "tripod-llm.md"

@@ -3,7 +3,7 @@
 from common.config import Config
 from common.configio import differences, file_keys
 from common.data.protocols import ASKED, split_shares
-from common.records import Summary
+from common.records.summary import Summary
 from sim.report.html import Block
 from sim.report.words import peak_memory, speed
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from common.model.adapter.spec import SCHEMES
-from common.records import Figures, Summary
+from common.records.summary import Figures, Summary
 
 NOTICE = "Research only, not for clinical use."
 MODEL_NAMES = {

@@ -6,14 +6,12 @@ then the tracker begins anew too, so it always tells what metrics.jsonl tells.
 """
 
 import contextlib
-import json
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
 
 from rich.console import Console
 
@@ -26,7 +24,8 @@ from common.evaluation.judge.gate import (
     check_endpoint,
 )
 from common.privacy.settings import protects
-from common.rundir import RunDirectory
+from common.records.run import Metric
+from common.rundir import METRICS, RunDirectory
 from sim.process.extras import require_extra
 from sim.process.failures import LONGEST_TEXT
 from sim.runs.trackers import MLflow, Point, TensorBoard, Tracker, public_configuration
@@ -35,28 +34,26 @@ NONE, TENSORBOARD, MLFLOW = "none", "tensorboard", "mlflow"
 MLFLOW_NOTE = "mlflow.json"
 SECONDS = 1.0
 """Between two looks at metrics.jsonl."""
-_LABELS = ("name", "value", "round", "step", "hospital", "time")
+_NO_CURVES = {"name", "value", "round", "step", "hospital", "time"}
 
 
-def points(event: Mapping[str, Any]) -> list[Point]:
+def points(event: Metric) -> list[Point]:
     """Return the numbers of one event of metrics.jsonl as points of curves.
 
     A label that is a number, such as a step's learning rate, is a curve of its own. Texts are none:
     a reason may hold a hospital's words.
 
-    >>> event = {"name": "train-loss", "value": 2.5, "round": 3, "hospital": "north", "time": 9.0}
-    >>> points(event)
+    >>> points(Metric(name="train-loss", value=2.5, round=3, hospital="north", time=9.0))
     [Point(tag='train-loss-by-hospital/north', value=2.5, step=3, time_s=9.0)]
-    >>> [p.tag for p in points({"name": "loss", "value": None, "step": 1, "tokens": 8, "time": 0})]
+    >>> [p.tag for p in points(Metric(name="loss", value=None, step=1, tokens=8, time=0))]
     ['tokens']
     """
-    step = int(event.get("step", event.get("round", 0)))
-    numbers = {event["name"]: event["value"]}
-    numbers |= {label: value for label, value in event.items() if label not in _LABELS}
-    of = f"-by-hospital/{event['hospital']}" if "hospital" in event else ""
+    numbers = {event.name: event.value}
+    numbers |= event.model_dump(exclude=_NO_CURVES, exclude_unset=True)
+    of = f"-by-hospital/{event.hospital}" if event.hospital else ""
     return [
         # MLflow's characters, which TensorBoard takes too.
-        Point(re.sub(r"[^\w. /-]", "_", f"{name}{of}"), float(value), step, float(event["time"]))
+        Point(re.sub(r"[^\w. /-]", "_", f"{name}{of}"), float(value), event.place, event.time)
         for name, value in numbers.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     ]
@@ -75,7 +72,7 @@ class Curves:
     def __init__(
         self, run: RunDirectory, tracker: Tracker, *, named: str, console: Console
     ) -> None:
-        self.file = run.path / "metrics.jsonl"
+        self.file = run.path / METRICS
         self.tracker, self.named, self.console = tracker, named, console
         self._inode = self._offset = 0
         self._given_up = False
@@ -124,7 +121,7 @@ class Curves:
         # A line that is being written is told the next time.
         whole = content[: content.rfind(b"\n") + 1]
         if whole:
-            events = map(json.loads, whole.splitlines())
+            events = (Metric.read(line, what=METRICS) for line in whole.splitlines())
             self.tracker.tell([point for event in events for point in points(event)])
             self._offset += len(whole)
 

@@ -23,7 +23,8 @@ from common.privacy.settings import (
     protects,
     with_calibrated_noise,
 )
-from common.records import Inputs, RunRecord, Summary
+from common.records.run import Inputs, RunRecord
+from common.records.summary import Summary
 from common.rundir import RunDirectory
 from common.training.budget import steps_of_round
 from common.wire.cohort import check_only, trained_by

@@ -162,7 +162,7 @@ def generalise(
 def is_finished_federation(run: RunDirectory) -> bool:
     """Return whether a run stands for the model of all hospitals."""
     record = run.record()
-    return bool(record and record.mode == "federation") and run.status()["state"] == "finished"
+    return bool(record and record.mode == "federation") and run.status().state == "finished"
 
 
 def _names(data: Dataset) -> list[str]:

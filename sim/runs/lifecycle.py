@@ -23,7 +23,9 @@ from common.provenance import (
     shown_command,
     source_digest,
 )
-from common.records import Inputs, Mode, Record, RunRecord, Summary
+from common.records import Record
+from common.records.run import Inputs, Mode, RunRecord
+from common.records.summary import Summary
 from common.rundir import ENVIRONMENT, RUN, SUMMARY, RunDirectory
 from common.training.worker import Worker
 from sim.answers.evaluate import FREE_KEYS, evaluate_run
@@ -78,9 +80,9 @@ class Kind:
     def work(self, run: "Run") -> Record:
         """Do all that is left: training, answers, report."""
         directory, console, data = run.directory, run.console, run.preparation.data
-        summary, rounds = directory.summary(), directory.metrics("round-seconds")
-        spent = float(sum(event["value"] for event in rounds))
-        run.seconds_before = summary.training_seconds or spent
+        summary = directory.summary()
+        spent = sum(directory.numbers("round-seconds"))
+        run.seconds_before = summary.training_seconds or float(spent)
         if not is_trained(directory):
             summary = self.train(run)
         if summary.training_seconds is None:
@@ -235,7 +237,7 @@ def resume(
             or backbone have changed.
     """
     directory = RunDirectory.open(path)
-    record, state = directory.record(), directory.status()["state"]
+    record, state = directory.record(), directory.status().state
     if record and record.mode == "flower":
         if state != "finished":
             raise UserError(f"{path} was made by plain `flwr run`", fix="start it again with flwr")
@@ -336,10 +338,10 @@ def evaluate(
     """
     status = directory.status()
     if not is_trained(directory):
-        what = f"{directory.path} is {status['state']}"
+        what = f"{directory.path} is {status.state}"
         raise UserError(what, allowed="a trained run", fix="`fedrx resume` it")
 
-    place = {str(key): status[key] for key in ("round", "step") if key in status}
+    place = status.model_dump(include={"round", "step"}, exclude_unset=True)
     with exclusive(directory), after_training(directory, "the answers", "fedrx evaluate"):
         evaluate_run(directory, checkpoint=checkpoint, overrides=overrides, console=console)
         summary = directory.summary()
@@ -351,7 +353,7 @@ def evaluate(
 def _finish(directory: RunDirectory, console: Console, place: Mapping[str, int]) -> Summary:
     """Report a run that has been answered; it is finished then."""
     write_report(directory)
-    if directory.status()["state"] != "finished":
+    if directory.status().state != "finished":
         directory.write_status("finished", **place)
     summary = directory.summary()
     show_summary(console, directory, summary)

@@ -12,7 +12,7 @@ from common.model.adapter.layout import adapter_spec
 from common.model.backbone import embedded
 from common.model.backbone.load import BackboneSpec
 from common.provenance import PROMPT_DATE
-from common.records import Summary
+from common.records.summary import Summary
 from common.rundir import Checkpoint, RunDirectory
 from common.template import OWN_TEMPLATE
 from common.text.prompts import messages, render_answer

@@ -13,7 +13,9 @@ from common.errors import UserError
 from common.evaluation.answers_file import Evaluation
 from common.evaluation.lists import check_lists
 from common.provenance import source_root
-from common.records import Inputs, PaperTable, Record, RunRecord
+from common.records import Record
+from common.records.paper import PaperTable
+from common.records.run import Inputs, RunRecord
 from common.rundir import RunDirectory
 from sim.answers.evaluate import evaluate_run
 from sim.process.lock import exclusive
@@ -166,7 +168,7 @@ def renew_table(run: RunDirectory) -> Path:
         UserError: if the paper run has not finished.
     """
     record = run.record()
-    if record is None or run.status()["state"] != "finished":
+    if record is None or run.status().state != "finished":
         raise UserError(f"{run.path} has not finished", fix="finish it with `fedrx resume`")
     write_table(run, _table(run, record))
     return run.path / "report.html"

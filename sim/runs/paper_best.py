@@ -7,7 +7,8 @@ from typing import Any
 
 from common.config import Config
 from common.configio import Scalar, from_flat
-from common.records import BestRow, Readings
+from common.records.paper import BestRow
+from common.records.summary import Readings
 from common.rundir import RunDirectory
 from sim.answers.evaluate import evaluate_run
 from sim.process.lock import exclusive

@@ -8,17 +8,9 @@ from rich.table import Table
 
 from common.config import Config
 from common.configio import differences
-from common.records import (
-    CheckpointFacts,
-    Here,
-    PaperRow,
-    PaperTable,
-    RankRun,
-    Readings,
-    Row,
-    RunRecord,
-    Summary,
-)
+from common.records.paper import Here, PaperRow, PaperTable, RankRun, Row
+from common.records.run import RunRecord
+from common.records.summary import CheckpointFacts, Readings, Summary
 from common.rundir import SUMMARY, RunDirectory
 from sim.process.open_run import rank_folder
 from sim.report.html import Block, write_page

@@ -15,7 +15,7 @@ from common.model.adapter.layout import AdapterLayout, adapter_layout, adapter_s
 from common.model.backbone.load import BackboneSpec, resolve_backbone
 from common.privacy.mechanism.isolation import check_backbone
 from common.privacy.settings import is_private
-from common.records import Inputs
+from common.records.run import Inputs
 from common.training.budget import checkpoint_steps, steps_in_all
 from common.training.worker import Worker, destination_of
 from sim.flower.superlink import free_port

@@ -12,7 +12,7 @@ from common.model.adapter.layout import adapter_spec
 from common.privacy.budget.receipts import privacy_lines, privacy_summary
 from common.privacy.settings import delta_warning, is_private, protects, with_calibrated_noise
 from common.provenance import peak_device_bytes, peak_rss_bytes, tensors_sha256, tokens_per_second
-from common.records import Summary
+from common.records.summary import Summary
 from common.rundir import SUMMARY, RunDirectory, remove_unbegun
 from sim.runs.lifecycle import Kind, Run, resume, start
 from sim.runs.preparation import Preparation, with_absolute_paths
@@ -77,7 +77,7 @@ def summarise(training: SingleTraining, preparation: Preparation) -> Summary:
     """Return summary.json before the answers: the keys of a federation's, and the steps."""
     run, session = training.run, training.session
     adapter, hospital = training.config.adapter, preparation.data.hospitals[0]
-    losses = {event["step"]: event["value"] for event in run.metrics("validation-loss")}
+    losses = {event.place: event.number for event in run.metrics("validation-loss")}
     steps = run.metrics("train-loss")
     checkpoints = [{"name": name, **run.checkpoint_facts(name)} for name in run.checkpoint_names()]
     figures = {
@@ -107,7 +107,7 @@ def summarise(training: SingleTraining, preparation: Preparation) -> Summary:
         "validation_loss": [losses[step] for step in sorted(losses)],
         "training_seconds": round(training.seconds, 3),
         "tokens_per_second": tokens_per_second(
-            sum(event["tokens"] for event in steps), sum(event["seconds"] for event in steps)
+            sum(event.tokens for event in steps), sum(event.seconds for event in steps)
         ),
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": peak_device_bytes(),
@@ -145,7 +145,7 @@ def single_inside(around: Run, config: Config, folder: str, title: str) -> RunDi
         remove_unbegun(path)
         around.console.rule(title)
         single(replace(config, run=settings), run_dir=path, **options)
-    elif one.status()["state"] != "finished":
+    elif one.status().state != "finished":
         around.console.rule(f"{title}, resumed")
         resume(path, kinds=(Single,), **options)
     return one

@@ -25,7 +25,7 @@ from common.privacy.budget.guard import Guard
 from common.privacy.budget.receipts import PRIVACY, ledger_line
 from common.privacy.settings import is_private
 from common.provenance import source_digest, tensors_sha256
-from common.records import Scaling
+from common.records.summary import Scaling
 from common.rundir import RunDirectory, damaged
 from common.tensor_files import Tensors
 from common.training.budget import checkpoint_steps, steps_in_all, steps_per_epoch, stretches
@@ -71,7 +71,7 @@ class SingleTraining:
         adapter = self.session.adapter
         if not self.run.checkpoint_names():
             adapter.load(initial_tensors(adapter.shapes, adapter.spec))
-            self.run.forget_metrics(after_step=-1)
+            self.run.forget_metrics(after=-1)
             return
         checkpoint = self.run.load_checkpoint()
         adapter.load(checkpoint.b)
@@ -82,7 +82,7 @@ class SingleTraining:
         except KeyError:
             raise damaged(checkpoint.name) from None
         self.seconds_before = float(checkpoint.facts["seconds"])
-        self.run.forget_metrics(after_step=self.state.step)
+        self.run.forget_metrics(after=self.state.step)
         self._settle()
         self._tidy()
 
@@ -108,7 +108,7 @@ class SingleTraining:
 
     def _validated(self) -> bool:
         """Tell whether the loss of B as it is has been logged: an end may come just before."""
-        return any(e["step"] == self.state.step for e in self.run.metrics("validation-loss"))
+        return any(e.step == self.state.step for e in self.run.metrics("validation-loss"))
 
     def _places(self) -> list[int]:
         """Return the steps still ahead at which something is written."""
@@ -211,7 +211,7 @@ class SingleTraining:
             self.guard.record_release(self.state.step, self.session, source_digest())
             ledger = self.guard.ledger
             line = ledger_line(ledger.plan, self.hospital.name, self.state.step, ledger.steps)
-            self.run.append(PRIVACY, line.as_json())
+            self.run.append(PRIVACY, line)
             spent = f"step {self.state.step}/{self.total.value}: epsilon {float(line.epsilon):.3f}"
             self.console.print(f"{spent} spent", highlight=False)
 

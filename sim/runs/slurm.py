@@ -18,7 +18,7 @@ from rich.console import Console
 
 from common.errors import FedrxError, RunFailed, UserError
 from common.limits import available_cpus
-from common.rundir import RunDirectory
+from common.rundir import STATUS, RunDirectory
 from sim.process.extras import require_extra
 from sim.process.lock import exclusive
 from sim.runs.sweep import Cell, run_cell
@@ -156,7 +156,7 @@ def run_cells(
 
 def _is_finished(place: Path) -> bool:
     run = RunDirectory(place)
-    return run.record() is not None and run.status()["state"] == "finished"
+    return run.record() is not None and run.status().state == "finished"
 
 
 def _executor(folder: Path, partition: str, options: Mapping[str, str]) -> tuple[Any, int]:
@@ -199,5 +199,5 @@ def _failure(job: Any, place: Path) -> str:
     if not isinstance(error, FailedJobError):
         return VANISHED
     # The job's own text may quote data; status.json does not.
-    told = RunDirectory(place).status().get("error") if (place / "status.json").exists() else ""
+    told = RunDirectory(place).status().error if (place / STATUS).exists() else ""
     return str(told or "the job failed")

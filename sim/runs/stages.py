@@ -50,7 +50,7 @@ def resume_command(directory: RunDirectory) -> str:
 def is_trained(directory: RunDirectory) -> bool:
     """Tell whether a run's training is done and summed up, whatever came after it."""
     status = directory.status()
-    done = status["state"] == "finished" or status.get("stage") in AFTER_TRAINING
+    done = status.state == "finished" or status.stage in AFTER_TRAINING
     return done and "b_sha256" in directory.read_json(SUMMARY)
 
 
@@ -83,7 +83,7 @@ def reported(
         failure = _failure(directory, error)
         # Where not even the status can be written, the line is what counts.
         with contextlib.suppress(OSError, ValueError, FedrxError):
-            if directory.status()["state"] != "finished":
+            if directory.status().state != "finished":
                 told = failure.what if isinstance(failure, StageFailed) else str(failure)
                 stage = _stage(directory)
                 directory.write_status("failed", stage=stage, **_facts(where), error=told)
@@ -143,7 +143,7 @@ def _stage(directory: RunDirectory) -> str:
     """Return the stage that a run is in; of a finished one the report was the last."""
     with contextlib.suppress(OSError, ValueError, FedrxError):
         status = directory.status()
-        return REPORT if status["state"] == "finished" else str(status.get("stage", TRAINING))
+        return REPORT if status.state == "finished" else status.stage or TRAINING
     return TRAINING
 
 

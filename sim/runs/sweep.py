@@ -26,7 +26,8 @@ from common.files import write_text
 from common.model.adapter.layout import adapter_spec
 from common.privacy.settings import plan_of, protects
 from common.provenance import shown_command
-from common.records import Figures, RunRecord, Summary
+from common.records.run import RunRecord
+from common.records.summary import Figures, Summary
 from common.rundir import RUN, RunDirectory, remove_unbegun
 from common.wire.cohort import asked, hospital_names
 from server.strategies import STRATEGIES, check_strategy
@@ -369,7 +370,7 @@ def run_cell(cell: Cell, folder: Path, console: Console, command_line: Sequence[
         begin(cell.config, run_dir=folder, **told)
     else:
         _check_same(cell, RunDirectory.open(folder))
-        if run.status()["state"] != "finished":
+        if run.status().state != "finished":
             resume(folder, **told)
     return run.summary()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from common.records import Summary
+from common.records.summary import Summary
 from sim.runs.sweep import plan_cells
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "federation_worth.py"

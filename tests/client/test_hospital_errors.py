@@ -169,8 +169,8 @@ def test_a_hospital_s_own_limit_keeps_it_out_and_tells_why(
     )
     run_main(config)
     assert "takes part only in runs that protect every patient" in caplog.text
-    lines = RunDirectory(tmp_path / "run").lines("wire.jsonl")
-    answered = {line["hospital"] for line in lines if line["direction"] == "up"}
+    lines = RunDirectory(tmp_path / "run").wire()
+    answered = {line.hospital for line in lines if line.direction == "up"}
     assert {"north", "south"} <= answered
     assert "west" not in answered
 

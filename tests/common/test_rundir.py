@@ -95,7 +95,7 @@ def test_one_function_turns_text_into_bytes():
 def test_a_run_is_rerunnable_from_its_configuration(tmp_path):
     run = RunDirectory.create(Config(), directory=tmp_path / "run")
     assert RunDirectory.open(run.path).config() == Config()
-    assert run.status()["state"] == "started"
+    assert run.status().state == "started"
 
 
 def test_a_run_is_for_its_owner_alone(tmp_path):

@@ -69,7 +69,7 @@ def test_one_flipped_bit_of_the_last_checkpoint_is_refused(part, tiny_config, in
     ) as caught:
         start_again(done, config)
     assert "\n" not in str(caught.value)
-    assert done.run.status()["state"] == "failed"
+    assert done.run.status().state == "failed"
 
 
 def test_unchanged_configuration_goes_on(finished, tiny_config):
@@ -78,5 +78,5 @@ def test_unchanged_configuration_goes_on(finished, tiny_config):
     config = tiny_config(federation__rounds=1, run__name="moved")
     grid = start_again(finished, config, **{"federation.hospitals": 4})
     assert [kind for kind, _, _ in grid.messages] == ["down", "up"] * 3
-    assert finished.run.status()["state"] == "finished"
+    assert finished.run.status().state == "finished"
     assert finished.sha == sha

@@ -248,7 +248,7 @@ def test_hostile_hospital_is_refused(kind, tiny_config, in_process, expected_sha
     at = [0] if kind.startswith("foreign") else [1, 2]
     assert [number for number, _, _ in refused] == at
     assert any(NAME in line and reason in line for line in caplog.messages)
-    assert done.run.status()["state"] == "finished"
+    assert done.run.status().state == "finished"
     assert done.sha == without_the_hospital(tiny_config, in_process, expected_sha)
 
 
@@ -375,9 +375,9 @@ def test_everything_on_the_wire_is_b_and_allowed_scalars(tiny_config, in_process
             *("dtype", "dtype-reason", "attention", "attention-reason"),
         },
     }
-    lines = done.run.lines("wire.jsonl")
+    lines = done.run.wire()
     assert len(lines) == len(done.grid.messages) >= 2 * 3 * (1 + 2)
-    recorded = sorted(json.dumps([line["direction"], line["bytes"]]) for line in lines)
+    recorded = sorted(json.dumps([line.direction, line.bytes]) for line in lines)
     counted = []
     for direction, _, data in done.grid.messages:
         message = message_from_proto(ProtoMessage.FromString(data))

@@ -65,9 +65,9 @@ def test_round_that_nobody_can_evaluate_says_so(left, tiny_config, in_process):
     assert untrained > 0
     assert trained is None
     (event,) = done.run.metrics("not-evaluated")
-    assert event["round"] == 1
-    assert event["value"].startswith(f"{left} of 3 hospitals with validation samples are connected")
-    assert done.run.status()["state"] == "finished"
+    assert event.round == 1
+    assert event.value.startswith(f"{left} of 3 hospitals with validation samples are connected")
+    assert done.run.status().state == "finished"
 
 
 def test_round_without_a_loss_is_shown_as_a_dash(tiny_config, in_process, tmp_path):

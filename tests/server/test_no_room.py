@@ -69,7 +69,7 @@ def test_a_server_without_room_fails_in_one_line(
     line = str(caught.value)
     assert line == f"{file} cannot be written: No space left on device; fix: make room on the disk"
     run = RunDirectory(folder)
-    assert (run.status()["state"], run.status()["error"]) == ("failed", line)
+    assert (run.status().state, run.status().error) == ("failed", line)
     assert not list(folder.rglob("*.part"))
     for name in run.checkpoint_names():
         run.load_checkpoint(name)
@@ -82,7 +82,7 @@ def test_where_the_status_finds_no_new_room_it_is_written_over_the_old_one(
     full_at("metrics.jsonl", "status.json", after=2)  # the status was written twice
     with pytest.raises(DiskFull, match=r"^metrics.jsonl cannot be written: No space left"):
         run_main(tiny_config(run__directory=str(folder)))
-    assert RunDirectory(folder).status()["state"] == "failed"
+    assert RunDirectory(folder).status().state == "failed"
 
 
 @pytest.mark.parametrize("file", ["state-00001.safetensors", "steps.jsonl"])
@@ -98,7 +98,7 @@ def test_a_hospital_without_room_tells_the_server_in_one_line(
     assert f"hospital-2: failed: {file} cannot be written: No space left on device" in line
     assert str(tmp_path) not in line
     assert "\n" not in line
-    assert RunDirectory(folder).status()["state"] == "failed"
+    assert RunDirectory(folder).status().state == "failed"
 
 
 def test_a_private_hospital_without_room_releases_nothing(

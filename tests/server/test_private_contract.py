@@ -69,7 +69,7 @@ def test_a_lying_private_reply_is_refused_by_name(tiny_config, in_process, scala
     done = in_process(tiny_config(**PRIVATE), tamper={LYING: on_round(None, **scalars)})
     assert [(number, name) for number, name, _ in done.refused()] == [(1, NAME), (2, NAME)]
     assert all(reason in text for _, _, text in done.refused())
-    assert done.run.status()["state"] == "finished"
+    assert done.run.status().state == "finished"
     assert spent(done.run) == {"hospital-1": 4, NAME: 4, "hospital-3": 4}
 
 

@@ -20,12 +20,12 @@ def test_each_round_shows_the_losses_that_the_metrics_hold(tiny_config, in_proce
     run = in_process(tiny_config()).run
     expected = []
     for number in range(3):
-        at = [event for event in run.metrics() if event.get("round") == number]
-        (loss,) = (e["value"] for e in at if e["name"] == "validation-loss" and "hospital" not in e)
+        at = [event for event in run.metrics() if event.round == number]
+        (loss,) = (e.value for e in at if e.name == "validation-loss" and e.hospital is None)
         line = f"validation loss {loss:.4f}"
         if number:
-            losses = {e["hospital"]: e["value"] for e in at if e["name"] == "train-loss"}
-            weights = {e["hospital"]: e["value"] for e in at if e["name"] == "weight"}
+            losses = {e.hospital: e.value for e in at if e.name == "train-loss"}
+            weights = {e.hospital: e.value for e in at if e.name == "weight"}
             mean = sum(losses[h] * weights[h] for h in losses) / sum(weights.values())
             line = f"3 hospitals, training loss {mean:.4f}, {line}"
         expected.append(f"round {number} of 2: {line}")
@@ -48,7 +48,7 @@ def test_flwr_run_shows_its_directory_first_and_what_to_do_last(
     monkeypatch.setenv("FEDRX_RUNS", str(tmp_path))
     run_main(tiny_config(federation__rounds=1))
     folder = tmp_path / "flwr-7"  # the run id of ``run_main``
-    assert RunDirectory.open(folder).status()["state"] == "finished"
+    assert RunDirectory.open(folder).status().state == "finished"
     first, *rounds, last = shown()
     assert first == f"run directory: {folder}"
     assert len(rounds) == 2

@@ -57,7 +57,7 @@ def test_of_one_round_the_replay_is_the_run_that_never_had_it(tiny_config, in_pr
         config = {**KEEP, "federation__rounds": rounds}
         run = in_process(tiny_config(**config)).run
         never = in_process(tiny_config(**config, federation__only=others))
-        assert {one["hospital"] for one in never.run.metrics("steps")} == {*others.split(",")}
+        assert {one.hospital for one in never.run.metrics("steps")} == {*others.split(",")}
         found = tensors_sha256(Replay.open(run).of(others.split(",")))
         assert (found == never.sha) is equal
 

@@ -41,7 +41,7 @@ def test_train_reply_that_lies_is_refused(kind, tiny_config, in_process):
     done = in_process(tiny_config(), tamper={HOSTILE: on("train", **scalars)})
     assert [(at, name) for at, name, _ in done.refused()] == [(1, NAME), (2, NAME)]
     assert all(reason in text for _, _, text in done.refused())
-    assert {e["hospital"] for e in done.run.metrics("weight")} == {"hospital-1", "hospital-3"}
+    assert {e.hospital for e in done.run.metrics("weight")} == {"hospital-1", "hospital-3"}
 
 
 @pytest.mark.slow
@@ -73,7 +73,7 @@ def test_evaluate_reply_that_lies_is_refused(kind, tiny_config, in_process):
     )
     assert [(at, name) for at, name, _ in done.refused()] == [(0, NAME), (1, NAME)]
     assert all(reason in text for _, _, text in done.refused())
-    told = [e for e in done.run.metrics("validation-loss") if e.get("hospital") == NAME]
+    told = [e for e in done.run.metrics("validation-loss") if e.hospital == NAME]
     assert told == []
 
 
@@ -140,8 +140,8 @@ def test_long_text_stays_out_of_the_logs(kind, tiny_config, in_process):
     wire = (done.run.path / "wire.jsonl").read_text()
     assert "10000032" not in wire
     assert max(map(len, wire.splitlines())) < 1000
-    lines = [line for line in done.run.lines("wire.jsonl") if "unknown" in line]
-    assert [(line["hospital"], line["unknown"]) for line in lines] == [(NAME, unknown)][
+    lines = [line for line in done.run.wire() if line.unknown is not None]
+    assert [(line.hospital, line.unknown) for line in lines] == [(NAME, unknown)][
         : 1 if unknown else 0
     ]
 

@@ -62,7 +62,7 @@ def test_moment_is_shorter_than_the_longest_wait(tiny_config, in_process, killed
     config = tiny_config()
     run = killed(config)
     resumed = in_process(config, resume=run, online=lambda index, seen: index != 2)
-    assert resumed.run.status()["state"] == "finished"
+    assert resumed.run.status().state == "finished"
     assert 0 < resumed.clock.now - RECONNECT_SECONDS <= 1
 
 

@@ -69,7 +69,7 @@ def number(path):
 
 
 def events(federation, name):
-    return [(e["round"], e["hospital"], e["value"]) for e in federation.run.metrics(name)]
+    return [(e.round, e.hospital, e.value) for e in federation.run.metrics(name)]
 
 
 def steps_done(run):
@@ -243,7 +243,7 @@ def test_hospitals_are_sampled_by_name_with_the_named_seed(tiny_config, in_proce
 
 def part_in(federation):
     """Round and hospital of every update."""
-    return sorted((e["round"], e["hospital"]) for e in federation.run.metrics("steps"))
+    return sorted((e.round, e.hospital) for e in federation.run.metrics("steps"))
 
 
 def foreign(message, reply):
@@ -296,8 +296,7 @@ def test_hospitals_join_late_drop_out_and_come_back(tiny_config, in_process):
     config = tiny_config(federation__rounds=3, federation__min_hospitals=2)
     done = in_process(config, online=online)
     took_part = {
-        n: sorted(e["hospital"] for e in done.run.metrics("steps") if e["round"] == n)
-        for n in (1, 2, 3)
+        n: sorted(e.hospital for e in done.run.metrics("steps") if e.round == n) for n in (1, 2, 3)
     }
     assert took_part == {
         1: ["hospital-1", "hospital-2"],
@@ -333,14 +332,14 @@ def impatient(tiny_config, *, rounds, needed):
 
 def queries_to(federation, index):
     """Round of the query and longest wait (seconds) of each handshake with a hospital."""
-    lines = federation.run.lines("wire.jsonl")
-    sent = [line for line in lines if line["direction"] == "down"]
+    lines = federation.run.wire()
+    sent = [line for line in lines if line.direction == "down"]
     messages = [entry for entry in federation.grid.messages if entry[0] == "down"]
     found = []
     for line, (_, place, data) in zip(sent, messages, strict=True):
         message = message_from_proto(ProtoMessage.FromString(data))
-        if line["kind"] == "query" and place == index:
-            found.append((line["round"], round(message.metadata.ttl - 60, 6)))
+        if line.kind == "query" and place == index:
+            found.append((line.round, round(message.metadata.ttl - 60, 6)))
     return found
 
 

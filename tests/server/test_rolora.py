@@ -95,7 +95,7 @@ def naive(config, answered):
 def answered(run, rounds):
     events = run.metrics("weight")
     return {
-        number: sorted(e["hospital"] for e in events if e["round"] == number)
+        number: sorted(e.hospital for e in events if e.round == number)
         for number in range(1, rounds + 1)
     }
 
@@ -125,13 +125,13 @@ def test_four_rounds_equal_a_naive_loop_on_pefts_model(tiny_config, in_process, 
         assert moved == {PARTS[number % 2]}  # the other half is as it was, to the last bit
         assert max(float(np.abs(held[k] - started[k]).max()) for k in held) > 1e-3
         started = held
-    lines = done.run.lines("wire.jsonl")
+    lines = done.run.wire()
     for line in lines:
-        parts = {name.rpartition(".")[2] for name in line["tensors"]}
-        if line["direction"] == "down" and line["kind"] != "query":
+        parts = {name.rpartition(".")[2] for name in line.tensors}
+        if line.direction == "down" and line.kind != "query":
             assert parts == {"lora_A", "lora_B"}
-        elif line["kind"] == "train" and line["direction"] == "up":
-            assert parts == {PARTS[line["round"] % 2]}
+        elif line.kind == "train" and line.direction == "up":
+            assert parts == {PARTS[line.round % 2]}
     assert done.summary["trainable_parameters"] == sum(value.size for value in started.values())
 
 

@@ -334,7 +334,7 @@ def test_round_that_lost_hospitals_says_that_it_withstands_nothing(tiny_config, 
     lost = {0: lambda m, r: None if m.metadata.message_type == "train" else r}
     done = in_process(config, tamper=lost)
     assert "round 1: trimmed-mean withstands nothing with 4 updates" in caplog.messages
-    events = [(e["round"], e["value"]) for e in done.run.metrics("withstands-nothing")]
+    events = [(e.round, e.value) for e in done.run.metrics("withstands-nothing")]
     assert events == [(1, 4)]
     whole = in_process(config)
     assert whole.run.metrics("withstands-nothing") == []
@@ -368,7 +368,7 @@ def test_lora_mode_sends_a_and_b_and_starts_from_the_drawn_a(tiny_config, in_pro
     assert losses[-1] < losses[0]
     b_only = in_process(tiny_config())
     assert losses[0] == pytest.approx(b_only.summary["validation_loss"][0], rel=1e-6)
-    sent = [line for line in done.run.lines("wire.jsonl") if line["tensors"]]
-    assert {line["bytes"] for line in sent} == {
+    sent = [line for line in done.run.wire() if line.tensors]
+    assert {line.bytes for line in sent} == {
         sum(128 + value.nbytes for value in first.values())  # numpy's header is 128 bytes
     }

@@ -50,7 +50,7 @@ def test_hanging_hospital_never_lengthens_the_wait(
     config = tiny_config(federation__rounds=4, federation__local_steps=1)
     done = in_process(config, tamper={HANGING: silent_from(first_round)})
     assert waits(done) == pytest.approx([1.0] * 3 + [0.3] * 9)
-    waited = {e["round"]: e["value"] for e in done.run.metrics("train-exchange-seconds")}
+    waited = {e.round: e.value for e in done.run.metrics("train-exchange-seconds")}
     assert all(0.3 <= waited[n] <= 0.3 + POLL_SECONDS for n in range(max(first_round, 2), 5))
 
 

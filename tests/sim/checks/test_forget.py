@@ -21,7 +21,7 @@ def test_after_one_round_nothing_of_the_hospital_is_left(kept_run, monkeypatch):
     """The replay is then the B of the run that never had it; a second call trains nothing."""
     found = forget(kept_run, "hospital-2", console=QUIET, command_line=[])
     never = RunDirectory.open(kept_run.path / "without-hospital-2" / "never")
-    assert {one["hospital"] for one in never.metrics("steps")} == {"hospital-1", "hospital-3"}
+    assert {one.hospital for one in never.metrics("steps")} == {"hospital-1", "hospital-3"}
     models = found.models
     assert models[REPLAYED].b_sha256 == models[NEVER].b_sha256 == never.summary().b_sha256
     assert models[RUN].b_sha256 == kept_run.summary().b_sha256 != models[NEVER].b_sha256

@@ -142,6 +142,6 @@ def test_the_readme_tells_how_to_go_on(tiny_config, tmp_path, in_process):
     again = in_process(tiny_config(), resume=server.app.run_directory(done.run.config()))
     assert again.run.path == done.run.path
     assert again.sha == done.sha
-    rounds = [e["round"] for e in again.run.metrics("round-seconds")]
+    rounds = [e.round for e in again.run.metrics("round-seconds")]
     assert rounds == [1, 2]
     assert in_process(tiny_config(), resume=again.run).sha == done.sha

@@ -357,7 +357,7 @@ def test_deployment_equals_the_simulation_and_survives_a_killed_node(
     processes.start(link / "run.sh")
     run = RunDirectory(folder / "run")
     wait_for(lambda: state(run.path) in ("finished", "failed"), "the first run")
-    assert run.status()["state"] == "finished", run.status()
+    assert run.status().state == "finished", run.status()
     summary = run.read_json("summary.json")
     assert [one["name"] for one in summary["hospitals"]] == sorted(dealt)
     assert summary["b_sha256"] == in_process(config).sha
@@ -404,10 +404,10 @@ def test_deployment_equals_the_simulation_and_survives_a_killed_node(
     wait_for(lambda: not processes.named("fedrx", "hospital", victim), "its other processes")
     processes.start(deployment.hospital(victim) / "start.sh")
     wait_for(lambda: state(second.path) in ("finished", "failed"), "the second run")
-    assert second.status()["state"] == "finished", second.status()
-    rounds = {e["round"] for e in second.metrics("steps") if e["hospital"] == victim}
+    assert second.status().state == "finished", second.status()
+    rounds = {e.round for e in second.metrics("steps") if e.hospital == victim}
     assert 1 in rounds
-    assert {e["round"] for e in second.metrics("steps")} == set(range(1, 5))
+    assert {e.round for e in second.metrics("steps")} == set(range(1, 5))
 
 
 def worker_loads(own: Path) -> list[int]:

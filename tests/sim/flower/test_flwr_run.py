@@ -130,7 +130,7 @@ def test_flwr_run_with_a_shipped_configuration(tiny_config, tmp_path, flower, in
     answer = started.call("run", ".", "--run-config", str(config))
     assert "uccessfully" in answer, answer
     run = started.end()
-    assert run.status()["state"] == "finished", run.status()
+    assert run.status().state == "finished", run.status()
     summary = run.read_json("summary.json")
     assert [one["name"] for one in summary["hospitals"]] == ["hospital-1", "hospital-2"]
     assert summary["b_sha256"] == in_process(tiny_config(federation__hospitals=2)).sha
@@ -155,6 +155,6 @@ def test_stale_superlink_with_other_code_is_found_out(tiny_config, tmp_path, flo
     assert "uccessfully" in answer, answer
     run = started.end()
     status = run.status()
-    assert status["state"] == "failed"
-    assert re.match(r"hospital-\d: source fingerprint differs: server \w+, ", status["error"])
+    assert status.state == "failed"
+    assert re.match(r"hospital-\d: source fingerprint differs: server \w+, ", status.error)
     assert not (run.path / "summary.json").exists()

@@ -79,7 +79,7 @@ def test_a_run_that_ends_between_server_and_launcher_is_summed_up(short, tmp_pat
     # A second training would be cut again.
     again = resume(tmp_path / "run", console=QUIET, command_line=["fedrx"])
     assert again["source"] == "synthetic"
-    spent = [e["value"] for e in RunDirectory(tmp_path / "run").metrics("round-seconds")]
+    spent = [e.value for e in RunDirectory(tmp_path / "run").metrics("round-seconds")]
     assert sum(spent) <= again["training_seconds"] <= again["seconds"]
     assert again["b_sha256"] == told.b_sha256
 

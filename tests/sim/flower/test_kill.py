@@ -51,25 +51,25 @@ def test_killed_at_four_moments_the_run_ends_in_the_same_b(base, laboratory):
         while started.left() and time.monotonic() < deadline:
             time.sleep(0.1)
         assert started.left() == []
-        assert started.run.status()["state"] != "finished"
+        assert started.run.status().state != "finished"
         started = laboratory.resume(started.run)
     started.wait()
     assert started.code == 0, started.error
     summary = started.summary
-    assert started.run.status()["state"] == "finished"
+    assert started.run.status().state == "finished"
     assert summary["b_sha256"] == base.summary["b_sha256"]
     assert summary["validation_loss"] == base.summary["validation_loss"]
     assert summary["workers"] == summary["backbone_loads"] == 1
     assert started.left() == []
     # What earlier processes spent on the rounds counts too.
-    spent = sum(event["value"] for event in started.run.metrics("round-seconds"))
+    spent = sum(event.value for event in started.run.metrics("round-seconds"))
     assert spent <= summary["training_seconds"] <= summary["seconds"]
     for name in ("train-loss", "weight", "steps"):
         assert events(started, name) == events(base, name)
 
 
 def events(started, name):
-    return [(e["round"], e["hospital"], e["value"]) for e in started.run.metrics(name)]
+    return [(e.round, e.hospital, e.value) for e in started.run.metrics(name)]
 
 
 def test_changed_configuration_is_refused_with_the_difference(base):

@@ -32,7 +32,7 @@ def port_of(processes):
 def test_run_finishes_beside_decoys(base):
     """Trap 1: started in a folder with other ``client/``, ``common/``, ``server/`` packages."""
     assert base.code == 0, base.error
-    assert base.run.status()["state"] == "finished"
+    assert base.run.status().state == "finished"
     assert json.loads(base.out) == base.summary
     losses = base.summary["validation_loss"]
     assert len(losses) == 3
@@ -149,8 +149,8 @@ def test_real_messages_hold_b_and_allowed_scalars_only(base):
             assert set(records[0]) == scalars_of[direction, kind]
         sizes = sum(len(array.data) for record in arrays for array in record.values())
         seen.append((direction, kind, sorted(k for r in arrays for k in r), sizes))
-    lines = base.run.lines("wire.jsonl")
-    recorded = [(r["direction"], r["kind"], r["tensors"], r["bytes"]) for r in lines]
+    lines = base.run.wire()
+    recorded = [(r.direction, r.kind, list(r.tensors), r.bytes) for r in lines]
     assert len(seen) > 20
     assert sorted(seen) == sorted(recorded)
     wire = base.summary["wire"]
@@ -191,8 +191,8 @@ def test_crashing_hospitals_fail_the_command_and_show_why(laboratory):
     crashed = laboratory.start("crash", environment={"FEDRX_SPY_CRASH": "1"}).wait()
     assert crashed.code == 1
     status = crashed.run.status()
-    assert status["state"] == "failed"
-    assert "hospital-1" in status["error"]
+    assert status.state == "failed"
+    assert "hospital-1" in status.error
     assert "0 of 3 hospitals answered" in crashed.error
     assert "ValueError: planted crash of a hospital" in crashed.error
     assert "Traceback" in crashed.error
@@ -210,7 +210,7 @@ def test_ctrl_c_stops_everything_and_the_run_can_go_on(base, laboratory):
     os.killpg(interrupted.process.pid, signal.SIGINT)
     interrupted.wait()
     assert interrupted.code == 130
-    assert interrupted.run.status()["state"] == "interrupted"
+    assert interrupted.run.status().state == "interrupted"
     assert "fedrx resume" in interrupted.error
     assert not (interrupted.run.path / "summary.json").exists()
     assert interrupted.left() == []

@@ -1,8 +1,10 @@
 """Progress lines: the time left is judged from the first piece on."""
 
 import io
+import math
 
 import pytest
+from line_fixtures import privacy_line
 from rich.console import Console
 
 from common.config import Config
@@ -37,10 +39,9 @@ def test_a_private_round_shows_epsilon_and_no_loss(tmp_path):
     run = RunDirectory.create(Config(), directory=tmp_path / "run")
     shown = io.StringIO()
     with RunProgress(Console(file=shown, width=200), run, steps=4, rounds=2) as shows:
-        for place, epsilon in ((1, 1.5), (2, "inf")):
+        for place, epsilon in ((1, 1.5), (2, math.inf)):
             for hospital, spent in (("hospital-1", epsilon), ("hospital-2", 0.5)):
-                line = {"round": place, "hospital": hospital, "epsilon": spent}
-                run.append("privacy.jsonl", line)
+                run.append("privacy.jsonl", privacy_line(place, hospital, spent))
             run.metric("round-seconds", 2.0, round=place)
             shows.tick()
     lines = shown.getvalue().splitlines()

@@ -1,6 +1,6 @@
 """Blocks on rankings, hospitals and interactions: each figure where it belongs, or no block."""
 
-from common.records import Summary
+from common.records.summary import Summary
 from sim.report.html import to_html, to_markdown
 from sim.report.ranking_blocks import ranking_blocks
 

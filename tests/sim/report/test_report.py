@@ -6,11 +6,13 @@ import re
 import shutil
 
 import pytest
+from line_fixtures import privacy_line, wire_line
 from rich.console import Console
 
 from common.config import Config
 from common.configio import from_flat
 from common.errors import UserError
+from common.records.run import Metric
 from common.rundir import RunDirectory
 from sim.report.comparison import write_comparison
 from sim.report.plots import loss_svg
@@ -71,10 +73,7 @@ def run(tmp_path):
     for number, loss in enumerate((3.0, 2.0)):
         run.metric("validation-loss", loss, round=number)
         run.metric("validation-loss", loss + 0.1, round=number, hospital="hospital-1")
-    run.append(
-        "wire.jsonl",
-        {"direction": "up", "hospital": "hospital-1", "round": 1, "bytes": 1_000_000},
-    )
+    run.append("wire.jsonl", wire_line(bytes=1_000_000))
     for model in ("fedrx", "untrained"):
         run.append(
             "predictions.jsonl",
@@ -217,7 +216,7 @@ def test_no_hospital_s_size_stands_in_a_private_report(run):
     silent = {"name": "hospital-1", "patients": None, "samples": None}
     summary = {**run.read_json("summary.json"), "privacy": privacy, "hospitals": [silent]}
     run.write_json("summary.json", summary)
-    run.append("privacy.jsonl", {"round": 1, "hospital": "hospital-1", "epsilon": 2.0})
+    run.append("privacy.jsonl", privacy_line(1, "hospital-1", 2.0))
     write_report(run)
     twin = (run.path / "report.md").read_text()
     assert "| hospital-1 | – | – | – | – | – |" in twin
@@ -226,7 +225,7 @@ def test_no_hospital_s_size_stands_in_a_private_report(run):
 
 
 def test_a_nearly_constant_loss_is_plotted_without_an_offset():
-    events = [{"round": n, "value": 7.239 + n * 1e-6} for n in range(3)]
+    events = [Metric(name="loss", value=7.239 + n * 1e-6, round=n, time=0) for n in range(3)]
     assert "+7.239" not in loss_svg(events)
     assert "7.239" in loss_svg(events)
 
@@ -300,8 +299,7 @@ def test_privacy_s_figures_stand_together_and_equal_hospitals_in_one_column(run)
     run.write_json("summary.json", {**run.read_json("summary.json"), "privacy": privacy})
     for number in (1, 2):
         for name, spent in (("hospital-1", 1.0), ("hospital-2", 1.0), ("hospital-3", 1.5)):
-            line = {"round": number, "hospital": name, "epsilon": spent * number}
-            run.append("privacy.jsonl", line)
+            run.append("privacy.jsonl", privacy_line(number, name, spent * number))
     write_report(run)
     twin = (run.path / "report.md").read_text()
     # sigma sqrt(P) / D

@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 
 from common.config import Config, PrivacyConfig, TextConfig
-from common.records import Summary
+from common.records.summary import Summary
 from common.rundir import RunDirectory
 from sim.report.tripod import ITEMS, answers, write_checklist
 

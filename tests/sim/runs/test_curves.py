@@ -176,11 +176,11 @@ def test_a_resumed_run_has_every_step_once(run, tracker, restored):
         write_round(run, 1)
         write_round(run, 2, factor=5.0)
     if restored == "before the curves":
-        run.forget_metrics(after_round=1)
+        run.forget_metrics(after=1)
     with open_curves(run, tracker) as drawing:
         drawing.tell()
         if restored == "while they are drawn":
-            run.forget_metrics(after_round=1)
+            run.forget_metrics(after=1)
         write_round(run, 2)
         drawing.tell()
         write_round(run, 3)

@@ -61,7 +61,7 @@ def test_every_model_is_trained_once_by_the_right_hospitals(done):
     cells = plan_models(config, 1)
     assert begun == [cell.folder for cell in cells[:3]] + [cell.folder for cell in cells[2:]]
     for cell in cells:
-        trained = {one["hospital"] for one in RunDirectory(folder / cell.folder).metrics("steps")}
+        trained = {one.hospital for one in RunDirectory(folder / cell.folder).metrics("steps")}
         names = {"hospital-1", "hospital-2", "hospital-3"}
         wanted = {"alone": {cell.part}, "without": names - {cell.part}, "all": names}
         assert trained == wanted[cell.arm]

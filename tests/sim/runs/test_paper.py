@@ -116,7 +116,7 @@ def test_every_checkpoint_of_every_rank_is_answered(finished):
             values = np.concatenate([v.ravel() for v in b[row.checkpoint].values()])
             assert row.b_norm == pytest.approx(np.linalg.norm(values.astype(float)), rel=1e-6)
     assert {"untrained", "popularity"} <= set(table.others)
-    assert run.status()["state"] == "finished"
+    assert run.status().state == "finished"
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_an_interrupted_paper_run_goes_on(finished, tmp_path, monkeypatch):
         run_paper(tmp_path / "run")
     monkeypatch.undo()
     run = RunDirectory.open(tmp_path / "run")
-    assert run.status()["state"] == "interrupted"
+    assert run.status().state == "interrupted"
     first = (run.path / "rank-16" / "metrics.jsonl").read_bytes()
     again = resume(run.path, console=Console(quiet=True), command_line=[])
     assert (run.path / "rank-16" / "metrics.jsonl").read_bytes() == first

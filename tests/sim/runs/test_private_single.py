@@ -70,7 +70,7 @@ def test_single_charges_releases_and_tells_no_loss(tmp_path, hospital) -> None:
     paper = run.read_json(f"hospitals/hospital-1/{RECEIPT}")
     assert paper["epsilon"] == lines[-1]["epsilon"] > lines[0]["epsilon"]
     assert run.metrics("validation-loss") == []
-    assert {event["value"] for event in run.metrics("train-loss")} == {None}
+    assert {event.value for event in run.metrics("train-loss")} == {None}
     assert max(np.abs(value).max() for value in run.load_checkpoint().b.values()) > 0
 
 

@@ -104,7 +104,7 @@ def test_six_steps_equal_a_plain_loop(optimizer, configure, hospital, begin):
     assert size > 0.01
     # AdamW divides by gradients near zero, so rounding grows where SGD's does not.
     assert difference < (1e-6 if optimizer == "sgd" else 1e-3 * size)
-    told = [event["value"] for event in training.run.metrics("train-loss")]
+    told = [event.value for event in training.run.metrics("train-loss")]
     assert told == pytest.approx(losses, abs=1e-4)
 
 
@@ -120,6 +120,6 @@ def test_validation_loss_is_the_mean_over_label_tokens(configure, hospital, begi
     training = begin(config)
     training.finish()
     untrained, trained = training.run.metrics("validation-loss")
-    assert (untrained["step"], trained["step"]) == (0, 1)
-    assert untrained["value"] == pytest.approx(float(expected), abs=1e-4)
-    assert trained["value"] != untrained["value"]
+    assert (untrained.step, trained.step) == (0, 1)
+    assert untrained.value == pytest.approx(float(expected), abs=1e-4)
+    assert trained.value != untrained.value

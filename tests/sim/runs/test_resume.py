@@ -6,7 +6,8 @@ from rich.console import Console
 from common.configio import flatten, from_flat
 from common.errors import UserError
 from common.provenance import source_digest
-from common.records import RunRecord, Summary
+from common.records.run import RunRecord
+from common.records.summary import Summary
 from common.rundir import RunDirectory
 from common.wire.cohort import hospital_names
 from sim.process.lock import exclusive

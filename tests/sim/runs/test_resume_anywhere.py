@@ -69,7 +69,7 @@ def b_hash(training: SingleTraining) -> str:
 
 
 def told(training: SingleTraining) -> list[tuple[str, int, float]]:
-    return [(e["name"], e["step"], e["value"]) for e in training.run.metrics()]
+    return [(e.name, e.step, e.value) for e in training.run.metrics()]
 
 
 def go_on_in(path: pathlib.Path, like: SingleTraining) -> SingleTraining:
@@ -230,7 +230,7 @@ def test_a_validation_loss_that_is_not_finite_fails_the_run(configure, begin, mo
     monkeypatch.setattr(sim.runs.single_training, "evaluate", lambda *_: {"loss": next(losses)})
     with pytest.raises(RunFailed, match="step 4: the validation loss is not finite"):
         training.finish()
-    assert [event["value"] for event in training.run.metrics("validation-loss")] == [7.0]
+    assert [event.value for event in training.run.metrics("validation-loss")] == [7.0]
     assert training.run.load_checkpoint().name == "step-00000003"
 
 

@@ -94,7 +94,7 @@ def killed_run(config_file: Path, path: Path) -> None:
 def test_summary_has_what_scripts_read(whole):
     run, summary = whole
     assert summary == run.read_json("summary.json")
-    assert run.status()["state"] == "finished"
+    assert run.status().state == "finished"
     assert summary["mode"] == "single"
     assert [one["name"] for one in summary["hospitals"]] == ["hospital-1"]
     assert summary["wire"] == {"tensors": [], "bytes_up": 0, "bytes_down": 0}
@@ -116,7 +116,7 @@ def test_kill_9_and_resume_end_in_the_same_b(whole, config_file, tmp_path):
     path, quiet = tmp_path / "killed", Console(quiet=True)
     killed_run(config_file, path)
     run = RunDirectory.open(path)
-    assert run.status()["state"] == "running"
+    assert run.status().state == "running"
     with pytest.raises(UserError, match=r"train\.learning-rate: 0\.02 -> 0\.5"):
         resume(path, ["train.learning-rate=0.5"], console=quiet, command_line=[])
     text = (path / "config.toml").read_text(encoding="utf-8")

@@ -82,7 +82,7 @@ def test_three_cells_finish_though_one_is_killed_and_one_pre_empted(
     assert "no Slurm here" in lines
     assert f"{cells[1].folder} ended without a word: again" in lines
     runs = [RunDirectory(folder / cell.folder) for cell in cells]
-    assert [run.status()["state"] for run in runs] == ["finished"] * 3
+    assert [run.status().state for run in runs] == ["finished"] * 3
     resumed = [len(run.read_json("environment.json").get("resumed", [])) for run in runs]
     assert resumed == [0, 1, 1]
     # The table is that of the same sweep; nothing is left to run.

@@ -11,7 +11,8 @@ from rich.console import Console
 import sim.runs.sweep
 from common.config import AdapterConfig, FederationConfig
 from common.errors import UserError
-from common.records import RunRecord, Summary
+from common.records.run import RunRecord
+from common.records.summary import Summary
 from common.rundir import RunDirectory
 from common.training.budget import steps_in_all
 from common.training.worker import Worker
@@ -269,7 +270,7 @@ def test_local_only_trains_on_one_hospital_alone(tiny_config, in_process):
 
     config = tiny_config(federation__only="hospital-2")
     done = in_process(config)
-    assert {e["hospital"] for e in done.run.metrics("steps")} == {"hospital-2"}
+    assert {e.hospital for e in done.run.metrics("steps")} == {"hospital-2"}
     session = Worker().session(config)
     data = encode_hospital(hospitals_of(config.data, config.partition, 3)[1], session, config)
     session.adapter.flat.zero_()

@@ -7,7 +7,9 @@ from pydantic import Field
 
 from common.errors import UserError
 from common.privacy.budget.receipts import ledger_line
-from common.records import Record, RunRecord, Summary
+from common.records import Record
+from common.records.run import RunRecord
+from common.records.summary import Summary
 
 
 class Visit(Record):

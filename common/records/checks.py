@@ -1,0 +1,98 @@
+"""What the checks write: audits, and the plan of a run."""
+
+from typing import Any
+
+from common.records import PartialRecord, Record
+from common.records.summary import DtypeFacts
+
+Json = str | float | bool | None | tuple[float | str, ...]
+
+
+class AuditSummary(Record):
+    """summary.json of an audit."""
+
+    plan: dict[str, str | int | float | bool]
+    findings: tuple[dict[str, Json], ...]
+    passed: bool
+    not_covered: str
+    seconds: float
+
+
+class MembershipRecord(Record):
+    """membership.json: whether a run's patients can be told from others."""
+
+    claim: str
+    source: str
+    references: int
+    findings: tuple[dict[str, Json], ...]
+    passed: bool
+    seconds: float
+
+
+class Parameters(Record):
+    """Values of a backbone and of the two matrices."""
+
+    backbone: int
+    a: int
+    b: int
+
+
+class AdapterShape(Record):
+    """What is to be trained."""
+
+    mode: str
+    rank: int
+    targets: tuple[str, ...]
+
+
+class Recomputation(DtypeFacts):
+    """What the backward pass computes again, and why."""
+
+    total_bytes: dict[str, int]
+    """Of each choice."""
+
+
+class Workers(Record):
+    """How many there are, and why; more than one only on a CPU, where they share the memory."""
+
+    value: int
+    reason: str
+
+
+class MeasuredTime(Record):
+    """What training takes on a card that was measured."""
+
+    card: str
+    seconds_per_step: float
+    hours: float
+    """Of all steps of all hospitals, one after the other."""
+    source: str
+
+
+class PlanRecord(PartialRecord):
+    """What a run will need."""
+
+    backbone: str
+    adapter: AdapterShape
+    parameters: Parameters
+    batch_tokens: int
+    device: str
+    dtype: DtypeFacts
+    recompute: Recomputation
+    memory_bytes: dict[str, int]
+    """By part with ``total``: the peak of a training step of one worker with the chosen
+    recomputation."""
+    generation_bytes: int
+    card_bytes: int
+    card: str
+    workers: Workers
+    fits: bool
+    spare_bytes: int
+    bytes_per_round: int
+    """Of training: down and up again, all hospitals that are asked."""
+    steps: int
+    """Of one hospital, in all, those of a personal B included."""
+    steps_reason: str
+    measured: tuple[MeasuredTime, ...] = ()
+    """For a GPU."""
+    privacy: dict[str, Any] | None = None

@@ -1,0 +1,136 @@
+"""What a run directory says of the run: what kind it is, what it reads."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import ConfigDict
+
+from common.records import PartialRecord, Record
+
+SCHEMA = 1
+"""Version of all files of a run directory, in its run.json."""
+Mode = Literal["federation", "single", "paper", "sweep", "audit", "flower"]
+"""How a run is made; ``flower`` by plain ``flwr run``, which alone can start it again."""
+Direction = Literal["down", "up"]
+State = Literal["started", "running", "finished", "failed", "interrupted"]
+
+
+class Inputs(Record):
+    """What a run reads, by sha256: a resumed one must read the same."""
+
+    samples: str = ""
+    backbone: str = ""
+    a: str = ""
+
+
+class Layout(Record):
+    """What a federation's server must know of backbone and adapter, as its launcher found them."""
+
+    backbone: str
+    """Its fingerprint, as hospitals load it and ask it."""
+    shapes: dict[str, tuple[int, ...]]
+    """Of all that the server holds, by wire key."""
+    trainable_parameters: int
+
+
+class RunRecord(Record):
+    """run.json: what kind of run a directory holds, and what it takes to go on with it."""
+
+    absent_when_none = ("layout",)
+    schema_version: int = SCHEMA
+    mode: Mode
+    resumable: bool
+    """Whether ``fedrx resume`` goes on with it."""
+    config: dict[str, bool | int | float | str] = {}
+    """By dotted key, as the run began."""
+    inputs: Inputs = Inputs()
+    scale: str = ""
+    """Of a paper run."""
+    ranks: tuple[int, ...] = ()
+    """Of a paper run: each has a run of its own inside."""
+    best: bool = False
+    """Of a paper run: whether the best settings found here have a run inside too."""
+    cells: tuple[str, ...] = ()
+    """Of a sweep: the folders of its runs."""
+    layout: Layout | None = None
+    """Of a federation."""
+
+    @classmethod
+    def of_environment(cls, facts: Mapping[str, Any]) -> Self:
+        """Return the record of a run made before there was run.json, from its environment.json."""
+        mode = facts.get("mode", "audit")  # the one kind that did not say what it was
+        known = {key: facts[key] for key in ("config", "inputs", "scale", "ranks") if key in facts}
+        resumable = mode not in ("audit", "flower")
+        return cls.read({"mode": mode, "resumable": resumable, **known}, what="environment.json")
+
+
+class Status(PartialRecord):
+    """status.json: how far a run has come."""
+
+    model_config = ConfigDict(extra="allow")
+
+    state: State
+    updated: str = ""
+    """UTC."""
+    stage: str = ""
+    round: int | None = None
+    step: int | None = None
+    rank: int | None = None
+    """Of a paper run: which run inside is at work."""
+    lists: str = ""
+    seconds: float | None = None
+    error: str = ""
+    """One line, of a run that failed."""
+
+
+class Metric(PartialRecord):
+    """One event of metrics.jsonl; a label of another version stays as it is."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    value: int | float | str | None
+    """None where privacy tells none; a text is a reason."""
+    round: int | None = None
+    hospital: str | None = None
+    """None for all of them together."""
+    step: int | None = None
+    """Of a single run, in the place of a round."""
+    gradient_norm: float | None = None
+    learning_rate: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+    time: float
+
+    @property
+    def unit(self) -> Literal["round", "step"]:
+        """What the run counts."""
+        return "round" if self.step is None else "step"
+
+    @property
+    def place(self) -> int:
+        """The round, or step, of the event."""
+        return (self.round if self.step is None else self.step) or 0
+
+    @property
+    def number(self) -> float | None:
+        """The value, if it is a number."""
+        return None if isinstance(self.value, str) else self.value
+
+
+class WireLine(Record):
+    """One message, a line of wire.jsonl; what another version adds stays as it is."""
+
+    model_config = ConfigDict(extra="allow")
+
+    absent_when_none = ("unknown",)
+    direction: Direction
+    hospital: str
+    round: int
+    kind: str
+    tensors: tuple[str, ...]
+    scalars: tuple[str, ...]
+    unknown: int | None = None
+    """Names that no message has."""
+    bytes: int
+    """Of the tensors."""
