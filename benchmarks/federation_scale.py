@@ -3,22 +3,73 @@
     python benchmarks/federation_scale.py --hospitals 100
     python benchmarks/federation_scale.py --hospitals 12 --megabytes 21
     python benchmarks/federation_scale.py --plain-loop --rounds 3
+    python benchmarks/federation_scale.py --start --rounds 3
 
 ``--megabytes`` trains a random Llama whose B has that size (fp32) in place of the tiny one.
 ``--plain-loop`` compares one hospital's rounds with the same steps without Flower and Ray.
+``--start`` times all of the shortest `fedrx federate` (one step, two answers, a report), in turn
+with two apps of Flower that train nothing: one is empty, one's clients import torch and
+transformers' Llama.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS, HIDDEN, KV = 20, 512, 256
+SHORTEST = {
+    "model.backbone": "tiny",
+    "data.synthetic-patients": 60,
+    "federation.hospitals": 3,
+    "federation.rounds": 1,
+    "federation.local-steps": 1,
+    "evaluation.validation-samples": 1,
+    "evaluation.samples": 2,
+    "evaluation.max-new-tokens": 8,
+}
+APP = """
+import time
+from pathlib import Path
+from flwr.app import Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+client = ClientApp()
+server = ServerApp()
+
+@client.query()
+def query(message, context):
+    {imports}
+    return Message(RecordDict(), reply_to=message)
+
+@server.main()
+def main(grid, context):
+    while len(nodes := list(grid.get_node_ids())) < 3:
+        time.sleep(0.1)
+    asked = [Message(RecordDict(), dst_node_id=node, message_type="query") for node in nodes]
+    assert not any(reply.has_error() for reply in grid.send_and_receive(asked))
+    Path({done!r}).touch()
+"""
+PROJECT = """
+[project]
+name = "nothing"
+version = "1.0.0"
+license = "Apache-2.0"
+[tool.flwr.app]
+publisher = "nobody"
+[tool.flwr.app.components]
+serverapp = "nothing:server"
+clientapp = "nothing:client"
+"""
+LLAMA = "from transformers.models.llama.modeling_llama import LlamaForCausalLM"
 
 
 def random_backbone(folder: Path) -> Path:
@@ -125,6 +176,53 @@ def beside_the_plain_loop(folder: Path, options: argparse.Namespace) -> dict[str
     }
 
 
+def an_app_of_flower(folder: Path, imports: str) -> float:
+    """Return the seconds from a SuperLink's start until one query of three nodes is answered."""
+    from sim.flower.superlink import CONNECTION, superlink
+
+    app, done = folder / "nothing", folder / "done"
+    app.mkdir(parents=True)
+    (app / "pyproject.toml").write_text(PROJECT)
+    (app / "nothing.py").write_text(APP.format(imports=imports, done=str(done)))
+    began = time.monotonic()
+    with superlink(folder) as link:
+        few = "num-supernodes=3 client-resources-num-cpus=1 init-args-num-cpus=1"
+        started = link.flwr("run", str(app), CONNECTION, "--federation-config", few)
+        assert started.returncode == 0, started.stdout + started.stderr
+        while not done.exists() and time.monotonic() < began + 120:
+            time.sleep(0.1)
+        assert done.exists(), link.log()
+        return time.monotonic() - began
+
+
+def shortest(folder: Path) -> float:
+    """Return the seconds of the shortest federation, from its command to its end."""
+    folder.mkdir()
+    began = time.monotonic()
+    fedrx("federate", folder / "run", SHORTEST)
+    return time.monotonic() - began
+
+
+def starts(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the seconds that are spent where nothing is trained: medians of rounds in turn."""
+    kinds = {
+        "fedrx_federate": shortest,
+        "empty_app_of_flower": lambda place: an_app_of_flower(place, "pass"),
+        "app_that_imports_llama": lambda place: an_app_of_flower(place, LLAMA),
+    }
+    found = {name: [] for name in kinds}
+    for number in range(options.rounds):
+        for name, measure in kinds.items():
+            found[name].append(measure(folder / f"{name}-{number}"))
+    return {
+        name: {
+            "seconds": round(statistics.median(all_of), 2),
+            "runs": [round(one, 2) for one in all_of],
+        }
+        for name, all_of in found.items()
+    }
+
+
 def main() -> None:
     """Run one measurement and print it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -132,11 +230,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--megabytes", type=float, default=0.0)
     parser.add_argument("--plain-loop", action="store_true")
+    parser.add_argument("--start", action="store_true")
     parser.add_argument("--local-steps", type=int, default=10, help="with --plain-loop")
     parser.add_argument("--threads", type=int, default=1, help="with --plain-loop")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         measure = beside_the_plain_loop if options.plain_loop else many_hospitals
+        if options.start:
+            measure = starts
         print(json.dumps(measure(Path(name), options), indent=2))
 
 

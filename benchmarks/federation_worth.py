@@ -44,6 +44,7 @@ from common.config import Config
 from common.configio import Scalar, from_flat, parse_overrides, read_config
 from common.evaluation.transfer import half_width
 from common.records.summary import Summary
+from sim.flower.superlink import end_with_parent
 from sim.runs.sweep import Cell, plan_cells, run_cell
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -228,7 +229,9 @@ def finished(
         yield from ((cell, run_one(folder, cell)) for cell in cells)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+    # Who is killed leaves nobody at work on a run that the next command goes on with.
+    options: Any = {"mp_context": context, "initializer": end_with_parent}
+    with ProcessPoolExecutor(processes, **options) as pool:
         waiting = {pool.submit(partial(run_one, folder), cell): cell for cell in cells}
         for one in as_completed(waiting):
             error = one.exception()

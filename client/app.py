@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from common.quick_imports import quick_imports
+
 if TYPE_CHECKING:
     from common.training.worker import Worker
 
@@ -51,6 +53,7 @@ def _answer(kind: str, message: Message, context: Context) -> Message:
         from client.resident_worker import ask
 
         return ask(Path(str(context.node_config[WORKER])), kind, message, context)
-    from client.handlers import answer
+    with quick_imports():
+        from client.handlers import answer
 
     return answer(kind, message, context, worker())

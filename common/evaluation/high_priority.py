@@ -37,9 +37,9 @@ class ClassPair(NamedTuple):
     @property
     def pairs(self) -> Iterator[Pair]:
         """Every object with every precipitant, as ingredients; no drug with itself."""
-        for a in self.objects:
-            for b in self.precipitants:
-                first, second = normalise(a, "ingredient"), normalise(b, "ingredient")
+        changing = [normalise(drug, "ingredient") for drug in self.precipitants]
+        for first in (normalise(drug, "ingredient") for drug in self.objects):
+            for second in changing:
                 if first != second:
                     yield Pair(*sorted((*first, *second)))
 

@@ -14,6 +14,7 @@ from click.exceptions import NoArgsIsHelpError
 from common.configio import parse_overrides, read_config
 from common.errors import FedrxError, UserError
 from common.provenance import source_root
+from common.quick_imports import quick_imports
 from sim.cli import data as cli_data
 from sim.cli import deploy as cli_deploy
 from sim.cli import people as cli_people
@@ -95,7 +96,8 @@ def federate(
 ) -> None:
     """Train hospitals together in a simulation (Flower on Ray)."""
     config = read_config(find_config(config_file), with_backend(set_, backend))
-    from sim.runs.federate import federate as run_federation
+    with quick_imports():
+        from sim.runs.federate import federate as run_federation
 
     console = console_for(json_output)
     run = run_federation(config, console=console, command_line=sys.argv, run_dir=run_dir)
@@ -111,7 +113,8 @@ def single(
 ) -> None:
     """Train on one node that holds everything: the paper's mode."""
     config = read_config(find_config(config_file), set_ or ())
-    from sim.runs.single import single as run_single
+    with quick_imports():
+        from sim.runs.single import single as run_single
 
     console = console_for(json_output)
     run = run_single(config, console=console, command_line=sys.argv, run_dir=run_dir)
@@ -137,8 +140,9 @@ def paper(
     json_output: JsonOption = False,
 ) -> None:
     """Run the paper's experiment: both ranks, four checkpoints each, its table beside ours."""
-    from sim.runs.paper import paper as run_paper
-    from sim.runs.paper import read_ranks, scaled_config
+    with quick_imports():
+        from sim.runs.paper import paper as run_paper
+        from sim.runs.paper import read_ranks, scaled_config
 
     table = run_paper(
         scaled_config(scale, parse_overrides(set_ or ())),
@@ -220,7 +224,8 @@ def resume(
     json_output: JsonOption = False,
 ) -> None:
     """Go on with an interrupted or killed run, to the same end."""
-    from sim.runs.resume import resume as resume_run
+    with quick_imports():
+        from sim.runs.resume import resume as resume_run
 
     console = console_for(json_output)
     found = resume_run(run, set_ or (), console=console, command_line=sys.argv)

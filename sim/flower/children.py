@@ -1,14 +1,13 @@
 """Processes that belong together: when one ends, all end."""
 
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
 from common.errors import RunFailed
-from sim.flower.superlink import end_with_parent
+from sim.flower.superlink import ending_with_parent
 
 STOP_SECONDS = 10.0
 
@@ -32,7 +31,7 @@ class Children:
             cwd=self.folder,
             env=dict(self.environment),
             stdin=subprocess.DEVNULL,
-            preexec_fn=end_with_parent if sys.platform == "linux" else None,
+            preexec_fn=ending_with_parent(),
         )
 
     def check(self) -> None:

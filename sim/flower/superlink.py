@@ -23,6 +23,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -149,7 +150,7 @@ def superlink(run: Path, port: int = 0) -> Iterator[SuperLink]:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                preexec_fn=end_with_parent if sys.platform == "linux" else None,
+                preexec_fn=ending_with_parent(),
             )
         link = SuperLink(port=port, folder=folder, process=process, environment=environment)
         try:
@@ -336,9 +337,18 @@ def _orphans_ended(folder: Path) -> Iterator[None]:
         watching.communicate(b"ended")
 
 
-def end_with_parent() -> None:
-    """Ask Linux to end this child when its parent dies (PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+def ending_with_parent() -> Callable[[], None] | None:
+    """Return what a child calls between fork and exec, to end with its parent (Linux).
+
+    What it needs is looked up here: another thread may be loading a library while we fork, and
+    the child would wait for it for ever.
+    """
+    return partial(end_with_parent, ctypes.CDLL(None).prctl) if sys.platform == "linux" else None
+
+
+def end_with_parent(prctl: Callable[[int, int], int] | None = None) -> None:
+    """Ask Linux to end this process when its parent dies (PR_SET_PDEATHSIG)."""
+    (prctl or ctypes.CDLL(None).prctl)(1, signal.SIGTERM)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from rich.console import Console
 
 from common.errors import DiskFull, FedrxError, RunFailed, UserError
+from common.quick_imports import quick_imports
 from common.rundir import SUMMARY, TRAINED, RunDirectory
 from sim.process.failures import StageFailed, described
 
@@ -35,9 +36,10 @@ def import_ahead() -> None:
     def work() -> None:
         with contextlib.suppress(OSError):  # Linux: of this thread alone
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), IMPORTS_NICENESS)
-        for name in SLOW_IMPORTS:
-            with contextlib.suppress(ImportError):  # it is told where it is used
-                importlib.import_module(name)
+        with quick_imports():
+            for name in SLOW_IMPORTS:
+                with contextlib.suppress(ImportError):  # it is told where it is used
+                    importlib.import_module(name)
 
     threading.Thread(target=work, name="imports").start()
 

@@ -24,6 +24,7 @@ from common.model.backbone.reading import Destination, Held, Reading
 from common.model.backbone.tokenizer import read_tokenizer, tokenizer_facts
 from common.model.backbone.weights import check_weights, weight_files
 from common.model.kernels import rope
+from common.quick_imports import quick_imports
 from common.user_cache import fedrx_cache
 
 if TYPE_CHECKING:
@@ -171,6 +172,7 @@ def load_model(
     Those that wait for their model are handed over. On a CPU the others are mapped, not read: its
     processes share them.
     """
+    _llama()
     if spec.folder is None:
         return tiny.tiny_model().to(device=device, dtype=dtype).requires_grad_(False)
     destination = Destination(device=device, dtype=dtype)
@@ -222,7 +224,8 @@ def _assembled(
 
 def _llama() -> "type[LlamaForCausalLM]":
     """Import the model's class: half of all that a process imports."""
-    from transformers import LlamaForCausalLM
+    with quick_imports():
+        from transformers import LlamaForCausalLM
 
     return LlamaForCausalLM
 

@@ -65,6 +65,9 @@ def main() -> None:
         sys.stderr.write(f"fedrx: {problem}\n")
         sys.exit(2)
     sys.meta_path.insert(0, OurPackages(root))
-    from sim.cli.main import main as command
+    from common.quick_imports import quick_imports
+
+    with quick_imports():
+        from sim.cli.main import main as command
 
     command()
