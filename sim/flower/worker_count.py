@@ -13,7 +13,7 @@ from common.model.session import DTYPES, choose_dtype
 from common.privacy.mechanism.gradients import private_bytes
 from common.privacy.settings import is_private, plan_of
 
-WORKER_START_SECONDS = 8.0
+WORKER_START_SECONDS = 5.0
 """Of a core: Ray's process, the libraries, the backbone (measured on an AMD EPYC of 2026)."""
 _STEP_SECONDS, _FLOPS_PER_SECOND = 0.03, 5e10
 """Of one core: what a step takes at least, and its arithmetic."""
@@ -82,7 +82,7 @@ def worth_starting(seconds: float) -> int:
     The n-th shortens the training from ``seconds / (n - 1)`` to ``seconds / n``.
 
     >>> worth_starting(2), worth_starting(20), worth_starting(200)
-    (1, 2, 5)
+    (1, 2, 6)
     """
     number = 1
     while seconds / (number * (number + 1)) >= WORKER_START_SECONDS:
