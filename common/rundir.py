@@ -42,7 +42,16 @@ from common.files import (
 )
 from common.provenance import tensors_sha256
 from common.records import Record
-from common.records.run import SCHEMA, Inputs, Metric, RunRecord, State, Status, WireLine
+from common.records.run import (
+    SCHEMA,
+    Inputs,
+    Metric,
+    RunRecord,
+    SavedFacts,
+    State,
+    Status,
+    WireLine,
+)
 from common.records.summary import Summary
 from common.tensor_files import Altered, Tensors, content_sha256, read_tensors, write_tensors
 
@@ -63,8 +72,7 @@ class Checkpoint:
     """B matrices (fp32) by wire key."""
     extra: Tensors
     """Whatever else resuming needs, such as optimizer or strategy tensors."""
-    facts: dict[str, Any]
-    """Scalars: round or step, seconds so far."""
+    facts: SavedFacts
 
 
 @dataclass(frozen=True)
@@ -230,7 +238,7 @@ class RunDirectory:
         return folder
 
     def save_checkpoint(
-        self, name: str, b: Tensors, *, facts: Mapping[str, Any], extra: Tensors | None = None
+        self, name: str, b: Tensors, *, facts: SavedFacts, extra: Tensors | None = None
     ) -> Path:
         """Write ``checkpoints/name``; it appears complete or not at all.
 
@@ -246,7 +254,9 @@ class RunDirectory:
             write_tensors(temporary / "b.safetensors", b)
             if extra:
                 write_tensors(temporary / "extra.safetensors", extra)
-            write_bytes(temporary / "facts.json", _sealed(facts, _digests(b, extra or {})))
+            write_bytes(
+                temporary / "facts.json", _sealed(facts.as_json(), _digests(b, extra or {}))
+            )
         except DiskFull:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -268,14 +278,13 @@ class RunDirectory:
             and (p / "facts.json").exists()
         )
 
-    def checkpoint_facts(self, name: str) -> dict[str, Any]:
+    def checkpoint_facts(self, name: str) -> SavedFacts:
         """Read what a checkpoint says about itself.
 
         Raises:
             Altered: if that is not what was written.
         """
-        facts, _ = _unsealed(self.path / "checkpoints" / name / "facts.json")
-        return facts
+        return _unsealed(self.path / "checkpoints" / name / "facts.json")[0]
 
     def remove_checkpoint(self, name: str) -> None:
         """Remove one checkpoint; it disappears at once."""
@@ -306,10 +315,8 @@ class RunDirectory:
             extra = read_tensors(extra_file) if extra_file.exists() else {}
         except Altered:
             raise damaged(folder.name) from None
-        if _digests(b, extra) != digests or facts.get("b_sha256", "") not in (
-            "",
-            tensors_sha256(b),
-        ):
+        known = facts.b_sha256 in ("", tensors_sha256(b))
+        if not known or _digests(b, extra) != digests:
             raise damaged(folder.name)
         return Checkpoint(name=folder.name, b=b, extra=extra, facts=facts)
 
@@ -318,13 +325,13 @@ def _digests(b: Tensors, extra: Tensors) -> dict[str, str]:
     return {"b": content_sha256(b), "extra": content_sha256(extra)}
 
 
-def _sealed(facts: Mapping[str, Any], digests: Mapping[str, str]) -> bytes:
+def _sealed(facts: Mapping[str, object], digests: Mapping[str, str]) -> bytes:
     """Render facts.json: the facts, the digests of the tensors beside it, and its own."""
     own = hashlib.sha256(utf8(json_document([dict(facts), dict(digests)]))).hexdigest()
     return utf8(json_document({**facts, _SHA256: {**digests, "facts": own}}))
 
 
-def _unsealed(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def _unsealed(file: Path) -> tuple[SavedFacts, dict[str, str]]:
     """Return the facts and digests that ``_sealed`` rendered, if they are still the same bytes."""
     try:
         content = file.read_bytes()
@@ -332,8 +339,8 @@ def _unsealed(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
         digests = facts.pop(_SHA256)
         del digests["facts"]
         if _sealed(facts, digests) == content:
-            return facts, digests
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return SavedFacts.read(facts, what=file.name), digests
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError):
         pass
     raise damaged(file.parent.name)
 

@@ -33,6 +33,10 @@ class Layout(Record):
     trainable_parameters: int
 
 
+Settings = dict[str, bool | int | float | str]
+"""A configuration, by dotted key."""
+
+
 class RunRecord(Record):
     """run.json: what kind of run a directory holds, and what it takes to go on with it."""
 
@@ -41,8 +45,8 @@ class RunRecord(Record):
     mode: Mode
     resumable: bool
     """Whether ``fedrx resume`` goes on with it."""
-    config: dict[str, bool | int | float | str] = {}
-    """By dotted key, as the run began."""
+    config: Settings = {}
+    """As the run began."""
     inputs: Inputs = Inputs()
     scale: str = ""
     """Of a paper run."""
@@ -134,3 +138,25 @@ class WireLine(Record):
     """Names that no message has."""
     bytes: int
     """Of the tensors."""
+
+
+class SavedFacts(PartialRecord):
+    """facts.json of a checkpoint: where it stands, and what a resumed process goes on with."""
+
+    model_config = ConfigDict(extra="allow")
+
+    round: int = 0
+    step: int = 0
+    """Of a single run, in the place of a round."""
+    b_sha256: str = ""
+    b_norm: float = 0.0
+    seconds: float = 0.0
+    """Of training, until it was written."""
+    hospitals: tuple[str, ...] = ()
+    """Those that were ever admitted."""
+    known: int = 0
+    of: int = 0
+    paces: dict[str, dict[str, int | float]] = {}
+    """The slowest exchange of each kind of message."""
+    config: Settings = {}
+    inputs: dict[str, str] = {}

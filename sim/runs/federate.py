@@ -73,7 +73,7 @@ class Federation(Kind):
     def place(self, directory: RunDirectory) -> Mapping[str, int]:
         """Return the last round that has a checkpoint; -1 before the first."""
         names = directory.checkpoint_names()
-        return {"round": int(directory.checkpoint_facts(names[-1])["round"]) if names else -1}
+        return {"round": directory.checkpoint_facts(names[-1]).round if names else -1}
 
     def train(self, run: Run) -> Summary:
         """Run the rounds after the last checkpoint (or all); the server sums them up."""

@@ -86,7 +86,8 @@ def model_card(
         personal: Hospital whose own B is in the weights; empty: the common B alone.
     """
     summary, protocol = run.summary(), config.data.protocol
-    source, facts = summary.source or CREDENTIALED, checkpoint.facts
+    source = summary.source or CREDENTIALED
+    moment = checkpoint.facts.model_dump(include={"round", "step"}, exclude_unset=True)
     handling = handling_of(source)
     licences = (one for start, one in _LICENCES.items() if hub_id.lower().startswith(start))
     system, user = (one["content"] for one in messages(EXAMPLES[protocol], config.text))
@@ -110,8 +111,7 @@ def model_card(
         asked=ASKED[protocol],
         targets=adapter_spec(config.adapter).targets,
         checkpoint=checkpoint.name,
-        moment=", ".join(f"{unit} {facts[unit]}" for unit in ("round", "step") if unit in facts)
-        or "the only one",
+        moment=", ".join(f"{unit} {at}" for unit, at in moment.items()) or "the only one",
         guarantee="none, see below" if personal else _privacy_line(summary),
         columns=[name for _, name in COLUMNS],
         rows=[

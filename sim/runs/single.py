@@ -32,7 +32,7 @@ class Single(Kind):
     def place(self, directory: RunDirectory) -> Mapping[str, int]:
         """Return the step that a run would go on from."""
         names = directory.checkpoint_names()
-        return {"step": int(directory.checkpoint_facts(names[-1])["step"]) if names else 0}
+        return {"step": directory.checkpoint_facts(names[-1]).step if names else 0}
 
     def train(self, run: Run) -> Summary:
         """Train from the last checkpoint (or from nothing) to the end."""
@@ -79,7 +79,7 @@ def summarise(training: SingleTraining, preparation: Preparation) -> Summary:
     adapter, hospital = training.config.adapter, preparation.data.hospitals[0]
     losses = {event.place: event.number for event in run.metrics("validation-loss")}
     steps = run.metrics("train-loss")
-    checkpoints = [{"name": name, **run.checkpoint_facts(name)} for name in run.checkpoint_names()]
+    checkpoints = [(name, run.checkpoint_facts(name)) for name in run.checkpoint_names()]
     figures = {
         "mode": Single.mode,
         "trainable_parameters": session.adapter.held_parameters,
@@ -99,7 +99,8 @@ def summarise(training: SingleTraining, preparation: Preparation) -> Summary:
         "rounds": 0,
         "scaling": scaling(training),
         "checkpoints": [
-            {**facts, "validation_loss": losses.get(facts["step"])} for facts in checkpoints
+            {"name": name, **facts.as_json(), "validation_loss": losses.get(facts.step)}
+            for name, facts in checkpoints
         ],
         "b_sha256": tensors_sha256(session.adapter.state()),
         "wire": {"tensors": [], "bytes_up": 0, "bytes_down": 0},

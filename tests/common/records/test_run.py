@@ -6,7 +6,7 @@ import pytest
 
 from common.config import Config
 from common.errors import UserError
-from common.records.run import Metric, Status, WireLine
+from common.records.run import Metric, SavedFacts, Status, WireLine
 from common.rundir import RunDirectory
 
 OF_A_HOSPITAL = {"name": "steps", "value": 2.0, "round": 1, "hospital": "hospital-1", "time": 1.5}
@@ -44,6 +44,17 @@ STATUS = {
     "seconds": 1.5,
     "error": "why",
 }
+OF_A_ROUND = {
+    "round": 1,
+    "b_sha256": "0a",
+    "hospitals": ["hospital-1"],
+    "known": 1,
+    "of": 3,
+    "paces": {"train": {"seconds": 2.0, "steps": 2, "hospitals": 3}},
+    "config": {"adapter.rank": 4, "adapter.alpha": 16.0, "adapter.personal": False},
+    "inputs": {"a": "1a", "backbone": "2b"},
+}
+OF_A_SINGLE_RUN = {"step": 3, "b_sha256": "0a", "b_norm": 0.1, "seconds": 1.5}
 
 
 @pytest.mark.parametrize(
@@ -51,6 +62,7 @@ STATUS = {
     [
         *((Metric, c) for c in (OF_A_HOSPITAL, OF_A_STEP, OF_A_REASON, COUNTED, OF_LATER)),
         *((WireLine, c) for c in (SENT, {k: v for k, v in SENT.items() if k != "unknown"})),
+        *((SavedFacts, c) for c in (OF_A_ROUND, OF_A_SINGLE_RUN)),
         *((Status, c) for c in (STATUS, {"state": "started", "paused": True})),
     ],
 )

@@ -16,6 +16,7 @@ from common.data.prepare import load_samples
 from common.errors import UserError
 from common.evaluation.answers_file import read_answers
 from common.evaluation.judge.plan import plan_judging
+from common.records.run import SavedFacts
 from common.rundir import RunDirectory
 from common.tensor_files import Altered
 from common.training.worker import Worker
@@ -67,8 +68,8 @@ def finished(cache, tmp_path_factory):
         "a": session.adapter.a_fingerprint,
     }
     run.write_json("environment.json", {"inputs": inputs})
-    run.save_checkpoint("round-0001", b_of(config, 0.3), facts={"round": 1})
-    run.save_checkpoint("round-0002", b_of(config, 3.0), facts={"round": 2})
+    run.save_checkpoint("round-0001", b_of(config, 0.3), facts=SavedFacts(round=1))
+    run.save_checkpoint("round-0002", b_of(config, 3.0), facts=SavedFacts(round=2))
     run.write_json("summary.json", {"rounds": 2, "judge": {"appropriateness": {}}})
     run.write_status("finished")
     return run
