@@ -172,7 +172,8 @@ def summarise(
         return summary
     privacy = privacy_summary(roster.plan, privacy_lines(run))
     if roster.plan.unit == HOSPITAL:
-        privacy["warning"] = hospital_warning(roster.plan, layout.trainable_parameters)
+        warning = hospital_warning(roster.plan, layout.trainable_parameters)
+        privacy = privacy.model_copy(update={"warning": warning})
     return summary.having(privacy=privacy)
 
 

@@ -1,8 +1,7 @@
 """What the checks write: audits, and the plan of a run."""
 
-from typing import Any
-
 from common.records import PartialRecord, Record
+from common.records.privacy import Forecast
 from common.records.summary import DtypeFacts
 
 Json = str | float | bool | None | tuple[float | str, ...]
@@ -95,4 +94,4 @@ class PlanRecord(PartialRecord):
     steps_reason: str
     measured: tuple[MeasuredTime, ...] = ()
     """For a GPU."""
-    privacy: dict[str, Any] | None = None
+    privacy: Forecast | None = None

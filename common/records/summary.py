@@ -5,6 +5,7 @@ from typing import Any, Self
 from pydantic import ConfigDict
 
 from common.records import PartialRecord, Record
+from common.records.privacy import Privacy
 from common.records.run import Mode
 
 
@@ -127,7 +128,7 @@ class Summary(PartialRecord):
     backbone: BackboneFacts | None = None
     hospitals: tuple[HospitalFacts, ...] = ()
     rounds: int = 0
-    privacy: dict[str, Any] | None = None
+    privacy: Privacy | None = None
     scaling: Scaling | None = None
     checkpoints: tuple[CheckpointFacts, ...] = ()
     b_sha256: str = ""

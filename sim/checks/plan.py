@@ -141,7 +141,8 @@ def plan(config: Config, *, card_bytes: int | None = None) -> PlanRecord:
     if not protects(config):
         return found
     outlook = forecast(plan_of(config), trained, target_epsilon=config.privacy.target_epsilon)
-    return found.model_copy(update={"privacy": outlook | {"delta_note": delta_note(config)}})
+    outlook = outlook.model_copy(update={"delta_note": delta_note(config)})
+    return found.model_copy(update={"privacy": outlook})
 
 
 def measured_times(
@@ -244,7 +245,7 @@ def show_plan(console: Console, found: PlanRecord) -> None:
             f"{one.hours:.1f} h in all ({one.source})"
         )
     privacy = found.privacy
-    for line in (*lines(privacy), privacy["delta_note"]) if privacy else ():
+    for line in (*lines(privacy), privacy.delta_note) if privacy else ():
         say(line)
 
 

@@ -204,7 +204,8 @@ def _metrics(summary: Summary) -> list[Block]:
 
 def _hospitals(run: RunDirectory, summary: Summary) -> Block:
     sizes = {one["name"]: one for one in run.read_json("data.json").get("hospitals", [])}
-    spent = {one["hospital"]: one for one in (summary.privacy or {}).get("per_hospital", [])}
+    private = summary.privacy
+    spent = {one.hospital: float(one.epsilon) for one in private.per_hospital} if private else {}
     rows = []
     for one in summary.hospitals:
         name = one.name
@@ -215,7 +216,7 @@ def _hospitals(run: RunDirectory, summary: Summary) -> Block:
         first, last = _ends(run.metrics("validation-loss"), name)
         trained = _ends(run.metrics("train-loss"), name)[1]
         losses = (number(first), number(last), number(trained))
-        epsilon = (number(float(spent[name]["epsilon"])),) if name in spent else ()
+        epsilon = (number(spent[name]),) if name in spent else ()
         rows.append((name, *counts, *splits, *losses, *epsilon))
     headers = (
         *("hospital", "patients", "samples", "train", "validation", "test"),
@@ -235,17 +236,17 @@ def _privacy(run: RunDirectory, summary: Summary) -> list[Block]:
     if not lines or not privacy:
         return []
     facts = [
-        (label, f"{privacy[key]:g}")
+        (label, f"{value:g}")
         for key, label in _PRIVACY_FACTS.items()
-        if privacy.get(key) is not None
+        if (value := getattr(privacy, key))
     ]
-    if "noise_multiplier" in privacy:
+    if privacy.noise_multiplier:
         ratio = plan_of(run.config()).noise_to_signal(summary.trainable_parameters)
         facts.append(("noise over signal, per step", f"{ratio:.3g}: {verdict(ratio)}"))
     note = (
-        f"({float(privacy['epsilon']):.3f}, {privacy['delta']:g})-differential privacy for each "
-        f"{privacy['unit']}, {privacy['relation']}; accountant {privacy['accountant']}; noise: "
-        f"{privacy['noise']}. Sizes, losses and metrics in this report are the simulation's own, "
+        f"({float(privacy.epsilon):.3f}, {privacy.delta:g})-differential privacy for each "
+        f"{privacy.unit}, {privacy.relation}; accountant {privacy.accountant}; noise: "
+        f"{privacy.noise}. Sizes, losses and metrics in this report are the simulation's own, "
         "outside the guarantee: no hospital sent them. The baselines beside them are fitted on "
         "the training patients without privacy."
     )

@@ -15,6 +15,7 @@ from common.config import OWN_TEXT, Config
 from common.data.handling import CREDENTIALED
 from common.data.protocols import ADMISSION, ASKED, FIRST_24H, system_prompt
 from common.files import write_text
+from common.privacy.budget.receipts import INFINITY
 from common.privacy.settings import is_private
 from common.records.summary import Summary
 from common.rundir import RunDirectory
@@ -239,12 +240,12 @@ def _trained_by(config: Config, hospitals: int) -> str:
 def _privacy(config: Config, summary: Summary) -> str:
     if not is_private(config) or not summary.privacy:
         return "no differential privacy"
-    epsilon = summary.privacy["epsilon"]
-    if epsilon is None:
+    privacy = summary.privacy
+    if privacy.epsilon == INFINITY:
         return "noise without a guarantee"
     return (
-        f"differential privacy: epsilon {epsilon:.3f}, delta {summary.privacy['delta']:g} per "
-        f"{summary.privacy['unit']}"
+        f"differential privacy: epsilon {privacy.epsilon:.3f}, delta {privacy.delta:g} per "
+        f"{privacy.unit}"
     )
 
 

@@ -311,7 +311,7 @@ def test_the_card_names_a_rank_that_vllm_has(tmp_path, rank, phrase):
     [
         ({"epsilon": 3.0, "delta": 1e-5, "unit": "patient"}, "tell of any one patient"),
         ({"epsilon": 3.0, "delta": 1e-5, "unit": "hospital"}, "tell of any one hospital's data"),
-        ({"epsilon": None, "delta": 1e-5, "unit": "patient"}, None),
+        ({"epsilon": "infinity", "delta": 1e-5, "unit": "patient"}, None),
         (None, None),
     ],
 )
