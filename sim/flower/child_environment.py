@@ -23,10 +23,11 @@ from common.undocumented.ray_names import (
     HIDE_GPUS_FROM_GPULESS_WORKERS,
     LOCAL_SERVERS_LISTEN_EVERYWHERE,
     MEMORY,
+    PRESTART,
     SOCKET,
     WORKER_NICENESS,
 )
-from common.wire.undocumented_flower import NO_UPDATE_CHECK
+from common.wire.undocumented_flower import LAUNCH_POLL_SECONDS, NO_UPDATE_CHECK
 
 RUN_VARIABLE = "FEDRX_RUN"
 """Marks every process of a run with its run directory, so that none is ever left behind."""
@@ -101,6 +102,7 @@ def child_environment(
         "FLWR_HOME": str(folder / "home"),
         "FLWR_TELEMETRY_ENABLED": "0",
         NO_UPDATE_CHECK: "1",
+        LAUNCH_POLL_SECONDS: "0.1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "RAY_ADDRESS": base.get("RAY_ADDRESS") or "local",
         # Without this Ray's own servers listen on every interface of the machine.
@@ -108,6 +110,7 @@ def child_environment(
         "RAY_USAGE_STATS_ENABLED": "0",
         # Ray nices its workers by 15: on a shared machine the hospitals would starve.
         WORKER_NICENESS: "0",
+        PRESTART: "0",
         HIDE_GPUS_FROM_GPULESS_WORKERS: "0",
         # The launcher has fetched the backbone; nobody needs the hub from here on.
         "HF_HUB_OFFLINE": "1",

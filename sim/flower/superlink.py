@@ -46,7 +46,7 @@ from sim.flower.flower_log import true_cause
 from sim.flower.start_phases import FLOWER, SUPERLINK, phases_of
 
 START_SECONDS = 120.0
-STOP_SECONDS = 3.0
+STOP_SECONDS = 15.0
 CHECK_SECONDS = 10.0
 SIMULATION = "flwr-simulation"
 """The command of Flower's that runs the server app and Ray."""
@@ -243,15 +243,16 @@ def processes_of(run: Path) -> list[psutil.Process]:
 
 
 def end_leftovers(run: Path) -> None:
-    """Kill what a killed launcher left behind, so that nobody else writes to the run."""
-    for _ in range(5):
-        leftovers = processes_of(run)
-        if not leftovers:
-            return
+    """Kill what a killed launcher left behind, so that nobody else writes to the run.
+
+    Who has ended and waits for its parent to ask how writes no more: it is not waited for.
+    """
+    deadline = time.monotonic() + STOP_SECONDS
+    while (leftovers := processes_of(run)) and time.monotonic() < deadline:
         for process in leftovers:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(leftovers, timeout=STOP_SECONDS)
+        time.sleep(0.02)
 
 
 def _watch(link: SuperLink, run: RunDirectory, on_tick: Callable[[], None]) -> tuple[str, str]:

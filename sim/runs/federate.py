@@ -31,11 +31,13 @@ from common.wire.cohort import check_only, trained_by
 from server.known import layout_record
 from server.strategies import check_strategy
 from sim.flower.in_process import run_in_process
+from sim.flower.start_phases import FLOWER, RAY, SUPERLINK
 from sim.flower.superlink import end_leftovers, run_flower
 from sim.flower.worker_count import choose_workers
 from sim.process.progress import RunProgress
 from sim.runs.lifecycle import Kind, Run, start
 from sim.runs.preparation import Preparation, with_absolute_paths
+from sim.runs.stages import import_ahead
 
 
 class Federation(Kind):
@@ -98,6 +100,14 @@ def train_rounds(run: Run) -> dict[str, float]:
     steps = total_steps(config, run.preparation.data.hospitals)
     rounds = config.federation.rounds
     with run.curves(), RunProgress(run.console, directory, steps=steps, rounds=rounds) as progress:
+        imported = False
+
+        def on_phase(phase: str) -> None:
+            nonlocal imported
+            progress.phase(phase)
+            if not imported and phase not in (SUPERLINK, FLOWER, RAY):
+                imported = True
+                import_ahead()
 
         def on_tick() -> None:
             progress.tick()
@@ -114,7 +124,7 @@ def train_rounds(run: Run) -> dict[str, float]:
                 workers=workers,
                 gpus_per_worker=gpus_per_worker(config, workers),
                 on_tick=on_tick,
-                on_phase=progress.phase,
+                on_phase=on_phase,
             )
     return progress.start_seconds
 

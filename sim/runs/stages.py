@@ -5,7 +5,10 @@ B is, what failed and the command that goes on.
 """
 
 import contextlib
+import importlib
+import os
 import shlex
+import threading
 from collections.abc import Callable, Iterator, Mapping
 
 from rich.console import Console
@@ -18,6 +21,25 @@ TRAINING, EVALUATION, REPORT, AUDIT = "training", "evaluation", "report", "audit
 ANSWERS = "the answers"
 AFTER_TRAINING = {TRAINED: ANSWERS, EVALUATION: ANSWERS, REPORT: "the report"}
 """Stages of status.json in which training is done, and what they are about."""
+SLOW_IMPORTS = (
+    *("transformers.models.llama.modeling_llama", "transformers.generation"),
+    *("sklearn.linear_model", "matplotlib.figure", "matplotlib.backends.backend_svg"),
+)
+"""What answers and report import first: seconds of a core."""
+IMPORTS_NICENESS = 15
+
+
+def import_ahead() -> None:
+    """Import what comes after training, in a thread that gives way, while other processes train."""
+
+    def work() -> None:
+        with contextlib.suppress(OSError):  # Linux: of this thread alone
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), IMPORTS_NICENESS)
+        for name in SLOW_IMPORTS:
+            with contextlib.suppress(ImportError):  # it is told where it is used
+                importlib.import_module(name)
+
+    threading.Thread(target=work, name="imports").start()
 
 
 def resume_command(directory: RunDirectory) -> str:

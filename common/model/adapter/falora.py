@@ -56,7 +56,8 @@ class Adapter:
         self.shapes = {key: shapes[key] for key in self.keys}
         size = sum(math.prod(shape) for shape in shapes.values())
         self._values = torch.zeros(size, dtype=torch.float32, device=self._like.device)
-        self._gradients = torch.zeros_like(self._values)
+        # Not zeros_like: of values without storage torch works it out by its compiler, to import.
+        self._gradients = self._values.new_zeros(size)
         self._places: dict[str, slice] = {}
         start = 0
         # What the first round trains comes first, so that every round's values lie together.

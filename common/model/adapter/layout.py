@@ -86,10 +86,8 @@ def meta_adapter(backbone: "BackboneSpec", spec: AdapterSpec) -> "Adapter":
     from common.model.adapter.falora import attach
     from common.model.backbone.llama_config import read_llama_config
     from common.model.backbone.skeleton import shaped_like
-    from common.model.backbone.tiny import tiny_config
+    from common.model.backbone.tiny import CONFIG as TINY
 
-    if backbone.folder is None:
-        config = tiny_config()
-    else:
-        config = read_llama_config(backbone.folder, backbone.name)
+    folder = backbone.folder
+    config = read_llama_config(folder, backbone.name) if folder else TINY
     return attach(shaped_like(config), spec)

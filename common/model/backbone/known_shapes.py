@@ -6,7 +6,7 @@ from common.errors import UserError
 from common.model.backbone import embedded
 from common.model.backbone.llama_config import read_llama_config
 from common.model.backbone.load import BackboneShape
-from common.model.backbone.tiny import tiny_config
+from common.model.backbone.tiny import CONFIG as TINY
 
 _LLAMA_3_1_8B = BackboneShape(
     layers=32,
@@ -50,7 +50,7 @@ def shape_of(name: str) -> BackboneShape:
     if name in KNOWN_SHAPES:
         return KNOWN_SHAPES[name]
     if name == "tiny":
-        return BackboneShape.of(tiny_config())
+        return BackboneShape.of(TINY)
     folder = Path(name).expanduser()
     if not folder.is_dir():
         folder = _fetched_config(name).parent

@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.model.backbone import embedded, tiny
 from common.model.backbone.llama_config import read_llama_config, tensors_of
 from common.model.backbone.reading import Destination, Held, Reading
-from common.model.backbone.tokenizer import check_tokenizer, read_tokenizer, tokenizer_facts
+from common.model.backbone.tokenizer import read_tokenizer, tokenizer_facts
 from common.model.backbone.weights import check_weights, weight_files
 from common.model.kernels import rope
 from common.user_cache import fedrx_cache
@@ -116,13 +116,12 @@ def resolve_backbone(
     """
     cache_dir = cache_dir or fedrx_cache()
     if name == "tiny":
-        config = tiny.tiny_config()
         return BackboneSpec(
             name=name,
             folder=None,
             hub_id="",
             fingerprint=_tiny_fingerprint(),
-            shape=BackboneShape.of(config),
+            shape=BackboneShape.of(tiny.CONFIG),
         )
     if name == "embedded":
         folder, hub_id = embedded.ensure_embedded(cache_dir, progress), embedded.HUB_ID
@@ -286,18 +285,7 @@ def _fingerprint(**parts: Any) -> str:
 
 @functools.cache
 def _tiny_fingerprint() -> str:
-    model, tokenizer = tiny.tiny_model(), tiny.tiny_tokenizer()
-    check_tokenizer(tokenizer, "tiny", vocabulary=model.config.vocab_size)
-    weights = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
-        weights.update(key.encode())
-        weights.update(tensor.numpy().tobytes())
-    return _fingerprint(
-        config=model.config.to_diff_dict(),
-        weights=weights.hexdigest(),
-        tokenizer=tokenizer_facts(tokenizer),
-        ends=None,
-    )
+    return _fingerprint(**tiny.tiny_facts())
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -8,15 +8,17 @@ import zipfile
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from common.errors import UserError
 from common.model.adapter.falora import AdapterSpec
-from common.model.backbone import embedded
+from common.model.backbone import embedded, load, tiny
 from common.model.backbone.load import resolve_backbone
 from common.model.backbone.tiny import tiny_model, tiny_tokenizer
 from common.model.kernels.attention import choose_attention
 from common.model.session import choose_device, choose_dtype, open_session
+from common.seeds import torch_stream
 from common.user_cache import fedrx_cache
 
 
@@ -51,6 +53,33 @@ def test_tiny_is_the_same_every_time():
     assert resolve_backbone("tiny") == resolve_backbone("tiny")
     one, other = tiny_tokenizer(), tiny_tokenizer()
     assert one.get_vocab() == other.get_vocab()
+
+
+def test_tiny_is_told_by_all_that_decides_what_it_computes(monkeypatch):
+    """Without transformers, whose import takes longer than all else that asks for it."""
+    model, before = tiny_model(), tiny.tiny_facts()
+    assert {key: getattr(model.config, key) for key in before["config"]} == before["config"]
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    weights = tiny.tiny_weights()
+    assert weights.keys() == model.state_dict().keys()
+    for name in weights.keys() - {"lm_head.weight"}:
+        assert torch.equal(weights[name], model.state_dict()[name])
+    for missing in ("LlamaConfig", "LlamaForCausalLM", "PreTrainedTokenizerFast"):
+        monkeypatch.setattr(transformers, missing, None)
+    assert tiny.tiny_facts() == before
+    fingerprint = resolve_backbone("tiny").fingerprint
+    for change in (
+        lambda m: m.setattr(tiny, "_WORDS", "Heparin"),
+        lambda m: m.setitem(tiny._TOKENS, "chat_template", "{{ messages }}"),
+        lambda m: m.setattr(tiny.CONFIG, "num_attention_heads", 8),
+        lambda m: m.setattr(tiny, "torch_stream", lambda seed, name: torch_stream(1, name)),
+    ):
+        with monkeypatch.context() as changed:
+            change(changed)
+            load._tiny_fingerprint.cache_clear()
+            assert resolve_backbone("tiny").fingerprint != fingerprint
+    load._tiny_fingerprint.cache_clear()
+    assert resolve_backbone("tiny").fingerprint == fingerprint
 
 
 def test_what_is_not_a_llama_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """kill -9 of the launcher takes along what it has started, and nothing else."""
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import psutil
 import pytest
 
 import sim.flower.orphans
+import sim.flower.superlink
 
 # A launcher whose SuperLink has a child in a session of its own, as Ray's actors are, and that one
 # a child that shows no environment, as Ray's agents do.
@@ -134,3 +136,23 @@ def test_a_child_that_is_born_while_its_parent_is_killed_does_not_stay(tmp_path)
     for one in left:
         one.kill()
     assert left == []
+
+
+@pytest.mark.process
+def test_who_has_ended_is_not_waited_for(tmp_path, monkeypatch):
+    """Its parent may ask how it ended a second later, or never: it writes no more."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(600)"],
+        env={**os.environ, sim.flower.superlink.RUN_VARIABLE: str(tmp_path)},
+    )
+    looks = []
+    find = sim.flower.superlink.processes_of
+    while not find(tmp_path):
+        time.sleep(0.01)
+    monkeypatch.setattr(
+        sim.flower.superlink, "processes_of", lambda run: looks.append(run) or find(run)
+    )
+    sim.flower.superlink.end_leftovers(tmp_path)  # this process has not asked
+    assert psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE
+    assert len(looks) < 50  # of some 400 until it gives up
+    assert child.wait() == -signal.SIGKILL

@@ -1,10 +1,12 @@
 """What a run says when something fails after training: what is done, what failed, how to go on."""
 
 import errno
+import importlib.util
 import io
 import json
 import shlex
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ import sim.runs.paper
 import sim.runs.preparation
 import sim.runs.resume
 import sim.runs.single
+import sim.runs.stages
 import sim.runs.sweep
 from common.config import Config
 from common.configio import from_flat
@@ -36,6 +39,7 @@ from sim.runs.stages import (
     TRAINED,
     TRAINING,
     after_training,
+    import_ahead,
     is_trained,
     reported,
 )
@@ -494,3 +498,14 @@ def test_a_damaged_status_does_not_hide_what_failed(tmp_path):
     (run.path / "status.json").write_text("{")
     with pytest.raises(StageFailed, match="training failed: .*no room"), reported(run, Console()):
         raise OSError(28, "no room")
+
+
+def test_what_comes_after_training_is_imported_beside_it(monkeypatch):
+    assert all(importlib.util.find_spec(name) for name in sim.runs.stages.SLOW_IMPORTS)
+    monkeypatch.setattr(sim.runs.stages, "SLOW_IMPORTS", ("not.there", "this"))
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    import_ahead()
+    for thread in threading.enumerate():
+        if thread.name == "imports":
+            thread.join()
+    assert "this" in sys.modules
