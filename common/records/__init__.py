@@ -61,3 +61,9 @@ class PartialRecord(Record):
     def as_json(self) -> dict[str, Any]:
         """Return the keys that were given."""
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+class OpenRecord(PartialRecord):
+    """A partial record that keeps what another version has added."""
+
+    model_config = ConfigDict(extra="allow")

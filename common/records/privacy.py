@@ -2,15 +2,13 @@
 
 from typing import Literal
 
-from pydantic import ConfigDict
-
-from common.records import PartialRecord, Record
+from common.records import OpenRecord, PartialRecord, Record
 
 Number = float | Literal["infinity"]
 """JSON has no infinity; ``float(number)`` is one."""
 
 
-class Spent(PartialRecord):
+class Spent(OpenRecord):
     """What one hospital has spent."""
 
     hospital: str
@@ -18,10 +16,8 @@ class Spent(PartialRecord):
     epsilon: Number
 
 
-class Privacy(PartialRecord):
+class Privacy(OpenRecord):
     """summary.json's ``privacy``: the guarantee of a run."""
-
-    model_config = ConfigDict(extra="allow")
 
     unit: str
     relation: str = ""

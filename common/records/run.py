@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import ConfigDict
 
-from common.records import PartialRecord, Record
+from common.records import OpenRecord, Record
 
 SCHEMA = 1
 """Version of all files of a run directory, in its run.json."""
@@ -68,10 +68,8 @@ class RunRecord(Record):
         return cls.read({"mode": mode, "resumable": resumable, **known}, what="environment.json")
 
 
-class Status(PartialRecord):
+class Status(OpenRecord):
     """status.json: how far a run has come."""
-
-    model_config = ConfigDict(extra="allow")
 
     state: State
     updated: str = ""
@@ -87,10 +85,8 @@ class Status(PartialRecord):
     """One line, of a run that failed."""
 
 
-class Metric(PartialRecord):
+class Metric(OpenRecord):
     """One event of metrics.jsonl; a label of another version stays as it is."""
-
-    model_config = ConfigDict(extra="allow")
 
     name: str
     value: int | float | str | None
@@ -140,10 +136,8 @@ class WireLine(Record):
     """Of the tensors."""
 
 
-class SavedFacts(PartialRecord):
+class SavedFacts(OpenRecord):
     """facts.json of a checkpoint: where it stands, and what a resumed process goes on with."""
-
-    model_config = ConfigDict(extra="allow")
 
     round: int = 0
     step: int = 0

@@ -5,6 +5,7 @@ from typing import Any, Self
 from pydantic import ConfigDict
 
 from common.records import PartialRecord, Record
+from common.records.judged import Judged, Reviewed
 from common.records.privacy import Privacy
 from common.records.run import Mode
 
@@ -154,8 +155,8 @@ class Summary(PartialRecord):
     metrics: dict[str, Figures] = {}
     """By model: ``fedrx``, an earlier checkpoint, the untrained backbone, the baselines."""
     evaluation: dict[str, Any] | None = None
-    judge: dict[str, Any] | None = None
-    review: dict[str, Any] | None = None
+    judge: Judged | None = None
+    review: Reviewed | None = None
 
     def having(self, **values: Any) -> Self:
         """Return the summary with these values in the place of its own."""

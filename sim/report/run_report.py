@@ -5,9 +5,8 @@ It carries its own plots (inline SVG) and refers to nothing outside itself. Samp
 only where the data's source allows it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from common.data.handling import handling_of
 from common.errors import UserError
@@ -15,6 +14,7 @@ from common.evaluation.answers_file import read_answers
 from common.privacy.budget.receipts import privacy_lines
 from common.privacy.forecast import verdict
 from common.privacy.settings import plan_of
+from common.records.judged import Reviewed
 from common.records.run import Metric
 from common.records.summary import Figures, Summary
 from common.rundir import RunDirectory
@@ -283,17 +283,17 @@ def _judgement(summary: Summary) -> list[Block]:
     judge = summary.judge
     if judge:
         # A run that was judged by an earlier version has one judge, without its name inside.
-        judges = judge.get("judges") or {judge["model"]: judge}
+        judges = judge.judges or {judge.model: judge}
         rows = tuple(
             (
                 model_name(model, summary),
                 name,
-                number(values.get("mean")),
-                str(values.get("scored", "–")),
-                str(values.get("unscored", "–")),
+                number(values.mean),
+                str(values.scored),
+                str(values.unscored),
             )
             for name, theirs in judges.items()
-            for model, values in theirs["appropriateness"].items()
+            for model, values in theirs.appropriateness.items()
         )
         headers = ("", "judge", "appropriateness", "scored", "unscored")
         note = "Suitable drugs / all drugs, averaged over samples."
@@ -303,24 +303,23 @@ def _judgement(summary: Summary) -> list[Block]:
     return blocks
 
 
-def _reviewers(summary: Summary, review: Mapping[str, Any]) -> Block:
+def _reviewers(summary: Summary, review: Reviewed) -> Block:
     rows = tuple(
         (
             model_name(model, summary),
-            number(values["format_followed"]),
-            number((values["similarity"] or {}).get("f1")),
-            number((values["similarity_after_review"] or {}).get("f1")),
-            number(values["kept_share"]),
-            number(values["overall"]),
+            number(values.format_followed),
+            number((values.similarity or {}).get("f1")),
+            number((values.similarity_after_review or {}).get("f1")),
+            number(values.kept_share),
+            number(values.overall),
         )
-        for model, values in review["models"].items()
+        for model, values in review.models.items()
     )
     headers = ("", "format followed", "F1 with true list", "F1 after review", "kept", "overall")
-    agreement = review["agreement"]
     note = (
-        f"{len(review['reviewers'])} reviewers, {review['cases']} cases; Krippendorff's alpha "
-        f"{number(agreement['alpha_drugs'])} over drugs, {number(agreement['alpha_overall'])} over "
-        "the overall marks."
+        f"{len(review.reviewers)} reviewers, {review.cases} cases; Krippendorff's alpha "
+        f"{number(review.agreement.alpha_drugs)} over drugs, "
+        f"{number(review.agreement.alpha_overall)} over the overall marks."
     )
     return Block(title="Reviewers", note=note, headers=headers, rows=rows)
 

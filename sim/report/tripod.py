@@ -212,17 +212,17 @@ def _results(summary: Summary) -> dict[str, str]:
     if others:
         known["7e"] = "; ".join(others)
     if summary.review:
-        people, alpha = len(summary.review["reviewers"]), summary.review["agreement"]["alpha_drugs"]
+        people, alpha = len(summary.review.reviewers), summary.review.agreement.alpha_drugs
         known["8b"] = (
-            f"{people} reviewer(s) of {summary.review['cases']} cases, Krippendorff's alpha "
+            f"{people} reviewer(s) of {summary.review.cases} cases, Krippendorff's alpha "
             f"{'undefined' if alpha is None else f'{alpha:.3f}'} over drugs"
         )
         known["8a"] = "keep, remove or unsure for each drug; 1 to 5 for each list; blinded"
     if summary.judge:
-        known["7b"] = f"LLM judge {_cell(summary.judge['model'])}: appropriateness in summary.json"
-        agreement = (summary.review or {}).get("judge") or {}
-        if agreement.get("agree") is not None:
-            share = f"{agreement['agree']:.0%} of {agreement['drugs']} drugs"
+        known["7b"] = f"LLM judge {_cell(summary.judge.model)}: appropriateness in summary.json"
+        agreement = summary.review.judge if summary.review else None
+        if agreement and agreement.agree is not None:
+            share = f"{agreement.agree:.0%} of {agreement.drugs} drugs"
             known["7b"] += f"; agrees with the reviewers on {share}"
     return known
 

@@ -150,7 +150,7 @@ def test_a_credentialed_run_sends_nothing_abroad(make_run, judge_config, kit, so
 
 def test_a_credentialed_run_goes_to_loopback(server, make_run, judge_config, kit):
     run = make_run([kit.line("case-1", "fedrx", ["Insulin"])], source="credentialed")
-    result = judge_run(run, plan_judging(run, judge_config()))
+    result = judge_run(run, plan_judging(run, judge_config())).as_json()
     assert result["judgements"]["scored"] == 1
     assert result["agreement_stated"] is False
 
@@ -163,7 +163,7 @@ def test_a_statement_is_stored_with_the_run(server, make_run, judge_config, kit,
     statement = Statement(host="judge.example", agreement=AGREEMENT)
     plan = plan_judging(run, judge_config(base_url="https://judge.example/v1"), statement=statement)
     plan = replace(plan, endpoint=replace(plan.endpoint, url=server.url, loopback=True))
-    result = judge_run(run, plan)
+    result = judge_run(run, plan).as_json()
     assert result["agreement_stated"] is True
     (kept,) = run.lines("judge/statements.jsonl")
     assert (kept["host"], kept["agreement"]) == ("judge.example", AGREEMENT)
