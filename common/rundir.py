@@ -15,7 +15,6 @@
 
 import datetime
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -44,6 +43,7 @@ from common.provenance import tensors_sha256
 from common.records import Record
 from common.records.run import (
     SCHEMA,
+    DataFacts,
     Inputs,
     Metric,
     RunRecord,
@@ -53,14 +53,21 @@ from common.records.run import (
     WireLine,
 )
 from common.records.summary import Summary
-from common.tensor_files import Altered, Tensors, content_sha256, read_tensors, write_tensors
+from common.tensor_files import (
+    Altered,
+    Tensors,
+    damaged,
+    digests_of,
+    read_tensors,
+    sealed,
+    unsealed,
+    write_tensors,
+)
 
 RUN, ENVIRONMENT, SUMMARY = "run.json", "environment.json", "summary.json"
-STATUS, METRICS, WIRE = "status.json", "metrics.jsonl", "wire.jsonl"
+DATA, STATUS, METRICS, WIRE = "data.json", "status.json", "metrics.jsonl", "wire.jsonl"
 TRAINED = "trained"
 """Stage in status.json: all rounds are done and summed up."""
-_SHA256 = "sha256"
-"""Key of facts.json: what the checkpoint's parts were when they were written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +175,10 @@ class RunDirectory:
         """Read summary.json of a run that trains; an absent one is empty."""
         return Summary.read(self.read_json(SUMMARY), what=str(self.path / SUMMARY))
 
+    def data(self) -> DataFacts:
+        """Read data.json; an absent one is empty."""
+        return DataFacts.read(self.read_json(DATA), what=str(self.path / DATA))
+
     def write_status(self, state: State, **facts: Any) -> None:
         """Replace status.json, also on a full disk."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -254,9 +265,8 @@ class RunDirectory:
             write_tensors(temporary / "b.safetensors", b)
             if extra:
                 write_tensors(temporary / "extra.safetensors", extra)
-            write_bytes(
-                temporary / "facts.json", _sealed(facts.as_json(), _digests(b, extra or {}))
-            )
+            content = sealed(facts.as_json(), digests_of(b, extra or {}))
+            write_bytes(temporary / "facts.json", content)
         except DiskFull:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -284,7 +294,7 @@ class RunDirectory:
         Raises:
             Altered: if that is not what was written.
         """
-        return _unsealed(self.path / "checkpoints" / name / "facts.json")[0]
+        return unsealed(self.path / "checkpoints" / name / "facts.json")[0]
 
     def remove_checkpoint(self, name: str) -> None:
         """Remove one checkpoint; it disappears at once."""
@@ -309,40 +319,16 @@ class RunDirectory:
             )
         folder = self.path / "checkpoints" / (name or names[-1])
         extra_file = folder / "extra.safetensors"
-        facts, digests = _unsealed(folder / "facts.json")
+        facts, digests = unsealed(folder / "facts.json")
         try:
             b = read_tensors(folder / "b.safetensors")
             extra = read_tensors(extra_file) if extra_file.exists() else {}
         except Altered:
             raise damaged(folder.name) from None
         known = facts.b_sha256 in ("", tensors_sha256(b))
-        if not known or _digests(b, extra) != digests:
+        if not known or digests_of(b, extra) != digests:
             raise damaged(folder.name)
         return Checkpoint(name=folder.name, b=b, extra=extra, facts=facts)
-
-
-def _digests(b: Tensors, extra: Tensors) -> dict[str, str]:
-    return {"b": content_sha256(b), "extra": content_sha256(extra)}
-
-
-def _sealed(facts: Mapping[str, object], digests: Mapping[str, str]) -> bytes:
-    """Render facts.json: the facts, the digests of the tensors beside it, and its own."""
-    own = hashlib.sha256(utf8(json_document([dict(facts), dict(digests)]))).hexdigest()
-    return utf8(json_document({**facts, _SHA256: {**digests, "facts": own}}))
-
-
-def _unsealed(file: Path) -> tuple[SavedFacts, dict[str, str]]:
-    """Return the facts and digests that ``_sealed`` rendered, if they are still the same bytes."""
-    try:
-        content = file.read_bytes()
-        facts = json.loads(content)
-        digests = facts.pop(_SHA256)
-        del digests["facts"]
-        if _sealed(facts, digests) == content:
-            return SavedFacts.read(facts, what=file.name), digests
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError):
-        pass
-    raise damaged(file.parent.name)
 
 
 def _read_object(file: Path) -> dict[str, Any]:
@@ -400,14 +386,6 @@ def remove_unbegun(path: Path) -> None:
     A folder that holds anything else stays.
     """
     names = {file.name for file in path.iterdir()} if path.is_dir() else set()
-    written = {"config.toml", "status.json", "data.json"}
+    written = {"config.toml", STATUS, DATA}
     if all(name in written or name.endswith(".part") for name in names):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def damaged(checkpoint: str) -> Altered:
-    """Return the error of a checkpoint that cannot be read or is not what was written."""
-    return Altered(
-        f"checkpoint {checkpoint} is damaged, was altered, or is an earlier FedRx's, which kept no "
-        "digests: it is not used; fix: remove it, and resume from the one before, or start anew"
-    )

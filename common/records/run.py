@@ -154,3 +154,25 @@ class SavedFacts(OpenRecord):
     """The slowest exchange of each kind of message."""
     config: Settings = {}
     inputs: dict[str, str] = {}
+
+
+class HospitalSizes(OpenRecord):
+    """What may be said of a hospital: its name, and how much of what it has."""
+
+    name: str
+    patients: int = 0
+    samples: int = 0
+    train: int = 0
+    validation: int = 0
+    test: int = 0
+    groups: dict[str, int] = {}
+    """Patients by what they were dealt by."""
+
+
+class DataFacts(OpenRecord):
+    """data.json: hashes, counts and sizes, never rows."""
+
+    source: str = ""
+    file_hashes: dict[str, str] = {}
+    counts: dict[str, object] = {}
+    hospitals: tuple[HospitalSizes, ...] = ()

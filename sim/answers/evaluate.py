@@ -144,5 +144,5 @@ def _show(console: Console, facts: Facts) -> None:
             f"{facts.dropped_diagnoses} diagnoses left out of prompts (train.max-length)",
             highlight=False,
         )
-    for kind, number in other_items({"left_out": facts.left_out}).items():
+    for kind, number in other_items(facts.left_out or {}).items():
         console.print(f"{number} {kind} left out of prompts (train.max-length)", highlight=False)

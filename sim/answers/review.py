@@ -63,7 +63,7 @@ def make_review(
     require_diagnoses(run)
     packet = make_packet(
         read_answers(run),
-        source=source_of_run(run.read_json("summary.json"), run.read_json("data.json")),
+        source=source_of_run(run),
         models=models,
         cases=cases,
         seed=seed,

@@ -203,15 +203,15 @@ def _metrics(summary: Summary) -> list[Block]:
 
 
 def _hospitals(run: RunDirectory, summary: Summary) -> Block:
-    sizes = {one["name"]: one for one in run.read_json("data.json").get("hospitals", [])}
+    sizes = {one.name: one for one in run.data().hospitals}
     private = summary.privacy
     spent = {one.hospital: float(one.epsilon) for one in private.per_hospital} if private else {}
     rows = []
     for one in summary.hospitals:
         name = one.name
         # With privacy on no hospital tells its size.
-        size = sizes.get(name, {}) if one.patients is not None else {}
-        splits = (str(size.get(split, "–")) for split in ("train", "validation", "test"))
+        size = sizes.get(name) if one.patients is not None else None
+        splits = map(str, (size.train, size.validation, size.test) if size else "–––")
         counts = ("–" if size is None else str(size) for size in (one.patients, one.samples))
         first, last = _ends(run.metrics("validation-loss"), name)
         trained = _ends(run.metrics("train-loss"), name)[1]

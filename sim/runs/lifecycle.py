@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -26,7 +25,7 @@ from common.provenance import (
 from common.records import Record
 from common.records.run import Inputs, Mode, RunRecord
 from common.records.summary import Summary
-from common.rundir import ENVIRONMENT, RUN, SUMMARY, RunDirectory
+from common.rundir import DATA, ENVIRONMENT, RUN, SUMMARY, RunDirectory
 from common.training.worker import Worker
 from sim.answers.evaluate import FREE_KEYS, evaluate_run
 from sim.process.lock import exclusive
@@ -196,7 +195,7 @@ def start(
     config = replace(config, run=replace(config.run, directory=str(directory.path)))
     directory.write_config(config)
     if preparation:
-        directory.write_json("data.json", data_facts(preparation))
+        directory.write_json(DATA, data_facts(preparation))
     record = chosen.record(config, inputs)
     directory.write_json(ENVIRONMENT, {**environment(command_line), **chosen.facts(record)})
     directory.write_json(RUN, record)
@@ -216,7 +215,7 @@ def resume(
     command_line: Sequence[str],
     inside: bool = False,
     worker: Worker | None = None,
-) -> Mapping[str, Any]:
+) -> Mapping[str, object]:
     """Go on with a run from its last checkpoint.
 
     Args:

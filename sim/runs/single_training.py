@@ -27,8 +27,8 @@ from common.privacy.settings import is_private
 from common.provenance import source_digest, tensors_sha256
 from common.records.run import SavedFacts
 from common.records.summary import Scaling
-from common.rundir import RunDirectory, damaged
-from common.tensor_files import Tensors
+from common.rundir import RunDirectory
+from common.tensor_files import Tensors, damaged
 from common.training.budget import checkpoint_steps, steps_in_all, steps_per_epoch, stretches
 from common.training.hospital_data import HospitalData
 from common.training.loop import StepReport, train

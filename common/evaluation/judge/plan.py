@@ -158,7 +158,7 @@ def plan_judging(
     Raises:
         UserError: Without predictions or a judge model, or if the data may not go there.
     """
-    source = source_of_run(run.read_json("summary.json"), run.read_json("data.json"))
+    source = source_of_run(run)
     endpoint = check_endpoint(config.base_url, source=source, statement=statement)
     _require_prices(config)
     lines = read_answers(run)
