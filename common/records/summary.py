@@ -1,13 +1,14 @@
 """summary.json of a run that trains."""
 
+from collections.abc import Collection
 from typing import Any, Self
 
 from pydantic import ConfigDict
 
-from common.records import PartialRecord, Record
+from common.records import OpenRecord, PartialRecord, Record
 from common.records.judged import Judged, Reviewed
 from common.records.privacy import Privacy
-from common.records.run import Mode
+from common.records.run import Mode, Settings
 
 
 class AdapterFacts(Record):
@@ -120,6 +121,21 @@ class PublicCurve(Record):
     """Rounds (or steps) and mean cross-entropy per answer token, in nats."""
 
 
+class Evaluated(OpenRecord):
+    """How the answers came about; ``common.evaluation.answers_file`` knows all of it."""
+
+    samples: int = 0
+    constrained: bool = False
+    settings: Settings = {}
+    dropped_diagnoses: int = 0
+    left_out: dict[str, int] | None = None
+    generation: dict[str, object] = {}
+    checkpoint: str = ""
+    device: str = ""
+    dtype: str = ""
+    answers_sha256: str | None = None
+
+
 class Summary(PartialRecord):
     """summary.json of a run that trains; what a kind of run does not have is not in its file."""
 
@@ -154,10 +170,14 @@ class Summary(PartialRecord):
     source: str = ""
     metrics: dict[str, Figures] = {}
     """By model: ``fedrx``, an earlier checkpoint, the untrained backbone, the baselines."""
-    evaluation: dict[str, Any] | None = None
+    evaluation: Evaluated | None = None
     judge: Judged | None = None
     review: Reviewed | None = None
 
     def having(self, **values: Any) -> Self:
         """Return the summary with these values in the place of its own."""
         return type(self).model_validate({**self.as_json(), **values})
+
+    def without(self, keys: Collection[str]) -> Self:
+        """Return the summary without some of its keys."""
+        return type(self).model_validate({k: v for k, v in self.as_json().items() if k not in keys})

@@ -168,7 +168,7 @@ def _lists(config: Config, summary: Summary) -> dict[str, str]:
     """How the lists behind the figures came about: the evaluation's settings before the run's."""
     settings = {
         **asdict(config.evaluation),
-        **(summary.evaluation or {}).get("settings", {}),
+        **(summary.evaluation.settings if summary.evaluation else {}),
     }
     user = f'template "{config.text.template}"' if config.text.template else "FedRx's own template"
     protocol = config.data.protocol

@@ -88,10 +88,9 @@ class Kind:
             summary = summary.having(training_seconds=round(run.seconds, 3))
         directory.write_json(SUMMARY, summary.having(source=data.source))
         run.enter(EVALUATION)
-        evaluate_run(
+        summary = evaluate_run(
             directory, overrides=run.overrides, console=console, worker=run.worker, data=data
         )
-        summary = directory.summary()
         peaks: dict[str, int | None] = {"peak_rss_bytes": max(run.peak.bytes, peak_rss_bytes())}
         devices = [size for size in (summary.peak_device_bytes, peak_device_bytes()) if size]
         peaks["peak_device_bytes"] = max(devices, default=None)
@@ -342,8 +341,9 @@ def evaluate(
 
     place = status.model_dump(include={"round", "step"}, exclude_unset=True)
     with exclusive(directory), after_training(directory, "the answers", "fedrx evaluate"):
-        evaluate_run(directory, checkpoint=checkpoint, overrides=overrides, console=console)
-        summary = directory.summary()
+        summary = evaluate_run(
+            directory, checkpoint=checkpoint, overrides=overrides, console=console
+        )
         seconds = summary.seconds or summary.training_seconds or 0.0
         directory.write_json(SUMMARY, summary.having(seconds=seconds))
         return _finish(directory, console, place)

@@ -92,7 +92,8 @@ def model_card(
     handling = handling_of(source)
     licences = (one for start, one in _LICENCES.items() if hub_id.lower().startswith(start))
     system, user = (one["content"] for one in messages(EXAMPLES[protocol], config.text))
-    answered = not personal and checkpoint.name == (summary.evaluation or {}).get("checkpoint")
+    evaluated = summary.evaluation.checkpoint if summary.evaluation else ""
+    answered = not personal and checkpoint.name == evaluated
     metrics = summary.metrics if answered else {}
     return fill(
         "card.md.jinja",

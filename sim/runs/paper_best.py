@@ -73,7 +73,7 @@ def _answered(one: RunDirectory, around: Run, lists: str) -> list[BestRow]:
         summary = one.summary()
         # The last checkpoint stands beside the first that is answered.
         if not rows or model_of(summary, checkpoint) != LAST:
-            evaluate_run(
+            summary = evaluate_run(
                 one,
                 checkpoint=checkpoint.name,
                 overrides=LISTS[lists],
@@ -81,7 +81,6 @@ def _answered(one: RunDirectory, around: Run, lists: str) -> list[BestRow]:
                 worker=around.worker,
                 data=around.preparation.data,
             )
-            summary = one.summary()
         told = summary.metrics[model_of(summary, checkpoint)].model_dump()
         rows.append(
             BestRow(

@@ -376,7 +376,7 @@ def test_single_fails_in_its_answers_and_goes_on(tmp_path, monkeypatch, capsys):
         )
     assert code == 1
     assert (folder / "metrics.jsonl").read_bytes() == steps
-    told = run.summary().evaluation["settings"]
+    told = run.summary().evaluation.settings
     assert (told["max_new_tokens"], told["samples"]) == (9, 1)
     assert run.config().evaluation.max_new_tokens == 8
     assert "the report failed: TypeError" in error.splitlines()[-1]
