@@ -16,7 +16,11 @@ class Record(BaseModel):
     """One kind of record: frozen, and no key more than it declares."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", populate_by_name=True, ser_json_inf_nan="constants"
+        frozen=True,
+        extra="forbid",
+        populate_by_name=True,
+        from_attributes=True,
+        ser_json_inf_nan="constants",
     )
 
     absent_when_none: ClassVar[tuple[str, ...]] = ()

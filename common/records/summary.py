@@ -5,6 +5,7 @@ from typing import Any, Self
 
 from pydantic import ConfigDict
 
+from common.choice import Choice
 from common.records import OpenRecord, PartialRecord, Record
 from common.records.judged import Judged, Reviewed
 from common.records.privacy import Privacy
@@ -47,13 +48,6 @@ class KernelFacts(Record):
     """The attention kernel, and why this one."""
 
     kernel: str
-    reason: str
-
-
-class DtypeFacts(Record):
-    """The arithmetic, and why this one."""
-
-    value: str
     reason: str
 
 
@@ -166,7 +160,7 @@ class Summary(PartialRecord):
     peak_device_bytes: int | None = None
     device: str = ""
     attention: KernelFacts | None = None
-    dtype: DtypeFacts | None = None
+    dtype: Choice[str] | None = None
     source: str = ""
     metrics: dict[str, Figures] = {}
     """By model: ``fedrx``, an earlier checkpoint, the untrained backbone, the baselines."""

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import torch
@@ -70,7 +70,7 @@ class Federation(Kind):
 
     def facts(self, record: RunRecord) -> Mapping[str, object]:
         """Say how many workers there are, and why."""
-        return {**super().facts(record), "workers": self.workers.as_dict()}
+        return {**super().facts(record), "workers": asdict(self.workers)}
 
     def place(self, directory: RunDirectory) -> Mapping[str, int]:
         """Return the last round that has a checkpoint; -1 before the first."""

@@ -186,9 +186,6 @@ def privacy_summary(plan: PrivacyPlan, lines: Sequence[PrivacyLine]) -> Privacy:
         noise=noise_name(secret=not plan.deterministic_noise),
         expected_batch=plan.expected_batch,
         planned_steps=plan.steps,
-        per_hospital=tuple(
-            Spent(hospital=name, steps=line.steps, epsilon=line.epsilon)
-            for name, line in sorted(last.items())
-        ),
+        per_hospital=tuple(Spent.model_validate(last[name]) for name in sorted(last)),
         not_covered=NOT_COVERED,
     )

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from common.errors import UserError
-from common.records.judged import Judged, Reviewed
+from common.records.judged import Estimate, Judged, Reviewed
 from common.records.summary import Summary
 
 COUNTS = {
@@ -84,7 +84,22 @@ REVIEWED = {
     },
     "escaped_texts": 4,
 }
+ESTIMATE = {
+    "lists": 2,
+    "judgements": 4,
+    "calls": 3,
+    "cached": 1,
+    "input_tokens": 500,
+    "output_tokens": 60,
+    "cost_usd": 0.5,
+    "most_usd": 2.0,
+    "spent_usd": 0.25,
+    "max_cost_usd": 3.0,
+    "server": "http://127.0.0.1:1",
+    "source": "demo",
+}
 CONTENTS = [
+    (Estimate, ESTIMATE),
     (Judged, JUDGED),
     (Judged, EARLIER),
     (Judged, {**JUDGED, "later": 1}),
