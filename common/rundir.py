@@ -205,8 +205,8 @@ class RunDirectory:
 
     def metrics(self, name: str | None = None) -> list[Metric]:
         """Read metrics.jsonl, optionally only the events called ``name``."""
-        events = [Metric.read(line, what=METRICS) for line in self.lines(METRICS)]
-        return [event for event in events if name in (None, event.name)]
+        lines = (line for line in self.lines(METRICS) if name in (None, line.get("name")))
+        return [Metric.read(line, what=METRICS) for line in lines]
 
     def numbers(self, name: str) -> list[float]:
         """Read the numbers of the events called ``name``."""

@@ -206,6 +206,7 @@ def _hospitals(run: RunDirectory, summary: Summary) -> Block:
     sizes = {one.name: one for one in run.data().hospitals}
     private = summary.privacy
     spent = {one.hospital: float(one.epsilon) for one in private.per_hospital} if private else {}
+    validation, train = run.metrics("validation-loss"), run.metrics("train-loss")
     rows = []
     for one in summary.hospitals:
         name = one.name
@@ -213,8 +214,8 @@ def _hospitals(run: RunDirectory, summary: Summary) -> Block:
         size = sizes.get(name) if one.patients is not None else None
         splits = map(str, (size.train, size.validation, size.test) if size else "–––")
         counts = ("–" if size is None else str(size) for size in (one.patients, one.samples))
-        first, last = _ends(run.metrics("validation-loss"), name)
-        trained = _ends(run.metrics("train-loss"), name)[1]
+        first, last = _ends(validation, name)
+        trained = _ends(train, name)[1]
         losses = (number(first), number(last), number(trained))
         epsilon = (number(spent[name]),) if name in spent else ()
         rows.append((name, *counts, *splits, *losses, *epsilon))
