@@ -105,7 +105,7 @@ def judge_seconds(port: int, folder: Path) -> float:
     started = time.perf_counter()
     result = judge_run(run, plan)
     seconds = time.perf_counter() - started
-    if result["judgements"]["scored"] != LISTS:
+    if result.judgements.scored != LISTS:
         raise SystemExit("not every list was scored")
     return seconds
 

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import Generic, TypeVar
 
@@ -11,18 +11,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Choice(Generic[T]):
-    """A value that the program chose, and the reason.
-
-    >>> Choice("fp32", "asked for").as_dict()
-    {'value': 'fp32', 'reason': 'asked for'}
-    """
+    """A value that the program chose, and the reason."""
 
     value: T
     reason: str
-
-    def as_dict(self) -> dict[str, object]:
-        """Return both for JSON."""
-        return asdict(self)
 
 
 KERNEL_NAMES = ("cudnn", "flash-attn", "torch-flash", "sdpa", "eager")

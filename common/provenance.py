@@ -82,7 +82,7 @@ def tensors_sha256(tensors: dict[str, np.ndarray[Any, Any]]) -> str:
     return digest.hexdigest()
 
 
-def environment(command_line: Sequence[str]) -> dict[str, Any]:
+def environment(command_line: Sequence[str]) -> dict[str, object]:
     """Return versions, processor, accelerator and source digest; no user or host names."""
     import torch
 

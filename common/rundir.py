@@ -15,7 +15,6 @@
 
 import datetime
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -42,16 +41,33 @@ from common.files import (
 )
 from common.provenance import tensors_sha256
 from common.records import Record
-from common.records.run import SCHEMA, Inputs, Metric, RunRecord, State, Status, WireLine
+from common.records.run import (
+    SCHEMA,
+    DataFacts,
+    Inputs,
+    Metric,
+    RunRecord,
+    SavedFacts,
+    State,
+    Status,
+    WireLine,
+)
 from common.records.summary import Summary
-from common.tensor_files import Altered, Tensors, content_sha256, read_tensors, write_tensors
+from common.tensor_files import (
+    Altered,
+    Tensors,
+    damaged,
+    digests_of,
+    read_tensors,
+    sealed,
+    unsealed,
+    write_tensors,
+)
 
 RUN, ENVIRONMENT, SUMMARY = "run.json", "environment.json", "summary.json"
-STATUS, METRICS, WIRE = "status.json", "metrics.jsonl", "wire.jsonl"
+DATA, STATUS, METRICS, WIRE = "data.json", "status.json", "metrics.jsonl", "wire.jsonl"
 TRAINED = "trained"
 """Stage in status.json: all rounds are done and summed up."""
-_SHA256 = "sha256"
-"""Key of facts.json: what the checkpoint's parts were when they were written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +79,7 @@ class Checkpoint:
     """B matrices (fp32) by wire key."""
     extra: Tensors
     """Whatever else resuming needs, such as optimizer or strategy tensors."""
-    facts: dict[str, Any]
-    """Scalars: round or step, seconds so far."""
+    facts: SavedFacts
 
 
 @dataclass(frozen=True)
@@ -160,6 +175,10 @@ class RunDirectory:
         """Read summary.json of a run that trains; an absent one is empty."""
         return Summary.read(self.read_json(SUMMARY), what=str(self.path / SUMMARY))
 
+    def data(self) -> DataFacts:
+        """Read data.json; an absent one is empty."""
+        return DataFacts.read(self.read_json(DATA), what=str(self.path / DATA))
+
     def write_status(self, state: State, **facts: Any) -> None:
         """Replace status.json, also on a full disk."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -186,8 +205,8 @@ class RunDirectory:
 
     def metrics(self, name: str | None = None) -> list[Metric]:
         """Read metrics.jsonl, optionally only the events called ``name``."""
-        events = [Metric.read(line, what=METRICS) for line in self.lines(METRICS)]
-        return [event for event in events if name in (None, event.name)]
+        lines = (line for line in self.lines(METRICS) if name in (None, line.get("name")))
+        return [Metric.read(line, what=METRICS) for line in lines]
 
     def numbers(self, name: str) -> list[float]:
         """Read the numbers of the events called ``name``."""
@@ -230,7 +249,7 @@ class RunDirectory:
         return folder
 
     def save_checkpoint(
-        self, name: str, b: Tensors, *, facts: Mapping[str, Any], extra: Tensors | None = None
+        self, name: str, b: Tensors, *, facts: SavedFacts, extra: Tensors | None = None
     ) -> Path:
         """Write ``checkpoints/name``; it appears complete or not at all.
 
@@ -246,7 +265,8 @@ class RunDirectory:
             write_tensors(temporary / "b.safetensors", b)
             if extra:
                 write_tensors(temporary / "extra.safetensors", extra)
-            write_bytes(temporary / "facts.json", _sealed(facts, _digests(b, extra or {})))
+            content = sealed(facts.as_json(), digests_of(b, extra or {}))
+            write_bytes(temporary / "facts.json", content)
         except DiskFull:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -268,14 +288,13 @@ class RunDirectory:
             and (p / "facts.json").exists()
         )
 
-    def checkpoint_facts(self, name: str) -> dict[str, Any]:
+    def checkpoint_facts(self, name: str) -> SavedFacts:
         """Read what a checkpoint says about itself.
 
         Raises:
             Altered: if that is not what was written.
         """
-        facts, _ = _unsealed(self.path / "checkpoints" / name / "facts.json")
-        return facts
+        return unsealed(self.path / "checkpoints" / name / "facts.json")[0]
 
     def remove_checkpoint(self, name: str) -> None:
         """Remove one checkpoint; it disappears at once."""
@@ -300,42 +319,16 @@ class RunDirectory:
             )
         folder = self.path / "checkpoints" / (name or names[-1])
         extra_file = folder / "extra.safetensors"
-        facts, digests = _unsealed(folder / "facts.json")
+        facts, digests = unsealed(folder / "facts.json")
         try:
             b = read_tensors(folder / "b.safetensors")
             extra = read_tensors(extra_file) if extra_file.exists() else {}
         except Altered:
             raise damaged(folder.name) from None
-        if _digests(b, extra) != digests or facts.get("b_sha256", "") not in (
-            "",
-            tensors_sha256(b),
-        ):
+        known = facts.b_sha256 in ("", tensors_sha256(b))
+        if not known or digests_of(b, extra) != digests:
             raise damaged(folder.name)
         return Checkpoint(name=folder.name, b=b, extra=extra, facts=facts)
-
-
-def _digests(b: Tensors, extra: Tensors) -> dict[str, str]:
-    return {"b": content_sha256(b), "extra": content_sha256(extra)}
-
-
-def _sealed(facts: Mapping[str, Any], digests: Mapping[str, str]) -> bytes:
-    """Render facts.json: the facts, the digests of the tensors beside it, and its own."""
-    own = hashlib.sha256(utf8(json_document([dict(facts), dict(digests)]))).hexdigest()
-    return utf8(json_document({**facts, _SHA256: {**digests, "facts": own}}))
-
-
-def _unsealed(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the facts and digests that ``_sealed`` rendered, if they are still the same bytes."""
-    try:
-        content = file.read_bytes()
-        facts = json.loads(content)
-        digests = facts.pop(_SHA256)
-        del digests["facts"]
-        if _sealed(facts, digests) == content:
-            return facts, digests
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        pass
-    raise damaged(file.parent.name)
 
 
 def _read_object(file: Path) -> dict[str, Any]:
@@ -393,14 +386,6 @@ def remove_unbegun(path: Path) -> None:
     A folder that holds anything else stays.
     """
     names = {file.name for file in path.iterdir()} if path.is_dir() else set()
-    written = {"config.toml", "status.json", "data.json"}
+    written = {"config.toml", STATUS, DATA}
     if all(name in written or name.endswith(".part") for name in names):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def damaged(checkpoint: str) -> Altered:
-    """Return the error of a checkpoint that cannot be read or is not what was written."""
-    return Altered(
-        f"checkpoint {checkpoint} is damaged, was altered, or is an earlier FedRx's, which kept no "
-        "digests: it is not used; fix: remove it, and resume from the one before, or start anew"
-    )

@@ -5,6 +5,8 @@ replaced as a whole, which every reader of safetensors can still read.
 """
 
 import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from common.errors import RunFailed
-from common.files import write_bytes
+from common.errors import RunFailed, UserError
+from common.files import json_document, utf8, write_bytes
+from common.records.run import SavedFacts
 
 Tensors = dict[str, np.ndarray[Any, Any]]
 _DIGEST = "sha256"
+"""Key of a tensor file's metadata, and of a checkpoint's facts.json."""
 
 
 class Altered(RunFailed):
@@ -67,3 +71,36 @@ def read_tensors(source: Path) -> Tensors:
             "digest: it is not used; fix: bring the file back, or start a new run"
         )
     return tensors
+
+
+def digests_of(b: Tensors, extra: Tensors) -> dict[str, str]:
+    """Return the digests of a checkpoint's tensors."""
+    return {"b": content_sha256(b), "extra": content_sha256(extra)}
+
+
+def sealed(facts: Mapping[str, object], digests: Mapping[str, str]) -> bytes:
+    """Render facts.json: the facts, the digests of the tensors beside it, and its own."""
+    own = hashlib.sha256(utf8(json_document([dict(facts), dict(digests)]))).hexdigest()
+    return utf8(json_document({**facts, _DIGEST: {**digests, "facts": own}}))
+
+
+def unsealed(file: Path) -> tuple[SavedFacts, dict[str, str]]:
+    """Return the facts and digests that ``sealed`` rendered, if they are still the same bytes."""
+    try:
+        content = file.read_bytes()
+        facts = json.loads(content)
+        digests = facts.pop(_DIGEST)
+        del digests["facts"]
+        if sealed(facts, digests) == content:
+            return SavedFacts.read(facts, what=file.name), digests
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError):
+        pass
+    raise damaged(file.parent.name)
+
+
+def damaged(checkpoint: str) -> Altered:
+    """Return the error of a checkpoint that cannot be read or is not what was written."""
+    return Altered(
+        f"checkpoint {checkpoint} is damaged, was altered, or is an earlier FedRx's, which kept no "
+        "digests: it is not used; fix: remove it, and resume from the one before, or start anew"
+    )

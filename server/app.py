@@ -9,6 +9,7 @@ from typing import Literal
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from common.choice import Choice
 from common.config import Config
 from common.configio import completed_for_flwr, from_flat
 from common.errors import DiskFull, FedrxError
@@ -26,7 +27,6 @@ from common.records.run import Inputs, Layout, RunRecord
 from common.records.summary import (
     AdapterFacts,
     BackboneFacts,
-    DtypeFacts,
     HospitalFacts,
     KernelFacts,
     Summary,
@@ -142,12 +142,7 @@ def summarise(
     peaks = [one["peak_device_bytes"] for one in workers if one["peak_device_bytes"]]
     summary = Summary(
         trainable_parameters=layout.trainable_parameters,
-        adapter=AdapterFacts(
-            mode=config.adapter.mode,
-            rank=config.adapter.rank,
-            alpha=config.adapter.alpha,
-            targets=adapter_spec(config.adapter).targets,
-        ),
+        adapter=AdapterFacts.model_validate(adapter_spec(config.adapter)),
         backbone=BackboneFacts(name=config.model.backbone, fingerprint=inputs.backbone),
         hospitals=tuple(
             HospitalFacts(name=one.hospital, patients=one.patients, samples=one.samples)
@@ -166,13 +161,14 @@ def summarise(
         peak_device_bytes=max(peaks, default=None),
         device=first.device,
         attention=KernelFacts(kernel=first.attention, reason=first.attention_reason),
-        dtype=DtypeFacts(value=first.dtype, reason=first.dtype_reason),
+        dtype=Choice(first.dtype, first.dtype_reason),
     )
     if not roster.plan:
         return summary
     privacy = privacy_summary(roster.plan, privacy_lines(run))
     if roster.plan.unit == HOSPITAL:
-        privacy["warning"] = hospital_warning(roster.plan, layout.trainable_parameters)
+        warning = hospital_warning(roster.plan, layout.trainable_parameters)
+        privacy = privacy.model_copy(update={"warning": warning})
     return summary.having(privacy=privacy)
 
 

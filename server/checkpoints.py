@@ -1,13 +1,13 @@
 """The federation between two rounds: how B travels, what a checkpoint keeps, what may go on."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from common.config import Config
 from common.configio import differences, flatten, from_flat
 from common.errors import RunFailed
 from common.provenance import tensors_sha256
+from common.records.run import SavedFacts
 from common.rundir import Checkpoint, RunDirectory
 from common.wire.codecs import compress, decode
 from common.wire.contract import Fingerprints, Shapes, Tensors
@@ -29,7 +29,7 @@ def inputs_of(ours: Fingerprints) -> dict[str, str]:
     return {"a": ours.a, "backbone": ours.backbone}
 
 
-def check_unchanged(facts: Mapping[str, Any], config: Config, ours: Fingerprints) -> None:
+def check_unchanged(facts: SavedFacts, config: Config, ours: Fingerprints) -> None:
     """Compare a checkpoint's configuration and fingerprints with this process's.
 
     Raises:
@@ -37,13 +37,13 @@ def check_unchanged(facts: Mapping[str, Any], config: Config, ours: Fingerprints
     """
     changes = [
         str(change)
-        for change in differences(from_flat(facts["config"]), config)
+        for change in differences(from_flat(facts.config), config)
         if not change.key.startswith(COUNTED)
     ]
     now = inputs_of(ours)
     changes += [
         f"{name} fingerprint: {value} -> {now[name]}"
-        for name, value in facts["inputs"].items()
+        for name, value in facts.inputs.items()
         if value != now[name]
     ]
     if changes:
@@ -92,14 +92,16 @@ def save(
     run.save_checkpoint(
         f"round-{finished.number:05d}",
         finished.b,
-        facts={
-            "round": finished.number,
-            "b_sha256": tensors_sha256(finished.b),
-            **roster.facts(),
-            "paces": {kind: asdict(pace) for kind, pace in paces.items()},
-            "config": flatten(config),
-            "inputs": inputs_of(roster.ours),
-        },
+        facts=SavedFacts(
+            round=finished.number,
+            b_sha256=tensors_sha256(finished.b),
+            hospitals=tuple(roster.admitted),
+            known=roster.known,
+            of=roster.of,
+            paces={kind: pace.as_json() for kind, pace in paces.items()},
+            config=flatten(config),
+            inputs=inputs_of(roster.ours),
+        ),
         extra={
             **{f"{STRATEGY}{key}": value for key, value in aggregator.state().items()},
             **{f"{CARRIED}{key}": value for key, value in finished.owed.items()},

@@ -5,7 +5,6 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -14,6 +13,7 @@ from flwr.serverapp import Grid
 from common.config import FederationConfig
 from common.errors import RunFailed
 from common.privacy.plan import PrivacyPlan
+from common.records.run import SavedFacts
 from common.seeds import stream
 from common.wire.cohort import sampled, trained_by
 from common.wire.contract import (
@@ -97,14 +97,10 @@ class Roster:
         """Return whether somebody is here and enough were known before a resume."""
         return bool(self.handshakes) and self.known >= needed
 
-    def facts(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: who was admitted, and how many had shown up."""
-        return {"hospitals": self.admitted, "known": self.known, "of": self.of}
-
-    def remember(self, facts: Mapping[str, Any]) -> None:
-        """Take over what ``facts`` returned before a resume."""
-        self.remembered = frozenset(facts["hospitals"])
-        self.known_before, self.of = int(facts["known"]), int(facts["of"])
+    def remember(self, facts: SavedFacts) -> None:
+        """Take over what a checkpoint keeps: who was admitted, and how many had shown up."""
+        self.remembered = frozenset(facts.hospitals)
+        self.known_before, self.of = facts.known, facts.of
 
     def admit(
         self,

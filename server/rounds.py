@@ -110,9 +110,10 @@ class Rounds:
 
     def _resumed(self, checkpoint: Checkpoint, aggregator: Aggregator) -> Round:
         """Go back to the last checkpoint: B, strategy, hospitals, what was measured."""
-        last = int(checkpoint.facts["round"])
+        last = checkpoint.facts.round
         aggregator.restore(checkpoints.part(STRATEGY, checkpoint))
-        self.paces = {kind: Pace(**pace) for kind, pace in checkpoint.facts["paces"].items()}
+        paces = checkpoint.facts.paces.items()
+        self.paces = {kind: Pace.read(pace, what=kind) for kind, pace in paces}
         self.run.forget_metrics(after=last)
         if self.account:
             cost = private_steps(self.config, self.roster.plan, last + 1)

@@ -1,7 +1,8 @@
 """How long to wait for hospitals: sized from what was measured."""
 
-from dataclasses import dataclass
 from typing import Optional
+
+from common.records import Record
 
 LONGEST_SECONDS = 43_200.0 - 60.0
 """Flower ends a message after 12 hours."""
@@ -14,8 +15,7 @@ SLACK = 5.0
 """A wait is this many times what was measured."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pace:
+class Pace(Record):
     """One measured exchange with the hospitals."""
 
     seconds: float

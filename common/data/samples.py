@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import polars as pl
 
@@ -113,7 +114,7 @@ class ProtocolCounts(Record):
 class Counts(Record):
     """What cleaning counted, as ``fedrx data describe --json`` and data.json say it."""
 
-    absent_when_none = ("protocol",)
+    absent_when_none: ClassVar[tuple[str, ...]] = ("protocol",)
     rows: dict[str, int]
     """Rows read, by table."""
     rows_out: dict[str, int]

@@ -15,7 +15,8 @@ from pydantic import ConfigDict, JsonValue, ValidationError
 from common.config import EvaluationConfig
 from common.files import json_line, utf8, writable, write_bytes
 from common.records import Record
-from common.rundir import RunDirectory
+from common.records.summary import Summary
+from common.rundir import SUMMARY, RunDirectory
 from common.tensor_files import Altered
 
 PREDICTIONS = "predictions.jsonl"
@@ -148,7 +149,7 @@ class Evaluation:
             Altered: if the answers are not those that were evaluated.
         """
         predictions = read_answers(run)
-        summary = run.read_json("summary.json")
+        summary = run.read_json(SUMMARY)
         try:
             facts = Facts.model_validate(summary.get("evaluation"))
         except ValidationError:
@@ -166,8 +167,8 @@ class Evaluation:
             predictions=list(rows.values()),
         )
 
-    def write(self, run: RunDirectory, summary: dict[str, Any]) -> None:
-        """Replace a run's answers and, in its summary, what is said of them.
+    def write(self, run: RunDirectory, summary: Summary) -> Summary:
+        """Replace a run's answers and, in its summary, what is said of them; return that.
 
         What is about answers that will be gone goes before them.
         """
@@ -176,13 +177,12 @@ class Evaluation:
         except Altered:
             old = set()
         if not old or not old <= set(self.predictions):
-            for part in _ABOUT_ANSWERS:
-                summary.pop(part, None)
-        run.write_json("summary.json", summary)
-        digest = write_answers(run, self.predictions)
-        summary["metrics"] = dict(self.metrics)
-        summary["evaluation"] = self.facts.as_json() | {ANSWERS_SHA256: digest}
-        run.write_json("summary.json", summary)
+            summary = summary.without(_ABOUT_ANSWERS)
+        run.write_json(SUMMARY, summary)
+        evaluation = self.facts.as_json() | {ANSWERS_SHA256: write_answers(run, self.predictions)}
+        summary = summary.having(metrics=self.metrics, evaluation=evaluation)
+        run.write_json(SUMMARY, summary)
+        return summary
 
 
 def read_answers(run: RunDirectory) -> list[Prediction]:
@@ -192,7 +192,7 @@ def read_answers(run: RunDirectory) -> list[Prediction]:
         Altered: if they are not those that were evaluated.
         UserError: if a line is none that FedRx writes.
     """
-    digest = run.read_json("summary.json").get("evaluation", {}).get(ANSWERS_SHA256)
+    digest = run.read_json(SUMMARY).get("evaluation", {}).get(ANSWERS_SHA256)
     file = run.path / PREDICTIONS
     content = file.read_bytes() if file.exists() else b""
     if digest is not None and hashlib.sha256(content).hexdigest() != digest:
@@ -212,9 +212,9 @@ def write_answers(run: RunDirectory, rows: Sequence[Prediction]) -> str:
     Returns:
         Their digest, for the ``evaluation`` that the caller writes next.
     """
-    summary = run.read_json("summary.json")
+    summary = run.read_json(SUMMARY)
     if summary.get("evaluation", {}).pop(ANSWERS_SHA256, None):
-        run.write_json("summary.json", summary)
+        run.write_json(SUMMARY, summary)
     content = utf8("".join(json_line(row.as_json()) for row in rows))
     write_bytes(run.path / PREDICTIONS, content)
     return hashlib.sha256(content).hexdigest()

@@ -4,42 +4,34 @@ Everything here follows from public constants: no data is read.
 """
 
 from dataclasses import replace
-from typing import Any, NamedTuple
 
 from common.privacy.accounting import calibrate, epsilon
 from common.privacy.budget.receipts import json_number, terms
 from common.privacy.plan import PrivacyPlan
+from common.records.privacy import Advice, Forecast
 
 COMFORTABLE = 1.0
 """Noise over the largest possible signal, per step: above it, one step is mostly noise."""
 HOPELESS = 10.0
 
 
-class Change(NamedTuple):
-    """One change of the plan at equal epsilon, and the noise over signal that it leads to."""
-
-    what: str
-    noise_multiplier: float
-    noise_to_signal: float
-
-
-def forecast(plan: PrivacyPlan, parameters: int, *, target_epsilon: float = 0.0) -> dict[str, Any]:
+def forecast(plan: PrivacyPlan, parameters: int, *, target_epsilon: float = 0.0) -> Forecast:
     """Return epsilon, noise over signal and advice for a plan."""
     cost = epsilon(plan)
     ratio = plan.noise_to_signal(parameters)
-    changes: list[Change] = []
+    advice: list[Advice] = []
     if ratio > COMFORTABLE and not plan.deterministic_noise:
-        changes = alternatives(plan, parameters, target_epsilon or cost.value)
-    return {
-        "relation": plan.relation,
-        "epsilon": json_number(cost.value),
+        advice = alternatives(plan, parameters, target_epsilon or cost.value)
+    return Forecast(
         **terms(plan),
-        "steps": plan.steps,
-        "expected_batch": plan.expected_batch,
-        "noise_to_signal": ratio,
-        "verdict": verdict(ratio),
-        "advice": [change._asdict() for change in changes],
-    }
+        relation=plan.relation,
+        epsilon=json_number(cost.value),
+        steps=plan.steps,
+        expected_batch=plan.expected_batch,
+        noise_to_signal=ratio,
+        verdict=verdict(ratio),
+        advice=tuple(advice),
+    )
 
 
 def verdict(noise_to_signal: float) -> str:
@@ -55,7 +47,7 @@ def verdict(noise_to_signal: float) -> str:
     return "the noise drowns the signal: change the plan before spending epsilon"
 
 
-def alternatives(plan: PrivacyPlan, parameters: int, target_epsilon: float) -> list[Change]:
+def alternatives(plan: PrivacyPlan, parameters: int, target_epsilon: float) -> list[Advice]:
     """Return what each change of the plan would bring at the same epsilon, best lever first.
 
     A larger expected batch means a larger sampling rate, or hospitals with more patients: with
@@ -81,29 +73,30 @@ def alternatives(plan: PrivacyPlan, parameters: int, target_epsilon: float) -> l
     return changes
 
 
-def _change(what: str, plan: PrivacyPlan, parameters: int, target_epsilon: float) -> Change:
+def _change(what: str, plan: PrivacyPlan, parameters: int, target_epsilon: float) -> Advice:
     if plan.noise_multiplier is None:
         plan = calibrate(plan, target_epsilon, verify=False)
-    return Change(what, plan.sigma, plan.noise_to_signal(parameters))
+    ratio = plan.noise_to_signal(parameters)
+    return Advice(what=what, noise_multiplier=plan.sigma, noise_to_signal=ratio)
 
 
-def lines(outlook: dict[str, Any]) -> list[str]:
+def lines(outlook: Forecast) -> list[str]:
     """Render a forecast for people."""
     rows = [
         (
-            f"privacy of each {outlook['unit']}: epsilon {float(outlook['epsilon']):.3f} at delta "
-            f"{outlook['delta']:g} after {outlook['steps']} steps ({outlook['accountant']})"
+            f"privacy of each {outlook.unit}: epsilon {float(outlook.epsilon):.3f} at delta "
+            f"{outlook.delta:g} after {outlook.steps} steps ({outlook.accountant})"
         ),
         (
-            f"noise multiplier {outlook['noise_multiplier']:g}, sampling rate "
-            f"{outlook['sampling_rate']:g}, clip norm {outlook['clip_norm']:g}, expected batch "
-            f"{outlook['expected_batch']:g}"
+            f"noise multiplier {outlook.noise_multiplier:g}, sampling rate "
+            f"{outlook.sampling_rate:g}, clip norm {outlook.clip_norm:g}, expected batch "
+            f"{outlook.expected_batch:g}"
         ),
-        f"noise over signal, per step: {outlook['noise_to_signal']:.3g}: {outlook['verdict']}",
+        f"noise over signal, per step: {outlook.noise_to_signal:.3g}: {outlook.verdict}",
     ]
-    for change in outlook["advice"]:
+    for change in outlook.advice:
         rows.append(
-            f"  {change['what']}: noise over signal {change['noise_to_signal']:.3g} "
-            f"(noise multiplier {change['noise_multiplier']:g})"
+            f"  {change.what}: noise over signal {change.noise_to_signal:.3g} "
+            f"(noise multiplier {change.noise_multiplier:g})"
         )
     return rows

@@ -256,16 +256,16 @@ def pass_check(steps: Sequence[Step], session: Session) -> Finding:
 
 def ledger_check(runs: Sequence[Watched], plan: PrivacyPlan) -> Finding:
     """Hold the ledger and the receipt to the releases that were seen."""
-    claimed = [float(run.receipt["epsilon"]) for run in runs]
-    promised = terms(plan) | {"relation": plan.relation, "expected_batch": plan.expected_batch}
+    claimed = [float(run.receipt.epsilon) for run in runs]
+    promised = {**terms(plan), "relation": plan.relation, "expected_batch": plan.expected_batch}
     seen = max(len(run.steps) for run in runs)
     spent = pld_epsilon(plan.sigma, plan.sampling_rate, seen, plan.delta)
     complaints = []
     for run in runs:
         late = any(step.charged < number for number, step in enumerate(run.steps, 1))
-        if late or run.receipt["steps"] < len(run.steps):
+        if late or run.receipt.steps < len(run.steps):
             complaints.append("a release was not charged")
-        if any(run.receipt[key] != value for key, value in promised.items()):
+        if any(getattr(run.receipt, key) != value for key, value in promised.items()):
             complaints.append("the receipt tells other terms")
     if min(claimed) < spent - 1e-6:
         complaints.append("the receipt tells less than was spent")

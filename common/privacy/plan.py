@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from common.errors import UserError
 
@@ -112,14 +112,11 @@ class PrivacyPlan:
         """Return the plan with another noise multiplier."""
         return dataclasses.replace(self, noise_multiplier=noise_multiplier)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON-able public constants."""
-        return dataclasses.asdict(self)
-
     @property
     def fingerprint(self) -> str:
         """sha256 of the plan: ledgers and receipts name the plan that they belong to."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+        content = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _positive(value: float) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from common.model.session import Session
 from common.privacy.budget.guard import Guard
+from common.privacy.budget.receipts import Receipt
 from common.privacy.mechanism.noise import Integers, Keystream, NoiseSource
 from common.text.batches import Encoded, PackedBatch
 from common.training.loop import StepReport
@@ -63,7 +64,7 @@ class Watched:
     units: tuple[int, ...]
     """The hospital's units, in the order in which the source keeps them."""
     steps: list[Step] = field(default_factory=list)
-    receipt: dict[str, Any] = field(default_factory=dict)
+    receipt: Receipt = field(init=False)
     """The hospital's receipt after the last round."""
     secret: bool = True
     """Whether every source said that its key comes from the operating system."""

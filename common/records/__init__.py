@@ -16,7 +16,11 @@ class Record(BaseModel):
     """One kind of record: frozen, and no key more than it declares."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", populate_by_name=True, ser_json_inf_nan="constants"
+        frozen=True,
+        extra="forbid",
+        populate_by_name=True,
+        from_attributes=True,
+        ser_json_inf_nan="constants",
     )
 
     absent_when_none: ClassVar[tuple[str, ...]] = ()
@@ -61,3 +65,9 @@ class PartialRecord(Record):
     def as_json(self) -> dict[str, Any]:
         """Return the keys that were given."""
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+class OpenRecord(PartialRecord):
+    """A partial record that keeps what another version has added."""
+
+    model_config = ConfigDict(extra="allow")

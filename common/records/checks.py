@@ -1,9 +1,8 @@
 """What the checks write: audits, and the plan of a run."""
 
-from typing import Any
-
+from common.choice import Choice
 from common.records import PartialRecord, Record
-from common.records.summary import DtypeFacts
+from common.records.privacy import Forecast
 
 Json = str | float | bool | None | tuple[float | str, ...]
 
@@ -45,18 +44,13 @@ class AdapterShape(Record):
     targets: tuple[str, ...]
 
 
-class Recomputation(DtypeFacts):
+class Recomputation(Record):
     """What the backward pass computes again, and why."""
 
+    value: str
+    reason: str
     total_bytes: dict[str, int]
     """Of each choice."""
-
-
-class Workers(Record):
-    """How many there are, and why; more than one only on a CPU, where they share the memory."""
-
-    value: int
-    reason: str
 
 
 class MeasuredTime(Record):
@@ -77,7 +71,7 @@ class PlanRecord(PartialRecord):
     parameters: Parameters
     batch_tokens: int
     device: str
-    dtype: DtypeFacts
+    dtype: Choice[str]
     recompute: Recomputation
     memory_bytes: dict[str, int]
     """By part with ``total``: the peak of a training step of one worker with the chosen
@@ -85,7 +79,8 @@ class PlanRecord(PartialRecord):
     generation_bytes: int
     card_bytes: int
     card: str
-    workers: Workers
+    workers: Choice[int]
+    """More than one only on a CPU, where they share the memory."""
     fits: bool
     spare_bytes: int
     bytes_per_round: int
@@ -95,4 +90,4 @@ class PlanRecord(PartialRecord):
     steps_reason: str
     measured: tuple[MeasuredTime, ...] = ()
     """For a GPU."""
-    privacy: dict[str, Any] | None = None
+    privacy: Forecast | None = None

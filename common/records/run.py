@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import ConfigDict
 
-from common.records import PartialRecord, Record
+from common.records import OpenRecord, Record
 
 SCHEMA = 1
 """Version of all files of a run directory, in its run.json."""
@@ -33,6 +33,10 @@ class Layout(Record):
     trainable_parameters: int
 
 
+Settings = dict[str, bool | int | float | str]
+"""A configuration, by dotted key."""
+
+
 class RunRecord(Record):
     """run.json: what kind of run a directory holds, and what it takes to go on with it."""
 
@@ -41,8 +45,8 @@ class RunRecord(Record):
     mode: Mode
     resumable: bool
     """Whether ``fedrx resume`` goes on with it."""
-    config: dict[str, bool | int | float | str] = {}
-    """By dotted key, as the run began."""
+    config: Settings = {}
+    """As the run began."""
     inputs: Inputs = Inputs()
     scale: str = ""
     """Of a paper run."""
@@ -64,10 +68,8 @@ class RunRecord(Record):
         return cls.read({"mode": mode, "resumable": resumable, **known}, what="environment.json")
 
 
-class Status(PartialRecord):
+class Status(OpenRecord):
     """status.json: how far a run has come."""
-
-    model_config = ConfigDict(extra="allow")
 
     state: State
     updated: str = ""
@@ -83,10 +85,8 @@ class Status(PartialRecord):
     """One line, of a run that failed."""
 
 
-class Metric(PartialRecord):
+class Metric(OpenRecord):
     """One event of metrics.jsonl; a label of another version stays as it is."""
-
-    model_config = ConfigDict(extra="allow")
 
     name: str
     value: int | float | str | None
@@ -134,3 +134,45 @@ class WireLine(Record):
     """Names that no message has."""
     bytes: int
     """Of the tensors."""
+
+
+class SavedFacts(OpenRecord):
+    """facts.json of a checkpoint: where it stands, and what a resumed process goes on with."""
+
+    round: int = 0
+    step: int = 0
+    """Of a single run, in the place of a round."""
+    b_sha256: str = ""
+    b_norm: float = 0.0
+    seconds: float = 0.0
+    """Of training, until it was written."""
+    hospitals: tuple[str, ...] = ()
+    """Those that were ever admitted."""
+    known: int = 0
+    of: int = 0
+    paces: dict[str, dict[str, int | float]] = {}
+    """The slowest exchange of each kind of message."""
+    config: Settings = {}
+    inputs: dict[str, str] = {}
+
+
+class HospitalSizes(OpenRecord):
+    """What may be said of a hospital: its name, and how much of what it has."""
+
+    name: str
+    patients: int = 0
+    samples: int = 0
+    train: int = 0
+    validation: int = 0
+    test: int = 0
+    groups: dict[str, int] = {}
+    """Patients by what they were dealt by."""
+
+
+class DataFacts(OpenRecord):
+    """data.json: hashes, counts and sizes, never rows."""
+
+    source: str = ""
+    file_hashes: dict[str, str] = {}
+    counts: dict[str, object] = {}
+    hospitals: tuple[HospitalSizes, ...] = ()

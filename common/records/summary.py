@@ -1,11 +1,15 @@
 """summary.json of a run that trains."""
 
+from collections.abc import Collection
 from typing import Any, Self
 
 from pydantic import ConfigDict
 
-from common.records import PartialRecord, Record
-from common.records.run import Mode
+from common.choice import Choice
+from common.records import OpenRecord, PartialRecord, Record
+from common.records.judged import Judged, Reviewed
+from common.records.privacy import Privacy
+from common.records.run import Mode, Settings
 
 
 class AdapterFacts(Record):
@@ -44,13 +48,6 @@ class KernelFacts(Record):
     """The attention kernel, and why this one."""
 
     kernel: str
-    reason: str
-
-
-class DtypeFacts(Record):
-    """The arithmetic, and why this one."""
-
-    value: str
     reason: str
 
 
@@ -118,6 +115,21 @@ class PublicCurve(Record):
     """Rounds (or steps) and mean cross-entropy per answer token, in nats."""
 
 
+class Evaluated(OpenRecord):
+    """How the answers came about; ``common.evaluation.answers_file`` knows all of it."""
+
+    samples: int = 0
+    constrained: bool = False
+    settings: Settings = {}
+    dropped_diagnoses: int = 0
+    left_out: dict[str, int] | None = None
+    generation: dict[str, object] = {}
+    checkpoint: str = ""
+    device: str = ""
+    dtype: str = ""
+    answers_sha256: str | None = None
+
+
 class Summary(PartialRecord):
     """summary.json of a run that trains; what a kind of run does not have is not in its file."""
 
@@ -127,7 +139,7 @@ class Summary(PartialRecord):
     backbone: BackboneFacts | None = None
     hospitals: tuple[HospitalFacts, ...] = ()
     rounds: int = 0
-    privacy: dict[str, Any] | None = None
+    privacy: Privacy | None = None
     scaling: Scaling | None = None
     checkpoints: tuple[CheckpointFacts, ...] = ()
     b_sha256: str = ""
@@ -148,14 +160,18 @@ class Summary(PartialRecord):
     peak_device_bytes: int | None = None
     device: str = ""
     attention: KernelFacts | None = None
-    dtype: DtypeFacts | None = None
+    dtype: Choice[str] | None = None
     source: str = ""
     metrics: dict[str, Figures] = {}
     """By model: ``fedrx``, an earlier checkpoint, the untrained backbone, the baselines."""
-    evaluation: dict[str, Any] | None = None
-    judge: dict[str, Any] | None = None
-    review: dict[str, Any] | None = None
+    evaluation: Evaluated | None = None
+    judge: Judged | None = None
+    review: Reviewed | None = None
 
     def having(self, **values: Any) -> Self:
         """Return the summary with these values in the place of its own."""
         return type(self).model_validate({**self.as_json(), **values})
+
+    def without(self, keys: Collection[str]) -> Self:
+        """Return the summary without some of its keys."""
+        return type(self).model_validate({k: v for k, v in self.as_json().items() if k not in keys})

@@ -1,7 +1,6 @@
 """``fedrx evaluate``: answers of a run's adapter on held-out patients, with baselines beside."""
 
 from collections.abc import Iterable
-from typing import Any
 
 from rich.console import Console
 
@@ -12,6 +11,7 @@ from common.data.dataset import Dataset, open_hospitals
 from common.evaluation.answers import B, Personal, choose_cases, evaluate_answers
 from common.evaluation.answers_file import Evaluation, Facts
 from common.model.session import Session
+from common.records.summary import Summary
 from common.rundir import RunDirectory
 from common.tensor_files import Altered
 from common.training.worker import Worker
@@ -32,7 +32,7 @@ def evaluate_run(
     console: Console | None = None,
     worker: Worker | None = None,
     data: Dataset | None = None,
-) -> dict[str, Any]:
+) -> Summary:
     """Answer held-out admissions with a run's B, the untrained backbone and the baselines.
 
     Writes predictions.jsonl, and ``metrics`` and ``evaluation`` in summary.json. There the last
@@ -86,14 +86,13 @@ def evaluate_run(
             progress=lambda model, done, of: meter.update(names.index(model) * of + done, model),
         )
     _show(console, found.facts)
-    curve = {}
+    summary = run.summary()
     if settings.public_validation:
         made = public_curve(run, session, config, console=console)
-        curve = {"public_validation": made.as_json()}
+        summary = summary.having(public_validation=made)
     # A run that plain `flwr run` made does not know its source yet.
-    summary = {"source": data.source, **run.read_json("summary.json"), **curve}
-    (beside.beside(found) if beside else found).write(run, summary)
-    return summary
+    summary = summary.having(source=summary.source or data.source)
+    return (beside.beside(found) if beside else found).write(run, summary)
 
 
 def personal_b(run: RunDirectory, b: B, hospitals: Iterable[str]) -> Personal | None:
@@ -144,5 +143,5 @@ def _show(console: Console, facts: Facts) -> None:
             f"{facts.dropped_diagnoses} diagnoses left out of prompts (train.max-length)",
             highlight=False,
         )
-    for kind, number in other_items({"left_out": facts.left_out}).items():
+    for kind, number in other_items(facts.left_out or {}).items():
         console.print(f"{number} {kind} left out of prompts (train.max-length)", highlight=False)

@@ -14,6 +14,7 @@ from common.errors import RunFailed, UserError
 from common.evaluation.judge.gate import Statement
 from common.evaluation.judge.judging import judge_run
 from common.evaluation.judge.plan import JudgePlan, plan_judging
+from common.records.judged import Estimate, Judged
 from common.rundir import RunDirectory
 from sim.process.lock import exclusive
 from sim.process.progress import Meter
@@ -60,7 +61,7 @@ def require_diagnoses(run: RunDirectory) -> None:
     require_protocol(run.config(), (ADMISSION, VISITS), "a list is judged by its stay's diagnoses")
 
 
-def judge(run: RunDirectory, prepared: JudgePlan, *, console: Console) -> dict[str, Any]:
+def judge(run: RunDirectory, prepared: JudgePlan, *, console: Console) -> Judged:
     """Ask the judge with progress shown, and show the result.
 
     Args:
@@ -84,73 +85,76 @@ def judge(run: RunDirectory, prepared: JudgePlan, *, console: Console) -> dict[s
     return result
 
 
-def show_estimate(console: Console, figures: dict[str, Any]) -> None:
+def show_estimate(console: Console, figures: Estimate) -> None:
     """Show what a dry run found."""
     console.print(
-        f"{figures['calls']} calls to {figures['server']} ({figures['cached']} more are in the "
-        f"cache; each may need one repair)\nabout {figures['input_tokens']:,} tokens in and "
-        f"{figures['output_tokens']:,} out: {figures['cost_usd']:.2f} USD, at most "
-        f"{figures['most_usd']:.2f}; spent so far {figures['spent_usd']:.2f}\n"
-        f"data: {figures['source']}. Nothing was sent.",
+        f"{figures.calls} calls to {figures.server} ({figures.cached} more are in the "
+        f"cache; each may need one repair)\nabout {figures.input_tokens:,} tokens in and "
+        f"{figures.output_tokens:,} out: {figures.cost_usd:.2f} USD, at most "
+        f"{figures.most_usd:.2f}; spent so far {figures.spent_usd:.2f}\n"
+        f"data: {figures.source}. Nothing was sent.",
         markup=False,
         highlight=False,
     )
 
 
-def show_judgement(console: Console, result: dict[str, Any]) -> None:
+def show_judgement(console: Console, result: Judged) -> None:
     """Show appropriateness by model and judge, with what is not in the mean beside it."""
     table = Table(title="Appropriateness (research only)")
     table.add_column("list by")
     table.add_column("judge")
     for name in ("suitable", "95% interval", "scored", "unscored", "no list", "empty"):
         table.add_column(name, justify="right")
-    for judge, theirs in result["judges"].items():
-        for model, one in theirs["appropriateness"].items():
-            low_high = one["interval"]
+    for judge, theirs in result.judges.items():
+        for model, one in theirs.appropriateness.items():
+            low_high = one.interval
             table.add_row(
                 Text(model),
                 Text(judge),
-                percent(one["mean"]),
+                percent(one.mean),
                 f"{100 * low_high[0]:.1f}-{percent(low_high[1])}" if low_high else "-",
-                *(str(one[name]) for name in ("scored", "unscored", "unanswered", "empty")),
+                *(
+                    str(getattr(one, name))
+                    for name in ("scored", "unscored", "unanswered", "empty")
+                ),
             )
     console.print(table)
     lines = [
-        f"unscored by {judge}: {problems_in_words(theirs['judgements']['problems'])}"
-        for judge, theirs in result["judges"].items()
-        if theirs["judgements"]["problems"]
+        f"unscored by {judge}: {problems_in_words(theirs.judgements.problems)}"
+        for judge, theirs in result.judges.items()
+        if theirs.judgements.problems
     ]
-    if escaped := result["judgements"].get("escaped_texts"):
+    if escaped := result.judgements.escaped_texts:
         lines.append(f"{escaped} texts of judges could not be written as UTF-8, and are escaped")
-    agreement = result["agreement"]
-    if agreement["drugs"]:
-        alpha = agreement["alpha"]
+    agreement = result.agreement
+    if agreement.drugs:
+        alpha = agreement.alpha
         lines.append(
-            f"agreement on {agreement['drugs']} drugs: unanimous "
-            f"{percent(agreement['unanimous'])}, Krippendorff's alpha "
-            f"{'-' if alpha is None else f'{alpha:.3f}'}, flip rate {percent(result['flip_rate'])}"
+            f"agreement on {agreement.drugs} drugs: unanimous "
+            f"{percent(agreement.unanimous)}, Krippendorff's alpha "
+            f"{'-' if alpha is None else f'{alpha:.3f}'}, flip rate {percent(result.flip_rate)}"
         )
     lines += [
-        f"{when}: {usage['calls']} calls, {usage['input_tokens']:,} tokens in, "
-        f"{usage['output_tokens']:,} out, {usage['cost_usd']:.4f} USD"
-        for when, usage in (
-            ("this time", result["invocation"]),
-            ("all together", {**result["usage"], "cost_usd": result["cost_usd"]}),
+        f"{when}: {usage.calls} calls, {usage.input_tokens:,} tokens in, "
+        f"{usage.output_tokens:,} out, {cost_usd:.4f} USD"
+        for when, usage, cost_usd in (
+            ("this time", result.invocation, result.invocation.cost_usd),
+            ("all together", result.usage, result.cost_usd),
         )
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False)
 
 
-def require_scores(result: dict[str, Any]) -> None:
+def require_scores(result: Judged) -> None:
     """Fail a judging that gave no figure at all.
 
     Raises:
         RunFailed: Saying why, and what to do.
     """
-    if result["invocation"]["scored"]:
+    if result.invocation.scored:
         return
-    problems = result["invocation"]["problems"]
+    problems = result.invocation.problems
     raise RunFailed(
         f"nothing was scored: {problems_in_words(problems) or 'there is no list to judge'}"
         + "; look at judge.model and the server, or see judge/exchanges.jsonl for the replies"

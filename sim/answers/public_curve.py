@@ -53,10 +53,11 @@ def public_curve(
         with Meter(console, "public curve", len(names)) as meter:
             for done, name in enumerate(names, start=1):
                 checkpoint = run.load_checkpoint(name)
-                unit = "round" if "round" in checkpoint.facts else "step"
+                step, at_round = checkpoint.facts.step, checkpoint.facts.round
+                unit = "step" if step else "round"
                 session.adapter.load(checkpoint.b)
                 found = validation_loss(session, samples)
-                losses.append((int(checkpoint.facts[unit]), found.mean))
+                losses.append((step or at_round, found.mean))
                 meter.update(done, name)
     finally:
         session.adapter.flat.copy_(before)

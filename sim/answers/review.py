@@ -5,7 +5,6 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +29,8 @@ from common.evaluation.review.packet_import import (
 )
 from common.evaluation.review.scores import summarise_reviews
 from common.files import utf8, write_json, write_text
-from common.rundir import RunDirectory
+from common.records.judged import Reviewed
+from common.rundir import SUMMARY, RunDirectory
 from sim.answers.judge import percent, require_diagnoses
 from sim.report.page import render
 
@@ -63,7 +63,7 @@ def make_review(
     require_diagnoses(run)
     packet = make_packet(
         read_answers(run),
-        source=source_of_run(run.read_json("summary.json"), run.read_json("data.json")),
+        source=source_of_run(run),
         models=models,
         cases=cases,
         seed=seed,
@@ -85,7 +85,7 @@ def render_review(packet: Packet) -> str:
     return render("review", data={"sha256": packet.sha256, "shown": packet.shown.as_json()})
 
 
-def import_reviews(run: RunDirectory, files: Sequence[Path]) -> dict[str, Any]:
+def import_reviews(run: RunDirectory, files: Sequence[Path]) -> Reviewed:
     """Check downloaded reviews, keep them with the run, and score all of the packet's reviews.
 
     A reviewer's newer file replaces the older one.
@@ -132,9 +132,7 @@ def import_reviews(run: RunDirectory, files: Sequence[Path]) -> dict[str, Any]:
     result = summarise_reviews(
         packet, reviews, predictions, read_judgements(run), run.config().data
     )
-    if escaped := sum(review.escaped for review in reviews):
-        result["escaped_texts"] = escaped
-    write_json(run.path / "summary.json", {**run.read_json("summary.json"), "review": result})
+    run.write_json(SUMMARY, run.summary().having(review=result))
     return result
 
 
@@ -184,42 +182,42 @@ def _slug(reviewer: str) -> str:
     return f"{words}-{hashlib.sha256(utf8(name)).hexdigest()[:8]}"
 
 
-def show_reviews(console: Console, result: dict[str, Any]) -> None:
+def show_reviews(console: Console, result: Reviewed) -> None:
     """Show the scores by model, and the agreement."""
-    reviewers = len(result["reviewers"])
+    reviewers = len(result.reviewers)
     table = Table(
-        title=f"{reviewers} reviewer{'s' * (reviewers != 1)}, {result['cases']} cases "
-        f"(names equal at level {result['level']})"
+        title=f"{reviewers} reviewer{'s' * (reviewers != 1)}, {result.cases} cases "
+        f"(names equal at level {result.level})"
     )
     table.add_column("list by")
     names = ("in format", "similarity", "after review", "kept", "overall 1-5", "lists reviewed")
     for name in names:
         table.add_column(name, justify="right")
-    for model, one in result["models"].items():
+    for model, one in result.models.items():
         table.add_row(
             model,
-            percent(one["format_followed"]),
-            percent((one["similarity"] or {}).get("jaccard")),
-            percent((one["similarity_after_review"] or {}).get("jaccard")),
-            percent(one["kept_share"]),
-            "-" if one["overall"] is None else f"{one['overall']:.1f}",
-            str(one["lists_reviewed"]),
+            percent(one.format_followed),
+            percent((one.similarity or {}).get("jaccard")),
+            percent((one.similarity_after_review or {}).get("jaccard")),
+            percent(one.kept_share),
+            "-" if one.overall is None else f"{one.overall:.1f}",
+            str(one.lists_reviewed),
         )
     console.print(table)
-    if escaped := result.get("escaped_texts"):
+    if escaped := result.escaped_texts:
         console.print(f"{escaped} texts could not be written as UTF-8, and are escaped")
-    agreement, judge = result["agreement"], result["judge"]
-    if agreement["drugs"]:
+    agreement, judge = result.agreement, result.judge
+    if agreement.drugs:
         console.print(
-            f"reviewers on {agreement['drugs']} drugs: unanimous "
-            f"{percent(agreement['unanimous'])}, alpha {_figure(agreement['alpha_drugs'])} "
-            f"(overall marks {_figure(agreement['alpha_overall'])})",
+            f"reviewers on {agreement.drugs} drugs: unanimous "
+            f"{percent(agreement.unanimous)}, alpha {_figure(agreement.alpha_drugs)} "
+            f"(overall marks {_figure(agreement.alpha_overall)})",
             highlight=False,
         )
-    if judge and judge["drugs"]:
+    if judge and judge.drugs:
         console.print(
-            f"reviewers and judge on {judge['drugs']} drugs: agree {percent(judge['agree'])}, "
-            f"alpha {_figure(judge['alpha'])}",
+            f"reviewers and judge on {judge.drugs} drugs: agree {percent(judge.agree)}, "
+            f"alpha {_figure(judge.alpha)}",
             highlight=False,
         )
 

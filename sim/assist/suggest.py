@@ -332,7 +332,7 @@ def about_run(
     run: RunDirectory, config: Config, checkpoint: str, *, personal: str = ""
 ) -> dict[str, str]:
     """Return what a page and a decision record say about the model."""
-    source = source_of_run(run.read_json("summary.json"), run.read_json("data.json"))
+    source = source_of_run(run)
     return {
         "run": run.path.name,
         "checkpoint": checkpoint,

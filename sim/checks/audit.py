@@ -156,7 +156,7 @@ class Audit(Kind):
             found += inversion(session, plan)
         self.findings = found
         self.summary = AuditSummary(
-            plan=plan.to_dict(),
+            plan=asdict(plan),
             findings=tuple(plain(finding) for finding in found),
             passed=all(finding.passed for finding in found),
             not_covered=NOT_COVERED,

@@ -4,7 +4,6 @@ Nothing is stood in for: ``client.private_update`` charges the ledger, draws, co
 patients' gradients, adds noise, steps the optimizer and writes the receipt, round after round.
 """
 
-import json
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from common.model.session import Session
 from common.privacy.accounting import epsilon
 from common.privacy.audit import CONFIDENCE, Guesses, bound_of, lower_bound
 from common.privacy.budget.guard import RECEIPT
+from common.privacy.budget.receipts import Receipt
 from common.privacy.canaries import (
     Coins,
     Floats,
@@ -140,7 +140,7 @@ def watch_run(session: Session, config: Config, records: tuple[Encoded, ...]) ->
                 on_step=watch.on_step,
                 guard=guard,
             ).b
-        watch.run.receipt = json.loads((Path(folder) / RECEIPT).read_text(encoding="utf-8"))
+        watch.run.receipt = Receipt.read((Path(folder) / RECEIPT).read_bytes(), what=RECEIPT)
     return watch.run
 
 

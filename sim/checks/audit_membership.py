@@ -75,8 +75,8 @@ def audit_membership(
                     fix="use more patients, or a larger data.test-fraction",
                 )
         privacy = run.summary().privacy
-        epsilon = float(privacy["epsilon"]) if privacy else math.inf
-        delta = float(privacy["delta"]) if privacy else 0.0
+        epsilon = float(privacy.epsilon) if privacy else math.inf
+        delta = privacy.delta if privacy else 0.0
         findings = membership_findings(
             ratios(members),
             ratios(outsiders),
@@ -86,7 +86,7 @@ def audit_membership(
         )
         claim = "Nothing was claimed: the run has no differential privacy."
         if privacy:
-            claim = claim_of(privacy["unit"], epsilon, delta=delta, steps=privacy["planned_steps"])
+            claim = claim_of(privacy.unit, epsilon, delta=delta, steps=privacy.planned_steps)
         claim += " This audit read the run's own patients; its figures are of all of them together."
         result = MembershipRecord(
             claim=claim,

@@ -34,9 +34,7 @@ from common.records.checks import (
     Parameters,
     PlanRecord,
     Recomputation,
-    Workers,
 )
-from common.records.summary import DtypeFacts
 from common.training.budget import checkpoint_steps, steps_in_all, steps_of_round
 from common.wire.codecs import wire_layout
 from common.wire.cohort import asked, check_only
@@ -116,7 +114,7 @@ def plan(config: Config, *, card_bytes: int | None = None) -> PlanRecord:
         parameters=Parameters(backbone=counts.backbone, a=counts.a, b=counts.b),
         batch_tokens=train.batch_size * train.max_length,
         device=device,
-        dtype=DtypeFacts(value=dtype.value, reason=dtype.reason),
+        dtype=dtype,
         recompute=Recomputation(
             value=chosen.value,
             reason=chosen.reason,
@@ -126,7 +124,7 @@ def plan(config: Config, *, card_bytes: int | None = None) -> PlanRecord:
         generation_bytes=answering,
         card_bytes=card.value,
         card=card.reason,
-        workers=Workers(value=workers.value, reason=workers.reason),
+        workers=workers,
         fits=needed <= card.value,
         spare_bytes=card.value - needed,
         bytes_per_round=asked(federation) * exchange_bytes(config, shape),
@@ -141,7 +139,8 @@ def plan(config: Config, *, card_bytes: int | None = None) -> PlanRecord:
     if not protects(config):
         return found
     outlook = forecast(plan_of(config), trained, target_epsilon=config.privacy.target_epsilon)
-    return found.model_copy(update={"privacy": outlook | {"delta_note": delta_note(config)}})
+    outlook = outlook.model_copy(update={"delta_note": delta_note(config)})
+    return found.model_copy(update={"privacy": outlook})
 
 
 def measured_times(
@@ -244,7 +243,7 @@ def show_plan(console: Console, found: PlanRecord) -> None:
             f"{one.hours:.1f} h in all ({one.source})"
         )
     privacy = found.privacy
-    for line in (*lines(privacy), privacy["delta_note"]) if privacy else ():
+    for line in (*lines(privacy), privacy.delta_note) if privacy else ():
         say(line)
 
 

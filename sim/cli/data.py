@@ -39,7 +39,7 @@ def prepare(
     console = console_for(json_output)
     counts = prepare_tables(_config(directory, set_), progress=console.print)
     show_blocks(console, count_blocks(counts))
-    print_json(counts, json_output)
+    print_json(counts.as_json(), json_output)
 
 
 @app.command()
@@ -62,7 +62,7 @@ def describe(
     show_blocks(console, description_blocks(description))
     page = write_page(description, out)
     console.print(f"page: {page.absolute()}", markup=False, highlight=False)
-    print_json(description.data, json_output)
+    print_json(description.as_json(), json_output)
 
 
 @app.command()

@@ -81,7 +81,7 @@ def judge(
     if dry_run:
         figures = estimate(directory, prepared)
         show_estimate(console, figures)
-        print_json(figures, json_output)
+        print_json(figures.as_json(), json_output)
         return
     again = ["fedrx", "judge"]
     again += [word for key in overrides for word in ("--set", key)]
@@ -91,7 +91,7 @@ def judge(
     with after_training(directory, "the judge", shlex.join(again)):
         result = ask_judge(directory, prepared, console=console)
     _renew_report(directory)
-    print_json(result, json_output)
+    print_json(result.as_json(), json_output)
     require_scores(result)
 
 
@@ -141,7 +141,7 @@ def review_import(
         result = import_reviews(directory, files)
         _renew_report(directory)
     show_reviews(console_for(json_output), result)
-    print_json(result, json_output)
+    print_json(result.as_json(), json_output)
 
 
 def suggest(

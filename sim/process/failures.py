@@ -13,7 +13,7 @@ from pathlib import Path
 from common.data.handling import CREDENTIALED, handling_of
 from common.errors import FedrxError, RunFailed
 from common.evaluation.judge.gate import source_of_run
-from common.rundir import SUMMARY, RunDirectory
+from common.rundir import RunDirectory
 
 ERROR_LOG = "error.log"
 LONGEST_TEXT = 300
@@ -55,7 +55,7 @@ def described(error: Exception, run: RunDirectory | None) -> str:
 def _source(run: RunDirectory | None) -> str:
     with contextlib.suppress(OSError, ValueError, FedrxError):
         if run is not None:
-            return source_of_run(run.read_json(SUMMARY), run.read_json("data.json"))
+            return source_of_run(run)
     return CREDENTIALED
 
 

@@ -141,7 +141,7 @@ def _standing(groups: Mapping[str, Sequence[Compared]]) -> list[Block]:
                 number((summary.validation_loss or (None,))[-1]),
                 *(figure(metrics, key) for key, _ in COLUMNS),
                 megabytes(summary.wire.bytes_up if summary.wire else 0),
-                number(float(summary.privacy["epsilon"]) if summary.privacy else None),
+                number(float(summary.privacy.epsilon) if summary.privacy else None),
             )
         )
     headers = (

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,11 +16,12 @@ from common.data.dataset import open_hospitals
 from common.data.partition import ATTRIBUTES, Hospital
 from common.data.prepare import prepare_source, table_digest
 from common.data.protocols import ASKED
-from common.data.samples import Admission, SampleTable
-from common.data.skew import drug_skew
+from common.data.samples import Admission, Counts, ProtocolCounts, SampleTable
+from common.data.skew import Skew, drug_skew
 from common.errors import UserError
 from common.model.backbone import embedded, tiny
 from common.model.backbone.tokenizer import read_tokenizer
+from common.records.run import HospitalSizes
 from common.seeds import stream
 from common.text.batches import encode
 from common.text.known import LeftOut, together
@@ -52,31 +53,61 @@ class TokenLengths:
     """Items of the choice's prompts."""
     dropped_drugs: int
 
+    @property
+    def total(self) -> tuple[int, ...]:
+        """Prompt and answer together."""
+        return tuple(map(sum, zip(self.prompt, self.answer, strict=True)))
+
+
+class SourceCounts(Counts):
+    """What was counted, and of what."""
+
+    absent_when_none = ("protocol", "digest")
+    source: str
+    digest: str | None = None
+    """Of the sample table."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
     """Everything that the text, the JSON and the page of ``describe`` show."""
 
-    data: dict[str, Any]
-    """What ``--json`` prints."""
+    counts: SourceCounts
+    scheme: str
+    sizes: tuple[HospitalSizes, ...]
+    skew: Skew
     hospitals: tuple[Hospital, ...]
+    backbone: str
     lengths: TokenLengths | None
+    reason: str
+    """Why there are none."""
+
+    def as_json(self) -> dict[str, object]:
+        """Return what ``--json`` prints."""
+        return {
+            **self.counts.as_json(),
+            "partition": {
+                "scheme": self.scheme,
+                "hospitals": [one.as_json() for one in self.sizes],
+                "skew": self.skew.observed,
+                "null_skew": self.skew.null,
+                "p_value": self.skew.p_value,
+            },
+            "tokens": _tokens(self.lengths, self.backbone, self.reason),
+        }
 
 
 def prepare(
     config: Config, *, cache_dir: Path | None = None, progress: Progress | None = None
-) -> dict[str, Any]:
+) -> SourceCounts:
     """Prepare (or find) the cached sample table of ``data.path`` and return its counts.
 
     Raises:
         UserError: Tables that cannot be used as they are; nothing is left in the cache then.
     """
     found = prepare_source(config.data, cache_dir=cache_dir, progress=progress)
-    return {
-        **found.prepared.counts.as_json(),
-        "source": found.source,
-        "digest": table_digest(found.prepared),
-    }
+    counts, digest = found.prepared.counts, table_digest(found.prepared)
+    return SourceCounts(**dict(counts), source=found.source, digest=digest)
 
 
 def describe(
@@ -90,11 +121,11 @@ def describe(
     say = progress or (lambda _: None)
     opened = open_hospitals(config, cache_dir=cache_dir, progress=progress)
     table, hospitals = opened.samples, opened.hospitals
-    counts = table.counts.as_json()
     sizes = [sizes_of(one) for one in hospitals]
     if config.partition.scheme in ATTRIBUTES:
         groups = _group_counts(table, hospitals, config.partition.scheme)
-        sizes = [{**one, "groups": own} for one, own in zip(sizes, groups, strict=True)]
+        pairs = zip(sizes, groups, strict=True)
+        sizes = [one.model_copy(update={"groups": own}) for one, own in pairs]
     skew = drug_skew([one.admissions for one in hospitals], seed=config.partition.seed)
     say("counting tokens")
     tokenizer, reason = local_tokenizer(config.model.backbone, cache_dir or fedrx_cache())
@@ -107,20 +138,17 @@ def describe(
             max_length=config.train.max_length,
             seed=config.evaluation.seed,
         )
-    data = {
-        **counts,
-        "dropped": {**counts["dropped"], **_missing_drops(hospitals)},
-        "source": table.source,
-        "partition": {
-            "scheme": config.partition.scheme,
-            "hospitals": sizes,
-            "skew": skew.observed,
-            "null_skew": skew.null,
-            "p_value": skew.p_value,
-        },
-        "tokens": _tokens(lengths, config.model.backbone, reason),
-    }
-    return Description(data=data, hospitals=hospitals, lengths=lengths)
+    dropped = {**table.counts.dropped, **_missing_drops(hospitals)}
+    return Description(
+        counts=SourceCounts(**{**dict(table.counts), "dropped": dropped}, source=table.source),
+        scheme=config.partition.scheme,
+        sizes=tuple(sizes),
+        skew=skew,
+        hospitals=hospitals,
+        backbone=config.model.backbone,
+        lengths=lengths,
+        reason=reason,
+    )
 
 
 def token_lengths(
@@ -174,36 +202,36 @@ def local_tokenizer(backbone: str, cache_dir: Path) -> tuple["PreTrainedTokenize
         return None, error.what
 
 
-def count_blocks(data: dict[str, Any]) -> list[Block]:
+def count_blocks(data: SourceCounts) -> list[Block]:
     """Return what ``prepare`` counted, for a terminal and a page."""
-    drugs = data["drugs_per_sample"]
+    drugs = data.drugs_per_sample
     reasons = {
         name: ", ".join(
             f"{reason.split('.', 1)[1].replace('_', ' ')} {count:,}"
-            for reason, count in data["dropped"].items()
+            for reason, count in data.dropped.items()
             if reason.startswith(f"{name}.") and count
         )
-        for name in data["rows_out"]
+        for name in data.rows_out
     }
     measured = (
-        f"Measured on or before admission: height {data['height']:,}, weight {data['weight']:,}, "
-        f"both {data['height_and_weight']:,}, neither {data['no_height_no_weight']:,}."
+        f"Measured on or before admission: height {data.height:,}, weight {data.weight:,}, "
+        f"both {data.height_and_weight:,}, neither {data.no_height_no_weight:,}."
     )
-    nulls = ", ".join(f"{column} {number:,}" for column, number in data["null_spelled"].items())
+    nulls = ", ".join(f"{column} {number:,}" for column, number in data.null_spelled.items())
     if nulls:
         measured += f" NULL spelled as text (NA, None, \\N ...) and read as NULL: {nulls}."
     return [
         Block(
-            note=f"{data['samples']:,} samples of {data['patients']:,} patients (source: "
-            f"{data['source']}); {drugs['mean']:.2f} drugs each, {drugs['min']} to {drugs['max']}."
+            note=f"{data.samples:,} samples of {data.patients:,} patients (source: "
+            f"{data.source}); {drugs.mean:.2f} drugs each, {drugs.min} to {drugs.max}."
         ),
         Block(
             title="Rows read and left out",
             note=measured,
             headers=("table", "rows in", "rows out", "left out because"),
             rows=tuple(
-                (name, f"{number:,}", f"{data['rows_out'][name]:,}", reasons[name])
-                for name, number in data["rows"].items()
+                (name, f"{number:,}", f"{data.rows_out[name]:,}", reasons[name])
+                for name, number in data.rows.items()
             ),
             text_cells=True,
         ),
@@ -212,21 +240,19 @@ def count_blocks(data: dict[str, Any]) -> list[Block]:
 
 def description_blocks(description: Description) -> list[Block]:
     """Return what ``describe`` found, for a terminal and a page."""
-    data = description.data
-    partition, tokens = data["partition"], data["tokens"]
-    hospitals = partition["hospitals"]
+    hospitals, skew, lengths = description.sizes, description.skew, description.lengths
     headers: tuple[str, ...] = ("name", "patients", "samples", "train", "validation", "test")
-    rows = [[str(one[key]) for key in headers] for one in hospitals]
-    if any("groups" in one for one in hospitals):
+    rows = [[str(getattr(one, key)) for key in headers] for one in hospitals]
+    if any(one.groups for one in hospitals):
         headers = (*headers, "groups (patients)")
-        rows = [[*row, _groups(one["groups"])] for row, one in zip(rows, hospitals, strict=True)]
-    blocks = count_blocks(data)
-    if "protocol" in data:
-        blocks.append(_protocol_block(data["protocol"]))
+        rows = [[*row, _groups(one.groups)] for row, one in zip(rows, hospitals, strict=True)]
+    blocks = count_blocks(description.counts)
+    if description.counts.protocol:
+        blocks.append(_protocol_block(description.counts.protocol))
     small = [
-        f"{one['name']} ({one['validation']} validation, {one['test']} test)"
+        f"{one.name} ({one.validation} validation, {one.test} test)"
         for one in hospitals
-        if min(one["validation"], one["test"]) < FEW_SAMPLES
+        if min(one.validation, one.test) < FEW_SAMPLES
     ]
     if small:
         note = (
@@ -236,10 +262,10 @@ def description_blocks(description: Description) -> list[Block]:
         )
         blocks.append(Block(note=note, warning=True))
     note = (
-        f"skew (mean Jensen-Shannon divergence of drugs, bits): {partition['skew']:.3f}; "
-        f"by chance {partition['null_skew']:.3f} (p {partition['p_value']:.2f})"
+        f"skew (mean Jensen-Shannon divergence of drugs, bits): {skew.observed:.3f}; "
+        f"by chance {skew.null:.3f} (p {skew.p_value:.2f})"
     )
-    title = f"Hospitals: partition by {partition['scheme']}"
+    title = f"Hospitals: partition by {description.scheme}"
     blocks.append(
         Block(
             title=title,
@@ -249,21 +275,24 @@ def description_blocks(description: Description) -> list[Block]:
             text_cells=len(headers) > 6,
         )
     )
-    note = tokens.get("reason") or (
-        f"{tokens['backbone']}: prompt {tokens['prompt']['mean']:.0f} on average, "
-        f"answer {tokens['answer']['mean']:.0f}, longest sample {tokens['total']['max']:,}; "
-        f"{tokens['longer_than_max_length']:,} of {tokens['samples']:,} longer than "
-        f"train.max-length {tokens['max_length']:,}: whole items dropped: "
-        f"{tokens['dropped_diagnoses']:,} diagnoses, {tokens['dropped_drugs']:,} drugs"
-        + "".join(f", {number:,} {kind}" for kind, number in other_items(tokens).items())
-    )
+    note = description.reason
+    if lengths:
+        other = other_items(lengths.left_out.beyond_diagnoses())
+        note = (
+            f"{description.backbone}: prompt {np.mean(lengths.prompt):.0f} on average, "
+            f"answer {np.mean(lengths.answer):.0f}, longest sample {max(lengths.total):,}; "
+            f"{lengths.longer:,} of {len(lengths.total):,} longer than "
+            f"train.max-length {lengths.max_length:,}: whole items dropped: "
+            f"{lengths.left_out.diagnoses:,} diagnoses, {lengths.dropped_drugs:,} drugs"
+            + "".join(f", {number:,} {kind}" for kind, number in other.items())
+        )
     return [*blocks, Block(title="Tokens", note=note)]
 
 
-def other_items(facts: Mapping[str, Any]) -> dict[str, int]:
+def other_items(left_out: Mapping[str, int]) -> dict[str, int]:
     """Return what prompts leave out beside diagnoses, in words for people.
 
-    >>> other_items({"left_out": {"visits": 2, "ordered": 1}})
+    >>> other_items({"visits": 2, "ordered": 1})
     {'earlier visits (the oldest)': 2, 'early orders': 1}
     """
     words = {
@@ -271,17 +300,16 @@ def other_items(facts: Mapping[str, Any]) -> dict[str, int]:
         "ordered": "early orders",
         "labs": "laboratory results",
     }
-    return {words.get(kind, kind): number for kind, number in (facts.get("left_out") or {}).items()}
+    return {words.get(kind, kind): number for kind, number in left_out.items()}
 
 
-def _protocol_block(protocol: Mapping[str, Any]) -> Block:
+def _protocol_block(protocol: ProtocolCounts) -> Block:
     """Return what a protocol counted."""
-    note = f"{protocol['name']}: {ASKED[protocol['name']]}."
-    if protocol["absent"]:
-        note += f" Not there, and done without: {', '.join(protocol['absent'])}."
-    rows = tuple(
-        (key.replace("_", " "), f"{number:,}") for key, number in protocol["counted"].items()
-    )
+    note = f"{protocol.name}: {ASKED[protocol.name]}."
+    if protocol.absent:
+        note += f" Not there, and done without: {', '.join(protocol.absent)}."
+    counted = protocol.counted.items()
+    rows = tuple((key.replace("_", " "), f"{number:,}") for key, number in counted)
     return Block(title="Protocol", note=note, headers=("counted", ""), rows=rows, text_cells=True)
 
 
@@ -305,16 +333,16 @@ def _group_counts(
     ]
 
 
-def sizes_of(hospital: Hospital) -> dict[str, object]:
-    """Return what may be said of a hospital: its name, and how much of what it has."""
-    return {
-        "name": hospital.name,
-        "patients": hospital.patients,
-        "samples": hospital.samples,
-        "train": len(hospital.train),
-        "validation": len(hospital.validation),
-        "test": len(hospital.test),
-    }
+def sizes_of(hospital: Hospital) -> HospitalSizes:
+    """Return what may be said of a hospital."""
+    return HospitalSizes(
+        name=hospital.name,
+        patients=hospital.patients,
+        samples=hospital.samples,
+        train=len(hospital.train),
+        validation=len(hospital.validation),
+        test=len(hospital.test),
+    )
 
 
 def _missing_drops(hospitals: Sequence[Hospital]) -> dict[str, int]:
@@ -328,13 +356,12 @@ def _missing_drops(hospitals: Sequence[Hospital]) -> dict[str, int]:
 def _tokens(lengths: TokenLengths | None, backbone: str, reason: str) -> dict[str, object]:
     if lengths is None:
         return {"backbone": backbone, "samples": 0, "reason": reason}
-    total = [prompt + answer for prompt, answer in zip(lengths.prompt, lengths.answer, strict=True)]
     return {
         "backbone": backbone,
-        "samples": len(total),
+        "samples": len(lengths.total),
         "prompt": _spread(lengths.prompt),
         "answer": _spread(lengths.answer),
-        "total": _spread(total),
+        "total": _spread(lengths.total),
         "max_length": lengths.max_length,
         "longer_than_max_length": lengths.longer,
         "dropped_diagnoses": lengths.left_out.diagnoses,

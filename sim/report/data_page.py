@@ -51,15 +51,15 @@ def write_page(description: Description, folder: Path) -> Path:
     }
     folder.mkdir(parents=True, exist_ok=True)
     blocks = [
-        Block(note=_NOTICE.format(source=description.data["source"]), warning=True),
+        Block(note=_NOTICE.format(source=description.counts.source), warning=True),
         *description_blocks(description),
     ]
     for title, figures in titled.items():
         for name, figure in figures.items():
             write_bytes(folder / f"{name}.png", rendered(figure, "png"))
         blocks.append(Block(title=title, svgs=tuple(map(inline_svg, figures.values()))))
-    data = description.data
-    page, title = folder / "index.html", f"{data['samples']:,} samples of {data['patients']:,}"
+    counts = description.counts
+    page, title = folder / "index.html", f"{counts.samples:,} samples of {counts.patients:,}"
     write_text(page, to_html(f"Data: {title} patients", blocks))
     return page
 

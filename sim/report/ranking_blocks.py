@@ -11,6 +11,8 @@ from sim.report.words import model_name, number, with_interval
 
 Models = Sequence[tuple[str, Mapping[str, Any]]]
 """The name of each that has the figure at hand, and its figures."""
+Interval = Mapping[str, float | None]
+"""``value``, ``low`` and ``high``."""
 _PERFECT = ((0.0, 0.0), (1.0, 1.0))
 _SIDES = (("predicted", "rate"), ("true", "rate"), ("predicted", "unknown"))
 _SHIPPED = (
@@ -139,13 +141,13 @@ def _interactions(key: str, models: Models) -> Block:
     )
 
 
-def _estimate(estimate: Mapping[str, Any] | None) -> str:
+def _estimate(estimate: Interval | None) -> str:
     if not estimate:
         return "–"
     return with_interval(estimate["value"], [estimate["low"], estimate["high"]])
 
 
-def _difference(estimate: Mapping[str, Any] | None) -> str:
+def _difference(estimate: Interval | None) -> str:
     """Format a difference, whose ends may be negative."""
     if not estimate:
         return "–"

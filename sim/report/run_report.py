@@ -5,9 +5,8 @@ It carries its own plots (inline SVG) and refers to nothing outside itself. Samp
 only where the data's source allows it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from common.data.handling import handling_of
 from common.errors import UserError
@@ -15,6 +14,7 @@ from common.evaluation.answers_file import read_answers
 from common.privacy.budget.receipts import privacy_lines
 from common.privacy.forecast import verdict
 from common.privacy.settings import plan_of
+from common.records.judged import Reviewed
 from common.records.run import Metric
 from common.records.summary import Figures, Summary
 from common.rundir import RunDirectory
@@ -203,19 +203,21 @@ def _metrics(summary: Summary) -> list[Block]:
 
 
 def _hospitals(run: RunDirectory, summary: Summary) -> Block:
-    sizes = {one["name"]: one for one in run.read_json("data.json").get("hospitals", [])}
-    spent = {one["hospital"]: one for one in (summary.privacy or {}).get("per_hospital", [])}
+    sizes = {one.name: one for one in run.data().hospitals}
+    private = summary.privacy
+    spent = {one.hospital: float(one.epsilon) for one in private.per_hospital} if private else {}
+    validation, train = run.metrics("validation-loss"), run.metrics("train-loss")
     rows = []
     for one in summary.hospitals:
         name = one.name
         # With privacy on no hospital tells its size.
-        size = sizes.get(name, {}) if one.patients is not None else {}
-        splits = (str(size.get(split, "–")) for split in ("train", "validation", "test"))
+        size = sizes.get(name) if one.patients is not None else None
+        splits = map(str, (size.train, size.validation, size.test) if size else "–––")
         counts = ("–" if size is None else str(size) for size in (one.patients, one.samples))
-        first, last = _ends(run.metrics("validation-loss"), name)
-        trained = _ends(run.metrics("train-loss"), name)[1]
+        first, last = _ends(validation, name)
+        trained = _ends(train, name)[1]
         losses = (number(first), number(last), number(trained))
-        epsilon = (number(float(spent[name]["epsilon"])),) if name in spent else ()
+        epsilon = (number(spent[name]),) if name in spent else ()
         rows.append((name, *counts, *splits, *losses, *epsilon))
     headers = (
         *("hospital", "patients", "samples", "train", "validation", "test"),
@@ -235,17 +237,17 @@ def _privacy(run: RunDirectory, summary: Summary) -> list[Block]:
     if not lines or not privacy:
         return []
     facts = [
-        (label, f"{privacy[key]:g}")
+        (label, f"{value:g}")
         for key, label in _PRIVACY_FACTS.items()
-        if privacy.get(key) is not None
+        if (value := getattr(privacy, key))
     ]
-    if "noise_multiplier" in privacy:
+    if privacy.noise_multiplier:
         ratio = plan_of(run.config()).noise_to_signal(summary.trainable_parameters)
         facts.append(("noise over signal, per step", f"{ratio:.3g}: {verdict(ratio)}"))
     note = (
-        f"({float(privacy['epsilon']):.3f}, {privacy['delta']:g})-differential privacy for each "
-        f"{privacy['unit']}, {privacy['relation']}; accountant {privacy['accountant']}; noise: "
-        f"{privacy['noise']}. Sizes, losses and metrics in this report are the simulation's own, "
+        f"({float(privacy.epsilon):.3f}, {privacy.delta:g})-differential privacy for each "
+        f"{privacy.unit}, {privacy.relation}; accountant {privacy.accountant}; noise: "
+        f"{privacy.noise}. Sizes, losses and metrics in this report are the simulation's own, "
         "outside the guarantee: no hospital sent them. The baselines beside them are fitted on "
         "the training patients without privacy."
     )
@@ -282,17 +284,17 @@ def _judgement(summary: Summary) -> list[Block]:
     judge = summary.judge
     if judge:
         # A run that was judged by an earlier version has one judge, without its name inside.
-        judges = judge.get("judges") or {judge["model"]: judge}
+        judges = judge.judges or {judge.model: judge}
         rows = tuple(
             (
                 model_name(model, summary),
                 name,
-                number(values.get("mean")),
-                str(values.get("scored", "–")),
-                str(values.get("unscored", "–")),
+                number(values.mean),
+                str(values.scored),
+                str(values.unscored),
             )
             for name, theirs in judges.items()
-            for model, values in theirs["appropriateness"].items()
+            for model, values in theirs.appropriateness.items()
         )
         headers = ("", "judge", "appropriateness", "scored", "unscored")
         note = "Suitable drugs / all drugs, averaged over samples."
@@ -302,24 +304,23 @@ def _judgement(summary: Summary) -> list[Block]:
     return blocks
 
 
-def _reviewers(summary: Summary, review: Mapping[str, Any]) -> Block:
+def _reviewers(summary: Summary, review: Reviewed) -> Block:
     rows = tuple(
         (
             model_name(model, summary),
-            number(values["format_followed"]),
-            number((values["similarity"] or {}).get("f1")),
-            number((values["similarity_after_review"] or {}).get("f1")),
-            number(values["kept_share"]),
-            number(values["overall"]),
+            number(values.format_followed),
+            number((values.similarity or {}).get("f1")),
+            number((values.similarity_after_review or {}).get("f1")),
+            number(values.kept_share),
+            number(values.overall),
         )
-        for model, values in review["models"].items()
+        for model, values in review.models.items()
     )
     headers = ("", "format followed", "F1 with true list", "F1 after review", "kept", "overall")
-    agreement = review["agreement"]
     note = (
-        f"{len(review['reviewers'])} reviewers, {review['cases']} cases; Krippendorff's alpha "
-        f"{number(agreement['alpha_drugs'])} over drugs, {number(agreement['alpha_overall'])} over "
-        "the overall marks."
+        f"{len(review.reviewers)} reviewers, {review.cases} cases; Krippendorff's alpha "
+        f"{number(review.agreement.alpha_drugs)} over drugs, "
+        f"{number(review.agreement.alpha_overall)} over the overall marks."
     )
     return Block(title="Reviewers", note=note, headers=headers, rows=rows)
 

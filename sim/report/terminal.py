@@ -101,8 +101,8 @@ def privacy_lines(config: Config, summary: Summary) -> list[str]:
     ratio = plan_of(config).noise_to_signal(summary.trainable_parameters)
     return [
         (
-            f"privacy of each {privacy['unit']}: epsilon {float(privacy['epsilon']):.3f} at delta "
-            f"{privacy['delta']:g}; noise multiplier {privacy['noise_multiplier']:g}"
+            f"privacy of each {privacy.unit}: epsilon {float(privacy.epsilon):.3f} at delta "
+            f"{privacy.delta:g}; noise multiplier {privacy.noise_multiplier:g}"
         ),
         f"noise over signal, per step: {ratio:.3g}: {verdict(ratio)}",
     ]

@@ -15,6 +15,7 @@ from common.config import OWN_TEXT, Config
 from common.data.handling import CREDENTIALED
 from common.data.protocols import ADMISSION, ASKED, FIRST_24H, system_prompt
 from common.files import write_text
+from common.privacy.budget.receipts import INFINITY
 from common.privacy.settings import is_private
 from common.records.summary import Summary
 from common.rundir import RunDirectory
@@ -167,7 +168,7 @@ def _lists(config: Config, summary: Summary) -> dict[str, str]:
     """How the lists behind the figures came about: the evaluation's settings before the run's."""
     settings = {
         **asdict(config.evaluation),
-        **(summary.evaluation or {}).get("settings", {}),
+        **(summary.evaluation.settings if summary.evaluation else {}),
     }
     user = f'template "{config.text.template}"' if config.text.template else "FedRx's own template"
     protocol = config.data.protocol
@@ -211,17 +212,17 @@ def _results(summary: Summary) -> dict[str, str]:
     if others:
         known["7e"] = "; ".join(others)
     if summary.review:
-        people, alpha = len(summary.review["reviewers"]), summary.review["agreement"]["alpha_drugs"]
+        people, alpha = len(summary.review.reviewers), summary.review.agreement.alpha_drugs
         known["8b"] = (
-            f"{people} reviewer(s) of {summary.review['cases']} cases, Krippendorff's alpha "
+            f"{people} reviewer(s) of {summary.review.cases} cases, Krippendorff's alpha "
             f"{'undefined' if alpha is None else f'{alpha:.3f}'} over drugs"
         )
         known["8a"] = "keep, remove or unsure for each drug; 1 to 5 for each list; blinded"
     if summary.judge:
-        known["7b"] = f"LLM judge {_cell(summary.judge['model'])}: appropriateness in summary.json"
-        agreement = (summary.review or {}).get("judge") or {}
-        if agreement.get("agree") is not None:
-            share = f"{agreement['agree']:.0%} of {agreement['drugs']} drugs"
+        known["7b"] = f"LLM judge {_cell(summary.judge.model)}: appropriateness in summary.json"
+        agreement = summary.review.judge if summary.review else None
+        if agreement and agreement.agree is not None:
+            share = f"{agreement.agree:.0%} of {agreement.drugs} drugs"
             known["7b"] += f"; agrees with the reviewers on {share}"
     return known
 
@@ -239,12 +240,12 @@ def _trained_by(config: Config, hospitals: int) -> str:
 def _privacy(config: Config, summary: Summary) -> str:
     if not is_private(config) or not summary.privacy:
         return "no differential privacy"
-    epsilon = summary.privacy["epsilon"]
-    if epsilon is None:
+    privacy = summary.privacy
+    if privacy.epsilon == INFINITY:
         return "noise without a guarantee"
     return (
-        f"differential privacy: epsilon {epsilon:.3f}, delta {summary.privacy['delta']:g} per "
-        f"{summary.privacy['unit']}"
+        f"differential privacy: epsilon {privacy.epsilon:.3f}, delta {privacy.delta:g} per "
+        f"{privacy.unit}"
     )
 
 

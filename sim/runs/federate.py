@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import torch
@@ -69,12 +69,12 @@ class Federation(Kind):
 
     def facts(self, record: RunRecord) -> Mapping[str, object]:
         """Say how many workers there are, and why."""
-        return {**super().facts(record), "workers": self.workers.as_dict()}
+        return {**super().facts(record), "workers": asdict(self.workers)}
 
     def place(self, directory: RunDirectory) -> Mapping[str, int]:
         """Return the last round that has a checkpoint; -1 before the first."""
         names = directory.checkpoint_names()
-        return {"round": int(directory.checkpoint_facts(names[-1])["round"]) if names else -1}
+        return {"round": directory.checkpoint_facts(names[-1]).round if names else -1}
 
     def train(self, run: Run) -> Summary:
         """Run the rounds after the last checkpoint (or all); the server sums them up."""

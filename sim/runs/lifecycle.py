@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -26,7 +25,7 @@ from common.provenance import (
 from common.records import Record
 from common.records.run import Inputs, Mode, RunRecord
 from common.records.summary import Summary
-from common.rundir import ENVIRONMENT, RUN, SUMMARY, RunDirectory
+from common.rundir import DATA, ENVIRONMENT, RUN, SUMMARY, RunDirectory
 from common.training.worker import Worker
 from sim.answers.evaluate import FREE_KEYS, evaluate_run
 from sim.process.lock import exclusive
@@ -89,10 +88,9 @@ class Kind:
             summary = summary.having(training_seconds=round(run.seconds, 3))
         directory.write_json(SUMMARY, summary.having(source=data.source))
         run.enter(EVALUATION)
-        evaluate_run(
+        summary = evaluate_run(
             directory, overrides=run.overrides, console=console, worker=run.worker, data=data
         )
-        summary = directory.summary()
         peaks: dict[str, int | None] = {"peak_rss_bytes": max(run.peak.bytes, peak_rss_bytes())}
         devices = [size for size in (summary.peak_device_bytes, peak_device_bytes()) if size]
         peaks["peak_device_bytes"] = max(devices, default=None)
@@ -196,7 +194,7 @@ def start(
     config = replace(config, run=replace(config.run, directory=str(directory.path)))
     directory.write_config(config)
     if preparation:
-        directory.write_json("data.json", data_facts(preparation))
+        directory.write_json(DATA, data_facts(preparation))
     record = chosen.record(config, inputs)
     directory.write_json(ENVIRONMENT, {**environment(command_line), **chosen.facts(record)})
     directory.write_json(RUN, record)
@@ -216,7 +214,7 @@ def resume(
     command_line: Sequence[str],
     inside: bool = False,
     worker: Worker | None = None,
-) -> Mapping[str, Any]:
+) -> Mapping[str, object]:
     """Go on with a run from its last checkpoint.
 
     Args:
@@ -343,8 +341,9 @@ def evaluate(
 
     place = status.model_dump(include={"round", "step"}, exclude_unset=True)
     with exclusive(directory), after_training(directory, "the answers", "fedrx evaluate"):
-        evaluate_run(directory, checkpoint=checkpoint, overrides=overrides, console=console)
-        summary = directory.summary()
+        summary = evaluate_run(
+            directory, checkpoint=checkpoint, overrides=overrides, console=console
+        )
         seconds = summary.seconds or summary.training_seconds or 0.0
         directory.write_json(SUMMARY, summary.having(seconds=seconds))
         return _finish(directory, console, place)

@@ -11,6 +11,7 @@ from common.data.samples import Admission, Visit
 from common.model.adapter.layout import adapter_spec
 from common.model.backbone import embedded
 from common.model.backbone.load import BackboneSpec
+from common.privacy.budget.receipts import INFINITY
 from common.provenance import PROMPT_DATE
 from common.records.summary import Summary
 from common.rundir import Checkpoint, RunDirectory
@@ -86,11 +87,13 @@ def model_card(
         personal: Hospital whose own B is in the weights; empty: the common B alone.
     """
     summary, protocol = run.summary(), config.data.protocol
-    source, facts = summary.source or CREDENTIALED, checkpoint.facts
+    source = summary.source or CREDENTIALED
+    moment = checkpoint.facts.model_dump(include={"round", "step"}, exclude_unset=True)
     handling = handling_of(source)
     licences = (one for start, one in _LICENCES.items() if hub_id.lower().startswith(start))
     system, user = (one["content"] for one in messages(EXAMPLES[protocol], config.text))
-    answered = not personal and checkpoint.name == (summary.evaluation or {}).get("checkpoint")
+    evaluated = summary.evaluation.checkpoint if summary.evaluation else ""
+    answered = not personal and checkpoint.name == evaluated
     metrics = summary.metrics if answered else {}
     return fill(
         "card.md.jinja",
@@ -110,8 +113,7 @@ def model_card(
         asked=ASKED[protocol],
         targets=adapter_spec(config.adapter).targets,
         checkpoint=checkpoint.name,
-        moment=", ".join(f"{unit} {facts[unit]}" for unit in ("round", "step") if unit in facts)
-        or "the only one",
+        moment=", ".join(f"{unit} {at}" for unit, at in moment.items()) or "the only one",
         guarantee="none, see below" if personal else _privacy_line(summary),
         columns=[name for _, name in COLUMNS],
         rows=[
@@ -135,7 +137,6 @@ def _privacy_line(summary: Summary) -> str:
     privacy = summary.privacy
     if not privacy:
         return "trained without differential privacy"
-    epsilon = privacy["epsilon"]
-    if epsilon is None:
+    if privacy.epsilon == INFINITY:
         return "no guarantee (epsilon is infinite)"
-    return f"epsilon {epsilon:.3f}, delta {privacy['delta']:g}, per {privacy['unit']}"
+    return f"epsilon {privacy.epsilon:.3f}, delta {privacy.delta:g}, per {privacy.unit}"

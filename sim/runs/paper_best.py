@@ -3,8 +3,6 @@
 What was tried, and on whom it was chosen: benchmarks/README.md, "What makes answers better".
 """
 
-from typing import Any
-
 from common.config import Config
 from common.configio import Scalar, from_flat
 from common.records.paper import BestRow
@@ -53,18 +51,20 @@ def finish_best(run: Run) -> None:
         if lists not in known:
             run.directory.write_status("running", stage=EVALUATION, lists=lists)
             with exclusive(one), after_training(one, "the answers", "fedrx evaluate"):
-                known[lists] = [row.as_json() for row in _answered(one, run, lists)]
-            run.directory.write_json(_ANSWERS, known)
+                known[lists] = _answered(one, run, lists)
+            told = {lists: [row.as_json() for row in rows] for lists, rows in known.items()}
+            run.directory.write_json(_ANSWERS, told)
     write_report(one)
 
 
 def best_rows(run: RunDirectory) -> tuple[BestRow, ...]:
     """Return what a paper run knows of the best settings; nothing where it has not tried them."""
-    return tuple(BestRow.read(row, what=_ANSWERS) for rows in _known(run).values() for row in rows)
+    return tuple(row for rows in _known(run).values() for row in rows)
 
 
-def _known(run: RunDirectory) -> dict[str, list[dict[str, Any]]]:
-    return dict(run.read_json(_ANSWERS)) if (run.path / _ANSWERS).exists() else {}
+def _known(run: RunDirectory) -> dict[str, list[BestRow]]:
+    known = run.read_json(_ANSWERS).items()
+    return {lists: [BestRow.read(row, what=_ANSWERS) for row in rows] for lists, rows in known}
 
 
 def _answered(one: RunDirectory, around: Run, lists: str) -> list[BestRow]:
@@ -73,7 +73,7 @@ def _answered(one: RunDirectory, around: Run, lists: str) -> list[BestRow]:
         summary = one.summary()
         # The last checkpoint stands beside the first that is answered.
         if not rows or model_of(summary, checkpoint) != LAST:
-            evaluate_run(
+            summary = evaluate_run(
                 one,
                 checkpoint=checkpoint.name,
                 overrides=LISTS[lists],
@@ -81,7 +81,6 @@ def _answered(one: RunDirectory, around: Run, lists: str) -> list[BestRow]:
                 worker=around.worker,
                 data=around.preparation.data,
             )
-            summary = one.summary()
         told = summary.metrics[model_of(summary, checkpoint)].model_dump()
         rows.append(
             BestRow(

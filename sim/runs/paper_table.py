@@ -238,12 +238,12 @@ def percent(value: float | None) -> str:
 
 def _here(checkpoint: CheckpointFacts, summary: Summary) -> Here:
     model = model_of(summary, checkpoint)
-    judged = (summary.judge or {}).get("appropriateness", {}).get(model)
+    judged = summary.judge.appropriateness.get(model) if summary.judge else None
     return Here(
         checkpoint=checkpoint.name,
         steps=checkpoint.step,
         **summary.metrics[model].model_dump(include=READINGS),
-        appropriateness=judged["mean"] if judged else None,
+        appropriateness=judged.mean if judged else None,
         validation_loss=checkpoint.validation_loss,
         b_norm=checkpoint.b_norm,
     )

@@ -1,6 +1,5 @@
 """What is known of a run before anything is started: its data, hospitals and backbone."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from common.model.adapter.layout import AdapterLayout, adapter_layout, adapter_s
 from common.model.backbone.load import BackboneSpec, resolve_backbone
 from common.privacy.mechanism.isolation import check_backbone
 from common.privacy.settings import is_private
-from common.records.run import Inputs
+from common.records.run import DataFacts, Inputs
 from common.training.budget import checkpoint_steps, steps_in_all
 from common.training.worker import Worker, destination_of
 from sim.flower.superlink import free_port
@@ -79,15 +78,15 @@ def fingerprints(preparation: Preparation) -> Inputs:
     )
 
 
-def data_facts(preparation: Preparation) -> Mapping[str, object]:
-    """Return what data.json holds: hashes, counts and sizes, never rows."""
+def data_facts(preparation: Preparation) -> DataFacts:
+    """Return what data.json holds."""
     table = preparation.data.samples
-    return {
-        "source": table.source,
-        "file_hashes": table.file_hashes,
-        "counts": {name: value for name, value in table.counts.as_json().items() if name != "age"},
-        "hospitals": [sizes_of(hospital) for hospital in preparation.data.hospitals],
-    }
+    return DataFacts(
+        source=table.source,
+        file_hashes=dict(table.file_hashes),
+        counts={name: value for name, value in table.counts.as_json().items() if name != "age"},
+        hospitals=tuple(map(sizes_of, preparation.data.hospitals)),
+    )
 
 
 def with_absolute_paths(config: Config) -> Config:

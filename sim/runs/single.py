@@ -8,7 +8,6 @@ from typing import Any
 from common.config import Config
 from common.errors import UserError
 from common.limits import available_cpus
-from common.model.adapter.layout import adapter_spec
 from common.privacy.budget.receipts import privacy_lines, privacy_summary
 from common.privacy.settings import delta_warning, is_private, protects, with_calibrated_noise
 from common.provenance import peak_device_bytes, peak_rss_bytes, tensors_sha256, tokens_per_second
@@ -32,7 +31,7 @@ class Single(Kind):
     def place(self, directory: RunDirectory) -> Mapping[str, int]:
         """Return the step that a run would go on from."""
         names = directory.checkpoint_names()
-        return {"step": int(directory.checkpoint_facts(names[-1])["step"]) if names else 0}
+        return {"step": directory.checkpoint_facts(names[-1]).step if names else 0}
 
     def train(self, run: Run) -> Summary:
         """Train from the last checkpoint (or from nothing) to the end."""
@@ -76,30 +75,20 @@ def one_node(config: Config) -> Config:
 def summarise(training: SingleTraining, preparation: Preparation) -> Summary:
     """Return summary.json before the answers: the keys of a federation's, and the steps."""
     run, session = training.run, training.session
-    adapter, hospital = training.config.adapter, preparation.data.hospitals[0]
     losses = {event.place: event.number for event in run.metrics("validation-loss")}
     steps = run.metrics("train-loss")
-    checkpoints = [{"name": name, **run.checkpoint_facts(name)} for name in run.checkpoint_names()]
+    checkpoints = [(name, run.checkpoint_facts(name)) for name in run.checkpoint_names()]
     figures = {
         "mode": Single.mode,
         "trainable_parameters": session.adapter.held_parameters,
-        "adapter": {
-            "mode": adapter.mode,
-            "rank": adapter.rank,
-            "alpha": adapter.alpha,
-            "targets": adapter_spec(adapter).targets,
-        },
-        "backbone": {
-            "name": preparation.backbone.name,
-            "fingerprint": preparation.backbone.fingerprint,
-        },
-        "hospitals": [
-            {"name": hospital.name, "patients": hospital.patients, "samples": hospital.samples}
-        ],
+        "adapter": session.adapter.spec,
+        "backbone": preparation.backbone,
+        "hospitals": preparation.data.hospitals,
         "rounds": 0,
         "scaling": scaling(training),
         "checkpoints": [
-            {**facts, "validation_loss": losses.get(facts["step"])} for facts in checkpoints
+            {"name": name, **facts.as_json(), "validation_loss": losses.get(facts.step)}
+            for name, facts in checkpoints
         ],
         "b_sha256": tensors_sha256(session.adapter.state()),
         "wire": {"tensors": [], "bytes_up": 0, "bytes_down": 0},
@@ -113,7 +102,7 @@ def summarise(training: SingleTraining, preparation: Preparation) -> Summary:
         "peak_device_bytes": peak_device_bytes(),
         "device": session.device.value,
         "attention": {"kernel": session.attention.value, "reason": session.attention.reason},
-        "dtype": session.dtype.as_dict(),
+        "dtype": session.dtype,
     }
     if training.guard:
         figures["privacy"] = privacy_summary(training.guard.ledger.plan, privacy_lines(run))

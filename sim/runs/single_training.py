@@ -25,9 +25,10 @@ from common.privacy.budget.guard import Guard
 from common.privacy.budget.receipts import PRIVACY, ledger_line
 from common.privacy.settings import is_private
 from common.provenance import source_digest, tensors_sha256
+from common.records.run import SavedFacts
 from common.records.summary import Scaling
-from common.rundir import RunDirectory, damaged
-from common.tensor_files import Tensors
+from common.rundir import RunDirectory
+from common.tensor_files import Tensors, damaged
 from common.training.budget import checkpoint_steps, steps_in_all, steps_per_epoch, stretches
 from common.training.hospital_data import HospitalData
 from common.training.loop import StepReport, train
@@ -81,7 +82,7 @@ class SingleTraining:
             )
         except KeyError:
             raise damaged(checkpoint.name) from None
-        self.seconds_before = float(checkpoint.facts["seconds"])
+        self.seconds_before = checkpoint.facts.seconds
         self.run.forget_metrics(after=self.state.step)
         self._settle()
         self._tidy()
@@ -189,12 +190,12 @@ class SingleTraining:
         self.run.save_checkpoint(
             checkpoint_name(step),
             b,
-            facts={
-                "step": step,
-                "b_sha256": tensors_sha256(b),
-                "b_norm": norm,
-                "seconds": round(self.seconds, 3),
-            },
+            facts=SavedFacts(
+                step=step,
+                b_sha256=tensors_sha256(b),
+                b_norm=norm,
+                seconds=round(self.seconds, 3),
+            ),
             extra={name: value.numpy() for name, value in self.state.to_tensors().items()},
         )
         self._settle()

@@ -31,6 +31,7 @@ from common.files import (
 from common.privacy.budget.ledger import Ledger
 from common.privacy.plan import PrivacyPlan
 from common.provenance import source_root
+from common.records.run import SavedFacts
 from common.rundir import RunDirectory
 from common.tensor_files import read_tensors, write_tensors
 from common.training.optimiser import TrainState
@@ -116,17 +117,19 @@ def test_a_line_that_finds_no_room_leaves_those_before_it(tmp_path, spare):
 def test_a_checkpoint_that_finds_no_room_leaves_the_ones_before_it(tmp_path):
     run = RunDirectory.create(Config(), directory=tmp_path / "run")
     small = {"layer.lora_B": np.ones((2, 2), np.float32)}
-    run.save_checkpoint("round-00001", small, facts={"round": 1})
+    run.save_checkpoint("round-00001", small, facts=SavedFacts(round=1))
     files = {"b.safetensors": (BIG, {}), "extra.safetensors": (small, BIG)}
     for name, (b, extra) in files.items():
         with room(4000), pytest.raises(DiskFull) as caught:
-            run.save_checkpoint("round-00002", b, facts={"round": 2}, extra=extra)
+            run.save_checkpoint("round-00002", b, facts=SavedFacts(round=2), extra=extra)
         assert one_line(caught.value, name, tmp_path)
     with room(4000), pytest.raises(DiskFull) as caught:
-        run.save_checkpoint("round-00002", small, facts={"round": 2, "config": "x" * 5000})
+        run.save_checkpoint(
+            "round-00002", small, facts=SavedFacts(round=2, hospitals=("x" * 5000,))
+        )
     assert one_line(caught.value, "facts.json", tmp_path)
     assert [one.name for one in (run.path / "checkpoints").iterdir()] == ["round-00001"]
-    assert run.load_checkpoint().facts == {"round": 1}
+    assert run.load_checkpoint().facts == SavedFacts(round=1)
 
 
 def test_a_hospital_s_files_name_themselves_and_no_folder(tmp_path):

@@ -15,6 +15,7 @@ from common.config import Config
 from common.errors import UserError
 from common.files import append_json_line, atomic_path, read_json_lines, write_json, write_text
 from common.provenance import source_digest, source_root, tensors_sha256
+from common.records.run import SavedFacts
 from common.rundir import RunDirectory
 from common.tensor_files import Altered
 
@@ -144,11 +145,11 @@ def test_a_damaged_file_of_a_run_is_one_line_with_its_name(tmp_path, content):
 def test_checkpoints_sort_in_time_and_half_written_ones_do_not_count(tmp_path):
     run = RunDirectory.create(Config(), directory=tmp_path / "run")
     for number in (2, 10, 1):
-        facts = {"round": number}
+        facts = SavedFacts(round=number)
         run.save_checkpoint(f"round-{number:05d}", b_of(number), facts=facts, extra=b_of(-1))
     (run.path / "checkpoints" / ".round-00011.part").mkdir()
     last = run.load_checkpoint()
-    assert (last.name, last.facts["round"]) == ("round-00010", 10)
+    assert (last.name, last.facts.round) == ("round-00010", 10)
     np.testing.assert_array_equal(last.b["layer.lora_B"], b_of(10)["layer.lora_B"])
     np.testing.assert_array_equal(last.extra["layer.lora_B"], b_of(-1)["layer.lora_B"])
     with pytest.raises(UserError, match="round-00001, round-00002, round-00010"):
@@ -159,16 +160,17 @@ def test_checkpoints_sort_in_time_and_half_written_ones_do_not_count(tmp_path):
 def test_a_checkpoint_without_one_of_its_files_does_not_count(missing, tmp_path):
     run = RunDirectory.create(Config(), directory=tmp_path / "run")
     for number in (1, 2):
-        run.save_checkpoint(f"round-{number:05d}", b_of(number), facts={"round": number})
+        run.save_checkpoint(f"round-{number:05d}", b_of(number), facts=SavedFacts(round=number))
     (run.path / "checkpoints" / "round-00002" / missing).unlink()
     assert run.checkpoint_names() == ["round-00001"]
-    assert run.load_checkpoint().facts == {"round": 1}
+    assert run.load_checkpoint().facts == SavedFacts(round=1)
 
 
 def test_any_flipped_bit_of_the_facts_is_refused(tmp_path):
     """A bit of every byte, spaces and capitals (1e-05, 1E-05) included; both readers."""
     run = RunDirectory.create(Config(), directory=tmp_path / "run")
-    facts = {"round": 1, "seconds": 1e-05, "hospitals": ["größe"], "paces": {"train": {}}}
+    told = {"round": 1, "seconds": 1e-05, "hospitals": ["größe"], "paces": {"train": {}}}
+    facts = SavedFacts.read(told, what="facts.json")
     folder = run.save_checkpoint("round-00001", b_of(1), facts=facts, extra=b_of(-1))
     assert run.load_checkpoint().facts == run.checkpoint_facts("round-00001") == facts
     file = folder / "facts.json"
@@ -186,7 +188,7 @@ def test_any_flipped_bit_of_the_facts_is_refused(tmp_path):
 def test_a_checkpoint_that_is_written_again_is_never_half_there(tmp_path, monkeypatch):
     """Only what is out of sight is removed file by file."""
     run = RunDirectory.create(Config(), directory=tmp_path / "run")
-    run.save_checkpoint("round-00001", b_of(1), facts={"round": 1}, extra=b_of(-1))
+    run.save_checkpoint("round-00001", b_of(1), facts=SavedFacts(round=1), extra=b_of(-1))
     removed = []
     remove = shutil.rmtree
 
@@ -195,7 +197,7 @@ def test_a_checkpoint_that_is_written_again_is_never_half_there(tmp_path, monkey
         remove(path, **options)
 
     monkeypatch.setattr(shutil, "rmtree", watched)
-    run.save_checkpoint("round-00001", b_of(2), facts={"round": 1})
+    run.save_checkpoint("round-00001", b_of(2), facts=SavedFacts(round=1))
     monkeypatch.undo()
     assert removed
     assert all(name.startswith(".") for name in removed)

@@ -49,7 +49,8 @@ def test_changed_configuration_is_refused_and_nothing_is_written(key, finished, 
 def test_other_a_or_backbone_is_refused(name, finished, tiny_config):
     """The same configuration, but what it names is not what it was."""
     kept = finished.run.load_checkpoint("round-00001")
-    facts = {**kept.facts, "inputs": {**kept.facts["inputs"], name: "e" * 64}}
+    other = {**kept.facts.inputs, name: "e" * 64}
+    facts = kept.facts.model_copy(update={"inputs": other})
     finished.run.save_checkpoint(kept.name, kept.b, facts=facts, extra=kept.extra)
     with pytest.raises(RunFailed, match=f"changed: {name} fingerprint: {'e' * 64} -> "):
         start_again(finished, tiny_config(federation__rounds=1))

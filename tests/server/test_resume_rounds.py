@@ -389,6 +389,6 @@ def test_mute_node_that_reconnects_is_asked_at_once(tiny_config, in_process):
 def test_checkpoint_tells_the_whole_configuration(tiny_config, in_process):
     done = in_process(tiny_config(federation__rounds=1))
     facts = done.run.load_checkpoint().facts
-    assert facts["config"] == flatten(done.run.config())
-    assert facts["round"] == 1
-    assert facts["b_sha256"] == done.sha
+    assert facts.config == flatten(done.run.config())
+    assert facts.round == 1
+    assert facts.b_sha256 == done.sha

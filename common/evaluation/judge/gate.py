@@ -8,13 +8,13 @@ addresses alone, and is replaced by one of them, so that no later look-up can le
 
 import ipaddress
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urlsplit
 
 from common.data.handling import handling_of, strictest
 from common.errors import UserError
+from common.rundir import DATA, SUMMARY, RunDirectory
 
 _CONNECT_SECONDS = 1.0
 SHORTEST_AGREEMENT = 12
@@ -43,14 +43,10 @@ class Endpoint:
     """Set only where it was needed."""
 
 
-def source_of_run(*documents: Mapping[str, Any]) -> str:
-    """Return the source tag of a run, from summary.json and data.json: in doubt credentialed.
-
-    >>> source_of_run({"source": "demo"}, {}), source_of_run({}, {})
-    ('demo', 'credentialed')
-    """
-    tags = [document["source"] for document in documents if "source" in document]
-    return strictest(tags)
+def source_of_run(run: RunDirectory) -> str:
+    """Return the source tag of a run, from summary.json and data.json: in doubt credentialed."""
+    documents = run.read_json(SUMMARY), run.read_json(DATA)
+    return strictest([document["source"] for document in documents if "source" in document])
 
 
 def resolve(host: str, port: int) -> list[str]:

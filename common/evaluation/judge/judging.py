@@ -13,7 +13,6 @@ import datetime
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from common.errors import FedrxError, RunFailed, UserError
 from common.evaluation.judge.cache import Exchange, Exchanges, RefusedQuestion
@@ -29,7 +28,8 @@ from common.evaluation.judge.rubric import (
 )
 from common.evaluation.judge.summary import counts, summarise
 from common.files import json_line, writable, write_text
-from common.rundir import RunDirectory
+from common.records.judged import Judged
+from common.rundir import SUMMARY, RunDirectory
 
 STATEMENTS = Path("judge") / "statements.jsonl"
 _FAILURES_IN_A_ROW = 3
@@ -46,7 +46,7 @@ def judge_run(
     api_key: str = "",
     seed: int = 0,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> Judged:
     """Ask the judges, write judge.jsonl and the ``judge`` part of summary.json.
 
     Args:
@@ -80,21 +80,21 @@ def judge_run(
         judgements = [work.done.get(place, task) for place, task in enumerate(plan.tasks)]
         together = [*beside, *judgements]
         after = usage(exchanges, plan.config)
-        result = summarise(plan, together, seed=seed) | {
+        spent = {key: after[key] - before[key] for key in after}
+        invocation = {"judges": plan.judges, **counts(judgements).as_json(), **spent}
+        told = {
             "served_by": sorted({one.served_by for one in exchanges.by_key.values()}),
             "usage": {key: after[key] for key in after if key != "cost_usd"},
             "cost_usd": after["cost_usd"],
-            "invocation": {
-                "judges": list(plan.judges),
-                **counts(judgements),
-                **{key: after[key] - before[key] for key in after},
-            },
+            "invocation": invocation,
         }
+        known = summarise(plan, together, seed=seed).as_json()
+        result = Judged.read({**known, **told}, what="judge")
         # A server that gave nothing does not replace what an earlier one gave.
-        if not work.stopped or result["invocation"]["scored"]:
+        if not work.stopped or result.invocation.scored:
             records = [json_line(one.as_json()) for one in together if one.asked]
             write_text(run.path / "judge.jsonl", "".join(records))
-            run.write_json("summary.json", {**run.read_json("summary.json"), "judge": result})
+            run.write_json(SUMMARY, run.summary().having(judge=result))
     if work.stopped:
         raise work.stopped
     if work.limit_reached:

@@ -19,6 +19,7 @@ from common.evaluation.judge.dialect import dialects
 from common.evaluation.judge.gate import Endpoint, Statement, check_endpoint, source_of_run
 from common.evaluation.judge.rubric import Verdict, distinct_drugs, messages
 from common.records import Record
+from common.records.judged import Estimate
 from common.rundir import RunDirectory
 
 EXCHANGES = Path("judge") / "exchanges.jsonl"
@@ -157,7 +158,7 @@ def plan_judging(
     Raises:
         UserError: Without predictions or a judge model, or if the data may not go there.
     """
-    source = source_of_run(run.read_json("summary.json"), run.read_json("data.json"))
+    source = source_of_run(run)
     endpoint = check_endpoint(config.base_url, source=source, statement=statement)
     _require_prices(config)
     lines = read_answers(run)
@@ -220,22 +221,18 @@ def read_judgements(run: RunDirectory) -> list[Judgement]:
 
     An evaluation of other answers takes the judgement out of the summary.
     """
-    judged = run.read_json("summary.json").get("judge")
+    judged = run.summary().judge
     if judged is None:
         return []
-    lines = [{"server": judged.get("server", ""), **line} for line in run.lines("judge.jsonl")]
+    lines = [{"server": judged.server, **line} for line in run.lines("judge.jsonl")]
     return [
         Judgement.read(line, what=f"judge.jsonl, line {number}")
         for number, line in enumerate(lines, start=1)
     ]
 
 
-def estimate(run: RunDirectory, plan: JudgePlan) -> dict[str, Any]:
-    """Return what judging would ask and cost, without any call.
-
-    ``input_tokens`` and ``output_tokens`` are estimates from text sizes for one try per list;
-    ``most_usd`` is the price if every list needed its repair and every reply took all its tokens.
-    """
+def estimate(run: RunDirectory, plan: JudgePlan) -> Estimate:
+    """Return what judging would ask and cost, without any call; tokens follow from text sizes."""
     made = Exchanges(run.path / EXCHANGES)
     # Equal lists for one patient are one call.
     calls: dict[str, Judgement] = {}
@@ -252,17 +249,17 @@ def estimate(run: RunDirectory, plan: JudgePlan) -> dict[str, Any]:
         output_tokens += estimated_tokens(names) + _VERDICT_TOKENS * len(drugs)
     most_output = 2 * len(calls) * plan.config.max_output_tokens
     most_input = 2 * ceil(3.5 * input_tokens) + most_output
-    return {
-        "lists": len(plan.items),
-        "judgements": len(plan.tasks),
-        "calls": len(calls),
-        "cached": len(plan.tasks) - len(calls),
-        "input_tokens": input_tokens,
-        "output_tokens": output_tokens,
-        "cost_usd": round(cost_usd(plan.config, input_tokens, output_tokens), 6),
-        "most_usd": round(cost_usd(plan.config, most_input, most_output), 6),
-        "spent_usd": round(usage(made, plan.config)["cost_usd"], 6),
-        "max_cost_usd": plan.config.max_cost_usd,
-        "server": plan.endpoint.named,
-        "source": plan.source,
-    }
+    return Estimate(
+        lists=len(plan.items),
+        judgements=len(plan.tasks),
+        calls=len(calls),
+        cached=len(plan.tasks) - len(calls),
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        cost_usd=round(cost_usd(plan.config, input_tokens, output_tokens), 6),
+        most_usd=round(cost_usd(plan.config, most_input, most_output), 6),
+        spent_usd=round(usage(made, plan.config)["cost_usd"], 6),
+        max_cost_usd=plan.config.max_cost_usd,
+        server=plan.endpoint.named,
+        source=plan.source,
+    )

@@ -2,16 +2,16 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from common.evaluation.agreement import krippendorff_alpha, unanimous_share
 from common.evaluation.judge.plan import Judgement, JudgePlan
 from common.evaluation.metrics import interval_of_mean
+from common.records.judged import Agreement, Appropriateness, Counts, Judged
 
 RESAMPLES = 1000
 
 
-def summarise(plan: JudgePlan, judgements: Sequence[Judgement], *, seed: int) -> dict[str, Any]:
+def summarise(plan: JudgePlan, judgements: Sequence[Judgement], *, seed: int) -> Judged:
     """Return what the ``judge`` part of summary.json says of the judgements.
 
     A sample's score is the mean over its scored judgements; a sample without any is unscored. The
@@ -26,26 +26,28 @@ def summarise(plan: JudgePlan, judgements: Sequence[Judgement], *, seed: int) ->
     of_judge: dict[str, list[Judgement]] = {name: [] for name in names.values()}
     for judgement in judgements:
         of_judge[names[judgement.judge, judgement.server]].append(judgement)
-    return {
-        "model": ", ".join(of_judge) or plan.config.model,
-        "server": plan.endpoint.named,
-        "temperature": plan.config.temperature,
-        "repeats": plan.config.repeats,
-        "source": plan.source,
-        "agreement_stated": plan.endpoint.statement is not None,
-        "complete": all(judgement.asked for judgement in judgements),
-        "judgements": counts(judgements),
-        "appropriateness": _by_model(plan, judgements, seed),
-        "judges": {
-            name: {
-                "server": theirs[0].server,
-                "judgements": counts(theirs),
-                "appropriateness": _by_model(plan, theirs, seed),
-            }
+    agreement, flip_rate = _agreement(judgements)
+    return Judged(
+        model=", ".join(of_judge) or plan.config.model,
+        server=plan.endpoint.named,
+        temperature=plan.config.temperature,
+        repeats=plan.config.repeats,
+        source=plan.source,
+        agreement_stated=plan.endpoint.statement is not None,
+        complete=all(judgement.asked for judgement in judgements),
+        judgements=counts(judgements),
+        appropriateness=_by_model(plan, judgements, seed),
+        judges={
+            name: Judged(
+                server=theirs[0].server,
+                judgements=counts(theirs),
+                appropriateness=_by_model(plan, theirs, seed),
+            )
             for name, theirs in of_judge.items()
         },
-        **_agreement(judgements),
-    }
+        agreement=agreement,
+        flip_rate=flip_rate,
+    )
 
 
 def _names(judgements: Sequence[Judgement]) -> dict[tuple[str, str], str]:
@@ -58,22 +60,24 @@ def _names(judgements: Sequence[Judgement]) -> dict[tuple[str, str], str]:
     }
 
 
-def counts(judgements: Sequence[Judgement]) -> dict[str, Any]:
+def counts(judgements: Sequence[Judgement]) -> Counts:
     """Count judgements by what came of them, and the reasons of those without a score."""
     asked = sum(judgement.asked for judgement in judgements)
     escaped = sum(judgement.escaped for judgement in judgements)
-    return {
-        "asked": asked,
-        "scored": sum(judgement.scored for judgement in judgements),
-        "unscored": sum(j.asked and not j.scored for j in judgements),
-        "not_asked": len(judgements) - asked,
-        "repaired": sum(len(j.exchanges) == 2 and j.scored for j in judgements),
-        "problems": dict(Counter(j.problem for j in judgements if j.problem)),
-        **({"escaped_texts": escaped} if escaped else {}),
-    }
+    found = Counts(
+        asked=asked,
+        scored=sum(judgement.scored for judgement in judgements),
+        unscored=sum(j.asked and not j.scored for j in judgements),
+        not_asked=len(judgements) - asked,
+        repaired=sum(len(j.exchanges) == 2 and j.scored for j in judgements),
+        problems=dict(Counter(j.problem for j in judgements if j.problem)),
+    )
+    return found.model_copy(update={"escaped_texts": escaped}) if escaped else found
 
 
-def _by_model(plan: JudgePlan, judgements: Sequence[Judgement], seed: int) -> dict[str, Any]:
+def _by_model(
+    plan: JudgePlan, judgements: Sequence[Judgement], seed: int
+) -> dict[str, Appropriateness]:
     of_model: dict[str, list[Judgement]] = {name: [] for name in plan.unanswered}
     for judgement in judgements:
         of_model[judgement.model].append(judgement)
@@ -86,7 +90,7 @@ def _by_model(plan: JudgePlan, judgements: Sequence[Judgement], seed: int) -> di
 
 def _appropriateness(
     plan: JudgePlan, model: str, judgements: Sequence[Judgement], *, seed: int
-) -> dict[str, Any]:
+) -> Appropriateness:
     by_case: dict[str, list[Judgement]] = {}
     for judgement in judgements:
         by_case.setdefault(judgement.case, []).append(judgement)
@@ -100,26 +104,27 @@ def _appropriateness(
             patients.append(plan.lists[case, model].cluster)
         elif not all(judgement.asked for judgement in of_case):
             not_asked += 1
-    bounds: list[float | None] = [None]
+    interval = None
     if scores:
-        _, *bounds = interval_of_mean(
+        _, low, high = interval_of_mean(
             scores, patients, resamples=RESAMPLES, seed=seed, name="judge-bootstrap"
         )
+        interval = None if low is None or high is None else (low, high)
     verdicts = [v for judgement in judgements for v in judgement.verdicts or ()]
-    return {
-        "mean": sum(scores) / len(scores) if scores else None,
-        "interval": None if None in bounds else bounds,
-        "scored": len(scores),
-        "unscored": len(by_case) - len(scores) - not_asked,
-        "not_asked": not_asked,
-        "unanswered": plan.unanswered[model],
-        "empty": plan.empty[model],
-        "suitable": sum(verdict.suitable for verdict in verdicts),
-        "unsuitable": sum(not verdict.suitable for verdict in verdicts),
-    }
+    return Appropriateness(
+        mean=sum(scores) / len(scores) if scores else None,
+        interval=interval,
+        scored=len(scores),
+        unscored=len(by_case) - len(scores) - not_asked,
+        not_asked=not_asked,
+        unanswered=plan.unanswered[model],
+        empty=plan.empty[model],
+        suitable=sum(verdict.suitable for verdict in verdicts),
+        unsuitable=sum(not verdict.suitable for verdict in verdicts),
+    )
 
 
-def _agreement(judgements: Sequence[Judgement]) -> dict[str, Any]:
+def _agreement(judgements: Sequence[Judgement]) -> tuple[Agreement, float | None]:
     """Alpha over all judges and repeats per drug; flips among the repeats of one judge."""
     by_drug: dict[tuple[str, str, str], list[bool]] = {}
     by_judge: dict[tuple[str, ...], list[bool]] = {}
@@ -131,11 +136,6 @@ def _agreement(judgements: Sequence[Judgement]) -> dict[str, Any]:
             by_judge.setdefault(judge, []).append(verdict.suitable)
     units = [values for values in by_drug.values() if len(values) > 1]
     steady = unanimous_share(list(by_judge.values()))
-    return {
-        "agreement": {
-            "alpha": krippendorff_alpha(units),
-            "unanimous": unanimous_share(units),
-            "drugs": len(units),
-        },
-        "flip_rate": None if steady is None else 1 - steady,
-    }
+    alpha, unanimous = krippendorff_alpha(units), unanimous_share(units)
+    found = Agreement(alpha=alpha, unanimous=unanimous, drugs=len(units))
+    return found, None if steady is None else 1 - steady

@@ -8,7 +8,7 @@ the second once more for the list as the reviewers left it (kept drugs and the a
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from common.config import DataConfig
 from common.data.names import normalise_string
@@ -18,6 +18,7 @@ from common.evaluation.judge.plan import Judgement
 from common.evaluation.metrics import Metrics, drug_map_of, score
 from common.evaluation.review.packet import ORDERED, Packet
 from common.evaluation.review.packet_import import Mark, Review
+from common.records.judged import AgainstJudge, Agreement, Reviewed, ReviewedModel
 
 _MARKS = ("keep", "remove", "unsure", "unmarked")
 Drug = tuple[str, str, str]
@@ -47,7 +48,7 @@ def summarise_reviews(
     predictions: Sequence[Prediction],
     judged: Sequence[Judgement],
     data: DataConfig,
-) -> dict[str, Any]:
+) -> Reviewed:
     """Return the ``review`` part of summary.json.
 
     Args:
@@ -76,12 +77,12 @@ def summarise_reviews(
     scored = partial(
         score, level=data.normalisation, vocabulary=(), drug_map=drug_map_of(data), resamples=0
     )
-    return {
-        "packet": packet.sha256,
-        "reviewers": [review.reviewer for review in reviews],
-        "cases": len(packet.key.cases),
-        "level": data.normalisation,
-        "models": {
+    found = Reviewed(
+        packet=packet.sha256,
+        reviewers=tuple(review.reviewer for review in reviews),
+        cases=len(packet.key.cases),
+        level=data.normalisation,
+        models={
             model: _of_model(
                 [line for (_, name), line in lines.items() if name == model],
                 [entry for entry in entries if entry.model == model],
@@ -89,14 +90,16 @@ def summarise_reviews(
             )
             for model in packet.key.models
         },
-        "agreement": {
-            "alpha_drugs": krippendorff_alpha(units),
-            "alpha_overall": krippendorff_alpha(list(overall.values()), "ordinal"),
-            "unanimous": unanimous_share(units),
-            "drugs": sum(len(unit) > 1 for unit in units),
-        },
-        "judge": _against_judge(by_drug, judged) if judged else None,
-    }
+        agreement=Agreement(
+            alpha_drugs=krippendorff_alpha(units),
+            alpha_overall=krippendorff_alpha(list(overall.values()), "ordinal"),
+            unanimous=unanimous_share(units),
+            drugs=sum(len(unit) > 1 for unit in units),
+        ),
+        judge=_against_judge(by_drug, judged) if judged else None,
+    )
+    escaped = sum(review.escaped for review in reviews)
+    return found.model_copy(update={"escaped_texts": escaped}) if escaped else found
 
 
 def _entries(
@@ -117,7 +120,7 @@ def _entries(
 
 def _of_model(
     lines: Sequence[Prediction], entries: Sequence[Entry], scored: Callable[..., Metrics]
-) -> dict[str, Any]:
+) -> ReviewedModel:
     counts = Counter[str](mark or "unmarked" for entry in entries for mark in entry.marks.values())
     whole = [entry for entry in entries if entry.marks and None not in entry.marks.values()]
     kept_shares = []
@@ -125,18 +128,18 @@ def _of_model(
         given = Counter(entry.marks.values())
         if decided := given["keep"] + given["remove"]:
             kept_shares.append(given["keep"] / decided)
-    return {
-        "format_followed": _mean([line.answer is not None for line in lines]),
-        "similarity": _similarity(lines, scored),
-        "similarity_after_review": _similarity(
+    return ReviewedModel(
+        format_followed=_mean([line.answer is not None for line in lines]),
+        similarity=_similarity(lines, scored),
+        similarity_after_review=_similarity(
             [entry.line.model_copy(update={"answer": entry.kept}) for entry in whole], scored
         ),
-        "kept_share": _mean(kept_shares),
-        "overall": _mean([entry.overall for entry in entries if entry.overall is not None]),
-        "lists_reviewed": len(whole),
-        "drugs": {mark: counts[mark] for mark in _MARKS},
-        "added": sum(len(entry.missing) for entry in entries),
-    }
+        kept_share=_mean(kept_shares),
+        overall=_mean([entry.overall for entry in entries if entry.overall is not None]),
+        lists_reviewed=len(whole),
+        drugs={mark: counts[mark] for mark in _MARKS},
+        added=sum(len(entry.missing) for entry in entries),
+    )
 
 
 def _similarity(
@@ -151,7 +154,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def _against_judge(
     by_drug: Mapping[Drug, Sequence[str]], judged: Sequence[Judgement]
-) -> dict[str, Any]:
+) -> AgainstJudge:
     """Compare the reviewers' majority (keep against remove) with the judge's; ties are left out."""
     votes: dict[Drug, int] = {}
     for line in judged:
@@ -164,12 +167,12 @@ def _against_judge(
         machine = votes.get((case, model, normalise_string(drug)), 0)
         if people and machine:
             units.append((people > 0, machine > 0))
-    return {
-        "drugs": len(units),
-        "agree": _mean([people == machine for people, machine in units]),
-        "alpha": krippendorff_alpha(units),
-        "keep_suitable": units.count((True, True)),
-        "keep_unsuitable": units.count((True, False)),
-        "remove_suitable": units.count((False, True)),
-        "remove_unsuitable": units.count((False, False)),
-    }
+    return AgainstJudge(
+        drugs=len(units),
+        agree=_mean([people == machine for people, machine in units]),
+        alpha=krippendorff_alpha(units),
+        keep_suitable=units.count((True, True)),
+        keep_unsuitable=units.count((True, False)),
+        remove_suitable=units.count((False, True)),
+        remove_unsuitable=units.count((False, False)),
+    )

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from common.privacy.accounting import Epsilon, epsilon
 from common.privacy.budget.ledger import Ledger
 from common.privacy.mechanism.noise import noise_name
 from common.privacy.plan import PrivacyPlan, Unit
 from common.records import Record
+from common.records.privacy import Number, Privacy, Spent
 from common.rundir import RunDirectory
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 PRIVACY = "privacy.jsonl"
 """A run's public account: one line per hospital and round, see ``ledger_line``."""
 INFINITY: Literal["infinity"] = "infinity"
-"""JSON has no infinity; ``float(INFINITY)`` is one."""
-Number = float | Literal["infinity"]
 
 NOT_COVERED = (
     "metrics of this summary are the simulation's own, on held-out patients, outside the "
@@ -58,11 +57,27 @@ class PrivacyLine(Record):
         return self.steps if self.least_steps is None else self.least_steps
 
 
-def terms(plan: PrivacyPlan) -> dict[str, Any]:
-    """Return the public constants that every account of a plan names."""
-    names = ("unit", "sampling_rate", "clip_norm", "delta")
-    known = {name: getattr(plan, name) for name in names}
-    return known | {"noise_multiplier": plan.sigma, "accountant": accountant_name(plan)}
+class Terms(TypedDict):
+    """The public constants that every account of a plan names."""
+
+    unit: Unit
+    sampling_rate: float
+    clip_norm: float
+    delta: float
+    noise_multiplier: float
+    accountant: str
+
+
+def terms(plan: PrivacyPlan) -> Terms:
+    """Return a plan's public constants."""
+    return {
+        "unit": plan.unit,
+        "sampling_rate": plan.sampling_rate,
+        "clip_norm": plan.clip_norm,
+        "delta": plan.delta,
+        "noise_multiplier": plan.sigma,
+        "accountant": accountant_name(plan),
+    }
 
 
 def ledger_line(plan: PrivacyPlan, hospital: str, round_number: int, steps: int) -> PrivacyLine:
@@ -157,27 +172,20 @@ def receipt(
     )
 
 
-def privacy_summary(plan: PrivacyPlan, lines: Sequence[PrivacyLine]) -> dict[str, Any]:
+def privacy_summary(plan: PrivacyPlan, lines: Sequence[PrivacyLine]) -> Privacy:
     """Return summary.json's ``privacy``: what the run's privacy.jsonl adds up to.
 
     Patients are in one hospital only, so hospitals compose in parallel: epsilon is the largest.
     """
     last = {line.hospital: line for line in lines}
     largest = max((float(line.epsilon) for line in last.values()), default=0.0)
-    return {
-        "unit": plan.unit,
-        "relation": plan.relation,
-        "epsilon": json_number(largest),
-        "delta": plan.delta,
-        "accountant": accountant_name(plan),
-        "noise": noise_name(secret=not plan.deterministic_noise),
-        "noise_multiplier": plan.sigma,
-        "clip_norm": plan.clip_norm,
-        "sampling_rate": plan.sampling_rate,
-        "expected_batch": plan.expected_batch,
-        "planned_steps": plan.steps,
-        "per_hospital": [
-            last[name].model_dump(include={"hospital", "steps", "epsilon"}) for name in sorted(last)
-        ],
-        "not_covered": NOT_COVERED,
-    }
+    return Privacy(
+        **terms(plan),
+        relation=plan.relation,
+        epsilon=json_number(largest),
+        noise=noise_name(secret=not plan.deterministic_noise),
+        expected_batch=plan.expected_batch,
+        planned_steps=plan.steps,
+        per_hospital=tuple(Spent.model_validate(last[name]) for name in sorted(last)),
+        not_covered=NOT_COVERED,
+    )

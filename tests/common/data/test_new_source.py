@@ -92,7 +92,7 @@ def test_it_is_read_cleaned_counted_dealt_and_described(config):
     counts = opened.samples.counts
     assert (counts.rows["ward"], counts.rows_out["ward"]) == (60, 40)
     assert counts.dropped["ward.flush"] == 20
-    assert describe(config).data["samples"] == 40
+    assert describe(config).as_json()["samples"] == 40
     assert reference_of(config).index.read("M109").title == "Gout"
 
 

@@ -126,7 +126,7 @@ def test_figures_by_hand():
             )
         ],
         DataConfig(normalisation="string"),
-    )
+    ).as_json()
     x, y, ordered = (result["models"][name] for name in ("x", "y", "ordered"))
     assert (x["format_followed"], y["format_followed"]) == (1 / 2, 1)
     assert x["similarity"]["jaccard"] == pytest.approx((1 / 3 + 0) / 2)
@@ -178,10 +178,10 @@ def test_reviews_add_up_over_imports_and_a_newer_one_replaces(run, tmp_path):
     packet = packet_of(run)
     first = write(tmp_path / "a.json", review(packet, "One", {}, overall=1))
     second = write(tmp_path / "b.json", review(packet, "Two", {}, overall=3))
-    assert import_reviews(run, [first])["models"]["y"]["overall"] == 1
-    assert import_reviews(run, [second])["models"]["y"]["overall"] == 2
+    assert import_reviews(run, [first]).models["y"].overall == 1
+    assert import_reviews(run, [second]).models["y"].overall == 2
     newer = write(tmp_path / "c.json", review(packet, " one ", {}, overall=5))
-    assert import_reviews(run, [newer])["models"]["y"]["overall"] == 4
+    assert import_reviews(run, [newer]).models["y"].overall == 4
     with pytest.raises(UserError, match="same reviewer"):
         import_reviews(run, [first, newer])
 
@@ -198,18 +198,18 @@ def test_one_persons_work_under_two_names_is_refused(run, tmp_path):
         with pytest.raises(UserError, match=f"One and Two are one person's: .*{why}"):
             import_reviews(run, [first, file])
     assert not list((run.path / "review").glob("*/reviews/*"))
-    assert import_reviews(run, [first])["reviewers"] == ["One"]
+    assert import_reviews(run, [first]).reviewers == ("One",)
     with pytest.raises(UserError, match="one person's"):
         import_reviews(run, [twin])
     # A comment tells two apart who agree; reviews without a mark say nothing, and are no twins.
     commented = {**one, "reviewer": "Two", "state": "s2"}
     number = next(iter(commented["cases"]))
     cases = {**commented["cases"], number: {**commented["cases"][number], "comment": "I agree"}}
-    assert len(import_reviews(run, [write(twin, {**commented, "cases": cases})])["reviewers"]) == 2
+    assert len(import_reviews(run, [write(twin, {**commented, "cases": cases})]).reviewers) == 2
     empty = [write(tmp_path / f"{n}.json", review(packet, n, {})) for n in ("Three", "Four")]
-    assert len(import_reviews(run, empty)["reviewers"]) == 4
+    assert len(import_reviews(run, empty).reviewers) == 4
     # And one's own newer file is no twin of the older.
-    assert len(import_reviews(run, [first])["reviewers"]) == 4
+    assert len(import_reviews(run, [first]).reviewers) == 4
 
 
 def change(content, *path, to):
@@ -303,7 +303,7 @@ def test_other_predictions_than_the_packets_are_refused(run, tmp_path):
     make_review(run, cases=1, seed=3, include_ordered=True)
     packet = make_packet(TWO, source="synthetic", cases=1, seed=3, include_ordered=True)
     file = write(tmp_path / "a.json", review(packet, "One", {}))
-    assert import_reviews(run, [file])["cases"] == 1
+    assert import_reviews(run, [file]).cases == 1
     lines = [{**line, "diagnoses": ["Gout"]} for line in run.lines("predictions.jsonl")]
     (run.path / "predictions.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     with pytest.raises(UserError, match="predictions are not those"):
@@ -315,9 +315,9 @@ def test_a_judgement_counts_only_while_the_summary_has_it(run, tmp_path):
     marks = {("case-1", "y"): ["keep"]}
     file = write(tmp_path / "a.json", review(packet_of(run), "One", marks))
     run.append("judge.jsonl", judged("case-1", "y", A=True))
-    assert import_reviews(run, [file])["judge"] is None
+    assert import_reviews(run, [file]).judge is None
     run.write_json("summary.json", {**run.read_json("summary.json"), "judge": {}})
-    assert import_reviews(run, [file])["judge"]["agree"] == 1
+    assert import_reviews(run, [file]).judge.agree == 1
 
 
 def test_text_that_utf8_cannot_hold_is_kept_escaped_and_counted(run, tmp_path):
@@ -326,8 +326,8 @@ def test_text_that_utf8_cannot_hold_is_kept_escaped_and_counted(run, tmp_path):
     content = review(packet_of(run), "Dr \ud83d", {}, missing=["half \udc00 drug"])
     result = import_reviews(run, [write(tmp_path / "a.json", content)])
     # The name, and the drug in each of the three lists (one answer was none).
-    assert result["escaped_texts"] == 4
-    assert result["reviewers"] == [r"Dr \ud83d"]
+    assert result.escaped_texts == 4
+    assert result.reviewers == (r"Dr \ud83d",)
     (stored,) = (run.path / "review").glob("*/reviews/*.json")
     assert r"half \\udc00 drug" in stored.read_text(encoding="utf-8")
     assert import_reviews(run, [write(tmp_path / "a.json", content)]) == result

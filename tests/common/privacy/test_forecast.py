@@ -13,9 +13,9 @@ P = 184_320
 def test_the_forecast_tells_the_plans_own_figures(make_plan) -> None:
     plan = make_plan(expected_batch=1000.0)
     outlook = forecast(plan, P)
-    assert outlook["epsilon"] == epsilon(plan).value
-    assert outlook["noise_to_signal"] == pytest.approx(1.5 * math.sqrt(P) / 1000)
-    assert outlook["advice"] == []
+    assert outlook.epsilon == epsilon(plan).value
+    assert outlook.noise_to_signal == pytest.approx(1.5 * math.sqrt(P) / 1000)
+    assert outlook.advice == ()
     assert len(lines(outlook)) == 3
 
 
@@ -36,5 +36,5 @@ def test_advice_is_true_at_equal_epsilon(make_plan) -> None:
 
 def test_reproducible_noise_is_forecast_as_no_protection(make_plan) -> None:
     outlook = forecast(make_plan(deterministic_noise=True), P)
-    assert float(outlook["epsilon"]) == math.inf
+    assert float(outlook.epsilon) == math.inf
     assert "epsilon inf" in lines(outlook)[0]

@@ -1,5 +1,6 @@
 """Records keep the keys of their file, and refuse another file in one line without its values."""
 
+import json
 import math
 
 import pytest
@@ -41,6 +42,18 @@ SUMMARY = {
     "wire": {"tensors": ["b"], "bytes_up": 3, "bytes_down": 0},
     "metrics": {"fedrx": {"samples": 3, "f1": 0.5, "oov_rate": None, "parsed_only": {"f1": None}}},
     "peak_device_bytes": None,
+    "evaluation": {
+        "samples": 2,
+        "constrained": False,
+        "settings": {"method": "generate", "samples": 2, "threshold": 0.5, "frequencies": False},
+        "dropped_diagnoses": 0,
+        "left_out": {"visits": 1},
+        "generation": {"fedrx": {"seconds": 1.5, "tokens": 8, "cut_answers": 2}},
+        "checkpoint": "round-00002",
+        "device": "cpu",
+        "dtype": "fp32",
+        "answers_sha256": "0a",
+    },
     "judge": {"judges": {}},
 }
 
@@ -48,6 +61,11 @@ SUMMARY = {
 def test_a_summary_has_the_keys_that_it_was_given_and_no_others() -> None:
     summary = Summary.read(SUMMARY, what="summary.json")
     assert summary.as_json() == SUMMARY
+    assert json.dumps(summary.as_json()["evaluation"]) == json.dumps(SUMMARY["evaluation"])
+    assert not summary.evaluation.model_extra
+    assert summary.without(["wire", "judge"]).as_json() == {
+        key: value for key, value in SUMMARY.items() if key not in ("wire", "judge")
+    }
     assert summary.metrics["fedrx"].f1 == 0.5
     assert summary.metrics["fedrx"].jaccard is None
     later = summary.having(seconds=2.5, validation_loss=[1.0])

@@ -6,7 +6,7 @@ import pytest
 
 from common.config import Config
 from common.errors import UserError
-from common.records.run import Metric, Status, WireLine
+from common.records.run import DataFacts, HospitalSizes, Metric, SavedFacts, Status, WireLine
 from common.rundir import RunDirectory
 
 OF_A_HOSPITAL = {"name": "steps", "value": 2.0, "round": 1, "hospital": "hospital-1", "time": 1.5}
@@ -44,6 +44,32 @@ STATUS = {
     "seconds": 1.5,
     "error": "why",
 }
+OF_A_ROUND = {
+    "round": 1,
+    "b_sha256": "0a",
+    "hospitals": ["hospital-1"],
+    "known": 1,
+    "of": 3,
+    "paces": {"train": {"seconds": 2.0, "steps": 2, "hospitals": 3}},
+    "config": {"adapter.rank": 4, "adapter.alpha": 16.0, "adapter.personal": False},
+    "inputs": {"a": "1a", "backbone": "2b"},
+}
+SIZES = {
+    "name": "hospital-1",
+    "patients": 12,
+    "samples": 20,
+    "train": 14,
+    "validation": 2,
+    "test": 4,
+    "groups": {"Medicine": 12},
+}
+DATA = {
+    "source": "demo",
+    "file_hashes": {"hosp/patients.csv.gz": "0a"},
+    "counts": {"rows": {"patients": 12}, "drugs_per_sample": {"mean": 3.5}},
+    "hospitals": [SIZES],
+}
+OF_A_SINGLE_RUN = {"step": 3, "b_sha256": "0a", "b_norm": 0.1, "seconds": 1.5}
 
 
 @pytest.mark.parametrize(
@@ -51,14 +77,18 @@ STATUS = {
     [
         *((Metric, c) for c in (OF_A_HOSPITAL, OF_A_STEP, OF_A_REASON, COUNTED, OF_LATER)),
         *((WireLine, c) for c in (SENT, {k: v for k, v in SENT.items() if k != "unknown"})),
+        *((SavedFacts, c) for c in (OF_A_ROUND, OF_A_SINGLE_RUN)),
+        (DataFacts, DATA),
         *((Status, c) for c in (STATUS, {"state": "started", "paused": True})),
     ],
 )
 def test_a_record_has_the_keys_and_values_of_its_file_in_their_order(kind, content) -> None:
     again = kind.read(content, what="file").as_json()
     assert json.dumps(again) == json.dumps(content)
-    declared = kind.model_fields.keys()
-    assert {key for key in content if key not in declared} <= {"split", "paused"}
+    records = [kind, *([HospitalSizes] if kind is DataFacts else [])]
+    declared = {key for one in records for key in one.model_fields}
+    keys = {*content, *(SIZES if kind is DataFacts else ())}
+    assert keys - declared <= {"split", "paused"}
 
 
 @pytest.mark.parametrize(
@@ -83,12 +113,14 @@ def test_an_event_says_where_it_was_and_what_was_measured(content, unit, place, 
         ("metrics.jsonl", {"name": "secret", "time": 1.5}, "value"),
         ("wire.jsonl", {**SENT, "direction": "secret"}, "direction"),
         ("status.json", {**STATUS, "state": "secret"}, "state"),
+        ("data.json", {**DATA, "source": ["secret"]}, "source"),
     ],
 )
 def test_a_damaged_file_of_a_run_is_one_line_without_its_values(tmp_path, file, content, key):
     run = RunDirectory.create(Config(), directory=tmp_path / "run")
     (run.path / file).write_text(json.dumps(content) + "\n")
-    readers = {"metrics.jsonl": run.metrics, "wire.jsonl": run.wire, "status.json": run.status}
+    readers = {"metrics.jsonl": run.metrics, "wire.jsonl": run.wire}
+    readers |= {"status.json": run.status, "data.json": run.data}
     with pytest.raises(UserError, match=rf"{file}: {key}: ") as refused:
         readers[file]()
     assert "secret" not in str(refused.value)

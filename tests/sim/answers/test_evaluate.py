@@ -16,6 +16,7 @@ from common.data.prepare import load_samples
 from common.errors import UserError
 from common.evaluation.answers_file import read_answers
 from common.evaluation.judge.plan import plan_judging
+from common.records.run import SavedFacts
 from common.rundir import RunDirectory
 from common.tensor_files import Altered
 from common.training.worker import Worker
@@ -67,8 +68,8 @@ def finished(cache, tmp_path_factory):
         "a": session.adapter.a_fingerprint,
     }
     run.write_json("environment.json", {"inputs": inputs})
-    run.save_checkpoint("round-0001", b_of(config, 0.3), facts={"round": 1})
-    run.save_checkpoint("round-0002", b_of(config, 3.0), facts={"round": 2})
+    run.save_checkpoint("round-0001", b_of(config, 0.3), facts=SavedFacts(round=1))
+    run.save_checkpoint("round-0002", b_of(config, 3.0), facts=SavedFacts(round=2))
     run.write_json("summary.json", {"rounds": 2, "judge": {"appropriateness": {}}})
     run.write_status("finished")
     return run
@@ -80,7 +81,7 @@ def run(finished, tmp_path):
 
 
 def test_predictions_and_metrics_stand_in_the_run(run):
-    summary = evaluate_run(run)
+    summary = evaluate_run(run).as_json()
     assert summary == run.read_json("summary.json")
     assert summary["rounds"] == 2
     assert summary["evaluation"]["checkpoint"] == "round-0002"
@@ -119,9 +120,9 @@ def rows_of(run, model):
 
 
 def test_an_earlier_checkpoint_stands_beside_the_last(run):
-    last = evaluate_run(run)
+    last = evaluate_run(run).as_json()
     rows = run.lines("predictions.jsonl")
-    both = evaluate_run(run, checkpoint="round-0001")
+    both = evaluate_run(run, checkpoint="round-0001").as_json()
     assert both["evaluation"]["checkpoint"] == "round-0002"
     assert list(both["evaluation"]["generation"]) == ["fedrx", "untrained", "round-0001"]
     assert {**last["metrics"], "round-0001": both["metrics"]["round-0001"]} == both["metrics"]
@@ -129,32 +130,32 @@ def test_an_earlier_checkpoint_stands_beside_the_last(run):
     texts = [[row["text"] for row in rows_of(run, m)] for m in ("fedrx", "round-0001")]
     assert len(texts[1]) == 5
     assert texts[0] != texts[1]
-    again = evaluate_run(run)
+    again = evaluate_run(run).as_json()
     assert list(again["metrics"]) == list(both["metrics"])
     assert run.lines("predictions.jsonl") == rows + rows_of(run, "round-0001")
 
 
 def test_answers_in_two_ways_do_not_stand_together(run):
     evaluate_run(run)
-    both = evaluate_run(run, checkpoint="round-0001", overrides=["evaluation.samples=4"])
+    both = evaluate_run(run, checkpoint="round-0001", overrides=["evaluation.samples=4"]).as_json()
     assert {values["samples"] for values in both["metrics"].values()} == {4}
     assert {"fedrx", "round-0001"} < set(both["metrics"])
     assert len(rows_of(run, "fedrx")) == len(rows_of(run, "round-0001")) == 4
-    assert "round-0001" not in evaluate_run(run)["metrics"]
+    assert "round-0001" not in evaluate_run(run).as_json()["metrics"]
     assert not rows_of(run, "round-0001")
 
 
 def test_a_judgement_lives_as_long_as_its_answers(run):
-    assert "judge" not in evaluate_run(run)
+    assert "judge" not in evaluate_run(run).as_json()
     judged = {**run.read_json("summary.json"), "judge": {"appropriateness": {"fedrx": {}}}}
     run.write_json("summary.json", judged)
-    assert "judge" in evaluate_run(run)
-    assert "judge" in evaluate_run(run, checkpoint="round-0001")
-    assert "judge" not in evaluate_run(run, overrides=["evaluation.max-new-tokens=8"])
+    assert "judge" in evaluate_run(run).as_json()
+    assert "judge" in evaluate_run(run, checkpoint="round-0001").as_json()
+    assert "judge" not in evaluate_run(run, overrides=["evaluation.max-new-tokens=8"]).as_json()
 
 
 def test_a_judgement_does_not_survive_a_kill_between_answers_and_figures(run, monkeypatch):
-    judged = {**evaluate_run(run), "judge": {"appropriateness": {"fedrx": {}}}}
+    judged = {**evaluate_run(run).as_json(), "judge": {"appropriateness": {"fedrx": {}}}}
     run.write_json("summary.json", judged)
     write = common.evaluation.answers_file.write_answers
 
@@ -167,7 +168,7 @@ def test_a_judgement_does_not_survive_a_kill_between_answers_and_figures(run, mo
     with pytest.raises(KeyboardInterrupt):
         evaluate_run(run, overrides=other)
     monkeypatch.undo()
-    assert "judge" not in evaluate_run(run, overrides=other)
+    assert "judge" not in evaluate_run(run, overrides=other).as_json()
 
 
 def flip_a_letter(run):
@@ -194,12 +195,12 @@ def test_altered_answers_are_neither_judged_nor_reviewed_nor_reported(run):
 def test_altered_answers_are_answered_anew(run):
     """With all beside them: nothing of the altered file stays, also not a judgement."""
     evaluate_run(run)
-    both = evaluate_run(run, checkpoint="round-0001")
+    both = evaluate_run(run, checkpoint="round-0001").as_json()
     rows = run.lines("predictions.jsonl")
     run.write_json("summary.json", {**both, "judge": {"appropriateness": {"fedrx": {}}}})
     flip_a_letter(run)
     shown = io.StringIO()
-    again = evaluate_run(run, console=Console(file=shown, width=400))
+    again = evaluate_run(run, console=Console(file=shown, width=400)).as_json()
     assert "was altered" in shown.getvalue()
     assert "judge" not in again
     left = [row.as_json() for row in read_answers(run)]
@@ -219,7 +220,7 @@ def test_no_kill_leaves_a_digest_of_other_answers(run, monkeypatch):
         evaluate_run(run, overrides=["evaluation.max-new-tokens=8"])
     monkeypatch.undo()
     assert len(read_answers(run)) == 25
-    assert "answers_sha256" in evaluate_run(run)["evaluation"]
+    assert "answers_sha256" in evaluate_run(run).as_json()["evaluation"]
 
     def late(*arguments):  # the answers are there, their figures are not
         write_bytes(*arguments)
@@ -234,7 +235,7 @@ def test_no_kill_leaves_a_digest_of_other_answers(run, monkeypatch):
 
 
 def test_constrained_answers_are_all_in_the_format(run):
-    summary = evaluate_run(run, overrides=["evaluation.constrained=true"])
+    summary = evaluate_run(run, overrides=["evaluation.constrained=true"]).as_json()
     assert summary["metrics"]["fedrx"]["output_rate"] == 1.0
     assert summary["metrics"]["untrained"]["output_rate"] == 1.0
 
@@ -273,9 +274,9 @@ def test_an_unfinished_run_is_not_evaluated(run):
 
 def test_answers_do_not_depend_on_the_batch(run):
     """The rows of a batch of one, character for character."""
-    together = evaluate_run(run)
+    together = evaluate_run(run).as_json()
     rows = run.lines("predictions.jsonl")
-    alone = evaluate_run(run, overrides=["evaluation.batch-size=1"])
+    alone = evaluate_run(run, overrides=["evaluation.batch-size=1"]).as_json()
     assert json.dumps(run.lines("predictions.jsonl")) == json.dumps(rows)
     assert alone["metrics"] == together["metrics"]
 

@@ -12,6 +12,7 @@ from common.data.icd import Diagnosis, DiagnosisIndex
 from common.data.partition import assign_hospitals
 from common.data.samples import Admission, SampleTable
 from common.errors import UserError
+from common.records.run import SavedFacts
 from common.rundir import RunDirectory
 from sim.assist.listing import ListedDrugs
 from sim.assist.orders import Orders
@@ -141,7 +142,7 @@ def tiny_run(tmp_path):
     )
     run = RunDirectory.create(config, directory=tmp_path / "run")
     b = Worker().session(config).adapter.state()
-    run.save_checkpoint("round-0001", b, facts={})
+    run.save_checkpoint("round-0001", b, facts=SavedFacts())
     run.write_status("finished")
     return run
 
@@ -180,7 +181,7 @@ def test_the_newest_finished_run_is_found(tmp_path, monkeypatch):
         find_run(None)
     for name, state in (("1-a", "finished"), ("2-b", "finished"), ("3-c", "failed")):
         run = RunDirectory.create(Config(), directory=tmp_path / "runs" / name)
-        run.save_checkpoint("round-00001", {}, facts={})
+        run.save_checkpoint("round-00001", {}, facts=SavedFacts())
         run.write_status(state)
     assert find_run(None).path.name == "2-b"
 

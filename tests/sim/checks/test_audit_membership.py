@@ -16,6 +16,7 @@ from common.data.partition import assign_hospitals
 from common.data.prepare import load_samples
 from common.errors import UserError
 from common.model.adapter.layout import initial_tensors
+from common.records.run import SavedFacts
 from common.rundir import RunDirectory
 from common.training.optimiser import TrainState
 from common.training.worker import Worker
@@ -60,7 +61,7 @@ def finished(folder: Path, **keys: Any) -> RunDirectory:
     fingerprints = {"backbone": session.spec.fingerprint, "a": adapter.a_fingerprint}
     inputs = {"samples": table.digest, **fingerprints}
     run.write_json("environment.json", {"inputs": inputs})
-    run.save_checkpoint("round-00001", b, facts={"round": 1})
+    run.save_checkpoint("round-00001", b, facts=SavedFacts(round=1))
     run.write_json("summary.json", {"source": table.source})
     run.write_status("finished")
     return run

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from common.config import Config, DataConfig, EvaluationConfig, ModelConfig
 from common.errors import UserError
+from common.records.run import SavedFacts
 from common.rundir import RunDirectory
 from sim.cli.main import app
 
@@ -66,7 +67,9 @@ def test_suggest_prints_a_list(run):
     pytest.importorskip("llguidance")
     from common.training.worker import Worker
 
-    run.save_checkpoint("round-0001", Worker().session(run.config()).adapter.state(), facts={})
+    run.save_checkpoint(
+        "round-0001", Worker().session(run.config()).adapter.state(), facts=SavedFacts()
+    )
     patient = ["--sex", "f", "--age", "95", "--height", "165", "--weight", "80"]
     patient += ["-d", "I50.9", "-d", "lives [alone]", "-d", "Z99999"]
     shown, result = fedrx(

@@ -13,6 +13,7 @@ from common.config import OWN_TEXT
 from common.configio import from_flat
 from common.data.prepare import load_samples
 from common.errors import UserError
+from common.records.run import HospitalSizes
 from common.text.batches import encode
 from sim.report.data_description import (
     count_blocks,
@@ -49,7 +50,7 @@ def description(cache):
 
 
 def test_json_has_the_keys_of_the_contract(description):
-    data = json.loads(json.dumps(description.data, allow_nan=False))
+    data = json.loads(json.dumps(description.as_json(), allow_nan=False))
     assert set(data) >= KEYS
     assert set(data["drug_type"]) >= {"MAIN", "BASE", "ADDITIVE"}
     assert set(data["drugs_per_sample"]) == {"mean", "min", "max"}
@@ -60,16 +61,16 @@ def test_json_has_the_keys_of_the_contract(description):
 
 
 def test_hospital_sizes_add_up(description):
-    sizes = description.data["partition"]["hospitals"]
+    sizes = description.as_json()["partition"]["hospitals"]
     assert len(sizes) == 3
-    assert sum(one["samples"] for one in sizes) == description.data["samples"]
-    assert sum(one["patients"] for one in sizes) == description.data["patients"]
+    assert sum(one["samples"] for one in sizes) == description.as_json()["samples"]
+    assert sum(one["patients"] for one in sizes) == description.as_json()["patients"]
     for one in sizes:
         assert one["samples"] == one["train"] + one["validation"] + one["test"]
 
 
 def test_drops_by_a_missing_value_policy_are_counted(cache):
-    found = describe(config(**{"data.missing-height": "drop"}), cache_dir=cache).data
+    found = describe(config(**{"data.missing-height": "drop"}), cache_dir=cache).as_json()
     dealt = sum(one["samples"] for one in found["partition"]["hospitals"])
     assert found["dropped"]["samples.missing_height_cm"] == found["samples"] - found["height"]
     assert dealt == found["height"]
@@ -82,12 +83,12 @@ def test_token_lengths_are_those_of_the_encoded_samples(description, cache):
         len(encode(one, tokenizer, text=OWN_TEXT, max_length_tokens=10**6).input_ids)
         for one in samples
     )
-    tokens = description.data["tokens"]
+    tokens = description.as_json()["tokens"]
     assert tokens["samples"] == len(samples)
     assert (tokens["total"]["min"], tokens["total"]["max"]) == (lengths[0], lengths[-1])
     assert tokens["total"]["mean"] == pytest.approx(sum(lengths) / len(lengths))
     limit = lengths[len(lengths) // 2]
-    cut = describe(config(**{"train.max-length": limit}), cache_dir=cache).data["tokens"]
+    cut = describe(config(**{"train.max-length": limit}), cache_dir=cache).as_json()["tokens"]
     assert cut["longer_than_max_length"] >= sum(length > limit for length in lengths) > 0
     assert cut["dropped_drugs"] + cut["dropped_diagnoses"] >= cut["longer_than_max_length"]
 
@@ -95,7 +96,7 @@ def test_token_lengths_are_those_of_the_encoded_samples(description, cache):
 def test_lengths_say_why_they_are_missing(cache):
     found = describe(config(**{"model.backbone": "nobody/no-llama"}), cache_dir=cache)
     assert found.lengths is None
-    assert "not on this machine" in found.data["tokens"]["reason"]
+    assert "not on this machine" in found.as_json()["tokens"]["reason"]
     tokenizer, reason = local_tokenizer("embedded", cache)
     assert tokenizer is None
     assert "not in the cache" in reason
@@ -113,12 +114,12 @@ def test_what_people_read(description):
     assert "source: synthetic" in text
     assert "hospital-3" in text
     assert "partition by iid" in text
-    assert f"{description.data['pairs_clean']:,}" in text
+    assert f"{description.as_json()['pairs_clean']:,}" in text
 
 
 def test_prepare_returns_counts_and_shows_them(cache):
     counts = prepare(config(), cache_dir=cache)
-    assert counts["samples"] > 50
+    assert counts.samples > 50
     stream = io.StringIO()
     show_blocks(Console(file=stream, width=120), count_blocks(counts))
     assert "unknown admission" in stream.getvalue()
@@ -150,7 +151,7 @@ def test_page_and_plots(cache, tmp_path, hospitals):
 
 @pytest.mark.slow
 def test_nothing_shown_tells_who_was_there(description, tmp_path):
-    text = write_page(description, tmp_path).read_text() + json.dumps(description.data)
+    text = write_page(description, tmp_path).read_text() + json.dumps(description.as_json())
     for hospital in description.hospitals:
         for one in hospital.admissions:
             assert not re.search(rf"\b({one.patient}|{one.admission})\b", text)
@@ -176,7 +177,9 @@ def test_hospitals_are_called_by_what_they_were_dealt_by(cache):
     first = {}
     for one in load_samples(config().data, cache_dir=cache).admissions:
         first.setdefault(one.patient, one.careunit)
-    for hospital, sizes in zip(found.hospitals, found.data["partition"]["hospitals"], strict=True):
+    for hospital, sizes in zip(
+        found.hospitals, found.as_json()["partition"]["hospitals"], strict=True
+    ):
         units = [first[patient] for patient in {one.patient for one in hospital.admissions}]
         assert sizes["groups"] == {unit: units.count(unit) for unit in units}
     shown = "\n".join(cell for b in description_blocks(found) for row in b.rows for cell in row)
@@ -185,14 +188,10 @@ def test_hospitals_are_called_by_what_they_were_dealt_by(cache):
 
 def test_hospitals_with_few_held_out_samples_are_named(description):
     """Nobody is named where all have enough."""
-    sizes = [
-        {"name": f"h-{n}", "patients": 30, "samples": 30, "train": 20, "validation": n, "test": 5}
-        for n in (4, 5)
-    ]
-    partition = {**description.data["partition"], "hospitals": sizes}
-    few = replace(description, data={**description.data, "partition": partition})
+    sizes = tuple(HospitalSizes(name=f"h-{n}", validation=n, test=5) for n in (4, 5))
+    few = replace(description, sizes=sizes)
     (note,) = [block.note for block in description_blocks(few) if block.warning]
     assert "h-4 (4 validation, 5 test)" in note
     assert "h-5" not in note
-    enough = replace(few, data={**few.data, "partition": {**partition, "hospitals": sizes[1:]}})
+    enough = replace(few, sizes=sizes[1:])
     assert not [block for block in description_blocks(enough) if block.warning]

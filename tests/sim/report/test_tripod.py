@@ -121,3 +121,12 @@ def test_prompts_of_the_users_own_are_for_the_authors_to_explain():
     assert "9a" not in known
     assert 'system message "Say \\| it. Now."' in known["6c"]
     assert 'template "x {diagnoses}"' in known["6c"]
+
+
+def test_reproducible_noise_is_no_guarantee(tmp_path):
+    config = replace(Config(), privacy=PrivacyConfig(target_epsilon=6.0))
+    run = RunDirectory.create(config, directory=tmp_path / "run")
+    privacy = {"epsilon": "infinity", "delta": 1e-5, "unit": "patient"}
+    run.write_json("summary.json", {**SUMMARY, "privacy": privacy})
+    text = write_checklist(run).read_text(encoding="utf-8")
+    assert "noise without a guarantee" in rows(text)["6b"]

@@ -18,6 +18,7 @@ from common.configio import from_flat
 from common.errors import UserError
 from common.evaluation.generate import generate
 from common.model.backbone.load import load_model, load_tokenizer, resolve_backbone
+from common.records.run import SavedFacts
 from common.rundir import RunDirectory
 from common.text.batches import encode_prompt
 from common.text.prompts import messages
@@ -49,7 +50,7 @@ def trained_run(config: Config, folder) -> RunDirectory:
         key: (0.02 * random.standard_normal(shape)).astype(np.float32)
         for key, shape in session.adapter.shapes.items()
     }
-    run.save_checkpoint("round-0001", b, facts={"round": 1})
+    run.save_checkpoint("round-0001", b, facts=SavedFacts(round=1))
     run.write_json(
         "environment.json",
         {
@@ -310,7 +311,7 @@ def test_the_card_names_a_rank_that_vllm_has(tmp_path, rank, phrase):
     [
         ({"epsilon": 3.0, "delta": 1e-5, "unit": "patient"}, "tell of any one patient"),
         ({"epsilon": 3.0, "delta": 1e-5, "unit": "hospital"}, "tell of any one hospital's data"),
-        ({"epsilon": None, "delta": 1e-5, "unit": "patient"}, None),
+        ({"epsilon": "infinity", "delta": 1e-5, "unit": "patient"}, None),
         (None, None),
     ],
 )

@@ -60,8 +60,8 @@ def quiet() -> Console:
 @pytest.mark.slow
 def test_describe_federate_single_and_suggest(config: Config, tmp_path: Path) -> None:
     found = describe(config)
-    assert found.data["source"] == "credentialed"
-    sizes = [one["patients"] for one in found.data["partition"]["hospitals"]]
+    assert found.as_json()["source"] == "credentialed"
+    sizes = [one["patients"] for one in found.as_json()["partition"]["hospitals"]]
     assert len(sizes) == 2
     assert min(sizes) > 5
     together = federate(

@@ -28,6 +28,7 @@ from common.config import Config
 from common.configio import from_flat
 from common.errors import RunFailed, UserError
 from common.files import write_bytes
+from common.records.run import SavedFacts
 from common.rundir import RunDirectory
 from common.tensor_files import Altered
 from sim.process.failures import ERROR_LOG, StageFailed
@@ -56,7 +57,9 @@ def run(tmp_path) -> RunDirectory:
     """A run whose training is done, in a folder that a shell must quote."""
     made = RunDirectory.create(Config(), directory=tmp_path / "a run [1]")
     made.write_json("data.json", {"source": "synthetic"})
-    made.save_checkpoint("round-00004", {"b": np.zeros((1, 1), np.float32)}, facts={"round": 4})
+    made.save_checkpoint(
+        "round-00004", {"b": np.zeros((1, 1), np.float32)}, facts=SavedFacts(round=4)
+    )
     made.write_json("summary.json", {"b_sha256": "0" * 64, "source": "synthetic"})
     return made
 
@@ -164,7 +167,7 @@ def test_a_run_whose_last_checkpoint_was_altered_says_so_and_fails(run):
     """Also where how far it has come can no longer be read."""
 
     def where():
-        return {"round": run.checkpoint_facts("round-00004")["round"]}
+        return {"round": run.checkpoint_facts("round-00004").round}
 
     assert where() == {"round": 4}
     (run.path / "checkpoints" / "round-00004" / "facts.json").write_text("{}")
@@ -373,7 +376,7 @@ def test_single_fails_in_its_answers_and_goes_on(tmp_path, monkeypatch, capsys):
         )
     assert code == 1
     assert (folder / "metrics.jsonl").read_bytes() == steps
-    told = run.summary().evaluation["settings"]
+    told = run.summary().evaluation.settings
     assert (told["max_new_tokens"], told["samples"]) == (9, 1)
     assert run.config().evaluation.max_new_tokens == 8
     assert "the report failed: TypeError" in error.splitlines()[-1]

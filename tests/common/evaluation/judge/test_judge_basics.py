@@ -43,7 +43,7 @@ def test_appropriateness_is_the_mean_over_samples_of_suitable_over_all(
             kit.line("case-1", "popularity", ["bad"], 1),
         ]
     )
-    result = judge_run(run, plan_judging(run, judge_config()))
+    result = judge_run(run, plan_judging(run, judge_config())).as_json()
     fedrx = result["appropriateness"]["fedrx"]
     assert fedrx["mean"] == pytest.approx((1 / 4 + 2 / 2) / 2)
     assert (fedrx["scored"], fedrx["unscored"]) == (2, 0)
@@ -82,9 +82,9 @@ def test_the_judge_sees_neither_truth_nor_case_nor_model(server, make_run, judge
 
 def test_a_second_run_asks_nothing_and_gives_the_same(server, make_run, judge_config, kit):
     run = make_run(predictions(kit))
-    first = judge_run(run, plan_judging(run, judge_config()))
+    first = judge_run(run, plan_judging(run, judge_config())).as_json()
     lines = run.lines("judge.jsonl")
-    second = judge_run(run, plan_judging(run, judge_config()))
+    second = judge_run(run, plan_judging(run, judge_config())).as_json()
     assert (first.pop("invocation")["calls"], second.pop("invocation")["calls"]) == (6, 0)
     assert second == first
     assert run.lines("judge.jsonl") == lines
@@ -115,8 +115,8 @@ def test_equal_lists_for_one_patient_are_asked_once(server, make_run, judge_conf
     server.behave = lambda body, n: kit.Answer(kit.verdicts(body), delay_seconds=0.05)
     run = make_run([kit.line("case-1", model, ["Insulin"]) for model in ("fedrx", "popularity")])
     plan = plan_judging(run, judge_config())
-    assert estimate(run, plan)["calls"] == 1
-    result = judge_run(run, plan)
+    assert estimate(run, plan).calls == 1
+    result = judge_run(run, plan).as_json()
     assert len(server.requests) == 1
     assert [one["scored"] for one in result["appropriateness"].values()] == [1, 1]
 
@@ -147,7 +147,7 @@ def test_repeats_give_flip_rate_and_agreement(server, make_run, judge_config, ki
     server.behave = behave
     run = make_run([kit.line("case-1", "fedrx", ["steady 1", "steady 2", "steady 3", "shaky"])])
     plan = plan_judging(run, judge_config(repeats=2, concurrency=1))
-    result = judge_run(run, plan)
+    result = judge_run(run, plan).as_json()
     assert result["flip_rate"] == pytest.approx(1 / 4)
     assert result["agreement"]["drugs"] == 4
     assert result["agreement"]["unanimous"] == pytest.approx(3 / 4)
@@ -160,7 +160,7 @@ def test_repeats_give_flip_rate_and_agreement(server, make_run, judge_config, ki
 def test_two_judges_agree_or_not_but_do_not_flip(server, make_run, judge_config, kit):
     server.behave = lambda body, n: kit.Answer(kit.verdicts(body, lambda _: body["model"] == "a"))
     run = make_run(predictions(kit))
-    result = judge_run(run, plan_judging(run, judge_config(model="a, b")))
+    result = judge_run(run, plan_judging(run, judge_config(model="a, b"))).as_json()
     assert result["flip_rate"] is None
     assert result["agreement"]["unanimous"] == 0
     assert result["appropriateness"]["fedrx"]["mean"] == 0.5
@@ -169,7 +169,7 @@ def test_two_judges_agree_or_not_but_do_not_flip(server, make_run, judge_config,
 def test_a_dry_run_asks_nothing_and_writes_nothing(server, make_run, judge_config, kit):
     run = make_run(predictions(kit))
     config = judge_config(input_usd_per_million=2.0, output_usd_per_million=8.0)
-    before = estimate(run, plan_judging(run, config))
+    before = estimate(run, plan_judging(run, config)).as_json()
     assert not server.requests
     assert not (run.path / "judge").exists()
     assert (before["lists"], before["calls"], before["cached"]) == (6, 6, 0)
@@ -177,14 +177,14 @@ def test_a_dry_run_asks_nothing_and_writes_nothing(server, make_run, judge_confi
     assert before["cost_usd"] == pytest.approx(by_hand)
     assert before["most_usd"] > before["cost_usd"] > 0
     judge_run(run, plan_judging(run, config))
-    after = estimate(run, plan_judging(run, config))
+    after = estimate(run, plan_judging(run, config)).as_json()
     assert (after["calls"], after["cached"], after["cost_usd"]) == (0, 6, 0)
 
 
 def test_usage_and_cost_are_the_servers_counts_times_the_price(server, make_run, judge_config, kit):
     run = make_run(predictions(kit))
     config = judge_config(input_usd_per_million=10.0, output_usd_per_million=40.0)
-    result = judge_run(run, plan_judging(run, config))
+    result = judge_run(run, plan_judging(run, config)).as_json()
     assert result["usage"]["calls"] == 6
     assert (result["usage"]["input_tokens"], result["usage"]["output_tokens"]) == (600, 120)
     assert result["cost_usd"] == pytest.approx(600 * 10e-6 + 120 * 40e-6)
@@ -244,7 +244,7 @@ def test_kill_9_loses_at_most_what_was_in_flight(server, make_run, judge_config,
         file.write('{"key": "torn')
     before = len(server.requests)
     assert 8 <= before < 20
-    result = judge_run(run, plan_judging(run, judge_config(concurrency=2)))
+    result = judge_run(run, plan_judging(run, judge_config(concurrency=2))).as_json()
     assert result["appropriateness"]["fedrx"]["scored"] == 10
     assert 20 <= len(server.requests) <= 22
     judge_run(run, plan_judging(run, judge_config(concurrency=2)))
@@ -265,7 +265,9 @@ def test_a_judge_must_be_named(make_run, judge_config, kit, model):
 
 def test_only_the_named_models_are_judged(server, make_run, judge_config, kit):
     run = make_run(predictions(kit))
-    result = judge_run(run, plan_judging(run, judge_config(), predicted_by=["popularity"]))
+    result = judge_run(
+        run, plan_judging(run, judge_config(), predicted_by=["popularity"])
+    ).as_json()
     assert list(result["appropriateness"]) == ["popularity"]
     with pytest.raises(UserError, match="no predictions by nobody"):
         plan_judging(run, judge_config(), predicted_by=["nobody"])

@@ -2,10 +2,12 @@
 
 import pytest
 
+from common.config import Config
 from common.errors import UserError
 from common.evaluation.judge.gate import Statement, check_endpoint, source_of_run
 from common.evaluation.judge.judging import judge_run
 from common.evaluation.judge.plan import plan_judging
+from common.rundir import RunDirectory
 
 AGREEMENT = "Enterprise agreement 2031-07 with zero retention"
 
@@ -119,9 +121,18 @@ def test_a_statement_opens_its_own_host_alone_over_https():
         )
 
 
-def test_in_doubt_the_source_is_credentialed():
-    assert source_of_run({"source": "synthetic"}, {"source": "synthetic"}) == "synthetic"
-    assert source_of_run({"source": "synthetic"}, {"source": "demo"}) == "demo"
+def test_in_doubt_the_source_is_credentialed(tmp_path):
+    run = RunDirectory.create(Config(), directory=tmp_path / "run")
+    assert source_of_run(run) == "credentialed"
+
+    def found(summary, data):
+        run.write_json("summary.json", summary)
+        run.write_json("data.json", data)
+        return source_of_run(run)
+
+    assert found({"source": "synthetic"}, {"source": "synthetic"}) == "synthetic"
+    assert found({"source": "synthetic"}, {"source": "demo"}) == "demo"
+    assert found({}, {"source": "demo"}) == found({"source": "demo"}, {}) == "demo"
     for documents in (
         ({}, {}),
         ({"source": "credentialed"}, {"source": "demo"}),
@@ -130,7 +141,7 @@ def test_in_doubt_the_source_is_credentialed():
         ({"source": None}, {}),
         ({"source": ["demo"]}, {}),
     ):
-        assert source_of_run(*documents) == "credentialed"
+        assert found(*documents) == "credentialed"
 
 
 @pytest.mark.parametrize("source", ["credentialed", None, "Synthetic"])
@@ -150,7 +161,7 @@ def test_a_credentialed_run_sends_nothing_abroad(make_run, judge_config, kit, so
 
 def test_a_credentialed_run_goes_to_loopback(server, make_run, judge_config, kit):
     run = make_run([kit.line("case-1", "fedrx", ["Insulin"])], source="credentialed")
-    result = judge_run(run, plan_judging(run, judge_config()))
+    result = judge_run(run, plan_judging(run, judge_config())).as_json()
     assert result["judgements"]["scored"] == 1
     assert result["agreement_stated"] is False
 
@@ -163,7 +174,7 @@ def test_a_statement_is_stored_with_the_run(server, make_run, judge_config, kit,
     statement = Statement(host="judge.example", agreement=AGREEMENT)
     plan = plan_judging(run, judge_config(base_url="https://judge.example/v1"), statement=statement)
     plan = replace(plan, endpoint=replace(plan.endpoint, url=server.url, loopback=True))
-    result = judge_run(run, plan)
+    result = judge_run(run, plan).as_json()
     assert result["agreement_stated"] is True
     (kept,) = run.lines("judge/statements.jsonl")
     assert (kept["host"], kept["agreement"]) == ("judge.example", AGREEMENT)

@@ -54,7 +54,7 @@ BAD_REPLIES = {
 def test_a_bad_reply_is_unscored_after_one_repair(server, run, judge_config, kit, name):
     text, kind = BAD_REPLIES[name]
     server.behave = lambda body, n: kit.Answer(text)
-    result = judge_run(run, plan_judging(run, judge_config()))
+    result = judge_run(run, plan_judging(run, judge_config())).as_json()
     assert result["appropriateness"]["fedrx"]["mean"] is None
     assert result["appropriateness"]["fedrx"]["unscored"] == 1
     assert result["judgements"]["problems"] == {kind: 1}
@@ -69,7 +69,7 @@ def test_a_bad_reply_is_unscored_after_one_repair(server, run, judge_config, kit
 def test_a_mended_reply_counts(server, run, judge_config, kit, name):
     text, _ = BAD_REPLIES[name]
     server.behave = lambda body, n: kit.Answer(text if n == 0 else kit.verdicts(body))
-    result = judge_run(run, plan_judging(run, judge_config()))
+    result = judge_run(run, plan_judging(run, judge_config())).as_json()
     assert result["appropriateness"]["fedrx"]["mean"] == 1
     assert result["judgements"]["repaired"] == 1
     told = server.bodies[1]["messages"]
@@ -100,14 +100,14 @@ ODD_COMPLETIONS = {
 @pytest.mark.parametrize("name", ODD_COMPLETIONS)
 def test_an_empty_completion_is_an_empty_reply(server, run, judge_config, kit, name):
     server.behave = lambda body, n: kit.Answer(raw=ODD_COMPLETIONS[name])
-    result = judge_run(run, plan_judging(run, judge_config()))
+    result = judge_run(run, plan_judging(run, judge_config())).as_json()
     assert result["judgements"]["problems"] == {"empty": 1}
     assert result["usage"]["calls_without_usage"] == 2
 
 
 def test_a_reply_cut_at_the_token_limit_is_named(server, run, judge_config, kit):
     server.behave = lambda body, n: kit.Answer('{"drugs": [', finish="length")
-    result = judge_run(run, plan_judging(run, judge_config()))
+    result = judge_run(run, plan_judging(run, judge_config())).as_json()
     assert result["judgements"]["problems"] == {"cut": 1}
 
 
@@ -121,7 +121,7 @@ def test_retry_after_is_honoured_by_all_calls(server, make_run, judge_config, ki
 
     server.behave = behave
     run = make_run([kit.line(f"case-{n}", "fedrx", [f"Drug {n}"]) for n in range(6)])
-    result = judge_run(run, plan_judging(run, judge_config(concurrency=2)))
+    result = judge_run(run, plan_judging(run, judge_config(concurrency=2))).as_json()
     assert result["appropriateness"]["fedrx"]["scored"] == 6
     times = [when for when, _, _ in server.requests]
     # The second worker's first call was under way already.
@@ -168,7 +168,7 @@ def test_a_failure_is_tried_again(server, run, judge_config, kit, quick, how):
     server.behave = lambda body, n: kit.Answer(
         **(failure if n < 2 else {"text": kit.verdicts(body)})
     )
-    result = judge_run(run, plan_judging(run, judge_config(timeout_seconds=0.4)))
+    result = judge_run(run, plan_judging(run, judge_config(timeout_seconds=0.4))).as_json()
     assert result["appropriateness"]["fedrx"]["mean"] == 1
     assert len(server.requests) == 3
 
@@ -179,13 +179,13 @@ def test_a_failure_that_stays_is_unscored_and_asked_again_later(
 ):
     server.behave = lambda body, n: kit.Answer(**FAILURES[how])
     config = judge_config(timeout_seconds=0.4, attempts=2)
-    result = judge_run(run, plan_judging(run, config))
+    result = judge_run(run, plan_judging(run, config)).as_json()
     assert result["appropriateness"]["fedrx"]["mean"] is None
     assert result["appropriateness"]["fedrx"]["unscored"] == 1
     assert result["judgements"]["problems"] == {f"server: {how}": 1}
     assert len(server.requests) == 2
     server.behave = lambda body, n: kit.Answer(kit.verdicts(body))
-    assert judge_run(run, plan_judging(run, config))["appropriateness"]["fedrx"]["mean"] == 1
+    assert judge_run(run, plan_judging(run, config)).appropriateness["fedrx"].mean == 1
 
 
 def test_a_broken_call_is_charged_at_its_worst_and_a_refused_one_is_not(
@@ -193,10 +193,10 @@ def test_a_broken_call_is_charged_at_its_worst_and_a_refused_one_is_not(
 ):
     prices = {"output_usd_per_million": 1000.0, "max_output_tokens": 1000, "attempts": 1}
     server.behave = lambda body, n: kit.Answer(status=500, raw=b"{}")
-    result = judge_run(run, plan_judging(run, judge_config(**prices)))
+    result = judge_run(run, plan_judging(run, judge_config(**prices))).as_json()
     assert result["cost_usd"] == 0
     server.behave = lambda body, n: kit.Answer("x" * 999, close=True)
-    result = judge_run(run, plan_judging(run, judge_config(**prices)))
+    result = judge_run(run, plan_judging(run, judge_config(**prices))).as_json()
     assert result["cost_usd"] == pytest.approx(1.0)
 
 
@@ -231,7 +231,7 @@ def test_a_dead_server_does_not_replace_an_earlier_judgement(
     server, make_run, judge_config, kit, quick
 ):
     run = make_run([kit.line(f"case-{n}", "fedrx", [f"Drug {n}"]) for n in range(5)])
-    first = judge_run(run, plan_judging(run, judge_config()))
+    first = judge_run(run, plan_judging(run, judge_config())).as_json()
     lines = run.lines("judge.jsonl")
     server.behave = lambda body, n: kit.Answer(status=500, raw=b"{}")
     with pytest.raises(RunFailed):
@@ -265,7 +265,7 @@ def test_a_server_that_refuses_the_schema_is_asked_without(server, make_run, jud
     server.behave = behave
     run = make_run([kit.line(f"case-{n}", "fedrx", [f"Drug {n}"]) for n in range(4)])
     config = judge_config(concurrency=1)
-    result = judge_run(run, plan_judging(run, config))
+    result = judge_run(run, plan_judging(run, config)).as_json()
     assert result["appropriateness"]["fedrx"]["mean"] == 1
     assert len(server.requests) == 5
     judge_run(run, plan_judging(run, config))
@@ -281,7 +281,7 @@ def test_a_server_that_wants_max_completion_tokens_gets_it(server, run, judge_co
         return kit.Answer(kit.verdicts(body))
 
     server.behave = behave
-    assert judge_run(run, plan_judging(run, judge_config()))["judgements"]["scored"] == 1
+    assert judge_run(run, plan_judging(run, judge_config())).judgements.scored == 1
     assert server.bodies[1]["max_completion_tokens"] == server.bodies[0]["max_tokens"]
 
 
