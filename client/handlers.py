@@ -64,7 +64,7 @@ Handler = Callable[[Config, Message, Context, Worker], RecordDict]
 
 def hello(config: Config, message: Message, context: Context, worker: Worker) -> RecordDict:
     """Answer the handshake: name, fingerprints, sizes, and what was chosen with the reasons."""
-    hospital = hospital_of(config, context.node_config)
+    hospital = hospital_of(config, context.node_config, worker)
     session = worker.session(config)
     worker.report(config)
     facts: dict[str, str | int] = {
@@ -111,7 +111,7 @@ def asked_nonce(message: Message) -> str:
 
 def train_round(config: Config, message: Message, context: Context, worker: Worker) -> RecordDict:
     """Train one round from the global B."""
-    hospital = hospital_of(config, context.node_config)
+    hospital = hospital_of(config, context.node_config, worker)
     session = worker.session(config)
     b, server_round = received(config, message, context, worker)
     folder = private_folder(config, hospital.name)
@@ -199,7 +199,7 @@ def evaluate_round(
     """Return the validation loss of the global B."""
     if protects(config):
         raise ContractError("with privacy on, no loss leaves a hospital")
-    hospital = hospital_of(config, context.node_config)
+    hospital = hospital_of(config, context.node_config, worker)
     session = worker.session(config)
     b, server_round = received(config, message, context, worker)
     metrics = evaluate(session, worker.tokens(config, hospital), b)
@@ -236,7 +236,7 @@ def answer(kind: str, message: Message, context: Context, worker: Worker) -> Mes
                 sent,
                 policy,
                 folder,
-                patients=lambda: hospital_of(config, context.node_config).patients,
+                patients=lambda: hospital_of(config, context.node_config, worker).patients,
             )
         return Message(content=HANDLERS[kind](config, message, context, worker), reply_to=message)
     except Exception as error:

@@ -9,12 +9,12 @@ from client.epsilon_limit import LimitReached
 from client.kept_state import own_folder
 from client.policy import POLICY, Policy, read_policy
 from client.site import KEYS, NAME
-from common.config import Config, DataConfig, FederationConfig, PartitionConfig
+from common.config import Config, FederationConfig
 from common.configio import completed_for_flwr, run_digest
-from common.data.dataset import open_hospitals
 from common.data.partition import Hospital
 from common.data.protocols import require_own_template
 from common.errors import RunFailed, UserError
+from common.training.worker import Worker
 from common.wire.handshake import NAME_PATTERN
 
 SIMULATED = "num-partitions"
@@ -70,11 +70,11 @@ def own_policy(node_config: Mapping[str, Any]) -> Policy | None:
         ) from None
 
 
-def hospital_of(config: Config, node_config: Mapping[str, Any]) -> Hospital:
+def hospital_of(config: Config, node_config: Mapping[str, Any], worker: Worker) -> Hospital:
     """Return the samples of the hospital that a Flower node stands for.
 
     In a simulation Flower numbers the nodes; each is the hospital of that index. A deployed node
-    has its own tables, and all of them are its own.
+    has its own tables, and all of them are its own. The worker keeps what was read.
 
     Raises:
         RunFailed: if Flower started another number of nodes than there are hospitals, or the
@@ -86,36 +86,15 @@ def hospital_of(config: Config, node_config: Mapping[str, Any]) -> Hospital:
         name = str(node_config[NAME])
         if not NAME_PATTERN.fullmatch(name):
             raise RunFailed(f"a hospital's name must match {NAME_PATTERN.pattern}")
-        return replace(hospitals_of(config.data, config.partition, 1)[0], name=name)
+        alone = replace(config, federation=FederationConfig(hospitals=1))
+        return replace(worker.data(alone).hospitals[0], name=name)
     index, nodes = int(node_config["partition-id"]), int(node_config[SIMULATED])
     if nodes != config.federation.hospitals:
         raise RunFailed(
             f"{nodes} simulated SuperNodes for {config.federation.hospitals} hospitals; fix: "
             f'--federation-config "num-supernodes={config.federation.hospitals}"'
         )
-    return hospitals_of(config.data, config.partition, nodes)[index]
-
-
-_opened: dict[tuple[DataConfig, PartitionConfig, int], tuple[Hospital, ...]] = {}
-"""What this process has read last."""
-
-
-def hand_on(config: Config, hospitals: tuple[Hospital, ...]) -> None:
-    """Give this process's nodes the hospitals that a configuration deals: nobody reads again."""
-    _opened.clear()
-    _opened[config.data, config.partition, config.federation.hospitals] = hospitals
-
-
-def hospitals_of(
-    data: DataConfig, partition: PartitionConfig, hospitals: int
-) -> tuple[Hospital, ...]:
-    """Read the prepared samples and deal them to hospitals; once per process."""
-    key = data, partition, hospitals
-    if key not in _opened:
-        dealt = FederationConfig(hospitals=hospitals)
-        config = Config(data=data, partition=partition, federation=dealt)
-        hand_on(config, open_hospitals(config).hospitals)
-    return _opened[key]
+    return worker.data(config).hospitals[index]
 
 
 def private_folder(config: Config, hospital: str) -> Path:

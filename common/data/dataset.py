@@ -1,9 +1,9 @@
 """A run's data, opened once: what reads it once hands it on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.config import Config
+from common.config import Config, DataConfig
 from common.data.partition import Hospital, assign_hospitals, pooled_sites
 from common.data.prepare import load_samples
 from common.data.protocols import require_own_template
@@ -31,6 +31,28 @@ class Dataset:
     def train(self) -> list[Admission]:
         """The training samples of all hospitals."""
         return [one for hospital in self.hospitals for one in hospital.train]
+
+
+def what_decides(config: Config) -> tuple[object, ...]:
+    """Return the settings that decide what ``open_hospitals`` returns or refuses.
+
+    Names and order of the drugs are left out: they are read where samples become text or are
+    scored.
+
+    >>> from common.configio import from_flat
+    >>> what_decides(from_flat({"data.drug-order": "set"})) == what_decides(Config())
+    True
+    >>> what_decides(from_flat({"partition.seed": 1})) == what_decides(Config())
+    False
+    """
+    own = DataConfig()
+    data = replace(
+        config.data,
+        normalisation=own.normalisation,
+        drug_map=own.drug_map,
+        drug_order=own.drug_order,
+    )
+    return data, config.partition, config.federation.hospitals, config.text
 
 
 def open_hospitals(

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from common.config import Config
+from common.data.dataset import Dataset, open_hospitals, what_decides
 from common.data.partition import Hospital
 from common.files import write_json
 from common.model.adapter.layout import adapter_spec
@@ -23,7 +24,7 @@ def destination_of(config: Config) -> Destination | None:
 
 
 class Worker:
-    """One backbone with its adapter, open at a time, and the tokens of the hospitals it serves.
+    """One backbone with its adapter and one data set, open at a time, and its hospitals' tokens.
 
     Attributes:
         loads: How often it has loaded weights.
@@ -36,6 +37,31 @@ class Worker:
         self._session: Session | None = None
         self._opened: tuple[object, ...] = ()
         self._tokens: dict[tuple[Config, str], HospitalData] = {}
+        self._data: tuple[tuple[object, ...], Dataset] | None = None
+
+    def data(self, config: Config, progress: Callable[[str], None] | None = None) -> Dataset:
+        """Return the data that a configuration asks for, opened once; the last one is kept.
+
+        Args:
+            config: See ``common.data.dataset.what_decides``.
+            progress: Called with one line for each step of opening it.
+
+        Raises:
+            UserError: see ``open_hospitals``.
+        """
+        if self._data is None or self._data[0] != what_decides(config):
+            self.forget_data()
+            self.keep_data(config, open_hospitals(config, progress=progress))
+        assert self._data is not None
+        return self._data[1]
+
+    def keep_data(self, config: Config, data: Dataset) -> None:
+        """Keep what a configuration opens, read by whoever hands it on."""
+        self._data = what_decides(config), data
+
+    def forget_data(self) -> None:
+        """Keep no data: the next that is asked for is read."""
+        self._data = None
 
     def backbone(
         self,

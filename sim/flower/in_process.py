@@ -15,10 +15,9 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 import client.app
-from client.node import hand_on
 from common.config import Config
 from common.configio import flatten
-from common.data.partition import Hospital
+from common.data.dataset import Dataset
 from common.wire.undocumented_flower import (
     ProtoMessage,
     TaskIdentity,
@@ -134,20 +133,18 @@ def task_identity() -> Iterator[None]:
             setattr(TaskIdentity, name, value)
 
 
-def run_in_process(
-    config: Config, hospitals: tuple[Hospital, ...], *, on_tick: Callable[[], None]
-) -> None:
+def run_in_process(config: Config, data: Dataset, *, on_tick: Callable[[], None]) -> None:
     """Run the federation of ``config`` to its end, in this process.
 
     Args:
         config: Complete, with ``run.directory`` absolute.
-        hospitals: As its data deals them; the nodes do not read them again.
+        data: Its own; the nodes do not read it again.
         on_tick: Called after each message, to show progress.
 
     Raises:
         RunFailed: as the server app raises it.
     """
-    hand_on(config, hospitals)
+    client.app.worker().keep_data(config, data)
     with task_identity():
         main(
             InProcessGrid(config, on_tick),

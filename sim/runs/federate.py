@@ -106,7 +106,7 @@ def train_rounds(run: Run) -> dict[str, float]:
 
         if config.run.backend == IN_PROCESS:
             run.worker = client.app.worker()
-            run_in_process(config, run.preparation.data.hospitals, on_tick=on_tick)
+            run_in_process(config, run.preparation.data, on_tick=on_tick)
         else:
             workers = config.federation.workers
             import_ahead()

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+import client.app
 from common.config import Config, RunConfig
 from common.configio import flatten, from_flat
-from common.data.dataset import Dataset, open_hospitals
+from common.data.dataset import Dataset
 from common.errors import UserError
 from common.evaluation.answers import choose_cases
 from common.evaluation.answers_file import read_answers
@@ -31,6 +32,7 @@ from server.strategies import check_strategy
 from sim.answers.held_out import HeldOut
 from sim.process.progress import Meter
 from sim.report.transfer_page import show_transfer, write_transfer_page
+from sim.runs.preparation import with_absolute_paths
 from sim.runs.sweep import Cell, run_all
 
 ALL, ALONE, WITHOUT = "all", "alone", "without"
@@ -143,7 +145,8 @@ def generalise(
         again=again,
         trained={cells[0].folder: run} if run else {},
     )
-    data = open_hospitals(config)
+    # Cells in this process have opened it, under absolute paths.
+    data = client.app.worker().data(with_absolute_paths(config))
     result = GeneraliseRecord(
         source=data.source,
         seeds=seeds,

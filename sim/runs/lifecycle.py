@@ -53,7 +53,7 @@ class Kind:
 
     def prepare(self, config: Config, console: Console, worker: Worker) -> Preparation | None:
         """Read what the run needs; also before it is resumed."""
-        return prepare(config, console, worker if self.trains_here else None)
+        return prepare(config, console, worker, trains_here=self.trains_here)
 
     def ready(self, config: Config, preparation: Preparation, console: Console) -> Config:
         """Before anything is written: check and choose what depends on the data."""
@@ -119,7 +119,7 @@ class Run:
     """Spent by earlier processes."""
     peak: PeakMemory = field(default_factory=PeakMemory)
     worker: Worker = field(default_factory=Worker)
-    """Has the backbone open, for training in this process and for the answers."""
+    """Has data and backbone open, for runs inside, training in this process and the answers."""
     result: Record = field(default_factory=Summary)
     """Content of summary.json, once all is done."""
 

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from common.config import Config
 from common.configio import file_keys, flatten, from_flat
-from common.data.dataset import Dataset, open_hospitals
+from common.data.dataset import Dataset
 from common.evaluation.answers import choose_cases
 from common.evaluation.lists import check_lists
 from common.model.adapter.layout import AdapterLayout, adapter_layout, adapter_spec
@@ -34,13 +34,16 @@ class Preparation:
     layout: AdapterLayout
 
 
-def prepare(config: Config, console: Console, worker: Worker | None = None) -> Preparation:
+def prepare(
+    config: Config, console: Console, worker: Worker, *, trains_here: bool = False
+) -> Preparation:
     """Read the data, deal the hospitals and find the backbone.
 
     Args:
         config: Complete configuration.
         console: Where progress is shown.
-        worker: Whose session trains in this process; None: other processes do.
+        worker: Opens the data, where the run before did not, and keeps it.
+        trains_here: Whether the worker's session trains, in this process.
 
     Raises:
         UserError: for everything that can be known to fail before the run starts.
@@ -50,16 +53,16 @@ def prepare(config: Config, console: Console, worker: Worker | None = None) -> P
         console.print(line, style="dim", markup=False, highlight=False)
 
     free_port(config.run.port)
-    if worker and destination_of(config):
+    if trains_here and destination_of(config):
         # Before the checks: they import what the weights are read beside.
         worker.backbone_to_open(config, progress=say)
     check_settings(config)
-    data = open_hospitals(config, progress=say)
+    data = worker.data(config, progress=say)
     for hospital in data.hospitals:
         checkpoint_steps(config, steps_in_all(config, len(hospital.train)).value)
     choose_cases(data.hospitals, samples=config.evaluation.samples, seed=config.evaluation.seed)
     check_lists(data.hospitals, config)
-    if worker:
+    if trains_here:
         backbone = worker.backbone_to_open(config, progress=say)
     else:
         backbone = resolve_backbone(config.model.backbone, progress=say)

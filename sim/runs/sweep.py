@@ -258,6 +258,7 @@ def run_all(
     """
     folder.mkdir(parents=True, exist_ok=True)
     directory, found = RunDirectory(folder), dict[str, RunDirectory]()
+    client.app.worker().forget_data()  # of an earlier call: files may have changed since
     with exclusive(directory):
         names = tuple(cell.folder for cell in cells)
         directory.write_json(RUN, RunRecord(mode="sweep", resumable=False, cells=names))
@@ -360,7 +361,7 @@ def run_cell(cell: Cell, folder: Path, console: Console, command_line: Sequence[
         UserError: if the folder holds another run than the cell's.
     """
     run = RunDirectory(folder)
-    # In one process all cells have one backbone open, the hospitals' and the single node's.
+    # In one process all cells have one backbone and one data set open, hospitals and single node.
     worker = client.app.worker() if cell.config.run.backend == IN_PROCESS else None
     told: dict[str, Any] = {"console": console, "command_line": command_line}
     told |= {"inside": True, "worker": worker}

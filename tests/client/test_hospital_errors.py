@@ -178,4 +178,4 @@ def test_a_hospital_s_own_limit_keeps_it_out_and_tells_why(
 def test_a_template_is_not_dropped_in_silence_where_a_prompt_shows_a_past(tiny_config):
     config = tiny_config(data__protocol="visits", text__template="Ill with\n{diagnoses}")
     with pytest.raises(UserError, match="text.template with data.protocol=visits"):
-        hospital_of(config, {"partition-id": 0, "num-partitions": 3})
+        hospital_of(config, {"partition-id": 0, "num-partitions": 3}, Worker())

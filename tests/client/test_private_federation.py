@@ -18,7 +18,6 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 from privacy_fixtures import PRIVATE_TINY
 
 import client.app
-import client.node
 import client.private_update
 import common.wire.contract
 from client.private_update import private_update
@@ -33,6 +32,7 @@ from common.rundir import RunDirectory
 from common.training.gradients import StepLoss
 from common.training.hospital_data import HospitalData
 from common.training.optimiser import TrainState
+from common.training.worker import Worker
 from server.app import federate
 
 ROUNDS, STEPS = 2, 2
@@ -187,17 +187,18 @@ def test_a_reply_with_more_is_refused_on_both_sides(honest) -> None:
 def test_scalars_on_the_wire_are_the_same_without_one_patient(
     tmp_path, honest, monkeypatch
 ) -> None:
-    whole = client.node.hospitals_of
+    whole = Worker.data
     gone: list[int] = []
 
     def without_one(*args: Any) -> Any:
-        first, *rest = whole(*args)
+        data = whole(*args)
+        first, *rest = data.hospitals
         patient = first.train[0].patient
         gone.append(patient)
         kept = tuple(one for one in first.train if one.patient != patient)
-        return (dataclasses.replace(first, train=kept), *rest)
+        return dataclasses.replace(data, hospitals=(dataclasses.replace(first, train=kept), *rest))
 
-    monkeypatch.setattr(client.node, "hospitals_of", without_one)
+    monkeypatch.setattr(Worker, "data", without_one)
     client.app.worker.cache_clear()
     seen = run_federation(tmp_path / "neighbour")[0]
     assert gone
@@ -205,7 +206,7 @@ def test_scalars_on_the_wire_are_the_same_without_one_patient(
         assert scalars(one) == scalars(other)
     plain = {"privacy.noise-multiplier": 0.0}
     counts = [scalars(m).get("samples") for _, m in run_federation(tmp_path / "mutant", **plain)[0]]
-    monkeypatch.setattr(client.node, "hospitals_of", whole)
+    monkeypatch.setattr(Worker, "data", whole)
     client.app.worker.cache_clear()
     others = [scalars(m).get("samples") for _, m in run_federation(tmp_path / "again", **plain)[0]]
     assert counts != others

@@ -9,8 +9,8 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.serde import message_from_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 
-from client.node import hospitals_of
 from common.configio import flatten
+from common.data.dataset import open_hospitals
 from common.errors import RunFailed
 from common.rundir import RunDirectory
 from common.training.hospital_data import encode_hospital
@@ -133,7 +133,7 @@ def test_one_hospital_equals_the_plain_loop(tiny_config, in_process):
     config = tiny_config(federation__hospitals=1, federation__rounds=3, train__schedule="linear")
     federated = in_process(config)
     session = Worker().session(config)
-    data = encode_hospital(hospitals_of(config.data, config.partition, 1)[0], session, config)
+    data = encode_hospital(open_hospitals(config).hospitals[0], session, config)
     session.adapter.flat.zero_()
     metrics = train(
         session, data.train, config.train, TrainState(), steps=6, schedule_steps=6, stream=data.name
@@ -154,7 +154,7 @@ def test_reset_state_starts_a_new_optimizer_on_the_next_batches(tiny_config, in_
     config = tiny_config(federation__hospitals=1, federation__rounds=2, train__keep_state=False)
     federated = in_process(config)
     session = Worker().session(config)
-    data = encode_hospital(hospitals_of(config.data, config.partition, 1)[0], session, config)
+    data = encode_hospital(open_hospitals(config).hospitals[0], session, config)
     session.adapter.flat.zero_()
     for start in (0, 2):
         state = TrainState(step=start)

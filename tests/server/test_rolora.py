@@ -5,7 +5,7 @@ import peft
 import pytest
 import torch
 
-from client.node import hospitals_of
+from common.data.dataset import open_hospitals
 from common.model.adapter.rolora import RoLoRA
 from common.model.adapter.spec import draw_a
 from common.model.backbone.load import load_model, resolve_backbone
@@ -52,7 +52,7 @@ def naive(config, answered):
         answered: {round: hospitals whose updates were aggregated}.
     """
     session = Worker().session(config)
-    hospitals = hospitals_of(config.data, config.partition, config.federation.hospitals)
+    hospitals = open_hospitals(config).hospitals
     data = {one.name: encode_hospital(one, session, config).train for one in hospitals}
     model, matrices = peft_parameters(config)
     kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[config.train.optimizer]

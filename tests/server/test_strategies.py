@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from client.node import hospitals_of
 from client.proximal import Proximal
 from common.config import FederationConfig
 from common.configio import choices, known_keys
+from common.data.dataset import open_hospitals
 from common.errors import RunFailed, UserError
 from common.privacy.settings import plan_of
 from common.rundir import RunDirectory
@@ -236,7 +236,7 @@ def test_proximal_gradient_is_that_of_the_penalty(tiny_config):
     """Against a central difference of ``mu / 2 * |b - anchor|^2``."""
     config = tiny_config()
     session = Worker().session(config)
-    data = encode_hospital(hospitals_of(config.data, config.partition, 3)[0], session, config)
+    data = encode_hospital(open_hospitals(config).hospitals[0], session, config)
     flat = session.adapter.flat
     flat.copy_(flat.new_tensor(np.random.default_rng(0).normal(size=flat.shape)) * 0.01)
     anchor = flat.clone() * 0.5

@@ -1,10 +1,11 @@
 """The data of a run, opened in one place."""
 
 import re
+from dataclasses import fields, replace
 from pathlib import Path
 
 from common.config import Config, DataConfig, FederationConfig
-from common.data.dataset import open_hospitals
+from common.data.dataset import open_hospitals, what_decides
 from common.data.partition import assign_hospitals
 from common.data.prepare import load_samples
 
@@ -22,6 +23,20 @@ def test_samples_hospitals_source_and_digest_are_those_of_the_parts(tmp_path):
     assert opened.hospitals == dealt
     assert (opened.source, opened.digest) == ("synthetic", table.digest)
     assert opened.train == [*dealt[0].train, *dealt[1].train]
+
+
+def test_settings_that_decide_nothing_open_to_the_same(tmp_path):
+    """All other settings of the data stand in what decides: whoever keeps data goes by it."""
+    undecided = {"normalisation": "ingredient", "drug_map": "absent.csv", "drug_order": "set"}
+    config = Config(data=DataConfig(synthetic_patients=30))
+    other = replace(config, data=DataConfig(synthetic_patients=30, **undecided))
+    assert open_hospitals(other, cache_dir=tmp_path) == open_hospitals(config, cache_dir=tmp_path)
+    assert what_decides(other) == what_decides(config)
+    for field in fields(DataConfig):
+        if field.name not in undecided:
+            data = replace(config.data)
+            object.__setattr__(data, field.name, "another")
+            assert what_decides(replace(config, data=data)) != what_decides(config), field.name
 
 
 def test_nobody_else_reads_and_deals():

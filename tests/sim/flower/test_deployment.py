@@ -22,8 +22,8 @@ import pytest
 from rich.console import Console
 
 import sim.flower.run_hospital
-from client.node import hospitals_of
 from common.config import Config
+from common.data.dataset import open_hospitals
 from common.data.synthetic.write import write_tables
 from common.errors import RunFailed
 from common.rundir import RunDirectory
@@ -140,7 +140,7 @@ def deal(config, tmp_path) -> dict[str, str]:
     data = config.data
     write_tables(tables, patients=data.synthetic_patients, seed=data.synthetic_seed)
     folders = {}
-    for hospital in hospitals_of(data, config.partition, 2):
+    for hospital in open_hospitals(config).hospitals:
         own = {a.patient for part in parts(hospital) for a in part}
         folder = tmp_path / "data" / hospital.name
         for source in tables.rglob("*.csv.gz"):

@@ -8,8 +8,10 @@ import pytest
 from rich.console import Console
 
 import sim.runs.federate
+from common.data.dataset import open_hospitals
 from common.errors import RunFailed
 from common.rundir import RunDirectory
+from common.training.worker import Worker
 from sim.cli.options import with_backend
 from sim.runs.federate import federate
 from sim.runs.resume import resume
@@ -32,9 +34,16 @@ def test_a_whole_run_to_its_report(short, tmp_path, monkeypatch):
 
     The data is opened once: the nodes have the hospitals of the launcher, and read nothing.
     """
-    monkeypatch.setattr("client.node._opened", {})
-    monkeypatch.setattr("client.node.open_hospitals", lambda *_: pytest.fail("it is read again"))
+    worker, opened = Worker(), []
+
+    def opens(config, **keys):
+        opened.append(config)
+        return open_hospitals(config, **keys)
+
+    monkeypatch.setattr("client.app.worker", lambda: worker)
+    monkeypatch.setattr("common.training.worker.open_hospitals", opens)
     summary = started(short, tmp_path / "run")
+    assert len(opened) == 1
     assert summary["workers"] == 1
     assert summary["validation_loss"][-1] < summary["validation_loss"][0]
     assert "fedrx" in summary["metrics"]

@@ -38,7 +38,7 @@ def done(tiny_config, tmp_path_factory):
     Each run's own page and its dear baseline, which nothing here reads, are left out.
     """
     config, folder = tiny_config(**SMALL), tmp_path_factory.mktemp("generalise")
-    begun, federate = [], sim.runs.sweep.federate
+    begun, opened, federate = [], [], sim.runs.sweep.federate
 
     def start(*arguments, run_dir, **options):
         begun.append(run_dir.name)
@@ -46,18 +46,23 @@ def done(tiny_config, tmp_path_factory):
             raise KeyboardInterrupt
         return federate(*arguments, run_dir=run_dir, **options)
 
+    def opens(config, **keys):
+        opened.append(len(begun))
+        return open_hospitals(config, **keys)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sim.runs.sweep, "federate", start)
+        patch.setattr("common.training.worker.open_hospitals", opens)
         patch.setattr(sim.runs.lifecycle, "write_report", lambda run: None)
         patch.delitem(BASELINES, "logistic_regression")
         with pytest.raises(KeyboardInterrupt):
             generalise(config, folder, seeds=1, console=QUIET, command_line=[])
         result = generalise(config, folder, seeds=1, console=QUIET, command_line=[])
-    return config, folder, begun, result
+    return config, folder, begun, result, opened
 
 
 def test_every_model_is_trained_once_by_the_right_hospitals(done):
-    config, folder, begun, _ = done
+    config, folder, begun, _, _ = done
     cells = plan_models(config, 1)
     assert begun == [cell.folder for cell in cells[:3]] + [cell.folder for cell in cells[2:]]
     for cell in cells:
@@ -67,9 +72,15 @@ def test_every_model_is_trained_once_by_the_right_hospitals(done):
         assert trained == wanted[cell.arm]
 
 
+def test_data_is_opened_once_by_each_call(done):
+    """For its first model, which had begun then; nothing is read for the others or the page."""
+    *_, opened = done
+    assert opened == [1, 4]
+
+
 def test_figures_are_those_of_the_runs(done):
     """F1 against each run's own summary by hospital; loss against one forward pass by hand."""
-    config, folder, _, result = done
+    config, folder, _, result, _ = done
     data = open_hospitals(config)
     for cell in plan_models(config, 1):
         run = RunDirectory(folder / cell.folder)
@@ -102,7 +113,7 @@ def test_figures_are_those_of_the_runs(done):
 
 
 def test_the_page_has_maps_and_curves_and_no_patient(done):
-    config, folder, _, _ = done
+    config, folder, _, _, _ = done
     page = (folder / PAGE).read_text()
     assert page.count("<svg") == 4
     assert "What a hospital gains: F1" in page
@@ -113,7 +124,7 @@ def test_the_page_has_maps_and_curves_and_no_patient(done):
 
 
 def test_a_finished_run_is_the_first_model_of_all(done, tmp_path):
-    _, folder, _, _ = done
+    _, folder, _, _, _ = done
     run = RunDirectory.open(folder / "all-seed-0")
     listed = CliRunner().invoke(app, ["generalise", str(run.path), "--seeds", "1", "--dry-run"])
     assert listed.exit_code == 0, listed.output
@@ -154,7 +165,7 @@ def test_what_has_no_models_of_fewer_is_refused(settings, words, tiny_config):
 
 
 def test_a_run_of_another_kind_is_refused(done, tmp_path):
-    config, _, _, _ = done
+    config, _, _, _, _ = done
     run = RunDirectory.create(config, directory=tmp_path / "run")
     with pytest.raises(UserError, match="is no finished federation"):
         generalise(config, tmp_path, seeds=1, console=QUIET, command_line=[], run=run)

@@ -14,9 +14,14 @@ from common.configio import from_flat
 from common.errors import UserError
 from common.model.backbone.reading import Destination, Reading
 from common.model.backbone.tiny import tiny_model, tiny_tokenizer
+from common.records.summary import Summary
 from common.training import worker
+from common.training.worker import Worker
+from sim.runs.federate import Federation
 from sim.runs.lifecycle import resume
+from sim.runs.paper import paper
 from sim.runs.single import Single, single
+from sim.runs.sweep import plan_cells, run_all
 
 KEYS = {
     "data.synthetic-patients": 30,
@@ -32,6 +37,77 @@ KEYS = {
     "evaluation.max-new-tokens": 8,
     "evaluation.bootstrap": 100,
 }
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+    """List the data settings with which tables are hashed and read."""
+    seen, prepare_source = [], common.data.prepare.prepare_source
+
+    def counted(config, **keys):
+        seen.append(config)
+        return prepare_source(config, **keys)
+
+    monkeypatch.setattr(common.data.prepare, "prepare_source", counted)
+    return seen
+
+
+@pytest.fixture
+def sweep_twice(monkeypatch, tmp_path, prepared):
+    """Return how often two sweeps, one after the other in this process, have read tables.
+
+    Nothing is trained: a run begins, and has a summary.
+    """
+    shared = Worker()
+    monkeypatch.setattr("client.app.worker", lambda: shared)
+    for kind in (Federation, Single):
+        monkeypatch.setattr(kind, "work", lambda kind, run: Summary())
+
+    def sweep(vary, arms=("fa-lora", "fedmedian")):
+        found = []
+        config = from_flat(KEYS | {"run.backend": "in-process", "federation.rounds": 1})
+        cells = plan_cells(config, arms=arms, seeds=[0], vary=vary)
+        assert len(cells) > 1
+        for folder in ("first", "second"):
+            told = {"console": QUIET, "command_line": (), "again": ""}
+            run_all(cells, tmp_path / folder, **told)
+            found.append(len(prepared) - sum(found))
+        return found
+
+    return sweep
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("best", [False, True])
+def test_a_papers_ranks_share_its_data(tmp_path, prepared, best):
+    """The best settings, too: only what is written of the drugs differs there."""
+    config = from_flat(KEYS | {"train.steps": 1, "evaluation.max-new-tokens": 32})
+    told = {"console": QUIET, "command_line": (), "run_dir": tmp_path / "run"}
+    table = paper(config, scale="small", ranks=(2, 4), best=best, **told)
+    assert len(table.rows) == 2
+    assert len(prepared) == 1
+
+
+def test_cells_in_one_process_share_their_data(sweep_twice):
+    """Another sweep reads again: files may have changed since."""
+    assert sweep_twice([]) == [1, 1]
+
+
+def test_settings_of_the_text_and_the_score_share_data(sweep_twice):
+    assert sweep_twice(["data.drug-order=name,set", "train.seed=1,2"]) == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "vary", ["data.synthetic-seed=1,2", "data.train-samples=3,4", "partition.seed=1,2"]
+)
+def test_a_cell_of_other_data_opens_it_anew(sweep_twice, vary):
+    assert sweep_twice([vary], ["fa-lora"]) == [2, 2]
+
+
+def test_one_node_holds_what_hospitals_share(sweep_twice):
+    assert sweep_twice([], ["fa-lora", "centralised"]) == [2, 2]
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ from common.files import write_bytes
 from common.records.run import SavedFacts
 from common.rundir import RunDirectory
 from common.tensor_files import Altered
+from common.training.worker import Worker
 from sim.process.failures import ERROR_LOG, StageFailed
 from sim.process.lock import exclusive
 from sim.runs.stages import (
@@ -422,7 +423,7 @@ def test_a_wrong_path_is_input_and_a_full_disk_is_a_failure(
 def test_scored_lists_without_validation_patients_are_refused_before_training():
     config = from_flat({**TINY, "evaluation.method": "score", "data.validation-fraction": 0.0})
     with pytest.raises(UserError, match=r"raise data\.validation-fraction"):
-        sim.runs.preparation.prepare(config, silent())
+        sim.runs.preparation.prepare(config, silent(), Worker())
 
 
 class Touched(Exception):
@@ -453,7 +454,7 @@ def test_what_cannot_work_is_refused_before_data_and_weights(
     def touched(*args, **keys):
         raise Touched
 
-    monkeypatch.setattr(sim.runs.preparation, "open_hospitals", touched)
+    monkeypatch.setattr("common.training.worker.open_hospitals", touched)
     monkeypatch.setattr(sim.runs.preparation, "resolve_backbone", touched)
     folder = tmp_path / "run"
     if said == "is not empty":
@@ -474,12 +475,12 @@ def test_what_cannot_work_is_refused_before_data_and_weights(
 def test_a_folder_is_checked_by_its_configuration_alone(tmp_path, monkeypatch):
     """A backbone's folder that is no Llama, or a rank beyond its width, needs no hashing."""
     monkeypatch.setattr(
-        sim.runs.preparation, "open_hospitals", lambda *a, **k: pytest.fail("data was read")
+        "common.training.worker.open_hospitals", lambda *a, **k: pytest.fail("data was read")
     )
     (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
     config = from_flat({**TINY, "model.backbone": str(tmp_path)})
     with pytest.raises(UserError, match="not a Llama"):
-        sim.runs.preparation.prepare(config, silent())
+        sim.runs.preparation.prepare(config, silent(), Worker())
 
 
 def test_evaluate_refuses_a_device_before_it_reads_data(run, monkeypatch):

@@ -263,7 +263,7 @@ def test_a_drug_map_is_found_from_a_worker_s_folder(tiny_config, tmp_path, monke
 
 def test_local_only_trains_on_one_hospital_alone(tiny_config, in_process):
     """Against a plain loop on that hospital's samples: no other update enters."""
-    from client.node import hospitals_of
+    from common.data.dataset import open_hospitals
     from common.training.hospital_data import encode_hospital
     from common.training.loop import TrainState, train
     from common.training.worker import Worker
@@ -272,7 +272,7 @@ def test_local_only_trains_on_one_hospital_alone(tiny_config, in_process):
     done = in_process(config)
     assert {e.hospital for e in done.run.metrics("steps")} == {"hospital-2"}
     session = Worker().session(config)
-    data = encode_hospital(hospitals_of(config.data, config.partition, 3)[1], session, config)
+    data = encode_hospital(open_hospitals(config).hospitals[1], session, config)
     session.adapter.flat.zero_()
     train(
         session, data.train, config.train, TrainState(), steps=4, schedule_steps=4, stream=data.name
