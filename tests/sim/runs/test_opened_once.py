@@ -103,7 +103,8 @@ def test_settings_of_the_text_and_the_score_share_data(sweep_twice):
     "vary", ["data.synthetic-seed=1,2", "data.train-samples=3,4", "partition.seed=1,2"]
 )
 def test_a_cell_of_other_data_opens_it_anew(sweep_twice, vary):
-    assert sweep_twice([vary], ["fa-lora"]) == [2, 2]
+    """The cells that share it follow each other: four of them, in two pairs."""
+    assert sweep_twice([vary, "train.learning-rate=0.1,0.2"], ["fa-lora"]) == [2, 2]
 
 
 def test_one_node_holds_what_hospitals_share(sweep_twice):
