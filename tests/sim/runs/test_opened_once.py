@@ -107,7 +107,7 @@ def test_a_cell_of_other_data_opens_it_anew(sweep_twice, vary):
     assert sweep_twice([vary, "train.learning-rate=0.1,0.2"], ["fa-lora"]) == [2, 2]
 
 
-def test_one_node_holds_what_hospitals_share(sweep_twice):
+def test_the_node_that_holds_everything_is_dealt_its_own(sweep_twice):
     assert sweep_twice([], ["fa-lora", "centralised"]) == [2, 2]
 
 
