@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -233,8 +234,8 @@ def main(arguments: list[str] | None = None) -> int:
     met = {goal: private[f"{goal}_ratio"] <= limit for goal, limit in GOALS.items()}
     environment = {
         "backbone": spec.name,
-        "dtype": session.dtype.as_dict(),
-        "attention": session.attention.as_dict(),
+        "dtype": asdict(session.dtype),
+        "attention": asdict(session.attention),
         "batch": options.batch,
         "length_tokens": options.length,
         "parameters": session.adapter.trainable_parameters,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.choice import AMX, ASKED, AVX, GPU_HAS_BF16, GPU_LACKS_BF16, NEITHER, Choice
-from common.errors import UserError
+from common.errors import SettingError
 from common.limits import available_cpus
 from common.model.adapter.falora import Adapter, AdapterSpec, attach
 from common.model.backbone.load import BackboneSpec, load_model, load_tokenizer
@@ -161,7 +161,7 @@ def device_kind(requested: str) -> str:
     """
     kind, _, number = requested.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (number and not number.isdigit()):
-        raise UserError(
+        raise SettingError(
             f"train.device={requested!r}",
             allowed="auto, cpu, cuda, cuda:N",
             fix="set train.device",
@@ -184,7 +184,7 @@ def choose_device(requested: str) -> Choice[str]:
             return Choice("cuda", f"{torch.cuda.get_device_name(0)} is there")
         return Choice("cpu", "no CUDA device")
     if device_kind(requested) == "cuda" and int(requested.partition(":")[2] or 0) >= count:
-        raise UserError(
+        raise SettingError(
             f"train.device={requested}: {count} CUDA device(s) here",
             fix="set train.device to auto or cpu",
         )
@@ -200,7 +200,7 @@ def choose_dtype(requested: str, device: torch.device) -> Choice[str]:
     if requested in DTYPES:
         return Choice(requested, ASKED)
     if requested != "auto":
-        raise UserError(
+        raise SettingError(
             f"train.dtype={requested!r}", allowed="auto, fp32, bf16", fix="set train.dtype"
         )
     if device.type == "cuda":
