@@ -124,15 +124,19 @@ class _OfEachPart(nn.Module):
         super().__init__()
         self.base, self.parts = base, parts
 
-    def forward(self, x_1TD: Tensor, **named_1T: Tensor) -> Any:
-        """Return what the base does for every part, joined along the tokens."""
+    def forward(self, x: Tensor, position_ids: Tensor | None = None) -> Any:
+        """Return what the base does for every part, joined along the tokens.
 
-        def of_part(x_TD: Tensor, *others_T: Tensor) -> Any:
-            named = {key: one[None] for key, one in zip(named_1T, others_T, strict=True)}
-            out = self.base(x_TD[None], **named)
+        Args:
+            x: [1, T, D].
+            position_ids: [1, T], of a rotary embedding.
+        """
+
+        def of_part(*rows: Tensor) -> Any:
+            out = self.base(*(one[None] for one in rows))
             return out[0] if isinstance(out, Tensor) else tuple(one[0] for one in out)
 
-        rows = (x_1TD[0], *(one[0] for one in named_1T.values()))
+        rows = [one[0] for one in (x, position_ids) if one is not None]
         out = of_each_part(of_part, self.parts, len(rows), *rows)
         return out[None] if isinstance(out, Tensor) else tuple(one[None] for one in out)
 
