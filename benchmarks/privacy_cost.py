@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/privacy_cost.py [--backbone tiny] [--json]
 
 Every contestant computes a gradient of B on the same samples. `ours, plain` is the non-private
-step; the private ones give every sample's gradient, clip it and add noise. In bf16 ours gives every
-unit passes of its own (see `common/privacy/mechanism/isolation.py`), in fp32 they share them:
-`--dtype` shows both. FLOPs are counted exactly (torch.utils.flop_counter); time is process CPU time
+step; the private ones give every sample's gradient, clip it and add noise. In bf16 ours keeps units
+apart within a pass (see `common/privacy/mechanism/isolation.py`), in fp32 they share it: `--dtype`
+shows both. FLOPs are counted exactly (torch.utils.flop_counter); time is process CPU time
 on one thread, contestants interleaved round by round, the median of each round's ratio to that
 round's plain step. On a busy machine read the ratios, not the seconds.
 """
@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -233,8 +234,8 @@ def main(arguments: list[str] | None = None) -> int:
     met = {goal: private[f"{goal}_ratio"] <= limit for goal, limit in GOALS.items()}
     environment = {
         "backbone": spec.name,
-        "dtype": session.dtype.as_dict(),
-        "attention": session.attention.as_dict(),
+        "dtype": asdict(session.dtype),
+        "attention": asdict(session.attention),
         "batch": options.batch,
         "length_tokens": options.length,
         "parameters": session.adapter.trainable_parameters,

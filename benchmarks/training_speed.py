@@ -19,7 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -212,8 +212,8 @@ def main() -> None:
     environment = {
         "backbone": options.backbone,
         "layers": spec.shape.layers,
-        "dtype": session.dtype.as_dict(),
-        "attention": session.attention.as_dict(),
+        "dtype": asdict(session.dtype),
+        "attention": asdict(session.attention),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],

@@ -26,7 +26,7 @@ from client.site import NAME
 from common.choice import travelling_reason
 from common.config import Config
 from common.configio import from_flat
-from common.errors import DiskFull, RunFailed, UserError
+from common.errors import DiskFull, RunFailed, SettingError
 from common.files import append_json_line, for_owner
 from common.privacy.budget.ledger import BudgetExhausted, LedgerDoubtful
 from common.privacy.settings import is_private, plan_of, protects
@@ -50,15 +50,6 @@ from common.wire.identity import NONCE, NONCE_PATTERN, SIGNATURE, sign
 ERRORS = "errors.txt"
 DATA_FREE = (ContractError, BudgetExhausted, LedgerDoubtful, LimitReached, DiskFull)
 """Errors whose texts are made of public constants alone."""
-SETTINGS = (
-    "adapter.",
-    "federation.",
-    "model.attention",
-    "model.kernels",
-    "model.weights",
-    "train.",
-)
-"""A user's error that begins with such a key quotes what the server sent, and nothing local."""
 Handler = Callable[[Config, Message, Context, Worker], RecordDict]
 
 
@@ -264,8 +255,7 @@ def _check_round(kind: str, config: Config, message: Message) -> None:
 def _may_leave(error: Exception, config: Config) -> bool:
     if isinstance(error, DATA_FREE) or protects(config):
         return isinstance(error, DATA_FREE)
-    settings = isinstance(error, UserError) and str(error).startswith(SETTINGS)
-    return settings or isinstance(error, RunFailed)
+    return isinstance(error, (SettingError, RunFailed))
 
 
 def _keep_traceback(config: Config) -> None:

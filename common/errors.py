@@ -31,11 +31,18 @@ class UserError(FedrxError):
         super().__init__("; ".join(parts))
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild_user_error, (self.what, self.allowed, self.fix)
+        return _rebuild_user_error, (type(self), self.what, self.allowed, self.fix)
 
 
-def _rebuild_user_error(what: str, allowed: str, fix: str) -> UserError:
-    return UserError(what, allowed=allowed, fix=fix)
+class SettingError(UserError):
+    """A setting of how to train that cannot be had: quotes it, and what the machine can do.
+
+    A hospital tells it to the server, which has sent the setting; never of data or of a path.
+    """
+
+
+def _rebuild_user_error(kind: type[UserError], what: str, allowed: str, fix: str) -> UserError:
+    return kind(what, allowed=allowed, fix=fix)
 
 
 class RunFailed(FedrxError):

@@ -15,6 +15,7 @@ import torch
 from common.config import FederationConfig
 from common.errors import RunFailed
 from common.privacy.budget.ledger import Ledger
+from common.privacy.mechanism.clipping import clipped_sum
 from common.privacy.mechanism.noise import NoiseSource
 from common.privacy.mechanism.release import GaussianMechanism
 from common.privacy.plan import PrivacyPlan
@@ -55,9 +56,8 @@ class HospitalPrivacyAggregator(Aggregator):
         before_P = _flat(b)
         total_P = np.zeros_like(before_P)
         for update in sorted(updates, key=lambda update: update.hospital):
-            change_P = _flat(update.b) - before_P
-            norm = float(np.linalg.norm(change_P))
-            total_P += change_P * min(1.0, self.plan.clip_norm / norm if norm else 1.0)
+            change_P = torch.from_numpy(_flat(update.b) - before_P)
+            total_P += clipped_sum(change_P[None], self.plan.clip_norm).double().numpy()
         mechanism = GaussianMechanism(self.plan, total_P.size, self.noise)
         released_P = mechanism.release(torch.from_numpy(total_P).float()).double().numpy()
         return finite(_unflat(before_P + released_P, b), server_round)

@@ -211,6 +211,7 @@ STANDS_FOR = {
     "LeanNorm": LlamaRMSNorm.forward,
     "QuantisedLinear": nn.Linear.forward,
     "SequenceRope": LlamaRotaryEmbedding.forward,
+    "_OfEachPart": LlamaRotaryEmbedding.forward,
 }
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common.errors import UserError
+from common.errors import SettingError
 from common.model.adapter.scheme import A, B
 from common.model.adapter.spec import AdapterSpec, check_rank
 from common.model.backbone.load import BackboneShape
@@ -104,7 +104,7 @@ def adapted_sizes(shape: BackboneShape, adapter: AdapterSpec) -> dict[str, tuple
     sizes = _projections(shape)
     for name in adapter.targets:
         if name not in sizes:
-            raise UserError(
+            raise SettingError(
                 f"adapter.targets: no layer has {name}",
                 allowed=", ".join(sizes),
                 fix="set adapter.targets",

@@ -7,7 +7,7 @@ the tensors that autograd really saves.
 import torch
 
 from common.choice import Choice
-from common.errors import UserError
+from common.errors import SettingError
 from common.limits import available_memory_bytes
 from common.model.adapter.falora import AdapterSpec
 from common.model.adapter.scheme import A
@@ -82,7 +82,7 @@ def choose_recompute(
     if requested in RECOMPUTE:
         return Choice(requested, "asked for")
     if requested != "auto":
-        raise UserError(
+        raise SettingError(
             f"train.recompute={requested!r}",
             allowed=", ".join(("auto", *RECOMPUTE)),
             fix="set train.recompute",

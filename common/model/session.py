@@ -3,6 +3,7 @@
 Every automatic choice (device, dtype, attention kernel, recomputation) is kept with its reason.
 """
 
+import contextlib
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.choice import AMX, ASKED, AVX, GPU_HAS_BF16, GPU_LACKS_BF16, NEITHER, Choice
-from common.errors import UserError
+from common.errors import SettingError
 from common.limits import available_cpus
 from common.model.adapter.falora import Adapter, AdapterSpec, attach
 from common.model.backbone.load import BackboneSpec, load_model, load_tokenizer
@@ -78,9 +79,9 @@ class Session:
         return self.torch_device.type != "cpu" and self._lean
 
     @property
-    def by_row(self) -> bool:
-        """Whether all but products and attention is done by kernels with a program for each row."""
-        return self.kernels.value == "triton" and self._lean
+    def keeps_apart(self) -> bool:
+        """Whether one pass can compute each segment as if it were alone (on a GPU: has passed)."""
+        return self._lean and (self.torch_device.type == "cpu" or self.functions.by_row)
 
     @property
     def _lean(self) -> bool:
@@ -123,19 +124,30 @@ class Session:
             [T, D] (with ``at``: [N, D]) final hidden states, before the language-model head.
         """
         packing = Packing.of(batch, self.attention.value, self.torch_device, apart=apart)
-        out = self.model.model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            # transformers hands a 4-D mask on as it is; packed kernels read `packing` instead,
-            # so no [T, T] mask is ever built.
-            attention_mask=packing.bounds_device.view(1, 1, 1, -1),
-            use_cache=False,
-            packing=packing,
-            keep=keep,
-            at=at,
-        )
+        with self._around_layers(packing, shortened=at is not None):
+            out = self.model.model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                # transformers hands a 4-D mask on as it is; packed kernels read `packing` instead,
+                # so no [T, T] mask is ever built.
+                attention_mask=packing.bounds_device.view(1, 1, 1, -1),
+                use_cache=False,
+                packing=packing,
+                keep=keep,
+                at=at,
+            )
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
+
+    def _around_layers(
+        self, packing: Packing, *, shortened: bool
+    ) -> contextlib.AbstractContextManager[None]:
+        last = packing.rows_at if shortened else packing.rows
+        if packing.rows is None or last is None or self.functions.by_row:
+            return contextlib.nullcontext()
+        from common.model.kernels.fused_layer import around_layers_by_part
+
+        return around_layers_by_part(self.model.model, packing.rows, last)
 
 
 def device_kind(requested: str) -> str:
@@ -149,7 +161,7 @@ def device_kind(requested: str) -> str:
     """
     kind, _, number = requested.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (number and not number.isdigit()):
-        raise UserError(
+        raise SettingError(
             f"train.device={requested!r}",
             allowed="auto, cpu, cuda, cuda:N",
             fix="set train.device",
@@ -172,7 +184,7 @@ def choose_device(requested: str) -> Choice[str]:
             return Choice("cuda", f"{torch.cuda.get_device_name(0)} is there")
         return Choice("cpu", "no CUDA device")
     if device_kind(requested) == "cuda" and int(requested.partition(":")[2] or 0) >= count:
-        raise UserError(
+        raise SettingError(
             f"train.device={requested}: {count} CUDA device(s) here",
             fix="set train.device to auto or cpu",
         )
@@ -188,7 +200,7 @@ def choose_dtype(requested: str, device: torch.device) -> Choice[str]:
     if requested in DTYPES:
         return Choice(requested, ASKED)
     if requested != "auto":
-        raise UserError(
+        raise SettingError(
             f"train.dtype={requested!r}", allowed="auto, fp32, bf16", fix="set train.dtype"
         )
     if device.type == "cuda":

@@ -21,7 +21,7 @@ from common.privacy.findings import (
     spread_interval,
     verdict_of,
 )
-from common.privacy.mechanism.isolation import PROVEN
+from common.privacy.mechanism.isolation import PROVEN, choose_passes
 from common.privacy.mechanism.release import ARITHMETIC_SLACK, grid_for
 from common.privacy.plan import PrivacyPlan
 from common.privacy.watch import Step, Watched
@@ -73,8 +73,9 @@ def clipped_alone(
     mean over the records, one clip in fp64.
     """
     row_1P = torch.zeros(1, session.adapter.trainable_parameters, device=session.torch_device)
+    apart = choose_passes(session).value == "apart"
     for records in passes:
-        add_unit_gradients(session, pack(records), [0] * len(records), row_1P)
+        add_unit_gradients(session, pack(records), [0] * len(records), row_1P, apart=apart)
     gradient_P = row_1P[0].to("cpu", torch.float64) / sum(len(records) for records in passes)
     norm = float(gradient_P.norm())
     if not math.isfinite(norm):
@@ -233,20 +234,20 @@ def _dispersion(tables: Sequence[np.ndarray[Any, Any]], rate: float) -> list[str
 
 
 def pass_check(steps: Sequence[Step], session: Session) -> Finding:
-    """Ask that patients have passes of their own wherever a shared one is not proven to be sound.
+    """Ask that patients are kept apart wherever a shared pass is not proven to be sound.
 
     Where it is, the releases taken apart say whether that held.
     """
-    most = max(step.units_per_pass for step in steps)
+    most = max(step.mixed for step in steps)
     where = (session.torch_device.type, session.dtype.value, session.attention.value)
     shared, words = where in PROVEN, ", ".join(where)
-    verdict = f"sharing is sound ({words})" if shared else f"alone, as {words} needs"
+    verdict = f"sharing is sound ({words})" if shared else f"apart, as {words} needs"
     if most > 1 and not shared:
         verdict = "patients share passes that mix them"
     return Finding(
         audit="patients in one pass",
         figure=float(most),
-        meaning=f"most patients that one pass through the backbone held ({words})",
+        meaning=f"most patients that one pass through the backbone held and mixed ({words})",
         null=None if shared else 1.0,
         limit=math.inf if shared else 1.0,
         passed=shared or most <= 1,

@@ -35,6 +35,8 @@ class Step:
 
     passes: list[PackedBatch]
     """What the backbone was shown, pass by pass."""
+    mixed: int = 0
+    """Most units that one pass held without keeping them apart."""
     tosses: list[Toss]
     """Coins of the secret source."""
     noise: list[Integers]
@@ -50,11 +52,6 @@ class Step:
     def entered(self) -> set[int]:
         """The units whose records passed through the backbone."""
         return {unit for batch in self.passes for unit in batch.units}
-
-    @property
-    def units_per_pass(self) -> int:
-        """Most units that one pass held."""
-        return max((len(set(batch.units)) for batch in self.passes), default=0)
 
 
 @dataclass(kw_only=True)
@@ -74,12 +71,12 @@ class Watched:
 class WatchedSession(Session):
     """A session that tells what passes through its backbone."""
 
-    on_pass: Callable[[PackedBatch], None]
+    on_pass: Callable[[PackedBatch, bool], None]
 
-    def hidden_states(self, batch: PackedBatch, **which: Any) -> Tensor:
+    def hidden_states(self, batch: PackedBatch, *, apart: bool = False, **which: Any) -> Tensor:
         """Run the backbone, and tell."""
-        self.on_pass(batch)
-        return super().hidden_states(batch, **which)
+        self.on_pass(batch, apart)
+        return super().hidden_states(batch, apart=apart, **which)
 
 
 class WatchedNoise(NoiseSource):
@@ -111,9 +108,7 @@ class Watch:
 
     def __init__(self, session: Session, dataset: tuple[Encoded, ...]) -> None:
         values = {one.name: getattr(session, one.name) for one in fields(Session)}
-        self.session = WatchedSession(
-            **values, on_pass=lambda batch: self._now.passes.append(batch)
-        )
+        self.session = WatchedSession(**values, on_pass=self._on_pass)
         self.run = Watched(units=tuple(dict.fromkeys(sample.unit for sample in dataset)))
         self._guard: Guard | None = None
         self._now = self._fresh()
@@ -141,6 +136,10 @@ class Watch:
         noise = self._guard.source.noise
         assert isinstance(noise, WatchedNoise)
         noise.step = self._now
+
+    def _on_pass(self, batch: PackedBatch, apart: bool) -> None:
+        self._now.passes.append(batch)
+        self._now.mixed = max(self._now.mixed, 1 if apart else len(set(batch.units)))
 
     def _fresh(self) -> Step:
         nothing_P = torch.zeros(0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from common.config import TextConfig
-from common.errors import UserError
+from common.errors import SettingError
 from common.text.chat import prompt_tokens
 from common.text.known import NOTHING, LeftOut, items, with_items
 from common.text.prompts import messages, render_answer
@@ -268,7 +268,7 @@ def _fit(tokens: Callable[[int], list[int]], items: int, limit: int) -> tuple[li
         else:
             high = middle - 1
     if fitting is None:
-        raise UserError(
+        raise SettingError(
             f"train.max-length: {limit} tokens do not hold a prompt's or answer's frame",
             fix="raise train.max-length",
         )

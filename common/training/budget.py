@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from common.choice import Choice
 from common.config import Config
-from common.errors import UserError
+from common.errors import SettingError, UserError
 from common.model.adapter.scheme import Scheme
 
 
@@ -29,7 +29,7 @@ def steps_in_all(config: Config, train_samples: int) -> Choice[int]:
         steps = max(1, round(train.epochs * per_epoch))
         return Choice(steps, f"train.epochs = {train.epochs:g} of {per_epoch} steps")
     if not federation.local_steps:
-        raise UserError(
+        raise SettingError(
             "federation.local-steps=0 with neither train.steps nor train.epochs",
             fix="set one of the three",
         )
@@ -105,7 +105,7 @@ def checkpoint_steps(config: Config, total: int) -> Choice[tuple[int, ...]]:
     text = config.train.checkpoint_steps
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not all(part.isascii() and part.isdigit() and int(part) for part in parts):
-        raise UserError(
+        raise SettingError(
             f"train.checkpoint-steps={text!r}",
             allowed="steps from 1, comma-separated",
             fix='for instance train.checkpoint-steps="1950,2925,3900,4875"',

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from client.kept_state import own_folder
 from client.node import hospital_of
 from client.policy import POLICY
 from common.configio import flatten
-from common.errors import RunFailed, UserError
+from common.errors import RunFailed, SettingError, UserError
 from common.rundir import RunDirectory
 from common.training.worker import Worker
 
@@ -147,6 +148,16 @@ def test_a_setting_that_cannot_be_had_is_told(tiny_config, tmp_path):
     agree(tmp_path, "")
     with pytest.raises(UserError, match="train.device=cuda:99: .* here"):
         query(tiny_config(train__device="cuda:99"), node)
+
+
+def test_what_leaves_is_decided_by_the_kind_of_error_and_not_by_its_words(tiny_config):
+    said = "train.device=cuda:3: 2 CUDA device(s) here"
+    private = tiny_config(privacy__noise_multiplier=1.0, privacy__sampling_rate=0.5)
+    again = pickle.loads(pickle.dumps(SettingError(said, fix="set train.device")))
+    assert (type(again), str(again)) == (SettingError, f"{said}; fix: set train.device")
+    for error, leaves in ((again, True), (UserError(said), False), (RunFailed(said), True)):
+        assert client.handlers._may_leave(error, tiny_config()) == leaves
+        assert not client.handlers._may_leave(error, private)
 
 
 @pytest.mark.parametrize("key", ["hospital", "data", "folder"])

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.errors import SettingError
 from common.model.adapter.projections import AdaptedLinear, UnitCapture
 from common.model.adapter.scheme import A, B, part_of
 from common.model.adapter.spec import AdapterSpec, HashedA, draw_a
@@ -244,7 +244,7 @@ def _replace_targets(model: nn.Module, spec: AdapterSpec) -> tuple[AdaptedLinear
     missing = set(spec.targets) - {name.rsplit(".", 1)[-1] for name, _ in found}
     if missing:
         linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if type(m) in _FROZEN}
-        raise UserError(
+        raise SettingError(
             f"adapter.targets: no layer has {', '.join(sorted(missing))}",
             allowed=", ".join(sorted(linear - HEAD)),
             fix="set adapter.targets",

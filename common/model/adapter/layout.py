@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.config import AdapterConfig
-from common.errors import UserError
+from common.errors import SettingError
 from common.model.adapter.scheme import A, part_of
 from common.model.adapter.spec import AdapterSpec, draw_a
 
@@ -34,7 +34,7 @@ def adapter_spec(config: AdapterConfig) -> AdapterSpec:
         UserError: for a personal B beside an A that is trained: the two would not add up.
     """
     if config.personal and config.mode != "fa-lora":
-        raise UserError(
+        raise SettingError(
             f"adapter.personal with adapter.mode={config.mode}: B_global + B_own needs one A",
             allowed="adapter.mode = fa-lora",
             fix="set adapter.personal = false, or another adapter.mode",

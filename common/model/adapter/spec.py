@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import UserError
+from common.errors import SettingError
 from common.model.adapter.rolora import RoLoRA
 from common.model.adapter.scheme import A, B, Scheme
 from common.seeds import stream
@@ -39,15 +39,15 @@ class AdapterSpec:
     def __post_init__(self) -> None:
         """Check the values that configuration files set."""
         if self.rank < 1:
-            raise UserError(f"adapter.rank={self.rank}", allowed="1 or more")
+            raise SettingError(f"adapter.rank={self.rank}", allowed="1 or more")
         if self.mode not in SCHEMES:
-            raise UserError(f"adapter.mode={self.mode!r}", allowed=", ".join(SCHEMES))
+            raise SettingError(f"adapter.mode={self.mode!r}", allowed=", ".join(SCHEMES))
         if self.initialiser not in INITIALISERS:
-            raise UserError(
+            raise SettingError(
                 f"adapter.initialiser={self.initialiser!r}", allowed=", ".join(INITIALISERS)
             )
         if not self.targets:
-            raise UserError("adapter.targets is empty", fix="name at least one projection")
+            raise SettingError("adapter.targets is empty", fix="name at least one projection")
 
     @property
     def scheme(self) -> Scheme:
@@ -71,7 +71,7 @@ def check_rank(spec: AdapterSpec, module: str, width: int) -> None:
         UserError: If more orthonormal rows are asked for than the width allows.
     """
     if spec.initialiser == "orthonormal" and spec.rank > width:
-        raise UserError(
+        raise SettingError(
             f"adapter.rank={spec.rank} with an orthonormal A on {module}",
             allowed=f"up to {width}",
             fix="set adapter.rank, or adapter.initialiser to another drawing of A",

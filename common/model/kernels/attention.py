@@ -27,7 +27,7 @@ from common.choice import (
     NOT_HALF,
     Choice,
 )
-from common.errors import UserError
+from common.errors import SettingError
 from common.model.kernels import attention_cuda
 from common.model.kernels.attention_cpu import packed_attention
 from common.model.kernels.rows import Parts
@@ -114,9 +114,9 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -
         passed = [f"{k}: {obstacles[k]}" for k in KERNELS[: KERNELS.index(kernel)]]
         return Choice(kernel, FASTEST + (f" ({'; '.join(passed)})" if passed else ""))
     if requested not in KERNELS:
-        raise UserError(f"model.attention={requested!r}", allowed=", ".join(("auto", *KERNELS)))
+        raise SettingError(f"model.attention={requested!r}", allowed=", ".join(("auto", *KERNELS)))
     if obstacles[requested]:
-        raise UserError(
+        raise SettingError(
             f"model.attention={requested} cannot run here: {obstacles[requested]}",
             fix="set model.attention to auto"
             + (

@@ -5,7 +5,7 @@ import importlib.util
 import torch
 
 from common.choice import Choice
-from common.errors import UserError
+from common.errors import SettingError
 from common.model.kernels.elementwise import TORCH, Kernels
 
 CANDIDATES = ("triton", "torch")
@@ -32,10 +32,10 @@ def choose_kernels(requested: str, device: torch.device) -> Choice[str]:
             return Choice("torch", f"triton: {obstacle}")
         return Choice("triton", "one pass over memory for each function")
     if requested not in CANDIDATES:
-        raise UserError(f"model.kernels={requested!r}", allowed=", ".join(("auto", *CANDIDATES)))
+        raise SettingError(f"model.kernels={requested!r}", allowed=", ".join(("auto", *CANDIDATES)))
     obstacle = _obstacle(requested, device)
     if obstacle:
-        raise UserError(
+        raise SettingError(
             f"model.kernels={requested} cannot run here: {obstacle}",
             fix="set model.kernels to auto",
         )

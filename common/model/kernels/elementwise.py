@@ -8,13 +8,17 @@ Shapes: T packed tokens, D hidden width, I MLP width, H heads, G key/value heads
 F = E / 2, R rows, V vocabulary.
 """
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from common.model.kernels.rows import Parts
 from common.undocumented.torch_names import silu_backward
 
 FP8_LARGEST = 448.0
@@ -49,6 +53,53 @@ class Kernels:
     """(x_TD, factors_D) -> x (times the factors) as e4m3 [T, D] and its scales [T, 1] in fp32."""
     transpose: Callable[[Tensor], Tensor]
     """One-byte values [O, D] -> [D, O], contiguous."""
+    by_row: bool = False
+    """Whether each row has a program of its own: no other row decides how it is computed."""
+
+
+_ROWS = {"norm": 1, "norm_backward": 4, "swiglu": 2, "swiglu_backward": 3, "rotate": 4}
+"""Of the functions of a layer, how many arguments hold rows; they come first."""
+
+
+def by_part(kernels: Kernels, parts: Parts) -> Kernels:
+    """Return kernels that work on each part's rows by calls of their own.
+
+    A call on more rows is split among threads, and into vectors and their rest, at other places.
+
+    Args:
+        kernels: Who does the work; with a program for each row they stay as they are.
+        parts: See ``common.model.kernels.rows``.
+    """
+    if kernels.by_row or parts is None or len(parts) == 2:
+        return kernels
+    functions: dict[str, Any] = {
+        name: partial(of_each_part, getattr(kernels, name), parts, rows)
+        for name, rows in _ROWS.items()
+    }
+    return replace(kernels, **functions)
+
+
+def of_each_part(
+    function: Callable[..., Any], parts: tuple[int, ...], rows: int, *arguments: Any
+) -> Any:
+    """Call a function for each part; returns its outputs, one part's rows after the other's.
+
+    Args:
+        function: Returns a tensor of rows, or a tuple of such.
+        parts: Row offsets.
+        rows: How many of the arguments hold rows.
+        *arguments: Of the function.
+
+    >>> of_each_part(lambda x, y: x + y, (0, 1, 3), 1, torch.arange(3), 5).tolist()
+    [5, 6, 7]
+    """
+    found = [
+        function(*(one[start:stop] for one in arguments[:rows]), *arguments[rows:])
+        for start, stop in itertools.pairwise(parts)
+    ]
+    if isinstance(found[0], Tensor):
+        return torch.cat(found)
+    return tuple(torch.cat(outputs) for outputs in zip(*found, strict=True))
 
 
 def _row_blocks(x: Tensor) -> range:

@@ -303,5 +303,6 @@ TRITON = Kernels(
     losses=_losses,
     quantise=_quantise,
     transpose=_transpose,
+    by_row=True,
 )
 """For CUDA devices (and, under ``TRITON_INTERPRET=1``, for tests on a CPU)."""

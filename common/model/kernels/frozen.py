@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from common.choice import Choice
-from common.errors import UserError
+from common.errors import SettingError
 from common.model.kernels.elementwise import Kernels
 from common.model.kernels.nf4 import Nf4Weight, nf4_obstacle
 from common.model.kernels.rows import Parts, add_product, product
@@ -201,13 +201,13 @@ def choose_weights(requested: str, device: torch.device, dtype: torch.dtype) -> 
             that train together must compute the same function.
     """
     if requested not in WEIGHTS:
-        raise UserError(f"model.weights={requested!r}", allowed=", ".join(WEIGHTS))
+        raise SettingError(f"model.weights={requested!r}", allowed=", ".join(WEIGHTS))
     if requested == "bf16":
         name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
         return Choice(name, "as train.dtype computes")
     obstacle = nf4_obstacle() if requested == "nf4" else fp8_obstacle(device, dtype)
     if obstacle:
-        raise UserError(
+        raise SettingError(
             f"model.weights={requested} cannot run here: {obstacle}",
             fix="set model.weights=bf16"
             + (f", or {pip_install('bitsandbytes')}" if requested == "nf4" else ""),

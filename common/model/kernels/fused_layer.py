@@ -8,7 +8,8 @@ up, and the adapter's rank-wide product. Nothing else is needed while the backbo
 Shapes: T packed tokens, D hidden width, I MLP width, H heads, G key/value heads, E head width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 from common.model.adapter.projections import Projections
 from common.model.kernels.attention import Packing, attend
-from common.model.kernels.elementwise import TORCH, Kernels
+from common.model.kernels.elementwise import TORCH, Kernels, by_part, of_each_part
 from common.model.kernels.frozen import QuantisedLinear
 from common.model.kernels.rows import Parts
 from common.undocumented.transformers_names import LlamaDecoderLayer
@@ -80,11 +81,12 @@ class LeanLayer(LlamaDecoderLayer):
         at_N: Tensor | None,
     ) -> Tensor:
         attention = self.self_attn
-        normed_TD, x_TD = rms_norm(x_TD, self.input_layernorm, self.kernels)
+        kernels = by_part(self.kernels, packing.rows)
+        normed_TD, x_TD = rms_norm(x_TD, self.input_layernorm, kernels)
         width = attention.head_dim
         projected = self.qkv(normed_TD, packing.rows)
         q_THE, k_TGE, v_TGE = (y_TO.view(len(x_TD), -1, width) for y_TO in projected)
-        q_THE, k_TGE = _rotate(q_THE, k_TGE, cos_TE, sin_TE, self.kernels)
+        q_THE, k_TGE = _rotate(q_THE, k_TGE, cos_TE, sin_TE, kernels)
         if keep is not None:
             keep(attention.layer_idx, k_TGE, v_TGE)
         out_THE = attend(q_THE, k_TGE, v_TGE, attention.scaling, packing)
@@ -95,9 +97,10 @@ class LeanLayer(LlamaDecoderLayer):
         return _add(x_TD, self.out, out_TF, packing.rows if at_N is None else packing.rows_at)
 
     def _mlp(self, x_TD: Tensor, parts: Parts) -> Tensor:
-        normed_TD, x_TD = rms_norm(x_TD, self.post_attention_layernorm, self.kernels)
+        kernels = by_part(self.kernels, parts)
+        normed_TD, x_TD = rms_norm(x_TD, self.post_attention_layernorm, kernels)
         gate_TI, up_TI = self.gate_up(normed_TD, parts)
-        return _add(x_TD, self.down, _swiglu(gate_TI, up_TI, self.kernels), parts)
+        return _add(x_TD, self.down, _swiglu(gate_TI, up_TI, kernels), parts)
 
 
 class LeanNorm(nn.Module):
@@ -112,6 +115,49 @@ class LeanNorm(nn.Module):
         """Return the normed input, [..., D]."""
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         return rms_norm(x_TD, self, self.kernels)[0].view(hidden_states.shape)
+
+
+class _OfEachPart(nn.Module):
+    """A module of transformers' that works on each part's tokens by calls of its own."""
+
+    def __init__(self, base: nn.Module, parts: tuple[int, ...]) -> None:
+        super().__init__()
+        self.base, self.parts = base, parts
+
+    def forward(self, x: Tensor, position_ids: Tensor | None = None) -> Any:
+        """Return what the base does for every part, joined along the tokens.
+
+        Args:
+            x: [1, T, D].
+            position_ids: [1, T], of a rotary embedding.
+        """
+
+        def of_part(*rows: Tensor) -> Any:
+            out = self.base(*(one[None] for one in rows))
+            return out[0] if isinstance(out, Tensor) else tuple(one[0] for one in out)
+
+        rows = [one[0] for one in (x, position_ids) if one is not None]
+        out = of_each_part(of_part, self.parts, len(rows), *rows)
+        return out[None] if isinstance(out, Tensor) else tuple(one[None] for one in out)
+
+
+@contextmanager
+def around_layers_by_part(
+    core: Any, rows: tuple[int, ...], last: tuple[int, ...]
+) -> Iterator[None]:
+    """Let what stands around the layers work on each part's tokens by calls of its own.
+
+    Args:
+        core: With the rotary embedding before the layers, and the norm after them.
+        rows: Offsets of the parts' tokens.
+        last: The same of those that the last layer goes on with.
+    """
+    rope, norm = core.rotary_emb, core.norm
+    core.rotary_emb, core.norm = _OfEachPart(rope, rows), _OfEachPart(norm, last)
+    try:
+        yield
+    finally:
+        core.rotary_emb, core.norm = rope, norm
 
 
 def install(model: LlamaForCausalLM, recompute: str, kernels: Kernels = TORCH) -> None:

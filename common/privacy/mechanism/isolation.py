@@ -3,8 +3,8 @@
 That includes what is not a number: a neighbour that overflows must not reach across. Three ways:
 
 - ``shared``: units share a packed pass, where a test proves that no row depends on another;
-- ``apart``: they share one on a GPU, whose every product and attention is by segment, by the same
-  calls as if the segment were alone, and whose other kernels run one program for each row;
+- ``apart``: they share one whose every product, attention and elementwise function is by segment,
+  by the same calls as if the segment were alone, or runs one program for each row;
 - ``alone``: anywhere else every unit has passes of its own.
 """
 
@@ -33,8 +33,7 @@ def choose_passes(session: Session) -> Choice[str]:
         return Choice("shared", f"no row depends on another ({', '.join(where)}: tested)")
     weights = session.weights.value
     # fp8 products by segment have not passed the isolation test on a card.
-    by_segment = session.by_row and weights != "fp8"
-    if where[0] == "cuda" and where[2] in KERNELS and by_segment:
+    if where[2] in KERNELS and session.keeps_apart and weights != "fp8":
         return Choice("apart", f"each segment by calls of its own ({', '.join(where)})")
     named = ", ".join((*where, f"{weights} weights"))
     return Choice("alone", f"rows may depend on their neighbours ({named})")

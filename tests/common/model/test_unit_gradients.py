@@ -129,11 +129,24 @@ def test_a_segment_kept_apart_has_the_bits_that_it_has_alone(
             assert torch.equal(row_P, gradients([unit])[0])
 
 
+# On rows of several segments: they move or count values, or round once, so that nothing else in the
+# call can change what a row becomes. The sum is the total loss, the index_add_ its report.
+MOVES = """
+    to lift_fresh detach_ bincount min max reshape view embedding index_select select as_strided
+    slice unsqueeze view_as new_empty chunk split narrow split_with_sizes index empty_like zero_
+    new_zeros _index_put_impl_ select_backward copy_ squeeze
+"""
+ROUND_ONCE = "add add_ mul sum index_add_"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("o_proj", "gate_proj", "down_proj")])
-def test_every_product_of_a_pass_kept_apart_is_by_segment(monkeypatch, targets) -> None:
-    """Oracle: torch's own count of the rows of every product, over the whole pass."""
+def test_whatever_rounds_twice_in_a_pass_kept_apart_is_by_segment(
+    monkeypatch, targets, dtype
+) -> None:
+    """Oracle: torch's own record of the shapes of every operator, over the whole pass."""
     session = open_session(
-        resolve_backbone("tiny"), AdapterSpec(targets=targets), device="cpu", dtype="fp32"
+        resolve_backbone("tiny"), AdapterSpec(targets=targets), device="cpu", dtype=dtype
     )
     units = [sample(12, 0), sample(21, 1)]
     out_UP = torch.zeros(2, session.adapter.flat.numel())
@@ -153,7 +166,13 @@ def test_every_product_of_a_pass_kept_apart_is_by_segment(monkeypatch, targets) 
     # The loss, too: 6 and 11 tokens with a label.
     assert [6, 64] in shapes
     assert [11, 64] in shapes
-    assert not [size for size in shapes if 33 in size or 17 in size]
+    together = {
+        one.name.removeprefix("aten::")
+        for one in seen.events()
+        if one.name.startswith("aten::")
+        and any(33 in size or 17 in size for size in one.input_shapes)
+    }
+    assert together <= {*MOVES.split(), *ROUND_ONCE.split()}
     assert set(attended) == {(12, (0, 12)), (21, (0, 21))}
 
 

@@ -14,6 +14,7 @@ from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.load import resolve_backbone
 from common.model.kernels import attention, choice, frozen
 from common.model.kernels.attention import KERNELS, Packing, attend, choose_attention
+from common.model.kernels.elementwise import TORCH
 from common.model.kernels.rope import BY_LENGTH, FIXED
 from common.model.session import DTYPES, Session, open_session
 from common.privacy.mechanism import gradients
@@ -60,25 +61,31 @@ def test_units_do_not_touch_each_other_on_a_real_backbone(
     samples, plan = samples_of([90, 31, 120, 64, 77, 45], range(6)), make_plan(clip_norm=0.1)
     assert excess_without_the_first(session, samples, plan) < 1e-5
     if dtype == "bf16" and torch.cpu.get_capabilities().get("amx_tile"):
-        # the mutant: units share passes whatever the arithmetic
-        shared = gradients._micro_batches
+        # the mutant: units share passes that mix them, whatever the arithmetic
         monkeypatch.setattr(
-            gradients, "_micro_batches", lambda drawn, size, alone: shared(drawn, size, alone=False)
+            gradients, "add_unit_gradients", lambda *a, apart: add_unit_gradients(*a)
         )
         assert excess_without_the_first(session, samples, plan) > 1e-3
 
 
-@pytest.mark.parametrize(("dtype", "passes"), [("fp32", [4, 2]), ("bf16", [1, 2, 2, 1])])
-def test_units_share_passes_in_fp32_only(
-    open_tiny, samples_of, make_plan, monkeypatch, dtype, passes
+@pytest.mark.parametrize(
+    ("dtype", "can_be_kept", "passes"),
+    [
+        ("fp32", True, [(4, False), (2, False)]),
+        ("bf16", True, [(4, True), (2, True)]),
+        ("bf16", False, [(1, False), (2, False), (2, False), (1, False)]),
+    ],
+)
+def test_units_are_mixed_in_fp32_only(
+    open_tiny, samples_of, make_plan, monkeypatch, dtype, can_be_kept, passes
 ) -> None:
     seen = []
 
     def spied(session, batch, rows, out_UP, *, apart):
-        assert not apart
-        seen.append(batch.segments)
-        return add_unit_gradients(session, batch, rows, out_UP)
+        seen.append((batch.segments, apart))
+        return add_unit_gradients(session, batch, rows, out_UP, apart=apart)
 
+    monkeypatch.setattr(Session, "keeps_apart", can_be_kept)
     monkeypatch.setattr(gradients, "add_unit_gradients", spied)
     source = private(samples_of([8] * 6, [0, 1, 1, 2, 2, 3]), make_plan())
     source.clipped_sum(open_tiny(dtype=dtype), [(0,), (1, 2), (3, 4), (5,)])
@@ -218,20 +225,20 @@ def test_no_value_crosses_a_segments_edge_in_a_kernel(device, kernel, dtype, poi
 def test_units_share_passes_only_where_it_is_proven(open_tiny) -> None:
     for kernel in ("sdpa", "eager"):
         assert choose_passes(open_tiny(attention=kernel)).value == "shared"
-        assert choose_passes(open_tiny(attention=kernel, dtype="bf16")).value == "alone"
+        assert choose_passes(open_tiny(attention=kernel, dtype="bf16")).value == "apart"
     session = open_tiny()
     for device, kernel in (("cuda", "sdpa"), ("cpu", "of-tomorrow"), ("cuda", "torch-flash")):
         session.device, session.attention = Choice(device, ""), Choice(kernel, "")
         assert choose_passes(session).value == "alone"
         assert kernel in choose_passes(session).reason
     # with kernels of a program for each row, and only then
-    session.kernels = Choice("triton", "")
+    session.functions = replace(TORCH, by_row=True)
     assert choose_passes(session).value == "apart"
     session.weights = Choice("fp8", "")
     assert choose_passes(session).value == "alone"
     session.weights = Choice("nf4", "")
     assert choose_passes(session).value == "apart"
-    for device, kernel in (("cuda", "of-tomorrow"), ("cpu", "torch-flash")):
+    for device, kernel in (("cuda", "of-tomorrow"), ("cpu", "of-tomorrow")):
         session.device, session.attention = Choice(device, ""), Choice(kernel, "")
         assert choose_passes(session).value == "alone"
 

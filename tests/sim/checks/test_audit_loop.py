@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from common.choice import Choice
 from common.configio import from_flat
+from common.privacy import loop_checks
 from common.privacy.canaries import (
     RoundSeen,
     area_with_deviation,
@@ -18,6 +20,7 @@ from common.privacy.canaries import (
     roc_area,
 )
 from common.privacy.loop_checks import opened
+from common.privacy.mechanism import gradients
 from common.privacy.settings import plan_of
 from sim.checks import audit_loop
 from sim.checks.audit_page import QUESTIONS
@@ -58,6 +61,21 @@ def refuted(session: Any, canaries: int = 24, **keys: Any) -> dict[str, str]:
 @pytest.mark.parametrize("unit", ["patient", "admission"])
 def test_a_sound_loop_passes(open_tiny, dtype, unit) -> None:
     assert refuted(open_tiny(dtype=dtype), **{"privacy.unit": unit}) == {}
+
+
+@pytest.mark.slow
+def test_a_pass_that_keeps_patients_apart_is_sound(open_tiny, monkeypatch) -> None:
+    """As on a GPU: four patients at once, each by calls of its own; not so if they only share."""
+
+    def apart(session: Any) -> Choice[str]:
+        return Choice("apart", "")
+
+    monkeypatch.setattr(gradients, "choose_passes", apart)
+    monkeypatch.setattr(loop_checks, "choose_passes", apart)
+    assert refuted(open_tiny(dtype="bf16")) == {}
+    honest = gradients.add_unit_gradients
+    monkeypatch.setattr(gradients, "add_unit_gradients", lambda *a, apart: honest(*a, apart=False))
+    assert "patients in one pass" in refuted(open_tiny(dtype="bf16"))
 
 
 @pytest.mark.slow

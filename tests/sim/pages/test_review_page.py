@@ -135,7 +135,7 @@ def test_mark_reload_download_import(browser, run, tmp_path, requested_urls):
 
     browser.find_element("id", "download").click()
     file = downloaded(tmp_path / "downloads")
-    result = import_reviews(run, [file])
+    result = import_reviews(run, [file]).as_json()
     assert result["reviewers"] == ["Dr. Å B"]
     fedrx, popularity = result["models"]["fedrx"], result["models"]["popularity"]
     assert fedrx["drugs"] == {"keep": 1, "remove": 3, "unsure": 0, "unmarked": 0}
@@ -222,7 +222,7 @@ def test_a_second_person_in_the_same_browser_begins_anew(browser, run, tmp_path)
     assert known == ["Go on as Anna", "Go on as Bert"]
     go_on(browser, "Anna")
     assert [mark for _, mark in marks(browser)] == ["keep", "remove", ""]
-    result = import_reviews(run, [first, second])
+    result = import_reviews(run, [first, second]).as_json()
     assert result["reviewers"] == ["Anna", "Bert"]
     assert result["agreement"]["unanimous"] == 1 / 2  # A: keep, remove; B: remove, remove
 
