@@ -35,9 +35,10 @@ class UserError(FedrxError):
 
 
 class SettingError(UserError):
-    """A setting of how to train that cannot be had: quotes it, and what the machine can do.
+    """A setting of how to train that cannot be had: quotes it, what the machine can do, and sizes.
 
-    A hospital tells it to the server, which has sent the setting; never of data or of a path.
+    Without privacy, when sizes are told anyway, a hospital tells it to the server, which has sent
+    the setting; never of a record or of a path.
     """
 
 

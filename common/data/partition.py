@@ -16,7 +16,7 @@ from common.config import DataConfig, PartitionConfig
 from common.data.missing import apply_policies, fit_medians, policies_of
 from common.data.protocols import split_shares
 from common.data.samples import UNKNOWN, Admission
-from common.errors import UserError
+from common.errors import SettingError, UserError
 from common.seeds import stream
 
 Split = Literal["train", "validation", "test"]
@@ -164,13 +164,13 @@ def _check_size(hospital: Hospital, config: PartitionConfig, hospitals: int, pat
     fix = "use fewer hospitals, another partition.scheme or partition.seed, or more patients"
     setting = f"federation.hospitals={hospitals} with partition.scheme={config.scheme}"
     if hospital.patients < config.min_patients:
-        raise UserError(
+        raise SettingError(
             f"{setting} leaves {hospital.name} with {hospital.patients} of {patients} patients",
             allowed=f"at least partition.min-patients={config.min_patients} each",
             fix=fix,
         )
     if not hospital.train:
-        raise UserError(
+        raise SettingError(
             f"{setting} leaves {hospital.name} without training samples",
             allowed="at least one training sample in each hospital",
             fix=fix,
@@ -209,7 +209,7 @@ def _by_attribute(
         key = max(groups, key=lambda k: (len(groups[k]), k))
         members = groups.pop(key)
         if len(members) < 2:
-            raise UserError(
+            raise SettingError(
                 f"federation.hospitals={hospitals} for {len(first)} patients",
                 allowed=f"1 to {len(first)}",
                 fix="use fewer hospitals or more patients",
@@ -266,7 +266,7 @@ def _by_site(
     if small:
         groups[""] = [patient for members in small.values() for patient in members]
     if len(groups) < hospitals:
-        raise UserError(
+        raise SettingError(
             f"federation.hospitals={hospitals} with partition.scheme=site for {len(groups)} sites"
             + f", of which one is a pool of {len(small)}" * bool(small),
             allowed=f"1 to {len(groups)}",

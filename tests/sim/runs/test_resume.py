@@ -9,6 +9,7 @@ from common.provenance import source_digest
 from common.records.run import RunRecord
 from common.records.summary import Summary
 from common.rundir import RunDirectory
+from common.training.worker import Worker
 from common.wire.cohort import hospital_names
 from sim.process.lock import exclusive
 from sim.process.open_run import rank_folder
@@ -31,7 +32,7 @@ def begun(tmp_path):
     """An interrupted single run, as far as resuming looks at it."""
     config = single.one_node(from_flat(KEYS))
     run = RunDirectory.create(config, directory=tmp_path / "run")
-    inputs = fingerprints(prepare(config, QUIET))
+    inputs = fingerprints(prepare(config, QUIET, Worker()))
     record = RunRecord(mode="single", resumable=True, config=flatten(config), inputs=inputs)
     run.write_json("run.json", record)
     run.write_json("environment.json", {"source_digest": source_digest()})
@@ -128,7 +129,7 @@ def test_a_hospital_that_is_nowhere_leaves_nothing(worked, tmp_path):
 def test_names_are_those_that_hospitals_get():
     for count in (1, 3, 12):
         config = from_flat({**KEYS, "data.synthetic-patients": 120, "federation.hospitals": count})
-        hospitals = prepare(config, QUIET).data.hospitals
+        hospitals = prepare(config, QUIET, Worker()).data.hospitals
         assert [one.name for one in hospitals] == hospital_names(count)
 
 
