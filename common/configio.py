@@ -245,8 +245,8 @@ def changed_freely(config: Config, overrides: Iterable[str], free: tuple[str, ..
 def choices(entry: dataclasses.Field[Any]) -> tuple[str, ...]:
     """Return what a key's type allows; nothing where every text is allowed.
 
-    >>> choices(known_keys()["adapter.mode"])
-    ('fa-lora', 'lora', 'rolora')
+    >>> choices(known_keys()["federation.mismatch"])
+    ('stop', 'refuse')
     """
     return get_args(entry.type) if get_origin(entry.type) is Literal else ()
 

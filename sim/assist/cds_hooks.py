@@ -263,8 +263,8 @@ def cards_of(
     """
     own = [suggestion.uncovered] if suggestion.uncovered else []
     if not suggestion.in_format:
-        told = [*own, "The model's answer was no drug list."]
-        return [card("No drugs are suggested", told)]
+        details = [*own, "The model's answer was no drug list."]
+        return [card("No drugs are suggested", details)]
     fresh = [drug for drug in suggestion.drugs if not is_ordered(drug.name, chart.ordered)]
     details = [*own, *chart.notes]
     if len(fresh) < len(suggestion.drugs):

@@ -82,10 +82,10 @@ def _lead(measures: Mapping[str, Measured]) -> str:
     for name, one in measures.items():
         gains = [at.gain for at in one.hospitals if at.gain]
         sure = sum(1 for gain in gains if gain.low is not None and gain.low > 0)
-        lost = sum(1 for gain in gains if gain.high is not None and gain.high < 0)
+        worse = sum(1 for gain in gains if gain.high is not None and gain.high < 0)
         parts.append(
             f"By {name}, {sure} of {len(gains)} hospitals do better with the others than alone, "
-            f"and {lost} worse, by intervals over patients that exclude 0."
+            f"and {worse} worse, by intervals over patients that exclude 0."
         )
     return " ".join(parts)
 

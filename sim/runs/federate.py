@@ -85,9 +85,9 @@ class Federation(Kind):
             summary = run.directory.summary()
             return summary.having(start_seconds=start) if start else summary
         except FedrxError:
-            told = tracebacks(run.directory)[earlier:].rstrip()
-            if told and handling_of(run.preparation.data.source).is_open:
-                Console(stderr=True, soft_wrap=True).print(told, markup=False, highlight=False)
+            traceback = tracebacks(run.directory)[earlier:].rstrip()
+            if traceback and handling_of(run.preparation.data.source).is_open:
+                Console(stderr=True, soft_wrap=True).print(traceback, markup=False, highlight=False)
             raise
 
 

@@ -84,7 +84,7 @@ class SingleTraining:
             raise damaged(checkpoint.name) from None
         self.seconds_before = checkpoint.facts.seconds
         self.run.forget_metrics(after=self.state.step)
-        self._settle()
+        self._record_release()
         self._tidy()
 
     def finish(self) -> None:
@@ -198,15 +198,15 @@ class SingleTraining:
             ),
             extra={name: value.numpy() for name, value in self.state.to_tensors().items()},
         )
-        self._settle()
+        self._record_release()
         self._tidy()
         self.run.write_status("running", step=step)
 
-    def _settle(self) -> None:
+    def _record_release(self) -> None:
         """With privacy on: tell the ledger which steps are out, and add to privacy.jsonl.
 
         The steps were charged before they were taken, so a kill between a checkpoint and this
-        costs nothing: the next process begins by settling.
+        costs nothing: the next process begins by recording it.
         """
         if self.guard:
             self.guard.record_release(self.state.step, self.session, source_digest())

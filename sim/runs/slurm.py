@@ -147,9 +147,9 @@ def run_cells(
             for job in running:
                 job.cancel(check=False)
     if failed:
-        told = "; ".join(f"{name}: {why}" for name, why in failed.items())
+        reasons = "; ".join(f"{name}: {why}" for name, why in failed.items())
         raise RunFailed(
-            f"{len(failed)} of {len(cells)} cells failed: {told}; what the jobs said is in "
+            f"{len(failed)} of {len(cells)} cells failed: {reasons}; what the jobs said is in "
             f"{folder / JOBS}; go on with: the same `fedrx sweep`"
         )
 
@@ -199,5 +199,5 @@ def _failure(job: Any, place: Path) -> str:
     if not isinstance(error, FailedJobError):
         return VANISHED
     # The job's own text may quote data; status.json does not.
-    told = RunDirectory(place).status().error if (place / STATUS).exists() else ""
-    return str(told or "the job failed")
+    message = RunDirectory(place).status().error if (place / STATUS).exists() else ""
+    return str(message or "the job failed")

@@ -86,9 +86,9 @@ def reported(
         # Where not even the status can be written, the line is what counts.
         with contextlib.suppress(OSError, ValueError, FedrxError):
             if directory.status().state != "finished":
-                told = failure.what if isinstance(failure, StageFailed) else str(failure)
+                message = failure.what if isinstance(failure, StageFailed) else str(failure)
                 stage = _stage(directory)
-                directory.write_status("failed", stage=stage, **_facts(where), error=told)
+                directory.write_status("failed", stage=stage, **_facts(where), error=message)
         if failure is error:
             raise
         raise failure from error

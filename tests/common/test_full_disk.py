@@ -18,7 +18,7 @@ from client.kept_state import own_folder, save_state
 from common.config import Config
 from common.errors import DiskFull
 from common.evaluation.answers_file import Prediction, read_answers, write_answers
-from common.evaluation.judge.cache import Exchanges, Lost
+from common.evaluation.judge.cache import Exchanges, UnansweredCall
 from common.files import (
     BLOCK_BYTES,
     append_json_line,
@@ -166,9 +166,9 @@ def test_a_promise_that_finds_no_room_is_not_made(tmp_path):
 def test_a_judge_s_answer_that_finds_no_room_is_one_line(tmp_path):
     made = Exchanges(tmp_path / "exchanges.jsonl")
     with room(0), pytest.raises(DiskFull, match="^exchanges.jsonl cannot be written"):
-        made.put(Lost(input_tokens=1, output_tokens=1))
-    made.put(Lost(input_tokens=2, output_tokens=2))
-    assert [one.input_tokens for one in Exchanges(tmp_path / "exchanges.jsonl").lost] == [2]
+        made.put(UnansweredCall(input_tokens=1, output_tokens=1))
+    made.put(UnansweredCall(input_tokens=2, output_tokens=2))
+    assert [one.input_tokens for one in Exchanges(tmp_path / "exchanges.jsonl").unanswered] == [2]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import RootModel
+from pydantic import Field, RootModel
 
 from common.evaluation.judge.dialect import Dialect
 from common.files import append_json_line, read_json_lines
@@ -37,10 +37,10 @@ class Exchange(Record):
     """False when the server gave no usage, and the tokens are the upper bound."""
 
 
-class Lost(Record):
+class UnansweredCall(Record):
     """What a call without an answer may have cost."""
 
-    lost: Literal[True] = True
+    unanswered: Literal[True] = Field(default=True, alias="lost")
     input_tokens: int
     output_tokens: int
 
@@ -59,7 +59,7 @@ class Spoken(Record):
     key: str
 
 
-_Line = RootModel[Exchange | Lost | RefusedQuestion | Spoken]
+_Line = RootModel[Exchange | UnansweredCall | RefusedQuestion | Spoken]
 
 
 def exchange_key(url: str, body: Mapping[str, Any], repeat: int) -> str:
@@ -79,14 +79,14 @@ class Exchanges:
         self._path = path
         self.by_key: dict[str, Exchange] = {}
         """Oldest first."""
-        self.lost: list[Lost] = []
+        self.unanswered: list[UnansweredCall] = []
         self.refused: dict[str, int] = {}
         self.dialects: dict[tuple[str, str], Dialect] = {}
         """By server and judge, where it is not the first choice."""
         for line in read_json_lines(path):
             self._take(_Line.model_validate(line).root)
 
-    def put(self, line: Exchange | Lost | RefusedQuestion | Spoken) -> None:
+    def put(self, line: Exchange | UnansweredCall | RefusedQuestion | Spoken) -> None:
         """Keep what came of a call, written before this returns.
 
         Raises:
@@ -102,12 +102,12 @@ class Exchanges:
         if self.dialects.get((server, judge)) != dialect:
             self.put(Spoken(dialect=dialect, key=f"{server} {judge}"))
 
-    def _take(self, line: Exchange | Lost | RefusedQuestion | Spoken) -> None:
+    def _take(self, line: Exchange | UnansweredCall | RefusedQuestion | Spoken) -> None:
         match line:
             case Exchange():
                 self.by_key[line.key] = line
-            case Lost():
-                self.lost.append(line)
+            case UnansweredCall():
+                self.unanswered.append(line)
             case RefusedQuestion():
                 self.refused[line.key] = line.refused
             case Spoken():

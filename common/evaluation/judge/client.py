@@ -17,7 +17,7 @@ from typing import Any
 
 from common.config import JudgeConfig
 from common.errors import RunFailed, UserError
-from common.evaluation.judge.cache import Exchange, Exchanges, Lost, exchange_key
+from common.evaluation.judge.cache import Exchange, Exchanges, UnansweredCall, exchange_key
 from common.evaluation.judge.cost import Meter, input_bound_tokens
 from common.evaluation.judge.dialect import dialects
 from common.evaluation.judge.gate import Endpoint
@@ -238,7 +238,9 @@ class JudgeClient:
             finally:
                 if exchange is None and charge.due:
                     self._exchanges.put(
-                        Lost(input_tokens=charge.input_tokens, output_tokens=charge.output_tokens)
+                        UnansweredCall(
+                            input_tokens=charge.input_tokens, output_tokens=charge.output_tokens
+                        )
                     )
 
     def _closed(self, status: int) -> UserError:

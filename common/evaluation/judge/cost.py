@@ -108,8 +108,8 @@ def usage(made: Exchanges, config: JudgeConfig) -> dict[str, float]:
     calls = made.by_key.values()
     input_tokens = sum(exchange.input_tokens for exchange in calls)
     output_tokens = sum(exchange.output_tokens for exchange in calls)
-    lost_input_tokens = sum(call.input_tokens for call in made.lost)
-    lost_output_tokens = sum(call.output_tokens for call in made.lost)
+    lost_input_tokens = sum(call.input_tokens for call in made.unanswered)
+    lost_output_tokens = sum(call.output_tokens for call in made.unanswered)
     return {
         "calls": len(calls),
         "input_tokens": input_tokens,

@@ -82,14 +82,14 @@ def judge_run(
         after = usage(exchanges, plan.config)
         spent = {key: after[key] - before[key] for key in after}
         invocation = {"judges": plan.judges, **counts(judgements).as_json(), **spent}
-        told = {
+        accounting = {
             "served_by": sorted({one.served_by for one in exchanges.by_key.values()}),
             "usage": {key: after[key] for key in after if key != "cost_usd"},
             "cost_usd": after["cost_usd"],
             "invocation": invocation,
         }
         known = summarise(plan, together, seed=seed).as_json()
-        result = Judged.read({**known, **told}, what="judge")
+        result = Judged.read({**known, **accounting}, what="judge")
         # A server that gave nothing does not replace what an earlier one gave.
         if not work.stopped or result.invocation.scored:
             records = [json_line(one.as_json()) for one in together if one.asked]

@@ -28,7 +28,7 @@ CHUNK_BYTES = 2**25
 """Read, hashed and copied at a time; where the interpreter is busy each turn costs some 5 ms."""
 LONGEST_HEAD = 100_000_000
 """As the format says."""
-_SETTLED_NANOSECONDS = 2_000_000_000
+_TIMESTAMP_GRANULARITY_NANOSECONDS = 2_000_000_000
 """A file that changed later than this ago may change again within one tick of its clock."""
 _DTYPES = {
     "F64": torch.float64,
@@ -128,7 +128,7 @@ class Reading:
         for path, (part, _) in zip(self._files, parts, strict=True):
             digest.update(path.name.encode())
             digest.update(part)
-        if self._began - self._newest > _SETTLED_NANOSECONDS:
+        if self._began - self._newest > _TIMESTAMP_GRANULARITY_NANOSECONDS:
             write_text(self._remembered, digest.hexdigest() + "\n")
         return digest.hexdigest()
 

@@ -112,10 +112,10 @@ def _weight_map(folder: Path, name: str) -> dict[str, str]:
         raise _refusal(name, f"{INDEX} is not readable", fix="fetch or copy it again") from None
     gone = sorted({file for file in places.values() if not (folder / file).is_file()})
     if gone:
-        lost = [tensor for tensor, file in places.items() if file in gone]
+        missing = [tensor for tensor, file in places.items() if file in gone]
         raise _refusal(
             name,
-            f"{_some(gone)} is missing, and with it {_some(lost)}",
+            f"{_some(gone)} is missing, and with it {_some(missing)}",
             fix="fetch or copy it again",
         )
     return dict(places)

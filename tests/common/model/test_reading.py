@@ -88,7 +88,7 @@ def folder(tmp_path, save_tiny):
 
 @pytest.fixture
 def settled(monkeypatch):
-    monkeypatch.setattr(reading, "_SETTLED_NANOSECONDS", 0)
+    monkeypatch.setattr(reading, "_TIMESTAMP_GRANULARITY_NANOSECONDS", 0)
     time.sleep(0.02)  # the file system's clock ticks every 4 ms
 
 

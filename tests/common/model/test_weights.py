@@ -207,7 +207,7 @@ def digest(file: Path, cache: Path) -> str:
 
 
 def test_the_same_size_and_date_do_not_fool_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "_SETTLED_NANOSECONDS", 0)
+    monkeypatch.setattr(reading, "_TIMESTAMP_GRANULARITY_NANOSECONDS", 0)
     file, cache = tmp_path / "model.safetensors", tmp_path / "cache"
     file.write_bytes(b"one")
     time.sleep(0.02)  # the file system's clock ticks every 4 ms
