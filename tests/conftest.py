@@ -1,7 +1,8 @@
 """What all tests share: the MIMIC-IV demo's folder, quiet processes, and the rule of the marks.
 
-What is not fast is marked by what it starts (``pyproject.toml`` lists the marks); everything
-without such a mark is marked ``fast`` here, and fails if it starts a process all the same.
+What is not fast is marked by what it starts, or ``slow`` by its time (``pyproject.toml`` lists the
+marks); everything without a mark is marked ``fast`` here. Fast and slow ones fail if they start a
+process all the same, but for ``QUESTIONS``.
 """
 
 import _posixsubprocess

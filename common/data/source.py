@@ -15,11 +15,11 @@ from common.data.tables import reading
 
 
 class Source(ABC):
-    """One kind of data: how it is recognised, read and handled. ``common.data.sources`` lists all.
+    """One kind of data: how it is recognised and read. ``common.data.sources`` lists all.
 
     A source hands over samples in columns (``common.data.cleaning.assemble`` makes them of its
-    tables, and counts every row that is left out), a tag, which says what may leave the machine
-    (``common.data.handling``), and titles of diagnoses to search in.
+    tables, and counts every row that is left out), a tag, by which ``common.data.handling`` says
+    what may leave the machine, and titles of diagnoses to search in.
     """
 
     identifiers: ClassVar[str] = r"\d{6,}"

@@ -7,6 +7,7 @@ the write itself, within it, as a full disk does.
 import ast
 import contextlib
 import errno
+import json
 import resource
 
 import numpy as np
@@ -168,6 +169,10 @@ def test_a_judge_s_answer_that_finds_no_room_is_one_line(tmp_path):
     with room(0), pytest.raises(DiskFull, match="^exchanges.jsonl cannot be written"):
         made.put(UnansweredCall(input_tokens=1, output_tokens=1))
     made.put(UnansweredCall(input_tokens=2, output_tokens=2))
+    lines = (tmp_path / "exchanges.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"lost": True, "input_tokens": 2, "output_tokens": 2}
+    ]
     assert [one.input_tokens for one in Exchanges(tmp_path / "exchanges.jsonl").unanswered] == [2]
 
 
