@@ -28,7 +28,7 @@ from common.files import for_owner, json_line, utf8, writable
 from sim.assist.cds_hooks import LARGEST_BODY_BYTES, PREFIX, Suggester
 from sim.assist.patient_form import FormProblems, PatientRequest, read_form
 from sim.assist.suggest import Suggestion
-from sim.report.page import render
+from sim.pages.fill import render
 
 HOST = "127.0.0.1"
 DECISIONS = "decisions.jsonl"

@@ -17,7 +17,7 @@ from common.files import write_text
 from common.privacy.settings import is_private
 from common.records.summary import Summary
 from common.rundir import RunDirectory
-from sim.report.page import fill
+from sim.pages.fill import fill
 
 FILE = "tripod-llm.md"
 

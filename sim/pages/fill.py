@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-PAGES = Path(__file__).parent / "pages"
+PAGES = Path(__file__).parent
 
 
 def render(name: str, *, data: object, connect: str = "'none'") -> str:
