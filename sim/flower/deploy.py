@@ -21,7 +21,6 @@ from common.files import write_text
 from common.privacy.settings import with_calibrated_noise
 from common.provenance import source_digest
 from common.wire.handshake import NAME_PATTERN
-from common.wire.undocumented_flower import NO_UPDATE_CHECK
 from server.strategies import check_strategy
 from sim.flower.bundle import stage_app
 from sim.flower.certificates import (
@@ -32,7 +31,7 @@ from sim.flower.certificates import (
     private_pem,
     public_openssh,
 )
-from sim.flower.child_environment import LOOPBACK
+from sim.flower.child_environment import LOOPBACK, QUIET
 from sim.flower.guarded_superlink import write_token
 from sim.flower.proxies import CONFIGURATION, INSIDE_NAME, coordinator_proxy, hospital_proxy
 from sim.flower.run_superlink import LINK, SECRET
@@ -40,17 +39,14 @@ from sim.flower.superlink import CONNECTION
 from sim.pages.fill import fill
 
 FIRST_LOCAL_PORT = 9093
-QUIET = f"""\
-export FLWR_TELEMETRY_ENABLED=0 {NO_UPDATE_CHECK}=1 RAY_USAGE_STATS_ENABLED=0
-export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 HF_HUB_DISABLE_TELEMETRY=1
-"""
 DIRECT = f"""\
 no_proxy="${{no_proxy:-${{NO_PROXY:-}}}}"
 [ "$no_proxy" = "*" ] || no_proxy="${{no_proxy:+$no_proxy,}}{",".join(LOOPBACK)}"
 export no_proxy NO_PROXY="$no_proxy" no_grpc_proxy="${{no_grpc_proxy:+$no_grpc_proxy,}}$no_proxy"
 """
 """What a host's own processes say to each other goes through no proxy."""
-HEAD = f'{QUIET}{DIRECT}cd "$(dirname "$0")/empty"\nexport FLWR_HOME="$PWD/../home"\n'
+_SAID = " ".join(f"{name}={value}" for name, value in QUIET.items())
+HEAD = f'export {_SAID}\n{DIRECT}cd "$(dirname "$0")/empty"\nexport FLWR_HOME="$PWD/../home"\n'
 LONGEST_NAME = 64
 """Of a certificate's common name (X.520)."""
 
