@@ -37,7 +37,7 @@ def prepare(
     from sim.report.terminal import show_blocks
 
     console = console_for(json_output)
-    counts = prepare_tables(_config(directory, set_), progress=console.print)
+    counts = prepare_tables(_config(directory, set_), progress=console.say)
     show_blocks(console, count_blocks(counts))
     print_json(counts.as_json(), json_output)
 
@@ -58,10 +58,10 @@ def describe(
     from sim.report.terminal import show_blocks
 
     console = console_for(json_output)
-    description = describe_tables(_config(directory, set_), progress=console.print)
+    description = describe_tables(_config(directory, set_), progress=console.say)
     show_blocks(console, description_blocks(description))
     page = write_page(description, out)
-    console.print(f"page: {page.absolute()}", markup=False, highlight=False)
+    console.say(f"page: {page.absolute()}")
     print_json(description.as_json(), json_output)
 
 
@@ -83,9 +83,5 @@ def synthesize(
         )
     console = console_for(json_output)
     manifest = write_tables(directory, patients=patients, seed=seed)
-    console.print(
-        f"SYNTHETIC tables of {patients} patients in {directory.absolute()}",
-        markup=False,
-        highlight=False,
-    )
+    console.say(f"SYNTHETIC tables of {patients} patients in {directory.absolute()}")
     print_json(manifest.as_json(), json_output)
