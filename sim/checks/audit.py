@@ -6,8 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from common.config import Config
 from common.errors import RunFailed, UserError
@@ -35,6 +33,8 @@ from sim.checks.audit_page import (
     claim_of,
     write_audit_page,
 )
+from sim.process.progress import SILENT, Console
+from sim.report.terminal import table
 from sim.runs.lifecycle import Kind, Run, start
 from sim.runs.stages import AUDIT
 
@@ -58,7 +58,7 @@ class BareGradient(PrivateGradient):
 def audit(
     config: Config,
     *,
-    console: Console,
+    console: Console = SILENT,
     command_line: Sequence[str],
     run_dir: Path | None = None,
     canaries: int = 0,
@@ -126,7 +126,7 @@ class Audit(Kind):
 
     def prepare(self, config: Config, console: Console, worker: Worker) -> None:
         """Find the backbone; no data is read."""
-        say = partial(console.print, style="dim")
+        say = partial(console.say, style="dim")
         self.backbone = worker.backbone_to_open(config, progress=say)
         check_backbone(self.backbone)
 
@@ -168,8 +168,7 @@ class Audit(Kind):
             claim_of(plan.unit, epsilon(plan).value, delta=plan.delta, steps=plan.steps),
             found,
         )
-        show(console, found)
-        console.print(f"page: {page}", markup=False, highlight=False)
+        show(console, found, page)
         run.directory.write_status("finished" if self.summary.passed else "failed", stage=AUDIT)
         return self.summary
 
@@ -218,17 +217,15 @@ def plain(finding: Finding) -> dict[str, Json]:
     return values
 
 
-def show(console: Console, findings: Sequence[Finding]) -> None:
-    """Print the findings as a table."""
-    table = Table("audit", "figure", "if the claim is true", "95% interval", "limit", "verdict")
-    for finding in findings:
-        audit, _, *figures, _ = cells(finding)
-        style = None if finding.passed else "red"
-        table.add_row(audit, *figures, finding.verdict, style=style)
-    console.print(table)
+def show(console: Console, findings: Sequence[Finding], page: Path) -> None:
+    """Tell the findings as a table, what they mean, and where the page is."""
+    headers = ("audit", "figure", "if the claim is true", "95% interval", "limit", "verdict")
+    rows = [(one.audit, *cells(one)[2:-1], one.verdict) for one in findings]
+    console.say(table(headers, rows, styles=["" if one.passed else "red" for one in findings]))
     for finding in findings:
         line = f"{finding.audit}: {finding.meaning}"
         if finding.false_alarm:
             line += f" (a sound mechanism fails with at most {finding.false_alarm:.1e})"
-        console.print(line, style="dim", markup=False, highlight=False)
-    console.print(f"not covered: {NOT_COVERED}", style="dim", markup=False, highlight=False)
+        console.say(line, style="dim")
+    console.say(f"not covered: {NOT_COVERED}", style="dim")
+    console.say(f"page: {page}")

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 
 from common.config import Config
 from common.data.dataset import Dataset
@@ -23,7 +22,7 @@ from server.replay import Replay
 from sim.answers.evaluate import reopen
 from sim.answers.held_out import HeldOut
 from sim.process.lock import exclusive
-from sim.process.progress import Meter
+from sim.process.progress import SILENT, Console, Meter
 from sim.report.html import Block, write_page
 from sim.report.words import NOTICE
 
@@ -61,7 +60,7 @@ class ContributionRecord(Record):
 
 
 def contribution(
-    run: RunDirectory, *, console: Console, metric: str = "loss"
+    run: RunDirectory, *, console: Console = SILENT, metric: str = "loss"
 ) -> ContributionRecord:
     """Value every subset of a run's hospitals by the model that the rounds make of it.
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 
 from common.config import Config, RunConfig
 from common.data.partition import Hospital
@@ -27,6 +26,7 @@ from sim.answers.evaluate import reopen
 from sim.answers.held_out import HeldOut
 from sim.checks.audit_membership import FEWEST, MEMBERSHIP, split_records
 from sim.process.lock import exclusive
+from sim.process.progress import SILENT, Console
 from sim.runs.sweep import Cell, run_cell
 
 FORGET, B_FILE = "forget.json", "b.safetensors"
@@ -56,7 +56,7 @@ class ForgetRecord(Record):
 
 
 def forget(
-    run: RunDirectory, hospital: str, *, console: Console, command_line: Sequence[str]
+    run: RunDirectory, hospital: str, *, console: Console = SILENT, command_line: Sequence[str]
 ) -> ForgetRecord:
     """Replay a run's rounds without a hospital, and compare with a run that never had it.
 
@@ -87,7 +87,7 @@ def forget(
         folder.mkdir(exist_ok=True)
         if protects(config):
             line = "the run that never had it spends as much epsilon on the others' patients again"
-            console.print(line, style="yellow")
+            console.say(line, style="yellow")
         run_cell(without(config, hospital, others), folder / "never", console, command_line)
         never = RunDirectory.open(folder / "never").load_checkpoint().b
         models = {

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from common.configio import read_config
 from common.errors import UserError
@@ -60,12 +60,8 @@ def show_plan(console: Terminal, found: "PlanRecord") -> None:
     counts, parts, chosen = found.parameters, found.memory_bytes, found.recompute
     frozen = "" if A in SCHEMES[found.adapter.mode].held else " (frozen)"
     say(f"{found.backbone}: {counts.backbone:,} parameters; A {counts.a:,}{frozen}, B {counts.b:,}")
-    table = Table(
-        title=f"memory of one worker at the peak of a step of {found.batch_tokens:,} tokens"
-    )
-    table.add_column("part")
-    table.add_column("GB", justify="right")
-    table.add_column("holds")
+    title = f"memory of one worker at the peak of a step of {found.batch_tokens:,} tokens"
+    table = Table("part", Column("GB", justify="right"), "holds", title=title)
     shown = {name: size for name, size in parts.items() if size >= SMALLEST_SHOWN_BYTES}
     for name, size in shown.items():
         last = name == list(shown)[-2]
@@ -96,9 +92,8 @@ def show_plan(console: Terminal, found: "PlanRecord") -> None:
             f"training on one {one.card}: {one.seconds_per_step:.2f} s a full step, "
             f"{one.hours:.1f} h in all ({one.source})"
         )
-    privacy = found.privacy
-    if privacy:
-        say(*lines(privacy), privacy.delta_note)
+    if found.privacy:
+        say(*lines(found.privacy), found.privacy.delta_note)
 
 
 def evaluate(

@@ -2,10 +2,20 @@
 
 from typing import Any
 
-from rich.console import Console
+import rich.console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from sim.process.progress import Bar, Console
 
 
-class Terminal(Console):
+class Terminal(rich.console.Console, Console):
     """Prints what it is told as it is: what stands in brackets or looks like a figure is text.
 
     Args:
@@ -15,7 +25,34 @@ class Terminal(Console):
     def __init__(self, **how: Any) -> None:
         super().__init__(soft_wrap=True, markup=False, emoji=False, highlight=False, **how)
 
-    def say(self, *parts: object, style: str = "") -> None:
+    def say(self, *parts: object, style: str = "", error: bool = False) -> None:
         """Print lines and tables, one below the other."""
+        place = Terminal(stderr=True) if error else self
         for part in parts:
-            self.print(part, style=style or None)
+            place.print(part, style=style or None)
+
+    def bar(self, label: str, total: int, *, done: int) -> Bar | None:
+        """Draw a bar with the time left."""
+        return _Bar(self, label, total, done) if self.is_terminal else None
+
+
+class _Bar:
+    def __init__(self, terminal: Terminal, label: str, total: int, done: int) -> None:
+        self._progress = Progress(
+            TextColumn(label),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=terminal,
+        )
+        self._task = self._progress.add_task(label, total=total, completed=done, note="")
+        self._progress.start()
+
+    def update(self, done: int, note: str) -> None:
+        self._progress.update(self._task, completed=done, note=note)
+
+    def stop(self) -> None:
+        self._progress.stop()

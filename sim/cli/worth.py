@@ -66,12 +66,11 @@ def contribution(
     """Say what each hospital adds to a run's model: exact Shapley values, without training."""
     from sim.checks.contribution import PAGE, shares_block
     from sim.checks.contribution import contribution as value_hospitals
-    from sim.report.terminal import show_blocks
+    from sim.report.terminal import block_parts
 
     console, directory = console_for(json_output), open_run(run)
     found = value_hospitals(directory, console=console, metric=metric)
-    show_blocks(console, [shares_block(found)])
-    console.say(f"page: {directory.path / PAGE}")
+    console.say(*block_parts(shares_block(found)), f"page: {directory.path / PAGE}")
     print_json(found.as_json(), json_output)
 
 

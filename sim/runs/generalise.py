@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 import client.app
 from common.config import Config, RunConfig
@@ -30,8 +29,8 @@ from common.training.worker import Worker
 from common.wire.cohort import hospital_names, trained_by
 from server.strategies import check_strategy
 from sim.answers.held_out import HeldOut
-from sim.process.progress import Meter
-from sim.report.transfer_page import show_transfer, write_transfer_page
+from sim.process.progress import SILENT, Console, Meter
+from sim.report.transfer_page import transfer_parts, write_transfer_page
 from sim.runs.preparation import with_absolute_paths
 from sim.runs.sweep import Cell, run_all
 
@@ -112,7 +111,7 @@ def generalise(
     folder: Path,
     *,
     seeds: int,
-    console: Console,
+    console: Console = SILENT,
     command_line: Sequence[str],
     run: RunDirectory | None = None,
 ) -> GeneraliseRecord:
@@ -156,9 +155,8 @@ def generalise(
     directory = RunDirectory(folder)
     directory.write_json(GENERALISE, result)
     measures = {"F1": result.f1, "loss": result.loss}
-    show_transfer(console, measures)
     page = write_transfer_page(folder / PAGE, data.source, seeds, measures)
-    console.print(f"page: {page}", markup=False, highlight=False)
+    console.say(*transfer_parts(measures), f"page: {page}")
     return result
 
 
@@ -211,7 +209,7 @@ def _by_loss(
     data: Dataset,
     cells: Sequence[Cell],
     runs: Mapping[str, RunDirectory],
-    console: Console,
+    console: Console = SILENT,
 ) -> Results:
     settings, worker = config.evaluation, Worker()
     rows_RN, at = [], []

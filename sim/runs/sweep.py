@@ -14,8 +14,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from rich.console import Console
-
 import client.app
 from common.config import IN_PROCESS, Config
 from common.configio import Scalar, differences, flatten, from_flat, parse_overrides
@@ -33,9 +31,10 @@ from common.wire.cohort import asked, hospital_names
 from server.strategies import STRATEGIES, check_strategy
 from sim.process.failures import StageFailed
 from sim.process.lock import exclusive
+from sim.process.progress import SILENT, Console
 from sim.report.comparison import write_sweep_page
 from sim.report.html import Bar, Block, markdown_table
-from sim.report.terminal import show_blocks
+from sim.report.terminal import block_parts
 from sim.runs.federate import federate, resolved
 from sim.runs.resume import resume
 from sim.runs.single import one_node, single
@@ -191,7 +190,7 @@ def sweep(
     cells: Sequence[Cell],
     folder: Path,
     *,
-    console: Console,
+    console: Console = SILENT,
     command_line: Sequence[str],
 ) -> dict[str, object]:
     """Run what is not finished yet, and put everything into one table.
@@ -226,8 +225,7 @@ def sweep(
         runs.setdefault(cell.arm, []).append(done[cell.folder])
     arms_table = arms_block(rows)
     page = write_sweep_page(runs, arms_table, folder / "sweep.html")
-    show_blocks(console, [arms_table])
-    console.print(f"page: {page}", markup=False, highlight=False)
+    console.say(*block_parts(arms_table), f"page: {page}")
     return result
 
 
@@ -235,7 +233,7 @@ def run_all(
     cells: Sequence[Cell],
     folder: Path,
     *,
-    console: Console,
+    console: Console = SILENT,
     command_line: Sequence[str],
     again: str,
     trained: Mapping[str, RunDirectory] = MappingProxyType({}),
@@ -264,7 +262,7 @@ def run_all(
         directory.write_json(RUN, RunRecord(mode="sweep", resumable=False, cells=names))
         for number, cell in enumerate(cells, 1):
             label = f"{number}/{len(cells)}: {cell.arm}, seed {cell.seed} {cell.part}"
-            console.print(label, style="bold", markup=False)
+            console.say(label, style="bold")
             elsewhere = trained.get(cell.folder)
             place = elsewhere.path if elsewhere else folder / cell.folder
             try:
@@ -272,7 +270,7 @@ def run_all(
             except StageFailed as error:
                 raise StageFailed(error.what, command=again) from error
             except KeyboardInterrupt:
-                console.print(f"go on with: {again}", markup=False, highlight=False)
+                console.say(f"go on with: {again}")
                 raise
             found[cell.folder] = RunDirectory(place)
     return found

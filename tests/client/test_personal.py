@@ -1,6 +1,5 @@
 """Personal adapters: B_own is trained in a hospital, stays there, and changes nothing it sends."""
 
-import io
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from typer.testing import CliRunner
 
 import client.handlers
@@ -31,6 +29,7 @@ from sim.assist.patient_form import read_form
 from sim.assist.suggest import Assistant, about_run, assistant_config, reference_of
 from sim.checks.plan import plan
 from sim.cli.main import app
+from sim.process.progress import Console
 from sim.report.bundle import contents
 from sim.report.run_report import write_report
 from sim.runs.export import export_run
@@ -42,7 +41,7 @@ PRIVATE = {
     "privacy__deterministic_noise": True,
     "federation__weighting": "uniform",
 }
-QUIET = Console(file=io.StringIO(), width=200)
+QUIET = Console()
 
 
 def flat_of(session, b):

@@ -1,6 +1,5 @@
 """``fedrx contribution``: its values against models averaged by hand; no patient in its words."""
 
-import io
 import itertools
 import json
 import math
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from common.data.dataset import open_hospitals
@@ -21,8 +19,9 @@ from common.training.worker import Worker
 from server.kept_updates import read
 from sim.checks.contribution import CONTRIBUTION, contribution
 from sim.cli.main import app
+from sim.process.progress import Console
 
-QUIET = Console(file=io.StringIO(), width=200)
+QUIET = Console()
 
 
 def value_of(run: RunDirectory, hospitals: tuple[str, ...]) -> float:

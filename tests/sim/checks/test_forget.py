@@ -1,10 +1,8 @@
 """``fedrx forget``: the replay, the run that never had the hospital, and what is said of both."""
 
-import io
 import json
 
 import pytest
-from rich.console import Console
 
 import sim.checks.forget
 from common.errors import UserError
@@ -13,8 +11,9 @@ from common.rundir import RunDirectory
 from common.tensor_files import read_tensors
 from sim.checks.audit_membership import MEMBERSHIP
 from sim.checks.forget import B_FILE, FORGET, NEVER, REPLAYED, RUN, forget
+from sim.process.progress import Console
 
-QUIET = Console(file=io.StringIO(), width=200)
+QUIET = Console()
 
 
 def test_after_one_round_nothing_of_the_hospital_is_left(kept_run, monkeypatch):

@@ -8,10 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from common.configio import from_flat, parse_overrides
 from common.errors import UserError
+from sim.process.progress import Console
 from sim.runs.federate import federate
 from sim.runs.single import single
 
@@ -92,7 +92,7 @@ def test_what_cannot_run_here_leaves_nothing(verb, overrides, words, tmp_path):
                 "evaluation.samples": 2,
             }
         )
-        console = Console(quiet=True)
+        console = Console()
         verb(config, console=console, command_line=[], run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

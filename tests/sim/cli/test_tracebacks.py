@@ -1,14 +1,13 @@
 """Which tracebacks of its hospitals a failed attempt shows."""
 
-from io import StringIO
 from types import SimpleNamespace
 
 import pytest
-from rich.console import Console
 
 from common.config import Config
 from common.errors import RunFailed
 from common.rundir import RunDirectory
+from sim.cli.terminal import Terminal
 from sim.runs import federate
 from sim.runs.lifecycle import Run
 
@@ -28,7 +27,7 @@ def test_an_attempt_shows_its_own_tracebacks_alone(tmp_path, monkeypatch, capsys
 
         monkeypatch.setattr(federate, "train_rounds", fail)
         prepared = SimpleNamespace(data=SimpleNamespace(source=source))
-        kind, console = federate.Federation(), Console(file=StringIO())
+        kind, console = federate.Federation(), Terminal(quiet=True)
         with pytest.raises(RunFailed):
             Run(kind, run, None, Config(), prepared, console, [], 0.0).live(inside=False)
         shown = attempt if source == "synthetic" else ""

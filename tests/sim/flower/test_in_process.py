@@ -1,11 +1,9 @@
 """``--backend in-process``: the same run without SuperLink and Ray; the guard of marks holds it."""
 
-import io
 import json
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
 
 import sim.runs.federate
 from common.data.dataset import open_hospitals
@@ -13,10 +11,11 @@ from common.errors import RunFailed
 from common.rundir import RunDirectory
 from common.training.worker import Worker
 from sim.cli.options import with_backend
+from sim.process.progress import Console
 from sim.runs.federate import federate
 from sim.runs.resume import resume
 
-QUIET = Console(file=io.StringIO())
+QUIET = Console()
 
 
 def started(config, folder):

@@ -7,13 +7,14 @@ import subprocess
 import time
 
 import pytest
-from rich.console import Console
 
 from common.errors import UserError
+from sim.cli.terminal import Terminal
+from sim.process.progress import Console
 from sim.runs.resume import resume
 
 pytestmark = pytest.mark.ray
-QUIET = Console(quiet=True)
+QUIET = Console()
 GONE_SECONDS = 60
 """At the most, on a machine that is shared; 0.3 were measured."""
 
@@ -82,6 +83,6 @@ def test_changed_configuration_is_refused_with_the_difference(base):
 def test_finished_run_is_left_alone(base, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: 1 / 0)
     shown = io.StringIO()
-    again = resume(base.run.path, console=Console(file=shown), command_line=[])
+    again = resume(base.run.path, console=Terminal(file=shown), command_line=[])
     assert again == base.summary
     assert "nothing to do" in shown.getvalue()

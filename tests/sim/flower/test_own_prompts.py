@@ -1,10 +1,8 @@
 """A run with prompts of the user's own: training, answers and lists all ask the same."""
 
-import io
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
 
 from common.config import TextConfig
 from common.errors import UserError
@@ -14,11 +12,12 @@ from sim.answers.evaluate import evaluate_run
 from sim.assist.patient_form import read_form
 from sim.assist.suggest import Assistant, assistant_config, reference_of
 from sim.checks.audit_membership import audit_membership
+from sim.process.progress import Console
 from sim.report.data_description import describe
 from sim.runs.federate import federate
 from sim.runs.resume import resume
 
-QUIET = Console(file=io.StringIO())
+QUIET = Console()
 TEXT = TextConfig(
     system_prompt="Name what was ordered.",
     template="A patient of {age}, ill with\n{diagnoses}\nWhat was ordered?",

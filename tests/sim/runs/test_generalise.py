@@ -1,11 +1,9 @@
 """``fedrx generalise``: which models it trains, what it says of them, and how it goes on."""
 
-import io
 import json
 
 import numpy as np
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 import sim.runs.lifecycle
@@ -18,9 +16,10 @@ from common.rundir import RunDirectory
 from common.text.batches import encode
 from common.training.worker import Worker
 from sim.cli.main import app
+from sim.process.progress import Console
 from sim.runs.generalise import GENERALISE, PAGE, generalise, plan_models
 
-QUIET = Console(file=io.StringIO(), width=200)
+QUIET = Console()
 SMALL = {
     "federation__rounds": 1,
     "federation__local_steps": 1,

@@ -1,11 +1,9 @@
 """A run reads tables and weights once, from its first check to its last answer."""
 
-import io
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from transformers import LlamaForCausalLM
 
 import common.data.prepare
@@ -17,6 +15,7 @@ from common.model.backbone.tiny import tiny_model, tiny_tokenizer
 from common.records.summary import Summary
 from common.training import worker
 from common.training.worker import Worker
+from sim.process.progress import Console
 from sim.runs.federate import Federation
 from sim.runs.lifecycle import resume
 from sim.runs.paper import paper
@@ -38,7 +37,7 @@ KEYS = {
     "evaluation.bootstrap": 100,
 }
 
-QUIET = Console(quiet=True)
+QUIET = Console()
 
 
 @pytest.fixture
@@ -122,9 +121,7 @@ def test_single_hashes_the_tables_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(common.data.prepare, "hash_files", counted)
     config = from_flat(KEYS)
-    summary = single(
-        config, console=Console(file=io.StringIO()), command_line=(), run_dir=tmp_path / "run"
-    ).result
+    summary = single(config, command_line=(), run_dir=tmp_path / "run").result
     assert summary.metrics["fedrx"].samples == 2
     assert len(hashed) == 1
 
@@ -150,7 +147,7 @@ def test_a_gpus_weights_are_read_once_and_before_the_checks(tmp_path, monkeypatc
     monkeypatch.setattr(Reading, "_read", reading)
     monkeypatch.setattr(sim.runs.preparation, "check_settings", checking)
     monkeypatch.setattr(Single, "work", lambda kind, run: run.worker.session(run.config))
-    console = Console(file=io.StringIO())
+    console = Console()
     config = from_flat(KEYS | {"model.backbone": str(folder)})
     single(config, console=console, command_line=(), run_dir=tmp_path / "run")
     assert events == ["read", "check"]

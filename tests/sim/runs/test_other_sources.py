@@ -1,6 +1,5 @@
 """Every verb that reads data works from MEDS and from eICU's tables as from MIMIC-IV's."""
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import pytest
 from eicu_fixtures import many_patients, write_eicu
 from eicu_meds_fixtures import eicu_events, write_eicu_meds
 from meds_fixtures import write_meds
-from rich.console import Console
 
 from common.config import Config
 from common.configio import from_flat
@@ -16,6 +14,7 @@ from common.data.synthetic.write import write_tables
 from common.rundir import RunDirectory
 from sim.assist.patient_form import read_form
 from sim.assist.suggest import Assistant, assistant_config, reference_of
+from sim.process.progress import Console
 from sim.report.data_description import describe
 from sim.runs.federate import federate
 from sim.runs.single import single
@@ -54,7 +53,7 @@ def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def quiet() -> Console:
-    return Console(file=io.StringIO())
+    return Console()
 
 
 @pytest.mark.slow

@@ -1,11 +1,9 @@
 """A run of each protocol, from tables to report: federated and single, answered and told."""
 
-import io
 import json
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
 
 from common.data.dataset import open_hospitals
 from common.data.names import normalise_string
@@ -13,11 +11,12 @@ from common.evaluation.answers import choose_cases
 from common.rundir import RunDirectory
 from common.text import batches
 from sim.answers.evaluate import evaluate_run
+from sim.process.progress import Console
 from sim.report.run_report import write_report
 from sim.runs.federate import federate
 from sim.runs.single import single
 
-QUIET = Console(file=io.StringIO())
+QUIET = Console()
 SIGNS = {"visits": "Last visit:", "first-24h": "Drugs ordered in the first 24 hours:"}
 
 

@@ -1,7 +1,6 @@
 """``fedrx resume``: what it refuses, and that one process at a time works on a run."""
 
 import pytest
-from rich.console import Console
 
 from common.configio import flatten, from_flat
 from common.errors import UserError
@@ -13,11 +12,12 @@ from common.training.worker import Worker
 from common.wire.cohort import hospital_names
 from sim.process.lock import exclusive
 from sim.process.open_run import rank_folder
+from sim.process.progress import Console
 from sim.runs import federate, paper, resume, single
 from sim.runs.lifecycle import Kind
 from sim.runs.preparation import fingerprints, prepare
 
-QUIET = Console(quiet=True)
+QUIET = Console()
 KEYS = {
     "model.backbone": "tiny",
     "data.synthetic-patients": 30,
@@ -141,8 +141,8 @@ def test_a_paper_run_and_its_ranks_are_worked_on_alone(worked, tmp_path, monkeyp
         return Summary()
 
     monkeypatch.setattr(paper, "build_table", table)
-    for name in ("write_table", "show_table"):
-        monkeypatch.setattr(paper, name, lambda *_: None)
+    for name in ("write_table", "table_parts"):
+        monkeypatch.setattr(paper, name, lambda *_: ())
     ranks = (16, 4)
     paper.paper(
         from_flat(KEYS),

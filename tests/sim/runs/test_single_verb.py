@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from common.configio import read_config
 from common.errors import UserError
 from common.provenance import tensors_sha256
 from common.rundir import RunDirectory
+from sim.process.progress import Console
 from sim.runs.federate import federate
 from sim.runs.resume import resume
 from sim.runs.single import single
@@ -113,7 +113,7 @@ def test_summary_has_what_scripts_read(whole):
 
 @pytest.mark.process
 def test_kill_9_and_resume_end_in_the_same_b(whole, config_file, tmp_path):
-    path, quiet = tmp_path / "killed", Console(quiet=True)
+    path, quiet = tmp_path / "killed", Console()
     killed_run(config_file, path)
     run = RunDirectory.open(path)
     assert run.status().state == "running"
@@ -139,7 +139,7 @@ def test_a_federation_of_one_hospital_gives_the_same_b(whole, config_file, tmp_p
     """Flower's messages in between, in another process: 2 rounds of 5 steps against 10 steps."""
     keys = ["federation.hospitals=1", "run.backend=in-process"]
     config, path = read_config(config_file, keys), tmp_path / "federation"
-    done = federate(config, console=Console(quiet=True), command_line=[], run_dir=path)
+    done = federate(config, command_line=[], run_dir=path)
     federated, alone = RunDirectory.open(path).load_checkpoint().b, whole[0].load_checkpoint().b
     assert max(abs(federated[key] - alone[key]).max() for key in alone) <= 1e-6
     assert max(abs(value).max() for value in alone.values()) > 1e-3
@@ -156,7 +156,7 @@ def test_a_run_that_can_be_resumed_has_said_what_it_reads(config_file, tmp_path,
         write(self, name, value)
 
     monkeypatch.setattr(RunDirectory, "write_json", killed)
-    console = Console(quiet=True)
+    console = Console()
     with pytest.raises(KeyboardInterrupt):
         single(read_config(config_file), console=console, command_line=[], run_dir=tmp_path / "run")
     assert (tmp_path / "run" / "data.json").exists()

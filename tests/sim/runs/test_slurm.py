@@ -12,12 +12,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from rich.console import Console
 
 from common.config import DataConfig
 from common.errors import RunFailed, UserError
 from common.rundir import RunDirectory
+from sim.cli.terminal import Terminal
 from sim.process import extras
+from sim.process.progress import Console
 from sim.runs import slurm
 from sim.runs.single import single
 from sim.runs.slurm import JOBS, CellJob, read_options, run_cells
@@ -74,7 +75,7 @@ def test_three_cells_finish_though_one_is_killed_and_one_pre_empted(
     thread = threading.Thread(target=disturb, daemon=True)
     thread.start()
     shown = io.StringIO()
-    console = Console(file=shown, width=200)
+    console = Terminal(file=shown, width=200)
     run_cells(cells, folder, console=console, **TOLD)
     thread.join(60)
     assert disturbed == ["killed", "pre-empted"]
@@ -145,7 +146,7 @@ def ending(monkeypatch):
     return end
 
 
-QUIET = Console(file=io.StringIO())
+QUIET = Console()
 
 
 def test_what_vanishes_is_submitted_three_times_and_what_fails_once(tiny_config, tmp_path, ending):

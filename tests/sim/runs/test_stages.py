@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 import sim.answers.evaluate
 import sim.cli.main
@@ -32,8 +31,10 @@ from common.records.run import SavedFacts
 from common.rundir import RunDirectory
 from common.tensor_files import Altered
 from common.training.worker import Worker
+from sim.cli.terminal import Terminal
 from sim.process.failures import ERROR_LOG, StageFailed
 from sim.process.lock import exclusive
+from sim.process.progress import Console
 from sim.runs.stages import (
     EVALUATION,
     REPORT,
@@ -50,7 +51,7 @@ FULL_DISK = OSError(errno.ENOSPC, "No space left on device", "predictions.jsonl"
 
 
 def silent() -> Console:
-    return Console(file=io.StringIO(), width=400)
+    return Terminal(file=io.StringIO(), width=400)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import get_args, get_type_hints
 
 import pytest
-from rich.console import Console
 
 import sim.runs.sweep
 from common.config import AdapterConfig, FederationConfig
@@ -16,8 +15,10 @@ from common.records.summary import Summary
 from common.rundir import RunDirectory
 from common.training.budget import steps_in_all
 from common.training.worker import Worker
+from sim.cli.terminal import Terminal
 from sim.process.lock import exclusive
-from sim.report.terminal import show_blocks
+from sim.process.progress import Console
+from sim.report.terminal import block_parts
 from sim.runs.federate import resolved
 from sim.runs.single import one_node
 from sim.runs.sweep import (
@@ -33,7 +34,7 @@ from sim.runs.sweep import (
     tabulate,
 )
 
-QUIET = Console(file=io.StringIO(), width=200)
+QUIET = Console()
 
 
 def summary(f1, loss=1.0):
@@ -140,7 +141,7 @@ def test_sweep_runs_each_cell_once_and_writes_the_table(tiny_config, tmp_path, m
     monkeypatch.setattr(sim.runs.sweep, "federate", fake)
     monkeypatch.setattr(sim.runs.sweep, "single", fake)
     cells = plan_cells(tiny_config(), arms=["fa-lora", "lora", "centralised"], seeds=[0, 1])
-    console = Console(file=io.StringIO(), width=200)
+    console = Terminal(file=io.StringIO(), width=200)
     with pytest.raises(KeyboardInterrupt):
         sweep(cells, tmp_path, console=console, command_line=["fedrx"])
     result = sweep(cells, tmp_path, console=console, command_line=["fedrx"])
@@ -388,6 +389,6 @@ def test_table_of_runs_without_a_validation_loss(tiny_config):
     assert tabulate([[without], [summary(0.5)]])["validation loss"].mean is None
     rows = [ArmRow("fa-lora", 2, row)]
     assert "| fa-lora | 2 | 0.5 ± 0 | 0.25 ± 0 | – | 2 ± 0 |" in markdown(rows)
-    console = Console(file=io.StringIO(), width=200)
-    show_blocks(console, [arms_block(rows)])
+    console = Terminal(file=io.StringIO(), width=200)
+    console.say(*block_parts(arms_block(rows)))
     assert "–" in console.file.getvalue()
