@@ -31,8 +31,8 @@ from common.files import utf8, write_json, write_text
 from common.records.judged import Reviewed
 from common.rundir import SUMMARY, RunDirectory
 from sim.answers.judge import percent, require_diagnoses
+from sim.pages.fill import render
 from sim.process.progress import Console
-from sim.report.page import render
 
 
 def make_review(
