@@ -3,24 +3,13 @@
 from typing import Any
 
 import rich.console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich import progress
 
 from sim.process.progress import Bar, Console
 
 
 class Terminal(rich.console.Console, Console):
-    """Prints what it is told as it is: what stands in brackets or looks like a figure is text.
-
-    Args:
-        how: As of rich's console, for instance ``stderr``.
-    """
+    """Prints what it is told as it is: what stands in brackets or looks like a figure is text."""
 
     def __init__(self, **how: Any) -> None:
         super().__init__(soft_wrap=True, markup=False, emoji=False, highlight=False, **how)
@@ -32,27 +21,27 @@ class Terminal(rich.console.Console, Console):
             place.print(part, style=style or None)
 
     def bar(self, label: str, total: int, *, done: int) -> Bar | None:
-        """Draw a bar with the time left."""
+        """Draw a bar with the time left, on a terminal."""
         return _Bar(self, label, total, done) if self.is_terminal else None
 
 
 class _Bar:
     def __init__(self, terminal: Terminal, label: str, total: int, done: int) -> None:
-        self._progress = Progress(
-            TextColumn(label),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+        self._bars = progress.Progress(
+            progress.TextColumn(label),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[note]}"),
             console=terminal,
         )
-        self._task = self._progress.add_task(label, total=total, completed=done, note="")
-        self._progress.start()
+        self._task = self._bars.add_task(label, total=total, completed=done, note="")
+        self._bars.start()
 
     def update(self, done: int, note: str) -> None:
-        self._progress.update(self._task, completed=done, note=note)
+        self._bars.update(self._task, completed=done, note=note)
 
     def stop(self) -> None:
-        self._progress.stop()
+        self._bars.stop()

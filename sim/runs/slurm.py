@@ -43,7 +43,7 @@ class CellJob:
     folder: Path
     """The sweep's."""
     command_line: tuple[str, ...]
-    console: type[Console]
+    console: type[Console] = Console
     """Made by the job itself, for its output."""
 
     def __call__(self) -> str:
