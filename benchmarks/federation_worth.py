@@ -44,7 +44,8 @@ from common.evaluation.transfer import half_width
 from common.records.summary import Summary
 from sim.flower.superlink import end_with_parent
 from sim.process.progress import SILENT
-from sim.runs.sweep import Cell, plan_cells, run_cell
+from sim.runs.cells import Cell, run_cell
+from sim.runs.sweep import plan_cells
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = {

@@ -7,7 +7,7 @@ from common.configio import differences
 from common.records.paper import Here, PaperRow, PaperTable, RankRun, Row
 from common.records.run import RunRecord
 from common.records.summary import CheckpointFacts, Readings, Summary
-from common.rundir import SUMMARY, RunDirectory
+from common.rundir import RunDirectory
 from sim.process.open_run import rank_folder
 from sim.report import terminal
 from sim.report.html import Block, write_page
@@ -197,8 +197,7 @@ def rank_runs(run: RunDirectory) -> list[RunDirectory]:
 
 
 def write_table(run: RunDirectory, table: PaperTable) -> None:
-    """Write summary.json, report.md and report.html of a paper run."""
-    run.write_json(SUMMARY, table)
+    """Write report.md and report.html of a paper run."""
     write_page(run.path / "report.html", "FedRx: the paper's run", table_blocks(table))
 
 
