@@ -29,7 +29,6 @@ from sim.assist.patient_form import read_form
 from sim.assist.suggest import Assistant, about_run, assistant_config, reference_of
 from sim.checks.plan import plan
 from sim.cli.main import app
-from sim.process.progress import Console
 from sim.report.bundle import contents
 from sim.report.run_report import write_report
 from sim.runs.export import export_run
@@ -41,7 +40,6 @@ PRIVATE = {
     "privacy__deterministic_noise": True,
     "federation__weighting": "uniform",
 }
-QUIET = Console()
 
 
 def flat_of(session, b):
@@ -145,7 +143,7 @@ def answered(tiny_config, tmp_path_factory):
         federation__weighting="uniform",
     )
     folder = tmp_path_factory.mktemp("personal") / "run"
-    federate(config, console=QUIET, command_line=[], run_dir=folder)
+    federate(config, command_line=[], run_dir=folder)
     return RunDirectory.open(folder)
 
 

@@ -13,12 +13,10 @@ from common.training.worker import Worker
 from sim.answers import public_curve as curve
 from sim.answers.evaluate import evaluate_run
 from sim.cli.terminal import Terminal
-from sim.process.progress import Console
 from sim.report.run_report import write_report
 from sim.report.terminal import summary_parts
 from sim.runs.federate import federate
 
-QUIET = Console()
 PRIVATE = {
     "privacy__noise_multiplier": 1.0,
     "privacy__sampling_rate": 0.5,
@@ -33,7 +31,7 @@ def run(tiny_config, tmp_path_factory):
     config = tiny_config(**PRIVATE)
     config = replace(config, run=replace(config.run, backend="in-process"))
     folder = tmp_path_factory.mktemp("runs") / "run"
-    federate(config, console=QUIET, command_line=["fedrx"], run_dir=folder)
+    federate(config, command_line=["fedrx"], run_dir=folder)
     return RunDirectory.open(folder)
 
 

@@ -11,7 +11,6 @@ import pytest
 
 from common.configio import from_flat, parse_overrides
 from common.errors import UserError
-from sim.process.progress import Console
 from sim.runs.federate import federate
 from sim.runs.single import single
 
@@ -92,8 +91,7 @@ def test_what_cannot_run_here_leaves_nothing(verb, overrides, words, tmp_path):
                 "evaluation.samples": 2,
             }
         )
-        console = Console()
-        verb(config, console=console, command_line=[], run_dir=tmp_path / "run")
+        verb(config, command_line=[], run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -11,16 +11,13 @@ from common.errors import RunFailed
 from common.rundir import RunDirectory
 from common.training.worker import Worker
 from sim.cli.options import with_backend
-from sim.process.progress import Console
 from sim.runs.federate import federate
 from sim.runs.resume import resume
-
-QUIET = Console()
 
 
 def started(config, folder):
     config = replace(config, run=replace(config.run, backend="in-process"))
-    return federate(config, console=QUIET, command_line=["fedrx"], run_dir=folder).result.as_json()
+    return federate(config, command_line=["fedrx"], run_dir=folder).result.as_json()
 
 
 @pytest.fixture
@@ -67,7 +64,7 @@ def test_an_interrupted_run_goes_on_to_the_same_b(short, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         started(short, tmp_path / "cut")
     monkeypatch.undo()
-    again = resume(tmp_path / "cut", console=QUIET, command_line=["fedrx"])
+    again = resume(tmp_path / "cut", command_line=["fedrx"])
     assert again["b_sha256"] == whole["b_sha256"]
 
 
@@ -85,7 +82,7 @@ def test_a_run_that_ends_between_server_and_launcher_is_summed_up(short, tmp_pat
     told = RunDirectory.open(tmp_path / "run").summary()
     assert told.training_seconds is None
     # A second training would be cut again.
-    again = resume(tmp_path / "run", console=QUIET, command_line=["fedrx"])
+    again = resume(tmp_path / "run", command_line=["fedrx"])
     assert again["source"] == "synthetic"
     spent = [e.value for e in RunDirectory(tmp_path / "run").metrics("round-seconds")]
     assert sum(spent) <= again["training_seconds"] <= again["seconds"]

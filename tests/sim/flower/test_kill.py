@@ -10,11 +10,9 @@ import pytest
 
 from common.errors import UserError
 from sim.cli.terminal import Terminal
-from sim.process.progress import Console
 from sim.runs.resume import resume
 
 pytestmark = pytest.mark.ray
-QUIET = Console()
 GONE_SECONDS = 60
 """At the most, on a machine that is shared; 0.3 were measured."""
 
@@ -76,7 +74,7 @@ def events(started, name):
 def test_changed_configuration_is_refused_with_the_difference(base):
     before = base.summary
     with pytest.raises(UserError, match=r"train\.learning-rate: 0\.02 -> 0\.5"):
-        resume(base.run.path, ["train.learning-rate=0.5"], console=QUIET, command_line=[])
+        resume(base.run.path, ["train.learning-rate=0.5"], command_line=[])
     assert base.summary == before
 
 

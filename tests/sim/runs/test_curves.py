@@ -17,7 +17,7 @@ from common.errors import RunFailed, UserError
 from common.rundir import RunDirectory
 from sim.cli.terminal import Terminal
 from sim.process import extras
-from sim.process.progress import Console
+from sim.process.progress import SILENT
 from sim.runs import curves as module
 from sim.runs.curves import check_tracker, curves
 from sim.runs.federate import federate
@@ -103,13 +103,13 @@ def run(tmp_path):
     return RunDirectory.create(Config(), directory=tmp_path / "run")
 
 
-def open_curves(run, tracker, console=None, **changes):
+def open_curves(run, tracker, console=SILENT, **changes):
     return curves(
         run,
         configuration(tracker, **changes),
         source="synthetic",
         command_line=[],
-        console=console or Console(),
+        console=console,
     )
 
 
@@ -390,14 +390,13 @@ def test_a_federation_that_was_interrupted_has_whole_curves(tiny_config, tracker
             raise KeyboardInterrupt
         return handlers.evaluate_round(config, message, context, worker)
 
-    told = {"console": Console(), "command_line": ["fedrx"]}
     run = RunDirectory(tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(handlers.HANDLERS, "evaluate", cut)
         with pytest.raises(KeyboardInterrupt):
-            federate(config, run_dir=run.path, **told)
+            federate(config, run_dir=run.path, command_line=["fedrx"])
     assert {step for _, step in READERS[tracker](run)} == {0, 1, 2}
-    resume(run.path, **told)
+    resume(run.path, command_line=["fedrx"])
     found = READERS[tracker](run)
     assert found == expected(run, tracker)
     assert ("validation-loss", 2) in found
@@ -407,14 +406,13 @@ def test_a_federation_that_was_interrupted_has_whole_curves(tiny_config, tracker
 @pytest.mark.slow
 def test_a_single_run_has_a_curve_of_each_step(tiny_config, tracker, tmp_path):
     config = tiny_config(evaluation__samples=2, evaluation__max_new_tokens=8)
-    told = {"console": Console(), "command_line": ["fedrx"]}
     run = RunDirectory(tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SingleTraining, "finish", lambda training: 1 / 0)
         with pytest.raises(RunFailed):
-            single(config, run_dir=run.path, **told)
+            single(config, run_dir=run.path, command_line=["fedrx"])
     # What a run is drawn with may change when it goes on.
-    resume(run.path, [f"run.tracker={tracker}"], **told)
+    resume(run.path, [f"run.tracker={tracker}"], command_line=["fedrx"])
     found = READERS[tracker](run)
     assert found == expected(run, tracker)
     assert {step for tag, step in found if tag == "learning_rate"} == {1, 2, 3, 4}

@@ -15,7 +15,6 @@ from common.model.backbone.tiny import tiny_model, tiny_tokenizer
 from common.records.summary import Summary
 from common.training import worker
 from common.training.worker import Worker
-from sim.process.progress import Console
 from sim.runs.lifecycle import Kind, Run, resume
 from sim.runs.paper import paper
 from sim.runs.single import Single, single
@@ -36,8 +35,6 @@ KEYS = {
     "evaluation.max-new-tokens": 8,
     "evaluation.bootstrap": 100,
 }
-
-QUIET = Console()
 
 
 @pytest.fixture
@@ -73,7 +70,7 @@ def sweep_twice(monkeypatch, tmp_path, prepared):
         cells = plan_cells(config, arms=arms, seeds=[0], vary=vary)
         assert len(cells) > 1
         for folder in ("first", "second"):
-            run_sweep(cells, tmp_path / folder, console=QUIET, command_line=())
+            run_sweep(cells, tmp_path / folder, command_line=())
             found.append(len(prepared) - sum(found))
         return found
 
@@ -85,7 +82,7 @@ def sweep_twice(monkeypatch, tmp_path, prepared):
 def test_a_papers_ranks_share_its_data(tmp_path, prepared, best):
     """The best settings, too: only what is written of the drugs differs there."""
     config = from_flat(KEYS | {"train.steps": 1, "evaluation.max-new-tokens": 32})
-    told = {"console": QUIET, "command_line": (), "run_dir": tmp_path / "run"}
+    told = {"command_line": (), "run_dir": tmp_path / "run"}
     table = paper(config, scale="small", ranks=(2, 4), best=best, **told)
     assert len(table.rows) == 2
     assert len(prepared) == 1
@@ -149,12 +146,11 @@ def test_a_gpus_weights_are_read_once_and_before_the_checks(tmp_path, monkeypatc
     monkeypatch.setattr(Reading, "_read", reading)
     monkeypatch.setattr(sim.runs.preparation, "check_settings", checking)
     monkeypatch.setattr(Run, "live", lambda run, inside: run.worker.session(run.config))
-    console = Console()
     config = from_flat(KEYS | {"model.backbone": str(folder)})
-    single(config, console=console, command_line=(), run_dir=tmp_path / "run")
+    single(config, command_line=(), run_dir=tmp_path / "run")
     assert events == ["read", "check"]
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     monkeypatch.setattr(Run, "live", lambda run, inside: pytest.fail("worked"))
     with pytest.raises(UserError, match="backbone changed since it began"):
-        resume(tmp_path / "run", kinds=[Single], console=console, command_line=())
+        resume(tmp_path / "run", kinds=[Single], command_line=())

@@ -14,7 +14,6 @@ from common.data.synthetic.write import write_tables
 from common.rundir import RunDirectory
 from sim.assist.patient_form import read_form
 from sim.assist.suggest import Assistant, assistant_config, reference_of
-from sim.process.progress import Console
 from sim.report.data_description import describe
 from sim.runs.federate import federate
 from sim.runs.single import single
@@ -52,10 +51,6 @@ def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return from_flat({**KEYS, "data.path": str(folder / "data")})
 
 
-def quiet() -> Console:
-    return Console()
-
-
 @pytest.mark.slow
 def test_describe_federate_single_and_suggest(config: Config, tmp_path: Path) -> None:
     found = describe(config)
@@ -63,10 +58,8 @@ def test_describe_federate_single_and_suggest(config: Config, tmp_path: Path) ->
     sizes = [one["patients"] for one in found.as_json()["partition"]["hospitals"]]
     assert len(sizes) == 2
     assert min(sizes) > 5
-    together = federate(
-        config, console=quiet(), command_line=(), run_dir=tmp_path / "federated"
-    ).result
-    alone = single(config, console=quiet(), command_line=(), run_dir=tmp_path / "single").result
+    together = federate(config, command_line=(), run_dir=tmp_path / "federated").result
+    alone = single(config, command_line=(), run_dir=tmp_path / "single").result
     for summary in (together, alone):
         assert summary.source == "credentialed"
         assert summary.metrics["fedrx"].samples == 2

@@ -17,7 +17,6 @@ from common.errors import UserError
 from common.rundir import RunDirectory
 from sim.cli.main import main
 from sim.cli.terminal import Terminal
-from sim.process.progress import Console
 from sim.report.html import to_markdown
 from sim.runs.lifecycle import evaluate
 from sim.runs.paper import BESIDE, paper, paper_config, read_ranks, renew_table, scaled_config
@@ -137,9 +136,8 @@ def test_a_table_has_its_own_answers_only(finished):
     """Whoever evaluates another checkpoint, with fewer samples, does not change the table."""
     run, table = finished
     one = RunDirectory.open(run.path / "rank-16")
-    console = Console()
-    evaluate(one, console=console, checkpoint="step-00000004", overrides=["evaluation.samples=2"])
-    again = resume(run.path, console=console, command_line=[])
+    evaluate(one, checkpoint="step-00000004", overrides=["evaluation.samples=2"])
+    again = resume(run.path, command_line=[])
     assert again["rows"] == table.as_json()["rows"]
     assert one.read_json("summary.json")["evaluation"]["checkpoint"] == "step-00000010"
     assert {m["samples"] for m in one.read_json("summary.json")["metrics"].values()} == {3}

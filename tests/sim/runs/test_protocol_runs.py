@@ -11,12 +11,10 @@ from common.evaluation.answers import choose_cases
 from common.rundir import RunDirectory
 from common.text import batches
 from sim.answers.evaluate import evaluate_run
-from sim.process.progress import Console
 from sim.report.run_report import write_report
 from sim.runs.federate import federate
 from sim.runs.single import single
 
-QUIET = Console()
 SIGNS = {"visits": "Last visit:", "first-24h": "Drugs ordered in the first 24 hours:"}
 
 
@@ -45,11 +43,11 @@ def test_a_federation_trains_answers_and_tells_its_protocol(tiny_config, tmp_pat
     )
     config = replace(small, run=replace(small.run, backend="in-process"))
     folder = tmp_path / "run"
-    federate(config, console=QUIET, command_line=["fedrx"], run_dir=folder)
+    federate(config, command_line=["fedrx"], run_dir=folder)
     assert any(SIGNS[protocol] in user for user in asked)
     assert all("This visit:" in user for user in asked)
     run = RunDirectory.open(folder)
-    evaluate_run(run, overrides=["evaluation.method=score"], console=QUIET)
+    evaluate_run(run, overrides=["evaluation.method=score"])
     summary = run.read_json("summary.json")
     assert {"fedrx", "popularity", "nearest_neighbours", "logistic_regression"} <= set(
         summary["metrics"]
@@ -80,7 +78,7 @@ def test_a_single_run_of_the_bedsides_task(tiny_config, tmp_path, asked):
         evaluation__max_new_tokens=8,
     )
     folder = tmp_path / "run"
-    single(config, console=QUIET, command_line=["fedrx"], run_dir=folder)
+    single(config, command_line=["fedrx"], run_dir=folder)
     assert any(SIGNS["first-24h"] in user for user in asked)
     facts = RunDirectory.open(folder).read_json("data.json")
     assert facts["counts"]["protocol"]["name"] == "first-24h"

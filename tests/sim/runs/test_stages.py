@@ -34,7 +34,7 @@ from common.training.worker import Worker
 from sim.cli.terminal import Terminal
 from sim.process.failures import ERROR_LOG, StageFailed
 from sim.process.lock import exclusive
-from sim.process.progress import Console
+from sim.process.progress import SILENT
 from sim.runs.stages import (
     EVALUATION,
     REPORT,
@@ -55,7 +55,7 @@ def reported(run, console, where=dict):
     return sim.runs.stages.reported(run, console, where, again=resume_command(run))
 
 
-def silent() -> Console:
+def silent() -> Terminal:
     return Terminal(file=io.StringIO(), width=400)
 
 
@@ -504,7 +504,7 @@ def test_evaluate_refuses_a_device_before_it_reads_data(run, monkeypatch):
 def test_a_damaged_status_does_not_hide_what_failed(tmp_path):
     run = RunDirectory.create(Config(), directory=tmp_path / "run")
     (run.path / "status.json").write_text("{")
-    with pytest.raises(StageFailed, match="training failed: .*no room"), reported(run, Console()):
+    with pytest.raises(StageFailed, match="training failed: .*no room"), reported(run, SILENT):
         raise OSError(28, "no room")
 
 
