@@ -88,6 +88,7 @@ OF_A_WORKER = {
 }
 BEGUN = {"source_digest": "0a", "cpus": 2}
 RESUMED = {"time": "2026-11-27T03:00:00+00:00", "command_line": ["fedrx"], "source_digest": "0a"}
+RESUMED_TWICE = {"source_digest": "0a", "resumed": [RESUMED, RESUMED]}
 OF_A_SINGLE_RUN = {"step": 3, "b_sha256": "0a", "b_norm": 0.1, "seconds": 1.5}
 
 
@@ -100,7 +101,7 @@ OF_A_SINGLE_RUN = {"step": 3, "b_sha256": "0a", "b_norm": 0.1, "seconds": 1.5}
         (DataFacts, DATA),
         (WorkerFacts, OF_A_WORKER),
         (StepLine, {"round": 1, "step": 3, "loss": None, "seconds": 0.25}),
-        *((Environment, c) for c in (BEGUN, {**BEGUN, "resumed": [RESUMED, RESUMED]})),
+        *((Environment, c) for c in (BEGUN, {**RESUMED_TWICE, "cpus": 2})),
         *((Status, c) for c in (STATUS, {"state": "started", "paused": True})),
     ],
 )
