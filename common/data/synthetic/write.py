@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.data.synthetic.catalogue import GROUPS, STATUS_CODES
+from common.data.synthetic.defects import draw
 from common.data.synthetic.patients import simulate
-from common.data.synthetic.rows import Numbers, patient_rows
+from common.data.synthetic.rows import Counts, patient_rows
 from common.errors import UserError
 from common.files import atomic_path, write_json
 from common.records import Record
@@ -101,7 +102,7 @@ def write_tables(
         )
     paths = {table: directory / f"{table}.csv.gz" for table in HEADERS}
     rows: Counter[str] = Counter()
-    numbers = Numbers()
+    counts = Counts()
     with ExitStack() as stack:
         writers = {
             table: stack.enter_context(_table_writer(path, HEADERS[table]))
@@ -115,7 +116,9 @@ def write_tables(
         for cells in _dictionary_rows():
             write("hosp/d_icd_diagnoses", cells)
         for index in range(patients):
-            for table, cells in patient_rows(simulate(seed, index), seed, index, numbers):
+            drawn = draw(simulate(seed, index), seed, index)
+            of_patient, counts = patient_rows(drawn, index, counts)
+            for table, cells in of_patient:
                 write(table, cells)
             if progress is not None:
                 progress(index + 1)
