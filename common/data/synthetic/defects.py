@@ -33,25 +33,8 @@ _OUTLIERS = {
 }
 _OLD_PATIENT = 2
 _ORPHAN_PATIENT = 3
+Measure = tuple[date, int, str, str]
 Item = TypeVar("Item")
-
-
-class Measure(NamedTuple):
-    """One line of measures."""
-
-    day: date
-    number: int
-    """seq_num."""
-    name: str
-    value: str
-
-
-class Diagnosis(NamedTuple):
-    """One coded diagnosis."""
-
-    number: int
-    """seq_num."""
-    code: Code
 
 
 class Line(NamedTuple):
@@ -71,7 +54,8 @@ class WrittenStay:
 
     stay: Stay
     to_surgery: bool
-    diagnoses: tuple[Diagnosis, ...]
+    diagnoses: tuple[tuple[int, Code], ...]
+    """seq_num and code."""
     lines: tuple[Line, ...]
 
 
@@ -85,6 +69,7 @@ class WrittenPatient:
     language: str
     race: str
     measures: tuple[Measure, ...]
+    """Date, seq_num, name and value."""
     stays: tuple[WrittenStay, ...]
     orphans: tuple[Line, ...]
     """Orders of an admission that is nowhere."""
@@ -137,14 +122,14 @@ def _measures(random: np.random.Generator, index: int, patient: Patient) -> tupl
     rows += [(first, name, value) for name, value in _OUTLIERS.get(index, ())]
     return _shuffled(
         random,
-        [Measure(day.date(), n, name, value) for n, (day, name, value) in enumerate(rows, 1)],
+        [(day.date(), n, name, value) for n, (day, name, value) in enumerate(rows, 1)],
     )
 
 
 def _stay(random: np.random.Generator, stay: Stay) -> WrittenStay:
     """Draw one admission; a few lack diagnoses, orders, or all orders but flushes."""
     to_surgery, defect = random.random() < 0.1, random.random()
-    diagnoses: tuple[Diagnosis, ...] = ()
+    diagnoses: tuple[tuple[int, Code], ...] = ()
     lines: tuple[Line, ...] = ()
     if not _NO_ORDERS <= defect < _NO_ORDERS + _NO_DIAGNOSES:
         diagnoses = _diagnoses(random, stay)
@@ -155,10 +140,10 @@ def _stay(random: np.random.Generator, stay: Stay) -> WrittenStay:
     return WrittenStay(stay=stay, to_surgery=to_surgery, diagnoses=diagnoses, lines=lines)
 
 
-def _diagnoses(random: np.random.Generator, stay: Stay) -> tuple[Diagnosis, ...]:
-    rows: list[Diagnosis] = []
+def _diagnoses(random: np.random.Generator, stay: Stay) -> tuple[tuple[int, Code], ...]:
+    rows: list[tuple[int, Code]] = []
     for number, code in enumerate(stay.diagnoses, 1):
-        rows += [Diagnosis(number, code)] * (1 + int(random.random() < _DUPLICATE))
+        rows += [(number, code)] * (1 + int(random.random() < _DUPLICATE))
     return _shuffled(random, rows)
 
 

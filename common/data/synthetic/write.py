@@ -89,17 +89,8 @@ def write_tables(
     Raises:
         UserError: No patients asked for, or the folder holds tables that are not synthetic.
     """
-    if patients < 1:
-        raise UserError(
-            f"{patients} synthetic patients", allowed="1 or more", fix="ask for at least one"
-        )
+    _require_room(directory, patients)
     manifest_path = directory / MANIFEST_NAME
-    if not manifest_path.exists() and any(directory.glob("*/*.csv*")):
-        raise UserError(
-            "the folder for the synthetic source holds other tables",
-            allowed="a new folder, or an earlier synthetic source",
-            fix="name another folder",
-        )
     paths = {table: directory / f"{table}.csv.gz" for table in HEADERS}
     rows: Counter[str] = Counter()
     counts = Counts()
@@ -135,6 +126,19 @@ def write_tables(
     )
     write_json(manifest_path, manifest.as_json())
     return manifest
+
+
+def _require_room(directory: Path, patients: int) -> None:
+    if patients < 1:
+        raise UserError(
+            f"{patients} synthetic patients", allowed="1 or more", fix="ask for at least one"
+        )
+    if not (directory / MANIFEST_NAME).exists() and any(directory.glob("*/*.csv*")):
+        raise UserError(
+            "the folder for the synthetic source holds other tables",
+            allowed="a new folder, or an earlier synthetic source",
+            fix="name another folder",
+        )
 
 
 @contextmanager
