@@ -12,7 +12,7 @@ from itertools import count
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config import Config
+from common.config import Config, EvaluationConfig
 from common.data.partition import Hospital
 from common.data.samples import Admission
 from common.errors import UserError
@@ -83,6 +83,7 @@ def evaluate_answers(
             model: _written(maker, adapter, cases, prompts, partial(progress, model))
             for model, adapter in adapters.items()
         }
+    generation = {model: facts for model, (_, facts) in written.items()}
     answers = {model: given for model, (given, _) in written.items()}
     answers |= _baseline_answers(hospitals, cases)
     rows = {
@@ -90,17 +91,7 @@ def evaluate_answers(
         for model, given in answers.items()
     }
     return Evaluation(
-        facts=Facts(
-            samples=len(cases),
-            constrained=settings.method == "generate" and settings.decoding != "greedy",
-            settings=settings,
-            dropped_diagnoses=left_out.diagnoses,
-            left_out=left_out.beyond_diagnoses() or None,
-            generation={model: facts for model, (_, facts) in written.items()},
-            checkpoint=checkpoint,
-            device=session.device.value,
-            dtype=session.dtype.value,
-        ),
+        facts=_facts(session, settings, left_out, generation, len(cases), checkpoint),
         metrics=figures(rows, answers, Compared.of(hospitals, prompts.hospitals, config)),
         predictions=[row for of_case in zip(*rows.values(), strict=True) for row in of_case],
     )
@@ -226,4 +217,25 @@ def _row(case: Case, model: str, answer: Answer) -> Prediction:
         confidence=None
         if answer.ranking is None
         else tuple(round(drug.confidence, 4) for drug in answer.ranking.listed),
+    )
+
+
+def _facts(
+    session: Session,
+    settings: EvaluationConfig,
+    left_out: LeftOut,
+    generation: dict[str, Generation],
+    samples: int,
+    checkpoint: str,
+) -> Facts:
+    return Facts(
+        samples=samples,
+        constrained=settings.method == "generate" and settings.decoding != "greedy",
+        settings=settings,
+        dropped_diagnoses=left_out.diagnoses,
+        left_out=left_out.beyond_diagnoses() or None,
+        generation=generation,
+        checkpoint=checkpoint,
+        device=session.device.value,
+        dtype=session.dtype.value,
     )

@@ -180,17 +180,13 @@ class Evaluation:
 
 
 class EvaluationStore:
-    """What a run's directory keeps of evaluations, by their way: those of one way at a time.
-
-    Args:
-        run: The run's directory.
-    """
+    """What a run's directory keeps of evaluations, by their way: those of one way at a time."""
 
     def __init__(self, run: RunDirectory) -> None:
         self._run = run
         self._kept: Evaluation | None = None
         self.damage: Altered | None = None
-        """Why nothing can be used of what is there."""
+        """Why what is there cannot be used."""
         try:
             self._kept = Evaluation.read(run)
         except Altered as error:
@@ -201,16 +197,9 @@ class EvaluationStore:
         return self._kept if self._kept and self._kept.facts.way == way else None
 
     def put(self, newer: Evaluation, summary: Summary) -> Summary:
-        """Keep answers, beside older ones of their way, and in place of those of another.
+        """Keep answers beside older ones of their way, in place of those of another.
 
-        What is about answers that will be gone goes before them.
-
-        Args:
-            newer: The answers.
-            summary: The run's, but for what is said of answers.
-
-        Returns:
-            The run's summary, as it is written.
+        What is about answers that will be gone goes before them. Returns the summary as written.
         """
         kept = self.get(newer.facts.way)
         whole = kept.beside(newer) if kept else newer

@@ -8,7 +8,6 @@ length is never looked up in the truth: popularity chooses it on the training sp
 the mean length of the neighbours' lists, regression the mean length in training.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from common.data.names import normalise_string
 from common.data.protocols import known_items, not_ordered
 from common.data.samples import Admission
+from common.evaluation.formulary import formulary_of
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -154,11 +154,8 @@ class _Fit:
     def of(cls, train: Sequence[Admission]) -> "_Fit":
         if not train:
             raise ValueError("no admissions to fit a baseline on")
-        spelled: dict[str, Counter[str]] = {}
-        for one in train:
-            for drug in one.drugs:
-                spelled.setdefault(normalise_string(drug), Counter())[drug] += 1
-        names = {name: column for column, name in enumerate(sorted(spelled))}
+        spellings = formulary_of(train).names
+        names = {normalise_string(name): column for column, name in enumerate(spellings)}
         codes = sorted({code for one in train for code in known_items(one)})
         code_column = {code: column for column, code in enumerate(codes)}
         return cls(
@@ -166,10 +163,7 @@ class _Fit:
             drugs_nd=presence((map(normalise_string, one.drugs) for one in train), names),
             ordered_nd=presence((map(normalise_string, one.ordered) for one in train), names),
             code_column=code_column,
-            spellings=tuple(
-                min(spelled[name], key=lambda spelling: (-spelled[name][spelling], spelling))
-                for name in names
-            ),
+            spellings=spellings,
         )
 
     @property

@@ -90,7 +90,14 @@ def judge_run(
             records = [json_line(one.as_json()) for one in together if one.asked]
             write_text(run.path / "judge.jsonl", "".join(records))
             run.write_json(SUMMARY, run.summary().having(judge=result))
-    work.require_done()
+    if work.stopped:
+        raise work.stopped
+    if work.limit_reached:
+        raise RunFailed(
+            f"judging stopped at judge.max-cost-usd={plan.config.max_cost_usd:g}: "
+            f"{len(work.done)} of {len(plan.tasks)} judgements are done; raise the limit and run "
+            "the same command, it goes on from there"
+        )
     return result
 
 
@@ -165,21 +172,6 @@ class _Judging:
                 judgement = task.found(problem=f"server: {failure}")
             self.done[place] = judgement
             self.progress(len(self.done), len(self.plan.tasks))
-
-    def require_done(self) -> None:
-        """Say why not everything was judged.
-
-        Raises:
-            FedrxError: As ``judge_run``.
-        """
-        if self.stopped:
-            raise self.stopped
-        if self.limit_reached:
-            raise RunFailed(
-                f"judging stopped at judge.max-cost-usd={self.plan.config.max_cost_usd:g}: "
-                f"{len(self.done)} of {len(self.plan.tasks)} judgements are done; raise the limit "
-                "and run the same command, it goes on from there"
-            )
 
     def _stop(self, error: FedrxError) -> None:
         self.stopped = self.stopped or error
