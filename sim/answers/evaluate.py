@@ -2,8 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 
-from rich.console import Console
-
 from client.personal import own_b, with_own
 from common.config import Config
 from common.configio import changed_freely
@@ -17,7 +15,7 @@ from common.training.worker import Worker
 from sim.answers.public_curve import public_curve
 from sim.process.early import check_device
 from sim.process.open_run import COMPUTING, require_same
-from sim.process.progress import Meter
+from sim.process.progress import SILENT, Console, Meter
 from sim.report.data_description import other_items
 
 FREE_KEYS = ("evaluation.", *COMPUTING)
@@ -28,7 +26,7 @@ def evaluate_run(
     *,
     checkpoint: str | None = None,
     overrides: Iterable[str] = (),
-    console: Console | None = None,
+    console: Console = SILENT,
     worker: Worker | None = None,
     data: Dataset | None = None,
 ) -> Summary:
@@ -43,7 +41,7 @@ def evaluate_run(
         run: Any run directory with a checkpoint, federated or single.
         checkpoint: Name of a checkpoint; default the last.
         overrides: ``key=value``; only ``evaluation.*`` and where and how to compute.
-        console: Where progress is shown, if anywhere.
+        console: Where progress is shown.
         worker: Who may have the backbone open already.
         data: The run's, where it is open already.
 
@@ -54,14 +52,13 @@ def evaluate_run(
         UserError: If an override would change what was trained, the data, the backbone or A are
             not those of the run, there is no such checkpoint, or nothing is held out.
     """
-    console = console or Console(quiet=True)
     config = changed_freely(run.config(), overrides, FREE_KEYS)
     check_device(config)
     loaded, last = run.load_checkpoint(checkpoint), run.load_checkpoint()
     data, session = reopen(run, config, worker or Worker(), data)
     store = EvaluationStore(run)
     if store.damage:
-        console.print(f"{store.damage}: all is answered anew", style="yellow", markup=False)
+        console.say(f"{store.damage}: all is answered anew", style="yellow")
     way = Way(last.name, config.evaluation, session.device.value, session.dtype.value)
     adapters: dict[str, B | Personal | None] = {}
     if loaded.name == last.name or not store.get(way):
@@ -99,10 +96,7 @@ def _answered(
             checkpoint=checkpoint,
             progress=lambda model, done, of: meter.update(places[model] * of + done, model),
         )
-    for line in generation_lines(found.facts):
-        console.print(line, style="dim", highlight=False)
-    for line in left_out_lines(found.facts):
-        console.print(line, highlight=False)
+    _say(console, found.facts)
     return found
 
 
@@ -141,20 +135,12 @@ def reopen(
     return data, session
 
 
-def generation_lines(facts: Facts) -> list[str]:
-    """Say what each model's answers took."""
-    return [
-        f"{model}: {facts.samples} answers, {one.tokens} tokens in {one.seconds:.1f} s"
-        + f", {one.cut_answers} cut at evaluation.max-new-tokens" * bool(one.cut_answers)
-        for model, one in facts.generation.items()
-    ]
-
-
-def left_out_lines(facts: Facts) -> list[str]:
-    """Say what prompts do not show of their samples."""
+def _say(console: Console, facts: Facts) -> None:
+    for model, one in facts.generation.items():
+        cut = f", {one.cut_answers} cut at evaluation.max-new-tokens" * bool(one.cut_answers)
+        took = f"{facts.samples} answers, {one.tokens} tokens in {one.seconds:.1f} s"
+        console.say(f"{model}: {took}{cut}", style="dim")
     left_out = {"diagnoses": facts.dropped_diagnoses, **other_items(facts.left_out or {})}
-    return [
-        f"{number} {kind} left out of prompts (train.max-length)"
-        for kind, number in left_out.items()
-        if number
-    ]
+    for kind, number in left_out.items():
+        if number:
+            console.say(f"{number} {kind} left out of prompts (train.max-length)")
