@@ -18,7 +18,7 @@ from common.data.partition import Hospital
 from common.evaluation.answers_file import Prediction
 from common.evaluation.high_priority import high_priority
 from common.evaluation.interactions import Interactions, interaction_figures, read_interactions
-from common.evaluation.lists import Answer
+from common.evaluation.lists import Answer, places_of
 from common.evaluation.metrics import (
     Metrics,
     drug_map_of,
@@ -146,7 +146,10 @@ def _of_rankings(
     precisions = list(map(average_precision, hits, true))
     part: dict[str, JsonValue] = {"prauc": compared.interval(precisions, rows)}
     if len(set(compared.hospitals)) > 1:
-        part["prauc_by_hospital"] = _means(precisions, compared.hospitals)
+        part["prauc_by_hospital"] = {
+            name: float(np.mean([precisions[place] for place in places]))
+            for name, places in places_of(compared.hospitals).items()
+        }
     part["at"] = _depths(hits, true)
     if rankings := [one.ranking for one in answers if one.ranking is not None]:
         part["calibration"] = _calibration(hits, rankings)
@@ -183,23 +186,13 @@ def _unmapped(rows: Sequence[Prediction], drug_map: Mapping[str, tuple[str, ...]
 def _by_hospital(rows: Sequence[Prediction], compared: Compared) -> dict[str, JsonValue]:
     each: dict[str, JsonValue] = {}
     f1s: dict[str, float] = {}
-    for name in sorted(set(compared.hospitals)):
-        own = [row for row, place in zip(rows, compared.hospitals, strict=True) if place == name]
-        metrics = compared.score(own, resamples=0)
-        each[name] = {"samples": len(own), **{key: metrics.value(key) for key in BY_HOSPITAL}}
+    for name, places in places_of(compared.hospitals).items():
+        metrics = compared.score([rows[place] for place in places], resamples=0)
+        each[name] = {"samples": len(places), **{key: metrics.value(key) for key in BY_HOSPITAL}}
         f1s[name] = metrics.value("f1") or 0.0
     worst = min(f1s, key=lambda name: f1s[name])
     gap = max(f1s.values()) - f1s[worst]
     return {"by_hospital": each, "worst_hospital": worst, "hospital_gap": gap}
-
-
-def _means(values: Sequence[float], hospitals: Sequence[str]) -> JsonValue:
-    return {
-        name: float(
-            np.mean([one for one, own in zip(values, hospitals, strict=True) if own == name])
-        )
-        for name in sorted(set(hospitals))
-    }
 
 
 def _hits(row: Prediction, order: Sequence[str]) -> list[bool]:

@@ -42,10 +42,6 @@ class Interactions:
     """Every ingredient that some pair holds."""
     high_priority: Mapping[Pair, str] = field(default_factory=dict)
     """Pairs of high priority, and why each is one."""
-    repeated: int = 0
-    """Rows that name a pair again, in whichever order."""
-    selves: int = 0
-    """Rows that name one ingredient twice; they are left out."""
 
 
 class InteractionFigures(NamedTuple):
@@ -81,14 +77,13 @@ def read_interactions(path: Path) -> Interactions:
     what = f"evaluation.interactions={path}"
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            named = list(_named_pairs(csv.DictReader(stream), what))
+            found = list(_pairs(csv.DictReader(stream), what))
     except OSError as error:
         raise UserError(f"{what}: {error.strerror}", allowed=_FORMS, fix="name a csv") from None
     except (UnicodeDecodeError, csv.Error):
         raise UserError(
             f"{what} cannot be read as csv in UTF-8", allowed=_FORMS, fix="name a csv"
         ) from None
-    found = [(pair, severity) for pair, severity in named if pair.first != pair.second]
     pairs = frozenset(pair for pair, _ in found)
     if not pairs:
         raise UserError(f"{what} holds no pair", allowed=_FORMS, fix="fill it in")
@@ -100,13 +95,11 @@ def read_interactions(path: Path) -> Interactions:
             for pair, severity in found
             if severity in SEVERE
         },
-        repeated=len(found) - len(pairs),
-        selves=len(named) - len(found),
     )
 
 
-def _named_pairs(rows: "csv.DictReader[str]", what: str) -> Iterator[tuple[Pair, str]]:
-    """Yield every pair of ingredients that a row names, and its severity in small letters."""
+def _pairs(rows: "csv.DictReader[str]", what: str) -> Iterator[tuple[Pair, str]]:
+    """Yield every pair that a row names, and its severity in small letters."""
     names = rows.fieldnames or ()
     columns = next((c for c in _COLUMNS if set(c) <= set(names)), None)
     severity = next((c for c in names if c.lower() in _SEVERITY_COLUMNS), "")
@@ -122,7 +115,8 @@ def _named_pairs(rows: "csv.DictReader[str]", what: str) -> Iterator[tuple[Pair,
                 fix="complete the row or take it out",
             )
         for pair in product(*sides):
-            yield Pair(*sorted(pair)), (row.get(severity) or "").strip().lower()
+            if len(set(pair)) == 2:
+                yield Pair(*sorted(pair)), (row.get(severity) or "").strip().lower()
 
 
 def interacting(drugs: Collection[str], interactions: Interactions) -> list[Interaction]:

@@ -7,7 +7,7 @@ patients say (``common.evaluation.ranking``).
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from common.config import Config
 from common.data.protocols import not_ordered
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from common.model.session import Session
 
 Progress = Callable[[int, int], None]
+Hospitals = TypeVar("Hospitals", int, str)
 
 
 class Answer(NamedTuple):
@@ -72,15 +73,15 @@ class Prompts:
         )
 
 
-def places_of(hospitals: Sequence[int]) -> dict[int, list[int]]:
+def places_of(hospitals: Sequence[Hospitals]) -> dict[Hospitals, list[int]]:
     """Return each hospital's places in a list, by hospital.
 
     >>> places_of([2, 0, 2])
     {0: [1], 2: [0, 2]}
     """
     return {
-        number: [place for place, at in enumerate(hospitals) if at == number]
-        for number in sorted(set(hospitals))
+        one: [place for place, at in enumerate(hospitals) if at == one]
+        for one in sorted(set(hospitals))
     }
 
 
