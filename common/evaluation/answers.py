@@ -12,11 +12,11 @@ from itertools import count
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config import Config, EvaluationConfig
+from common.config import Config
 from common.data.partition import Hospital
 from common.data.samples import Admission
 from common.errors import UserError
-from common.evaluation.answers_file import Evaluation, Facts, Generation, Patient, Prediction
+from common.evaluation.answers_file import Evaluation, Facts, Generation, Patient, Prediction, Way
 from common.evaluation.baselines import BASELINES
 from common.evaluation.figures import Compared, figures
 from common.evaluation.lists import Answer, ListMaker, Prompts, places_of
@@ -83,6 +83,7 @@ def evaluate_answers(
             model: _written(maker, adapter, cases, prompts, partial(progress, model))
             for model, adapter in adapters.items()
         }
+    way = Way(checkpoint, settings, session.device.value, session.dtype.value)
     generation = {model: facts for model, (_, facts) in written.items()}
     answers = {model: given for model, (given, _) in written.items()}
     answers |= _baseline_answers(hospitals, cases)
@@ -91,7 +92,7 @@ def evaluate_answers(
         for model, given in answers.items()
     }
     return Evaluation(
-        facts=_facts(session, settings, left_out, generation, len(cases), checkpoint),
+        facts=_facts(way, len(cases), left_out, generation),
         metrics=figures(rows, answers, Compared.of(hospitals, prompts.hospitals, config)),
         predictions=[row for of_case in zip(*rows.values(), strict=True) for row in of_case],
     )
@@ -220,22 +221,13 @@ def _row(case: Case, model: str, answer: Answer) -> Prediction:
     )
 
 
-def _facts(
-    session: Session,
-    settings: EvaluationConfig,
-    left_out: LeftOut,
-    generation: dict[str, Generation],
-    samples: int,
-    checkpoint: str,
-) -> Facts:
+def _facts(way: Way, samples: int, left_out: LeftOut, generation: dict[str, Generation]) -> Facts:
+    """Say how the answers came about."""
     return Facts(
+        **way._asdict(),
         samples=samples,
-        constrained=settings.method == "generate" and settings.decoding != "greedy",
-        settings=settings,
+        constrained=way.settings.method == "generate" and way.settings.decoding != "greedy",
         dropped_diagnoses=left_out.diagnoses,
         left_out=left_out.beyond_diagnoses() or None,
         generation=generation,
-        checkpoint=checkpoint,
-        device=session.device.value,
-        dtype=session.dtype.value,
     )
