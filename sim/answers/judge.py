@@ -16,7 +16,7 @@ from common.evaluation.judge.plan import JudgePlan, plan_judging
 from common.records.judged import Estimate, Judged
 from common.rundir import RunDirectory
 from sim.process.lock import exclusive
-from sim.process.progress import Console, Meter
+from sim.process.progress import SILENT, Console, Meter
 
 
 def plan(
@@ -60,7 +60,7 @@ def require_diagnoses(run: RunDirectory) -> None:
     require_protocol(run.config(), (ADMISSION, VISITS), "a list is judged by its stay's diagnoses")
 
 
-def judge(run: RunDirectory, prepared: JudgePlan, *, console: Console) -> Judged:
+def judge(run: RunDirectory, prepared: JudgePlan, *, console: Console = SILENT) -> Judged:
     """Ask the judge with progress shown, and show the result.
 
     Args:
