@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from client.kept_state import keep, kept_steps, load_kept, load_state, save_state
+from client.kept_state import (
+    STEPS,
+    forget_steps,
+    keep,
+    kept_steps,
+    load_kept,
+    load_state,
+    save_state,
+)
+from common.errors import UserError
+from common.files import json_line
 from common.tensor_files import Altered
 from common.training.optimiser import TrainState
 
@@ -48,3 +58,18 @@ def test_an_altered_carried_rest_is_refused(folder):
     flip(folder / "carried-00001.safetensors", -1)
     with pytest.raises(Altered, match=r"^carried-00001.safetensors is damaged"):
         load_kept(folder, "carried", before_round=2)
+
+
+def test_steps_of_earlier_rounds_stay_as_they_are_and_a_damaged_line_is_named(tmp_path):
+    lines = [
+        json_line({"round": number, "step": number, "loss": 0.5, "seconds": 0.25})
+        for number in (1, 2)
+    ]
+    file = tmp_path / STEPS
+    file.write_text("".join(lines) + '{"round": 3')
+    forget_steps(tmp_path, from_round=2)
+    assert file.read_text() == lines[0]
+    file.write_text(json_line({"round": "Quux", "step": 1, "loss": None, "seconds": 0.25}))
+    with pytest.raises(UserError, match=r"^steps.jsonl: round: ") as refused:
+        forget_steps(tmp_path, from_round=2)
+    assert "Quux" not in str(refused.value)

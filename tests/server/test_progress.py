@@ -65,6 +65,15 @@ def test_a_run_that_the_launcher_goes_on_with_is_told_nothing_more(
     assert not any("fedrx evaluate" in line for line in shown())
 
 
+def test_flwr_run_begins_again_where_it_was_killed_before_run_json(tiny_config, run_main, tmp_path):
+    """Whose run it is, run.json says: a launcher's is there before the server."""
+    config = tiny_config(federation__rounds=1, run__directory=str(tmp_path / "run"))
+    RunDirectory.create(config)
+    run_main(config)
+    run = RunDirectory.open(tmp_path / "run")
+    assert (run.record().mode, run.status().state) == ("flower", "finished")
+
+
 def test_the_directory_has_the_run_id_as_flower_prints_it(monkeypatch):
     """Flower prints it as an unsigned number of 64 bits."""
     monkeypatch.setenv("FEDRX_RUNS", "/runs")
