@@ -6,6 +6,7 @@ One random stream per patient: patient 7 is the same person in a source of 10 an
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
+from itertools import compress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,13 +76,12 @@ class Patient:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Tables:
-    """The catalogue as arrays (G groups, D drugs)."""
+    """The catalogue as arrays (G groups)."""
 
     log_odds_G: NDArray[np.float64]
     per_decade_G: NDArray[np.float64]
     chronic_G: NDArray[np.bool_]
     acute_share_G: NDArray[np.float64]
-    names: tuple[str, ...]
 
 
 @lru_cache(maxsize=1)
@@ -89,13 +89,11 @@ def _tables() -> _Tables:
     prevalence = np.array([group.prevalence for group in GROUPS])
     chronic = np.array([group.chronic for group in GROUPS])
     acute = np.where(chronic, 0.0, prevalence)
-    names = tuple(DRUGS)
     return _Tables(
         log_odds_G=np.log(prevalence / (1 - prevalence)),
         per_decade_G=np.array([group.per_decade for group in GROUPS]),
         chronic_G=chronic,
         acute_share_G=acute / acute.sum(),
-        names=names,
     )
 
 
@@ -193,12 +191,11 @@ def _orders(
     random: np.random.Generator, admitted: datetime, minutes: int, groups: list[int]
 ) -> tuple[Order, ...]:
     """Draw the drugs: background first, then group by group, a tenth of them late."""
-    tables = _tables()
     offers = [*BACKGROUND, *(offer for group in groups for offer in GROUPS[group].drugs)]
     taken = random.random(len(offers)) < [share for _, share in offers]
-    stray = np.flatnonzero(random.random(len(tables.names)) < _STRAY_DRUG_SHARE)
-    names = [name for (name, _), take in zip(offers, taken, strict=True) if take]
-    names = list(dict.fromkeys([*names, *(tables.names[row] for row in stray)]))
+    is_stray = random.random(len(DRUGS)) < _STRAY_DRUG_SHARE
+    names = [name for name, _ in compress(offers, taken)]
+    names = list(dict.fromkeys([*names, *compress(DRUGS, is_stray)]))
     late = random.random(len(names)) < _LATE_ORDER_SHARE
     later = random.integers(1_000, minutes, len(names))
     return tuple(
