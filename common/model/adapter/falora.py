@@ -8,6 +8,7 @@ Shapes: T packed tokens, D input width, O output width, R rank, P trainable para
 S packed segments, U units (rows of a unit-gradient buffer).
 """
 
+import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from common.errors import SettingError
 from common.model.adapter.projections import AdaptedLinear, UnitCapture
 from common.model.adapter.scheme import A, B, part_of
-from common.model.adapter.spec import AdapterSpec, HashedA, draw_a
+from common.model.adapter.spec import AdapterSpec, digest_of_all, draw_a
 from common.model.kernels.frozen import HEAD, QuantisedLinear
 
 __all__ = ["Adapter", "AdapterSpec", "attach", "draw_a"]
@@ -66,12 +67,9 @@ class Adapter:
             stop = start + math.prod(shapes[key])
             self._places[key] = slice(start, stop)
             start = stop
-        self._initial_a = HashedA(spec)
         self._parameters: dict[str, nn.Parameter] = {}
-        for module in self.modules:
-            self._bind(module)
-            module.adapter = self
-        self.a_fingerprint = self._initial_a.digest()
+        digests = {module.key: self._bind(module) for module in self.modules}
+        self.a_fingerprint = digest_of_all(spec, digests)
         self.start_round(1)
 
     def start_round(self, server_round: int) -> None:
@@ -89,10 +87,11 @@ class Adapter:
         for key, parameter in self._parameters.items():
             parameter.requires_grad_(key in self.slices)
 
-    def _bind(self, module: AdaptedLinear) -> None:
+    def _bind(self, module: AdaptedLinear) -> str:
+        """Give a module its matrices; returns the digest of its A as drawn."""
+        module.adapter = self
         # Drawn on the meta device too: a server without weights knows A's fingerprint by it.
         drawn = draw_a(self.spec, module.key, module.in_features)
-        self._initial_a.add(module.key, drawn)
         a_RD = torch.from_numpy(drawn).to(self._like.device)
         for part in self.spec.scheme.held:
             setattr(module, part, self._parameter(f"{module.key}.{part}"))
@@ -100,6 +99,7 @@ class Adapter:
             module.lora_A.data.copy_(a_RD)
         else:
             module.register_buffer(A, a_RD.to(self._like.dtype), persistent=False)
+        return hashlib.sha256(drawn.astype("<f4").tobytes()).hexdigest()
 
     def _parameter(self, key: str) -> nn.Parameter:
         where, shape = self._places[key], self.shapes[key]
