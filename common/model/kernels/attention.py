@@ -10,7 +10,7 @@ Shapes: H query heads, G key/value heads, E head width, T packed tokens, S segme
 import importlib.util
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,25 +73,16 @@ class Packing:
         """
         bounds = batch.cu_seqlens
         lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
-        return cls(
-            bounds=bounds,
-            bounds_device=_offsets(bounds, device),
-            longest=max(lengths),
-            kernel=kernel,
-            segments=tuple(_one(length, kernel, device) for length in lengths) if apart else (),
-            rows=bounds if apart else None,
-            rows_at=batch.state_bounds if apart else None,
-        )
 
+        def packing(bounds: tuple[int, ...], longest: int) -> Packing:
+            offsets = torch.tensor(bounds, dtype=torch.int32).to(device)
+            return cls(bounds=bounds, bounds_device=offsets, longest=longest, kernel=kernel)
 
-def _one(length: int, kernel: str, device: torch.device) -> Packing:
-    bounds = (0, length)
-    offsets = _offsets(bounds, device)
-    return Packing(bounds=bounds, bounds_device=offsets, longest=length, kernel=kernel)
-
-
-def _offsets(bounds: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(bounds, dtype=torch.int32).to(device)
+        whole = packing(bounds, max(lengths))
+        if not apart:
+            return whole
+        segments = tuple(packing((0, length), length) for length in lengths)
+        return replace(whole, segments=segments, rows=bounds, rows_at=batch.state_bounds)
 
 
 def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -> Choice[str]:
