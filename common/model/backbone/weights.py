@@ -23,8 +23,8 @@ _HARMLESS = "rotary_emb.inv_freq"
 
 def check_weights(
     folder: Path, name: str, expected: Mapping[str, Sequence[int]], *, optional: Collection[str]
-) -> tuple[Path, ...]:
-    """Find the weight files that loading reads, and hold their headers against a model.
+) -> None:
+    """Hold the headers of the weight files that loading reads against a model.
 
     Args:
         folder: The backbone's folder.
@@ -32,16 +32,12 @@ def check_weights(
         expected: Shape of every tensor of the model.
         optional: Tensors that may be absent (a tied head).
 
-    Returns:
-        The files, sorted by name.
-
     Raises:
         UserError: If a file is missing or damaged, or a tensor is missing, unknown, misshapen,
             twice there, elsewhere than the index says, or not of floating-point numbers.
     """
     places = _weight_map(folder, name)
-    files = _files(folder, places)
-    headers = {file: _header(file, name) for file in files}
+    headers = {file: _header(file, name) for file in _files(folder, places)}
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for header in headers.values():
         for tensor, facts in header.items():
@@ -64,7 +60,6 @@ def check_weights(
             )
         if kind not in _FLOATS:
             raise quantised(name, kind)
-    return files
 
 
 def weight_files(folder: Path, name: str) -> tuple[Path, ...]:
