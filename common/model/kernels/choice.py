@@ -24,11 +24,7 @@ def choose_kernels(requested: str, device: torch.device) -> Choice[str]:
     >>> choose_kernels("auto", torch.device("cpu")).value
     'torch'
     """
-    obstacle = ""
-    if device.type != "cuda":
-        obstacle = f"needs a CUDA device, not {device.type}"
-    elif importlib.util.find_spec("triton") is None:
-        obstacle = "package triton is not installed"
+    obstacle = _obstacle(device)
     if requested == "auto":
         if device.type != "cuda":
             return Choice("torch", "blocked for a CPU's cache")
@@ -42,6 +38,14 @@ def choose_kernels(requested: str, device: torch.device) -> Choice[str]:
             f"model.kernels=triton cannot run here: {obstacle}", fix="set model.kernels to auto"
         )
     return Choice(requested, "asked for")
+
+
+def _obstacle(device: torch.device) -> str:
+    """Say why Triton's kernels cannot run here, or return nothing."""
+    if device.type != "cuda":
+        return f"needs a CUDA device, not {device.type}"
+    absent = importlib.util.find_spec("triton") is None
+    return "package triton is not installed" if absent else ""
 
 
 def kernels_named(name: str) -> Kernels:
