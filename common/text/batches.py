@@ -7,9 +7,10 @@ tokenizers): the answer's tokens and its end token carry the loss, the prompt ne
 Shapes: T packed tokens, S segments (samples), N labelled tokens.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -44,11 +45,6 @@ class Encoded:
     """Index of a token in whose place any of ``set_tokens`` would be right."""
     set_tokens: tuple[int, ...] = ()
     """Tokens that all count there; empty: no such place."""
-
-    @property
-    def dropped_diagnoses(self) -> int:
-        """Whole diagnoses left out at the prompt's end."""
-        return self.left_out.diagnoses
 
     @property
     def label_tokens(self) -> int:
@@ -109,14 +105,9 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> "PackedBatch":
         """Return the batch with its tensors on ``device``."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            position_ids=self.position_ids.to(device),
-            label_positions_N=self.label_positions_N.to(device),
-            labels_N=self.labels_N.to(device),
-            label_segments_N=self.label_segments_N.to(device),
-        )
+        values = ((one.name, getattr(self, one.name)) for one in fields(self))
+        moved: dict[str, Any] = {n: v.to(device) for n, v in values if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 def encode_prompt(
@@ -259,17 +250,10 @@ def _fit(tokens: Callable[[int], list[int]], items: int, limit: int) -> tuple[li
     ids = tokens(items)
     if len(ids) <= limit:
         return ids, 0
-    fitting, low, high = None, 0, items - 1
-    while low <= high:
-        middle = (low + high) // 2
-        ids = tokens(middle)
-        if len(ids) <= limit:
-            fitting, low = ids, middle + 1
-        else:
-            high = middle - 1
-    if fitting is None:
+    kept = bisect_right(range(items), limit, key=lambda number: len(tokens(number))) - 1
+    if kept < 0:
         raise SettingError(
             f"train.max-length: {limit} tokens do not hold a prompt's or answer's frame",
             fix="raise train.max-length",
         )
-    return fitting, items - high
+    return tokens(kept), items - kept
