@@ -9,6 +9,7 @@ attempt: the first one's result never left the hospital.
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -17,6 +18,9 @@ from common.files import locked
 from common.privacy.budget.synced import append, read
 from common.privacy.plan import PrivacyPlan
 from common.records import Record
+
+_TOTALS = ("total_steps", "released_steps")
+"""What the ledger's next line starts from."""
 
 
 class BudgetExhausted(RunFailed):
@@ -64,7 +68,7 @@ class Ledger:
         with locked(self.path) as handle:
             entries = self._read(handle)
             if not entries:
-                entries = [self._append(handle, entries, event="open")]
+                entries = [self._append(handle, entries, "open")]
                 _sync_folder(path.parent)
         self._released = self._used = entries[-1].released_steps
 
@@ -103,14 +107,12 @@ class Ledger:
                     f"{self.plan.steps - self._used} of {self.plan.steps} are left; "
                     "nothing is released"
                 )
-            last = entries[-1]
-            if needed > last.total_steps:
-                missing = needed - last.total_steps
-                last = self._append(
-                    handle, entries, event="charge", round_number=round_number, steps=missing
-                )
+            charged = entries[-1].total_steps
+            if needed > charged:
+                paid = {"steps": needed - charged, "total_steps": needed}
+                self._append(handle, entries, "charge", round=round_number, **paid)
             self._used = needed
-            return last.total_steps
+            return max(charged, needed)
 
     def release(self, round_number: int, result: str = "") -> None:
         """Record that a result with all steps charged so far is about to leave, before it does.
@@ -136,14 +138,8 @@ class Ledger:
             if steps > entries[-1].total_steps:
                 raise RunFailed(f"privacy ledger: {steps} steps were not charged")
             if steps > self._released:
-                self._append(
-                    handle,
-                    entries,
-                    event="release",
-                    round_number=round_number,
-                    released=steps,
-                    result=result,
-                )
+                out = {"round": round_number, "released_steps": steps, "result": result}
+                self._append(handle, entries, "release", **out)
                 self._released = self._used = steps
 
     def released(self, round_number: int, result: str) -> bool:
@@ -160,30 +156,15 @@ class Ledger:
             )
         return entries
 
-    def _append(
-        self,
-        handle: int,
-        entries: list[Entry],
-        *,
-        event: str,
-        round_number: int = -1,
-        steps: int = 0,
-        released: int | None = None,
-        result: str = "",
-    ) -> Entry:
-        before = entries[-1] if entries else None
+    def _append(self, handle: int, entries: list[Entry], event: str, **changes: Any) -> Entry:
+        """Write a line: the totals of the one before, and what this one changes."""
+        totals = {one: getattr(entries[-1], one) for one in _TOTALS} if entries else {}
         entry = Entry(
             number=len(entries),
             event=event,
             plan=self.plan.fingerprint,
-            round=round_number,
-            steps=steps,
-            total_steps=(before.total_steps if before else 0) + steps,
-            released_steps=(before.released_steps if before else 0)
-            if released is None
-            else released,
             deterministic=self.plan.deterministic_noise,
-            result=result,
+            **(totals | changes),
         )
         text = read(handle)
         torn = "\n" if text and not text.endswith("\n") else ""
