@@ -20,7 +20,7 @@ from common.errors import UserError
 from common.model.session import Session
 from common.privacy.settings import is_private
 from common.rundir import Checkpoint, RunDirectory
-from common.tensor_files import Tensors
+from common.tensor_files import Tensors, under
 from common.training.budget import steps_before_round, steps_in_all, steps_of_round
 from common.training.hospital_data import HospitalData
 from common.training.loop import train
@@ -41,7 +41,7 @@ def train_own(
 ) -> None:
     """Train B_own for one round with the global B frozen, and keep it in the hospital's folder."""
     kept = load_kept(folder, PERSONAL, before_round=server_round)
-    own, carried = _part(kept, _OWN), _part(kept, _STATE)
+    own, carried = under(_OWN, kept), under(_STATE, kept)
     samples = 0 if is_private(config) else len(hospital.train)
     state = TrainState(step=steps_before_round(config, samples, server_round))
     if carried and config.train.keep_state:
@@ -64,7 +64,7 @@ def train_own(
 
 def own_b(folder: Path) -> Tensors:
     """Return a hospital's last B_own, from its own folder; empty if it has none."""
-    return _part(load_kept(folder, PERSONAL, before_round=sys.maxsize), _OWN)
+    return under(_OWN, load_kept(folder, PERSONAL, before_round=sys.maxsize))
 
 
 def with_own(b: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray]) -> Tensors:
@@ -96,7 +96,3 @@ def b_of(run: RunDirectory, loaded: Checkpoint, hospital: str) -> Tensors:
             fix="name one of these hospitals, and no --checkpoint" if able else "train another run",
         )
     return with_own(loaded.b, own_b(folder / hospital))
-
-
-def _part(kept: Tensors, prefix: str) -> Tensors:
-    return {k.removeprefix(prefix): v for k, v in kept.items() if k.startswith(prefix)}

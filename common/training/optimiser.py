@@ -8,6 +8,7 @@ from torch import Tensor
 
 from common.config import TrainConfig
 from common.model.adapter.falora import Adapter
+from common.tensor_files import under
 
 _STEP = "step"
 
@@ -34,14 +35,9 @@ class TrainState:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "TrainState":
         """Rebuild the state that ``to_tensors`` wrote."""
-        return cls(
-            step=int(tensors[_STEP]),
-            optimizer={
-                name.removeprefix("optimizer."): tensor.clone()
-                for name, tensor in tensors.items()
-                if name != _STEP
-            },
-        )
+        named = under("optimizer.", tensors)
+        optimizer = {name: tensor.clone() for name, tensor in named.items()}
+        return cls(step=int(tensors[_STEP]), optimizer=optimizer)
 
 
 class FlatOptimizer:
