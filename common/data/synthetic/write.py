@@ -7,14 +7,14 @@ the names inside the gz headers say SYNTHETIC too.
 
 import csv
 import gzip
-import hashlib
 import io
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.data.source import hash_files
 from common.data.synthetic.catalogue import GROUPS, STATUS_CODES
 from common.data.synthetic.patients import simulate
 from common.data.synthetic.rows import Numbers, patient_rows
@@ -71,7 +71,6 @@ def write_tables(
     *,
     patients: int,
     seed: int,
-    progress: Callable[[int], None] | None = None,
 ) -> SyntheticManifest:
     """Write a synthetic MIMIC-IV folder (hosp/, icu/ and the manifest).
 
@@ -83,7 +82,6 @@ def write_tables(
         directory: New, empty, or an earlier synthetic source (replaced).
         patients: How many patients to invent.
         seed: The source's seed: equal seeds give equal tables.
-        progress: Called with the number of patients written so far.
 
     Raises:
         UserError: No patients asked for, or the folder holds tables that are not synthetic.
@@ -117,17 +115,16 @@ def write_tables(
         for index in range(patients):
             for table, cells in patient_rows(simulate(seed, index), seed, index, numbers):
                 write(table, cells)
-            if progress is not None:
-                progress(index + 1)
         manifest_path.unlink(missing_ok=True)
+    hashes = hash_files({f"{table}.csv.gz": path for table, path in paths.items()})
     manifest = SyntheticManifest(
         source="synthetic",
         notice=NOTICE,
         seed=seed,
         patients=patients,
         tables={
-            f"{table}.csv.gz": WrittenTable(rows=rows[table], sha256=_sha256(path))
-            for table, path in paths.items()
+            file: WrittenTable(rows=rows[file.removesuffix(".csv.gz")], sha256=digest)
+            for file, digest in hashes.items()
         },
     )
     write_json(manifest_path, manifest.as_json())
@@ -152,8 +149,3 @@ def _dictionary_rows() -> list[tuple[object, ...]]:
     codes = {code for group in GROUPS for code in group.codes}
     codes |= {code for status in STATUS_CODES for code in status}
     return [tuple(code) for code in sorted(codes)]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
