@@ -61,9 +61,7 @@ def hello(config: Config, message: Message, context: Context, worker: Worker) ->
     facts: dict[str, str | int] = {
         "hospital": hospital.name,
         "a-sha256": session.adapter.a_fingerprint,
-        "backbone-sha256": worker.backbone(config.model.backbone).fingerprint_as(
-            session.weights.value, config.text
-        ),
+        "backbone-sha256": session.spec.fingerprint_as(session.weights.value, config.text),
         "source-sha256": source_digest(),
         "of": config.federation.hospitals,
         "device": session.device.value,
