@@ -73,6 +73,11 @@ def _layer(config: "LlamaConfig") -> nn.Module:
         "up_proj": nn.Linear(width, inner, bias=mlp_bias),
         "down_proj": nn.Linear(inner, width, bias=mlp_bias),
     }
-    norms = {name: nn.RMSNorm(width) for name in ("input_layernorm", "post_attention_layernorm")}
-    parts = {"self_attn": nn.ModuleDict(attention), "mlp": nn.ModuleDict(mlp)}
-    return nn.ModuleDict(parts | norms)
+    norms = ("input_layernorm", "post_attention_layernorm")
+    return nn.ModuleDict(
+        {
+            "self_attn": nn.ModuleDict(attention),
+            "mlp": nn.ModuleDict(mlp),
+            **{name: nn.RMSNorm(width) for name in norms},
+        }
+    )
