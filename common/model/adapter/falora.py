@@ -34,8 +34,7 @@ class Adapter:
 
     Attributes:
         spec: What was attached.
-        keys: Sorted wire keys of all that the scheme holds.
-        shapes: Shape of each key.
+        shapes: Of all that the scheme holds, by wire key, sorted.
         flat: [P] fp32; the values that the current round trains, in the order of their keys.
         flat_grad: [P] fp32; the trained parameters' ``grad`` are views of it.
         slices: Where each trained key is in ``flat``.
@@ -53,8 +52,7 @@ class Adapter:
         for module in self.modules:
             sizes = {A: (spec.rank, module.in_features), B: (module.out_features, spec.rank)}
             shapes |= {f"{module.key}.{part}": sizes[part] for part in spec.scheme.held}
-        self.keys = tuple(sorted(shapes))
-        self.shapes = {key: shapes[key] for key in self.keys}
+        self.shapes = dict(sorted(shapes.items()))
         size = sum(math.prod(shape) for shape in shapes.values())
         self._values = torch.zeros(size, dtype=torch.float32, device=self._like.device)
         # Not zeros_like: of values without storage torch works it out by its compiler, to import.
@@ -63,7 +61,7 @@ class Adapter:
         start = 0
         # What the first round trains comes first, so that every round's values lie together.
         first = spec.scheme.trained(1)
-        for key in sorted(self.keys, key=lambda key: (part_of(key) not in first, key)):
+        for key in sorted(shapes, key=lambda key: (part_of(key) not in first, key)):
             stop = start + math.prod(shapes[key])
             self._places[key] = slice(start, stop)
             start = stop
@@ -80,10 +78,8 @@ class Adapter:
         assert stop - start == sum(math.prod(self.shapes[key]) for key in trained)
         self.flat, self.flat_grad = self._values[start:stop], self._gradients[start:stop]
         self.block = scheme.block(server_round)
-        self.slices = {}
-        for key in trained:
-            place = self._places[key]
-            self.slices[key] = slice(place.start - start, place.stop - start)
+        places = {key: self._places[key] for key in trained}
+        self.slices = {key: slice(at.start - start, at.stop - start) for key, at in places.items()}
         for key, parameter in self._parameters.items():
             parameter.requires_grad_(key in self.slices)
 
@@ -121,7 +117,8 @@ class Adapter:
     def state(self) -> dict[str, NDArray[np.float32]]:
         """Return fp32 copies of all held matrices by wire key."""
         host = self._values.detach().cpu().numpy()
-        return {key: host[self._places[key]].reshape(self.shapes[key]).copy() for key in self.keys}
+        places = self._places
+        return {key: host[places[key]].reshape(shape).copy() for key, shape in self.shapes.items()}
 
     def load(self, state: Mapping[str, NDArray[np.float32]]) -> None:
         """Set all held matrices.
@@ -130,8 +127,8 @@ class Adapter:
             ValueError: If a key is missing or unknown, or a shape or dtype differs; nothing is
                 changed then.
         """
-        if set(state) != set(self.keys):
-            missing, extra = set(self.keys) - set(state), set(state) - set(self.keys)
+        missing, extra = self.shapes.keys() - set(state), set(state) - self.shapes.keys()
+        if missing or extra:
             raise ValueError(
                 f"adapter keys differ: missing {sorted(missing)}, extra {sorted(extra)}"
             )
