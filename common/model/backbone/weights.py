@@ -45,12 +45,13 @@ def check_weights(
                 raise _refusal(name, f"{tensor} is in two files", fix="fetch the folder again")
             found[tensor] = facts
     moved = [t for t, file in places.items() if t not in headers[folder / file]]
-    _refuse_listed(name, moved, f"the file that {INDEX} names for it lacks")
+    _refuse_listed(name, f"the file that {INDEX} names for it lacks", moved)
     if any(_QUANTISED.search(t) for t in found):
         raise quantised(name, "")
-    _refuse_listed(name, [t for t in expected if t not in found and t not in optional], "lacks")
+    missing = [t for t in expected if t not in found and t not in optional]
+    _refuse_listed(name, "the folder lacks", missing)
     unknown = [t for t in found if t not in expected and not t.endswith(_HARMLESS)]
-    _refuse_listed(name, unknown, "a Llama of this configuration does not have")
+    _refuse_listed(name, "a Llama of this configuration does not have", unknown)
     for tensor, (shape, kind) in found.items():
         if tensor in expected and shape != tuple(expected[tensor]):
             raise _refusal(
@@ -130,15 +131,10 @@ def _header(file: Path, name: str) -> dict[str, tuple[tuple[int, ...], str]]:
         ) from None
 
 
-def _refuse_listed(name: str, tensors: Sequence[str], verdict: str) -> None:
-    if not tensors:
-        return
-    subject = "the folder lacks " if verdict == "lacks" else f"{verdict} "
-    raise _refusal(
-        name,
-        subject + _some(tensors),
-        fix="fetch the folder again, with config.json and weights of one model",
-    )
+def _refuse_listed(name: str, verdict: str, tensors: Sequence[str]) -> None:
+    if tensors:
+        fix = "fetch the folder again, with config.json and weights of one model"
+        raise _refusal(name, f"{verdict} {_some(tensors)}", fix=fix)
 
 
 def _refusal(name: str, what: str, *, fix: str) -> UserError:
