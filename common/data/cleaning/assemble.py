@@ -213,22 +213,18 @@ def _complete(samples: pl.DataFrame, book: Book, needed: Mapping[str, str]) -> p
 
 
 def _sample_columns(complete: pl.DataFrame) -> pl.DataFrame:
-    known = {name: pl.col(name) for name in ("gender", *ATTRIBUTES) if name in complete.columns}
-    texts = {
-        name: known.get(name, pl.lit(None, pl.String)).fill_null(UNKNOWN)
-        for name in ("gender", *ATTRIBUTES)
-    }
-    columns = ("age", "height_cm", "weight_kg", "bmi", "diagnoses", "drugs")
-    extra = [name for name in COLUMNS if name in complete.columns]
-    site = [pl.col(SITE).fill_null(UNKNOWN)] if SITE in complete.columns else []
+    there = complete.columns
     return complete.select(
         pl.col("subject_id").alias("patient"),
         pl.col("hadm_id").alias("admission"),
-        *columns,
-        texts.pop("gender").alias("sex"),
-        *(text.alias(name) for name, text in texts.items()),
-        *site,
-        *extra,
+        *("age", "height_cm", "weight_kg", "bmi", "diagnoses", "drugs"),
+        pl.col("gender").fill_null(UNKNOWN).alias("sex"),
+        *(
+            pl.col(name).fill_null(UNKNOWN) if name in there else pl.lit(UNKNOWN).alias(name)
+            for name in (*ATTRIBUTES, SITE)
+            if name in there or name != SITE
+        ),
+        *(name for name in COLUMNS if name in there),
     )
 
 

@@ -122,11 +122,5 @@ def _same_day_triples(rows: pl.DataFrame) -> pl.DataFrame:
     last = rows.sort("seq_num", "value").unique(
         ["subject_id", "date", "kind"], keep="last", maintain_order=True
     )
-    days = last.filter(pl.col("kind") == "height").select("subject_id", "date", height="value")
-    for kind in ("weight", "bmi"):
-        other = last.filter(pl.col("kind") == kind)
-        days = days.join(
-            other.select("subject_id", "date", pl.col("value").alias(kind)),
-            on=["subject_id", "date"],
-        )
-    return days
+    days = last.pivot("kind", on_columns=list(KINDS), index=["subject_id", "date"], values="value")
+    return days.drop_nulls(list(KINDS))

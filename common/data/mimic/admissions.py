@@ -17,7 +17,7 @@ from common.data.cleaning.orders import DrugLists, drug_lists
 from common.data.cleaning.protocols import clock
 from common.data.mimic.diagnoses import read_diagnoses
 from common.data.mimic.extra import read_extra
-from common.data.mimic.orders import CHUNK_ROWS, read_orders
+from common.data.mimic.orders import read_orders
 from common.data.mimic.tables import find_tables
 from common.data.protocols import ADMISSION, FIRST_24H
 from common.data.samples import Prepared, Progress
@@ -33,7 +33,6 @@ def prepare_tables(
     folder: Path,
     *,
     drop_flushes: bool = True,
-    chunk_rows: int = CHUNK_ROWS,
     progress: Progress | None = None,
     protocol: str = ADMISSION,
 ) -> Prepared:
@@ -42,7 +41,6 @@ def prepare_tables(
     Args:
         folder: The version's folder, which holds ``hosp/``.
         drop_flushes: Leave saline and heparin flushes out of the drug lists.
-        chunk_rows: Rows of prescriptions per batch; the result does not depend on it.
         progress: Called with one line for each step.
         protocol: ``data.protocol``.
 
@@ -62,7 +60,7 @@ def prepare_tables(
     measures = _measures(tables["omr"], patients, book)
     say("streaming prescriptions")
     times_of = clock(stays) if protocol == FIRST_24H else None
-    drugs = _drugs(tables["prescriptions"], known, book, drop_flushes, chunk_rows, say, times_of)
+    drugs = _drugs(tables["prescriptions"], known, book, drop_flushes, say, times_of)
     services = _attribute(tables, "services", "transfertime", "curr_service", known, book)
     careunits = _attribute(tables, "transfers", "intime", "careunit", known, book)
     extra = read_extra(protocol, tables, stays, book, say)
@@ -148,13 +146,11 @@ def _drugs(
     known: pl.Series,
     book: Book,
     drop_flushes: bool,
-    chunk_rows: int,
     say: Progress,
     times_of: pl.DataFrame | None,
 ) -> DrugLists:
     orders = read_orders(
         table,
-        chunk_rows=chunk_rows,
         on_rows=lambda rows: say(f"streaming prescriptions: {rows:,} rows"),
         clock=times_of,
     )
