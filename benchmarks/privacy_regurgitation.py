@@ -106,13 +106,7 @@ def printed(
 
 def trained(session: Session, config: Config, records: Sequence[Encoded]) -> Any:
     """Train one hospital and return its B."""
-    hospital = HospitalData(
-        name="hospital",
-        patients=len({record.unit for record in records}),
-        samples=len(records),
-        train=tuple(records),
-        validation=(),
-    )
+    hospital = HospitalData(name="hospital", train=tuple(records), validation=())
     adapter, state = session.adapter, TrainState()
     b = initial_tensors(adapter.shapes, adapter.spec)
     with tempfile.TemporaryDirectory() as folder:

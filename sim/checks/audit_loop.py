@@ -115,13 +115,7 @@ def audit_loop(session: Session, config: Config, *, canaries: int) -> list[Findi
 def watch_run(session: Session, config: Config, records: tuple[Encoded, ...]) -> Watched:
     """Train one made-up hospital alone, all rounds of the run, under watch."""
     watch = Watch(session, records)
-    hospital = HospitalData(
-        name="audited",
-        patients=len(watch.run.units),
-        samples=len(records),
-        train=records,
-        validation=(),
-    )
+    hospital = HospitalData(name="audited", train=records, validation=())
     adapter, state = session.adapter, TrainState()
     b = initial_tensors(adapter.shapes, adapter.spec)
     with tempfile.TemporaryDirectory() as folder:

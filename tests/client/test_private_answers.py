@@ -71,7 +71,7 @@ def same(one: Tensors, other: Tensors) -> bool:
 @pytest.fixture
 def hospital(open_tiny, samples_of, tmp_path) -> Hospital:
     samples = tuple(samples_of((17, 5, 33, 8), (1, 2, 1, 3)))
-    data = HospitalData(name="hospital-1", patients=3, samples=4, train=samples, validation=())
+    data = HospitalData(name="hospital-1", train=samples, validation=())
     return Hospital(tmp_path, open_tiny(), data)
 
 

@@ -284,7 +284,7 @@ def test_hospital_level_runs_whole_and_tells_only_b(tmp_path, honest) -> None:
 @pytest.fixture
 def hospital(samples_of):
     samples = tuple(samples_of((17, 5, 33, 8), (1, 2, 1, 3)))
-    return HospitalData(name="hospital-1", patients=3, samples=4, train=samples, validation=())
+    return HospitalData(name="hospital-1", train=samples, validation=())
 
 
 def one_round(session, hospital, folder, *, b=None, server_round=1, **privacy: Any):

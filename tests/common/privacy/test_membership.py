@@ -44,7 +44,7 @@ def planted(open_tiny: Any, folder: Any, **keys: Any) -> tuple[Any, Any, Any]:
     records = made_up(session, [9] * len(units), units, number=7)
     inside = tuple(record for record in records if record.unit < 40)
     outside = [record for record in records if record.unit >= 40]
-    hospital = HospitalData(name="h", patients=40, samples=60, train=inside, validation=())
+    hospital = HospitalData(name="h", train=inside, validation=())
     config, adapter = from_flat({**KEYS, **keys}), session.adapter
     start = initial_tensors(adapter.shapes, adapter.spec)
     private = "privacy.noise-multiplier" in keys

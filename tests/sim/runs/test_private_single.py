@@ -40,9 +40,7 @@ KEYS: dict[str, Any] = {
 @pytest.fixture
 def hospital(samples_of) -> HospitalData:
     samples = tuple(samples_of((17, 5, 33, 8, 9), (1, 2, 1, 3, 4)))
-    return HospitalData(
-        name="hospital-1", patients=5, samples=5, train=samples[:4], validation=samples[4:]
-    )
+    return HospitalData(name="hospital-1", train=samples[:4], validation=samples[4:])
 
 
 def begin(folder: Path, hospital: HospitalData, **keys: Any) -> SingleTraining:
