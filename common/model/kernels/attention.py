@@ -59,6 +59,11 @@ class Packing:
     rows_at: Parts = None
     """The same of the tokens before labels, once each."""
 
+    @property
+    def ends(self) -> attention_cuda.Ends:
+        """The segments as kernels over varying lengths take them."""
+        return self.bounds_device, self.bounds_device, self.longest, self.longest
+
     @classmethod
     def of(
         cls, batch: "PackedBatch", kernel: str, device: torch.device, *, apart: bool = False
@@ -200,22 +205,12 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) ->
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    out: Tensor = flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        packing.bounds_device,
-        packing.bounds_device,
-        packing.longest,
-        packing.longest,
-        softmax_scale=scaling,
-        causal=True,
-    )
+    out: Tensor = flash_attn_varlen_func(q, k, v, *packing.ends, softmax_scale=scaling, causal=True)
     return out
 
 
 def _torch_flash(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:
-    return attention_cuda.varlen(q, k, v, scaling, packing.bounds_device, packing.longest)
+    return attention_cuda.varlen(q, k, v, scaling, packing.ends)
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:
