@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,22 +49,15 @@ class FlatOptimizer:
         self._block, self._others = adapter.block, {}
         self._parameter = torch.nn.Parameter(adapter.flat)
         self._parameter.grad = adapter.flat_grad
+        make: Any = partial(torch.optim.AdamW, betas=(config.beta1, config.beta2))
         if config.optimizer == "sgd":
-            self._optimizer: torch.optim.Optimizer = torch.optim.SGD(
-                [self._parameter],
-                lr=config.learning_rate,
-                momentum=config.momentum,
-                weight_decay=config.weight_decay,
-                foreach=False,
-            )
-        else:
-            self._optimizer = torch.optim.AdamW(
-                [self._parameter],
-                lr=config.learning_rate,
-                betas=(config.beta1, config.beta2),
-                weight_decay=config.weight_decay,
-                foreach=False,
-            )
+            make = partial(torch.optim.SGD, momentum=config.momentum)
+        self._optimizer: torch.optim.Optimizer = make(
+            [self._parameter],
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            foreach=False,
+        )
         for name, tensor in state.optimizer.items():
             if not name.startswith(self._block):
                 self._others[name] = tensor
