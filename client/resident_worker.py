@@ -144,11 +144,9 @@ def _serve_one(stream: BufferedRWPair, worker: "Worker") -> None:
     message_size, context_size = head["sizes"]
     message = message_from_proto(ProtoMessage.FromString(_read(stream, message_size)))
     context = context_from_proto(ProtoContext.FromString(_read(stream, context_size)))
-    if head["source"] != source_digest():
-        error = "the resident worker runs other code than the app; restart it"
-        _write(stream, {"error": error}, [])
-        return
     try:
+        if head["source"] != source_digest():
+            raise RunFailed("the resident worker runs other code than the app; restart it")
         reply = answer(head["kind"], message, context, worker)
     except FedrxError as failure:
         _write(stream, {"error": str(failure)}, [])
