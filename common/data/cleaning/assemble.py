@@ -1,12 +1,13 @@
 """From cleaned parts to one row per admission, with every dropped row counted under its reason."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import polars as pl
 
 from common.data.cleaning.diagnoses import DiagnosisLists
-from common.data.cleaning.measures import Measures, measures_at_admission
+from common.data.cleaning.measures import KINDS, Measures, measures_at_admission
 from common.data.cleaning.orders import DrugLists
 from common.data.cleaning.protocols import (
     COLUMNS,
@@ -19,7 +20,6 @@ from common.data.cleaning.protocols import (
 from common.data.protocols import ADMISSION, FIRST_24H, VISITS
 from common.data.samples import (
     UNKNOWN,
-    BmiCheck,
     Counts,
     Lengths,
     Outliers,
@@ -44,32 +44,25 @@ _FEWEST = {
 }
 
 
+@dataclass
 class Book:
     """Rows in, rows out and reasons, by table; each is counted by itself, none by subtraction."""
 
-    def __init__(self) -> None:
-        self.rows: dict[str, int] = {}
-        self.out: dict[str, int] = {}
-        self.dropped: dict[str, dict[str, int]] = {}
-        self.drug_type: dict[str, int] = {}
+    rows: dict[str, int] = field(default_factory=dict)
+    """Read."""
+    out: dict[str, int] = field(default_factory=dict)
+    """In use: rows, or items of lists."""
+    dropped: dict[str, dict[str, int]] = field(default_factory=dict)
+    drug_type: dict[str, int] = field(default_factory=dict)
 
     def add(self, table: str, rows: int, dropped: Mapping[str, int], out: int) -> None:
         """Count a table: rows read, left out by reason, and rows or items that are in use."""
-        self.read(table, rows)
+        self.rows[table], self.out[table] = rows, out
         self.drop(table, dropped)
-        self.keep(table, out)
-
-    def read(self, table: str, rows: int) -> None:
-        """Count the rows that were read."""
-        self.rows[table] = rows
 
     def drop(self, table: str, reasons: Mapping[str, int]) -> None:
         """Count rows that were left out, each reason once."""
         self.dropped.setdefault(table, {}).update(reasons)
-
-    def keep(self, table: str, rows: int) -> None:
-        """Count the rows, or items of lists, that are in use."""
-        self.out[table] = rows
 
 
 def refuse_orphans(label: str, orphans: int, rows: int, parent: str) -> None:
@@ -125,7 +118,7 @@ def assemble(
         .sort("subject_id", "admittime", "hadm_id")
     )
     complete = _as_asked(samples, stays, diagnoses, book, extra)
-    book.keep("admissions", complete.height)
+    book.out["admissions"] = complete.height
     if complete.is_empty():
         raise UserError(
             f"no samples after cleaning in {folder}",
@@ -155,10 +148,8 @@ def assemble(
         weight=int(heavy.sum()),
         height_and_weight=int((tall & heavy).sum()),
         no_height_no_weight=int((~tall & ~heavy).sum()),
-        outliers=Outliers(**measures.outliers),
-        bmi_check=BmiCheck(
-            triples=measures.bmi_triples, within_one=measures.bmi_triples_within_one
-        ),
+        outliers=Outliers(**{kind: measures.dropped[f"outlier_{kind}"] for kind in KINDS}),
+        bmi_check=measures.bmi_check,
         dropped={
             f"{table}.{reason}": number
             for table, reasons in book.dropped.items()

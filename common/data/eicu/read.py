@@ -113,7 +113,7 @@ def _units(table: Table, book: Book) -> pl.DataFrame:
             allowed="one uniquepid for each patienthealthsystemstayid",
             fix="fetch the file again",
         )
-    book.read("patient", frame.height)
+    book.rows["patient"] = frame.height
     book.drop("patient", {"duplicate": frame.height - distinct.height})
     numbers = {name: _number(name) for name in distinct["uniquepid"].unique()}
     return distinct.with_columns(
@@ -132,8 +132,8 @@ def _stays(units: pl.DataFrame, book: Book) -> pl.DataFrame:
     begun = units.sort("hospitaladmitoffset", "patientunitstayid", descending=[True, False])
     first = begun.unique("hadm_id", keep="first", maintain_order=True)
     book.drop("patient", {"later_unit_stay": units.height - first.height})
-    book.keep("patient", first.height)
-    book.read("admissions", first.height)
+    book.out["patient"] = first.height
+    book.rows["admissions"] = first.height
     age = pl.col("age").str.strip_chars()
     years = pl.when(age.str.contains(r"^>\s*89$")).then(HIDDEN_OLD_AGE)
     ordered = first.sort("subject_id", "hospitaldischargeyear", "hadm_id")

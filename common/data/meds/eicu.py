@@ -75,7 +75,7 @@ def _stays(kinds: dict[str, pl.DataFrame], codes: Codes, book: Book) -> pl.DataF
     first = _first(kinds["admission"])
     births = _first(kinds["birth"]).select("subject_id", birth="time")
     sexes = _first(kinds["sex"]).select("subject_id", sex=_content(codes.sex))
-    book.read("admissions", kinds["admission"].height)
+    book.rows["admissions"] = kinds["admission"].height
     book.drop("admissions", {"duplicate": kinds["admission"].height - first.height})
     refuse_orphans(
         "admissions",

@@ -250,7 +250,7 @@ def _known_stays(
         on="subject_id",
         how="left",
     )
-    book.read("admissions", rows)
+    book.rows["admissions"] = rows
     orphans = stays.height - found.height
     refuse_orphans("admissions", orphans, stays.height, "a patient with a birth")
     book.drop("admissions", {"duplicate": rows - stays.height, "unknown_patient": orphans})

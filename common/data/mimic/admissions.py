@@ -103,7 +103,7 @@ def _stays(table: Table, patients: pl.DataFrame, book: Book) -> pl.DataFrame:
     frame = times(frame, table, "admittime", required=True)
     if "dischtime" in frame.columns:
         frame = times(frame, table, "dischtime", required=False).rename({"dischtime": "ended"})
-    book.read("admissions", frame.height)
+    book.rows["admissions"] = frame.height
     distinct = frame.unique()
     doubled = distinct.height - distinct["hadm_id"].n_unique()
     if doubled:
