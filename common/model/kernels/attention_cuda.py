@@ -96,8 +96,8 @@ def cudnn(
 
 def varlen(q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scaling: float, ends: Ends) -> Tensor:
     """Attend with torch's own FlashAttention-2 over all segments in one call; [T, H, E]."""
-    if q_THE.shape[1] != k_TGE.shape[1] and not _groups_by_name():
-        if flash_takes_groups(q_THE.device):
+    if q_THE.shape[1] != k_TGE.shape[1] and "enable_gqa" not in _varlen_arguments():
+        if not _probe("flash", q_THE.device):
             return _grouped_flash(q_THE, k_TGE, v_TGE, scaling, ends)
         shared = q_THE.shape[1] // k_TGE.shape[1]
         k_TGE, v_TGE = (t.repeat_interleave(shared, 1) for t in (k_TGE, v_TGE))
@@ -120,11 +120,6 @@ def cudnn_obstacle(device: torch.device) -> str:
     if torch.cuda.get_device_capability(device) < (9, 0):
         return CAPABILITY_9
     return _probe("cudnn", device)
-
-
-def flash_takes_groups(device: torch.device) -> bool:
-    """Say whether torch's own kernel takes fewer key/value heads than query heads."""
-    return not _probe("flash", device)
 
 
 @cache
@@ -164,7 +159,3 @@ def _varlen_arguments() -> dict[str, Any]:
     names = inspect.signature(varlen_attn).parameters
     causal = {"is_causal": True} if "is_causal" in names else {"window_size": (-1, 0)}
     return causal | ({"enable_gqa": True} if "enable_gqa" in names else {})
-
-
-def _groups_by_name() -> bool:
-    return "enable_gqa" in _varlen_arguments()
