@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from common.config import DataConfig, PartitionConfig
+from common.data.cleaning.assemble import ATTRIBUTES as COLUMNS
 from common.data.missing import apply_policies, fit_medians, policies_of
 from common.data.protocols import split_shares
 from common.data.samples import UNKNOWN, Admission
@@ -23,13 +24,7 @@ from common.wire.cohort import hospital_names
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-ATTRIBUTES = {
-    "service": "service",
-    "admission-type": "admission_type",
-    "insurance": "insurance",
-    "anchor-year-group": "anchor_year_group",
-    "careunit": "careunit",
-}
+ATTRIBUTES = {name.replace("_", "-"): name for name in COLUMNS}
 _DIRICHLET_CLASS = "service"
 _DIRICHLET_ATTEMPTS = 1000
 

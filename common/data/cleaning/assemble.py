@@ -78,6 +78,29 @@ def refuse_orphans(label: str, orphans: int, rows: int, parent: str) -> None:
         )
 
 
+def first_values(
+    table: str, rows: int, named: pl.DataFrame, known: pl.Series, book: Book
+) -> pl.DataFrame:
+    """Return the first value of each admission that exists, and count the other rows.
+
+    Args:
+        table: Where they are counted.
+        rows: Read, values that are none included.
+        named: hadm_id and a value, in the order of time.
+        known: Admissions that exist (hadm_id).
+        book: Counts them.
+    """
+    placed = named.filter(pl.col("hadm_id").is_in(known.implode()))
+    first = placed.unique("hadm_id", keep="first", maintain_order=True)
+    unused = {
+        "not_in_use": rows - named.height,
+        "unknown_admission": named.height - placed.height,
+        "later": placed.height - first.height,
+    }
+    book.add(table, rows, unused, first.height)
+    return first
+
+
 def plausible_age(age: pl.Expr) -> pl.Expr:
     """Return the age, null where it cannot be one."""
     return pl.when(age.is_between(*PLAUSIBLE_AGE)).then(age)

@@ -13,6 +13,7 @@ from common.data.cleaning.assemble import (
     SITE,
     Book,
     assemble,
+    first_values,
     items,
     plausible_age,
     refuse_orphans,
@@ -77,15 +78,7 @@ def prepare_events(
 def _of_shard(
     kinds: Mapping[str, pl.DataFrame], label: str, codes: Codes, before: int, divide: bool
 ) -> Iterator[tuple[str, pl.DataFrame]]:
-    """Yield a shard's events by kind, those of admissions with their admission.
-
-    Args:
-        kinds: The events.
-        label: Of the shard.
-        codes: What the codes mean.
-        before: Admissions of earlier shards.
-        divide: Whether orders are divided by the hour.
-    """
+    """Yield a shard's events by kind, with their admissions; ``before`` came in earlier shards."""
     stays = _stays(kinds["admission"], kinds["discharge"], label, codes).with_columns(
         # An admission without a number gets one of its own, below zero.
         hadm_id=pl.coalesce("admission", -1 - pl.int_range(pl.len()) - before)
@@ -180,7 +173,9 @@ def _join(
     measures = _measures(kinds["measure"], kinds["birth"], codes, book)
     drugs = list_drugs(kinds["drug"], rows["drug"], known, book, drop_flushes)
     for kind in _ATTRIBUTES:
-        stays = stays.join(_first(kinds[kind], kind, known, book), on="hadm_id", how="left")
+        named = kinds[kind].drop_nulls(kind)
+        values = first_values(kind, kinds[kind].height, named, known, book)
+        stays = stays.join(values, on="hadm_id", how="left")
     if not stays[SITE].drop_nulls().len():
         stays = stays.drop(SITE)
     return assemble(
@@ -303,20 +298,6 @@ def _one_each(events: pl.DataFrame, table: str, book: Book) -> pl.DataFrame:
         "subject_id", keep="first", maintain_order=True
     )
     book.add(table, events.height, {"duplicate": events.height - first.height}, first.height)
-    return first
-
-
-def _first(found: pl.DataFrame, kind: str, known: pl.Series, book: Book) -> pl.DataFrame:
-    """Return the first value of each admission; ``found`` is in the order of time."""
-    named = found.drop_nulls(kind)
-    placed = named.join(known.to_frame(), on="hadm_id", how="semi")
-    first = placed.unique("hadm_id", keep="first", maintain_order=True)
-    unused = {
-        "not_in_use": found.height - named.height,
-        "unknown_admission": named.height - placed.height,
-        "later": placed.height - first.height,
-    }
-    book.add(kind, found.height, unused, first.height)
     return first
 
 

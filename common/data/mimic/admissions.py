@@ -9,6 +9,7 @@ from common.data.cleaning.assemble import (
     PLAUSIBLE_AGE,
     Book,
     assemble,
+    first_values,
     plausible_age,
     refuse_orphans,
 )
@@ -179,16 +180,8 @@ def _attribute(
     named = rows.drop_nulls(value)
     if "eventtype" in rows.columns:
         named = named.filter(pl.col("eventtype") == _CAREUNIT_EVENT)
-    placed = (
-        times(named, table, time, required=False)
-        .with_columns(whole_numbers(table, named["hadm_id"]))
-        .join(known.to_frame(), on="hadm_id", how="semi")
+    timed = times(named, table, time, required=False).with_columns(
+        whole_numbers(table, named["hadm_id"])
     )
-    first = placed.sort("hadm_id", time, value, nulls_last=True).unique("hadm_id", keep="first")
-    unused = {
-        "not_in_use": rows.height - named.height,
-        "unknown_admission": named.height - placed.height,
-        "later": placed.height - first.height,
-    }
-    book.add(name, rows.height, unused, first.height)
-    return first.select("hadm_id", value)
+    ordered = timed.sort("hadm_id", time, value, nulls_last=True).select("hadm_id", value)
+    return first_values(name, rows.height, ordered, known, book)
