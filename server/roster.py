@@ -71,31 +71,23 @@ class Roster:
         return sorted(self.remembered | set(self.handshakes))
 
     @property
-    def arrived(self) -> int:
-        """Number of hospitals that have shown up in this process, refused ones included.
-
-        A second node under an admitted hospital's name is none.
-        """
-        return len(self._names_here)
-
-    @property
     def known(self) -> int:
         """Number of hospitals that have ever shown up, refused ones included; at most ``of``."""
-        known = max(self.known_before, len(self.remembered | self._names_here))
+        known = max(self.known_before, len(self.remembered | self.arrived))
         return min(known, self.of) if self.of else known
 
     @property
-    def _names_here(self) -> set[str]:
+    def arrived(self) -> set[str]:
+        """The hospitals that have shown up in this process, refused ones included.
+
+        A second node under an admitted hospital's name is none.
+        """
         refused = {
             one.name
             for one in self.nodes.values()
             if isinstance(one, LeftOut) and not isinstance(one, Retried) and not one.impostor
         }
         return {*self.handshakes, *refused}
-
-    def can_go_on(self, needed: int) -> bool:
-        """Return whether somebody is here and enough were known before a resume."""
-        return bool(self.handshakes) and self.known >= needed
 
     def remember(self, facts: SavedFacts) -> None:
         """Take over what a checkpoint keeps: who was admitted, and how many had shown up."""

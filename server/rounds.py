@@ -151,13 +151,14 @@ class Rounds:
             of = self.roster.of or self.roster.count(federation.hospitals)
             needed = min(federation.min_hospitals or of, of)
             waited = self.clock.monotonic() - started
-            if self.roster.arrived >= needed:
+            if len(self.roster.arrived) >= needed:
                 break
-            if waited > min(limit, RECONNECT_SECONDS) and self.roster.can_go_on(needed):
+            able = bool(self.roster.handshakes) and self.roster.known >= needed
+            if able and waited > min(limit, RECONNECT_SECONDS):
                 break
             if waited > limit:
                 raise RunFailed(
-                    f"{self.roster.arrived} of {federation.min_hospitals or of} hospitals are "
+                    f"{len(self.roster.arrived)} of {federation.min_hospitals or of} hospitals are "
                     f"connected after {limit:.0f} s{self.roster.reasons}"
                 )
             self.clock.sleep(0.5)
