@@ -56,6 +56,8 @@ class Entry(Record):
 class Ledger:
     """The ledger of one hospital for one run.
 
+    ``taken`` are the steps that released results and this object's charges contain.
+
     Raises:
         UserError: if the plan is not calibrated, or the file belongs to another plan.
         LedgerDoubtful: if the file is damaged.
@@ -70,7 +72,7 @@ class Ledger:
             if not entries:
                 entries = [self._append(handle, entries, "open")]
                 _sync_folder(path.parent)
-        self._released = self._used = entries[-1].released_steps
+        self._released = self.taken = entries[-1].released_steps
 
     def entries(self) -> list[Entry]:
         """Return every entry."""
@@ -81,11 +83,6 @@ class Ledger:
     def steps(self) -> int:
         """Steps charged so far."""
         return self.entries()[-1].total_steps
-
-    @property
-    def taken(self) -> int:
-        """Steps that released results and this object's charges contain."""
-        return self._used
 
     def charge(self, round_number: int, steps: int) -> int:
         """Pay for ``steps`` releases before they are made.
@@ -100,18 +97,18 @@ class Ledger:
         """
         with locked(self.path) as handle:
             entries = self._untouched(handle)
-            needed = self._used + steps
+            needed = self.taken + steps
             if steps < 0 or needed > self.plan.steps:
                 raise BudgetExhausted(
                     f"privacy budget: round {round_number} asks for {steps} steps, "
-                    f"{self.plan.steps - self._used} of {self.plan.steps} are left; "
+                    f"{self.plan.steps - self.taken} of {self.plan.steps} are left; "
                     "nothing is released"
                 )
             charged = entries[-1].total_steps
             if needed > charged:
                 paid = {"steps": needed - charged, "total_steps": needed}
                 self._append(handle, entries, "charge", round=round_number, **paid)
-            self._used = needed
+            self.taken = needed
             return max(charged, needed)
 
     def release(self, round_number: int, result: str = "") -> None:
@@ -120,9 +117,9 @@ class Ledger:
         Raises:
             RunFailed: if no step was charged since the last release.
         """
-        if self._used <= self._released:
+        if self.taken <= self._released:
             raise RunFailed(f"privacy ledger: round {round_number} was not charged")
-        self.record_release(round_number, self._used, result)
+        self.record_release(round_number, self.taken, result)
 
     def record_release(self, round_number: int, steps: int, result: str = "") -> None:
         """Record that a result with the run's first ``steps`` steps exists outside the hospital.
@@ -140,7 +137,7 @@ class Ledger:
             if steps > self._released:
                 out = {"round": round_number, "released_steps": steps, "result": result}
                 self._append(handle, entries, "release", **out)
-                self._released = self._used = steps
+                self._released = self.taken = steps
 
     def released(self, round_number: int, result: str) -> bool:
         """Return whether this very result of a round was recorded as leaving."""
