@@ -167,36 +167,42 @@ def encode(
     prompt, left_out = encode_prompt(
         admission, tokenizer, text=text, max_length_tokens=max_length_tokens
     )
-    answer, dropped_drugs = encode_answer(
-        admission.drugs, tokenizer, max_tokens=max_length_tokens - len(prompt)
-    )
-    return Encoded(
-        input_ids=(*prompt, *answer),
+    bare = Encoded(
+        input_ids=tuple(prompt),
         answer_start=len(prompt),
         unit=admission.patient,
         left_out=left_out,
-        dropped_drugs=dropped_drugs,
     )
+    return with_drugs(bare, admission.drugs, tokenizer, max_length_tokens)
 
 
-def encode_answer(
-    drugs: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int
-) -> tuple[list[int], int]:
-    """Tokenise a list and the end token; whole drugs are dropped from its end to keep the limit.
+def with_drugs(
+    sample: Encoded,
+    drugs: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length_tokens: int,
+) -> Encoded:
+    """Return a sample's prompt with a list and the end token.
 
-    Returns:
-        Token ids, and the number of drugs left out.
+    Whole drugs are dropped from the list's end, and counted, to keep the length.
 
     Raises:
         UserError: If not even the empty list fits.
     """
-    end = tokenizer.eos_token_id
+    prompt = sample.input_ids[: sample.answer_start]
 
     def tokens(kept: int) -> list[int]:
         text = render_answer(drugs[:kept])
-        return [*tokenizer(text, add_special_tokens=False)["input_ids"], end]
+        return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
-    return _fit(tokens, len(drugs), max_tokens)
+    answer, dropped = _fit(tokens, len(drugs), max_length_tokens - len(prompt))
+    return Encoded(
+        input_ids=(*prompt, *answer),
+        answer_start=len(prompt),
+        unit=sample.unit,
+        left_out=sample.left_out,
+        dropped_drugs=dropped,
+    )
 
 
 def pack(samples: Sequence[Encoded]) -> PackedBatch:
