@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from client.kept_state import keep, load_kept
 from common.config import Config
@@ -45,7 +44,7 @@ def train_own(
     samples = 0 if is_private(config) else len(hospital.train)
     state = TrainState(step=steps_before_round(config, samples, server_round))
     if carried and config.train.keep_state:
-        state = TrainState.from_tensors({k: torch.from_numpy(v) for k, v in carried.items()})
+        state = TrainState.from_tensors(carried)
     session.adapter.load(with_own(b, own))
     session.adapter.start_round(server_round)
     train(
@@ -58,7 +57,7 @@ def train_own(
         stream=f"{hospital.name} {PERSONAL}",
     )
     found = {_OWN + key: value - b[key] for key, value in session.adapter.state().items()}
-    found |= {_STATE + key: value.numpy() for key, value in state.to_tensors().items()}
+    found |= {_STATE + key: value for key, value in state.to_tensors().items()}
     keep(folder, PERSONAL, found, server_round=server_round)
 
 

@@ -1,16 +1,16 @@
 """Optimizers on the flat adapter buffer, and the state that carries over rounds and resumes."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from common.config import TrainConfig
 from common.model.adapter.falora import Adapter
-from common.tensor_files import under
+from common.tensor_files import Tensors, under
 
 _STEP = "step"
 
@@ -25,20 +25,20 @@ class TrainState:
     """torch's optimizer state of the flat buffer, by torch's names; on the CPU. Where rounds train
     different parts of the adapter, each part has its own, under its name (``Scheme.block``)."""
 
-    def to_tensors(self) -> dict[str, Tensor]:
+    def to_tensors(self) -> Tensors:
         """Return everything as named tensors, for a safetensors file.
 
         >>> TrainState(step=3).to_tensors()
-        {'step': tensor(3)}
+        {'step': array(3)}
         """
-        named = {f"optimizer.{name}": tensor.clone() for name, tensor in self.optimizer.items()}
-        return {_STEP: torch.tensor(self.step), **named}
+        named = {f"optimizer.{name}": one.numpy().copy() for name, one in self.optimizer.items()}
+        return {_STEP: np.array(self.step), **named}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "TrainState":
+    def from_tensors(cls, tensors: Tensors) -> "TrainState":
         """Rebuild the state that ``to_tensors`` wrote."""
         named = under("optimizer.", tensors)
-        optimizer = {name: tensor.clone() for name, tensor in named.items()}
+        optimizer = {name: torch.tensor(value) for name, value in named.items()}
         return cls(step=int(tensors[_STEP]), optimizer=optimizer)
 
 
