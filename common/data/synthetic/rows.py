@@ -4,6 +4,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -56,17 +57,9 @@ class Numbers:
     """Where the source's running numbers stand: ids follow from them, spread over their range."""
 
     def __init__(self) -> None:
-        self._admissions = self._pharmacies = self._transfers = 0
-
-    def admission(self) -> int:
-        """Return the next hadm_id."""
-        self._admissions += 1
-        return 20_000_000 + (self._admissions - 1) * 6_180_339 % 9_999_991
-
-    def transfer(self) -> int:
-        """Return the next transfer_id."""
-        self._transfers += 1
-        return 30_000_000 + (self._transfers - 1) * 6_180_339 % 9_999_991
+        self.admissions = (20_000_000 + number * 6_180_339 % 9_999_991 for number in count())
+        self.transfers = (30_000_000 + number * 6_180_339 % 9_999_991 for number in count())
+        self._pharmacies = 0
 
     def pharmacy(self, *, same: bool) -> int:
         """Return the next pharmacy_id, or the last one again."""
@@ -102,7 +95,7 @@ def patient_rows(patient: Patient, seed: int, index: int, numbers: Numbers) -> I
     language = "ENGLISH" if random.random() < 0.9 else "?"
     race = _RACES[random.integers(len(_RACES))]
     for stay in patient.stays:
-        ids = (subject, numbers.admission())
+        ids = (subject, next(numbers.admissions))
         dead = died and stay is last
         yield (
             "hosp/admissions",
@@ -178,7 +171,7 @@ def _place_rows(
         yield "hosp/services", (*ids, half, stay.service, "SURG")
     moves = (("admit", unit, begin, half), ("transfer", WARDS[stay.service], half, end))
     for event, place, entered, left in (*moves, ("discharge", "", end, "")):
-        transfer = numbers.transfer()
+        transfer = next(numbers.transfers)
         yield "hosp/transfers", (*ids, transfer, event, place, entered, left)
         if event == "admit" and stay.intensive_care:
             days = (half - begin).total_seconds() / 86_400
