@@ -293,8 +293,14 @@ def _header(table: Table) -> tuple[str, ...]:
         raise UserError(f"{table.label} is empty", fix=_DAMAGED_FIX)
     names = _fields(header, ",")
     missing = [name for name in table.columns if name not in names]
+    repeated = sorted({name or "(blank)" for name in names if names.count(name) > 1})
+    if repeated and not missing:
+        raise UserError(
+            f"{table.label} has several columns named {', '.join(repeated)}",
+            allowed="one column of each name",
+            fix="use the table as PhysioNet ships it",
+        )
     if not missing:
-        _refuse_repeated(table, names)
         return tuple(names)
     for delimiter, word in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
         if set(table.columns) & set(_fields(header, delimiter)):
@@ -308,16 +314,6 @@ def _header(table: Table) -> tuple[str, ...]:
         allowed=f"a header with {', '.join(table.columns)}, in any order",
         fix="use the table as PhysioNet ships it",
     )
-
-
-def _refuse_repeated(table: Table, names: Sequence[str]) -> None:
-    repeated = sorted({name or "(blank)" for name in names if names.count(name) > 1})
-    if repeated:
-        raise UserError(
-            f"{table.label} has several columns named {', '.join(repeated)}",
-            allowed="one column of each name",
-            fix="use the table as PhysioNet ships it",
-        )
 
 
 def _fields(header: str, delimiter: str) -> list[str]:
