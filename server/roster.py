@@ -4,7 +4,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -119,7 +119,7 @@ class Roster:
         """
         for node, one in self.nodes.items():
             if isinstance(one, Retried) and node not in nodes:
-                self.nodes[node] = one.disconnected()
+                self.nodes[node] = replace(one, tries=0)
         asked = self._due(nodes, server_round)
         if not asked:
             return {}
