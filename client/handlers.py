@@ -18,7 +18,7 @@ from client.kept_state import (
     own_folder,
     save_state,
 )
-from client.local_update import evaluate, update
+from client.local_update import LocalRound, evaluate, update
 from client.node import hospital_of, local_config, own_policy, private_folder
 from client.personal import train_own
 from client.private_update import private_update
@@ -121,19 +121,11 @@ def train_round(config: Config, message: Message, context: Context, worker: Work
         append_json_line(folder / STEPS, {**record, "seconds": round(step.seconds, 3)})
 
     tokens = worker.tokens(config, hospital)
+    task = LocalRound(session, tokens, b, state, config, server_round, on_step=log)
     if private:
-        result = private_update(
-            session,
-            tokens,
-            b,
-            state,
-            config,
-            server_round=server_round,
-            folder=folder,
-            on_step=log,
-        )
+        result = private_update(task, folder)
     else:
-        result = update(session, tokens, b, state, config, server_round=server_round, on_step=log)
+        result = update(task)
         if config.train.keep_state:
             save_state(folder, state, server_round=server_round)
     worker.count(config, result.tokens, result.metrics.get("seconds", 0.0))
@@ -145,7 +137,7 @@ def train_round(config: Config, message: Message, context: Context, worker: Work
     wire = in_codec(config, folder, result.b, b, server_round)
     if config.adapter.personal:
         try:
-            train_own(session, tokens, b, config, server_round=server_round, folder=folder)
+            train_own(task, folder)
         except Exception:  # whether it works depends on the data, and what is sent must not
             with contextlib.suppress(OSError):
                 _keep_traceback(config)

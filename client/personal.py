@@ -14,14 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from client.kept_state import keep, load_kept
-from common.config import Config
+from client.local_update import LocalRound
 from common.errors import UserError
-from common.model.session import Session
 from common.privacy.settings import is_private
 from common.rundir import Checkpoint, RunDirectory
 from common.tensor_files import Tensors, under
 from common.training.budget import steps_before_round, steps_in_all, steps_of_round
-from common.training.hospital_data import HospitalData
 from common.training.loop import train
 from common.training.optimiser import TrainState
 
@@ -29,23 +27,17 @@ PERSONAL = "personal"
 _OWN, _STATE = "own.", "state."
 
 
-def train_own(
-    session: Session,
-    hospital: HospitalData,
-    b: Tensors,
-    config: Config,
-    *,
-    server_round: int,
-    folder: Path,
-) -> None:
+def train_own(task: LocalRound, folder: Path) -> None:
     """Train B_own for one round with the global B frozen, and keep it in the hospital's folder."""
+    session, hospital, config = task.session, task.hospital, task.config
+    server_round = task.server_round
     kept = load_kept(folder, PERSONAL, before_round=server_round)
     own, carried = under(_OWN, kept), under(_STATE, kept)
     samples = 0 if is_private(config) else len(hospital.train)
     state = TrainState(step=steps_before_round(config, samples, server_round))
     if carried and config.train.keep_state:
         state = TrainState.from_tensors(carried)
-    session.adapter.load(with_own(b, own))
+    session.adapter.load(with_own(task.b, own))
     session.adapter.start_round(server_round)
     train(
         session,
@@ -56,7 +48,7 @@ def train_own(
         schedule_steps=steps_in_all(config, samples).value,
         stream=f"{hospital.name} {PERSONAL}",
     )
-    found = {_OWN + key: value - b[key] for key, value in session.adapter.state().items()}
+    found = {_OWN + key: value - task.b[key] for key, value in session.adapter.state().items()}
     found |= {_STATE + key: value for key, value in state.to_tensors().items()}
     keep(folder, PERSONAL, found, server_round=server_round)
 

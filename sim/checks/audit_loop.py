@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from client.local_update import LocalRound
 from client.private_update import guard_of, private_update
 from common.config import Config
 from common.model.adapter.layout import initial_tensors
@@ -123,17 +124,8 @@ def watch_run(session: Session, config: Config, records: tuple[Encoded, ...]) ->
             guard = watch.over(guard_of(config, hospital, Path(folder)))
             adapter.load(b)
             watch.starts()
-            b = private_update(
-                watch.session,
-                hospital,
-                b,
-                state,
-                config,
-                server_round=number,
-                folder=Path(folder),
-                on_step=watch.on_step,
-                guard=guard,
-            ).b
+            task = LocalRound(watch.session, hospital, b, state, config, number, watch.on_step)
+            b = private_update(task, Path(folder), guard=guard).b
         watch.run.receipt = Receipt.read((Path(folder) / RECEIPT).read_bytes(), what=RECEIPT)
     return watch.run
 
