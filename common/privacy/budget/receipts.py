@@ -151,7 +151,7 @@ def receipt(
         epsilon=json_number(cost.value),
         epsilon_accountant=json_number(cost.accountant),
         epsilon_cross_check=json_number(cost.cross_check),
-        noise=noise_name(secret=mechanism.noise.secret),
+        noise=mechanism.noise.name,
         noise_std=mechanism.grid.std,
         grid_step=mechanism.grid.step,
         noise_residue=mechanism.residue,

@@ -155,6 +155,11 @@ class NoiseSource:
         """Whether the key comes from the operating system."""
         return self.keystream.secret
 
+    @property
+    def name(self) -> str:
+        """What receipts say about the source."""
+        return noise_name(secret=self.secret)
+
     def gaussian(self, count: int, std: float) -> Integers:
         """Draw integers X = 1024 Z1 + Z2 of standard deviation ``std`` from discrete Gaussians.
 
