@@ -107,7 +107,14 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
     },
     "private": {
         "arms": ["fa-lora", "lora"],
-        "set": {**PRIVATE, "federation.local-steps": 4},
+        # Sized for two cores: 16 steps of eight patients, an admission of each.
+        "set": {
+            **PRIVATE,
+            "privacy.sampling-rate": 0.125,
+            "privacy.expected-batch": 8.0,
+            "privacy.max-admissions-per-patient": 1,
+            "federation.local-steps": 2,
+        },
         "vary": ["privacy.target-epsilon=1,3,6"],
         "tune": {
             "fa-lora": "train.learning-rate=3e-3,1e-2,3e-2",

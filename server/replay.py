@@ -22,6 +22,7 @@ from common.provenance import tensors_sha256
 from common.rundir import RunDirectory
 from common.tensor_files import Altered
 from common.wire.contract import Tensors, Update
+from common.wire.undocumented_flower import task_identity
 from server import kept_updates
 from server.strategy import Aggregator
 
@@ -97,5 +98,6 @@ class Replay:
             ]
             if moved:
                 base = self.scheme.shapes(number, b)
-                b |= aggregator.aggregate(base, moved, server_round=number)
+                with task_identity():
+                    b |= aggregator.aggregate(base, moved, server_round=number)
         return b

@@ -4,6 +4,9 @@ Seen alike in 1.41.0 and 1.42.0. What other libraries do not document is in ``co
 this lies here because only ``common.wire`` may import Flower.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from flwr.app import Message
 from flwr.common.serde import (
     context_from_proto,
@@ -26,3 +29,20 @@ def set_message_id(message: Message, message_id: str) -> str:
     """Give a message its id, as Flower's grids do when they send it, and return it."""
     message.metadata.__dict__["_message_id"] = message_id
     return message_id
+
+
+RUN_ID = 7
+"""Of what is no run of Flower's processes."""
+
+
+@contextmanager
+def task_identity() -> Iterator[None]:
+    """Say who makes messages, as Flower's processes do: without it none can be made."""
+    names = ("_task_id", "_run_id", "_node_id")
+    before = {name: getattr(TaskIdentity, name) for name in names}
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, 1
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(TaskIdentity, name, value)

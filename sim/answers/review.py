@@ -32,7 +32,7 @@ from common.files import utf8, write_json, write_text
 from common.records.judged import Reviewed
 from common.rundir import SUMMARY, RunDirectory
 from sim.answers.judge import percent, require_diagnoses
-from sim.report.page import render
+from sim.pages.fill import render
 
 
 def make_review(

@@ -14,7 +14,7 @@ import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 from uuid import UUID, uuid4
 
 from fastapi import APIRouter, Request, Response
@@ -22,14 +22,13 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from common.config import Config
 from common.data.icd import DiagnosisIndex
-from common.evaluation.high_priority import CITATION, warned_of
+from common.evaluation.high_priority import CITATION
 from common.evaluation.interactions import Interaction, Interactions, interacting
 from common.files import writable
 from sim.assist.chart import BadResource, Chart, Missing, draft_order, is_ordered, read_chart
-from sim.assist.patient_form import FormProblems, PatientRequest, read_form
-from sim.assist.suggest import ReferenceData, SuggestedDrug, Suggestion
+from sim.assist.patient_form import FormProblems, read_form
+from sim.assist.suggest import Assistant, SuggestedDrug, Suggestion
 
 PREFIX = "/cds-services"
 LARGEST_BODY_BYTES = 1024 * 1024
@@ -66,21 +65,6 @@ _FIELD = re.compile(r"\w{1,40}")
 _log = logging.getLogger(__name__)
 
 
-class Suggester(Protocol):
-    """What the page and the services need of ``sim.assist.suggest.Assistant``."""
-
-    @property
-    def reference(self) -> ReferenceData:
-        """Titles to search and admissions to compare."""
-
-    @property
-    def busy(self) -> bool:
-        """Whether it is answering somebody."""
-
-    def suggest(self, request: PatientRequest) -> Suggestion:
-        """Answer for one patient."""
-
-
 class Context(BaseModel):
     """What a hook says about where the clinician is."""
 
@@ -109,26 +93,13 @@ class HookRequest(BaseModel):
     prefetch: dict[str, Any] | None = None
 
 
-def routes_of_run(suggester: Suggester, config: Config) -> APIRouter:
-    """Return the routes, with the interactions that a run's configuration names.
-
-    Raises:
-        UserError: if their file cannot be read.
-    """
-    return cds_routes(suggester, interactions=warned_of(config.evaluation.interactions))
-
-
 def cds_routes(
-    suggester: Suggester,
-    *,
-    interactions: Interactions,
-    today: Callable[[], datetime.date] = datetime.date.today,
+    suggester: Assistant, *, today: Callable[[], datetime.date] = datetime.date.today
 ) -> APIRouter:
     """Return the routes of discovery and of both services.
 
     Args:
         suggester: The model.
-        interactions: Drugs that should not be ordered together.
         today: For a patient's age.
     """
     router, answering = APIRouter(prefix=PREFIX), threading.Lock()
@@ -143,9 +114,7 @@ def cds_routes(
             return _refused(404, f"there is no such service; allowed: {', '.join(SERVICES)}")
         body = await request.body()
         try:
-            cards = await run_in_threadpool(
-                answer, service, body, suggester, answering, interactions, today()
-            )
+            cards = await run_in_threadpool(answer, service, body, suggester, answering, today())
         except Missing as problem:
             return _refused(412, f"{problem}; fix: prefetch {' and '.join(_PREFETCH)}")
         except BadResource as problem:
@@ -162,9 +131,8 @@ def cds_routes(
 def answer(
     service: str,
     body: bytes,
-    suggester: Suggester,
+    suggester: Assistant,
     answering: threading.Lock,
-    interactions: Interactions,
     today: datetime.date,
 ) -> list[dict[str, Any]]:
     """Return the cards of one request.
@@ -174,7 +142,6 @@ def answer(
         body: JSON as it came.
         suggester: The model.
         answering: Held while it answers a request of these services.
-        interactions: As for ``cds_routes``.
         today: For the patient's age.
 
     Raises:
@@ -194,7 +161,7 @@ def answer(
     finally:
         if free:
             answering.release()
-    return cards_of(suggestion, chart, context.patient_id, interactions)
+    return cards_of(suggestion, chart, context.patient_id, suggester.interactions)
 
 
 def read_request(service: str, body: bytes) -> tuple[HookRequest, Context]:

@@ -25,10 +25,10 @@ from pydantic import BaseModel, Field, StringConstraints, model_validator
 
 from common.errors import UserError
 from common.files import for_owner, json_line, utf8, writable
-from sim.assist.cds_hooks import LARGEST_BODY_BYTES, PREFIX, Suggester
+from sim.assist.cds_hooks import LARGEST_BODY_BYTES, PREFIX
 from sim.assist.patient_form import FormProblems, PatientRequest, read_form
-from sim.assist.suggest import Suggestion
-from sim.report.page import render
+from sim.assist.suggest import Assistant, Suggestion
+from sim.pages.fill import render
 
 HOST = "127.0.0.1"
 DECISIONS = "decisions.jsonl"
@@ -51,7 +51,7 @@ _HEADERS = {
 class PageState:
     """The state of one page: what it was asked, and where decisions go."""
 
-    suggester: Suggester
+    suggester: Assistant
     decisions: Path
     about: Mapping[str, object]
     """``run``, ``checkpoint``, ``backbone``, ``source``: shown, and stored with each decision."""

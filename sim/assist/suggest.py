@@ -146,7 +146,7 @@ class Assistant:
         b = b_of(run, loaded, personal)
         self.checkpoint, self.personal = loaded.name, personal
         self.reference = reference
-        self._interactions = warned_of(config.evaluation.interactions)
+        self.interactions = warned_of(config.evaluation.interactions)
         self._session = Worker().session(config)
         inputs = run.inputs()
         fingerprint = self._session.spec.fingerprint
@@ -210,7 +210,7 @@ class Assistant:
             yield "The model's answer was not a drug list."
         elif self.reference.orders is None:
             yield "No orders are at hand: a name may be one that no hospital ever ordered."
-        yield from interaction_lines(interacting(listed.names or (), self._interactions))
+        yield from interaction_lines(interacting(listed.names or (), self.interactions))
         if listed.dropped_diagnoses:
             yield f"The last {listed.dropped_diagnoses} diagnoses did not fit and were not read."
 

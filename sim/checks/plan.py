@@ -235,7 +235,8 @@ def show_plan(console: Console, found: PlanRecord) -> None:
     )
     say(
         f"{found.steps:,} steps ({found.steps_reason}); {found.bytes_per_round / 1e6:.1f} MB on "
-        "the wire to train a round, up and down (validation sends B down once more)"
+        "the wire to train a round, up and down"
+        + ("" if found.privacy else " (validation sends B down once more)")
     )
     for one in found.measured:
         say(

@@ -194,7 +194,7 @@ def assist(
     set_: SetOption = None,
 ) -> None:
     """Serve the assist page on this machine alone (research only, not for clinical use)."""
-    from sim.assist.cds_hooks import routes_of_run
+    from sim.assist.cds_hooks import cds_routes
     from sim.assist.chart import require_fhir
     from sim.assist.server import (
         DECISIONS,
@@ -227,7 +227,7 @@ def assist(
     ]
     services = None
     if cds_hooks:
-        services = routes_of_run(assistant, config)
+        services = cds_routes(assistant)
         lines += service_lines(state, listening)
     console.print("\n".join([*lines, "Ctrl-C stops."]), markup=False, highlight=False)
     make_server(state, listening, services=services).run(sockets=[listening])

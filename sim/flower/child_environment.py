@@ -29,6 +29,14 @@ from common.undocumented.ray_names import (
 )
 from common.wire.undocumented_flower import LAUNCH_POLL_SECONDS, NO_UPDATE_CHECK
 
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    NO_UPDATE_CHECK: "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+"""Flower's processes tell and install nothing."""
 RUN_VARIABLE = "FEDRX_RUN"
 """Marks every process of a run with its run directory, so that none is ever left behind."""
 APP = "fedrx"
@@ -91,6 +99,7 @@ def child_environment(
     environment = {
         **base,
         **without_loopback_proxy(base, besides=METADATA),
+        **QUIET,
         RUN_VARIABLE: str(run),
         # Our packages as the run uses them, ahead of any other of the same name.
         "PYTHONPATH": os.pathsep.join(paths),
@@ -100,21 +109,16 @@ def child_environment(
         "TMPDIR": str(folder),
         "RAY_TMPDIR": str(folder),
         "FLWR_HOME": str(folder / "home"),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        NO_UPDATE_CHECK: "1",
         LAUNCH_POLL_SECONDS: "0.1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "RAY_ADDRESS": base.get("RAY_ADDRESS") or "local",
         # Without this Ray's own servers listen on every interface of the machine.
         LOCAL_SERVERS_LISTEN_EVERYWHERE: "1" if joins_cluster(base) else "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
         # Ray nices its workers by 15: on a shared machine the hospitals would starve.
         WORKER_NICENESS: "0",
         PRESTART: "0",
         HIDE_GPUS_FROM_GPULESS_WORKERS: "0",
         # The launcher has fetched the backbone; nobody needs the hub from here on.
         "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
     memory = ray_memory()

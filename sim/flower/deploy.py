@@ -21,7 +21,6 @@ from common.files import write_text
 from common.privacy.settings import with_calibrated_noise
 from common.provenance import source_digest
 from common.wire.handshake import NAME_PATTERN
-from common.wire.undocumented_flower import NO_UPDATE_CHECK
 from server.strategies import check_strategy
 from sim.flower.bundle import stage_app
 from sim.flower.certificates import (
@@ -32,24 +31,22 @@ from sim.flower.certificates import (
     private_pem,
     public_openssh,
 )
-from sim.flower.child_environment import LOOPBACK
+from sim.flower.child_environment import LOOPBACK, QUIET
 from sim.flower.guarded_superlink import write_token
 from sim.flower.proxies import CONFIGURATION, INSIDE_NAME, coordinator_proxy, hospital_proxy
 from sim.flower.run_superlink import LINK, SECRET
 from sim.flower.superlink import CONNECTION
+from sim.pages.fill import fill
 
 FIRST_LOCAL_PORT = 9093
-QUIET = f"""\
-export FLWR_TELEMETRY_ENABLED=0 {NO_UPDATE_CHECK}=1 RAY_USAGE_STATS_ENABLED=0
-export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 HF_HUB_DISABLE_TELEMETRY=1
-"""
 DIRECT = f"""\
 no_proxy="${{no_proxy:-${{NO_PROXY:-}}}}"
 [ "$no_proxy" = "*" ] || no_proxy="${{no_proxy:+$no_proxy,}}{",".join(LOOPBACK)}"
 export no_proxy NO_PROXY="$no_proxy" no_grpc_proxy="${{no_grpc_proxy:+$no_grpc_proxy,}}$no_proxy"
 """
 """What a host's own processes say to each other goes through no proxy."""
-HEAD = f'{QUIET}{DIRECT}cd "$(dirname "$0")/empty"\nexport FLWR_HOME="$PWD/../home"\n'
+_SAID = " ".join(f"{name}={value}" for name, value in QUIET.items())
+HEAD = f'export {_SAID}\n{DIRECT}cd "$(dirname "$0")/empty"\nexport FLWR_HOME="$PWD/../home"\n'
 LONGEST_NAME = 64
 """Of a certificate's common name (X.520)."""
 
@@ -98,6 +95,7 @@ def deploy(
     )
     federation = replace(config.federation, hospitals=len(hospitals))
     config = with_calibrated_noise(replace(config, federation=federation, run=run))
+    agreed = {"configuration": config_digest(config), "code": source_digest()}
     authority = new_authority()
     write_text(folder / "authority" / "ca.key", private_pem(authority.key))
     write_text(folder / "authority" / "ca.pem", authority.pem)
@@ -107,10 +105,10 @@ def deploy(
         proxy = hospital_proxy(host=host, port=port, tunnel_port=(tunnel := next(ports)))
         write_text(own / CONFIGURATION, proxy)
         _write_hospital(own, name, data, authority, node_port=next(ports), tunnel_port=tunnel)
-        write_text(own / POLICY, _policy(config))
+        write_text(own / POLICY, fill("deployment/policy.toml.jinja", **agreed))
         write_text(link / "nodes" / f"{name}.pub", (own / "node.pub").read_text())
     readme = folder / "README.md"
-    write_text(readme, _instructions(list(hospitals), config))
+    write_text(readme, fill("deployment/README.md.jinja", hospitals=hospitals, **agreed))
     return readme
 
 
@@ -177,71 +175,6 @@ def _write_hospital(
     _write_script(
         own / "start.sh", 'umask 077\nexec fedrx hospital "$(cd "$(dirname "$0")" && pwd)"\n'
     )
-
-
-def _policy(config: Config) -> str:
-    return f"""\
-# What this hospital agrees to. The file is the hospital's own: no server can change it.
-# `fedrx doctor --hospital FOLDER` shows what it means; client/README.md explains every key.
-
-# Without max-epsilon the server alone decides what is learnt of each patient here.
-# With it the hospital takes part only in runs that protect every patient, and only until their
-# epsilons (and deltas) together reach it.
-# max-epsilon = 3.0
-# max-delta = 1e-5
-
-# The configuration and the code that this deployment was written for; without these lines any
-# configuration within the bounds, and whatever FedRx is installed.
-# allowed-configurations = ["{config_digest(config)}"]
-# allowed-digests = ["{source_digest()}"]
-"""
-
-
-def _instructions(hospitals: list[str], config: Config) -> str:
-    steps = "\n".join(f"   - {name}: `hospitals/{name}/start.sh`" for name in hospitals)
-    return f"""# A FedRx deployment
-
-Research only, not for clinical use. Both sides need nginx (Debian: `apt-get install nginx-light`)
-and the same FedRx version.
-
-1. Coordinator: `superlink/start.sh`. Keep `authority/ca.key` offline.
-2. Coordinator, once: `superlink/register.sh` registers the hospitals' public keys. A node whose
-   key is not registered is refused.
-3. Give each hospital its own folder and nothing else. The hospital reads its `policy.toml`, sets
-   its limits there, looks at `fedrx doctor --hospital FOLDER`, and starts:
-{steps}
-4. Coordinator: `superlink/run.sh` starts the federation; the run directory is `run/`.
-
-Configuration: `{config_digest(config)}`
-Code: `{source_digest()}`
-
-## Going on after an interruption
-
-`superlink/run.sh` again goes on in `run/` from its last checkpoint, if `superlink/run-config.toml`
-is as it was (another one is refused); a run that has finished stays as it is. Two runs at once in
-one `run/` spoil it: end the old one first. A SuperLink that was started again has forgotten the
-keys: run `superlink/register.sh` before. A hospital that was away starts its `start.sh` again, and
-goes on with what its folder holds.
-
-## Who can do what
-
-Hospitals reach Flower's Fleet API alone, through nginx and with the certificate in their folder.
-What commands everybody (run, register, stop, log) listens on the coordinator's loopback and needs
-the token in `superlink/home/credentials.yaml`. A hospital runs its own installation: a bundle with
-other sources is refused before anything of it runs. Who calls itself by a hospital's name must sign
-with that hospital's key (`superlink/nodes/`).
-
-## What is in a hospital's folder
-
-A hospital's folder holds its private key (`node.key`, `node-tls.key`), and later its optimizer
-state, logs and error texts (`runs/`). Its tables, and everything in that folder, stay there: of the
-model only B travels, beside allow-listed scalars.
-
-A hospital need not trust the coordinator's configuration for its patients' privacy: with
-`max-epsilon` in its `policy.toml` it takes part only in runs that protect every patient, and only
-until the epsilons of all of them, added up, reach that figure, and their deltas `max-delta`
-(`privacy-promises.jsonl`, one line for each run, never taken back).
-"""
 
 
 def _toml(values: Mapping[str, Scalar]) -> str:

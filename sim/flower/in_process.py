@@ -5,8 +5,7 @@ by the client app's own handlers; so the result is that of the simulation on Ray
 of B, and a debugger may stop anywhere.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -19,15 +18,15 @@ from common.config import Config
 from common.configio import flatten
 from common.data.dataset import Dataset
 from common.wire.undocumented_flower import (
+    RUN_ID,
     ProtoMessage,
-    TaskIdentity,
     message_from_proto,
     message_to_proto,
     set_message_id,
+    task_identity,
 )
 from server.app import main
 
-RUN_ID = 7
 FAILED = 2
 """Flower's code of a client app that raised."""
 
@@ -118,19 +117,6 @@ def through_the_wire(message: Message) -> tuple[Message, bytes]:
     """Return a message as its receiver reads it, and the bytes that it travelled as."""
     data = message_to_proto(message).SerializeToString()
     return message_from_proto(ProtoMessage.FromString(data)), data
-
-
-@contextmanager
-def task_identity() -> Iterator[None]:
-    """Say who makes messages, as Flower's processes do."""
-    names = ("_task_id", "_run_id", "_node_id")
-    before = {name: getattr(TaskIdentity, name) for name in names}
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, 1
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(TaskIdentity, name, value)
 
 
 def run_in_process(config: Config, data: Dataset, *, on_tick: Callable[[], None]) -> None:

@@ -12,9 +12,8 @@ import httpx
 from client.policy import Typed, read_model
 from client.site import Port
 from common.errors import RunFailed
-from common.wire.undocumented_flower import NO_UPDATE_CHECK
 from sim.flower import guarded_superlink
-from sim.flower.child_environment import without_loopback_proxy
+from sim.flower.child_environment import QUIET, without_loopback_proxy
 from sim.flower.children import Children
 from sim.flower.proxies import nginx_command
 from sim.flower.superlink import START_SECONDS, script
@@ -42,13 +41,9 @@ def flower_quiet(folder: Path) -> dict[str, str]:
     return {
         **os.environ,
         **without_loopback_proxy(os.environ),
+        **QUIET,
         "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),
         "FLWR_HOME": str(folder / "home"),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        NO_UPDATE_CHECK: "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
     }
 
 

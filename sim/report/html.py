@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.files import write_text
-from sim.report.page import fill, read
+from sim.pages.fill import fill, read
 
 _SPECIAL = re.compile(r"[\\`*\[\]|~#$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 """What markdown reads as markup anywhere; an underscore within a word is none."""

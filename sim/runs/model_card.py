@@ -17,8 +17,8 @@ from common.records.summary import Summary
 from common.rundir import Checkpoint, RunDirectory
 from common.template import OWN_TEMPLATE
 from common.text.prompts import messages, render_answer
+from sim.pages.fill import fill
 from sim.report.html import markdown_text
-from sim.report.page import fill
 from sim.report.words import COLUMNS, NOTICE, model_name, number
 
 Format = Literal["peft", "merged", "gguf"]

@@ -8,6 +8,7 @@ import pytest
 from common.errors import UserError
 from common.provenance import tensors_sha256
 from common.tensor_files import Altered
+from common.wire.undocumented_flower import TaskIdentity
 from server.kept_updates import read
 from server.replay import Replay
 
@@ -31,6 +32,14 @@ def test_the_replay_of_all_hospitals_is_the_run_to_the_last_bit(settings, tiny_c
     assert tensors_sha256(replay.of(NAMES)) == done.sha
     begun = done.run.load_checkpoint("round-00000").b
     assert tensors_sha256(replay.of([])) == tensors_sha256(begun)
+
+
+def test_a_replay_needs_no_task_of_flowers(tiny_config, in_process, monkeypatch):
+    """The command line is none, and Flower's messages ask who makes them."""
+    run = in_process(tiny_config(**KEEP, federation__rounds=1)).run
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, None)
+    assert Replay.open(run).hospitals == NAMES
 
 
 def test_a_replay_without_one_is_the_sum_of_the_others_mean_changes(tiny_config, in_process):

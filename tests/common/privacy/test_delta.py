@@ -79,4 +79,6 @@ def test_plan_says_what_delta_means(delta, said, monkeypatch) -> None:
     monkeypatch.setattr("common.privacy.forecast.alternatives", lambda *_: [])  # dear to search
     console = Console(record=True, width=200)
     show_plan(console, plan(config(**{"data.synthetic-patients": 80, "privacy.delta": delta})))
-    assert said in console.export_text()
+    text = console.export_text()
+    assert said in text
+    assert "sends B down" not in text, "nobody is asked to validate with privacy"

@@ -6,7 +6,6 @@ from cds_requests import TODAY
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from common.evaluation.high_priority import high_priority
 from sim.assist.cds_hooks import cds_routes
 
 
@@ -18,6 +17,6 @@ def model():
 @pytest.fixture
 def client(model):
     app = FastAPI()
-    app.include_router(cds_routes(model, interactions=high_priority(), today=lambda: TODAY))
+    app.include_router(cds_routes(model, today=lambda: TODAY))
     with TestClient(app) as asking:
         yield asking

@@ -8,8 +8,8 @@ from cds_requests import TITLES, bundle, condition, order, order_select, patient
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from common.config import Config, EvaluationConfig
-from sim.assist.cds_hooks import routes_of_run
+from common.evaluation.high_priority import warned_of
+from sim.assist.cds_hooks import cds_routes
 
 pytest.importorskip("fhir.resources.R4B")
 
@@ -133,8 +133,8 @@ def test_interactions_with_a_suggested_drug_are_a_warning(model, tmp_path):
         "drug_a,drug_b\naspirin,furosemide\nwarfarin,aspirin\nwarfarin,digoxin\n", "utf-8"
     )
     app = FastAPI()
-    config = Config(evaluation=EvaluationConfig(interactions=str(pairs)))
-    app.include_router(routes_of_run(model, config))
+    model.interactions = warned_of(str(pairs))
+    app.include_router(cds_routes(model))
     request = patient_view()
     request["prefetch"]["medications"] = bundle(order("Warfarin 5 mg Tab"), order("Digoxin"))
     with TestClient(app) as client:
@@ -154,9 +154,10 @@ def test_high_priority_interactions_have_a_card_of_their_own(model, tmp_path):
     request["prefetch"]["medications"] = bundle(order("Haloperidol Lactate"), order("Warfarin"))
     model.answer = model.list_of("Ondansetron ODT", "Aspirin", "Senna")
 
-    def shown(config):
+    def shown(file):
+        model.interactions = warned_of(file)
         app = FastAPI()
-        app.include_router(routes_of_run(model, config))
+        app.include_router(cds_routes(model))
         with TestClient(app) as client:
             _, *others = cards(call(client, request))
         assert {one["indicator"] for one in others} <= {"warning"}
@@ -168,11 +169,11 @@ def test_high_priority_interactions_have_a_card_of_their_own(model, tmp_path):
         }
 
     of_the_list = r"- Ondansetron ODT with haloperidol (QT\-prolonging agents with one another)"
-    assert shown(Config()) == {"High-priority interactions with suggested drugs: 1": [of_the_list]}
+    assert shown("") == {"High-priority interactions with suggested drugs: 1": [of_the_list]}
     pairs = tmp_path / "pairs.csv"
     text = "Drug_A,Drug_B,Level\nWarfarin,Aspirin,Major\nWarfarin,Senna,Minor\n"
     pairs.write_text(text, "utf-8")
-    assert shown(Config(evaluation=EvaluationConfig(interactions=str(pairs)))) == {
+    assert shown(str(pairs)) == {
         "High-priority interactions with suggested drugs: 2": [
             of_the_list,
             "- Aspirin with warfarin (major in the file of interactions)",

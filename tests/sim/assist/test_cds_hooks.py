@@ -11,7 +11,6 @@ from cds_requests import SECRET, TODAY, changed, order_select, patient_view
 from fastapi.testclient import TestClient
 
 from common.errors import UserError
-from common.evaluation.high_priority import high_priority
 from sim.assist.cds_hooks import LARGEST_BODY_BYTES, NOTICE, SERVICES, cds_routes
 from sim.assist.chart import require_fhir
 from sim.assist.server import PageState, make_app
@@ -176,7 +175,7 @@ PORT = 8080
 def served(model, tmp_path):
     """The page's application with the services in it, and its secret."""
     state = PageState(suggester=model, decisions=tmp_path / "decisions.jsonl", about={})
-    services = cds_routes(model, interactions=high_priority(), today=lambda: TODAY)
+    services = cds_routes(model, today=lambda: TODAY)
     app = make_app(state, port=PORT, services=services)
     with TestClient(app, base_url=f"http://127.0.0.1:{PORT}") as client:
         yield client, state.secret

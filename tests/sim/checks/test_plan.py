@@ -222,6 +222,7 @@ def test_what_a_person_reads_names_the_verdict():
     assert "fits 48 GB: +5." in text
     assert "B 2,621,440" in text
     assert "4,875 steps" in text
+    assert "validation sends B down once more" in text
 
 
 def test_every_part_is_explained_and_none_of_nothing_is_shown():

@@ -6,7 +6,7 @@ from dataclasses import replace
 from common.config import Config, PrivacyConfig, TextConfig
 from common.records.summary import Summary
 from common.rundir import RunDirectory
-from sim.report.tripod import ITEMS, answers, write_checklist
+from sim.report.tripod import checklist, write_checklist
 
 PEOPLE = ("1", "2", "3a", "3b", "13", "14a", "14b", "14c", "14d", "15", "19a", "19g")
 SUMMARY = {
@@ -37,15 +37,22 @@ SUMMARY = {
 }
 
 
+ROW = re.compile(r"^\| (\d+[a-g]?) \| [^|]+ \| (.+) \|$", re.MULTILINE)
+ITEMS = [item for item, _ in ROW.findall(checklist(Config(), Summary()))]
+
+
 def rows(text):
-    return dict(re.findall(r"^\| (\d+[a-g]?) \| [^|]+ \| (.+) \|$", text, re.MULTILINE))
+    found = ROW.findall(text)
+    assert [item for item, _ in found] == ITEMS
+    assert len(text.splitlines()) == len(ITEMS) + 7
+    return dict(found)
 
 
-def test_items_are_the_guidelines_in_order(tmp_path):
+def test_items_are_the_guidelines_in_order():
     numbers = [int(re.match(r"\d+", item)[0]) for item in ITEMS]
     assert numbers == sorted(numbers)
     assert set(numbers) == set(range(1, 20))
-    assert len(ITEMS) == 49
+    assert len(ITEMS) == len(set(ITEMS)) == 49
     letters = {
         n: "".join(i[len(str(n)) :] for i in ITEMS if re.fullmatch(rf"{n}[a-g]?", i))
         for n in numbers
@@ -68,7 +75,6 @@ def test_a_run_that_knows_nothing_leaves_results_to_the_author(tmp_path):
     run.write_json("summary.json", {})
     text = write_checklist(run).read_text(encoding="utf-8")
     found = rows(text)
-    assert list(found) == list(ITEMS)
     for item in (*PEOPLE, "6a", "7b", "7d", "7e", "8a", "8b", "12", "16d", "17", "18"):
         assert found[item] == "author"
     assert "no differential privacy" in found["6b"]
@@ -80,7 +86,6 @@ def test_what_the_run_knows_is_filled_in(tmp_path):
     run.write_json("summary.json", SUMMARY)
     text = write_checklist(run).read_text(encoding="utf-8")
     found = rows(text)
-    assert list(found) == list(ITEMS)
     assert all(found[item] == "author" for item in PEOPLE)
     assert found["17"].startswith("F1 0.348 on 32 held-out admissions")
     assert found["7e"] == "popularity (F1 0.413)"
@@ -96,17 +101,17 @@ def test_what_the_run_knows_is_filled_in(tmp_path):
 
 def test_a_private_runs_sizes_stay_untold():
     hidden = [{"name": "hospital-1"}, {"name": "hospital-2"}]
-    known = answers(Config(), Summary.model_validate({**SUMMARY, "hospitals": hidden}))
-    assert "16d" not in known
+    known = rows(checklist(Config(), Summary.model_validate({**SUMMARY, "hospitals": hidden})))
+    assert known["16d"] == "author"
 
 
 def test_how_lists_came_about_is_that_of_the_figures():
     """An evaluation may score where the run's configuration generates."""
-    generated = answers(Config(), Summary.model_validate(SUMMARY))
-    assert "6e" not in generated
+    generated = rows(checklist(Config(), Summary.model_validate(SUMMARY)))
+    assert generated["6e"] == "author"
     assert "text, one drug a line" in generated["6d"]
     settings = {"settings": {"method": "score", "decoding": "greedy", "max_new_tokens": 64}}
-    scored = answers(Config(), Summary.model_validate({**SUMMARY, "evaluation": settings}))
+    scored = rows(checklist(Config(), Summary.model_validate({**SUMMARY, "evaluation": settings})))
     assert "method score" in scored["6c"]
     assert "tokens" not in scored["6c"]
     assert scored["6d"].startswith("a ranking of the formulary's drugs")
@@ -115,10 +120,10 @@ def test_how_lists_came_about_is_that_of_the_figures():
 
 def test_prompts_of_the_users_own_are_for_the_authors_to_explain():
     summary = Summary.model_validate(SUMMARY)
-    assert answers(Config(), summary)["9a"] == "one fixed prompt, not tuned"
+    assert rows(checklist(Config(), summary))["9a"] == "one fixed prompt, not tuned"
     own = Config(text=TextConfig(system_prompt="Say | it.\nNow.", template="x\n{diagnoses}"))
-    known = answers(own, summary)
-    assert "9a" not in known
+    known = rows(checklist(own, summary))
+    assert known["9a"] == "author"
     assert 'system message "Say \\| it. Now."' in known["6c"]
     assert 'template "x {diagnoses}"' in known["6c"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-PAGES = Path(__file__).parent / "pages"
+PAGES = Path(__file__).parent
 
 
 def render(name: str, *, data: object, connect: str = "'none'") -> str:
@@ -51,6 +51,15 @@ def fenced(text: str) -> str:
     return f"{fence}text\n{text.strip()}\n{fence}"
 
 
+def cell(text: str) -> str:
+    r"""Keep a text within its cell of a Markdown table.
+
+    >>> print(cell("a|b"))
+    a\|b
+    """
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
 def script_json(data: object) -> str:
     r"""Return JSON that cannot end the script element that holds it.
 
@@ -71,7 +80,7 @@ def _templates() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters |= {"fenced": fenced, "quoted": json.dumps}
+    made.filters |= {"cell": cell, "fenced": fenced, "quoted": json.dumps}
     return made
 
 
