@@ -139,8 +139,7 @@ def train_round(config: Config, message: Message, context: Context, worker: Work
         try:
             train_own(task, folder)
         except Exception:  # whether it works depends on the data, and what is sent must not
-            with contextlib.suppress(OSError):
-                _keep_traceback(config)
+            _keep_traceback(config)
     return train_reply(wire, metrics, private=protects(config))
 
 
@@ -223,8 +222,7 @@ def answer(kind: str, message: Message, context: Context, worker: Worker) -> Mes
     except Exception as error:
         if _may_leave(error, config):
             raise
-        with contextlib.suppress(OSError):  # its text would hold the hospital's path
-            _keep_traceback(config)
+        _keep_traceback(config)
         reason = f"the reason stays in the hospital, in {ERRORS}"
         if not protects(config):
             place = traceback.extract_tb(error.__traceback__)[-1]
@@ -249,6 +247,7 @@ def _may_leave(error: Exception, config: Config) -> bool:
 
 
 def _keep_traceback(config: Config) -> None:
-    file = own_folder(Path(config.run.directory) / "hospitals") / ERRORS
-    with open(file, "a", encoding="utf-8", opener=for_owner) as stream:
-        stream.write(traceback.format_exc() + "\n")
+    with contextlib.suppress(OSError):  # its text would hold the hospital's path
+        file = own_folder(Path(config.run.directory) / "hospitals") / ERRORS
+        with open(file, "a", encoding="utf-8", opener=for_owner) as stream:
+            stream.write(traceback.format_exc() + "\n")
