@@ -11,7 +11,6 @@ from pathlib import Path
 from common.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-WHOLE_NUMBERS_ARE = "weights in fp32, fp16 or bf16"
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _QUANTISED = re.compile(
     r"\.(qweight|qzeros|scales|g_idx|SCB|CB|weight_(scale|packed|zero_point)(_inv)?|input_scale"
@@ -85,7 +84,7 @@ name the model that it was quantised from
     """
     return UserError(
         f"model.backbone={name} is quantised" + (f" ({how})" if how else ""),
-        allowed=WHOLE_NUMBERS_ARE,
+        allowed="weights in fp32, fp16 or bf16",
         fix="name the model that it was quantised from",
     )
 
