@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from common.config import Config, JudgeConfig
+from common.records.run import RunRecord
 from common.rundir import RunDirectory
 
 
@@ -193,6 +194,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         lines: list[dict[str, Any]], source: str | None = "synthetic", name: str = "run"
     ) -> RunDirectory:
         run = RunDirectory.create(Config(), directory=tmp_path / name)
+        run.write_json("run.json", RunRecord(mode="federation", resumable=True))
         for record in lines:
             run.append("predictions.jsonl", record)
         run.write_json("summary.json", {"rounds": 4, **({"source": source} if source else {})})
