@@ -5,12 +5,12 @@ import io
 import pytest
 from flwr.common.serde import message_from_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
-from rich.console import Console
 
 from common.errors import RunFailed
+from sim.cli.terminal import Terminal
 from sim.report.comparison import write_comparison
 from sim.report.run_report import run_blocks
-from sim.report.terminal import show_summary
+from sim.report.terminal import summary_parts
 from sim.runs.sweep import FIGURES
 
 
@@ -75,8 +75,8 @@ def test_round_without_a_loss_is_shown_as_a_dash(tiny_config, in_process, tmp_pa
     done = in_process(tiny_config(**MORE))
     summary = {**done.summary, "validation_loss": [3.0, None], "source": "credentialed"}
     done.run.write_json("summary.json", summary)
-    output = Console(file=io.StringIO(), width=120)
-    show_summary(output, done.run, done.run.summary())
+    output = Terminal(file=io.StringIO(), width=120)
+    output.say(*summary_parts(done.run, done.run.summary()))
     assert "validation loss 3.0000 -> –" in output.file.getvalue()
     assert run_blocks(done.run)
     write_comparison([done.run], tmp_path / "compared")

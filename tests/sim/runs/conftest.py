@@ -1,13 +1,11 @@
 """A single-node training small enough to be run dozens of times."""
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from common.config import Config
 from common.configio import from_flat
@@ -15,6 +13,7 @@ from common.rundir import RunDirectory
 from common.text.batches import Encoded
 from common.training.hospital_data import HospitalData
 from common.training.worker import Worker
+from sim.process.progress import SILENT, Console
 from sim.runs.single_training import SingleTraining
 
 BASE: dict[str, Any] = {
@@ -67,7 +66,7 @@ def configure() -> Callable[..., Config]:
 def begin(hospital: HospitalData, tmp_path: Path) -> Callable[..., SingleTraining]:
     """Begin, or go on with, a training in a run directory."""
 
-    def begun(config: Config, *, name: str = "run", console: Console | None = None):
+    def begun(config: Config, *, name: str = "run", console: Console = SILENT):
         path = tmp_path / name
         run = RunDirectory(path)
         if not path.exists():
@@ -77,7 +76,7 @@ def begin(hospital: HospitalData, tmp_path: Path) -> Callable[..., SingleTrainin
             config=config,
             session=Worker().session(config),
             hospital=hospital,
-            console=console or Console(file=io.StringIO()),
+            console=console,
         )
         training.restore()
         return training
