@@ -5,9 +5,8 @@ Each file carries its digest; one that was altered is refused, and with it the r
 
 from pathlib import Path
 
-import torch
-
 from common.files import json_line, needing_room, read_json_lines, write_text
+from common.records.run import StepLine
 from common.tensor_files import Tensors, read_tensors, write_tensors
 from common.training.optimiser import TrainState
 
@@ -30,13 +29,12 @@ def load_state(folder: Path, *, before_round: int) -> TrainState:
     tensors = load_kept(folder, "state", before_round=before_round)
     if not tensors:
         return TrainState()
-    return TrainState.from_tensors({k: torch.from_numpy(v) for k, v in tensors.items()})
+    return TrainState.from_tensors(tensors)
 
 
 def save_state(folder: Path, state: TrainState, *, server_round: int) -> None:
     """Write the state after a round."""
-    tensors = {key: value.numpy() for key, value in state.to_tensors().items()}
-    keep(folder, "state", tensors, server_round=server_round)
+    keep(folder, "state", state.to_tensors(), server_round=server_round)
 
 
 def kept_steps(folder: Path) -> int:
@@ -65,9 +63,9 @@ def forget_steps(folder: Path, *, from_round: int) -> None:
     """
     with needing_room(STEPS):
         (folder / STEPS).touch(mode=0o600)
-    lines = read_json_lines(folder / STEPS)
-    kept = [line for line in lines if line["round"] < from_round]
-    text = "".join(json_line(line) for line in kept)
+    lines = [StepLine.read(line, what=STEPS) for line in read_json_lines(folder / STEPS)]
+    kept = [line for line in lines if line.round < from_round]
+    text = "".join(json_line(line.as_json()) for line in kept)
     if lines != kept or (folder / STEPS).stat().st_size > len(text):
         write_text(folder / STEPS, text)
 

@@ -4,7 +4,6 @@ import contextlib
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Literal
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -43,8 +42,6 @@ from server.progress import note_end, note_start
 from server.roster import Roster
 from server.rounds import Rounds
 
-FLOWER: Literal["flower"] = "flower"
-
 app = ServerApp()
 
 
@@ -58,18 +55,11 @@ def main(grid: Grid, context: Context) -> None:
         federate(grid, config, run)
     except ChangedRun:
         raise
-    except FedrxError as error:
-        _note_failure(run, str(error))
-        raise
     except BaseException as error:
-        _note_failure(run, f"{type(error).__name__}: {error}")
+        reason = str(error) if isinstance(error, FedrxError) else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(OSError, DiskFull):  # then the error alone tells
+            run.write_status("failed", error=reason)
         raise
-
-
-def _note_failure(run: RunDirectory, reason: str) -> None:
-    """Say so in status.json; where that cannot be written, the error alone tells."""
-    with contextlib.suppress(OSError, DiskFull):
-        run.write_status("failed", error=reason)
 
 
 def federate(grid: Grid, config: Config, run: RunDirectory, *, clock: Clock = time) -> None:
@@ -97,7 +87,7 @@ def federate(grid: Grid, config: Config, run: RunDirectory, *, clock: Clock = ti
     summary = summarise(rounds.config, run, layout, inputs, rounds.roster, b, seconds)
     run.write_json(SUMMARY, summary)
     record = run.record()
-    if record and record.mode == FLOWER:
+    if record and record.mode == "flower":
         run.write_status("finished", round=config.federation.rounds)
         note_end(run)
     else:
@@ -110,8 +100,8 @@ def run_directory(config: Config) -> RunDirectory:
     run = RunDirectory(Path(config.run.directory))
     if run.record() is None:
         run = RunDirectory.create(config, directory=run.path)
-        run.write_json(ENVIRONMENT, {**environment([]), "mode": FLOWER})
-        run.write_json(RUN, RunRecord(mode=FLOWER, resumable=False))
+        run.write_json(ENVIRONMENT, {**environment([]), "mode": "flower"})
+        run.write_json(RUN, RunRecord(mode="flower", resumable=False))
     return run
 
 
@@ -133,12 +123,9 @@ def summarise(
         if event.hospital is None
     }
     losses |= {event.place: None for event in run.metrics(NOT_EVALUATED)}
-    workers = [
-        run.read_json(f"workers/{file.name}")
-        for file in sorted((run.path / "workers").glob("*.json"))
-    ]
-    trained = sum(one["training_seconds"] for one in workers)
-    peaks = [one["peak_device_bytes"] for one in workers if one["peak_device_bytes"]]
+    workers = run.workers()
+    trained = sum(one.training_seconds for one in workers)
+    peaks = [one.peak_device_bytes for one in workers if one.peak_device_bytes]
     summary = Summary(
         trainable_parameters=layout.trainable_parameters,
         adapter=AdapterFacts.model_validate(adapter_spec(config.adapter)),
@@ -151,11 +138,11 @@ def summarise(
         b_sha256=tensors_sha256(b),
         wire=wire_totals(run),
         overhead_seconds_per_hospital_round=overhead_seconds(run, len(workers)),
-        backbone_loads=sum(one["backbone_loads"] for one in workers),
+        backbone_loads=sum(one.backbone_loads for one in workers),
         workers=len(workers),
         validation_loss=tuple(losses[index] for index in sorted(losses)),
         seconds=seconds,
-        tokens_per_second=tokens_per_second(sum(one["tokens"] for one in workers), trained),
+        tokens_per_second=tokens_per_second(sum(one.tokens for one in workers), trained),
         peak_rss_bytes=peak_rss_bytes(),
         peak_device_bytes=max(peaks, default=None),
         device=first.device,

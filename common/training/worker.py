@@ -15,6 +15,7 @@ from common.model.backbone.load import BackboneSpec, resolve_backbone
 from common.model.backbone.reading import Destination
 from common.model.session import Session, early_destination, open_session
 from common.provenance import peak_device_bytes
+from common.records.run import WorkerFacts
 from common.training.hospital_data import HospitalData, encode_hospital
 
 
@@ -63,31 +64,24 @@ class Worker:
         """Keep no data: the next that is asked for is read."""
         self._data = None
 
-    def backbone(
-        self,
-        name: str,
-        *,
-        destination: Destination | None = None,
-        progress: Callable[[str], None] | None = None,
-    ) -> BackboneSpec:
-        """Return a backbone, resolved once."""
-        if self._backbone is None or self._backbone.name != name:
-            if destination:
-                self._close()
-            self._backbone = resolve_backbone(name, progress=progress, destination=destination)
-        return self._backbone
-
     def backbone_to_open(
         self, config: Config, progress: Callable[[str], None] | None = None
     ) -> BackboneSpec:
-        """Return the backbone of a session that will be opened: a GPU has its weights already.
+        """Return the backbone of a session that will be opened, resolved once.
+
+        A GPU has its weights already.
 
         Args:
             config: The session's.
             progress: Called with one line when something takes long.
         """
-        destination = destination_of(config)
-        return self.backbone(config.model.backbone, destination=destination, progress=progress)
+        name = config.model.backbone
+        if self._backbone is None or self._backbone.name != name:
+            destination = destination_of(config)
+            if destination:
+                self._close()
+            self._backbone = resolve_backbone(name, progress=progress, destination=destination)
+        return self._backbone
 
     def _close(self) -> None:
         self._session = None
@@ -140,11 +134,11 @@ class Worker:
         """Write how often weights were loaded, and how training goes; stays on the machine."""
         folder = Path(config.run.directory) / "workers"
         tokens, seconds = self._trained.get(config.run.directory, (0, 0.0))
-        facts = {
-            "backbone_loads": self.loads,
-            "threads": torch.get_num_threads(),
-            "tokens": tokens,
-            "training_seconds": round(seconds, 3),
-            "peak_device_bytes": peak_device_bytes(),
-        }
-        write_json(folder / f"{os.getpid()}.json", facts)
+        facts = WorkerFacts(
+            backbone_loads=self.loads,
+            threads=torch.get_num_threads(),
+            tokens=tokens,
+            training_seconds=round(seconds, 3),
+            peak_device_bytes=peak_device_bytes(),
+        )
+        write_json(folder / f"{os.getpid()}.json", facts.as_json())

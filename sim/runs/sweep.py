@@ -153,13 +153,10 @@ def sweep(
         command_line: Stored in each run's environment.json.
         jobs: See ``sim.runs.slurm.jobs_on``.
 
-    Returns:
-        The content of sweep.json.
-
     Raises:
         UserError: if another process is at work on it, or a run in it is not the cell's.
     """
-    kind = Sweep(cells, command_line, jobs=jobs)
+    kind = Sweep(cells, jobs=jobs)
     return start_or_go_on(kind, folder, console=console, command_line=command_line).result
 
 
@@ -169,8 +166,9 @@ class Sweep(Cells):
     mode = "sweep"
     file = "sweep.json"
 
-    def together(self, run: Run) -> SweepRecord:
-        """Return the table."""
+    def train(self, run: Run) -> SweepRecord:
+        """Do what is left of every cell, and put all into the table."""
+        self.finish(run)
         arms: dict[str, dict[int, list[Summary]]] = {}
         for cell in self.cells:
             summary = self.runs[cell.folder].summary()
@@ -243,8 +241,7 @@ def _answers(summary: Summary) -> Figures:
 
 
 def _worst_f1(figures: Figures) -> float | None:
-    each = (figures.model_extra or {}).get("by_hospital") or {}
-    known = [one["f1"] for one in each.values() if one["f1"] is not None]
+    known = [one.f1 for one in figures.by_hospital.values() if one.f1 is not None]
     return min(known, default=None)
 
 

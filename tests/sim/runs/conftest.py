@@ -47,8 +47,6 @@ def hospital() -> HospitalData:
     """Eleven training samples, so that epochs end inside batches."""
     return HospitalData(
         name="hospital-1",
-        patients=14,
-        samples=14,
         train=random_samples(11, 1),
         validation=random_samples(3, 2),
     )
