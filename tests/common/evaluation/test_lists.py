@@ -217,7 +217,7 @@ def test_a_file_of_names_replaces_the_training_splits(session, b, tmp_path):
     found = read_formulary(file)
     assert found == ("Heparin", "Only Held Out", "Warfarin")
     rows = models(evaluated(session, b, decoding="formulary", formulary=str(file)))
-    assert {name for row in rows for name in row.answer} <= set(found.names)
+    assert {name for row in rows for name in row.answer} <= set(found)
 
 
 @pytest.mark.parametrize(
