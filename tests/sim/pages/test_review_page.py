@@ -5,10 +5,10 @@ import http.server
 import json
 import os
 import threading
-import time
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from common.errors import UserError
 from sim.answers.review import import_reviews, make_review
@@ -72,12 +72,7 @@ def go_on(browser, name):
 
 
 def downloaded(folder):
-    for _ in range(100):
-        files = [f for f in folder.iterdir() if f.suffix == ".json"]
-        if files:
-            return files[0]
-        time.sleep(0.1)
-    raise AssertionError("nothing was downloaded")
+    return until(lambda: next(folder.glob("*.json"), None), "nothing was downloaded", 10)
 
 
 @pytest.mark.browser
