@@ -45,7 +45,8 @@ from common.configio import Scalar, from_flat, parse_overrides, read_config
 from common.evaluation.transfer import half_width
 from common.records.summary import Summary
 from sim.flower.superlink import end_with_parent
-from sim.runs.sweep import Cell, plan_cells, run_cell
+from sim.runs.cells import Cell, run_cell
+from sim.runs.sweep import plan_cells
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = {

@@ -114,8 +114,8 @@ class RunDirectory:
         except OSError as error:
             raise _unusable(directory, error) from None
         run = cls(directory)
-        run.write_config(config)
         run.write_status("started")
+        run.write_config(config)
         return run
 
     @classmethod
@@ -134,15 +134,22 @@ class RunDirectory:
         """Open an existing run directory.
 
         Raises:
-            UserError: if ``path`` is not a run directory.
+            UserError: if ``path`` is not a run directory, or is one of runs inside.
         """
-        path = path.expanduser().absolute()
-        if not (path / "config.toml").is_file():
+        run = cls(path.expanduser().absolute())
+        record = run.record()
+        if record is None:
             raise UserError(
-                f"{path} is not a run directory: it has no config.toml",
+                f"{run.path} is not a run directory: it has no {RUN}",
                 fix="name a folder that a fedrx run has written",
             )
-        return cls(path)
+        if record.cells:
+            raise UserError(
+                f"{run.path} holds the runs of one {record.mode}",
+                allowed="a run, such as " + str(run.path / record.cells[0]),
+                fix="name one inside, or give the command of all again",
+            )
+        return run
 
     def write_config(self, config: Config) -> None:
         """Write the resolved configuration."""
@@ -153,7 +160,7 @@ class RunDirectory:
         return read_config(self.path / "config.toml")
 
     def record(self) -> RunRecord | None:
-        """Read run.json, else what environment.json tells; None of a run that never began."""
+        """Read run.json; None of a run that never began."""
         content = self.read_json(RUN)
         if content.get("schema_version", SCHEMA) != SCHEMA:
             raise UserError(
@@ -161,10 +168,7 @@ class RunDirectory:
                 allowed=f"schema version {SCHEMA}",
                 fix="use the version that made it",
             )
-        if content:
-            return RunRecord.read(content, what=str(self.path / RUN))
-        facts = self.read_json(ENVIRONMENT)
-        return RunRecord.of_environment(facts) if facts else None
+        return RunRecord.read(content, what=str(self.path / RUN)) if content else None
 
     def inputs(self) -> Inputs:
         """Return what a run reads; what is not known of it is empty."""
@@ -188,6 +192,11 @@ class RunDirectory:
     def status(self) -> Status:
         """Read status.json."""
         return Status.read(_read_object(self.path / STATUS), what=str(self.path / STATUS))
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it is a run that has come to its end."""
+        return self.record() is not None and self.status().state == "finished"
 
     def write_json(self, name: str, value: Any) -> None:
         """Write one JSON document, or a record, atomically."""
@@ -355,9 +364,17 @@ def _named(config: Config, directory: Path | None) -> Path | None:
     return directory
 
 
+def _is_unbegun(directory: Path) -> bool:
+    """Tell whether a folder holds nothing but what was written before run.json: before any work."""
+    if not (directory / STATUS).exists():  # the first file
+        return all(file.match(f".{STATUS}.*.part") for file in directory.iterdir())
+    run = RunDirectory(directory)
+    return run.record() is None and run.status().state == "started"
+
+
 def _require_new(directory: Path) -> None:
     try:
-        occupied = any(directory.iterdir()) if directory.exists() else False
+        occupied = directory.exists() and not _is_unbegun(directory)
         # Above it, a file would be in the way, or a folder that nobody may write to.
         above = next(place for place in (directory, *directory.parents) if place.exists())
         if not above.is_dir():
@@ -378,14 +395,3 @@ def _unusable(directory: Path, error: OSError) -> UserError:
     return UserError(
         f"run directory {directory}: {error.strerror}", fix="name a writable --run-dir"
     )
-
-
-def remove_unbegun(path: Path) -> None:
-    """Remove the folder of a run that was killed before run.json, so before any work.
-
-    A folder that holds anything else stays.
-    """
-    names = {file.name for file in path.iterdir()} if path.is_dir() else set()
-    written = {"config.toml", STATUS, DATA}
-    if all(name in written or name.endswith(".part") for name in names):
-        shutil.rmtree(path, ignore_errors=True)

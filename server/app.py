@@ -107,12 +107,11 @@ def federate(grid: Grid, config: Config, run: RunDirectory, *, clock: Clock = ti
 
 def run_directory(config: Config) -> RunDirectory:
     """Open the run directory that the launcher made, or make one for plain ``flwr run``."""
-    directory = Path(config.run.directory)
-    if (directory / "config.toml").exists():
-        return RunDirectory.open(directory)
-    run = RunDirectory.create(config, directory=directory)
-    run.write_json(ENVIRONMENT, {**environment([]), "mode": FLOWER})
-    run.write_json(RUN, RunRecord(mode=FLOWER, resumable=False))
+    run = RunDirectory(Path(config.run.directory))
+    if run.record() is None:
+        run = RunDirectory.create(config, directory=run.path)
+        run.write_json(ENVIRONMENT, {**environment([]), "mode": FLOWER})
+        run.write_json(RUN, RunRecord(mode=FLOWER, resumable=False))
     return run
 
 

@@ -136,9 +136,9 @@ def one_run_audit(
     bound = min(bounds)
     claim = epsilon(audited).value
     ceiling = lower_bound(Guesses(canaries, canaries, canaries), plan.delta, confidence=_EACH)
-    passed = bound <= claim
+    passed, has_power = bound <= claim, claim <= ceiling
     verdict = "consistent with the claim" if passed else "the claim is refuted"
-    if passed and claim > ceiling:
+    if passed and not has_power:
         verdict = f"no power: {canaries} canaries cannot refute a claim above {ceiling:.2f}"
     return Finding(
         audit="one-run audit",
@@ -149,6 +149,7 @@ def one_run_audit(
         interval=(bound, math.inf),
         limit=claim,
         false_alarm=(1 - CONFIDENCE) ** repeats,
+        has_power=has_power,
         passed=passed,
         verdict=verdict,
     )

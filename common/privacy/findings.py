@@ -28,6 +28,8 @@ class Finding:
     """95% interval of the figure; None where the figure is exact."""
     false_alarm: float = 0.0
     """Largest probability with which a correct mechanism fails; 0 where the check is exact."""
+    has_power: bool = True
+    """Whether an attack of this size could refute the claim at all."""
 
 
 def verdict_of(good: str, complaints: Sequence[str]) -> str:

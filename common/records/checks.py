@@ -1,5 +1,9 @@
 """What the checks write: audits, and the plan of a run."""
 
+from dataclasses import dataclass
+
+from pydantic import ConfigDict
+
 from common.choice import Choice
 from common.records import PartialRecord, Record
 from common.records.privacy import Forecast
@@ -61,6 +65,36 @@ class MeasuredTime(Record):
     hours: float
     """Of all steps of all hospitals, one after the other."""
     source: str
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Mean of a figure over seeds, and half the width of its confidence interval, where known."""
+
+    mean: float | None
+    half_width: float | None
+
+
+class ArmRow(Record):
+    """One row of a sweep's table: the arm's figures beside its own keys."""
+
+    model_config = ConfigDict(extra="allow")
+
+    __pydantic_extra__: dict[str, Interval]
+    arm: str
+    runs: int
+
+    @property
+    def figures(self) -> dict[str, Interval]:
+        """The figures, by the names that people read."""
+        return self.__pydantic_extra__
+
+
+class SweepRecord(Record):
+    """sweep.json."""
+
+    confidence: float
+    rows: tuple[ArmRow, ...]
 
 
 class PlanRecord(PartialRecord):

@@ -1,7 +1,6 @@
 """What a run directory says of the run: what kind it is, what it reads."""
 
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Literal
 
 from pydantic import ConfigDict
 
@@ -9,7 +8,7 @@ from common.records import OpenRecord, Record
 
 SCHEMA = 1
 """Version of all files of a run directory, in its run.json."""
-Mode = Literal["federation", "single", "paper", "sweep", "audit", "flower"]
+Mode = Literal["federation", "single", "paper", "sweep", "generalise", "audit", "flower"]
 """How a run is made; ``flower`` by plain ``flwr run``, which alone can start it again."""
 Direction = Literal["down", "up"]
 State = Literal["started", "running", "finished", "failed", "interrupted"]
@@ -55,17 +54,14 @@ class RunRecord(Record):
     best: bool = False
     """Of a paper run: whether the best settings found here have a run inside too."""
     cells: tuple[str, ...] = ()
-    """Of a sweep: the folders of its runs."""
+    """Of a sweep, or of generalise: the folders of its runs."""
     layout: Layout | None = None
     """Of a federation."""
 
-    @classmethod
-    def of_environment(cls, facts: Mapping[str, Any]) -> Self:
-        """Return the record of a run made before there was run.json, from its environment.json."""
-        mode = facts.get("mode", "audit")  # the one kind that did not say what it was
-        known = {key: facts[key] for key in ("config", "inputs", "scale", "ranks") if key in facts}
-        resumable = mode not in ("audit", "flower")
-        return cls.read({"mode": mode, "resumable": resumable, **known}, what="environment.json")
+    @property
+    def has_model(self) -> bool:
+        """Whether it trains one model, with checkpoints and answers of its own."""
+        return self.mode in ("federation", "single", "flower")
 
 
 class Status(OpenRecord):
@@ -80,6 +76,8 @@ class Status(OpenRecord):
     rank: int | None = None
     """Of a paper run: which run inside is at work."""
     lists: str = ""
+    cells: int | None = None
+    """Of a sweep: how many of its runs are finished."""
     seconds: float | None = None
     error: str = ""
     """One line, of a run that failed."""

@@ -316,11 +316,10 @@ def find_run(path: Path | None) -> RunDirectory:
     """
     if path is not None:
         return open_run(path)
-    folders = sorted(Path("runs").glob("*/config.toml"), reverse=True)
-    for file in folders:
-        run = RunDirectory.open(file.parent)
-        # Audits and paper runs have no checkpoint of their own.
-        if run.status().state == "finished" and run.checkpoint_names():
+    for file in sorted(Path("runs").absolute().glob("*/run.json"), reverse=True):
+        run = RunDirectory(file.parent)
+        record = run.record()
+        if record and record.has_model and run.is_finished:
             return run
     raise UserError(
         "there is no finished run below ./runs",

@@ -204,9 +204,9 @@ def _membership(trials: Sequence[_Trial], plan: PrivacyPlan) -> list[Finding]:
     bare = [trial.areas(likelihood_ratios(trial.rounds, plan, bare=True)) for trial in trials]
     count, claim = len(trials[0].taking_part), epsilon(plan).value
     ceiling = lower_bound(Guesses(count, count, count), plan.delta, confidence=1 - 0.046 / 3)
-    refuted = min(bounds) > claim
+    refuted, has_power = min(bounds) > claim, claim <= ceiling
     verdict = "the claim is refuted" if refuted else "consistent with the claim"
-    if not refuted and ceiling < claim:
+    if not refuted and not has_power:
         verdict += f"; {count} canaries could not refute a claim above {ceiling:.2f}"
     more = area > limit
     # who was in and never drawn cannot be told from those who were out
@@ -223,6 +223,7 @@ def _membership(trials: Sequence[_Trial], plan: PrivacyPlan) -> list[Finding]:
             interval=(min(bounds), float("inf")),
             limit=claim,
             false_alarm=(1 - CONFIDENCE) ** len(trials),
+            has_power=has_power,
             passed=not refuted,
             verdict=verdict,
         ),

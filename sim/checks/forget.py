@@ -28,7 +28,7 @@ from sim.answers.held_out import HeldOut
 from sim.checks.audit_membership import FEWEST, MEMBERSHIP, split_records
 from sim.process.lock import exclusive
 from sim.report.words import number
-from sim.runs.sweep import Cell, run_cell
+from sim.runs.cells import Cell, run_cell
 
 FORGET, B_FILE = "forget.json", "b.safetensors"
 RUN, REPLAYED, NEVER = "the run", "replayed without it", "a run that never had it"

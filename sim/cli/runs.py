@@ -98,18 +98,13 @@ def sweep(
         console.print(f"{len(cells)} runs")
         return
     folder = run_dir or Path("runs") / f"sweep-{config.run.name}"
+    jobs = None
     if slurm is not None or slurm_set:
-        from sim.runs.slurm import run_cells
+        from sim.runs.slurm import jobs_on
 
-        run_cells(
-            cells,
-            folder,
-            partition=slurm or "",
-            options=slurm_set or (),
-            console=console,
-            command_line=sys.argv,
-        )
-    print_json(run_sweep(cells, folder, console=console, command_line=sys.argv), json_output)
+        jobs = jobs_on(slurm or "", slurm_set or ())
+    table = run_sweep(cells, folder, console=console, command_line=sys.argv, jobs=jobs)
+    print_json(table.as_json(), json_output)
 
 
 def export(

@@ -71,10 +71,10 @@ class Federation(Kind):
         """Say how many workers there are, and why."""
         return {**super().facts(record), "workers": asdict(self.workers)}
 
-    def place(self, directory: RunDirectory) -> Mapping[str, int]:
+    def place(self, run: Run) -> Mapping[str, object]:
         """Return the last round that has a checkpoint; -1 before the first."""
-        names = directory.checkpoint_names()
-        return {"round": directory.checkpoint_facts(names[-1]).round if names else -1}
+        names = run.directory.checkpoint_names()
+        return {"round": run.directory.checkpoint_facts(names[-1]).round if names else -1}
 
     def train(self, run: Run) -> Summary:
         """Run the rounds after the last checkpoint (or all); the server sums them up."""
@@ -94,7 +94,7 @@ class Federation(Kind):
 def train_rounds(run: Run) -> dict[str, float]:
     """Run the rounds that are left, with progress shown; return the seconds of their start."""
     config, directory = run.config, run.directory
-    directory.write_status("started", **run.kind.place(directory))
+    directory.write_status("started", **run.place)
     shutil.rmtree(directory.path / "workers", ignore_errors=True)
     steps = total_steps(config, run.preparation.data.hospitals)
     rounds = config.federation.rounds

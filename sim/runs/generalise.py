@@ -5,8 +5,7 @@ and some. Patients stay where the configuration deals them; what a seed changes 
 data and who is asked.
 """
 
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from common.evaluation.answers_file import read_answers
 from common.evaluation.metrics import drug_map_of, f1_by_admission
 from common.evaluation.transfer import Measured, Results, Trained, measured
 from common.privacy.settings import plan_of, protects
-from common.provenance import shown_command
 from common.records import Record
 from common.rundir import RunDirectory
 from common.training.worker import Worker
@@ -32,8 +30,9 @@ from server.strategies import check_strategy
 from sim.answers.held_out import HeldOut
 from sim.process.progress import Meter
 from sim.report.transfer_page import show_transfer, write_transfer_page
+from sim.runs.cells import Cell, Cells
+from sim.runs.lifecycle import Run, start_or_go_on
 from sim.runs.preparation import with_absolute_paths
-from sim.runs.sweep import Cell, run_all
 
 ALL, ALONE, WITHOUT = "all", "alone", "without"
 SEEDS = ("train.seed", "adapter.seed", "federation.seed")
@@ -49,6 +48,11 @@ class GeneraliseRecord(Record):
     """Of the lists."""
     loss: Measured
     """Nats per answer token."""
+
+    @property
+    def measures(self) -> dict[str, Measured]:
+        """Both, by the name that people read."""
+        return {"F1": self.f1, "loss": self.loss}
 
 
 def groups(names: Sequence[str], place: int) -> dict[tuple[str, str], tuple[str, ...]]:
@@ -115,7 +119,7 @@ def generalise(
     console: Console,
     command_line: Sequence[str],
     run: RunDirectory | None = None,
-) -> GeneraliseRecord:
+) -> Record:
     """Train what is not trained yet, and put everything into matrices, a curve and a page.
 
     Args:
@@ -129,106 +133,96 @@ def generalise(
     Raises:
         UserError: see ``plan_models``; if a run in the folder is another, or answered other cases.
     """
-    cells = plan_models(config, seeds)
-    if run and not is_finished_federation(run):
+    record = run.record() if run else None
+    if run and not (run.is_finished and record and record.mode == "federation"):
         raise UserError(
             f"{run.path} is no finished federation",
             allowed="a run of `fedrx federate` that is finished, or a configuration",
             fix="`fedrx resume` it, or name a configuration",
         )
-    again = shlex.join(shown_command(command_line)) or "the same `fedrx generalise`"
-    runs = run_all(
-        cells,
-        folder,
-        console=console,
-        command_line=command_line,
-        again=again,
-        trained={cells[0].folder: run} if run else {},
-    )
-    # Cells in this process have opened it, under absolute paths.
-    data = client.app.worker().data(with_absolute_paths(config))
-    result = GeneraliseRecord(
-        source=data.source,
-        seeds=seeds,
-        f1=measured(_by_f1(config, data, cells, runs), _names(data)),
-        loss=measured(_by_loss(config, data, cells, runs, console), _names(data)),
-    )
-    directory = RunDirectory(folder)
-    directory.write_json(GENERALISE, result)
-    measures = {"F1": result.f1, "loss": result.loss}
-    show_transfer(console, measures)
-    page = write_transfer_page(folder / PAGE, data.source, seeds, measures)
-    console.print(f"page: {page}", markup=False, highlight=False)
-    return result
+    kind = Generalise(config, seeds, command_line, run)
+    return start_or_go_on(kind, folder, console=console, command_line=command_line).result
 
 
-def is_finished_federation(run: RunDirectory) -> bool:
-    """Return whether a run stands for the model of all hospitals."""
-    record = run.record()
-    return bool(record and record.mode == "federation") and run.status().state == "finished"
+class Generalise(Cells):
+    """Models of one, some and all hospitals, and what each is worth at every hospital."""
 
+    mode = "generalise"
+    file = GENERALISE
 
-def _names(data: Dataset) -> list[str]:
-    return [hospital.name for hospital in data.hospitals]
+    def __init__(
+        self, config: Config, seeds: int, command_line: Sequence[str], run: RunDirectory | None
+    ) -> None:
+        cells = plan_models(config, seeds)
+        super().__init__(cells, command_line, trained={cells[0].folder: run} if run else {})
+        self.config, self.seeds = config, seeds
 
+    def together(self, run: Run) -> GeneraliseRecord:
+        """Return the matrices and the curve, by lists and by loss."""
+        # Cells in this process have opened it, under absolute paths.
+        data = client.app.worker().data(with_absolute_paths(self.config))
+        names = [hospital.name for hospital in data.hospitals]
+        models = [
+            Trained(tuple(trained_by(cell.config.federation) or names), cell.seed)
+            for cell in self.cells
+        ]
+        return GeneraliseRecord(
+            source=data.source,
+            seeds=self.seeds,
+            f1=measured(self._by_f1(data, models), names),
+            loss=measured(self._by_loss(data, models, run.console), names),
+        )
 
-def _models(data: Dataset, cells: Sequence[Cell]) -> list[Trained]:
-    everybody = _names(data)
-    return [
-        Trained(tuple(trained_by(cell.config.federation) or everybody), cell.seed) for cell in cells
-    ]
+    def report(self, run: Run, result: GeneraliseRecord) -> None:
+        """Write the page."""
+        page, measures = run.directory.path / PAGE, result.measures
+        write_transfer_page(page, result.source, result.seeds, measures)
 
+    def show(self, run: Run, result: GeneraliseRecord) -> None:
+        """Show what hospitals gain."""
+        show_transfer(run.console, result.measures)
+        page = run.directory.path / PAGE
+        run.console.print(f"page: {page}", markup=False, highlight=False)
 
-def _by_f1(
-    config: Config, data: Dataset, cells: Sequence[Cell], runs: Mapping[str, RunDirectory]
-) -> Results:
-    settings, level = config.evaluation, config.data.normalisation
-    cases = choose_cases(data.hospitals, samples=settings.samples, seed=settings.seed)
-    rows_RN = []
-    for cell in cells:
-        run = runs[cell.folder]
-        rows = {row.case: row for row in read_answers(run) if row.model == "fedrx"}
-        if list(rows) != [case.name for case in cases]:
-            raise UserError(
-                f"{run.path} answered other cases than its configuration names",
-                fix=f"fedrx evaluate {run.path}",
-            )
-        answers = list(rows.values())
-        rows_RN.append(f1_by_admission(answers, level=level, drug_map=drug_map_of(config.data)))
-    return Results(
-        models=_models(data, cells),
-        values_RN=np.array(rows_RN),
-        patients_N=[case.cluster for case in cases],
-        hospitals_N=[data.hospitals[case.hospital].name for case in cases],
-        higher_is_better=True,
-        resamples=settings.bootstrap,
-        seed=settings.seed,
-    )
+    def _by_f1(self, data: Dataset, models: Sequence[Trained]) -> Results:
+        settings, level = self.config.evaluation, self.config.data.normalisation
+        cases = choose_cases(data.hospitals, samples=settings.samples, seed=settings.seed)
+        drug_map, rows_RN = drug_map_of(self.config.data), []
+        for run in self.runs.values():
+            rows = {row.case: row for row in read_answers(run) if row.model == "fedrx"}
+            if list(rows) != [case.name for case in cases]:
+                raise UserError(
+                    f"{run.path} answered other cases than its configuration names",
+                    fix=f"fedrx evaluate {run.path}",
+                )
+            rows_RN.append(f1_by_admission(list(rows.values()), level=level, drug_map=drug_map))
+        return Results(
+            models=models,
+            values_RN=np.array(rows_RN),
+            patients_N=[case.cluster for case in cases],
+            hospitals_N=[data.hospitals[case.hospital].name for case in cases],
+            higher_is_better=True,
+            resamples=settings.bootstrap,
+            seed=settings.seed,
+        )
 
-
-def _by_loss(
-    config: Config,
-    data: Dataset,
-    cells: Sequence[Cell],
-    runs: Mapping[str, RunDirectory],
-    console: Console,
-) -> Results:
-    settings, worker = config.evaluation, Worker()
-    rows_RN, at = [], []
-    with Meter(console, "losses", len(cells)) as meter:
-        for done, cell in enumerate(cells, 1):
-            session = worker.session(cell.config)  # A is another in every seed
-            held_out = HeldOut.of(data.hospitals, session, config)
-            b = runs[cell.folder].load_checkpoint().b
-            rows_RN.append(held_out.losses(session, [b])[0])
-            at = held_out.hospitals
-            meter.update(done)
-    return Results(
-        models=_models(data, cells),
-        values_RN=np.array(rows_RN),
-        patients_N=range(len(at)),
-        hospitals_N=at,
-        higher_is_better=False,
-        resamples=settings.bootstrap,
-        seed=settings.seed,
-    )
+    def _by_loss(self, data: Dataset, models: Sequence[Trained], console: Console) -> Results:
+        settings, worker = self.config.evaluation, Worker()
+        rows_RN, at = [], []
+        with Meter(console, "losses", len(self.cells)) as meter:
+            for done, cell in enumerate(self.cells, 1):
+                session = worker.session(cell.config)  # A is another in every seed
+                held_out = HeldOut.of(data.hospitals, session, self.config)
+                b = self.runs[cell.folder].load_checkpoint().b
+                rows_RN.append(held_out.losses(session, [b])[0])
+                at = held_out.hospitals
+                meter.update(done)
+        return Results(
+            models=models,
+            values_RN=np.array(rows_RN),
+            patients_N=range(len(at)),
+            hospitals_N=at,
+            higher_is_better=False,
+            resamples=settings.bootstrap,
+            seed=settings.seed,
+        )

@@ -1,6 +1,7 @@
 """The life of a run: begun or gone on with, held alone, trained, answered, reported.
 
-A kind of run (``federate``, ``single``, ``paper``, ``audit``) supplies what differs.
+A kind of run (``federate``, ``single``, ``paper``, ``sweep``, ``generalise``, ``audit``) supplies
+what differs.
 """
 
 import time
@@ -9,6 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -34,7 +36,14 @@ from sim.report.run_report import write_report
 from sim.report.terminal import show_summary
 from sim.runs.curves import check_tracker, curves, with_tracker
 from sim.runs.preparation import Preparation, data_facts, fingerprints, prepare
-from sim.runs.stages import EVALUATION, REPORT, after_training, is_trained, reported
+from sim.runs.stages import (
+    EVALUATION,
+    REPORT,
+    after_training,
+    is_trained,
+    reported,
+    resume_command,
+)
 
 
 class Kind:
@@ -46,6 +55,8 @@ class Kind:
     """Whether this process trains, with the run's worker."""
     renewed = False
     """Whether a finished run is worked on again when it is resumed."""
+    file = SUMMARY
+    """Where its result stands."""
 
     def resolve(self, config: Config) -> Config:
         """Before data is read: fill in what decides the result, refuse what is known to fail."""
@@ -68,35 +79,25 @@ class Kind:
         """Return what environment.json says beside the environment."""
         return record.model_dump(mode="json", include={"mode", "config", "inputs"})
 
-    def place(self, directory: RunDirectory) -> Mapping[str, int]:
+    def place(self, run: "Run") -> Mapping[str, object]:
         """Return how far a run has come, for status.json."""
         return {}
 
-    def train(self, run: "Run") -> Summary:
-        """Train what is left, and sum it up."""
+    def again(self, directory: RunDirectory) -> str:
+        """Return the command that goes on with a run; empty where none does."""
+        return resume_command(directory) if self.resumable else ""
+
+    def train(self, run: "Run") -> Any:
+        """Do what is left of the training, or of what stands in its place, and sum it up."""
         raise NotImplementedError
 
-    def work(self, run: "Run") -> Record:
-        """Do all that is left: training, answers, report."""
-        directory, console, data = run.directory, run.console, run.preparation.data
-        summary = directory.summary()
-        spent = sum(directory.numbers("round-seconds"))
-        run.seconds_before = summary.training_seconds or float(spent)
-        if not is_trained(directory):
-            summary = self.train(run)
-        if summary.training_seconds is None:
-            summary = summary.having(training_seconds=round(run.seconds, 3))
-        directory.write_json(SUMMARY, summary.having(source=data.source))
-        run.enter(EVALUATION)
-        summary = evaluate_run(
-            directory, overrides=run.overrides, console=console, worker=run.worker, data=data
-        )
-        peaks: dict[str, int | None] = {"peak_rss_bytes": max(run.peak.bytes, peak_rss_bytes())}
-        devices = [size for size in (summary.peak_device_bytes, peak_device_bytes()) if size]
-        peaks["peak_device_bytes"] = max(devices, default=None)
-        directory.write_json(SUMMARY, summary.having(seconds=round(run.seconds, 3), **peaks))
-        run.enter(REPORT)
-        return _finish(directory, console, self.place(directory))
+    def report(self, run: "Run", result: Any) -> None:
+        """Write what people read."""
+        write_report(run.directory)
+
+    def show(self, run: "Run", result: Any) -> None:
+        """Show what came out."""
+        show_summary(run.console, run.directory, result)
 
 
 @dataclass
@@ -107,7 +108,7 @@ class Run:
     directory: RunDirectory
     record: RunRecord
     config: Config
-    """Resolved, with the run's directory."""
+    """Resolved, with the run's directory; of a run that is made of others, nothing but defaults."""
     prepared: Preparation | None
     console: Console
     command_line: Sequence[str]
@@ -121,7 +122,7 @@ class Run:
     worker: Worker = field(default_factory=Worker)
     """Has data and backbone open, for runs inside, training in this process and the answers."""
     result: Record = field(default_factory=Summary)
-    """Content of summary.json, once all is done."""
+    """Content of its file, once there is one."""
 
     @property
     def preparation(self) -> Preparation:
@@ -144,16 +145,46 @@ class Run:
             console=self.console,
         )
 
+    @property
+    def place(self) -> Mapping[str, object]:
+        """How far the run has come, for status.json."""
+        return self.kind.place(self)
+
     def enter(self, stage: str) -> None:
         """Say in status.json that a stage begins."""
-        self.directory.write_status("running", stage=stage, **self.kind.place(self.directory))
+        self.directory.write_status("running", **{"stage": stage, **self.place})
 
     def live(self, *, inside: bool) -> "Run":
-        """Do what is left; where that breaks off, status.json says so."""
-        console, directory = None if inside else self.console, self.directory
-        with reported(directory, console, lambda: self.kind.place(directory)):
-            self.result = self.kind.work(self)
+        """Do what is left, to the report; where that breaks off, status.json says so."""
+        kind, directory, console = self.kind, self.directory, None if inside else self.console
+        with reported(directory, console, lambda: self.place, again=kind.again(directory)):
+            self.result = self._answered() if self.record.has_model else kind.train(self)
+            directory.write_json(kind.file, self.result)
+            self.enter(REPORT)
+            kind.report(self, self.result)
+            directory.write_status("finished", **self.place)
+            kind.show(self, self.result)
         return self
+
+    def _answered(self) -> Summary:
+        """Train what is left, and answer held-out patients."""
+        directory, data = self.directory, self.preparation.data
+        summary = directory.summary()
+        spent = sum(directory.numbers("round-seconds"))
+        self.seconds_before = summary.training_seconds or float(spent)
+        if not is_trained(directory):
+            summary = self.kind.train(self)
+        if summary.training_seconds is None:
+            summary = summary.having(training_seconds=round(self.seconds, 3))
+        directory.write_json(SUMMARY, summary.having(source=data.source))
+        self.enter(EVALUATION)
+        summary = evaluate_run(
+            directory, overrides=self.overrides, console=self.console, worker=self.worker, data=data
+        )
+        peaks: dict[str, int | None] = {"peak_rss_bytes": max(self.peak.bytes, peak_rss_bytes())}
+        devices = [size for size in (summary.peak_device_bytes, peak_device_bytes()) if size]
+        peaks["peak_device_bytes"] = max(devices, default=None)
+        return summary.having(seconds=round(self.seconds, 3), **peaks)
 
 
 def start(
@@ -184,13 +215,13 @@ def start(
     """
     started, chosen, worker = time.monotonic(), kind(), worker or Worker()
     RunDirectory.require_new(config, directory=run_dir)
-    settled = config = chosen.resolve(config)
+    resolved = config = chosen.resolve(config)
     check_tracker(config, command_line)
     preparation, inputs = chosen.prepare(config, console, worker), Inputs()
     if preparation:
         check_tracker(config, command_line, source=preparation.data.source)
         config, inputs = chosen.ready(config, preparation, console), fingerprints(preparation)
-    directory = RunDirectory.create(settled, directory=run_dir)
+    directory = RunDirectory.create(resolved, directory=run_dir)
     config = replace(config, run=replace(config.run, directory=str(directory.path)))
     directory.write_config(config)
     if preparation:
@@ -203,6 +234,37 @@ def start(
         run = Run(chosen, directory, record, config, preparation, console, command_line, started)
         run.worker = worker
         return run.live(inside=inside)
+
+
+def start_or_go_on(
+    kind: Kind, folder: Path, *, console: Console, command_line: Sequence[str]
+) -> Run:
+    """Begin a run that is made of others, or go on with it, and see it through.
+
+    Args:
+        kind: What the run does; it reads nothing itself.
+        folder: Its directory, which may hold finished runs of it.
+        console: Where progress and results are shown.
+        command_line: Stored in the environment.json of every run inside.
+
+    Raises:
+        UserError: if another process is at work on it, or it holds a run of another kind.
+        RunFailed: if the work fails; status.json says so too.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM.
+    """
+    started, directory = time.monotonic(), RunDirectory(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with exclusive(directory):
+        begun = directory.record()
+        if begun and not begun.cells:
+            raise UserError(
+                f"{folder} holds a run of another kind ({begun.mode})", fix="name another --run-dir"
+            )
+        record = kind.record(Config(), Inputs())
+        directory.write_json(RUN, record)
+        directory.write_status("started")
+        run = Run(kind, directory, record, Config(), None, console, command_line, started)
+        return run.live(inside=False)
 
 
 def resume(
@@ -244,7 +306,7 @@ def resume(
     if record is None or not record.resumable:
         raise UserError(f"{directory.path} has no run that can be resumed", fix="start it again")
     (kind,) = (one for one in (make() for make in kinds) if one.mode == record.mode)
-    answering = state != "finished" and is_trained(directory)
+    answering = record.has_model and state != "finished" and is_trained(directory)
     config = _unchanged_config(directory, record, () if answering else overrides)
     if answering:
         changed_freely(config, overrides, FREE_KEYS)
@@ -345,15 +407,10 @@ def evaluate(
             directory, checkpoint=checkpoint, overrides=overrides, console=console
         )
         seconds = summary.seconds or summary.training_seconds or 0.0
-        directory.write_json(SUMMARY, summary.having(seconds=seconds))
-        return _finish(directory, console, place)
-
-
-def _finish(directory: RunDirectory, console: Console, place: Mapping[str, int]) -> Summary:
-    """Report a run that has been answered; it is finished then."""
-    write_report(directory)
-    if directory.status().state != "finished":
-        directory.write_status("finished", **place)
-    summary = directory.summary()
-    show_summary(console, directory, summary)
-    return summary
+        summary = summary.having(seconds=seconds)
+        directory.write_json(SUMMARY, summary)
+        write_report(directory)
+        if status.state != "finished":
+            directory.write_status("finished", **place)
+        show_summary(console, directory, summary)
+        return summary

@@ -16,7 +16,7 @@ from common.provenance import source_root
 from common.records import Record
 from common.records.paper import PaperTable
 from common.records.run import Inputs, RunRecord
-from common.rundir import RunDirectory
+from common.rundir import SUMMARY, RunDirectory
 from sim.answers.evaluate import evaluate_run
 from sim.process.lock import exclusive
 from sim.process.open_run import rank_folder
@@ -26,7 +26,7 @@ from sim.runs.paper_best import best_config, best_rows, finish_best
 from sim.runs.paper_table import build_table, model_of, show_table, write_table
 from sim.runs.preparation import Preparation
 from sim.runs.single import one_node, single_inside
-from sim.runs.stages import EVALUATION, REPORT, after_training
+from sim.runs.stages import EVALUATION, after_training
 
 RANKS = (16, 32)
 SMALL: dict[str, Scalar] = {
@@ -135,30 +135,35 @@ class Paper(Kind):
 
     def record(self, config: Config, inputs: Inputs) -> RunRecord:
         """Say which ranks lie inside."""
-        told = super().record(config, inputs)
-        return told.model_copy(update={"scale": self.scale, "ranks": self.ranks, "best": self.best})
+        inside = {"scale": self.scale, "ranks": self.ranks, "best": self.best}
+        return super().record(config, inputs).model_copy(update=inside)
 
     def facts(self, record: RunRecord) -> Mapping[str, object]:
         """Say which ranks lie inside."""
         return {**super().facts(record), "scale": record.scale, "ranks": list(record.ranks)}
 
-    def work(self, run: Run) -> Record:
-        """Do what is left of every rank, and write the table anew."""
-        directory = run.directory
+    def place(self, run: Run) -> Mapping[str, object]:
+        """Return the seconds that this process has spent."""
+        return {"seconds": round(run.seconds, 3)}
+
+    def train(self, run: Run) -> PaperTable:
+        """Do what is left of every rank, and collect the table anew."""
         for rank in run.record.ranks:
-            directory.write_status("running", rank=rank)
+            run.directory.write_status("running", rank=rank)
             _finish_rank(run, rank)
         if run.record.best:
             finish_best(run)
-        run.enter(REPORT)
-        table = _table(directory, run.record)
-        write_table(directory, table)
-        directory.write_status("finished", seconds=round(run.seconds, 3))
-        show_table(run.console, table)
-        run.console.print(
-            f"report: {directory.path / 'report.html'}", markup=False, highlight=False
-        )
-        return table
+        return _table(run.directory, run.record)
+
+    def report(self, run: Run, result: PaperTable) -> None:
+        """Write the table's page."""
+        write_table(run.directory, result)
+
+    def show(self, run: Run, result: PaperTable) -> None:
+        """Show the table."""
+        show_table(run.console, result)
+        page = run.directory.path / "report.html"
+        run.console.print(f"report: {page}", markup=False, highlight=False)
 
 
 def renew_table(run: RunDirectory) -> Path:
@@ -168,9 +173,11 @@ def renew_table(run: RunDirectory) -> Path:
         UserError: if the paper run has not finished.
     """
     record = run.record()
-    if record is None or run.status().state != "finished":
+    if record is None or not run.is_finished:
         raise UserError(f"{run.path} has not finished", fix="finish it with `fedrx resume`")
-    write_table(run, _table(run, record))
+    table = _table(run, record)
+    run.write_json(SUMMARY, table)
+    write_table(run, table)
     return run.path / "report.html"
 
 

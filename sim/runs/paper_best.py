@@ -52,8 +52,8 @@ def finish_best(run: Run) -> None:
             run.directory.write_status("running", stage=EVALUATION, lists=lists)
             with exclusive(one), after_training(one, "the answers", "fedrx evaluate"):
                 known[lists] = _answered(one, run, lists)
-            told = {lists: [row.as_json() for row in rows] for lists, rows in known.items()}
-            run.directory.write_json(_ANSWERS, told)
+            answered = {lists: [row.as_json() for row in rows] for lists, rows in known.items()}
+            run.directory.write_json(_ANSWERS, answered)
     write_report(one)
 
 
@@ -81,14 +81,14 @@ def _answered(one: RunDirectory, around: Run, lists: str) -> list[BestRow]:
                 worker=around.worker,
                 data=around.preparation.data,
             )
-        told = summary.metrics[model_of(summary, checkpoint)].model_dump()
+        figures = summary.metrics[model_of(summary, checkpoint)].model_dump()
         rows.append(
             BestRow(
                 lists=lists,
                 checkpoint=checkpoint.name,
                 steps=checkpoint.step,
-                prauc=told["prauc"]["value"] if told.get("prauc") else None,
-                **{key: told[key] for key in Readings.model_fields},
+                prauc=figures["prauc"]["value"] if figures.get("prauc") else None,
+                **{key: figures[key] for key in Readings.model_fields},
             )
         )
     return rows

@@ -11,7 +11,7 @@ from common.configio import differences
 from common.records.paper import Here, PaperRow, PaperTable, RankRun, Row
 from common.records.run import RunRecord
 from common.records.summary import CheckpointFacts, Readings, Summary
-from common.rundir import SUMMARY, RunDirectory
+from common.rundir import RunDirectory
 from sim.process.open_run import rank_folder
 from sim.report.html import Block, write_page
 from sim.report.words import MODEL_NAMES, NOTICE, number
@@ -200,8 +200,7 @@ def rank_runs(run: RunDirectory) -> list[RunDirectory]:
 
 
 def write_table(run: RunDirectory, table: PaperTable) -> None:
-    """Write summary.json, report.md and report.html of a paper run."""
-    run.write_json(SUMMARY, table)
+    """Write report.md and report.html of a paper run."""
     write_page(run.path / "report.html", "FedRx: the paper's run", table_blocks(table))
 
 

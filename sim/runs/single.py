@@ -12,7 +12,7 @@ from common.privacy.budget.receipts import privacy_lines, privacy_summary
 from common.privacy.settings import delta_warning, is_private, protects, with_calibrated_noise
 from common.provenance import peak_device_bytes, peak_rss_bytes, tensors_sha256, tokens_per_second
 from common.records.summary import Summary
-from common.rundir import SUMMARY, RunDirectory, remove_unbegun
+from common.rundir import SUMMARY, RunDirectory
 from sim.runs.lifecycle import Kind, Run, resume, start
 from sim.runs.preparation import Preparation, with_absolute_paths
 from sim.runs.single_training import SingleTraining, scaling
@@ -28,10 +28,10 @@ class Single(Kind):
         """Make it one hospital, and resolve the rest."""
         return one_node(config)
 
-    def place(self, directory: RunDirectory) -> Mapping[str, int]:
+    def place(self, run: Run) -> Mapping[str, object]:
         """Return the step that a run would go on from."""
-        names = directory.checkpoint_names()
-        return {"step": directory.checkpoint_facts(names[-1]).step if names else 0}
+        names = run.directory.checkpoint_names()
+        return {"step": run.directory.checkpoint_facts(names[-1]).step if names else 0}
 
     def train(self, run: Run) -> Summary:
         """Train from the last checkpoint (or from nothing) to the end."""
@@ -131,10 +131,9 @@ def single_inside(around: Run, config: Config, folder: str, title: str) -> RunDi
     options |= {"inside": True, "worker": around.worker}
     one = RunDirectory(path)
     if one.record() is None:
-        remove_unbegun(path)
         around.console.rule(title)
         single(replace(config, run=settings), run_dir=path, **options)
-    elif one.status().state != "finished":
+    elif not one.is_finished:
         around.console.rule(f"{title}, resumed")
         resume(path, kinds=(Single,), **options)
     return one

@@ -11,6 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,7 @@ from common.errors import FedrxError, RunFailed, UserError
 from common.limits import available_cpus
 from common.rundir import STATUS, RunDirectory
 from sim.process.extras import require_extra
-from sim.process.lock import exclusive
-from sim.runs.sweep import Cell, run_cell
+from sim.runs.cells import Cell, Jobs, run_cell
 
 JOBS = "jobs"
 """Folder of the jobs' output below the sweep's."""
@@ -84,79 +84,75 @@ def read_options(texts: Sequence[str]) -> dict[str, str]:
     return options
 
 
-def run_cells(
-    cells: Sequence[Cell],
-    folder: Path,
-    *,
-    partition: str,
-    options: Sequence[str],
-    console: Console,
-    command_line: Sequence[str],
-) -> None:
-    """Run every cell that is not finished, each in a job of its own.
+def jobs_on(partition: str, options: Sequence[str]) -> Jobs:
+    """Return what runs every cell that is not finished, each in a job of its own.
 
     Args:
-        cells: From ``sim.runs.sweep.plan_cells``.
-        folder: The sweep's; on a cluster all nodes must see it.
         partition: Slurm's.
         options: sbatch's, as ``key=value``.
-        console: Where it is said how many are finished.
-        command_line: Stored in each run's environment.json.
 
     Raises:
-        UserError: for options that are none, without submitit, if Slurm refuses a job, or if
-            another process is at work on the sweep.
-        RunFailed: naming the cells that failed; the others are finished.
-        KeyboardInterrupt: after Ctrl-C; the jobs are cancelled, and their runs can be gone on with.
+        UserError: for options that are none, or without submitit.
     """
     if not partition:
         what = "--slurm-set without --slurm" if options else "--slurm names no partition"
         raise UserError(what, fix="add --slurm PARTITION")
     read = read_options(options)
     require_extra("submitit", needed_by="--slurm", without="leave --slurm out")
+    return partial(_run_cells, partition, read)
+
+
+def _run_cells(
+    partition: str,
+    options: Mapping[str, str],
+    cells: Sequence[Cell],
+    folder: Path,
+    console: Console,
+    command_line: Sequence[str],
+) -> None:
+    """Run the cells as jobs; on a cluster all nodes must see the folder.
+
+    Raises:
+        UserError: if Slurm refuses a job.
+        RunFailed: naming the cells that failed; the others are finished.
+        KeyboardInterrupt: after Ctrl-C; the jobs are cancelled, and their runs can be gone on with.
+    """
     folder = folder.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    executor, at_once = _executor(folder / JOBS, partition, read)
+    executor, at_once = _executor(folder / JOBS, partition, options)
     if executor.cluster == "local":
         what = f"no Slurm here (srun): {at_once} at a time as processes of this machine"
         console.print(what, style="yellow", highlight=False)
-    waiting = deque(cell for cell in cells if not _is_finished(folder / cell.folder))
+    waiting = deque(cell for cell in cells if not RunDirectory(folder / cell.folder).is_finished)
     running = dict[Any, Cell]()
     tries, failed = Counter[str](), dict[str, str]()
-    with exclusive(RunDirectory(folder)):
-        try:
-            while waiting or running:
-                while waiting and len(running) < at_once:
-                    cell = waiting.popleft()
-                    tries[cell.folder] += 1
-                    work = CellJob(cell=cell, folder=folder, command_line=tuple(command_line))
-                    running[_submitted(executor, work)] = cell
-                for job in [job for job in running if job.done()]:
-                    cell = running.pop(job)
-                    why = _failure(job, folder / cell.folder)
-                    if why == VANISHED and tries[cell.folder] < TRIES:
-                        console.print(f"{cell.folder} {why}: again", markup=False, highlight=False)
-                        waiting.append(cell)
-                    elif why:
-                        failed[cell.folder] = why
-                    else:
-                        console.print(f"{cell.folder} is finished", markup=False, highlight=False)
-                if running:
-                    time.sleep(SECONDS)
-        finally:
-            for job in running:
-                job.cancel(check=False)
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                cell = waiting.popleft()
+                tries[cell.folder] += 1
+                work = CellJob(cell=cell, folder=folder, command_line=tuple(command_line))
+                running[_submitted(executor, work)] = cell
+            for job in [job for job in running if job.done()]:
+                cell = running.pop(job)
+                why = _failure(job, folder / cell.folder)
+                if why == VANISHED and tries[cell.folder] < TRIES:
+                    console.print(f"{cell.folder} {why}: again", markup=False, highlight=False)
+                    waiting.append(cell)
+                elif why:
+                    failed[cell.folder] = why
+                else:
+                    console.print(f"{cell.folder} is finished", markup=False, highlight=False)
+            if running:
+                time.sleep(SECONDS)
+    finally:
+        for job in running:
+            job.cancel(check=False)
     if failed:
         reasons = "; ".join(f"{name}: {why}" for name, why in failed.items())
         raise RunFailed(
             f"{len(failed)} of {len(cells)} cells failed: {reasons}; what the jobs said is in "
             f"{folder / JOBS}; go on with: the same `fedrx sweep`"
         )
-
-
-def _is_finished(place: Path) -> bool:
-    run = RunDirectory(place)
-    return run.record() is not None and run.status().state == "finished"
 
 
 def _executor(folder: Path, partition: str, options: Mapping[str, str]) -> tuple[Any, int]:

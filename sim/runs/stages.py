@@ -15,7 +15,7 @@ from rich.console import Console
 
 from common.errors import DiskFull, FedrxError, RunFailed, UserError
 from common.quick_imports import quick_imports
-from common.rundir import SUMMARY, TRAINED, RunDirectory
+from common.rundir import TRAINED, RunDirectory
 from sim.process.failures import StageFailed, described
 
 TRAINING, EVALUATION, REPORT, AUDIT = "training", "evaluation", "report", "audit"
@@ -53,14 +53,16 @@ def is_trained(directory: RunDirectory) -> bool:
     """Tell whether a run's training is done and summed up, whatever came after it."""
     status = directory.status()
     done = status.state == "finished" or status.stage in AFTER_TRAINING
-    return done and "b_sha256" in directory.read_json(SUMMARY)
+    return done and bool(directory.summary().b_sha256)
 
 
 @contextlib.contextmanager
 def reported(
     directory: RunDirectory,
     console: Console | None,
-    where: Callable[[], Mapping[str, int]] = dict,
+    where: Callable[[], Mapping[str, object]] = dict,
+    *,
+    again: str,
 ) -> Iterator[None]:
     """Work on a run that is held alone; where that fails or is interrupted, status.json says so.
 
@@ -68,6 +70,7 @@ def reported(
         directory: The run's directory.
         console: Where a person is told how to go on after an interruption, if anywhere.
         where: How far the run has come, for status.json.
+        again: The command that goes on; empty where none does.
 
     Raises:
         StageFailed: for what fails after training, and for what is nobody's input.
@@ -76,19 +79,18 @@ def reported(
         yield
     except KeyboardInterrupt:
         with contextlib.suppress(OSError, ValueError, FedrxError):
-            directory.write_status("interrupted", stage=_stage(directory), **_facts(where))
-        if console and _stage(directory) != AUDIT:
-            line = f"go on with: {resume_command(directory)}"
-            console.print(line, markup=False, highlight=False)
+            directory.write_status("interrupted", **_place(directory, where))
+        if console and again:
+            console.print(f"go on with: {again}", markup=False, highlight=False)
         raise
     except Exception as error:
-        failure = _failure(directory, error)
+        failure = _failure(directory, error, again)
         # Where not even the status can be written, the line is what counts.
         with contextlib.suppress(OSError, ValueError, FedrxError):
             if directory.status().state != "finished":
                 message = failure.what if isinstance(failure, StageFailed) else str(failure)
-                stage = _stage(directory)
-                directory.write_status("failed", stage=stage, **_facts(where), error=message)
+                place = _place(directory, where)
+                directory.write_status("failed", **place, error=message)
         if failure is error:
             raise
         raise failure from error
@@ -116,29 +118,32 @@ def after_training(directory: RunDirectory, what: str, command: str) -> Iterator
         raise StageFailed(text, command=command) from error
 
 
-def _failure(directory: RunDirectory, error: Exception) -> FedrxError:
-    command, stage = resume_command(directory), _stage(directory)
+def _failure(directory: RunDirectory, error: Exception, again: str) -> FedrxError:
+    stage = _stage(directory)
     if isinstance(error, StageFailed):  # of a run inside: what goes on is this one
-        return StageFailed(error.what, command=command)
-    if stage in AFTER_TRAINING:
+        return StageFailed(error.what, command=again)
+    if again and stage in AFTER_TRAINING:
         what = f"{_kept(directory)}; {AFTER_TRAINING[stage]} failed"
     elif isinstance(error, FedrxError) and not isinstance(error, DiskFull):
         return error
-    elif stage == AUDIT:
-        return RunFailed(f"the audit failed: {described(error, directory)}; fix: start it again")
+    elif not again:
+        return RunFailed(f"the {stage} failed: {described(error, directory)}; fix: start it again")
     else:
         what = "training failed"
     what = f"{what}: {described(error, directory)}"
     if AFTER_TRAINING.get(stage) == ANSWERS:
         what += "; they can be made otherwise, with --set evaluation.KEY=VALUE"
-    return StageFailed(what, command=command)
+    return StageFailed(what, command=again)
 
 
-def _facts(where: Callable[[], Mapping[str, int]]) -> Mapping[str, int]:
-    """Return how far a run has come, if that can still be read."""
+def _place(
+    directory: RunDirectory, where: Callable[[], Mapping[str, object]]
+) -> Mapping[str, object]:
+    """Return a run's stage, and how far it has come, if that can still be read."""
+    place = {"stage": _stage(directory)}
     with contextlib.suppress(OSError, ValueError, FedrxError):
-        return where()
-    return {}
+        return {**place, **where()}
+    return place
 
 
 def _stage(directory: RunDirectory) -> str:

@@ -6,39 +6,31 @@ an interrupted sweep goes on where it stopped.
 """
 
 import itertools
-import shlex
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 from rich.console import Console
 
-import client.app
-from common.config import IN_PROCESS, Config
-from common.configio import Scalar, differences, flatten, from_flat, parse_overrides
+from common.config import Config
+from common.configio import Scalar, flatten, from_flat, parse_overrides
 from common.errors import UserError
 from common.evaluation.metrics import CONFIDENCE
 from common.evaluation.transfer import half_width
 from common.files import write_text
 from common.model.adapter.layout import adapter_spec
 from common.privacy.settings import plan_of, protects
-from common.provenance import shown_command
-from common.records.run import RunRecord
+from common.records import Record
+from common.records.checks import ArmRow, Interval, SweepRecord
 from common.records.summary import Figures, Summary
-from common.rundir import RUN, RunDirectory, remove_unbegun
+from common.rundir import RunDirectory
 from common.wire.cohort import asked, hospital_names
 from server.strategies import STRATEGIES, check_strategy
-from sim.process.failures import StageFailed
-from sim.process.lock import exclusive
 from sim.report.comparison import write_sweep_page
 from sim.report.html import Bar, Block, markdown_table
 from sim.report.terminal import show_blocks
-from sim.runs.federate import federate, resolved
-from sim.runs.resume import resume
-from sim.runs.single import one_node, single
+from sim.runs.cells import Cell, Cells, Jobs
+from sim.runs.lifecycle import Run, start_or_go_on
 
 CENTRALISED, LOCAL_ONLY = "centralised", "local-only"
 ARMS: dict[str, dict[str, Scalar]] = {
@@ -55,8 +47,7 @@ ARMS: dict[str, dict[str, Scalar]] = {
     LOCAL_ONLY: {},
 }
 SEEDED = ("train.seed", "adapter.seed", "partition.seed", "federation.seed")
-RESULTLESS = ("federation.workers",)
-"""Keys that cannot change a run's result."""
+PAGE = "sweep.html"
 INTERVALS = f"Mean ± {CONFIDENCE:.0%} interval over seeds (Student's t)."
 FIGURES: dict[str, Callable[[Summary], float | None]] = {
     "F1": lambda summary: _answers(summary).f1,
@@ -65,47 +56,6 @@ FIGURES: dict[str, Callable[[Summary], float | None]] = {
     "MB up": lambda summary: summary.wire.bytes_up / 1e6 if summary.wire else None,
     "worst hospital's F1": lambda summary: _worst_f1(_answers(summary)),
 }
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Mean of a figure over seeds, and half the width of its confidence interval, where known."""
-
-    mean: float | None
-    half_width: float | None
-
-
-@dataclass(frozen=True)
-class ArmRow:
-    """One row of the table."""
-
-    arm: str
-    runs: int
-    figures: Mapping[str, Interval]
-
-    def as_json(self) -> dict[str, object]:
-        """Return the row as sweep.json holds it."""
-        figures = {name: asdict(one) for name, one in self.figures.items()}
-        return {"arm": self.arm, "runs": self.runs, **figures}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One run of a sweep."""
-
-    arm: str
-    """Name of the arm, with the values that are varied beside it."""
-    seed: int
-    part: str
-    """The hospital of a local-only run; else empty."""
-    config: Config
-    federated: bool
-
-    @property
-    def folder(self) -> str:
-        """Name of the run's folder below the sweep's."""
-        parts = (self.arm, f"seed-{self.seed}", self.part)
-        return "-".join(part for part in parts if part).replace("=", "-").replace(" ", "-")
 
 
 def plan_cells(
@@ -193,7 +143,8 @@ def sweep(
     *,
     console: Console,
     command_line: Sequence[str],
-) -> dict[str, object]:
+    jobs: Jobs | None = None,
+) -> Record:
     """Run what is not finished yet, and put everything into one table.
 
     Args:
@@ -201,6 +152,7 @@ def sweep(
         folder: The sweep's folder; sweep.json, sweep.md and sweep.html are written to it.
         console: Where progress and the table are shown.
         command_line: Stored in each run's environment.json.
+        jobs: See ``sim.runs.slurm.jobs_on``.
 
     Returns:
         The content of sweep.json.
@@ -208,74 +160,41 @@ def sweep(
     Raises:
         UserError: if another process is at work on it, or a run in it is not the cell's.
     """
-    again = shlex.join(shown_command(command_line)) or "the same `fedrx sweep`"
-    done = run_all(cells, folder, console=console, command_line=command_line, again=again)
-    directory, arms = RunDirectory(folder), dict[str, dict[int, list[Summary]]]()
-    for cell in cells:
-        summary = done[cell.folder].summary()
-        arms.setdefault(cell.arm, {}).setdefault(cell.seed, []).append(summary)
-    rows = [
-        ArmRow(arm, len(seeds), tabulate([seeds[seed] for seed in sorted(seeds)]))
-        for arm, seeds in arms.items()
-    ]
-    result = {"confidence": CONFIDENCE, "rows": [row.as_json() for row in rows]}
-    directory.write_json("sweep.json", result)
-    write_text(folder / "sweep.md", markdown(rows))
-    runs: dict[str, list[RunDirectory]] = {}
-    for cell in cells:
-        runs.setdefault(cell.arm, []).append(done[cell.folder])
-    arms_table = arms_block(rows)
-    page = write_sweep_page(runs, arms_table, folder / "sweep.html")
-    show_blocks(console, [arms_table])
-    console.print(f"page: {page}", markup=False, highlight=False)
-    return result
+    kind = Sweep(cells, command_line, jobs=jobs)
+    return start_or_go_on(kind, folder, console=console, command_line=command_line).result
 
 
-def run_all(
-    cells: Sequence[Cell],
-    folder: Path,
-    *,
-    console: Console,
-    command_line: Sequence[str],
-    again: str,
-    trained: Mapping[str, RunDirectory] = MappingProxyType({}),
-) -> dict[str, RunDirectory]:
-    """Run the cells that are not finished yet, holding their folder alone.
+class Sweep(Cells):
+    """Arms over seeds, and one table."""
 
-    Args:
-        cells: All of them.
-        folder: Where they are.
-        console: Where progress is shown.
-        command_line: Stored in each run's environment.json.
-        again: The command that goes on after an interruption.
-        trained: Finished runs elsewhere that stand for cells, by the cells' folders.
+    mode = "sweep"
+    file = "sweep.json"
 
-    Returns:
-        The runs by the cells' folders.
+    def together(self, run: Run) -> SweepRecord:
+        """Return the table."""
+        arms: dict[str, dict[int, list[Summary]]] = {}
+        for cell in self.cells:
+            summary = self.runs[cell.folder].summary()
+            arms.setdefault(cell.arm, {}).setdefault(cell.seed, []).append(summary)
+        rows = (
+            {"arm": arm, "runs": len(seeds), **tabulate([seeds[seed] for seed in sorted(seeds)])}
+            for arm, seeds in arms.items()
+        )
+        return SweepRecord(confidence=CONFIDENCE, rows=tuple(map(ArmRow.model_validate, rows)))
 
-    Raises:
-        UserError: if another process is at work on the folder, or a run is not its cell's.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    directory, found = RunDirectory(folder), dict[str, RunDirectory]()
-    client.app.worker().forget_data()  # of an earlier call: files may have changed since
-    with exclusive(directory):
-        names = tuple(cell.folder for cell in cells)
-        directory.write_json(RUN, RunRecord(mode="sweep", resumable=False, cells=names))
-        for number, cell in enumerate(cells, 1):
-            label = f"{number}/{len(cells)}: {cell.arm}, seed {cell.seed} {cell.part}"
-            console.print(label, style="bold", markup=False)
-            elsewhere = trained.get(cell.folder)
-            place = elsewhere.path if elsewhere else folder / cell.folder
-            try:
-                run_cell(cell, place, console, command_line)
-            except StageFailed as error:
-                raise StageFailed(error.what, command=again) from error
-            except KeyboardInterrupt:
-                console.print(f"go on with: {again}", markup=False, highlight=False)
-                raise
-            found[cell.folder] = RunDirectory(place)
-    return found
+    def report(self, run: Run, result: SweepRecord) -> None:
+        """Write the table as markdown, and as a page with all that compares the arms."""
+        write_text(run.directory.path / "sweep.md", markdown(result.rows))
+        runs: dict[str, list[RunDirectory]] = {}
+        for cell in self.cells:
+            runs.setdefault(cell.arm, []).append(self.runs[cell.folder])
+        write_sweep_page(runs, arms_block(result.rows), run.directory.path / PAGE)
+
+    def show(self, run: Run, result: SweepRecord) -> None:
+        """Show the table."""
+        show_blocks(run.console, [arms_block(result.rows)])
+        page = run.directory.path / PAGE
+        run.console.print(f"page: {page}", markup=False, highlight=False)
 
 
 def arms_block(rows: Sequence[ArmRow]) -> Block:
@@ -352,40 +271,3 @@ def _cells(row: ArmRow) -> list[str]:
 def _text(figure: Interval) -> str:
     text = "–" if figure.mean is None else f"{figure.mean:.4g}"
     return text if figure.half_width is None else f"{text} ± {figure.half_width:.2g}"
-
-
-def run_cell(cell: Cell, folder: Path, console: Console, command_line: Sequence[str]) -> Summary:
-    """Run a cell in its folder, or go on with it; a finished one is not run again.
-
-    Raises:
-        UserError: if the folder holds another run than the cell's.
-    """
-    run = RunDirectory(folder)
-    # In one process all cells have one backbone and one data set open, hospitals and single node.
-    worker = client.app.worker() if cell.config.run.backend == IN_PROCESS else None
-    told: dict[str, Any] = {"console": console, "command_line": command_line}
-    told |= {"inside": True, "worker": worker}
-    if run.record() is None:
-        remove_unbegun(folder)
-        begin = federate if cell.federated else single
-        begin(cell.config, run_dir=folder, **told)
-    else:
-        _check_same(cell, RunDirectory.open(folder))
-        if run.status().state != "finished":
-            resume(folder, **told)
-    return run.summary()
-
-
-def _check_same(cell: Cell, run: RunDirectory) -> None:
-    """Refuse a run that is not the cell's, by the configurations that both run with."""
-    wanted = resolved(cell.config) if cell.federated else one_node(cell.config)
-    changed = [
-        str(change)
-        for change in differences(run.config(), wanted)
-        if not change.key.startswith(RESULTLESS)
-    ]
-    if changed:
-        raise UserError(
-            f"{run.path} holds a run with another configuration: {'; '.join(changed)}",
-            fix="name another --run-dir, or set these keys as they were",
-        )

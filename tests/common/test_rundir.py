@@ -15,7 +15,7 @@ from common.config import Config
 from common.errors import UserError
 from common.files import append_json_line, atomic_path, read_json_lines, write_json, write_text
 from common.provenance import source_digest, source_root, tensors_sha256
-from common.records.run import SavedFacts
+from common.records.run import RunRecord, SavedFacts
 from common.rundir import RunDirectory
 from common.tensor_files import Altered
 
@@ -95,7 +95,7 @@ def test_one_function_turns_text_into_bytes():
 
 def test_a_run_is_rerunnable_from_its_configuration(tmp_path):
     run = RunDirectory.create(Config(), directory=tmp_path / "run")
-    assert RunDirectory.open(run.path).config() == Config()
+    assert RunDirectory(run.path).config() == Config()
     assert run.status().state == "started"
 
 
@@ -118,6 +118,27 @@ def test_files_of_the_user_are_never_written_over(tmp_path):
         RunDirectory.create(Config(), directory=tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
     with pytest.raises(UserError, match="not a run directory"):
+        RunDirectory.open(tmp_path)
+
+
+def test_what_was_killed_before_any_work_is_in_nobodys_way(tmp_path):
+    """A run has begun once its run.json says so; what was killed before may be begun again."""
+    (tmp_path / ".status.json.x1.part").write_text("{")
+    run = RunDirectory.create(Config(), directory=tmp_path)
+    assert RunDirectory.create(Config(), directory=tmp_path) == run
+    run.write_status("running")
+    with pytest.raises(UserError, match="not empty"):
+        RunDirectory.create(Config(), directory=tmp_path)
+    run.write_status("started")
+    run.write_json("run.json", RunRecord(mode="single", resumable=True))
+    with pytest.raises(UserError, match="not empty"):
+        RunDirectory.create(Config(), directory=tmp_path)
+
+
+def test_a_folder_of_runs_names_them(tmp_path):
+    record = RunRecord(mode="sweep", resumable=False, cells=("lora-seed-0", "lora-seed-1"))
+    RunDirectory(tmp_path).write_json("run.json", record)
+    with pytest.raises(UserError, match=r"runs of one sweep; allowed: .*/lora-seed-0; fix: name"):
         RunDirectory.open(tmp_path)
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from common.config import Config
 from common.configio import completed_for_flwr
+from common.records.run import RunRecord
 from common.rundir import RunDirectory
 
 
@@ -59,7 +60,7 @@ def test_a_run_that_the_launcher_goes_on_with_is_told_nothing_more(
     tiny_config, run_main, shown, tmp_path
 ):
     config = tiny_config(federation__rounds=1, run__directory=str(tmp_path / "run"))
-    RunDirectory.create(config)
+    RunDirectory.create(config).write_json("run.json", RunRecord(mode="federation", resumable=True))
     run_main(config)
     assert not any("fedrx evaluate" in line for line in shown())
 

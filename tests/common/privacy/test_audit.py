@@ -36,7 +36,11 @@ def test_one_run_audit_believes_the_real_mechanism(make_plan) -> None:
         assert finding.figure <= finding.limit
     strong = one_run_audit(make_plan(noise_multiplier=1.0), canaries=M)
     assert strong.figure > 0.2 * strong.limit  # the audit has power
-    assert "no power" in one_run_audit(make_plan(noise_multiplier=0.5), canaries=M).verdict
+    assert strong.has_power
+    powerless = one_run_audit(make_plan(noise_multiplier=0.5), canaries=M)
+    assert powerless.passed
+    assert not powerless.has_power
+    assert "no power" in powerless.verdict
 
 
 @pytest.mark.slow

@@ -88,20 +88,6 @@ def test_a_run_record_keeps_the_kinds_of_its_values() -> None:
     assert again == config
 
 
-@pytest.mark.parametrize(
-    ("facts", "mode", "resumable"),
-    [
-        ({"mode": "paper", "ranks": [4, 8], "scale": "small", "cpus": 2}, "paper", True),
-        ({"mode": "flower"}, "flower", False),
-        ({"cpus": 2}, "audit", False),
-    ],
-)
-def test_a_run_of_before_is_known_by_its_environment(facts, mode, resumable) -> None:
-    record = RunRecord.of_environment(facts)
-    assert (record.mode, record.resumable) == (mode, resumable)
-    assert record.ranks == tuple(facts.get("ranks", ()))
-
-
 def test_a_key_is_absent_where_its_value_is_none_and_stays_where_it_is_zero(make_plan):
     assert "layout" not in RunRecord(mode="single", resumable=True).as_json()
     line = ledger_line(make_plan(), "hospital-1", 1, 0)

@@ -16,7 +16,7 @@ from common.data.prepare import load_samples
 from common.errors import UserError
 from common.evaluation.answers_file import read_answers
 from common.evaluation.judge.plan import plan_judging
-from common.records.run import SavedFacts
+from common.records.run import RunRecord, SavedFacts
 from common.rundir import RunDirectory
 from common.tensor_files import Altered
 from common.training.worker import Worker
@@ -67,7 +67,7 @@ def finished(cache, tmp_path_factory):
         "backbone": session.spec.fingerprint,
         "a": session.adapter.a_fingerprint,
     }
-    run.write_json("environment.json", {"inputs": inputs})
+    run.write_json("run.json", RunRecord(mode="federation", resumable=True, inputs=inputs))
     run.save_checkpoint("round-0001", b_of(config, 0.3), facts=SavedFacts(round=1))
     run.save_checkpoint("round-0002", b_of(config, 3.0), facts=SavedFacts(round=2))
     run.write_json("summary.json", {"rounds": 2, "judge": {"appropriateness": {}}})
@@ -255,8 +255,8 @@ def test_what_was_trained_cannot_be_overridden(run, overrides, expected):
 
 @pytest.mark.parametrize("what", ["samples", "backbone", "a"])
 def test_other_inputs_than_the_runs_are_refused(run, what):
-    inputs = run.read_json("environment.json")["inputs"]
-    run.write_json("environment.json", {"inputs": {**inputs, what: "0" * 64}})
+    record = run.read_json("run.json")
+    run.write_json("run.json", {**record, "inputs": {**record["inputs"], what: "0" * 64}})
     with pytest.raises(UserError, match="not what the run was trained with"):
         evaluate_run(run)
 
@@ -302,7 +302,7 @@ def of_flower(run):
         "dtype": {"value": "fp32", "reason": ""},
     }
     run.write_json("summary.json", summary)
-    run.write_json("environment.json", {"mode": "flower"})
+    run.write_json("run.json", RunRecord(mode="flower", resumable=False))
     return run
 
 

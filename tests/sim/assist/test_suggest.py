@@ -12,7 +12,7 @@ from common.data.icd import Diagnosis, DiagnosisIndex
 from common.data.partition import assign_hospitals
 from common.data.samples import Admission, SampleTable
 from common.errors import UserError
-from common.records.run import SavedFacts
+from common.records.run import RunRecord, SavedFacts
 from common.rundir import RunDirectory
 from sim.assist.listing import ListedDrugs
 from sim.assist.orders import Orders
@@ -163,7 +163,8 @@ def test_a_tiny_run_answers_the_same_each_time(tiny_run):
 
 def test_a_run_with_another_backbone_or_a_is_refused(tiny_run):
     config = assistant_config(tiny_run)
-    tiny_run.write_json("environment.json", {"inputs": {"backbone": "0" * 64}})
+    wrong = {"backbone": "0" * 64}
+    tiny_run.write_json("run.json", RunRecord(mode="single", resumable=True, inputs=wrong))
     with pytest.raises(UserError, match="backbone is not what the run was trained with"):
         Assistant(tiny_run, config, reference=ReferenceData(index=INDEX, support=None, note=""))
 
@@ -179,9 +180,15 @@ def test_the_newest_finished_run_is_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no finished run"):
         find_run(None)
-    for name, state in (("1-a", "finished"), ("2-b", "finished"), ("3-c", "failed")):
+    for name, mode, state in (
+        ("1-a", "single", "finished"),
+        ("2-b", "federation", "finished"),
+        ("3-c", "single", "failed"),
+        ("4-d", "audit", "finished"),
+        ("5-e", "sweep", "finished"),
+    ):
         run = RunDirectory.create(Config(), directory=tmp_path / "runs" / name)
-        run.save_checkpoint("round-00001", {}, facts=SavedFacts())
+        run.write_json("run.json", RunRecord(mode=mode, resumable=True))
         run.write_status(state)
     assert find_run(None).path.name == "2-b"
 

@@ -16,7 +16,7 @@ from common.data.partition import assign_hospitals
 from common.data.prepare import load_samples
 from common.errors import UserError
 from common.model.adapter.layout import initial_tensors
-from common.records.run import SavedFacts
+from common.records.run import RunRecord, SavedFacts
 from common.rundir import RunDirectory
 from common.training.optimiser import TrainState
 from common.training.worker import Worker
@@ -60,7 +60,7 @@ def finished(folder: Path, **keys: Any) -> RunDirectory:
     b = update(session, hospital, start, TrainState(), config, server_round=1).b
     fingerprints = {"backbone": session.spec.fingerprint, "a": adapter.a_fingerprint}
     inputs = {"samples": table.digest, **fingerprints}
-    run.write_json("environment.json", {"inputs": inputs})
+    run.write_json("run.json", RunRecord(mode="federation", resumable=True, inputs=inputs))
     run.save_checkpoint("round-00001", b, facts=SavedFacts(round=1))
     run.write_json("summary.json", {"source": table.source})
     run.write_status("finished")
@@ -96,9 +96,9 @@ def test_figures_nulls_intervals_and_words_and_no_patient(run) -> None:
 def test_another_run_is_a_reference_if_a_and_backbone_are_the_same(run, tmp_path) -> None:
     other = finished(tmp_path / "other", **{"train.seed": 1})
     assert attack(run, references=[other.path])["references"] == 2
-    facts = other.read_json("environment.json")
-    facts["inputs"]["a"] = "0" * 64
-    other.write_json("environment.json", facts)
+    record = other.read_json("run.json")
+    record["inputs"]["a"] = "0" * 64
+    other.write_json("run.json", record)
     with pytest.raises(UserError, match="with another A than the run"):
         attack(run, references=[other.path])
 

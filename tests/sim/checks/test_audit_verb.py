@@ -12,8 +12,10 @@ from rich.console import Console
 
 from common.configio import from_flat
 from common.errors import RunFailed, UserError
+from common.privacy.findings import Finding
 from common.privacy.mechanism.release import GaussianMechanism
-from sim.checks.audit import audit
+from common.rundir import RunDirectory
+from sim.checks.audit import audit, one_run_control
 from sim.checks.audit_page import NOT_COVERED, QUESTIONS
 
 KEYS = {**PRIVATE_TINY, "adapter.rank": 32, "privacy.sampling-rate": 0.1}
@@ -63,6 +65,8 @@ def test_every_audit_has_a_figure_and_a_verdict(sound) -> None:
     inversion = findings["inversion test"]
     assert inversion["figure"] < inversion["limit"] < 0.65
     assert json.loads((folder / "summary.json").read_text()) == summary
+    status = RunDirectory(folder).status()
+    assert (status.state, status.stage) == ("finished", "audit")
     for finding in findings.values():
         assert finding["verdict"]
         assert finding["false_alarm"] < 1e-4
@@ -103,6 +107,24 @@ def test_a_quarter_of_the_noise_is_caught(tmp_path, monkeypatch) -> None:
         run_audit(tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["passed"] is False
+    status = RunDirectory(tmp_path / "run").status()
+    assert (status.state, status.stage) == ("failed", "audit")
+    assert "the claim is refuted" in status.error
+    assert (tmp_path / "run" / "audit.html").exists()
+
+
+@pytest.mark.parametrize("has_power", [True, False])
+@pytest.mark.parametrize("verdict", ["no power", "in other words"])
+def test_a_control_that_finds_nothing_fails_where_it_could_have(
+    make_plan, monkeypatch, has_power, verdict
+) -> None:
+    """By what the finding says in its field, whatever its words are."""
+    found = Finding(
+        audit="", figure=0, meaning="", limit=1, passed=True, verdict=verdict, has_power=has_power
+    )
+    monkeypatch.setattr("sim.checks.audit.one_run_audit", lambda *_, **__: found)
+    control = one_run_control(make_plan())
+    assert (control.passed, control.verdict) == (not has_power, verdict)
 
 
 def test_nothing_to_audit_is_said_before_anything_is_written(tmp_path) -> None:

@@ -31,7 +31,7 @@ def test_after_one_round_nothing_of_the_hospital_is_left(kept_run, monkeypatch):
     folder = kept_run.path / "without-hospital-2"
     assert tensors_sha256(read_tensors(folder / B_FILE)) == models[REPLAYED].b_sha256
     assert json.loads((folder / FORGET).read_text()) == found.as_json()
-    monkeypatch.setattr("sim.runs.sweep.federate", None)
+    monkeypatch.setattr("sim.runs.cells.federate", None)
     assert all(one.membership is None for one in models.values())
     again = forget(kept_run, "hospital-2", console=QUIET, command_line=[])
     assert again.models == found.models

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from common.config import Config, DataConfig, EvaluationConfig, ModelConfig
 from common.errors import UserError
-from common.records.run import SavedFacts
+from common.records.run import RunRecord, SavedFacts
 from common.rundir import RunDirectory
 from sim.cli.main import app
 
@@ -31,6 +31,7 @@ def run(tmp_path):
     )
     directory = RunDirectory.create(config, directory=tmp_path / "run")
     line = prediction_line("case-1", "fedrx", ["Albuterol"], truth=["Albuterol"])
+    directory.write_json("run.json", RunRecord(mode="federation", resumable=True))
     directory.append("predictions.jsonl", line)
     directory.write_json("summary.json", {"source": "synthetic"})
     directory.write_status("finished")
@@ -95,7 +96,8 @@ def test_without_a_run_the_newest_with_a_model_is_taken_and_named(run, tmp_path,
     for name in ("b.safetensors", "facts.json"):
         (checkpoint / name).touch()
     audit = RunDirectory.create(run.config(), directory=tmp_path / "runs" / "2-audit")
-    for one in (model, audit):
+    for one, mode in ((model, "federation"), (audit, "audit")):
+        one.write_json("run.json", RunRecord(mode=mode, resumable=False))
         one.write_status("finished")
     result = CliRunner().invoke(app, ["suggest"])
     assert f"run: {model.path}" in result.output

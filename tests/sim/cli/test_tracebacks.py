@@ -8,6 +8,7 @@ from rich.console import Console
 
 from common.config import Config
 from common.errors import RunFailed
+from common.records.run import RunRecord
 from common.rundir import RunDirectory
 from sim.runs import federate
 from sim.runs.lifecycle import Run
@@ -29,7 +30,8 @@ def test_an_attempt_shows_its_own_tracebacks_alone(tmp_path, monkeypatch, capsys
         monkeypatch.setattr(federate, "train_rounds", fail)
         prepared = SimpleNamespace(data=SimpleNamespace(source=source))
         kind, console = federate.Federation(), Console(file=StringIO())
+        record = RunRecord(mode="federation", resumable=True)
         with pytest.raises(RunFailed):
-            Run(kind, run, None, Config(), prepared, console, [], 0.0).live(inside=False)
+            Run(kind, run, record, Config(), prepared, console, [], 0.0).live(inside=False)
         shown = attempt if source == "synthetic" else ""
         assert capsys.readouterr().err == shown

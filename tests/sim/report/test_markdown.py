@@ -117,6 +117,6 @@ def test_figures_and_names_stay_readable_in_the_source():
 def test_a_sweep_s_arm_is_a_cell_too():
     figures = dict.fromkeys(FIGURES, Interval(0.5, None))
     text = "fa-lora model.backbone=a|b<i>"
-    page = rendered(markdown([ArmRow(text, 1, figures)]))
+    page = rendered(markdown([ArmRow(arm=text, runs=1, **figures)]))
     assert page.texts[len(FIGURES) + 2] == text
     assert "i" not in page.tags

@@ -18,7 +18,7 @@ from common.configio import from_flat
 from common.errors import UserError
 from common.evaluation.generate import generate
 from common.model.backbone.load import load_model, load_tokenizer, resolve_backbone
-from common.records.run import SavedFacts
+from common.records.run import RunRecord, SavedFacts
 from common.rundir import RunDirectory
 from common.text.batches import encode_prompt
 from common.text.prompts import messages
@@ -51,16 +51,8 @@ def trained_run(config: Config, folder) -> RunDirectory:
         for key, shape in session.adapter.shapes.items()
     }
     run.save_checkpoint("round-0001", b, facts=SavedFacts(round=1))
-    run.write_json(
-        "environment.json",
-        {
-            "inputs": {
-                "backbone": session.spec.fingerprint,
-                "a": session.adapter.a_fingerprint,
-                "samples": "unused",
-            }
-        },
-    )
+    inputs = {"backbone": session.spec.fingerprint, "a": session.adapter.a_fingerprint}
+    run.write_json("run.json", RunRecord(mode="federation", resumable=True, inputs=inputs))
     return run
 
 
@@ -376,7 +368,7 @@ def test_an_earlier_export_is_replaced_and_nothing_else(tmp_path):
 
 def test_another_a_is_refused(tmp_path):
     run = trained_run(configure("tiny"), tmp_path / "run")
-    inputs = run.read_json("environment.json")["inputs"]
-    run.write_json("environment.json", {"inputs": {**inputs, "a": "0" * 64}})
+    record = run.read_json("run.json")
+    run.write_json("run.json", {**record, "inputs": {**record["inputs"], "a": "0" * 64}})
     with pytest.raises(UserError, match="A is not what the run was trained with"):
         export_run(run)

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+import sim.runs.cells
 import sim.runs.lifecycle
-import sim.runs.sweep
 from common.data.dataset import open_hospitals
 from common.errors import UserError
 from common.evaluation.baselines import BASELINES
@@ -38,7 +38,7 @@ def done(tiny_config, tmp_path_factory):
     Each run's own page and its dear baseline, which nothing here reads, are left out.
     """
     config, folder = tiny_config(**SMALL), tmp_path_factory.mktemp("generalise")
-    begun, opened, federate = [], [], sim.runs.sweep.federate
+    begun, opened, federate = [], [], sim.runs.cells.federate
 
     def start(*arguments, run_dir, **options):
         begun.append(run_dir.name)
@@ -51,7 +51,7 @@ def done(tiny_config, tmp_path_factory):
         return open_hospitals(config, **keys)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sim.runs.sweep, "federate", start)
+        patch.setattr(sim.runs.cells, "federate", start)
         patch.setattr("common.training.worker.open_hospitals", opens)
         patch.setattr(sim.runs.lifecycle, "write_report", lambda run: None)
         patch.delitem(BASELINES, "logistic_regression")
@@ -136,7 +136,7 @@ def test_a_finished_run_is_the_first_model_of_all(done, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sim.runs.sweep, "federate", start)
+        patch.setattr(sim.runs.cells, "federate", start)
         generalise(run.config(), tmp_path, seeds=1, console=QUIET, command_line=[], run=run)
     assert started == ["alone-seed-0-hospital-1"]
 

@@ -17,11 +17,11 @@ from common.model.backbone.tiny import tiny_model, tiny_tokenizer
 from common.records.summary import Summary
 from common.training import worker
 from common.training.worker import Worker
-from sim.runs.federate import Federation
-from sim.runs.lifecycle import resume
+from sim.runs.lifecycle import Kind, Run, resume
 from sim.runs.paper import paper
 from sim.runs.single import Single, single
-from sim.runs.sweep import plan_cells, run_all
+from sim.runs.sweep import Sweep, plan_cells
+from sim.runs.sweep import sweep as run_sweep
 
 KEYS = {
     "data.synthetic-patients": 30,
@@ -62,8 +62,11 @@ def sweep_twice(monkeypatch, tmp_path, prepared):
     """
     shared = Worker()
     monkeypatch.setattr("client.app.worker", lambda: shared)
-    for kind in (Federation, Single):
-        monkeypatch.setattr(kind, "work", lambda kind, run: Summary())
+    monkeypatch.setattr(Run, "_answered", lambda run: Summary())
+    monkeypatch.setattr(Sweep, "together", lambda *_: Summary())
+    for kind in (Kind, Sweep):
+        for name in ("report", "show"):
+            monkeypatch.setattr(kind, name, lambda *_: None)
 
     def sweep(vary, arms=("fa-lora", "fedmedian")):
         found = []
@@ -71,8 +74,7 @@ def sweep_twice(monkeypatch, tmp_path, prepared):
         cells = plan_cells(config, arms=arms, seeds=[0], vary=vary)
         assert len(cells) > 1
         for folder in ("first", "second"):
-            told = {"console": QUIET, "command_line": (), "again": ""}
-            run_all(cells, tmp_path / folder, **told)
+            run_sweep(cells, tmp_path / folder, console=QUIET, command_line=())
             found.append(len(prepared) - sum(found))
         return found
 
@@ -149,13 +151,13 @@ def test_a_gpus_weights_are_read_once_and_before_the_checks(tmp_path, monkeypatc
 
     monkeypatch.setattr(Reading, "_read", reading)
     monkeypatch.setattr(sim.runs.preparation, "check_settings", checking)
-    monkeypatch.setattr(Single, "work", lambda kind, run: run.worker.session(run.config))
+    monkeypatch.setattr(Run, "live", lambda run, inside: run.worker.session(run.config))
     console = Console(file=io.StringIO())
     config = from_flat(KEYS | {"model.backbone": str(folder)})
     single(config, console=console, command_line=(), run_dir=tmp_path / "run")
     assert events == ["read", "check"]
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    monkeypatch.setattr(Single, "work", lambda kind, run: pytest.fail("worked"))
+    monkeypatch.setattr(Run, "live", lambda run, inside: pytest.fail("worked"))
     with pytest.raises(UserError, match="backbone changed since it began"):
         resume(tmp_path / "run", kinds=[Single], console=console, command_line=())

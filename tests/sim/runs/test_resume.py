@@ -14,7 +14,7 @@ from common.wire.cohort import hospital_names
 from sim.process.lock import exclusive
 from sim.process.open_run import rank_folder
 from sim.runs import federate, paper, resume, single
-from sim.runs.lifecycle import Kind
+from sim.runs.lifecycle import Kind, Run
 from sim.runs.preparation import fingerprints, prepare
 
 QUIET = Console(quiet=True)
@@ -51,7 +51,9 @@ def worked(monkeypatch):
         runs.append(run.path.name)
         return Summary()
 
-    monkeypatch.setattr(Kind, "work", lambda self, run: look(run.directory))
+    monkeypatch.setattr(Run, "_answered", lambda run: look(run.directory))
+    for name in ("report", "show"):
+        monkeypatch.setattr(Kind, name, lambda *_: None)
     monkeypatch.setattr(paper, "_answer_with_checkpoints", lambda run, *_: look(run))
     return runs
 
@@ -63,14 +65,11 @@ def test_a_run_goes_on_alone_and_says_that_it_was_resumed(begun, worked):
     assert entry["command_line"] == ["fedrx", "resume"]
 
 
-def test_a_run_of_before_there_was_run_json_goes_on(begun, worked):
-    record = begun.record().as_json()
+def test_without_run_json_there_is_no_run_to_go_on_with(begun, worked):
     (begun.path / "run.json").unlink()
-    facts = begun.read_json("environment.json")
-    told = {key: record[key] for key in ("mode", "config", "inputs")}
-    begun.write_json("environment.json", {**facts, **told})
-    resume.resume(begun.path, console=QUIET, command_line=[])
-    assert worked == ["run"]
+    with pytest.raises(UserError, match="is not a run directory: it has no run.json"):
+        resume.resume(begun.path, console=QUIET, command_line=[])
+    assert worked == []
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def told(training: SingleTraining) -> list[tuple[str, int, float]]:
 
 def go_on_in(path: pathlib.Path, like: SingleTraining) -> SingleTraining:
     training = SingleTraining(
-        run=RunDirectory.open(path),
+        run=RunDirectory(path),
         config=like.config,
         session=like.session,
         hospital=like.hospital,

@@ -145,7 +145,7 @@ def test_a_federation_of_one_hospital_gives_the_same_b(whole, config_file, tmp_p
 
 
 def test_a_run_that_can_be_resumed_has_said_what_it_reads(config_file, tmp_path, monkeypatch):
-    """run.json makes a run resumable: data.json is there before it."""
+    """run.json makes a run resumable: data.json is there before it; until then it may be begun."""
     write = RunDirectory.write_json
 
     def killed(self, name, value):
@@ -159,5 +159,6 @@ def test_a_run_that_can_be_resumed_has_said_what_it_reads(config_file, tmp_path,
         single(read_config(config_file), console=console, command_line=[], run_dir=tmp_path / "run")
     assert (tmp_path / "run" / "data.json").exists()
     monkeypatch.undo()
-    with pytest.raises(UserError, match="no run that can be resumed"):
+    with pytest.raises(UserError, match="it has no run.json"):
         resume(tmp_path / "run", console=console, command_line=[])
+    RunDirectory.require_new(read_config(config_file), directory=tmp_path / "run")

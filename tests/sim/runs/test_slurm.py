@@ -20,12 +20,17 @@ from common.rundir import RunDirectory
 from sim.process import extras
 from sim.runs import slurm
 from sim.runs.single import single
-from sim.runs.slurm import JOBS, CellJob, read_options, run_cells
+from sim.runs.slurm import JOBS, CellJob, jobs_on, read_options
 from sim.runs.sweep import plan_cells, sweep
 
 pytest.importorskip("submitit")
 
 TOLD = {"partition": "gpu", "options": (), "command_line": ["fedrx", "sweep"]}
+
+
+def run_cells(cells, folder, *, partition, options, console, command_line):
+    """Run them as jobs alone; ``sweep`` makes the table of it."""
+    jobs_on(partition, options)(cells, folder, console, command_line)
 
 
 def single_cells(tiny_config, seeds, **keys):

@@ -28,7 +28,7 @@ from common.config import Config
 from common.configio import from_flat
 from common.errors import RunFailed, UserError
 from common.files import write_bytes
-from common.records.run import SavedFacts
+from common.records.run import RunRecord, SavedFacts
 from common.rundir import RunDirectory
 from common.tensor_files import Altered
 from common.training.worker import Worker
@@ -42,11 +42,16 @@ from sim.runs.stages import (
     after_training,
     import_ahead,
     is_trained,
-    reported,
+    resume_command,
 )
 
 NEWER_LIBRARY = TypeError("update() got an unexpected keyword argument 'kwargs'")
 FULL_DISK = OSError(errno.ENOSPC, "No space left on device", "predictions.jsonl")
+
+
+def reported(run, console, where=dict):
+    """The work on a run that ``fedrx resume`` goes on with."""
+    return sim.runs.stages.reported(run, console, where, again=resume_command(run))
 
 
 def silent() -> Console:
@@ -57,6 +62,7 @@ def silent() -> Console:
 def run(tmp_path) -> RunDirectory:
     """A run whose training is done, in a folder that a shell must quote."""
     made = RunDirectory.create(Config(), directory=tmp_path / "a run [1]")
+    made.write_json("run.json", RunRecord(mode="federation", resumable=True))
     made.write_json("data.json", {"source": "synthetic"})
     made.save_checkpoint(
         "round-00004", {"b": np.zeros((1, 1), np.float32)}, facts=SavedFacts(round=4)
@@ -239,19 +245,19 @@ def test_a_run_around_others_names_its_own_command(run, tmp_path):
 
 
 def broken_by(error):
-    """A kind's work that does not come to its end."""
+    """Training that does not come to its end."""
 
-    def work(self, run):
+    def train(self, run):
         raise error
 
-    return work
+    return train
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), NEWER_LIBRARY])
 def test_a_sweep_and_a_paper_run_name_themselves_and_no_run_inside(tmp_path, monkeypatch, error):
     """Once, with the command that goes on; after Ctrl-C and after a failure."""
     config, console = from_flat(TINY), silent()
-    monkeypatch.setattr(sim.runs.lifecycle.Kind, "work", broken_by(error))
+    monkeypatch.setattr(sim.runs.single.Single, "train", broken_by(error))
     typed = ["/opt/bin/fedrx", "sweep", "a c.toml", "--seeds", "1"]
     cells = sim.runs.sweep.plan_cells(config, arms=["centralised"], seeds=[0])
     calls = (

@@ -1,5 +1,6 @@
 """``fedrx sweep``: which runs it plans, what its table says, and how it goes on."""
 
+import contextlib
 import io
 import statistics
 from dataclasses import replace
@@ -8,9 +9,10 @@ from typing import get_args, get_type_hints
 import pytest
 from rich.console import Console
 
-import sim.runs.sweep
+import sim.runs.cells
 from common.config import AdapterConfig, FederationConfig
-from common.errors import UserError
+from common.errors import RunFailed, UserError
+from common.records.checks import SweepRecord
 from common.records.run import RunRecord
 from common.records.summary import Summary
 from common.rundir import RunDirectory
@@ -65,8 +67,8 @@ def trained(monkeypatch):
 
         return start
 
-    monkeypatch.setattr(sim.runs.sweep, "federate", fake(resolved))
-    monkeypatch.setattr(sim.runs.sweep, "single", fake(one_node))
+    monkeypatch.setattr(sim.runs.cells, "federate", fake(resolved))
+    monkeypatch.setattr(sim.runs.cells, "single", fake(one_node))
     return started
 
 
@@ -114,9 +116,9 @@ def test_interval_is_student_s_over_seeds():
 def test_the_page_draws_f1_with_its_interval_where_there_is_one():
     figures = {name: Interval(2.0, 0.1) for name in FIGURES}
     rows = [
-        ArmRow("a", 3, {**figures, "F1": Interval(0.5, 0.7)}),
-        ArmRow("b", 1, {**figures, "F1": Interval(0.5, None)}),
-        ArmRow("c", 1, {**figures, "F1": Interval(None, None)}),
+        ArmRow(arm="a", runs=3, **{**figures, "F1": Interval(0.5, 0.7)}),
+        ArmRow(arm="b", runs=1, **{**figures, "F1": Interval(0.5, None)}),
+        ArmRow(arm="c", runs=1, **{**figures, "F1": Interval(None, None)}),
     ]
     found = [(bar.value, bar.interval, bar.text) for bar in arms_block(rows).bars]
     assert found == [
@@ -137,13 +139,13 @@ def test_sweep_runs_each_cell_once_and_writes_the_table(tiny_config, tmp_path, m
         found = summary(0.1 * (1 + config.train.seed) + (config.adapter.mode == "lora"))
         write_run(resolve(config), run_dir, found)
 
-    monkeypatch.setattr(sim.runs.sweep, "federate", fake)
-    monkeypatch.setattr(sim.runs.sweep, "single", fake)
+    monkeypatch.setattr(sim.runs.cells, "federate", fake)
+    monkeypatch.setattr(sim.runs.cells, "single", fake)
     cells = plan_cells(tiny_config(), arms=["fa-lora", "lora", "centralised"], seeds=[0, 1])
     console = Console(file=io.StringIO(), width=200)
     with pytest.raises(KeyboardInterrupt):
         sweep(cells, tmp_path, console=console, command_line=["fedrx"])
-    result = sweep(cells, tmp_path, console=console, command_line=["fedrx"])
+    result = sweep(cells, tmp_path, console=console, command_line=["fedrx"]).as_json()
     assert sorted(started) == sorted([c.folder for c in cells] + ["lora-seed-1"])
     assert [row["arm"] for row in result["rows"]] == ["fa-lora", "lora", "centralised"]
     assert result["rows"][1]["F1"]["mean"] == pytest.approx(1.15)
@@ -225,10 +227,62 @@ def test_an_unfinished_cell_is_resumed(tiny_config, trained, tmp_path, monkeypat
     def resumed(path, **_):
         RunDirectory(path).write_json("summary.json", summary(0.75))
 
-    monkeypatch.setattr(sim.runs.sweep, "resume", resumed)
-    result = sweep([cell], tmp_path, console=QUIET, command_line=[])
+    monkeypatch.setattr(sim.runs.cells, "resume", resumed)
+    result = sweep([cell], tmp_path, console=QUIET, command_line=[]).as_json()
     assert result["rows"][0]["F1"]["mean"] == 0.75
     assert trained == []
+
+
+def test_status_says_how_far_a_sweep_is(tiny_config, trained, tmp_path, monkeypatch):
+    """Before its first run, after a failure, after Ctrl-C, and at its end."""
+    directory, seen = RunDirectory(tmp_path), []
+    cells = plan_cells(tiny_config(), arms=["fa-lora", "lora"], seeds=[0])
+    begin = sim.runs.cells.federate
+
+    def broken(error):
+        def start(config, *, run_dir, **keys):
+            seen.append(directory.status())
+            if error and "lora-seed" in run_dir.name:
+                raise error
+            return begin(config, run_dir=run_dir, **keys)
+
+        return start
+
+    errors = UserError("a quarrel"), TypeError("a newer library"), KeyboardInterrupt(), None
+    for error, state in zip(errors, ("failed", "failed", "interrupted", "finished"), strict=True):
+        monkeypatch.setattr(sim.runs.cells, "federate", broken(error))
+        with contextlib.suppress(UserError, RunFailed, KeyboardInterrupt):
+            sweep(cells, tmp_path, console=QUIET, command_line=[])
+        assert directory.status().state == state
+        assert (directory.status().error != "") == (state == "failed")
+    assert (seen[0].state, seen[0].stage, seen[0].cells) == ("running", "training", 0)
+    assert directory.status().cells == 2
+
+
+def test_a_sweep_is_not_begun_over_a_run(tiny_config, trained, tmp_path):
+    cells = plan_cells(tiny_config(), arms=["fa-lora"], seeds=[0])
+    write_run(tiny_config(), tmp_path / "run", summary(0.5))
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    with pytest.raises(UserError, match=r"run of another kind \(federation\); fix: name another"):
+        sweep(cells, tmp_path / "run", console=QUIET, command_line=[])
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+
+
+def test_jobs_run_while_the_sweep_is_held(tiny_config, trained, tmp_path):
+    cells = plan_cells(tiny_config(), arms=["fa-lora"], seeds=[0])
+
+    def jobs(asked, folder, *_):
+        run = RunDirectory(folder)
+        assert (asked, run.status().state) == (cells, "running")
+        with pytest.raises(UserError, match="another process is at work"), exclusive(run):
+            pass
+        write_run(resolved(cells[0].config), folder / cells[0].folder, summary(0.25))
+
+    table = sweep(cells, tmp_path, console=QUIET, command_line=[], jobs=jobs)
+    assert table.rows[0].figures["F1"].mean == 0.25
+    assert trained == []
+    read = SweepRecord.read((tmp_path / "sweep.json").read_bytes(), what="sweep.json")
+    assert read == table
 
 
 def test_one_sweep_at_a_time_in_a_folder(tiny_config, trained, tmp_path):
@@ -386,7 +440,7 @@ def test_table_of_runs_without_a_validation_loss(tiny_config):
     assert row["validation loss"] == Interval(None, None)
     assert row["F1"].mean == 0.5
     assert tabulate([[without], [summary(0.5)]])["validation loss"].mean is None
-    rows = [ArmRow("fa-lora", 2, row)]
+    rows = [ArmRow(arm="fa-lora", runs=2, **row)]
     assert "| fa-lora | 2 | 0.5 ± 0 | 0.25 ± 0 | – | 2 ± 0 |" in markdown(rows)
     console = Console(file=io.StringIO(), width=200)
     show_blocks(console, [arms_block(rows)])

@@ -15,6 +15,7 @@ import pytest
 from line_fixtures import prediction_line
 
 from common.config import Config, JudgeConfig
+from common.records.run import RunRecord
 from common.rundir import RunDirectory
 
 
@@ -187,6 +188,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         lines: list[dict[str, Any]], source: str | None = "synthetic", name: str = "run"
     ) -> RunDirectory:
         run = RunDirectory.create(Config(), directory=tmp_path / name)
+        run.write_json("run.json", RunRecord(mode="federation", resumable=True))
         for record in lines:
             run.append("predictions.jsonl", record)
         run.write_json("summary.json", {"rounds": 4, **({"source": source} if source else {})})

@@ -1,0 +1,149 @@
+"""Runs that are put together: each is an ordinary run below one folder.
+
+A finished one is not run again, so the same command goes on where it stopped.
+"""
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from rich.console import Console
+
+import client.app
+from common.config import IN_PROCESS, Config
+from common.configio import differences
+from common.errors import UserError
+from common.provenance import shown_command
+from common.records import Record
+from common.records.run import Inputs, RunRecord
+from common.records.summary import Summary
+from common.rundir import RunDirectory
+from sim.runs.federate import federate, resolved
+from sim.runs.lifecycle import Kind, Run
+from sim.runs.resume import resume
+from sim.runs.single import one_node, single
+from sim.runs.stages import TRAINING
+
+RESULTLESS = ("federation.workers",)
+"""Keys that cannot change a run's result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run of several."""
+
+    arm: str
+    """Name of the arm, with the values that are varied beside it."""
+    seed: int
+    part: str
+    """The hospital of a local-only run; else empty."""
+    config: Config
+    federated: bool
+
+    @property
+    def folder(self) -> str:
+        """Name of the run's folder below that of all."""
+        parts = (self.arm, f"seed-{self.seed}", self.part)
+        return "-".join(part for part in parts if part).replace("=", "-").replace(" ", "-")
+
+
+Jobs = Callable[[Sequence[Cell], Path, Console, Sequence[str]], None]
+"""Finishes cells below a folder by other processes: a console, and the command line for each."""
+
+
+class Cells(Kind):
+    """Runs of one folder, put together once all are finished.
+
+    Args:
+        cells: All of them.
+        command_line: The command of all; it goes on with what is not finished.
+        trained: Finished runs elsewhere that stand for cells, by the cells' folders.
+        jobs: Finishes cells elsewhere, before this process does.
+    """
+
+    resumable = False
+
+    def __init__(
+        self,
+        cells: Sequence[Cell],
+        command_line: Sequence[str],
+        *,
+        trained: Mapping[str, RunDirectory] = MappingProxyType({}),
+        jobs: Jobs | None = None,
+    ) -> None:
+        self.cells, self.command_line = cells, command_line
+        self.trained, self.jobs = trained, jobs
+        self.runs: dict[str, RunDirectory] = {}
+        """Those that are finished, by their cells' folders."""
+
+    def record(self, config: Config, inputs: Inputs) -> RunRecord:
+        """Say which runs lie inside."""
+        names = tuple(cell.folder for cell in self.cells)
+        return RunRecord(mode=self.mode, resumable=False, cells=names)
+
+    def place(self, run: Run) -> Mapping[str, object]:
+        """Return how many runs are finished."""
+        return {"cells": len(self.runs)}
+
+    def again(self, directory: RunDirectory) -> str:
+        """Return the same command."""
+        return shlex.join(shown_command(self.command_line)) or f"the same `fedrx {self.mode}`"
+
+    def train(self, run: Run) -> Record:
+        """Run what is not finished, and put all together."""
+        folder = run.directory.path
+        client.app.worker().forget_data()  # of an earlier call: files may have changed since
+        run.enter(TRAINING)
+        if self.jobs:
+            self.jobs(self.cells, folder, run.console, run.command_line)
+        for number, cell in enumerate(self.cells, 1):
+            label = f"{number}/{len(self.cells)}: {cell.arm}, seed {cell.seed} {cell.part}"
+            run.console.print(label, style="bold", markup=False)
+            one = self.trained.get(cell.folder) or RunDirectory(folder / cell.folder)
+            run_cell(cell, one.path, run.console, run.command_line)
+            self.runs[cell.folder] = one
+            run.enter(TRAINING)
+        return self.together(run)
+
+    def together(self, run: Run) -> Record:
+        """Put the finished runs together."""
+        raise NotImplementedError
+
+
+def run_cell(cell: Cell, folder: Path, console: Console, command_line: Sequence[str]) -> Summary:
+    """Run a cell in its folder, or go on with it; a finished one is not run again.
+
+    Raises:
+        UserError: if the folder holds another run than the cell's.
+    """
+    run = RunDirectory(folder)
+    # In one process all cells have one backbone and one data set open, hospitals and single node.
+    worker = client.app.worker() if cell.config.run.backend == IN_PROCESS else None
+    options: dict[str, Any] = {"console": console, "command_line": command_line}
+    options |= {"inside": True, "worker": worker}
+    if run.record() is None:
+        begin = federate if cell.federated else single
+        begin(cell.config, run_dir=folder, **options)
+    else:
+        _check_same(cell, run)
+        if not run.is_finished:
+            resume(folder, **options)
+    return run.summary()
+
+
+def _check_same(cell: Cell, run: RunDirectory) -> None:
+    """Refuse a run that is not the cell's, by the configurations that both run with."""
+    wanted = resolved(cell.config) if cell.federated else one_node(cell.config)
+    changed = [
+        str(change)
+        for change in differences(run.config(), wanted)
+        if not change.key.startswith(RESULTLESS)
+    ]
+    if changed:
+        raise UserError(
+            f"{run.path} holds a run with another configuration: {'; '.join(changed)}",
+            fix="name another --run-dir, or set these keys as they were",
+        )
