@@ -10,7 +10,6 @@ findings. A sound mechanism has to pass every time.
 """
 
 import argparse
-import io
 import json
 import multiprocessing
 import sys
@@ -25,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from common.configio import read_config
 from common.errors import RunFailed
@@ -226,7 +224,6 @@ def audited(setting: str, *, dtype: str = "fp32", canaries: int = 0) -> dict[str
         try:
             audit(
                 config,
-                console=Console(file=io.StringIO()),
                 command_line=sys.argv,
                 run_dir=place,
                 canaries=canaries,

@@ -38,13 +38,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rich.console import Console
-
 from common.config import Config
 from common.configio import Scalar, from_flat, parse_overrides, read_config
 from common.evaluation.transfer import half_width
 from common.records.summary import Summary
 from sim.flower.superlink import end_with_parent
+from sim.process.progress import SILENT
 from sim.runs.cells import Cell, run_cell
 from sim.runs.sweep import plan_cells
 
@@ -226,7 +225,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def run_one(folder: Path, cell: Cell) -> Summary:
     """Run a cell, or go on with it, in its folder below the experiment's."""
-    return run_cell(cell, folder / cell.folder, Console(quiet=True), sys.argv)
+    return run_cell(cell, folder / cell.folder, SILENT, sys.argv)
 
 
 def finished(

@@ -2,8 +2,6 @@
 
 from collections.abc import Iterable
 
-from rich.console import Console
-
 from client.personal import own_b, with_own
 from common.config import Config
 from common.configio import changed_freely
@@ -18,7 +16,7 @@ from common.training.worker import Worker
 from sim.answers.public_curve import public_curve
 from sim.process.early import check_device
 from sim.process.open_run import COMPUTING, require_same
-from sim.process.progress import Meter
+from sim.process.progress import SILENT, Console, Meter
 from sim.report.data_description import other_items
 
 FREE_KEYS = ("evaluation.", *COMPUTING)
@@ -29,7 +27,7 @@ def evaluate_run(
     *,
     checkpoint: str | None = None,
     overrides: Iterable[str] = (),
-    console: Console | None = None,
+    console: Console = SILENT,
     worker: Worker | None = None,
     data: Dataset | None = None,
 ) -> Summary:
@@ -44,7 +42,7 @@ def evaluate_run(
         run: Any run directory with a checkpoint, federated or single.
         checkpoint: Name of a checkpoint; default the last.
         overrides: ``key=value``; only ``evaluation.*`` and where and how to compute.
-        console: Where progress is shown, if anywhere.
+        console: Where progress is shown.
         worker: Who may have the backbone open already.
         data: The run's, where it is open already.
 
@@ -55,7 +53,6 @@ def evaluate_run(
         UserError: If an override would change what was trained, the data, the backbone or A are
             not those of the run, there is no such checkpoint, or nothing is held out.
     """
-    console = console or Console(quiet=True)
     config = changed_freely(run.config(), overrides, FREE_KEYS)
     check_device(config)
     loaded, last = run.load_checkpoint(checkpoint), run.load_checkpoint()
@@ -66,7 +63,7 @@ def evaluate_run(
     try:
         known = Evaluation.read(run)
     except Altered as error:
-        console.print(f"{error}: all is answered anew", style="yellow", markup=False)
+        console.say(f"{error}: all is answered anew", style="yellow")
     beside = known if known and known.facts.way == way else None
     adapters: dict[str, B | Personal | None] = {"fedrx": last.b, "untrained": None}
     own = personal_b(run, last.b, [one.name for one in data.hospitals])
@@ -133,15 +130,11 @@ def reopen(
 def _show(console: Console, facts: Facts) -> None:
     for model, one in facts.generation.items():
         cut = f", {one.cut_answers} cut at evaluation.max-new-tokens" * bool(one.cut_answers)
-        console.print(
+        console.say(
             f"{model}: {facts.samples} answers, {one.tokens} tokens in {one.seconds:.1f} s{cut}",
             style="dim",
-            highlight=False,
         )
     if facts.dropped_diagnoses:
-        console.print(
-            f"{facts.dropped_diagnoses} diagnoses left out of prompts (train.max-length)",
-            highlight=False,
-        )
+        console.say(f"{facts.dropped_diagnoses} diagnoses left out of prompts (train.max-length)")
     for kind, number in other_items(facts.left_out or {}).items():
-        console.print(f"{number} {kind} left out of prompts (train.max-length)", highlight=False)
+        console.say(f"{number} {kind} left out of prompts (train.max-length)")

@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -17,7 +16,7 @@ from common.evaluation.judge.plan import JudgePlan, plan_judging
 from common.records.judged import Estimate, Judged
 from common.rundir import RunDirectory
 from sim.process.lock import exclusive
-from sim.process.progress import Meter
+from sim.process.progress import Console, Meter
 
 
 def plan(
@@ -87,14 +86,12 @@ def judge(run: RunDirectory, prepared: JudgePlan, *, console: Console) -> Judged
 
 def show_estimate(console: Console, figures: Estimate) -> None:
     """Show what a dry run found."""
-    console.print(
+    console.say(
         f"{figures.calls} calls to {figures.server} ({figures.cached} more are in the "
         f"cache; each may need one repair)\nabout {figures.input_tokens:,} tokens in and "
         f"{figures.output_tokens:,} out: {figures.cost_usd:.2f} USD, at most "
         f"{figures.most_usd:.2f}; spent so far {figures.spent_usd:.2f}\n"
-        f"data: {figures.source}. Nothing was sent.",
-        markup=False,
-        highlight=False,
+        f"data: {figures.source}. Nothing was sent."
     )
 
 
@@ -118,7 +115,7 @@ def show_judgement(console: Console, result: Judged) -> None:
                     for name in ("scored", "unscored", "unanswered", "empty")
                 ),
             )
-    console.print(table)
+    console.say(table)
     lines = [
         f"unscored by {judge}: {problems_in_words(theirs.judgements.problems)}"
         for judge, theirs in result.judges.items()
@@ -142,8 +139,7 @@ def show_judgement(console: Console, result: Judged) -> None:
             ("all together", result.usage, result.cost_usd),
         )
     ]
-    for line in lines:
-        console.print(line, markup=False, highlight=False)
+    console.say(*lines)
 
 
 def require_scores(result: Judged) -> None:

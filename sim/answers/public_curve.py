@@ -6,8 +6,6 @@ synthetic source that no hospital has: nothing of a hospital is read for it, so 
 
 from dataclasses import replace
 
-from rich.console import Console
-
 from common.config import Config
 from common.data.prepare import load_samples
 from common.data.samples import Admission
@@ -17,7 +15,7 @@ from common.records.summary import PublicCurve
 from common.rundir import RunDirectory
 from common.training.loop import validation_loss
 from sim.answers.held_out import encoded
-from sim.process.progress import Meter
+from sim.process.progress import SILENT, Console, Meter
 
 FEWEST_PATIENTS = 10
 """The synthetic source writes no fewer."""
@@ -35,7 +33,7 @@ def public_admissions(config: Config) -> tuple[tuple[Admission, ...], int]:
 
 
 def public_curve(
-    run: RunDirectory, session: Session, config: Config, *, console: Console
+    run: RunDirectory, session: Session, config: Config, *, console: Console = SILENT
 ) -> PublicCurve:
     """Measure every checkpoint of a run; the adapter's values are put back afterwards.
 

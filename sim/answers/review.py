@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from common.errors import UserError
@@ -33,6 +32,7 @@ from common.records.judged import Reviewed
 from common.rundir import SUMMARY, RunDirectory
 from sim.answers.judge import percent, require_diagnoses
 from sim.pages.fill import render
+from sim.process.progress import Console
 
 
 def make_review(
@@ -203,22 +203,20 @@ def show_reviews(console: Console, result: Reviewed) -> None:
             "-" if one.overall is None else f"{one.overall:.1f}",
             str(one.lists_reviewed),
         )
-    console.print(table)
+    console.say(table)
     if escaped := result.escaped_texts:
-        console.print(f"{escaped} texts could not be written as UTF-8, and are escaped")
+        console.say(f"{escaped} texts could not be written as UTF-8, and are escaped")
     agreement, judge = result.agreement, result.judge
     if agreement.drugs:
-        console.print(
+        console.say(
             f"reviewers on {agreement.drugs} drugs: unanimous "
             f"{percent(agreement.unanimous)}, alpha {_figure(agreement.alpha_drugs)} "
             f"(overall marks {_figure(agreement.alpha_overall)})",
-            highlight=False,
         )
     if judge and judge.drugs:
-        console.print(
+        console.say(
             f"reviewers and judge on {judge.drugs} drugs: agree {percent(judge.agree)}, "
-            f"alpha {_figure(judge.alpha)}",
-            highlight=False,
+            f"alpha {_figure(judge.alpha)}"
         )
 
 

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
-
 from client.personal import b_of
 from common.config import Config
 from common.configio import changed_freely
@@ -34,7 +32,6 @@ from sim.assist.orders import Orders
 from sim.assist.patient_form import PatientRequest
 from sim.process.open_run import COMPUTING, open_run, require_same
 from sim.report.html import Block
-from sim.report.terminal import show_blocks
 from sim.report.words import NOTICE, OWN_NOTE
 
 _CODE = re.compile(r"[A-Za-z]?\d[\w.]{1,7}")
@@ -341,14 +338,13 @@ def about_run(
     }
 
 
-def show_suggestion(
-    console: Console,
+def suggestion_blocks(
     run: RunDirectory,
     request: PatientRequest,
     suggestion: Suggestion,
     reference: ReferenceData,
-) -> None:
-    """Show one list on the terminal."""
+) -> list[Block]:
+    """Return one list as the terminal shows it."""
     measures = [f"{request.height_cm:g} cm"] if request.height_cm else []
     measures += [f"{request.weight_kg:g} kg"] if request.weight_kg else []
     measures += [f"BMI {request.bmi:.1f}"] if request.bmi else []
@@ -372,4 +368,4 @@ def show_suggestion(
         title = f"{len(rows)} suggested drug{'s' * (len(rows) != 1)}"
         note = f"Why it ends there: {suggestion.ends}."
         blocks.append(Block(title=title, headers=headers, rows=rows, note=note))
-    show_blocks(console, [*blocks, Block(note=f"{reference.note} Run: {run.path.name}.")])
+    return [*blocks, Block(note=f"{reference.note} Run: {run.path.name}.")]

@@ -6,8 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from common.config import Config
 from common.errors import RunFailed, UserError
@@ -29,6 +27,8 @@ from common.training.gradients import StepLoss, add_unit_gradients
 from common.training.worker import Worker
 from sim.checks.audit_loop import audit_loop
 from sim.checks.audit_page import NOT_COVERED, cells, claim_of, write_audit_page
+from sim.process.progress import SILENT, Console
+from sim.report.terminal import table
 from sim.runs.lifecycle import Kind, Run, start
 from sim.runs.stages import AUDIT
 
@@ -52,7 +52,7 @@ class BareGradient(PrivateGradient):
 def audit(
     config: Config,
     *,
-    console: Console,
+    console: Console = SILENT,
     command_line: Sequence[str],
     run_dir: Path | None = None,
     canaries: int = 0,
@@ -116,7 +116,7 @@ class Audit(Kind):
 
     def prepare(self, config: Config, console: Console, worker: Worker) -> None:
         """Find the backbone; no data is read."""
-        say = partial(console.print, style="dim")
+        say = partial(console.say, style="dim")
         self.backbone = worker.backbone_to_open(config, progress=say)
         check_backbone(self.backbone)
 
@@ -155,11 +155,10 @@ class Audit(Kind):
 
     def report(self, run: Run, result: AuditSummary) -> None:
         """Write the page and show what was found; a claim that is refuted fails the run."""
-        plan, console = plan_of(run.config), run.console
+        plan = plan_of(run.config)
         claim = claim_of(plan.unit, epsilon(plan).value, delta=plan.delta, steps=plan.steps)
         page = write_audit_page(run.directory, claim, self.findings)
-        show(console, self.findings)
-        console.print(f"page: {page}", markup=False, highlight=False)
+        show(run.console, self.findings, page)
         refuted = [f"{one.audit}: {one.verdict}" for one in self.findings if not one.passed]
         if refuted:
             raise RunFailed("; ".join(refuted))
@@ -211,17 +210,15 @@ def plain(finding: Finding) -> dict[str, Json]:
     return values
 
 
-def show(console: Console, findings: Sequence[Finding]) -> None:
-    """Print the findings as a table."""
-    table = Table("audit", "figure", "if the claim is true", "95% interval", "limit", "verdict")
-    for finding in findings:
-        audit, _, *figures, _ = cells(finding)
-        style = None if finding.passed else "red"
-        table.add_row(audit, *figures, finding.verdict, style=style)
-    console.print(table)
+def show(console: Console, findings: Sequence[Finding], page: Path) -> None:
+    """Tell the findings as a table, what they mean, and where the page is."""
+    headers = ("audit", "figure", "if the claim is true", "95% interval", "limit", "verdict")
+    rows = [(one.audit, *cells(one)[2:-1], one.verdict) for one in findings]
+    console.say(table(headers, rows, styles=["" if one.passed else "red" for one in findings]))
     for finding in findings:
         line = f"{finding.audit}: {finding.meaning}"
         if finding.false_alarm:
             line += f" (a sound mechanism fails with at most {finding.false_alarm:.1e})"
-        console.print(line, style="dim", markup=False, highlight=False)
-    console.print(f"not covered: {NOT_COVERED}", style="dim", markup=False, highlight=False)
+        console.say(line, style="dim")
+    console.say(f"not covered: {NOT_COVERED}", style="dim")
+    console.say(f"page: {page}")

@@ -5,8 +5,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from common.config import Config
 from common.data.partition import Hospital
 from common.errors import UserError
@@ -24,6 +22,7 @@ from sim.answers.held_out import encoded
 from sim.checks.audit import plain, show
 from sim.checks.audit_page import claim_of, write_audit_page
 from sim.process.lock import exclusive
+from sim.process.progress import SILENT, Console
 
 MEMBERSHIP = "membership.json"
 FEWEST = 10
@@ -31,7 +30,7 @@ FEWEST = 10
 
 
 def audit_membership(
-    run: RunDirectory, *, console: Console, references: Sequence[Path] = ()
+    run: RunDirectory, *, console: Console = SILENT, references: Sequence[Path] = ()
 ) -> MembershipRecord:
     """Attack a finished run: patients it was trained on against those it held out.
 
@@ -98,8 +97,7 @@ def audit_membership(
         )
         run.write_json(MEMBERSHIP, result)
         page = write_audit_page(run, claim, findings)
-    show(console, findings)
-    console.print(f"page: {page}", markup=False, highlight=False)
+    show(console, findings, page)
     return result
 
 

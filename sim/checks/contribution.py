@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 
 from common.config import Config
 from common.data.dataset import Dataset
@@ -23,12 +22,11 @@ from server.replay import Replay
 from sim.answers.evaluate import reopen
 from sim.answers.held_out import HeldOut
 from sim.process.lock import exclusive
-from sim.process.progress import Meter
+from sim.process.progress import SILENT, Console, Meter
 from sim.report.html import Block, write_page
-from sim.report.terminal import show_blocks
 from sim.report.words import NOTICE
 
-CONTRIBUTION = "contribution.json"
+CONTRIBUTION, PAGE = "contribution.json", "contribution.html"
 METRICS = {
     "loss": "nats per answer token by which the loss on held-out patients is lower",
     "f1": "F1 of the lists for held-out admissions",
@@ -62,7 +60,7 @@ class ContributionRecord(Record):
 
 
 def contribution(
-    run: RunDirectory, *, console: Console, metric: str = "loss"
+    run: RunDirectory, *, console: Console = SILENT, metric: str = "loss"
 ) -> ContributionRecord:
     """Value every subset of a run's hospitals by the model that the rounds make of it.
 
@@ -70,7 +68,7 @@ def contribution(
 
     Args:
         run: A finished run with kept updates.
-        console: Where progress and the table are shown.
+        console: Where progress is shown.
         metric: What a model is worth on held-out patients of all hospitals: ``loss`` or ``f1``.
 
     Raises:
@@ -115,10 +113,7 @@ def contribution(
             seconds=round(time.monotonic() - started, 3),
         )
         run.write_json(CONTRIBUTION, result)
-        blocks = _blocks(result, data.source)
-        page = write_page(run.path / "contribution.html", "FedRx: contributions", blocks)
-    show_blocks(console, [blocks[1]])
-    console.print(f"page: {page}", markup=False, highlight=False)
+        write_page(run.path / PAGE, "FedRx: contributions", _blocks(result, data.source))
     return result
 
 
@@ -160,7 +155,8 @@ def _note(result: ContributionRecord) -> str:
     )
 
 
-def _blocks(result: ContributionRecord, source: str) -> list[Block]:
+def shares_block(result: ContributionRecord) -> Block:
+    """Return what each hospital adds, as a table."""
     rows = tuple(
         (
             one.name,
@@ -170,14 +166,14 @@ def _blocks(result: ContributionRecord, source: str) -> list[Block]:
         for one in result.hospitals
     )
     headers = ("hospital", f"adds ({result.metric})", "95% interval")
+    title = "What each hospital adds"
+    return Block(title=title, note=_note(result), headers=headers, rows=rows)
+
+
+def _blocks(result: ContributionRecord, source: str) -> list[Block]:
     subsets = tuple((name, f"{value:.4f}") for name, value in result.subsets.items())
     return [
         Block(note=f"{NOTICE} {handling_of(source).report}", warning=True),
-        Block(
-            title="What each hospital adds",
-            note=_note(result),
-            headers=headers,
-            rows=rows,
-        ),
+        shares_block(result),
         Block(title="Every subset", headers=("hospitals", "value"), rows=subsets),
     ]

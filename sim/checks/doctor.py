@@ -13,9 +13,6 @@ from typing import Literal
 
 import torch
 from packaging.requirements import Requirement
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
 
 from client.bundle import check_installation
 from client.policy import POLICY, describe, read_policy
@@ -36,7 +33,6 @@ from sim.process.extras import OPTIONAL, absent
 
 DEMO_MEMORY_BYTES = 6 * 2**30
 DEMO_DISK_BYTES = 2 * 2**30
-MARKS = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "bad": "[red]bad[/red]"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,15 +81,6 @@ def _asked(name: str, check: Callable[[], str], fix: str) -> Finding:
         return Finding(check=name, state="ok", found=check())
     except FedrxError as error:
         return Finding(check=name, state="bad", found=str(error), fix=fix)
-
-
-def show_findings(console: Console, findings: list[Finding]) -> None:
-    """Print the findings as a table."""
-    # What is to be typed is shown whole: where a column is too narrow, it goes over the line.
-    table = Table("check", "", *(Column(name, overflow="fold") for name in ("found", "fix")))
-    for one in findings:
-        table.add_row(one.check, MARKS[one.state], escape(one.found), escape(one.fix))
-    console.print(table)
 
 
 def _finding(check: str, found: str, fix: str = "") -> Finding:

@@ -3,11 +3,10 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
 from common.config import Config, RunConfig
 from common.data.partition import Hospital
@@ -27,7 +26,7 @@ from sim.answers.evaluate import reopen
 from sim.answers.held_out import HeldOut
 from sim.checks.audit_membership import FEWEST, MEMBERSHIP, split_records
 from sim.process.lock import exclusive
-from sim.report.words import number
+from sim.process.progress import SILENT, Console
 from sim.runs.cells import Cell, run_cell
 
 FORGET, B_FILE = "forget.json", "b.safetensors"
@@ -57,7 +56,7 @@ class ForgetRecord(Record):
 
 
 def forget(
-    run: RunDirectory, hospital: str, *, console: Console, command_line: Sequence[str]
+    run: RunDirectory, hospital: str, *, console: Console = SILENT, command_line: Sequence[str]
 ) -> ForgetRecord:
     """Replay a run's rounds without a hospital, and compare with a run that never had it.
 
@@ -67,7 +66,7 @@ def forget(
     Args:
         run: A finished run with kept updates.
         hospital: Who leaves.
-        console: Where progress and the table are shown.
+        console: Where progress is shown.
         command_line: Stored with the other run.
 
     Raises:
@@ -84,11 +83,11 @@ def forget(
                 allowed=", ".join(replay.hospitals) if others else "runs of two hospitals or more",
                 fix="name another hospital" if others else "name another run",
             )
-        folder = run.path / f"without-{hospital}"
+        folder = folder_without(run, hospital)
         folder.mkdir(exist_ok=True)
         if protects(config):
             line = "the run that never had it spends as much epsilon on the others' patients again"
-            console.print(line, style="yellow")
+            console.say(line, style="yellow")
         run_cell(without(config, hospital, others), folder / "never", console, command_line)
         never = RunDirectory.open(folder / "never").load_checkpoint().b
         models = {
@@ -120,9 +119,12 @@ def forget(
         )
         write_tensors(folder / B_FILE, models[REPLAYED])
         RunDirectory(folder).write_json(FORGET, result)
-    _show(console, result)
-    console.print(f"replayed B: {folder / B_FILE}", markup=False, highlight=False)
     return result
+
+
+def folder_without(run: RunDirectory, hospital: str) -> Path:
+    """Return where a run's replay without a hospital lies."""
+    return run.path / f"without-{hospital}"
 
 
 def without(config: Config, hospital: str, others: Sequence[str]) -> Cell:
@@ -161,22 +163,3 @@ def _areas(
 
 def _mean(losses: NDArray[np.float64]) -> float | None:
     return float(losses.mean()) if len(losses) else None
-
-
-def _show(console: Console, result: ForgetRecord) -> None:
-    table = Table("", "B (sha256)", "|B - never|", "loss, its patients", "loss, others", "told")
-    for name, one in result.models.items():
-        area = one.membership
-        shown = f"{area[0]:.3f} ({area[1]:.2f}–{area[2]:.2f})" if area else "–"
-        losses = number(one.loss_of_hospital), number(one.loss_of_others)
-        table.add_row(name, one.b_sha256[:12], f"{one.distance:.4g}", *losses, shown)
-    console.print(table)
-    console.print(
-        "The replay takes the hospital's updates out of every round; what the others sent was "
-        "trained from a B that it had part in, so the models differ by the distance above. Loss: "
-        "nats per answer token of held-out patients. Told: ROC area by which its patients trained "
-        "on are told from those it held out; 0.5 is chance.",
-        style="dim",
-        markup=False,
-        highlight=False,
-    )

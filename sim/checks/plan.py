@@ -8,8 +8,6 @@ from collections.abc import Collection
 from functools import partial
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from common.choice import Choice
 from common.config import Config
@@ -17,7 +15,6 @@ from common.data.dataset import open_hospitals
 from common.limits import total_memory_bytes
 from common.model.adapter.layout import adapter_spec
 from common.model.adapter.scheme import A, B
-from common.model.adapter.spec import SCHEMES
 from common.model.backbone.known_shapes import shape_of
 from common.model.backbone.load import BackboneShape
 from common.model.footprint import (
@@ -26,7 +23,7 @@ from common.model.footprint import (
     generation_bytes,
 )
 from common.model.session import choose_dtype, device_kind
-from common.privacy.forecast import forecast, lines
+from common.privacy.forecast import forecast
 from common.privacy.settings import delta_note, is_private, plan_of, protects
 from common.records.checks import (
     AdapterShape,
@@ -44,8 +41,6 @@ from sim.flower.worker_count import choose_workers, planned_recompute, training_
 
 PAPER_CARD_BYTES = 48_000_000_000
 """RTX 6000 Ada, 48 GB: the paper's card."""
-SMALLEST_SHOWN_BYTES = 5_000_000
-"""Below, a part would be shown as 0.00 GB."""
 OWN_STEPS = "and as many of the hospital's own B, adapter.personal"
 PARTS = {
     "weights": "the frozen backbone",
@@ -199,53 +194,6 @@ def message_bytes(config: Config, shape: BackboneShape, parts: Collection[str]) 
     tensors += [(adapter.rank, wide) for wide, _ in widths if A in parts]
     layouts = [wire_layout(config.federation.codec, tensor) for tensor in tensors]
     return shape.layers * sum(dtype.itemsize * math.prod(wire) for dtype, wire in layouts)
-
-
-def show_plan(console: Console, found: PlanRecord) -> None:
-    """Print a plan as people read it."""
-    say = partial(console.print, highlight=False, markup=False)
-    counts, parts, chosen = found.parameters, found.memory_bytes, found.recompute
-    frozen = "" if A in SCHEMES[found.adapter.mode].held else " (frozen)"
-    say(f"{found.backbone}: {counts.backbone:,} parameters; A {counts.a:,}{frozen}, B {counts.b:,}")
-    table = Table(
-        title=f"memory of one worker at the peak of a step of {found.batch_tokens:,} tokens"
-    )
-    table.add_column("part")
-    table.add_column("GB", justify="right")
-    table.add_column("holds")
-    shown = {name: size for name, size in parts.items() if size >= SMALLEST_SHOWN_BYTES}
-    for name, size in shown.items():
-        last = name == list(shown)[-2]
-        table.add_row(name, f"{size / 1e9:.2f}", PARTS[name], end_section=last)
-    console.print(table)
-    totals = ", ".join(f"{choice} {size / 1e9:.1f}" for choice, size in chosen.total_bytes.items())
-    say(
-        f"recompute {chosen.value} ({chosen.reason}): what the backward pass computes again in "
-        f"place of keeping it; GB by choice: {totals}"
-    )
-    workers = found.workers
-    if workers.value > 1:
-        together = workers.value * parts["total"] / 1e9
-        say(f"{workers.value} workers ({workers.reason}): {together:.1f} GB together")
-    verdict = "fits" if found.fits else "does not fit"
-    say(
-        f"{verdict} {found.card}: {found.spare_bytes / 1e9:+.1f} GB to spare; answering takes "
-        f"{found.generation_bytes / 1e9:.1f} GB",
-        style="green" if found.fits else "red",
-    )
-    say(
-        f"{found.steps:,} steps ({found.steps_reason}); {found.bytes_per_round / 1e6:.1f} MB on "
-        "the wire to train a round, up and down"
-        + ("" if found.privacy else " (validation sends B down once more)")
-    )
-    for one in found.measured:
-        say(
-            f"training on one {one.card}: {one.seconds_per_step:.2f} s a full step, "
-            f"{one.hours:.1f} h in all ({one.source})"
-        )
-    privacy = found.privacy
-    for line in (*lines(privacy), privacy.delta_note) if privacy else ():
-        say(line)
 
 
 def _card(asked: int | None, device: str) -> Choice[int]:

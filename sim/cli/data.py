@@ -34,11 +34,11 @@ def prepare(
     """Clean the tables into a cached sample table, one row per admission."""
     from sim.report.data_description import count_blocks
     from sim.report.data_description import prepare as prepare_tables
-    from sim.report.terminal import show_blocks
+    from sim.report.terminal import block_parts
 
     console = console_for(json_output)
-    counts = prepare_tables(_config(directory, set_), progress=console.print)
-    show_blocks(console, count_blocks(counts))
+    counts = prepare_tables(_config(directory, set_), progress=console.say)
+    console.say(*block_parts(*count_blocks(counts)))
     print_json(counts.as_json(), json_output)
 
 
@@ -55,13 +55,12 @@ def describe(
     from sim.report.data_description import describe as describe_tables
     from sim.report.data_description import description_blocks
     from sim.report.data_page import write_page
-    from sim.report.terminal import show_blocks
+    from sim.report.terminal import block_parts
 
     console = console_for(json_output)
-    description = describe_tables(_config(directory, set_), progress=console.print)
-    show_blocks(console, description_blocks(description))
-    page = write_page(description, out)
-    console.print(f"page: {page.absolute()}", markup=False, highlight=False)
+    description = describe_tables(_config(directory, set_), progress=console.say)
+    console.say(*block_parts(*description_blocks(description)))
+    console.say(f"page: {write_page(description, out).absolute()}")
     print_json(description.as_json(), json_output)
 
 
@@ -83,9 +82,5 @@ def synthesize(
         )
     console = console_for(json_output)
     manifest = write_tables(directory, patients=patients, seed=seed)
-    console.print(
-        f"SYNTHETIC tables of {patients} patients in {directory.absolute()}",
-        markup=False,
-        highlight=False,
-    )
+    console.say(f"SYNTHETIC tables of {patients} patients in {directory.absolute()}")
     print_json(manifest.as_json(), json_output)

@@ -40,7 +40,7 @@ def deploy(
         raise UserError("two hospitals have one name", fix="name each --hospital differently")
     config = read_config(find_config(config_file), set_ or ())
     readme = write_deployment(config, out, hospitals=hospitals, host=host, port=port)
-    console_for(False).print(f"what to do next: {readme}", markup=False, highlight=False)
+    console_for(False).say(f"what to do next: {readme}")
 
 
 def superlink(
@@ -58,7 +58,7 @@ def hospital(
     """Take part in federations as one hospital, under its own policy.toml."""
     from sim.flower.run_hospital import run_hospital
 
-    run_hospital(folder, console_for(False))
+    run_hospital(folder, console_for(False).say)
 
 
 def worker(
@@ -68,5 +68,5 @@ def worker(
     from client.resident_worker import listening, serve
 
     with listening(socket.absolute()) as server:
-        console_for(False).print("the resident worker listens", highlight=False)
+        console_for(False).say("the resident worker listens")
         serve(server)

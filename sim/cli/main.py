@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from click import ClickException
 from click.exceptions import NoArgsIsHelpError
+from rich.table import Column, Table
+from rich.text import Text
 
 from common.configio import parse_overrides, read_config
 from common.errors import FedrxError, UserError
@@ -51,6 +53,8 @@ PATH_ERRORS = (
     *(errno.ENAMETOOLONG, errno.EROFS, errno.EINVAL, errno.ELOOP),
 )
 """What another path mends; a full disk or a lost connection is a failure."""
+STATES = {"ok": "green", "note": "yellow", "bad": "red"}
+"""Colours of what the doctor found."""
 
 
 def _show_version(wanted: bool) -> None:
@@ -264,7 +268,7 @@ def report(
         page = write_comparison(opened, out or Path("fedrx-comparison"))
     else:
         page = write_report(named[0]) if opened == named else renew_table(named[0])
-    console_for(False).print(f"report: {page.absolute()}", markup=False, highlight=False)
+    console_for(False).say(f"report: {page.absolute()}")
 
 
 def _write_for_a_paper(
@@ -283,9 +287,9 @@ def _write_for_a_paper(
         )
     console = console_for(False)
     if bundle:
-        console.print(f"bundle: {write_bundle(runs[0], out)}", markup=False, highlight=False)
+        console.say(f"bundle: {write_bundle(runs[0], out)}")
     if tripod_llm:
-        console.print(f"checklist: {write_checklist(runs[0], out)}", markup=False, highlight=False)
+        console.say(f"checklist: {write_checklist(runs[0], out)}")
 
 
 @app.command()
@@ -298,10 +302,14 @@ def doctor(
     """Check this machine and environment, with the fix for what is missing."""
     from dataclasses import asdict
 
-    from sim.checks.doctor import examine, show_findings
+    from sim.checks.doctor import examine
 
     findings = examine(hospital)
-    show_findings(console_for(json_output), findings)
+    # What is to be typed is shown whole: where a column is too narrow, it goes over the line.
+    table = Table("check", "", *(Column(name, overflow="fold") for name in ("found", "fix")))
+    for one in findings:
+        table.add_row(one.check, Text(one.state, style=STATES[one.state]), one.found, one.fix)
+    console_for(json_output).say(table)
     print_json([asdict(finding) for finding in findings], json_output)
     if any(finding.state == "bad" for finding in findings):
         raise typer.Exit(1)

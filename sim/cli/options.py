@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from common.errors import UserError
 from common.provenance import source_root
+from sim.cli.terminal import Terminal
 
 ConfigArgument = Annotated[
     Path,
@@ -70,9 +70,9 @@ def with_backend(overrides: list[str] | None, backend: str | None) -> list[str]:
     return [*(overrides or ()), *([f"run.backend={backend}"] if backend else ())]
 
 
-def console_for(json_output: bool) -> Console:
+def console_for(json_output: bool) -> Terminal:
     """Return the console for people; standard output stays free for JSON when asked for."""
-    return Console(stderr=json_output, soft_wrap=True)
+    return Terminal(stderr=json_output)
 
 
 def print_json(value: Any, wanted: bool) -> None:

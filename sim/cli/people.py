@@ -161,7 +161,8 @@ def suggest(
 ) -> None:
     """Print one patient's suggested drugs (research only, not for clinical use)."""
     from sim.assist.patient_form import FormProblems, read_form
-    from sim.assist.suggest import Assistant, show_suggestion
+    from sim.assist.suggest import Assistant, suggestion_blocks
+    from sim.report.terminal import block_parts
 
     console = console_for(json_output)
     directory, config, reference = _opened(run, set_, console, personal)
@@ -176,7 +177,8 @@ def suggest(
         directory, config, reference=reference, checkpoint=checkpoint, personal=personal
     )
     suggestion = assistant.suggest(request)
-    show_suggestion(console, directory, request, suggestion, reference)
+    blocks = suggestion_blocks(directory, request, suggestion, reference)
+    console.say(*block_parts(*blocks))
     print_json({"patient": request.as_dict(), **suggestion.as_dict()}, json_output)
 
 

@@ -2,9 +2,10 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.table import Column, Table
 
 from common.configio import read_config
 from common.errors import UserError
@@ -21,7 +22,14 @@ from sim.cli.options import (
     print_json,
     with_backend,
 )
+from sim.cli.terminal import Terminal
 from sim.process.open_run import open_run
+
+if TYPE_CHECKING:
+    from common.records.checks import PlanRecord
+
+SMALLEST_SHOWN_BYTES = 5_000_000
+"""Below, a part would be shown as 0.00 GB."""
 
 
 def plan(
@@ -35,11 +43,57 @@ def plan(
     """Say what a run would need before anything runs: memory by part, bytes, steps, epsilon."""
     config = read_config(find_config(config_file), set_ or ())
     from sim.checks.plan import plan as plan_run
-    from sim.checks.plan import show_plan
 
     found = plan_run(config, card_bytes=None if card_gb is None else int(card_gb * 1e9))
     show_plan(console_for(json_output), found)
     print_json(found.as_json(), json_output)
+
+
+def show_plan(console: Terminal, found: "PlanRecord") -> None:
+    """Print a plan as people read it."""
+    from common.model.adapter.scheme import A
+    from common.model.adapter.spec import SCHEMES
+    from common.privacy.forecast import lines
+    from sim.checks.plan import PARTS
+
+    say = console.say
+    counts, parts, chosen = found.parameters, found.memory_bytes, found.recompute
+    frozen = "" if A in SCHEMES[found.adapter.mode].held else " (frozen)"
+    say(f"{found.backbone}: {counts.backbone:,} parameters; A {counts.a:,}{frozen}, B {counts.b:,}")
+    title = f"memory of one worker at the peak of a step of {found.batch_tokens:,} tokens"
+    table = Table("part", Column("GB", justify="right"), "holds", title=title)
+    shown = {name: size for name, size in parts.items() if size >= SMALLEST_SHOWN_BYTES}
+    for name, size in shown.items():
+        last = name == list(shown)[-2]
+        table.add_row(name, f"{size / 1e9:.2f}", PARTS[name], end_section=last)
+    say(table)
+    totals = ", ".join(f"{choice} {size / 1e9:.1f}" for choice, size in chosen.total_bytes.items())
+    say(
+        f"recompute {chosen.value} ({chosen.reason}): what the backward pass computes again in "
+        f"place of keeping it; GB by choice: {totals}"
+    )
+    workers = found.workers
+    if workers.value > 1:
+        together = workers.value * parts["total"] / 1e9
+        say(f"{workers.value} workers ({workers.reason}): {together:.1f} GB together")
+    verdict = "fits" if found.fits else "does not fit"
+    say(
+        f"{verdict} {found.card}: {found.spare_bytes / 1e9:+.1f} GB to spare; answering takes "
+        f"{found.generation_bytes / 1e9:.1f} GB",
+        style="green" if found.fits else "red",
+    )
+    say(
+        f"{found.steps:,} steps ({found.steps_reason}); {found.bytes_per_round / 1e6:.1f} MB on "
+        "the wire to train a round, up and down"
+        + ("" if found.privacy else " (validation sends B down once more)")
+    )
+    for one in found.measured:
+        say(
+            f"training on one {one.card}: {one.seconds_per_step:.2f} s a full step, "
+            f"{one.hours:.1f} h in all ({one.source})"
+        )
+    if found.privacy:
+        say(*lines(found.privacy), found.privacy.delta_note)
 
 
 def evaluate(
@@ -89,13 +143,10 @@ def sweep(
     console = console_for(json_output)
     if not arms:
         arms, reasons = default_arms(config)
-        for reason in reasons:
-            console.print(reason, style="yellow", markup=False, highlight=False)
+        console.say(*reasons, style="yellow")
     cells = plan_cells(config, arms=arms, seeds=range(seeds), vary=vary or ())
     if dry_run:
-        for cell in cells:
-            console.print(cell.folder, markup=False, highlight=False)
-        console.print(f"{len(cells)} runs")
+        console.say(*(cell.folder for cell in cells), f"{len(cells)} runs")
         return
     folder = run_dir or Path("runs") / f"sweep-{config.run.name}"
     jobs = None
@@ -138,7 +189,7 @@ def export(
         base_model=base_model,
         personal=personal,
     )
-    console_for(False).print(f"{layout}: {folder}", markup=False, highlight=False)
+    console_for(False).say(f"{layout}: {folder}")
 
 
 def _ask(hospital: str) -> None:

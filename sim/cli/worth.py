@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
 from common.configio import read_config
 from common.errors import UserError
@@ -47,9 +48,7 @@ def generalise(
         config, folder = run.config(), run_dir or run.path / "generalise"
     if dry_run:
         cells = plan_models(config, seeds)
-        for cell in cells:
-            console.print(cell.folder, markup=False, highlight=False)
-        console.print(f"{len(cells)} runs")
+        console.say(*(cell.folder for cell in cells), f"{len(cells)} runs")
         return
     found = run_generalise(
         config, folder, seeds=seeds, console=console, command_line=sys.argv, run=run
@@ -65,10 +64,13 @@ def contribution(
     json_output: JsonOption = False,
 ) -> None:
     """Say what each hospital adds to a run's model: exact Shapley values, without training."""
+    from sim.checks.contribution import PAGE, shares_block
     from sim.checks.contribution import contribution as value_hospitals
+    from sim.report.terminal import block_parts
 
-    console = console_for(json_output)
-    found = value_hospitals(open_run(run), console=console, metric=metric)
+    console, directory = console_for(json_output), open_run(run)
+    found = value_hospitals(directory, console=console, metric=metric)
+    console.say(*block_parts(shares_block(found)), f"page: {directory.path / PAGE}")
     print_json(found.as_json(), json_output)
 
 
@@ -78,8 +80,25 @@ def forget(
     json_output: JsonOption = False,
 ) -> None:
     """Replay a run without one hospital, and compare with a run that never had it."""
+    from sim.checks.forget import B_FILE, folder_without
     from sim.checks.forget import forget as forget_hospital
+    from sim.report.words import number
 
-    console = console_for(json_output)
-    found = forget_hospital(open_run(run), hospital, console=console, command_line=sys.argv)
+    console, directory = console_for(json_output), open_run(run)
+    found = forget_hospital(directory, hospital, console=console, command_line=sys.argv)
+    table = Table("", "B (sha256)", "|B - never|", "loss, its patients", "loss, others", "told")
+    for name, one in found.models.items():
+        area = one.membership
+        shown = f"{area[0]:.3f} ({area[1]:.2f}–{area[2]:.2f})" if area else "–"
+        losses = number(one.loss_of_hospital), number(one.loss_of_others)
+        table.add_row(name, one.b_sha256[:12], f"{one.distance:.4g}", *losses, shown)
+    console.say(table)
+    console.say(
+        "The replay takes the hospital's updates out of every round; what the others sent was "
+        "trained from a B that it had part in, so the models differ by the distance above. Loss: "
+        "nats per answer token of held-out patients. Told: ROC area by which its patients trained "
+        "on are told from those it held out; 0.5 is chance.",
+        style="dim",
+    )
+    console.say(f"replayed B: {folder_without(directory, hospital) / B_FILE}")
     print_json(found.as_json(), json_output)

@@ -15,7 +15,6 @@ from types import FrameType
 from typing import NoReturn
 
 from flwr.app import Context, Message
-from rich.console import Console
 
 from client.bundle import check_bundle, check_installation
 from client.policy import describe, read_policy
@@ -34,12 +33,12 @@ from sim.flower.superlink import START_SECONDS, script
 SECRET = "runtime.secret"
 
 
-def run_hospital(folder: Path, console: Console) -> None:
+def run_hospital(folder: Path, say: Callable[[str], None]) -> None:
     """Take part in federations until one of the processes ends.
 
     Args:
         folder: The hospital's own, as ``fedrx deploy`` wrote it.
-        console: Where to say what the policy means.
+        say: Tells a person what the policy means.
 
     Raises:
         UserError: for a broken ``site.toml`` or ``policy.toml``, or no nginx.
@@ -51,8 +50,8 @@ def run_hospital(folder: Path, console: Console) -> None:
     site, policy = read_site(folder), read_policy(folder)
     digest = check_installation(policy)
     proxy = nginx_command(folder)
-    console.print(f"hospital {site.hospital}; code {digest}", highlight=False, markup=False)
-    console.print(f"policy: {describe(policy)}", highlight=False, markup=False)
+    say(f"hospital {site.hospital}; code {digest}")
+    say(f"policy: {describe(policy)}")
     secret = secrets.token_bytes(32)
     write_bytes(folder / SECRET, secret)
     signal.signal(signal.SIGTERM, _end)

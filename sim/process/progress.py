@@ -1,23 +1,43 @@
-"""Progress of long work: a bar on a terminal, else plain lines."""
+"""What work says while it goes on: lines, and how far it is."""
 
 import time
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from typing import Protocol
 
 from common.privacy.budget.receipts import privacy_lines
 from common.rundir import RunDirectory
 
 PLAIN_SECONDS = 15.0
+
+
+class Bar(Protocol):
+    """Drawn on a terminal, filled in place."""
+
+    def update(self, done: int, note: str) -> None:
+        """Fill it up to ``done``, with a word about it."""
+
+    def stop(self) -> None:
+        """Leave it on the screen as it is."""
+
+
+class Console:
+    """Who is told how work goes; this one keeps it to itself. The command line's prints."""
+
+    def say(self, *parts: object, style: str = "", error: bool = False) -> None:
+        """Tell a person lines and tables, one below the other.
+
+        Args:
+            parts: Lines, or what ``sim.report.terminal`` makes.
+            style: A colour, ``bold`` or ``dim``.
+            error: Whether it belongs to standard error.
+        """
+
+    def bar(self, label: str, total: int, *, done: int) -> Bar | None:
+        """Draw a bar, where there is a terminal to draw it on; without one there are lines."""
+        return None
+
+
+SILENT = Console()
 
 
 class Meter:
@@ -35,25 +55,11 @@ class Meter:
         self._first = done
         self._last_line, self._said = time.monotonic(), ""
         self._pace_from: tuple[float, int] | None = None
-        self._bar: Progress | None = None
-        self._task: Any = None
-        if console.is_terminal:
-            self._bar = Progress(
-                TextColumn(label),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=console,
-            )
-            self._task = self._bar.add_task(label, total=total, completed=done, note="")
+        self._bar: Bar | None = None
 
     def __enter__(self) -> "Meter":
         """Start showing."""
-        if self._bar:
-            self._bar.start()
+        self._bar = self.console.bar(self.label, self.total, done=self._first)
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -64,7 +70,7 @@ class Meter:
     def update(self, done: int, note: str = "") -> None:
         """Show that ``done`` of the total are finished, with a word about it."""
         if self._bar:
-            self._bar.update(self._task, completed=done, note=note)
+            self._bar.update(done, note)
             return
         if self._pace_from is None and done > self._first:
             # What came before the first piece (start-up, earlier processes) tells nothing.
@@ -74,7 +80,7 @@ class Meter:
             parts = [f"{self.label} {done}/{self.total}", note, self._left(done)]
             line = ", ".join(part for part in parts if part)
             if line != self._said:
-                self.console.print(line, markup=False)
+                self.console.say(line)
             self._said = line
 
     def _left(self, done: int) -> str:
@@ -129,7 +135,7 @@ class RunProgress:
         if self._phase:
             seconds = round(time.monotonic() - self._phase_began, 3)
             self.start_seconds[self._phase] = seconds
-            self.console.print(f"start: {self._phase} {seconds:.1f} s", style="dim")
+            self.console.say(f"start: {self._phase} {seconds:.1f} s", style="dim")
         self._phase, self._phase_began = name, time.monotonic()
 
     def _new_lines(self, file: Path) -> int:
@@ -149,14 +155,12 @@ class RunProgress:
         for event in events[self._seen_events :]:
             if event.name == "validation-loss" and event.hospital is None:
                 moment = f"round {event.place}/{self.rounds}" if event.place else "untrained"
-                self.console.print(f"{moment}: validation loss {event.number:.4f}")
+                self.console.say(f"{moment}: validation loss {event.number:.4f}")
             elif event.name == "round-seconds":
                 self._show_spent(event.place)
             elif event.name == "refused":
-                self.console.print(
-                    f"round {event.place}: {event.hospital} refused: {event.value}",
-                    style="yellow",
-                    markup=False,
+                self.console.say(
+                    f"round {event.place}: {event.hospital} refused: {event.value}", style="yellow"
                 )
         self._seen_events = len(events)
 
@@ -166,5 +170,4 @@ class RunProgress:
             float(line.epsilon) for line in privacy_lines(self.run) if line.round == server_round
         ]
         if spent:
-            line = f"round {server_round}/{self.rounds}: epsilon {max(spent):.3f} spent"
-            self.console.print(line)
+            self.console.say(f"round {server_round}/{self.rounds}: epsilon {max(spent):.3f} spent")

@@ -1,9 +1,13 @@
 """A run's result as a person reads it on the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
+from typing import Any
 
-from rich.console import Console
-from rich.table import Column, Table
+from rich.box import SIMPLE
+from rich.console import RenderableType
+from rich.rule import Rule
+from rich.table import Table
 from rich.text import Text
 
 from common.config import Config
@@ -24,6 +28,8 @@ from sim.report.words import (
     speed,
 )
 
+LINED: dict[str, Any] = {"box": SIMPLE, "show_lines": True}
+"""Looks of a table with a line between its rows and no frame."""
 SHOWN = (
     ("output_rate", "output"),
     ("precision", "precision"),
@@ -33,64 +39,85 @@ SHOWN = (
 )
 
 
-def show_summary(console: Console, run: RunDirectory, summary: Summary) -> None:
-    """Print the metrics beside the baselines, losses, privacy, the wire and where the report is."""
+def summary_parts(run: RunDirectory, summary: Summary) -> list[RenderableType]:
+    """Return the metrics beside the baselines, losses, privacy, the wire, where the report is."""
+    parts: list[RenderableType] = []
     metrics = summary.metrics
     if metrics:
         first = next(iter(metrics.values()))
-        table = Table(
+        shown = Table(
             title=f"{first.samples} held-out admissions ({summary.source or '–'} data)",
             caption=NOTICE,
         )
-        table.add_column("")
+        shown.add_column("")
         for _, name in SHOWN:
-            table.add_column(name, justify="right", no_wrap=True)
+            shown.add_column(name, justify="right", no_wrap=True)
         for model, values in metrics.items():
             cells = [number(getattr(values, key)) for key, _ in SHOWN[:-1]]
-            table.add_row(model_name(model, summary), *cells, figure(values, "f1"))
-        console.print(table)
+            shown.add_row(model_name(model, summary), *cells, figure(values, "f1"))
+        parts.append(shown)
         if summary.backbone and summary.backbone.name == "tiny":
-            console.print(RANDOM_WEIGHTS, style="yellow")
+            parts.append(Text(RANDOM_WEIGHTS, style="yellow"))
     losses = summary.validation_loss
     if losses:
         ends = ("–" if loss is None else f"{loss:.4f}" for loss in (losses[0], losses[-1]))
-        console.print(f"validation loss {' -> '.join(ends)}", highlight=False)
+        parts.append(f"validation loss {' -> '.join(ends)}")
     if public := summary.public_validation:
         ends = (f"{loss:.4f}" for _, loss in (public.losses[0], public.losses[-1]))
-        console.print(
-            f"loss on {public.samples} made-up admissions of no hospital {' -> '.join(ends)}",
-            highlight=False,
-        )
-    for line in privacy_lines(run.config(), summary):
-        console.print(line, markup=False, highlight=False)
+        made_up = f"{public.samples} made-up admissions of no hospital"
+        parts.append(f"loss on {made_up} {' -> '.join(ends)}")
+    parts += privacy_lines(run.config(), summary)
     wire = summary.wire
     if wire and wire.bytes_up:
-        console.print(
+        parts.append(
             f"on the wire: {matrices(summary)} only, {megabytes(wire.bytes_up)} up, "
             f"{megabytes(wire.bytes_down)} down; backbone loads {summary.backbone_loads}, "
-            f"workers {summary.workers}",
-            highlight=False,
+            f"workers {summary.workers}"
         )
-    console.print(
-        f"{summary.seconds:.0f} s{speed(summary, ', ')}, peak memory {peak_memory(summary)}",
-        highlight=False,
-    )
-    console.print(f"report: {run.path / 'report.html'}", markup=False, highlight=False)
+    took = f"{summary.seconds:.0f} s{speed(summary, ', ')}, peak memory {peak_memory(summary)}"
+    return [*parts, took, f"report: {run.path / 'report.html'}"]
 
 
-def show_blocks(console: Console, blocks: Sequence[Block]) -> None:
-    """Print what a page shows, but for its plots."""
+def block_parts(*blocks: Block) -> Iterator[RenderableType]:
+    """Return what a page shows, but for its plots."""
     for block in blocks:
         if block.title:
-            console.print(f"\n{block.title}", style="bold", markup=False, highlight=False)
+            yield Text(f"\n{block.title}", style="bold")
         if block.rows:
-            table = Table(*(Column(Text(h)) for h in block.headers), box=None, pad_edge=False)
-            for row in block.rows:
-                table.add_row(*map(Text, row))
-            console.print(table)
+            yield table(block.headers, block.rows, box=None, pad_edge=False)
         if block.note:
-            style = "yellow" if block.warning else None
-            console.print(block.note, style=style, markup=False, highlight=False)
+            yield Text(block.note, style="yellow" if block.warning else "")
+
+
+def rule(title: str) -> Rule:
+    """Return a line across the terminal, with a title in it."""
+    return Rule(title)
+
+
+def table(
+    headers: Iterable[str],
+    rows: Iterable[Iterable[str]],
+    *,
+    words: int | None = None,
+    styles: Iterable[str] = (),
+    **looks: Any,
+) -> Table:
+    """Return a table whose cells are shown as they are.
+
+    Args:
+        headers: Of the columns.
+        rows: Their cells.
+        words: How many columns come before those of figures, which stand to the right; None: all.
+        styles: Of the rows, as far as there are some.
+        looks: As of rich's table.
+    """
+    found = Table(**looks)
+    for place, header in enumerate(headers):
+        is_figure = words is not None and place >= words
+        found.add_column(Text(header), justify="right" if is_figure else "left")
+    for row, style in zip_longest(rows, styles):
+        found.add_row(*map(Text, row), style=style)
+    return found
 
 
 def privacy_lines(config: Config, summary: Summary) -> list[str]:

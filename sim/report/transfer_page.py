@@ -1,9 +1,9 @@
 """``fedrx generalise``: what hospitals gain, on the terminal and on a page with maps and curves."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import RenderableType
 from rich.table import Table
 
 from common.data.handling import handling_of
@@ -47,8 +47,8 @@ def write_transfer_page(
     return write_page(page, "FedRx: what federation is worth", blocks)
 
 
-def show_transfer(console: Console, measures: Mapping[str, Measured]) -> None:
-    """Print a table for each metric."""
+def transfer_parts(measures: Mapping[str, Measured]) -> Iterator[RenderableType]:
+    """Return a table for each metric, and what they say."""
     for name, one in measures.items():
         table = Table(title=name)
         for header in HEADERS:
@@ -58,8 +58,8 @@ def show_transfer(console: Console, measures: Mapping[str, Measured]) -> None:
             gains = [estimate(v, signed=True).partition(" ±")[0] for v in (at.gain, at.presence)]
             cells = (*levels[:2], gains[0], levels[2], gains[1])
             table.add_row(at.hospital, str(at.patients), *cells)
-        console.print(table)
-    console.print(_lead(measures), markup=False, highlight=False)
+        yield table
+    yield _lead(measures)
 
 
 def estimate(value: Value | None, *, signed: bool = False) -> str:

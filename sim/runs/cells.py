@@ -10,8 +10,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from rich.console import Console
-
 import client.app
 from common.config import IN_PROCESS, Config
 from common.configio import differences
@@ -21,6 +19,7 @@ from common.records import Record
 from common.records.run import Inputs, RunRecord
 from common.records.summary import Summary
 from common.rundir import RunDirectory
+from sim.process.progress import Console
 from sim.runs.federate import federate, resolved
 from sim.runs.lifecycle import Kind, Run
 from sim.runs.resume import resume
@@ -101,7 +100,7 @@ class Cells(Kind):
             self.jobs(self.cells, folder, run.console, run.command_line)
         for number, cell in enumerate(self.cells, 1):
             label = f"{number}/{len(self.cells)}: {cell.arm}, seed {cell.seed} {cell.part}"
-            run.console.print(label, style="bold", markup=False)
+            run.console.say(label, style="bold")
             one = self.trained.get(cell.folder) or RunDirectory(folder / cell.folder)
             run_cell(cell, one.path, run.console, run.command_line)
             self.runs[cell.folder] = one

@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
-from rich.console import Console
-
 from common.config import Config, RunConfig
 from common.data.handling import SYNTHETIC, handling_of
 from common.errors import UserError
@@ -28,6 +26,7 @@ from common.records.run import Metric
 from common.rundir import METRICS, RunDirectory
 from sim.process.extras import require_extra
 from sim.process.failures import LONGEST_TEXT
+from sim.process.progress import SILENT, Console
 from sim.runs.trackers import MLflow, Point, TensorBoard, Tracker, public_configuration
 
 NONE, TENSORBOARD, MLFLOW = "none", "tensorboard", "mlflow"
@@ -132,11 +131,9 @@ class Curves:
             work()
         except Exception as error:
             self._given_up = True
-            self.console.print(
+            self.console.say(
                 f"{self.named} is given up: {_in_one_line(error)}; metrics.jsonl has every figure",
                 style="yellow",
-                markup=False,
-                highlight=False,
             )
 
 
@@ -146,7 +143,7 @@ def curves(
     *,
     source: str,
     command_line: Sequence[str],
-    console: Console,
+    console: Console = SILENT,
 ) -> AbstractContextManager[object]:
     """Return what draws a run's curves while its block runs; nothing with ``run.tracker=none``.
 

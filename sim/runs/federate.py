@@ -6,7 +6,6 @@ from dataclasses import asdict, replace
 from functools import partial
 
 import torch
-from rich.console import Console
 
 import client.app
 from common.config import IN_PROCESS, Config
@@ -33,7 +32,7 @@ from server.strategies import check_strategy
 from sim.flower.in_process import run_in_process
 from sim.flower.superlink import end_leftovers, run_flower
 from sim.flower.worker_count import choose_workers
-from sim.process.progress import RunProgress
+from sim.process.progress import Console, RunProgress
 from sim.runs.lifecycle import Kind, Run, start
 from sim.runs.preparation import Preparation, with_absolute_paths
 from sim.runs.stages import import_ahead
@@ -57,8 +56,7 @@ class Federation(Kind):
         if protects(config) and not is_private(config):
             parameters = preparation.layout.trainable_parameters
             notes.insert(0, hospital_warning(plan_of(config), parameters))
-        for note in filter(None, notes):
-            console.print(note, style="yellow", markup=False, highlight=False)
+        console.say(*filter(None, notes), style="yellow")
         self.layout = layout_record(config, preparation.backbone, preparation.layout)
         self.workers = choose_workers(config, preparation.backbone.shape, steps=steps)
         return replace(config, federation=replace(config.federation, workers=self.workers.value))
@@ -87,7 +85,7 @@ class Federation(Kind):
         except FedrxError:
             traceback = tracebacks(run.directory)[earlier:].rstrip()
             if traceback and handling_of(run.preparation.data.source).is_open:
-                Console(stderr=True, soft_wrap=True).print(traceback, markup=False, highlight=False)
+                run.console.say(traceback, error=True)
             raise
 
 

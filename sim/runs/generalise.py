@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 import client.app
 from common.config import Config, RunConfig
@@ -28,8 +27,8 @@ from common.training.worker import Worker
 from common.wire.cohort import hospital_names, trained_by
 from server.strategies import check_strategy
 from sim.answers.held_out import HeldOut
-from sim.process.progress import Meter
-from sim.report.transfer_page import show_transfer, write_transfer_page
+from sim.process.progress import SILENT, Console, Meter
+from sim.report.transfer_page import transfer_parts, write_transfer_page
 from sim.runs.cells import Cell, Cells
 from sim.runs.lifecycle import Run, start_or_go_on
 from sim.runs.preparation import with_absolute_paths
@@ -116,7 +115,7 @@ def generalise(
     folder: Path,
     *,
     seeds: int,
-    console: Console,
+    console: Console = SILENT,
     command_line: Sequence[str],
     run: RunDirectory | None = None,
 ) -> Record:
@@ -180,9 +179,8 @@ class Generalise(Cells):
 
     def show(self, run: Run, result: GeneraliseRecord) -> None:
         """Show what hospitals gain."""
-        show_transfer(run.console, result.measures)
         page = run.directory.path / PAGE
-        run.console.print(f"page: {page}", markup=False, highlight=False)
+        run.console.say(*transfer_parts(result.measures), f"page: {page}")
 
     def _by_f1(self, data: Dataset, models: Sequence[Trained]) -> Results:
         settings, level = self.config.evaluation, self.config.data.normalisation

@@ -12,8 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from common.config import Config
 from common.configio import changed_freely, differences, flatten, from_flat, read_config
 from common.errors import UserError
@@ -32,8 +30,9 @@ from common.training.worker import Worker
 from sim.answers.evaluate import FREE_KEYS, evaluate_run
 from sim.process.lock import exclusive
 from sim.process.peak_memory import PeakMemory
+from sim.process.progress import SILENT, Console
 from sim.report.run_report import write_report
-from sim.report.terminal import show_summary
+from sim.report.terminal import summary_parts
 from sim.runs.curves import check_tracker, curves, with_tracker
 from sim.runs.preparation import Preparation, data_facts, fingerprints, prepare
 from sim.runs.stages import (
@@ -97,7 +96,7 @@ class Kind:
 
     def show(self, run: "Run", result: Any) -> None:
         """Show what came out."""
-        show_summary(run.console, run.directory, result)
+        run.console.say(*summary_parts(run.directory, result))
 
 
 @dataclass
@@ -191,7 +190,7 @@ def start(
     config: Config,
     kind: Callable[[], Kind],
     *,
-    console: Console,
+    console: Console = SILENT,
     command_line: Sequence[str],
     run_dir: Path | None = None,
     inside: bool = False,
@@ -229,7 +228,7 @@ def start(
     record = chosen.record(config, inputs)
     directory.write_json(ENVIRONMENT, {**environment(command_line), **chosen.facts(record)})
     directory.write_json(RUN, record)
-    console.print(f"run directory: {directory.path}", markup=False, highlight=False)
+    console.say(f"run directory: {directory.path}")
     with exclusive(directory):
         run = Run(chosen, directory, record, config, preparation, console, command_line, started)
         run.worker = worker
@@ -237,7 +236,7 @@ def start(
 
 
 def start_or_go_on(
-    kind: Kind, folder: Path, *, console: Console, command_line: Sequence[str]
+    kind: Kind, folder: Path, *, console: Console = SILENT, command_line: Sequence[str]
 ) -> Run:
     """Begin a run that is made of others, or go on with it, and see it through.
 
@@ -272,7 +271,7 @@ def resume(
     overrides: Sequence[str] = (),
     *,
     kinds: Iterable[Callable[[], Kind]],
-    console: Console,
+    console: Console = SILENT,
     command_line: Sequence[str],
     inside: bool = False,
     worker: Worker | None = None,
@@ -301,7 +300,7 @@ def resume(
     if record and record.mode == "flower":
         if state != "finished":
             raise UserError(f"{path} was made by plain `flwr run`", fix="start it again with flwr")
-        console.print("the run is finished: nothing to do; `fedrx evaluate` gives its answers")
+        console.say("the run is finished: nothing to do; `fedrx evaluate` gives its answers")
         return directory.read_json(SUMMARY)
     if record is None or not record.resumable:
         raise UserError(f"{directory.path} has no run that can be resumed", fix="start it again")
@@ -311,7 +310,7 @@ def resume(
     if answering:
         changed_freely(config, overrides, FREE_KEYS)
     if state == "finished" and not kind.renewed:
-        console.print("the run is finished: nothing to do")
+        console.say("the run is finished: nothing to do")
         return directory.read_json(SUMMARY)
     started, worker = time.monotonic(), worker or Worker()
     check_tracker(config, command_line)
@@ -366,7 +365,7 @@ def _note_resumption(
     """Add the resumption to environment.json, and warn if the source has changed."""
     facts, digest = directory.read_json(ENVIRONMENT), source_digest()
     if digest != facts["source_digest"]:
-        console.print("FedRx's source has changed since the run began", style="yellow")
+        console.say("FedRx's source has changed since the run began", style="yellow")
     entry = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command_line": shown_command(command_line),
@@ -379,7 +378,7 @@ def _note_resumption(
 def evaluate(
     directory: RunDirectory,
     *,
-    console: Console,
+    console: Console = SILENT,
     checkpoint: str | None = None,
     overrides: Iterable[str] = (),
 ) -> Summary:
@@ -412,5 +411,5 @@ def evaluate(
         write_report(directory)
         if status.state != "finished":
             directory.write_status("finished", **place)
-        show_summary(console, directory, summary)
+        console.say(*summary_parts(directory, summary))
         return summary

@@ -5,8 +5,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-
 from common.config import Config
 from common.configio import Scalar, from_flat, read_config
 from common.errors import UserError
@@ -20,10 +18,11 @@ from common.rundir import SUMMARY, RunDirectory
 from sim.answers.evaluate import evaluate_run
 from sim.process.lock import exclusive
 from sim.process.open_run import rank_folder
+from sim.process.progress import SILENT, Console
 from sim.report.run_report import write_report
 from sim.runs.lifecycle import Kind, Run, start
 from sim.runs.paper_best import best_config, best_rows, finish_best
-from sim.runs.paper_table import build_table, model_of, show_table, write_table
+from sim.runs.paper_table import build_table, model_of, table_parts, write_table
 from sim.runs.preparation import Preparation
 from sim.runs.single import one_node, single_inside
 from sim.runs.stages import EVALUATION, after_training
@@ -77,7 +76,7 @@ def paper(
     *,
     scale: str,
     ranks: Sequence[int],
-    console: Console,
+    console: Console = SILENT,
     command_line: Sequence[str],
     best: bool | None = None,
     run_dir: Path | None = None,
@@ -161,9 +160,8 @@ class Paper(Kind):
 
     def show(self, run: Run, result: PaperTable) -> None:
         """Show the table."""
-        show_table(run.console, result)
         page = run.directory.path / "report.html"
-        run.console.print(f"report: {page}", markup=False, highlight=False)
+        run.console.say(*table_parts(result), f"report: {page}")
 
 
 def renew_table(run: RunDirectory) -> Path:

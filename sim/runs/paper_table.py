@@ -1,10 +1,6 @@
 """The paper's table, and ours beside it."""
 
-from collections.abc import Sequence
-
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
+from collections.abc import Iterator, Sequence
 
 from common.config import Config
 from common.configio import differences
@@ -13,6 +9,7 @@ from common.records.run import RunRecord
 from common.records.summary import CheckpointFacts, Readings, Summary
 from common.rundir import RunDirectory
 from sim.process.open_run import rank_folder
+from sim.report import terminal
 from sim.report.html import Block, write_page
 from sim.report.words import MODEL_NAMES, NOTICE, number
 
@@ -204,8 +201,8 @@ def write_table(run: RunDirectory, table: PaperTable) -> None:
     write_page(run.path / "report.html", "FedRx: the paper's run", table_blocks(table))
 
 
-def show_table(console: Console, table: PaperTable) -> None:
-    """Print the table on the terminal."""
+def table_parts(table: PaperTable) -> Iterator[object]:
+    """Return the tables as the terminal shows them."""
     shown_tables = [
         (
             f"The paper's above, this run's below (accuracy over predicted, true); {table.scale}",
@@ -218,12 +215,8 @@ def show_table(console: Console, table: PaperTable) -> None:
         best = f"{BEST_TITLE}; else {table.scale}"
         shown_tables.insert(1, (best, BEST_HEADERS, _best_cells(table)))
     for title, headers, cells in shown_tables:
-        shown = Table(title=title, caption=NOTICE, box=SIMPLE, show_lines=True)
-        for header in headers:
-            shown.add_column(header, justify="right")
-        for row in cells:
-            shown.add_row(*(cell.replace(" / ", "\n") for cell in row))
-        console.print(shown)
+        rows = ([cell.replace(" / ", "\n") for cell in row] for row in cells)
+        yield terminal.table(headers, rows, words=0, title=title, caption=NOTICE, **terminal.LINED)
 
 
 def percent(value: float | None) -> str:

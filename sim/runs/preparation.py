@@ -1,9 +1,8 @@
 """What is known of a run before anything is started: its data, hospitals and backbone."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-
-from rich.console import Console
 
 from common.config import Config
 from common.configio import file_keys, flatten, from_flat
@@ -19,6 +18,7 @@ from common.training.budget import checkpoint_steps, steps_in_all
 from common.training.worker import Worker, destination_of
 from sim.flower.superlink import free_port
 from sim.process.early import check_settings
+from sim.process.progress import Console
 from sim.report.data_description import sizes_of
 
 BUILT_IN = ("synthetic", "embedded", "tiny")
@@ -48,10 +48,7 @@ def prepare(
     Raises:
         UserError: for everything that can be known to fail before the run starts.
     """
-
-    def say(line: str) -> None:
-        console.print(line, style="dim", markup=False, highlight=False)
-
+    say = partial(console.say, style="dim")
     free_port(config.run.port)
     if trains_here and destination_of(config):
         # Before the checks: they import what the weights are read beside.

@@ -13,6 +13,7 @@ from common.privacy.settings import delta_warning, is_private, protects, with_ca
 from common.provenance import peak_device_bytes, peak_rss_bytes, tensors_sha256, tokens_per_second
 from common.records.summary import Summary
 from common.rundir import SUMMARY, RunDirectory
+from sim.report.terminal import rule
 from sim.runs.lifecycle import Kind, Run, resume, start
 from sim.runs.preparation import Preparation, with_absolute_paths
 from sim.runs.single_training import SingleTraining, scaling
@@ -44,8 +45,7 @@ class Single(Kind):
         )
         training.restore()
         run.seconds_before = training.seconds_before
-        for note in (*filter(None, [delta_warning(run.config)]), *scaling(training).notes):
-            run.console.print(note, markup=False, highlight=False)
+        run.console.say(*filter(None, [delta_warning(run.config)]), *scaling(training).notes)
         with run.curves():
             training.finish()
         return summarise(training, run.preparation).having(backbone_loads=run.worker.loads)
@@ -131,9 +131,9 @@ def single_inside(around: Run, config: Config, folder: str, title: str) -> RunDi
     options |= {"inside": True, "worker": around.worker}
     one = RunDirectory(path)
     if one.record() is None:
-        around.console.rule(title)
+        around.console.say(rule(title))
         single(replace(config, run=settings), run_dir=path, **options)
     elif not one.is_finished:
-        around.console.rule(f"{title}, resumed")
+        around.console.say(rule(f"{title}, resumed"))
         resume(path, kinds=(Single,), **options)
     return one

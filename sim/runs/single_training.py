@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from client.local_update import evaluate
 from client.private_update import guard_of
@@ -34,7 +33,7 @@ from common.training.hospital_data import HospitalData
 from common.training.loop import StepReport, train
 from common.training.optimiser import TrainState
 from sim.process.interrupt import Stop, Stopped, deferred_stop
-from sim.process.progress import Meter
+from sim.process.progress import SILENT, Console, Meter
 
 
 @dataclass(kw_only=True)
@@ -45,7 +44,7 @@ class SingleTraining:
     config: Config
     session: Session
     hospital: HospitalData
-    console: Console
+    console: Console = SILENT
 
     def __post_init__(self) -> None:
         self.guard: Guard | None = None
@@ -172,7 +171,7 @@ class SingleTraining:
         self._require_finite("the validation loss", loss)
         self.run.metric("validation-loss", loss, step=step)
         moment = f"step {step}/{self.total.value}" if step else "untrained"
-        self.console.print(f"{moment}: validation loss {loss:.4f}", highlight=False)
+        self.console.say(f"{moment}: validation loss {loss:.4f}")
 
     def _require_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
@@ -214,7 +213,7 @@ class SingleTraining:
             line = ledger_line(ledger.plan, self.hospital.name, self.state.step, ledger.steps)
             self.run.append(PRIVACY, line)
             spent = f"step {self.state.step}/{self.total.value}: epsilon {float(line.epsilon):.3f}"
-            self.console.print(f"{spent} spent", highlight=False)
+            self.console.say(f"{spent} spent")
 
     def _tidy(self) -> None:
         """Remove checkpoints that were only there to resume from, but for the last."""

@@ -15,12 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from common.errors import FedrxError, RunFailed, UserError
 from common.limits import available_cpus
 from common.rundir import STATUS, RunDirectory
 from sim.process.extras import require_extra
+from sim.process.progress import Console
 from sim.runs.cells import Cell, Jobs, run_cell
 
 JOBS = "jobs"
@@ -44,12 +43,14 @@ class CellJob:
     folder: Path
     """The sweep's."""
     command_line: tuple[str, ...]
+    console: type[Console] = Console
+    """Made by the job itself, for its output."""
 
     def __call__(self) -> str:
         """Run the cell, or go on with it; return the line that a person is told of a failure."""
         place = self.folder / self.cell.folder
         try:
-            run_cell(self.cell, place, Console(), self.command_line)
+            run_cell(self.cell, place, self.console(), self.command_line)
         except FedrxError as error:
             return str(error)
         return ""
@@ -121,8 +122,10 @@ def _run_cells(
     executor, at_once = _executor(folder / JOBS, partition, options)
     if executor.cluster == "local":
         what = f"no Slurm here (srun): {at_once} at a time as processes of this machine"
-        console.print(what, style="yellow", highlight=False)
+        console.say(what, style="yellow")
     waiting = deque(cell for cell in cells if not RunDirectory(folder / cell.folder).is_finished)
+    told: dict[str, Any] = {"command_line": tuple(command_line), "console": type(console)}
+    job_of = partial(CellJob, folder=folder, **told)
     running = dict[Any, Cell]()
     tries, failed = Counter[str](), dict[str, str]()
     try:
@@ -130,18 +133,17 @@ def _run_cells(
             while waiting and len(running) < at_once:
                 cell = waiting.popleft()
                 tries[cell.folder] += 1
-                work = CellJob(cell=cell, folder=folder, command_line=tuple(command_line))
-                running[_submitted(executor, work)] = cell
+                running[_submitted(executor, job_of(cell=cell))] = cell
             for job in [job for job in running if job.done()]:
                 cell = running.pop(job)
                 why = _failure(job, folder / cell.folder)
                 if why == VANISHED and tries[cell.folder] < TRIES:
-                    console.print(f"{cell.folder} {why}: again", markup=False, highlight=False)
+                    console.say(f"{cell.folder} {why}: again")
                     waiting.append(cell)
                 elif why:
                     failed[cell.folder] = why
                 else:
-                    console.print(f"{cell.folder} is finished", markup=False, highlight=False)
+                    console.say(f"{cell.folder} is finished")
             if running:
                 time.sleep(SECONDS)
     finally:

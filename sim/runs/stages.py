@@ -11,12 +11,11 @@ import shlex
 import threading
 from collections.abc import Callable, Iterator, Mapping
 
-from rich.console import Console
-
 from common.errors import DiskFull, FedrxError, RunFailed, UserError
 from common.quick_imports import quick_imports
 from common.rundir import TRAINED, RunDirectory
 from sim.process.failures import StageFailed, described
+from sim.process.progress import Console
 
 TRAINING, EVALUATION, REPORT, AUDIT = "training", "evaluation", "report", "audit"
 ANSWERS = "the answers"
@@ -81,7 +80,7 @@ def reported(
         with contextlib.suppress(OSError, ValueError, FedrxError):
             directory.write_status("interrupted", **_place(directory, where))
         if console and again:
-            console.print(f"go on with: {again}", markup=False, highlight=False)
+            console.say(f"go on with: {again}")
         raise
     except Exception as error:
         failure = _failure(directory, error, again)

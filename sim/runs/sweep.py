@@ -10,8 +10,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from common.config import Config
 from common.configio import Scalar, flatten, from_flat, parse_overrides
 from common.errors import UserError
@@ -26,9 +24,10 @@ from common.records.summary import Figures, Summary
 from common.rundir import RunDirectory
 from common.wire.cohort import asked, hospital_names
 from server.strategies import STRATEGIES, check_strategy
+from sim.process.progress import SILENT, Console
 from sim.report.comparison import write_sweep_page
 from sim.report.html import Bar, Block, markdown_table
-from sim.report.terminal import show_blocks
+from sim.report.terminal import block_parts
 from sim.runs.cells import Cell, Cells, Jobs
 from sim.runs.lifecycle import Run, start_or_go_on
 
@@ -141,7 +140,7 @@ def sweep(
     cells: Sequence[Cell],
     folder: Path,
     *,
-    console: Console,
+    console: Console = SILENT,
     command_line: Sequence[str],
     jobs: Jobs | None = None,
 ) -> Record:
@@ -192,9 +191,8 @@ class Sweep(Cells):
 
     def show(self, run: Run, result: SweepRecord) -> None:
         """Show the table."""
-        show_blocks(run.console, [arms_block(result.rows)])
         page = run.directory.path / PAGE
-        run.console.print(f"page: {page}", markup=False, highlight=False)
+        run.console.say(*block_parts(arms_block(result.rows)), f"page: {page}")
 
 
 def arms_block(rows: Sequence[ArmRow]) -> Block:

@@ -1,6 +1,5 @@
 """Personal adapters: B_own is trained in a hospital, stays there, and changes nothing it sends."""
 
-import io
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from typer.testing import CliRunner
 
 import client.handlers
@@ -42,7 +40,6 @@ PRIVATE = {
     "privacy__deterministic_noise": True,
     "federation__weighting": "uniform",
 }
-QUIET = Console(file=io.StringIO(), width=200)
 
 
 def flat_of(session, b):
@@ -146,7 +143,7 @@ def answered(tiny_config, tmp_path_factory):
         federation__weighting="uniform",
     )
     folder = tmp_path_factory.mktemp("personal") / "run"
-    federate(config, console=QUIET, command_line=[], run_dir=folder)
+    federate(config, command_line=[], run_dir=folder)
     return RunDirectory.open(folder)
 
 

@@ -3,13 +3,13 @@
 import io
 
 import pytest
-from rich.console import Console
 from tampering import silent
 
 from common.errors import RunFailed
+from sim.cli.terminal import Terminal
 from sim.report.comparison import write_comparison
 from sim.report.run_report import run_blocks
-from sim.report.terminal import show_summary
+from sim.report.terminal import summary_parts
 from sim.runs.sweep import FIGURES
 
 MORE = {"data__synthetic_patients": 90, "federation__rounds": 1}
@@ -65,8 +65,8 @@ def test_round_without_a_loss_is_shown_as_a_dash(tiny_config, in_process, tmp_pa
     done = in_process(tiny_config(**MORE))
     summary = {**done.summary, "validation_loss": [3.0, None], "source": "credentialed"}
     done.run.write_json("summary.json", summary)
-    output = Console(file=io.StringIO(), width=120)
-    show_summary(output, done.run, done.run.summary())
+    output = Terminal(file=io.StringIO(), width=120)
+    output.say(*summary_parts(done.run, done.run.summary()))
     assert "validation loss 3.0000 -> –" in output.file.getvalue()
     assert run_blocks(done.run)
     write_comparison([done.run], tmp_path / "compared")

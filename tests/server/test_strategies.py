@@ -1,12 +1,10 @@
 """Flower's strategies behind our checks, each against its formula written out here in numpy."""
 
-import io
 import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from rich.console import Console
 from tampering import silent
 
 from client.proximal import Proximal
@@ -304,7 +302,7 @@ def test_strategy_that_withstands_nothing_is_refused(kind, tiny_config, tmp_path
     config = tiny_config(**{f"federation__{key}": value for key, value in settings.items()})
     folder = tmp_path / "run"
     with pytest.raises(UserError, match=re.escape(reason)):
-        federate(config, console=Console(file=io.StringIO()), command_line=[], run_dir=folder)
+        federate(config, command_line=[], run_dir=folder)
     with pytest.raises(UserError, match=re.escape(reason)):
         plan_cells(config, arms=["fa-lora"], seeds=[0])
     hospitals = {f"h{number}": "/data" for number in range(config.federation.hospitals)}

@@ -3,11 +3,8 @@
 Oracle: a fresh transformers Llama of the same configuration, one sequence at a time.
 """
 
-import io
-
 import pytest
 import torch
-from rich.console import Console
 
 from common.configio import from_flat
 from common.errors import UserError
@@ -151,6 +148,6 @@ def test_privacy_refuses_what_follows_the_length(folder, set_config, tmp_path, k
     config = from_flat({**values, "privacy.noise-multiplier": 2.0})
     run = tmp_path / "run"
     with pytest.raises(UserError, match=f"rope_type={kind}.*length of the pass") as refused:
-        verb(config, console=Console(file=io.StringIO()), command_line=[], run_dir=run)
+        verb(config, command_line=[], run_dir=run)
     assert refused.value.exit_status == 2
     assert not run.exists()

@@ -1,12 +1,10 @@
 """Tokenizers that cannot serve are refused before a run; the fingerprint covers the rest."""
 
 import contextlib
-import io
 import json
 import shutil
 
 import pytest
-from rich.console import Console
 from transformers.utils import chat_template_utils
 
 from common.configio import from_flat
@@ -14,6 +12,7 @@ from common.errors import UserError
 from common.model.backbone.load import load_tokenizer, resolve_backbone
 from common.model.backbone.tiny import tiny_tokenizer
 from common.training.worker import Worker
+from sim.process.progress import SILENT
 from sim.runs.lifecycle import require_same_inputs
 from sim.runs.preparation import fingerprints, prepare
 from sim.runs.single import single
@@ -126,18 +125,17 @@ def test_no_run_directory_is_made_for_it(folder):
     config = from_flat({"model.backbone": str(folder), "data.synthetic-patients": 60})
     run = folder.parent / "run"
     with pytest.raises(UserError, match="TemplateSyntaxError"):
-        single(config, console=Console(file=io.StringIO()), command_line=[], run_dir=run)
+        single(config, command_line=[], run_dir=run)
     assert not run.exists()
 
 
 def test_a_run_does_not_go_on_with_an_edited_template(folder):
     config = from_flat({"model.backbone": str(folder), "data.synthetic-patients": 60})
-    console = Console(file=io.StringIO())
-    begun = fingerprints(prepare(config, console, Worker()))
-    require_same_inputs(begun, prepare(config, console, Worker()))
+    begun = fingerprints(prepare(config, SILENT, Worker()))
+    require_same_inputs(begun, prepare(config, SILENT, Worker()))
     set_template(folder, PLAIN)
     with pytest.raises(UserError, match="the run's backbone changed since it began"):
-        require_same_inputs(begun, prepare(config, console, Worker()))
+        require_same_inputs(begun, prepare(config, SILENT, Worker()))
 
 
 def test_a_default_among_several_templates_serves(folder):

@@ -1,6 +1,5 @@
 """Weights that are not all there are refused by name, before anything is made or loaded."""
 
-import io
 import json
 import os
 import time
@@ -8,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from common.configio import from_flat
@@ -137,7 +135,7 @@ def test_no_run_directory_is_made_for_them(tmp_path, save_tiny, verb):
         {"model.backbone": str(folder), "data.synthetic-patients": 60, "federation.hospitals": 2}
     )
     with pytest.raises(UserError, match=NORM):
-        verb(config, console=Console(file=io.StringIO()), command_line=[], run_dir=tmp_path / "run")
+        verb(config, command_line=[], run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

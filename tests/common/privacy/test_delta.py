@@ -4,13 +4,14 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from common.config import Config
 from common.configio import from_flat
 from common.errors import UserError
 from common.privacy.settings import delta_note, delta_warning, plan_of
-from sim.checks.plan import plan, show_plan
+from sim.checks.plan import plan
+from sim.cli.runs import show_plan
+from sim.cli.terminal import Terminal
 from sim.runs.federate import resolved
 from sim.runs.single import one_node
 
@@ -77,7 +78,7 @@ def test_plan_federate_and_single_refuse_it() -> None:
 @pytest.mark.parametrize(("delta", "said"), [(0.01, "is above 1 /"), (0.001, "is at most 1 /")])
 def test_plan_says_what_delta_means(delta, said, monkeypatch) -> None:
     monkeypatch.setattr("common.privacy.forecast.alternatives", lambda *_: [])  # dear to search
-    console = Console(record=True, width=200)
+    console = Terminal(record=True, width=200)
     show_plan(console, plan(config(**{"data.synthetic-patients": 80, "privacy.delta": delta})))
     text = console.export_text()
     assert said in text

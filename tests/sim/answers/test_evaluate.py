@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 import common.evaluation.answers_file
 from common.config import Config, JudgeConfig
@@ -22,6 +21,7 @@ from common.tensor_files import Altered
 from common.training.worker import Worker
 from sim.answers.evaluate import evaluate_run
 from sim.answers.review import make_review
+from sim.cli.terminal import Terminal
 from sim.runs.lifecycle import evaluate
 from sim.runs.resume import resume
 
@@ -200,7 +200,7 @@ def test_altered_answers_are_answered_anew(run):
     run.write_json("summary.json", {**both, "judge": {"appropriateness": {"fedrx": {}}}})
     flip_a_letter(run)
     shown = io.StringIO()
-    again = evaluate_run(run, console=Console(file=shown, width=400)).as_json()
+    again = evaluate_run(run, console=Terminal(file=shown, width=400)).as_json()
     assert "was altered" in shown.getvalue()
     assert "judge" not in again
     left = [row.as_json() for row in read_answers(run)]
@@ -269,7 +269,7 @@ def test_an_unknown_checkpoint_names_the_known_ones(run):
 def test_an_unfinished_run_is_not_evaluated(run):
     run.write_status("interrupted")
     with pytest.raises(UserError, match="interrupted"):
-        evaluate(run, console=Console(file=io.StringIO()))
+        evaluate(run)
 
 
 def test_answers_do_not_depend_on_the_batch(run):
@@ -308,7 +308,7 @@ def of_flower(run):
 
 def test_a_run_of_plain_flwr_is_evaluated(of_flower):
     told = io.StringIO()
-    summary = evaluate(of_flower, console=Console(file=told, width=200))
+    summary = evaluate(of_flower, console=Terminal(file=told, width=200))
     assert summary.source == "synthetic"
     assert "5 held-out admissions (synthetic data)" in told.getvalue()
     page = (of_flower.path / "report.html").read_text(encoding="utf-8")
@@ -317,9 +317,9 @@ def test_a_run_of_plain_flwr_is_evaluated(of_flower):
 
 def test_a_run_of_plain_flwr_is_not_resumed(of_flower):
     told = io.StringIO()
-    summary = resume(of_flower.path, console=Console(file=told, width=200), command_line=[])
+    summary = resume(of_flower.path, console=Terminal(file=told, width=200), command_line=[])
     assert summary["rounds"] == 2
     assert "the run is finished" in told.getvalue()
     of_flower.write_status("failed")
     with pytest.raises(UserError, match="start it again with flwr"):
-        resume(of_flower.path, console=Console(quiet=True), command_line=[])
+        resume(of_flower.path, command_line=[])

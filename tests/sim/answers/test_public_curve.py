@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from plain_model import plain_loss
-from rich.console import Console
 
 from common.data.dataset import open_hospitals
 from common.rundir import RunDirectory
@@ -14,11 +13,11 @@ from common.text.batches import encode
 from common.training.worker import Worker
 from sim.answers import public_curve as curve
 from sim.answers.evaluate import evaluate_run
+from sim.cli.terminal import Terminal
 from sim.report.run_report import write_report
-from sim.report.terminal import show_summary
+from sim.report.terminal import summary_parts
 from sim.runs.federate import federate
 
-QUIET = Console(file=io.StringIO())
 PRIVATE = {
     "privacy__noise_multiplier": 1.0,
     "privacy__sampling_rate": 0.5,
@@ -33,7 +32,7 @@ def run(tiny_config, tmp_path_factory):
     config = tiny_config(**PRIVATE)
     config = replace(config, run=replace(config.run, backend="in-process"))
     folder = tmp_path_factory.mktemp("runs") / "run"
-    federate(config, console=QUIET, command_line=["fedrx"], run_dir=folder)
+    federate(config, command_line=["fedrx"], run_dir=folder)
     return RunDirectory.open(folder)
 
 
@@ -55,7 +54,7 @@ def test_each_checkpoint_s_loss_on_admissions_of_no_hospital(run, monkeypatch):
 
     monkeypatch.setattr(curve, "load_samples", noted)
     before = session.adapter.flat.clone()
-    found = curve.public_curve(run, session, config, console=Console(quiet=True))
+    found = curve.public_curve(run, session, config)
     assert torch.equal(session.adapter.flat, before)
     assert read == [("synthetic", config.data.synthetic_seed + 1)]
     admissions, _ = curve.public_admissions(config)
@@ -93,7 +92,7 @@ def test_it_spends_nothing_and_the_report_says_so(run):
     assert "on 12 made-up admissions that no hospital has" in page
     assert "needed no hospital&#39;s data and spent nothing" in page
     told = io.StringIO()
-    show_summary(Console(file=told, width=200), run, run.summary())
+    Terminal(file=told, width=200).say(*summary_parts(run, run.summary()))
     assert "loss on 12 made-up admissions of no hospital" in told.getvalue()
     # Answers made anew without it leave the curve of the same checkpoints.
     evaluate_run(run)

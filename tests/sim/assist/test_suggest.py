@@ -4,7 +4,6 @@ import io
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
 
 from common.config import Config, DataConfig, EvaluationConfig, FederationConfig, ModelConfig
 from common.data.dataset import Dataset
@@ -24,9 +23,11 @@ from sim.assist.suggest import (
     assistant_config,
     find_run,
     reference_of,
-    show_suggestion,
+    suggestion_blocks,
     within_formulary,
 )
+from sim.cli.terminal import Terminal
+from sim.report.terminal import block_parts
 
 INDEX = DiagnosisIndex(
     [Diagnosis(code="10:I10", title="Essential (primary) hypertension")],
@@ -230,13 +231,15 @@ def test_what_no_table_knows_is_said_in_json_and_on_the_terminal(tiny_run):
     )
     assert suggestion.as_dict()["warnings"] == suggestion.warnings
     told = io.StringIO()
-    show_suggestion(Console(file=told, width=200), tiny_run, request, suggestion, around)
+    blocks = suggestion_blocks(tiny_run, request, suggestion, around)
+    Terminal(file=told, width=200).say(*block_parts(*blocks))
     assert all(warning in told.getvalue() for warning in suggestion.warnings)
     one = SuggestedDrug(name="Aspirin", support=None)
     for drugs, title in (((one,), "1 suggested drug\n"), ((one, one), "2 suggested drugs\n")):
         told = io.StringIO()
         listed = replace(suggestion, drugs=drugs, in_format=True)
-        show_suggestion(Console(file=told, width=200), tiny_run, request, listed, around)
+        blocks = suggestion_blocks(tiny_run, request, listed, around)
+        Terminal(file=told, width=200).say(*block_parts(*blocks))
         assert title in told.getvalue()
 
 

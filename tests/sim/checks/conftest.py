@@ -1,9 +1,6 @@
 """A finished federation that kept its updates."""
 
-import io
-
 import pytest
-from rich.console import Console
 
 from common.rundir import RunDirectory
 from sim.runs.federate import federate
@@ -21,5 +18,5 @@ def kept_run(tiny_config, tmp_path_factory) -> RunDirectory:
         run__backend="in-process",
     )
     folder = tmp_path_factory.mktemp("kept") / "run"
-    federate(config, console=Console(file=io.StringIO()), command_line=[], run_dir=folder)
+    federate(config, command_line=[], run_dir=folder)
     return RunDirectory.open(folder)

@@ -1,13 +1,11 @@
 """``fedrx audit RUN --membership`` on run directories as a training leaves them."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from client.local_update import update
@@ -73,7 +71,7 @@ def run(cache, tmp_path_factory) -> RunDirectory:
 
 
 def attack(run: RunDirectory, **choices: Any) -> dict[str, Any]:
-    return audit_membership(run, console=Console(file=io.StringIO()), **choices).as_json()
+    return audit_membership(run, **choices).as_json()
 
 
 def test_figures_nulls_intervals_and_words_and_no_patient(run) -> None:

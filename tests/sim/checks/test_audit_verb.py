@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from privacy_fixtures import PRIVATE_TINY
-from rich.console import Console
 
 from common.configio import from_flat
 from common.errors import RunFailed, UserError
@@ -17,12 +16,13 @@ from common.privacy.mechanism.release import GaussianMechanism
 from common.rundir import RunDirectory
 from sim.checks.audit import audit, one_run_control
 from sim.checks.audit_page import NOT_COVERED, QUESTIONS
+from sim.cli.terminal import Terminal
 
 KEYS = {**PRIVATE_TINY, "adapter.rank": 32, "privacy.sampling-rate": 0.1}
 
 
 def run_audit(folder: Path, printed: io.StringIO | None = None, **keys: Any) -> dict[str, Any]:
-    console = Console(file=printed or io.StringIO())
+    console = Terminal(file=printed or io.StringIO())
     config = from_flat({**KEYS, **keys})
     command = ["fedrx", "audit"]
     found = audit(config, console=console, command_line=command, run_dir=folder, canaries=40)

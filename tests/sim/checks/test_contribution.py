@@ -1,6 +1,5 @@
 """``fedrx contribution``: its values against models averaged by hand; no patient in its words."""
 
-import io
 import itertools
 import json
 import math
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from common.data.dataset import open_hospitals
@@ -21,8 +19,6 @@ from common.training.worker import Worker
 from server.kept_updates import read
 from sim.checks.contribution import CONTRIBUTION, contribution
 from sim.cli.main import app
-
-QUIET = Console(file=io.StringIO(), width=200)
 
 
 def value_of(run: RunDirectory, hospitals: tuple[str, ...]) -> float:
@@ -42,7 +38,7 @@ def value_of(run: RunDirectory, hospitals: tuple[str, ...]) -> float:
 
 
 def test_shares_are_those_of_averages_by_hand(kept_run):
-    found = contribution(kept_run, console=QUIET)
+    found = contribution(kept_run)
     names = tuple(one.name for one in found.hospitals)
     value = {
         some: value_of(kept_run, some)
@@ -64,7 +60,7 @@ def test_shares_are_those_of_averages_by_hand(kept_run):
 
 
 def test_no_patient_is_in_what_is_written(kept_run):
-    contribution(kept_run, console=QUIET)
+    contribution(kept_run)
     text = "".join((kept_run.path / name).read_text() for name in (CONTRIBUTION, "contribution.md"))
     data = open_hospitals(kept_run.config())
     patients = {str(one.patient) for each in data.hospitals for one in each.admissions}
@@ -74,18 +70,18 @@ def test_no_patient_is_in_what_is_written(kept_run):
 
 def test_values_may_be_f1(kept_run):
     """That of all hospitals is the run's own F1 on the same admissions."""
-    found = contribution(kept_run, console=QUIET, metric="f1")
+    found = contribution(kept_run, metric="f1")
     assert found.everybody == pytest.approx(kept_run.summary().metrics["fedrx"].f1)
     assert found.nobody == pytest.approx(kept_run.summary().metrics["untrained"].f1)
 
 
 def test_what_cannot_be_valued_is_one_line(kept_run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"--metric recall; allowed: loss \| f1"):
-        contribution(kept_run, console=QUIET, metric="recall")
+        contribution(kept_run, metric="recall")
     copy = RunDirectory(Path(shutil.copytree(kept_run.path, tmp_path / "copy")))
     monkeypatch.setattr("sim.checks.contribution.MOST_PLAYERS", 2)
     with pytest.raises(UserError, match="3 hospitals, and 8 subsets"):
-        contribution(copy, console=QUIET)
+        contribution(copy)
 
 
 def test_the_verb_prints_json(kept_run):

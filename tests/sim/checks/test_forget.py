@@ -1,10 +1,8 @@
 """``fedrx forget``: the replay, the run that never had the hospital, and what is said of both."""
 
-import io
 import json
 
 import pytest
-from rich.console import Console
 
 import sim.checks.forget
 from common.errors import UserError
@@ -14,12 +12,10 @@ from common.tensor_files import read_tensors
 from sim.checks.audit_membership import MEMBERSHIP
 from sim.checks.forget import B_FILE, FORGET, NEVER, REPLAYED, RUN, forget
 
-QUIET = Console(file=io.StringIO(), width=200)
-
 
 def test_after_one_round_nothing_of_the_hospital_is_left(kept_run, monkeypatch):
     """The replay is then the B of the run that never had it; a second call trains nothing."""
-    found = forget(kept_run, "hospital-2", console=QUIET, command_line=[])
+    found = forget(kept_run, "hospital-2", command_line=[])
     never = RunDirectory.open(kept_run.path / "without-hospital-2" / "never")
     assert {one.hospital for one in never.metrics("steps")} == {"hospital-1", "hospital-3"}
     models = found.models
@@ -33,7 +29,7 @@ def test_after_one_round_nothing_of_the_hospital_is_left(kept_run, monkeypatch):
     assert json.loads((folder / FORGET).read_text()) == found.as_json()
     monkeypatch.setattr("sim.runs.cells.federate", None)
     assert all(one.membership is None for one in models.values())
-    again = forget(kept_run, "hospital-2", console=QUIET, command_line=[])
+    again = forget(kept_run, "hospital-2", command_line=[])
     assert again.models == found.models
 
 
@@ -41,7 +37,7 @@ def test_where_the_audit_has_a_figure_there_is_one_for_its_patients(kept_run, mo
     monkeypatch.setattr(sim.checks.forget, "FEWEST", 2)
     (kept_run.path / MEMBERSHIP).write_text("{}")
     try:
-        found = forget(kept_run, "hospital-2", console=QUIET, command_line=[]).models
+        found = forget(kept_run, "hospital-2", command_line=[]).models
     finally:
         (kept_run.path / MEMBERSHIP).unlink()
     for one in found.values():
@@ -53,5 +49,5 @@ def test_where_the_audit_has_a_figure_there_is_one_for_its_patients(kept_run, mo
 
 def test_who_cannot_leave_is_one_line(kept_run):
     with pytest.raises(UserError, match=r"--hospital west: no hospital of the run; allowed: hosp"):
-        forget(kept_run, "west", console=QUIET, command_line=[])
+        forget(kept_run, "west", command_line=[])
     assert not (kept_run.path / "without-west").exists()

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from common.config import Config
 from common.configio import from_flat, read_config
@@ -16,7 +15,9 @@ from common.model.adapter.layout import adapter_layout, adapter_spec
 from common.model.backbone.load import resolve_backbone
 from common.wire.codecs import encode
 from sim.checks import plan as plan_module
-from sim.checks.plan import PARTS, show_plan
+from sim.checks.plan import PARTS
+from sim.cli.runs import show_plan
+from sim.cli.terminal import Terminal
 
 PAPER = Path(__file__).resolve().parents[3] / "configs" / "paper.toml"
 
@@ -213,7 +214,7 @@ def test_hospital_level_privacy_stands_in_the_plan_too():
 
 def shown(found) -> str:
     out = io.StringIO()
-    show_plan(Console(file=out, width=200), found)
+    show_plan(Terminal(file=out, width=200), found)
     return out.getvalue()
 
 

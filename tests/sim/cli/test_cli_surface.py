@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from common.configio import from_flat, parse_overrides
 from common.errors import UserError
@@ -92,8 +91,7 @@ def test_what_cannot_run_here_leaves_nothing(verb, overrides, words, tmp_path):
                 "evaluation.samples": 2,
             }
         )
-        console = Console(quiet=True)
-        verb(config, console=console, command_line=[], run_dir=tmp_path / "run")
+        verb(config, command_line=[], run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

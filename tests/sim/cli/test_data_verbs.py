@@ -7,7 +7,6 @@ import re
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
 
 from common.config import OWN_TEXT
 from common.configio import from_flat
@@ -15,6 +14,7 @@ from common.data.prepare import load_samples
 from common.errors import UserError
 from common.records.run import HospitalSizes
 from common.text.batches import encode
+from sim.cli.terminal import Terminal
 from sim.report.data_description import (
     count_blocks,
     describe,
@@ -23,7 +23,7 @@ from sim.report.data_description import (
     prepare,
 )
 from sim.report.data_page import write_page
-from sim.report.terminal import show_blocks
+from sim.report.terminal import block_parts
 
 KEYS = {
     "rows", "drug_type", "pairs_raw", "pairs_normalised", "pairs_clean", "flush_rows", "samples",
@@ -109,7 +109,7 @@ def test_an_empty_hospital_stops_describe(cache):
 
 def test_what_people_read(description):
     stream = io.StringIO()
-    show_blocks(Console(file=stream, width=120), description_blocks(description))
+    Terminal(file=stream, width=120).say(*block_parts(*description_blocks(description)))
     text = stream.getvalue()
     assert "source: synthetic" in text
     assert "hospital-3" in text
@@ -121,7 +121,7 @@ def test_prepare_returns_counts_and_shows_them(cache):
     counts = prepare(config(), cache_dir=cache)
     assert counts.samples > 50
     stream = io.StringIO()
-    show_blocks(Console(file=stream, width=120), count_blocks(counts))
+    Terminal(file=stream, width=120).say(*block_parts(*count_blocks(counts)))
     assert "unknown admission" in stream.getvalue()
 
 

@@ -1,15 +1,14 @@
 """Which tracebacks of its hospitals a failed attempt shows."""
 
-from io import StringIO
 from types import SimpleNamespace
 
 import pytest
-from rich.console import Console
 
 from common.config import Config
 from common.errors import RunFailed
 from common.records.run import RunRecord
 from common.rundir import RunDirectory
+from sim.cli.terminal import Terminal
 from sim.runs import federate
 from sim.runs.lifecycle import Run
 
@@ -29,7 +28,7 @@ def test_an_attempt_shows_its_own_tracebacks_alone(tmp_path, monkeypatch, capsys
 
         monkeypatch.setattr(federate, "train_rounds", fail)
         prepared = SimpleNamespace(data=SimpleNamespace(source=source))
-        kind, console = federate.Federation(), Console(file=StringIO())
+        kind, console = federate.Federation(), Terminal(quiet=True)
         record = RunRecord(mode="federation", resumable=True)
         with pytest.raises(RunFailed):
             Run(kind, run, record, Config(), prepared, console, [], 0.0).live(inside=False)

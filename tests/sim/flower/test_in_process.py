@@ -1,11 +1,9 @@
 """``--backend in-process``: the same run without SuperLink and Ray; the guard of marks holds it."""
 
-import io
 import json
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
 
 import sim.runs.federate
 from common.data.dataset import open_hospitals
@@ -16,12 +14,10 @@ from sim.cli.options import with_backend
 from sim.runs.federate import federate
 from sim.runs.resume import resume
 
-QUIET = Console(file=io.StringIO())
-
 
 def started(config, folder):
     config = replace(config, run=replace(config.run, backend="in-process"))
-    return federate(config, console=QUIET, command_line=["fedrx"], run_dir=folder).result.as_json()
+    return federate(config, command_line=["fedrx"], run_dir=folder).result.as_json()
 
 
 @pytest.fixture
@@ -68,7 +64,7 @@ def test_an_interrupted_run_goes_on_to_the_same_b(short, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         started(short, tmp_path / "cut")
     monkeypatch.undo()
-    again = resume(tmp_path / "cut", console=QUIET, command_line=["fedrx"])
+    again = resume(tmp_path / "cut", command_line=["fedrx"])
     assert again["b_sha256"] == whole["b_sha256"]
 
 
@@ -86,7 +82,7 @@ def test_a_run_that_ends_between_server_and_launcher_is_summed_up(short, tmp_pat
     told = RunDirectory.open(tmp_path / "run").summary()
     assert told.training_seconds is None
     # A second training would be cut again.
-    again = resume(tmp_path / "run", console=QUIET, command_line=["fedrx"])
+    again = resume(tmp_path / "run", command_line=["fedrx"])
     assert again["source"] == "synthetic"
     spent = [e.value for e in RunDirectory(tmp_path / "run").metrics("round-seconds")]
     assert sum(spent) <= again["training_seconds"] <= again["seconds"]

@@ -6,14 +6,13 @@ import signal
 import subprocess
 
 import pytest
-from rich.console import Console
 from waiting import until
 
 from common.errors import UserError
+from sim.cli.terminal import Terminal
 from sim.runs.resume import resume
 
 pytestmark = pytest.mark.ray
-QUIET = Console(quiet=True)
 GONE_SECONDS = 60
 """At the most, on a machine that is shared; 0.3 were measured."""
 
@@ -72,13 +71,13 @@ def events(started, name):
 def test_changed_configuration_is_refused_with_the_difference(base):
     before = base.summary
     with pytest.raises(UserError, match=r"train\.learning-rate: 0\.02 -> 0\.5"):
-        resume(base.run.path, ["train.learning-rate=0.5"], console=QUIET, command_line=[])
+        resume(base.run.path, ["train.learning-rate=0.5"], command_line=[])
     assert base.summary == before
 
 
 def test_finished_run_is_left_alone(base, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: 1 / 0)
     shown = io.StringIO()
-    again = resume(base.run.path, console=Console(file=shown), command_line=[])
+    again = resume(base.run.path, console=Terminal(file=shown), command_line=[])
     assert again == base.summary
     assert "nothing to do" in shown.getvalue()

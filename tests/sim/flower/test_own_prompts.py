@@ -1,10 +1,8 @@
 """A run with prompts of the user's own: training, answers and lists all ask the same."""
 
-import io
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
 
 from common.config import TextConfig
 from common.errors import UserError
@@ -18,7 +16,6 @@ from sim.report.data_description import describe
 from sim.runs.federate import federate
 from sim.runs.resume import resume
 
-QUIET = Console(file=io.StringIO())
 TEXT = TextConfig(
     system_prompt="Name what was ordered.",
     template="A patient of {age}, ill with\n{diagnoses}\nWhat was ordered?",
@@ -52,22 +49,22 @@ def test_everything_that_a_run_asks_is_the_user_s(tiny_config, tmp_path, asked):
     small = tiny_config(evaluation__samples=2, evaluation__max_new_tokens=8)
     config = replace(small, text=TEXT, run=replace(small.run, backend="in-process"))
     folder = tmp_path / "run"
-    federate(config, console=QUIET, command_line=["fedrx"], run_dir=folder)
+    federate(config, command_line=["fedrx"], run_dir=folder)
     require_own(asked)
     run = RunDirectory.open(folder)
     for method in ("generate", "score"):
-        evaluate_run(run, overrides=[f"evaluation.method={method}"], console=QUIET)
+        evaluate_run(run, overrides=[f"evaluation.method={method}"])
         require_own(asked)
     form = {"sex": "F", "age": "71", "diagnoses": ["I10"]}
     around = reference_of(config)
     assistant = Assistant(run, assistant_config(run), reference=around)
     assistant.suggest(read_form(form, around.index))
     require_own(asked)
-    audit_membership(run, console=QUIET)
+    audit_membership(run)
     require_own(asked)
     describe(config)
     require_own(asked)
     with pytest.raises(UserError, match=r"text\.system-prompt: 'Name what was ordered\.' -> 'x'"):
         evaluate_run(run, overrides=["text.system-prompt=x"])
     with pytest.raises(UserError, match=r"text\.system-prompt"):
-        resume(folder, console=QUIET, command_line=["fedrx"], overrides=["text.system-prompt=x"])
+        resume(folder, command_line=["fedrx"], overrides=["text.system-prompt=x"])

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from flwr.common.serde import message_from_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
-from rich.console import Console
 
 from common.limits import available_cpus
 from sim.runs.resume import resume
@@ -216,7 +215,7 @@ def test_ctrl_c_stops_everything_and_the_run_can_go_on(base, laboratory):
     assert interrupted.left() == []
     # In this process: what a kill leaves goes on with Flower and Ray in test_kill.
     keys = ["run.backend=in-process"]
-    resumed = resume(interrupted.run.path, keys, console=Console(quiet=True), command_line=[])
+    resumed = resume(interrupted.run.path, keys, command_line=[])
     assert resumed["b_sha256"] == base.summary["b_sha256"]
     assert resumed["validation_loss"] == base.summary["validation_loss"]
 

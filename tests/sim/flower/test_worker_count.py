@@ -4,13 +4,13 @@ import io
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 import sim.flower.worker_count
 from common.configio import from_flat, read_config
 from common.model.backbone.known_shapes import shape_of
 from sim.checks import plan as plan_module
-from sim.checks.plan import show_plan
+from sim.cli.runs import show_plan
+from sim.cli.terminal import Terminal
 from sim.flower.worker_count import (
     WORKER_START_SECONDS,
     choose_workers,
@@ -99,7 +99,7 @@ def test_plan_counts_all_workers_that_share_the_memory():
     asked = plan(from_flat({**KEYS, "federation.workers": 4}), card_bytes=int(3.5 * each(KEYS)))
     assert (asked.workers.value, asked.fits) == (4, False)
     out = io.StringIO()
-    show_plan(Console(file=out, width=200), asked)
+    show_plan(Terminal(file=out, width=200), asked)
     assert f"4 workers (federation.workers): {4 * total / 1e9:.1f} GB together" in out.getvalue()
     alone = plan(from_flat({**KEYS, "federation.hospitals": 1}), card_bytes=10**12)
     assert alone.workers.value == 1

@@ -5,10 +5,10 @@ import math
 
 import pytest
 from line_fixtures import privacy_line
-from rich.console import Console
 
 from common.config import Config
 from common.rundir import RunDirectory
+from sim.cli.terminal import Terminal
 from sim.process import progress
 from sim.process.progress import Meter, RunProgress
 
@@ -22,7 +22,7 @@ def clock(monkeypatch):
 
 def test_time_left_ignores_start_up_and_earlier_processes(clock):
     shown = io.StringIO()
-    meter = Meter(Console(file=shown), "local steps", 100)
+    meter = Meter(Terminal(file=shown), "local steps", 100)
     for seconds, done in ((50, 0), (100, 40), (120, 50)):
         clock[0] = seconds
         meter.update(done)
@@ -38,7 +38,7 @@ def test_time_left_ignores_start_up_and_earlier_processes(clock):
 def test_a_private_round_shows_epsilon_and_no_loss(tmp_path):
     run = RunDirectory.create(Config(), directory=tmp_path / "run")
     shown = io.StringIO()
-    with RunProgress(Console(file=shown, width=200), run, steps=4, rounds=2) as shows:
+    with RunProgress(Terminal(file=shown, width=200), run, steps=4, rounds=2) as shows:
         for place, epsilon in ((1, 1.5), (2, math.inf)):
             for hospital, spent in (("hospital-1", epsilon), ("hospital-2", 0.5)):
                 run.append("privacy.jsonl", privacy_line(place, hospital, spent))
@@ -51,7 +51,7 @@ def test_a_private_round_shows_epsilon_and_no_loss(tmp_path):
 def test_a_start_names_its_phases_with_their_seconds_and_says_nothing_twice(clock, tmp_path):
     run = RunDirectory.create(Config(), directory=tmp_path / "run")
     shown = io.StringIO()
-    with RunProgress(Console(file=shown, width=200), run, steps=4, rounds=2) as shows:
+    with RunProgress(Terminal(file=shown, width=200), run, steps=4, rounds=2) as shows:
         for now, phase in ((0, "SuperLink"), (20, "SuperLink"), (40, "SuperLink"), (42, "Ray")):
             clock[0] = now
             shows.phase(phase)

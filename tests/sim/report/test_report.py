@@ -7,17 +7,17 @@ import shutil
 
 import pytest
 from line_fixtures import prediction_line, privacy_line, wire_line
-from rich.console import Console
 
 from common.config import Config
 from common.configio import from_flat
 from common.errors import UserError
 from common.records.run import Metric
 from common.rundir import RunDirectory
+from sim.cli.terminal import Terminal
 from sim.report.comparison import write_comparison
 from sim.report.plots import loss_svg
 from sim.report.run_report import write_report
-from sim.report.terminal import show_summary
+from sim.report.terminal import summary_parts
 from sim.report.words import RANDOM_WEIGHTS
 
 
@@ -138,7 +138,7 @@ def test_what_was_sent_is_named(run, mode, sent):
 def test_answers_of_random_weights_are_called_that(run, name):
     run.write_json("summary.json", {**run.read_json("summary.json"), "backbone": {"name": name}})
     told = io.StringIO()
-    show_summary(Console(file=told, width=200), run, run.summary())
+    Terminal(file=told, width=200).say(*summary_parts(run, run.summary()))
     for text in (told.getvalue(), write_report(run).read_text()):
         assert (RANDOM_WEIGHTS in html.unescape(text)) == (name == "tiny")
 
@@ -155,7 +155,7 @@ def test_an_earlier_checkpoints_answers_are_called_that(run, model, facts, label
     summary["metrics"][model] = values(0.111)
     run.write_json("summary.json", summary)
     told = io.StringIO()
-    show_summary(Console(file=told, width=200), run, run.summary())
+    Terminal(file=told, width=200).say(*summary_parts(run, run.summary()))
     page = write_report(run).read_text()
     for text in (told.getvalue(), page, (run.path / "report.md").read_text()):
         assert re.search(label + r"\W.*0\.111", text)
@@ -172,7 +172,7 @@ def test_a_private_run_ends_with_its_guarantee_and_its_verdict(run, multiplier, 
         "noise_multiplier": multiplier,
     }
     told = io.StringIO()
-    show_summary(Console(file=told, width=200), run, run.summary().having(privacy=privacy))
+    Terminal(file=told, width=200).say(*summary_parts(run, run.summary().having(privacy=privacy)))
     guarantee = f"each patient: epsilon 5.999 at delta 0.0001; noise multiplier {multiplier:g}"
     assert guarantee in told.getvalue()
     assert re.search(f"noise over signal, per step: .*{words}", told.getvalue())

@@ -1,6 +1,5 @@
 """A single-node training small enough to be run dozens of times."""
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from privacy_fixtures import random_samples
-from rich.console import Console
 
 from common.config import Config
 from common.configio import from_flat
@@ -16,6 +14,7 @@ from common.rundir import RunDirectory
 from common.text.batches import Encoded
 from common.training.hospital_data import HospitalData
 from common.training.worker import Worker
+from sim.process.progress import SILENT, Console
 from sim.runs.single_training import SingleTraining
 
 BASE: dict[str, Any] = {
@@ -63,7 +62,7 @@ def configure() -> Callable[..., Config]:
 def begin(hospital: HospitalData, tmp_path: Path) -> Callable[..., SingleTraining]:
     """Begin, or go on with, a training in a run directory."""
 
-    def begun(config: Config, *, name: str = "run", console: Console | None = None):
+    def begun(config: Config, *, name: str = "run", console: Console = SILENT):
         path = tmp_path / name
         run = RunDirectory(path)
         if not path.exists():
@@ -73,7 +72,7 @@ def begin(hospital: HospitalData, tmp_path: Path) -> Callable[..., SingleTrainin
             config=config,
             session=Worker().session(config),
             hospital=hospital,
-            console=console or Console(file=io.StringIO()),
+            console=console,
         )
         training.restore()
         return training

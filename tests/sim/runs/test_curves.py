@@ -9,14 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from client import handlers
 from common.config import Config
 from common.configio import from_flat
 from common.errors import RunFailed, UserError
 from common.rundir import RunDirectory
+from sim.cli.terminal import Terminal
 from sim.process import extras
+from sim.process.progress import SILENT
 from sim.runs import curves as module
 from sim.runs.curves import check_tracker, curves
 from sim.runs.federate import federate
@@ -102,13 +103,13 @@ def run(tmp_path):
     return RunDirectory.create(Config(), directory=tmp_path / "run")
 
 
-def open_curves(run, tracker, console=None, **changes):
+def open_curves(run, tracker, console=SILENT, **changes):
     return curves(
         run,
         configuration(tracker, **changes),
         source="synthetic",
         command_line=[],
-        console=console or Console(file=io.StringIO()),
+        console=console,
     )
 
 
@@ -204,7 +205,7 @@ def test_numbers_and_public_keys_alone_are_told(run, tracker):
 
 def test_a_tracker_that_fails_ends_no_run(run, tracker):
     shown = io.StringIO()
-    with open_curves(run, tracker, Console(file=shown, width=200)) as drawing:
+    with open_curves(run, tracker, Terminal(file=shown, width=200)) as drawing:
         write_round(run, 1)
 
         def fail(points):
@@ -365,7 +366,7 @@ def test_a_dead_server_is_one_line(run, monkeypatch):
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     config = configuration("mlflow", **{"run.tracker-url": "http://127.0.0.1:9"})
-    drawing = curves(run, config, source="demo", command_line=[], console=Console(quiet=True))
+    drawing = curves(run, config, source="demo", command_line=[])
     with pytest.raises(UserError) as error, drawing:
         pytest.fail("it began")
     assert str(error.value).startswith("run.tracker=mlflow cannot begin: ")
@@ -389,14 +390,13 @@ def test_a_federation_that_was_interrupted_has_whole_curves(tiny_config, tracker
             raise KeyboardInterrupt
         return handlers.evaluate_round(config, message, context, worker)
 
-    told = {"console": Console(file=io.StringIO()), "command_line": ["fedrx"]}
     run = RunDirectory(tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(handlers.HANDLERS, "evaluate", cut)
         with pytest.raises(KeyboardInterrupt):
-            federate(config, run_dir=run.path, **told)
+            federate(config, run_dir=run.path, command_line=["fedrx"])
     assert {step for _, step in READERS[tracker](run)} == {0, 1, 2}
-    resume(run.path, **told)
+    resume(run.path, command_line=["fedrx"])
     found = READERS[tracker](run)
     assert found == expected(run, tracker)
     assert ("validation-loss", 2) in found
@@ -406,14 +406,13 @@ def test_a_federation_that_was_interrupted_has_whole_curves(tiny_config, tracker
 @pytest.mark.slow
 def test_a_single_run_has_a_curve_of_each_step(tiny_config, tracker, tmp_path):
     config = tiny_config(evaluation__samples=2, evaluation__max_new_tokens=8)
-    told = {"console": Console(file=io.StringIO()), "command_line": ["fedrx"]}
     run = RunDirectory(tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SingleTraining, "finish", lambda training: 1 / 0)
         with pytest.raises(RunFailed):
-            single(config, run_dir=run.path, **told)
+            single(config, run_dir=run.path, command_line=["fedrx"])
     # What a run is drawn with may change when it goes on.
-    resume(run.path, [f"run.tracker={tracker}"], **told)
+    resume(run.path, [f"run.tracker={tracker}"], command_line=["fedrx"])
     found = READERS[tracker](run)
     assert found == expected(run, tracker)
     assert {step for tag, step in found if tag == "learning_rate"} == {1, 2, 3, 4}
@@ -427,5 +426,5 @@ def test_what_may_not_be_leaves_nothing(verb, tiny_config, tmp_path):
         run__tracker="mlflow", run__tracker_url="https://curves.example.org", data__path="/nowhere"
     )
     with pytest.raises(UserError, match="not named on the command line"):
-        verb(config, console=Console(quiet=True), command_line=[], run_dir=tmp_path / "run")
+        verb(config, command_line=[], run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -1,11 +1,9 @@
 """``fedrx generalise``: which models it trains, what it says of them, and how it goes on."""
 
-import io
 import json
 
 import numpy as np
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 import sim.runs.cells
@@ -20,7 +18,6 @@ from common.training.worker import Worker
 from sim.cli.main import app
 from sim.runs.generalise import GENERALISE, PAGE, generalise, plan_models
 
-QUIET = Console(file=io.StringIO(), width=200)
 SMALL = {
     "federation__rounds": 1,
     "federation__local_steps": 1,
@@ -56,8 +53,8 @@ def done(tiny_config, tmp_path_factory):
         patch.setattr(sim.runs.lifecycle, "write_report", lambda run: None)
         patch.delitem(BASELINES, "logistic_regression")
         with pytest.raises(KeyboardInterrupt):
-            generalise(config, folder, seeds=1, console=QUIET, command_line=[])
-        result = generalise(config, folder, seeds=1, console=QUIET, command_line=[])
+            generalise(config, folder, seeds=1, command_line=[])
+        result = generalise(config, folder, seeds=1, command_line=[])
     return config, folder, begun, result, opened
 
 
@@ -137,7 +134,7 @@ def test_a_finished_run_is_the_first_model_of_all(done, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(sim.runs.cells, "federate", start)
-        generalise(run.config(), tmp_path, seeds=1, console=QUIET, command_line=[], run=run)
+        generalise(run.config(), tmp_path, seeds=1, command_line=[], run=run)
     assert started == ["alone-seed-0-hospital-1"]
 
 
@@ -168,5 +165,5 @@ def test_a_run_of_another_kind_is_refused(done, tmp_path):
     config, _, _, _, _ = done
     run = RunDirectory.create(config, directory=tmp_path / "run")
     with pytest.raises(UserError, match="is no finished federation"):
-        generalise(config, tmp_path, seeds=1, console=QUIET, command_line=[], run=run)
+        generalise(config, tmp_path, seeds=1, command_line=[], run=run)
     assert np.all([cell.config.run.backend == "in-process" for cell in plan_models(config, 1)])

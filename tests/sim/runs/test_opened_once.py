@@ -1,11 +1,9 @@
 """A run reads tables and weights once, from its first check to its last answer."""
 
-import io
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from transformers import LlamaForCausalLM
 
 import common.data.prepare
@@ -37,8 +35,6 @@ KEYS = {
     "evaluation.max-new-tokens": 8,
     "evaluation.bootstrap": 100,
 }
-
-QUIET = Console(quiet=True)
 
 
 @pytest.fixture
@@ -74,7 +70,7 @@ def sweep_twice(monkeypatch, tmp_path, prepared):
         cells = plan_cells(config, arms=arms, seeds=[0], vary=vary)
         assert len(cells) > 1
         for folder in ("first", "second"):
-            run_sweep(cells, tmp_path / folder, console=QUIET, command_line=())
+            run_sweep(cells, tmp_path / folder, command_line=())
             found.append(len(prepared) - sum(found))
         return found
 
@@ -86,7 +82,7 @@ def sweep_twice(monkeypatch, tmp_path, prepared):
 def test_a_papers_ranks_share_its_data(tmp_path, prepared, best):
     """The best settings, too: only what is written of the drugs differs there."""
     config = from_flat(KEYS | {"train.steps": 1, "evaluation.max-new-tokens": 32})
-    told = {"console": QUIET, "command_line": (), "run_dir": tmp_path / "run"}
+    told = {"command_line": (), "run_dir": tmp_path / "run"}
     table = paper(config, scale="small", ranks=(2, 4), best=best, **told)
     assert len(table.rows) == 2
     assert len(prepared) == 1
@@ -124,9 +120,7 @@ def test_single_hashes_the_tables_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(common.data.prepare, "hash_files", counted)
     config = from_flat(KEYS)
-    summary = single(
-        config, console=Console(file=io.StringIO()), command_line=(), run_dir=tmp_path / "run"
-    ).result
+    summary = single(config, command_line=(), run_dir=tmp_path / "run").result
     assert summary.metrics["fedrx"].samples == 2
     assert len(hashed) == 1
 
@@ -152,12 +146,11 @@ def test_a_gpus_weights_are_read_once_and_before_the_checks(tmp_path, monkeypatc
     monkeypatch.setattr(Reading, "_read", reading)
     monkeypatch.setattr(sim.runs.preparation, "check_settings", checking)
     monkeypatch.setattr(Run, "live", lambda run, inside: run.worker.session(run.config))
-    console = Console(file=io.StringIO())
     config = from_flat(KEYS | {"model.backbone": str(folder)})
-    single(config, console=console, command_line=(), run_dir=tmp_path / "run")
+    single(config, command_line=(), run_dir=tmp_path / "run")
     assert events == ["read", "check"]
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     monkeypatch.setattr(Run, "live", lambda run, inside: pytest.fail("worked"))
     with pytest.raises(UserError, match="backbone changed since it began"):
-        resume(tmp_path / "run", kinds=[Single], console=console, command_line=())
+        resume(tmp_path / "run", kinds=[Single], command_line=())

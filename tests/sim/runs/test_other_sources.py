@@ -1,6 +1,5 @@
 """Every verb that reads data works from MEDS and from eICU's tables as from MIMIC-IV's."""
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import pytest
 from eicu_fixtures import many_patients, write_eicu
 from eicu_meds_fixtures import eicu_events, write_eicu_meds
 from meds_fixtures import write_meds
-from rich.console import Console
 
 from common.config import Config
 from common.configio import from_flat
@@ -53,10 +51,6 @@ def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return from_flat({**KEYS, "data.path": str(folder / "data")})
 
 
-def quiet() -> Console:
-    return Console(file=io.StringIO())
-
-
 @pytest.mark.slow
 def test_describe_federate_single_and_suggest(config: Config, tmp_path: Path) -> None:
     found = describe(config)
@@ -64,10 +58,8 @@ def test_describe_federate_single_and_suggest(config: Config, tmp_path: Path) ->
     sizes = [one["patients"] for one in found.as_json()["partition"]["hospitals"]]
     assert len(sizes) == 2
     assert min(sizes) > 5
-    together = federate(
-        config, console=quiet(), command_line=(), run_dir=tmp_path / "federated"
-    ).result
-    alone = single(config, console=quiet(), command_line=(), run_dir=tmp_path / "single").result
+    together = federate(config, command_line=(), run_dir=tmp_path / "federated").result
+    alone = single(config, command_line=(), run_dir=tmp_path / "single").result
     for summary in (together, alone):
         assert summary.source == "credentialed"
         assert summary.metrics["fedrx"].samples == 2

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 import sim.runs.paper
 import sim.runs.paper_best
@@ -17,6 +16,7 @@ from common.configio import parse_overrides
 from common.errors import UserError
 from common.rundir import RunDirectory
 from sim.cli.main import main
+from sim.cli.terminal import Terminal
 from sim.report.html import to_markdown
 from sim.runs.lifecycle import evaluate
 from sim.runs.paper import BESIDE, paper, paper_config, read_ranks, renew_table, scaled_config
@@ -29,8 +29,8 @@ from sim.runs.paper_table import (
     _pairs,
     paper_rows,
     rank_runs,
-    show_table,
     table_blocks,
+    table_parts,
 )
 from sim.runs.resume import resume
 
@@ -64,7 +64,6 @@ def run_paper(path, ranks=(16, 4), best=False, extra=()):
         scale="small",
         ranks=ranks,
         best=best,
-        console=Console(quiet=True),
         command_line=["fedrx", "paper"],
         run_dir=path,
     )
@@ -137,9 +136,8 @@ def test_a_table_has_its_own_answers_only(finished):
     """Whoever evaluates another checkpoint, with fewer samples, does not change the table."""
     run, table = finished
     one = RunDirectory.open(run.path / "rank-16")
-    console = Console(quiet=True)
-    evaluate(one, console=console, checkpoint="step-00000004", overrides=["evaluation.samples=2"])
-    again = resume(run.path, console=console, command_line=[])
+    evaluate(one, checkpoint="step-00000004", overrides=["evaluation.samples=2"])
+    again = resume(run.path, command_line=[])
     assert again["rows"] == table.as_json()["rows"]
     assert one.read_json("summary.json")["evaluation"]["checkpoint"] == "step-00000010"
     assert {m["samples"] for m in one.read_json("summary.json")["metrics"].values()} == {3}
@@ -160,8 +158,8 @@ def test_the_scale_stands_in_every_table(finished):
     assert len(blocks) == 4
     assert all(scale in block.note for block in blocks)
     assert (run.path / "report.md").read_text().count(scale) == 4
-    console = Console(width=80, record=True, file=io.StringIO())
-    show_table(console, table)
+    console = Terminal(width=80, record=True, file=io.StringIO())
+    console.say(*table_parts(table))
     text = console.export_text()
     assert "…" not in text
     header = next(line for line in text.splitlines() if line.split()[:1] == ["rank"])
@@ -178,7 +176,7 @@ def test_a_judgement_fills_the_column(finished):
     summary = one.read_json("summary.json")
     judged = {"step-00000004": {"mean": 0.5}, "fedrx": {"mean": 0.75}}
     one.write_json("summary.json", {**summary, "judge": {"appropriateness": judged}})
-    again = resume(run.path, console=Console(quiet=True), command_line=[])
+    again = resume(run.path, command_line=[])
     one.write_json("summary.json", summary)
     told = [row["here"]["appropriateness"] for row in again["rows"]]
     assert told == [0.5, None, None, 0.75] + [None] * 4
@@ -247,7 +245,7 @@ def test_the_best_settings_stand_beside_at_the_same_steps(tmp_path, monkeypatch)
     run = RunDirectory.open(tmp_path / "run")
     first = run.read_json("best.json")
     assert list(first) == ["scored"]
-    again = resume(run.path, console=Console(quiet=True), command_line=[])
+    again = resume(run.path, command_line=[])
     assert run.read_json("best.json")["scored"] == first["scored"]
     table = PaperTable.read(again, what="")
     steps = [row.here.steps for row in table.rows]
@@ -266,8 +264,8 @@ def test_the_best_settings_stand_beside_at_the_same_steps(tmp_path, monkeypatch)
     assert (rank.data.drug_order, rank.evaluation.decoding) == ("first-start", "greedy")
     page = to_markdown("", table_blocks(table))
     assert page.count("The best settings found here") == 1
-    console = Console(width=80, record=True, file=io.StringIO())
-    show_table(console, table)
+    console = Terminal(width=80, record=True, file=io.StringIO())
+    console.say(*table_parts(table))
     assert console.export_text().count(" formulary ") == len(steps)
 
 
@@ -293,7 +291,7 @@ def test_an_interrupted_paper_run_goes_on(finished, tmp_path, monkeypatch):
     run = RunDirectory.open(tmp_path / "run")
     assert run.status().state == "interrupted"
     first = (run.path / "rank-16" / "metrics.jsonl").read_bytes()
-    again = resume(run.path, console=Console(quiet=True), command_line=[])
+    again = resume(run.path, command_line=[])
     assert (run.path / "rank-16" / "metrics.jsonl").read_bytes() == first
     assert json.dumps(again["rows"]) == json.dumps(table.as_json()["rows"])
 

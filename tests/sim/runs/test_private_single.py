@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from privacy_fixtures import PRIVATE_TINY
-from rich.console import Console
 
 from client.private_update import private_update
 from common.configio import from_flat
@@ -20,6 +19,7 @@ from common.rundir import RunDirectory
 from common.training.hospital_data import HospitalData
 from common.training.optimiser import TrainState
 from common.training.worker import Worker
+from sim.cli.terminal import Terminal
 from sim.process.interrupt import Stopped
 from sim.runs import single_training as stepwise
 from sim.runs.single import one_node
@@ -53,7 +53,7 @@ def begin(folder: Path, hospital: HospitalData, **keys: Any) -> SingleTraining:
         config=config,
         session=Worker().session(config),
         hospital=hospital,
-        console=Console(file=io.StringIO()),
+        console=Terminal(file=io.StringIO()),
     )
     training.restore()
     return training

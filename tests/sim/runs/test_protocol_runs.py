@@ -1,11 +1,9 @@
 """A run of each protocol, from tables to report: federated and single, answered and told."""
 
-import io
 import json
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
 
 from common.data.dataset import open_hospitals
 from common.data.names import normalise_string
@@ -17,7 +15,6 @@ from sim.report.run_report import write_report
 from sim.runs.federate import federate
 from sim.runs.single import single
 
-QUIET = Console(file=io.StringIO())
 SIGNS = {"visits": "Last visit:", "first-24h": "Drugs ordered in the first 24 hours:"}
 
 
@@ -46,11 +43,11 @@ def test_a_federation_trains_answers_and_tells_its_protocol(tiny_config, tmp_pat
     )
     config = replace(small, run=replace(small.run, backend="in-process"))
     folder = tmp_path / "run"
-    federate(config, console=QUIET, command_line=["fedrx"], run_dir=folder)
+    federate(config, command_line=["fedrx"], run_dir=folder)
     assert any(SIGNS[protocol] in user for user in asked)
     assert all("This visit:" in user for user in asked)
     run = RunDirectory.open(folder)
-    evaluate_run(run, overrides=["evaluation.method=score"], console=QUIET)
+    evaluate_run(run, overrides=["evaluation.method=score"])
     summary = run.read_json("summary.json")
     assert {"fedrx", "popularity", "nearest_neighbours", "logistic_regression"} <= set(
         summary["metrics"]
@@ -81,7 +78,7 @@ def test_a_single_run_of_the_bedsides_task(tiny_config, tmp_path, asked):
         evaluation__max_new_tokens=8,
     )
     folder = tmp_path / "run"
-    single(config, console=QUIET, command_line=["fedrx"], run_dir=folder)
+    single(config, command_line=["fedrx"], run_dir=folder)
     assert any(SIGNS["first-24h"] in user for user in asked)
     facts = RunDirectory.open(folder).read_json("data.json")
     assert facts["counts"]["protocol"]["name"] == "first-24h"

@@ -1,7 +1,6 @@
 """``fedrx resume``: what it refuses, and that one process at a time works on a run."""
 
 import pytest
-from rich.console import Console
 
 from common.configio import flatten, from_flat
 from common.errors import UserError
@@ -13,11 +12,11 @@ from common.training.worker import Worker
 from common.wire.cohort import hospital_names
 from sim.process.lock import exclusive
 from sim.process.open_run import rank_folder
+from sim.process.progress import SILENT
 from sim.runs import federate, paper, resume, single
 from sim.runs.lifecycle import Kind, Run
 from sim.runs.preparation import fingerprints, prepare
 
-QUIET = Console(quiet=True)
 KEYS = {
     "model.backbone": "tiny",
     "data.synthetic-patients": 30,
@@ -32,7 +31,7 @@ def begun(tmp_path):
     """An interrupted single run, as far as resuming looks at it."""
     config = single.one_node(from_flat(KEYS))
     run = RunDirectory.create(config, directory=tmp_path / "run")
-    inputs = fingerprints(prepare(config, QUIET, Worker()))
+    inputs = fingerprints(prepare(config, SILENT, Worker()))
     record = RunRecord(mode="single", resumable=True, config=flatten(config), inputs=inputs)
     run.write_json("run.json", record)
     run.write_json("environment.json", {"source_digest": source_digest()})
@@ -59,7 +58,7 @@ def worked(monkeypatch):
 
 
 def test_a_run_goes_on_alone_and_says_that_it_was_resumed(begun, worked):
-    resume.resume(begun.path, console=QUIET, command_line=["/bin/fedrx", "resume"])
+    resume.resume(begun.path, command_line=["/bin/fedrx", "resume"])
     assert worked == ["run"]
     (entry,) = begun.read_json("environment.json")["resumed"]
     assert entry["command_line"] == ["fedrx", "resume"]
@@ -68,7 +67,7 @@ def test_a_run_goes_on_alone_and_says_that_it_was_resumed(begun, worked):
 def test_without_run_json_there_is_no_run_to_go_on_with(begun, worked):
     (begun.path / "run.json").unlink()
     with pytest.raises(UserError, match="is not a run directory: it has no run.json"):
-        resume.resume(begun.path, console=QUIET, command_line=[])
+        resume.resume(begun.path, command_line=[])
     assert worked == []
 
 
@@ -85,7 +84,7 @@ def test_without_run_json_there_is_no_run_to_go_on_with(begun, worked):
 def test_a_run_that_cannot_be_resumed_says_so(begun, worked, keys, message):
     begun.write_json("run.json", {**begun.read_json("run.json"), **keys})
     with pytest.raises(UserError, match=message):
-        resume.resume(begun.path, console=QUIET, command_line=[])
+        resume.resume(begun.path, command_line=[])
     assert worked == []
 
 
@@ -95,7 +94,7 @@ def test_changed_data_backbone_or_a_is_refused(name, begun, worked):
     record["inputs"][name] = "0" * 64
     begun.write_json("run.json", record)
     with pytest.raises(UserError, match=f"the run's {name} changed since it began: 0000"):
-        resume.resume(begun.path, console=QUIET, command_line=[])
+        resume.resume(begun.path, command_line=[])
     assert worked == []
     assert begun.read_json("environment.json") == facts
 
@@ -103,7 +102,7 @@ def test_changed_data_backbone_or_a_is_refused(name, begun, worked):
 def test_a_run_that_another_process_holds_is_not_touched(begun, worked):
     before = {file.name: file.read_bytes() for file in begun.path.iterdir()}
     with exclusive(begun), pytest.raises(UserError, match="another process is at work"):
-        resume.resume(begun.path, console=QUIET, command_line=[])
+        resume.resume(begun.path, command_line=[])
     after = {file.name: file.read_bytes() for file in begun.path.iterdir()}
     assert worked == []
     assert {**after, ".lock": b""} == {**before, ".lock": b""}
@@ -111,24 +110,24 @@ def test_a_run_that_another_process_holds_is_not_touched(begun, worked):
 
 @pytest.mark.parametrize("verb", [single.single, federate.federate])
 def test_a_new_run_is_worked_on_alone(verb, worked, tmp_path):
-    verb(from_flat(KEYS), console=QUIET, command_line=[], run_dir=tmp_path / "run")
+    verb(from_flat(KEYS), command_line=[], run_dir=tmp_path / "run")
     assert worked == ["run"]
 
 
 def test_a_hospital_that_is_nowhere_leaves_nothing(worked, tmp_path):
     config = from_flat({**KEYS, "federation.only": "nosuch"})
     with pytest.raises(UserError, match="only=nosuch; allowed: hospital-1 to hospital-3"):
-        federate.federate(config, console=QUIET, command_line=[], run_dir=tmp_path / "run")
+        federate.federate(config, command_line=[], run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     there = from_flat({**KEYS, "federation.only": "hospital-3"})
-    federate.federate(there, console=QUIET, command_line=[], run_dir=tmp_path / "run")
+    federate.federate(there, command_line=[], run_dir=tmp_path / "run")
     assert worked == ["run"]
 
 
 def test_names_are_those_that_hospitals_get():
     for count in (1, 3, 12):
         config = from_flat({**KEYS, "data.synthetic-patients": 120, "federation.hospitals": count})
-        hospitals = prepare(config, QUIET, Worker()).data.hospitals
+        hospitals = prepare(config, SILENT, Worker()).data.hospitals
         assert [one.name for one in hospitals] == hospital_names(count)
 
 
@@ -140,14 +139,13 @@ def test_a_paper_run_and_its_ranks_are_worked_on_alone(worked, tmp_path, monkeyp
         return Summary()
 
     monkeypatch.setattr(paper, "build_table", table)
-    for name in ("write_table", "show_table"):
-        monkeypatch.setattr(paper, name, lambda *_: None)
+    for name in ("write_table", "table_parts"):
+        monkeypatch.setattr(paper, name, lambda *_: ())
     ranks = (16, 4)
     paper.paper(
         from_flat(KEYS),
         scale="small",
         ranks=ranks,
-        console=QUIET,
         command_line=[],
         best=False,
         run_dir=tmp_path / "run",

@@ -4,7 +4,6 @@ The run directory is copied before and after everything that changes it: each co
 at that moment leaves on the disk.
 """
 
-import io
 import json
 import os
 import pathlib
@@ -14,7 +13,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 import common.rundir
 import common.tensor_files
@@ -78,7 +76,6 @@ def go_on_in(path: pathlib.Path, like: SingleTraining) -> SingleTraining:
         config=like.config,
         session=like.session,
         hospital=like.hospital,
-        console=Console(file=io.StringIO()),
     )
     training.restore()
     training.finish()

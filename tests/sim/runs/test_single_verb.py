@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from waiting import until
 
 from common.configio import read_config
@@ -111,16 +110,16 @@ def test_summary_has_what_scripts_read(whole):
 
 @pytest.mark.process
 def test_kill_9_and_resume_end_in_the_same_b(whole, config_file, tmp_path):
-    path, quiet = tmp_path / "killed", Console(quiet=True)
+    path = tmp_path / "killed"
     killed_run(config_file, path)
     run = RunDirectory.open(path)
     assert run.status().state == "running"
     with pytest.raises(UserError, match=r"train\.learning-rate: 0\.02 -> 0\.5"):
-        resume(path, ["train.learning-rate=0.5"], console=quiet, command_line=[])
+        resume(path, ["train.learning-rate=0.5"], command_line=[])
     text = (path / "config.toml").read_text(encoding="utf-8")
     (path / "config.toml").write_text(text.replace("rank = 4", "rank = 8"), encoding="utf-8")
     with pytest.raises(UserError, match=r"adapter\.rank: 4 -> 8"):
-        resume(path, console=quiet, command_line=[])
+        resume(path, command_line=[])
     (path / "config.toml").write_text(text, encoding="utf-8")
     resumed = fedrx("resume", str(path), "--json")
     assert resumed.returncode == 0, resumed.stderr
@@ -129,7 +128,7 @@ def test_kill_9_and_resume_end_in_the_same_b(whole, config_file, tmp_path):
     assert summary["validation_loss"] == whole[1]["validation_loss"]
     assert summary["metrics"] == whole[1]["metrics"]
     assert run.read_json("environment.json")["resumed"][0]["command_line"][1] == "resume"
-    assert resume(path, console=quiet, command_line=[]) == summary
+    assert resume(path, command_line=[]) == summary
 
 
 @pytest.mark.process
@@ -137,7 +136,7 @@ def test_a_federation_of_one_hospital_gives_the_same_b(whole, config_file, tmp_p
     """Flower's messages in between, in another process: 2 rounds of 5 steps against 10 steps."""
     keys = ["federation.hospitals=1", "run.backend=in-process"]
     config, path = read_config(config_file, keys), tmp_path / "federation"
-    done = federate(config, console=Console(quiet=True), command_line=[], run_dir=path)
+    done = federate(config, command_line=[], run_dir=path)
     federated, alone = RunDirectory.open(path).load_checkpoint().b, whole[0].load_checkpoint().b
     assert max(abs(federated[key] - alone[key]).max() for key in alone) <= 1e-6
     assert max(abs(value).max() for value in alone.values()) > 1e-3
@@ -154,11 +153,10 @@ def test_a_run_that_can_be_resumed_has_said_what_it_reads(config_file, tmp_path,
         write(self, name, value)
 
     monkeypatch.setattr(RunDirectory, "write_json", killed)
-    console = Console(quiet=True)
     with pytest.raises(KeyboardInterrupt):
-        single(read_config(config_file), console=console, command_line=[], run_dir=tmp_path / "run")
+        single(read_config(config_file), command_line=[], run_dir=tmp_path / "run")
     assert (tmp_path / "run" / "data.json").exists()
     monkeypatch.undo()
     with pytest.raises(UserError, match="it has no run.json"):
-        resume(tmp_path / "run", console=console, command_line=[])
+        resume(tmp_path / "run", command_line=[])
     RunDirectory.require_new(read_config(config_file), directory=tmp_path / "run")

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from rich.console import Console
 from waiting import until
 
 from common.config import DataConfig
 from common.errors import RunFailed, UserError
 from common.rundir import RunDirectory
+from sim.cli.terminal import Terminal
 from sim.process import extras
+from sim.process.progress import SILENT
 from sim.runs import slurm
 from sim.runs.single import single
 from sim.runs.slurm import JOBS, CellJob, jobs_on, read_options
@@ -78,7 +79,7 @@ def test_three_cells_finish_though_one_is_killed_and_one_pre_empted(
     thread = threading.Thread(target=disturb, daemon=True)
     thread.start()
     shown = io.StringIO()
-    console = Console(file=shown, width=200)
+    console = Terminal(file=shown, width=200)
     run_cells(cells, folder, console=console, **TOLD)
     thread.join(60)
     assert disturbed == ["killed", "pre-empted"]
@@ -149,9 +150,6 @@ def ending(monkeypatch):
     return end
 
 
-QUIET = Console(file=io.StringIO())
-
-
 def test_what_vanishes_is_submitted_three_times_and_what_fails_once(tiny_config, tmp_path, ending):
     from submitit.core.utils import FailedJobError, UncompletedJobError
 
@@ -159,7 +157,7 @@ def test_what_vanishes_is_submitted_three_times_and_what_fails_once(tiny_config,
     gone, failed = UncompletedJobError("gone"), FailedJobError("Zebediah Quux")
     executor = ending(gone, failed, None, gone, gone)
     with pytest.raises(RunFailed) as error:
-        run_cells(cells, tmp_path, console=QUIET, **TOLD)
+        run_cells(cells, tmp_path, console=SILENT, **TOLD)
     names = [cell.folder for cell in cells]
     assert executor.submitted == [names[0], names[1], names[2], names[0], names[0]]
     line = str(error.value)
@@ -176,11 +174,11 @@ def test_what_a_person_can_mend_is_the_cells_own_line(tiny_config, tmp_path, end
     wrong = replace(cells[0], config=replace(cells[0].config, data=DataConfig(path="/no/where")))
     told = CellJob(cell=wrong, folder=tmp_path, command_line=("fedrx",))()
     with pytest.raises(UserError) as own:
-        single(wrong.config, console=QUIET, command_line=(), run_dir=tmp_path / "own")
+        single(wrong.config, console=SILENT, command_line=(), run_dir=tmp_path / "own")
     assert told == str(own.value)
     ending(told, None)
     with pytest.raises(RunFailed) as error:
-        run_cells([wrong, cells[1]], tmp_path / "sweep", console=QUIET, **TOLD)
+        run_cells([wrong, cells[1]], tmp_path / "sweep", console=SILENT, **TOLD)
     assert str(error.value).startswith(f"1 of 2 cells failed: {wrong.folder}: {told}; what the ")
     assert "\n" not in str(error.value)
 
@@ -188,7 +186,7 @@ def test_what_a_person_can_mend_is_the_cells_own_line(tiny_config, tmp_path, end
 def test_jobs_are_cancelled_where_the_sweep_ends(tiny_config, tmp_path, ending):
     executor = ending(None, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
-        run_cells(single_cells(tiny_config, 2), tmp_path, console=QUIET, **TOLD)
+        run_cells(single_cells(tiny_config, 2), tmp_path, console=SILENT, **TOLD)
     assert [job.cancelled for job in executor.jobs] == [True]
 
 
@@ -215,7 +213,7 @@ def test_slurm_gets_partition_and_options_and_its_refusal_is_one_line(
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
     told = {**TOLD, "options": ["gres=gpu:1", "--account=heart", "time=90"]}
     with pytest.raises(UserError) as error:
-        run_cells(single_cells(tiny_config, 1), tmp_path / "sweep", console=QUIET, **told)
+        run_cells(single_cells(tiny_config, 1), tmp_path / "sweep", console=SILENT, **told)
     assert "invalid partition: gpu" in str(error.value)
     assert "\n" not in str(error.value)
     lines = script.read_text().splitlines()
@@ -238,7 +236,7 @@ def test_slurm_gets_partition_and_options_and_its_refusal_is_one_line(
 )
 def test_wrong_options_are_one_line(tiny_config, tmp_path, told, words):
     with pytest.raises(UserError, match=words) as error:
-        run_cells((), tmp_path / "sweep", console=QUIET, **{**TOLD, **told})
+        run_cells((), tmp_path / "sweep", console=SILENT, **{**TOLD, **told})
     assert "\n" not in str(error.value)
     assert not (tmp_path / "sweep").exists()
 
@@ -246,7 +244,7 @@ def test_wrong_options_are_one_line(tiny_config, tmp_path, told, words):
 def test_without_submitit_it_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--slurm needs the package submitit; fix: pip install '"):
-        run_cells((), tmp_path / "sweep", console=QUIET, **TOLD)
+        run_cells((), tmp_path / "sweep", console=SILENT, **TOLD)
     assert not (tmp_path / "sweep").exists()
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 import sim.answers.evaluate
 import sim.cli.main
@@ -32,8 +31,10 @@ from common.records.run import RunRecord, SavedFacts
 from common.rundir import RunDirectory
 from common.tensor_files import Altered
 from common.training.worker import Worker
+from sim.cli.terminal import Terminal
 from sim.process.failures import ERROR_LOG, StageFailed
 from sim.process.lock import exclusive
+from sim.process.progress import SILENT
 from sim.runs.stages import (
     EVALUATION,
     REPORT,
@@ -54,8 +55,8 @@ def reported(run, console, where=dict):
     return sim.runs.stages.reported(run, console, where, again=resume_command(run))
 
 
-def silent() -> Console:
-    return Console(file=io.StringIO(), width=400)
+def silent() -> Terminal:
+    return Terminal(file=io.StringIO(), width=400)
 
 
 @pytest.fixture
@@ -503,7 +504,7 @@ def test_evaluate_refuses_a_device_before_it_reads_data(run, monkeypatch):
 def test_a_damaged_status_does_not_hide_what_failed(tmp_path):
     run = RunDirectory.create(Config(), directory=tmp_path / "run")
     (run.path / "status.json").write_text("{")
-    with pytest.raises(StageFailed, match="training failed: .*no room"), reported(run, Console()):
+    with pytest.raises(StageFailed, match="training failed: .*no room"), reported(run, SILENT):
         raise OSError(28, "no room")
 
 

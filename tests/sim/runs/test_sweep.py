@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import get_args, get_type_hints
 
 import pytest
-from rich.console import Console
 
 import sim.runs.cells
 from common.config import AdapterConfig, FederationConfig
@@ -18,8 +17,9 @@ from common.records.summary import Summary
 from common.rundir import RunDirectory
 from common.training.budget import steps_in_all
 from common.training.worker import Worker
+from sim.cli.terminal import Terminal
 from sim.process.lock import exclusive
-from sim.report.terminal import show_blocks
+from sim.report.terminal import block_parts
 from sim.runs.federate import resolved
 from sim.runs.single import one_node
 from sim.runs.sweep import (
@@ -34,8 +34,6 @@ from sim.runs.sweep import (
     sweep,
     tabulate,
 )
-
-QUIET = Console(file=io.StringIO(), width=200)
 
 
 def summary(f1, loss=1.0):
@@ -142,7 +140,7 @@ def test_sweep_runs_each_cell_once_and_writes_the_table(tiny_config, tmp_path, m
     monkeypatch.setattr(sim.runs.cells, "federate", fake)
     monkeypatch.setattr(sim.runs.cells, "single", fake)
     cells = plan_cells(tiny_config(), arms=["fa-lora", "lora", "centralised"], seeds=[0, 1])
-    console = Console(file=io.StringIO(), width=200)
+    console = Terminal(file=io.StringIO(), width=200)
     with pytest.raises(KeyboardInterrupt):
         sweep(cells, tmp_path, console=console, command_line=["fedrx"])
     result = sweep(cells, tmp_path, console=console, command_line=["fedrx"]).as_json()
@@ -178,10 +176,10 @@ def test_another_experiments_result_is_refused(
     def cells(**settings):
         return plan_cells(tiny_config(**settings), arms=[arm], seeds=[0])
 
-    sweep(cells(), tmp_path / "sweep", console=QUIET, command_line=[])
+    sweep(cells(), tmp_path / "sweep", command_line=[])
     dotted = "train.steps" if (arm, key) == ("centralised", "federation__hospitals") else key
     with pytest.raises(UserError, match=dotted.replace("__", ".").replace("_", "-")):
-        sweep(cells(**{key: value}), tmp_path / "sweep", console=QUIET, command_line=[])
+        sweep(cells(**{key: value}), tmp_path / "sweep", command_line=[])
     assert len(trained) == 1
 
 
@@ -200,7 +198,7 @@ def test_the_same_experiment_is_recognised_from_anywhere(
     )
     for config in (here, there):
         cells = plan_cells(config, arms=[arm], seeds=[0])
-        sweep(cells, tmp_path / "sweep", console=QUIET, command_line=[])
+        sweep(cells, tmp_path / "sweep", command_line=[])
     assert len(trained) == 1
 
 
@@ -209,13 +207,13 @@ def test_a_cell_that_was_killed_before_it_began_is_run(tiny_config, trained, tmp
     (cell,) = plan_cells(tiny_config(), arms=["fa-lora"], seeds=[0])
     RunDirectory.create(cell.config, directory=tmp_path / cell.folder)
     (tmp_path / cell.folder / ".data.json.x.part").write_text("{")
-    sweep([cell], tmp_path, console=QUIET, command_line=[])
+    sweep([cell], tmp_path, command_line=[])
     assert trained == [cell.folder]
     (other,) = plan_cells(tiny_config(), arms=["lora"], seeds=[0])
     (tmp_path / other.folder).mkdir()
     (tmp_path / other.folder / "precious.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
-        sweep([other], tmp_path, console=QUIET, command_line=[])
+        sweep([other], tmp_path, command_line=[])
     assert (tmp_path / other.folder / "precious.txt").read_text() == "mine"
 
 
@@ -228,7 +226,7 @@ def test_an_unfinished_cell_is_resumed(tiny_config, trained, tmp_path, monkeypat
         RunDirectory(path).write_json("summary.json", summary(0.75))
 
     monkeypatch.setattr(sim.runs.cells, "resume", resumed)
-    result = sweep([cell], tmp_path, console=QUIET, command_line=[]).as_json()
+    result = sweep([cell], tmp_path, command_line=[]).as_json()
     assert result["rows"][0]["F1"]["mean"] == 0.75
     assert trained == []
 
@@ -252,7 +250,7 @@ def test_status_says_how_far_a_sweep_is(tiny_config, trained, tmp_path, monkeypa
     for error, state in zip(errors, ("failed", "failed", "interrupted", "finished"), strict=True):
         monkeypatch.setattr(sim.runs.cells, "federate", broken(error))
         with contextlib.suppress(UserError, RunFailed, KeyboardInterrupt):
-            sweep(cells, tmp_path, console=QUIET, command_line=[])
+            sweep(cells, tmp_path, command_line=[])
         assert directory.status().state == state
         assert (directory.status().error != "") == (state == "failed")
     assert (seen[0].state, seen[0].stage, seen[0].cells) == ("running", "training", 0)
@@ -264,7 +262,7 @@ def test_a_sweep_is_not_begun_over_a_run(tiny_config, trained, tmp_path):
     write_run(tiny_config(), tmp_path / "run", summary(0.5))
     before = (tmp_path / "run" / "run.json").read_bytes()
     with pytest.raises(UserError, match=r"run of another kind \(federation\); fix: name another"):
-        sweep(cells, tmp_path / "run", console=QUIET, command_line=[])
+        sweep(cells, tmp_path / "run", command_line=[])
     assert (tmp_path / "run" / "run.json").read_bytes() == before
 
 
@@ -278,7 +276,7 @@ def test_jobs_run_while_the_sweep_is_held(tiny_config, trained, tmp_path):
             pass
         write_run(resolved(cells[0].config), folder / cells[0].folder, summary(0.25))
 
-    table = sweep(cells, tmp_path, console=QUIET, command_line=[], jobs=jobs)
+    table = sweep(cells, tmp_path, command_line=[], jobs=jobs)
     assert table.rows[0].figures["F1"].mean == 0.25
     assert trained == []
     read = SweepRecord.read((tmp_path / "sweep.json").read_bytes(), what="sweep.json")
@@ -291,7 +289,7 @@ def test_one_sweep_at_a_time_in_a_folder(tiny_config, trained, tmp_path):
         exclusive(RunDirectory(tmp_path)),
         pytest.raises(UserError, match="another process is at work"),
     ):
-        sweep(cells, tmp_path, console=QUIET, command_line=[])
+        sweep(cells, tmp_path, command_line=[])
     assert trained == []
 
 
@@ -354,14 +352,14 @@ def test_cells_in_one_process_share_one_backbone(tiny_config, tmp_path, monkeypa
         evaluation__max_new_tokens=8,
     )
     cells = plan_cells(short, arms=["fa-lora", "fedmedian", "centralised"], seeds=[0])
-    sweep(cells, tmp_path, console=QUIET, command_line=["fedrx"])
+    sweep(cells, tmp_path, command_line=["fedrx"])
     runs = [RunDirectory.open(tmp_path / cell.folder) for cell in cells]
     assert [run.summary().backbone_loads for run in runs] == [1, 1, 1]
     assert worker.loads == 1
     assert {id(one) for one in opened} == {id(worker)}
     alone = tmp_path / "alone"
     worker = Worker()
-    sweep(cells[1:2], alone, console=QUIET, command_line=["fedrx"])
+    sweep(cells[1:2], alone, command_line=["fedrx"])
     again = RunDirectory.open(alone / cells[1].folder).summary().b_sha256
     assert again == runs[1].summary().b_sha256
 
@@ -442,6 +440,6 @@ def test_table_of_runs_without_a_validation_loss(tiny_config):
     assert tabulate([[without], [summary(0.5)]])["validation loss"].mean is None
     rows = [ArmRow(arm="fa-lora", runs=2, **row)]
     assert "| fa-lora | 2 | 0.5 ± 0 | 0.25 ± 0 | – | 2 ± 0 |" in markdown(rows)
-    console = Console(file=io.StringIO(), width=200)
-    show_blocks(console, [arms_block(rows)])
+    console = Terminal(file=io.StringIO(), width=200)
+    console.say(*block_parts(arms_block(rows)))
     assert "–" in console.file.getvalue()

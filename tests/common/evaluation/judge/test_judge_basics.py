@@ -10,7 +10,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from waiting import until
 
 from common.errors import RunFailed, UserError
@@ -252,7 +251,7 @@ def test_kill_9_loses_at_most_what_was_in_flight(server, make_run, judge_config,
 def test_two_judges_at_once_on_one_run_are_refused(make_run, judge_config, kit):
     run = make_run(predictions(kit))
     with exclusive(run), pytest.raises(UserError, match="another process is at work"):
-        judge(run, plan_judging(run, judge_config()), console=Console(quiet=True))
+        judge(run, plan_judging(run, judge_config()))
 
 
 @pytest.mark.parametrize("model", ["", " , ", "a,a"])
