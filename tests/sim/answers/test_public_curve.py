@@ -8,7 +8,6 @@ import torch
 from plain_model import plain_loss
 
 from common.data.dataset import open_hospitals
-from common.rundir import RunDirectory
 from common.text.batches import encode
 from common.training.worker import Worker
 from sim.answers import public_curve as curve
@@ -29,11 +28,9 @@ PRIVATE = {
 
 @pytest.fixture(scope="module")
 def run(tiny_config, tmp_path_factory):
-    config = tiny_config(**PRIVATE)
-    config = replace(config, run=replace(config.run, backend="in-process"))
+    config = tiny_config(**PRIVATE, run__backend="in-process")
     folder = tmp_path_factory.mktemp("runs") / "run"
-    federate(config, command_line=["fedrx"], run_dir=folder)
-    return RunDirectory.open(folder)
+    return federate(config, command_line=["fedrx"], run_dir=folder).directory
 
 
 def asked(run):
