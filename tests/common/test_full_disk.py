@@ -206,8 +206,7 @@ WRITERS = {
     *("sim/assist/server.py", "client/handlers.py", "sim/process/failures.py"),
     # before or beside a run, where the command line makes a line of any OSError
     *("common/data/synthetic/write.py", "common/model/backbone/embedded.py"),
-    *("sim/flower/superlink.py", "sim/flower/run_hospital.py"),
-    "sim/flower/run_config.py",
+    *("sim/flower/superlink.py", "sim/flower/run_config.py"),
 }
 
 
