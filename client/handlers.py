@@ -31,6 +31,7 @@ from common.files import append_json_line, for_owner
 from common.privacy.budget.ledger import BudgetExhausted, LedgerDoubtful
 from common.privacy.settings import is_private, plan_of, protects
 from common.provenance import source_digest
+from common.records.run import StepLine
 from common.training.budget import steps_before_round
 from common.training.loop import StepReport
 from common.training.optimiser import TrainState
@@ -119,8 +120,9 @@ def train_round(config: Config, message: Message, context: Context, worker: Work
     forget_steps(folder, from_round=server_round)
 
     def log(step: StepReport) -> None:
-        record = {"round": server_round, "step": step.step, "loss": step.loss}
-        append_json_line(folder / STEPS, {**record, "seconds": round(step.seconds, 3)})
+        seconds = round(step.seconds, 3)
+        line = StepLine(round=server_round, step=step.step, loss=step.loss, seconds=seconds)
+        append_json_line(folder / STEPS, line.as_json())
 
     tokens = worker.tokens(config, hospital)
     if private:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from common.files import json_line, needing_room, read_json_lines, write_text
+from common.records.run import StepLine
 from common.tensor_files import Tensors, read_tensors, write_tensors
 from common.training.optimiser import TrainState
 
@@ -65,9 +66,9 @@ def forget_steps(folder: Path, *, from_round: int) -> None:
     """
     with needing_room(STEPS):
         (folder / STEPS).touch(mode=0o600)
-    lines = read_json_lines(folder / STEPS)
-    kept = [line for line in lines if line["round"] < from_round]
-    text = "".join(json_line(line) for line in kept)
+    lines = [StepLine.read(line, what=STEPS) for line in read_json_lines(folder / STEPS)]
+    kept = [line for line in lines if line.round < from_round]
+    text = "".join(json_line(line.as_json()) for line in kept)
     if lines != kept or (folder / STEPS).stat().st_size > len(text):
         write_text(folder / STEPS, text)
 

@@ -13,7 +13,6 @@ wrong is logged.
 """
 
 import contextlib
-import json
 import logging
 import os
 import socket
@@ -21,12 +20,14 @@ import stat
 from collections.abc import Iterator
 from io import BufferedRWPair
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
 from flwr.app import Context, Message
+from pydantic import Field
 
 from common.errors import FedrxError, RunFailed, UserError
 from common.provenance import source_digest
+from common.records import Record
 from common.wire.undocumented_flower import (
     ProtoContext,
     ProtoMessage,
@@ -42,12 +43,29 @@ if TYPE_CHECKING:
 LONGEST_PATH_BYTES = 100
 """Unix sockets have short names."""
 LONGEST_HEAD_BYTES = 4096
-LARGEST_PART_BYTES = 2**31 - 1
-"""Protocol buffers are never larger."""
+Size = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+"""Bytes; protocol buffers are never larger."""
 STALL_SECONDS = 60.0
 """Longest wait for the next bytes of a request, and for a reply to be taken."""
 SILENT = "the resident worker gave no answer"
 _log = logging.getLogger(__name__)
+
+
+class Request(Record):
+    """The head of a request."""
+
+    kind: str
+    source: str
+    """The digest of the code that the app runs."""
+    sizes: tuple[Size, Size]
+    """Of message and context."""
+
+
+class Answer(Record):
+    """The head of an answer: an error, or the size of the reply."""
+
+    error: str = ""
+    size: Size = 0
 
 
 def ask(path: Path, kind: str, message: Message, context: Context, *, source: str = "") -> Message:
@@ -63,11 +81,8 @@ def ask(path: Path, kind: str, message: Message, context: Context, *, source: st
         message_to_proto(message).SerializeToString(),
         context_to_proto(context).SerializeToString(),
     ]
-    head = {
-        "kind": kind,
-        "source": source or source_digest(),
-        "sizes": [len(part) for part in parts],
-    }
+    sizes = len(parts[0]), len(parts[1])
+    head = Request(kind=kind, source=source or source_digest(), sizes=sizes)
     with socket.socket(socket.AF_UNIX) as connection:
         try:
             connection.connect(str(path))
@@ -76,12 +91,12 @@ def ask(path: Path, kind: str, message: Message, context: Context, *, source: st
         try:
             with connection.makefile("rwb") as stream:
                 _write(stream, head, parts)
-                answer: dict[str, Any] = json.loads(stream.readline())
-                data = b"" if "error" in answer else _read(stream, answer["size"])
+                answer = Answer.model_validate_json(stream.readline())
+                data = _read(stream, answer.size)
         except (OSError, ValueError):
             raise RunFailed(SILENT) from None
-    if "error" in answer:
-        raise RunFailed(str(answer["error"]))
+    if answer.error:
+        raise RunFailed(answer.error)
     return message_from_proto(ProtoMessage.FromString(data))
 
 
@@ -140,39 +155,35 @@ def _serve_one(stream: BufferedRWPair, worker: "Worker") -> None:
     line = stream.readline(LONGEST_HEAD_BYTES)
     if not line:
         return
-    head: dict[str, Any] = json.loads(line)
-    message_size, context_size = head["sizes"]
+    head = Request.model_validate_json(line)
+    message_size, context_size = head.sizes
     message = message_from_proto(ProtoMessage.FromString(_read(stream, message_size)))
     context = context_from_proto(ProtoContext.FromString(_read(stream, context_size)))
-    if head["source"] != source_digest():
-        error = "the resident worker runs other code than the app; restart it"
-        _write(stream, {"error": error}, [])
-        return
     try:
-        reply = answer(head["kind"], message, context, worker)
+        if head.source != source_digest():
+            raise RunFailed("the resident worker runs other code than the app; restart it")
+        reply = answer(head.kind, message, context, worker)
     except FedrxError as failure:
-        _write(stream, {"error": str(failure)}, [])
+        _write(stream, Answer(error=str(failure)), [])
         return
     data = message_to_proto(reply).SerializeToString()
-    _write(stream, {"size": len(data)}, [data])
+    _write(stream, Answer(size=len(data)), [data])
 
 
 def _read(stream: BufferedRWPair, size: int) -> bytes:
     """Read exactly so many bytes.
 
     Raises:
-        ValueError: if the size is no size, or the other side ends before.
+        ValueError: if the other side ends before.
     """
-    if type(size) is not int or not 0 <= size <= LARGEST_PART_BYTES:
-        raise ValueError("the size is not allowed")
     data = stream.read(size)
     if len(data) < size:
         raise ValueError("the stream ended early")
     return data
 
 
-def _write(stream: BufferedRWPair, head: dict[str, Any], parts: list[bytes]) -> None:
-    stream.write(json.dumps(head).encode() + b"\n")
+def _write(stream: BufferedRWPair, head: Record, parts: list[bytes]) -> None:
+    stream.write(head.model_dump_json().encode() + b"\n")
     for part in parts:
         stream.write(part)
     stream.flush()

@@ -1,16 +1,6 @@
-"""The run directory: the contract that every later step reads.
+"""The run directory: the contract that every later step reads (its files: sim/README.md).
 
-- ``run.json``: version of all files, kind of run, what it reads, whether it can be resumed
-- ``config.toml``: resolved and complete, re-runnable as it is
-- ``environment.json``: versions, device, attention kernel and why, source digest, command line
-- ``data.json``: file hashes, counts, every dropped row's reason, sizes (no patient rows)
-- ``status.json``: state, last round
-- ``metrics.jsonl``: one JSON object per event
-- ``wire.jsonl``: one JSON object per message: direction, hospital, tensors, bytes
-- ``checkpoints/NAME/``: b.safetensors and what resuming needs, with its digests; names sort in time
-- ``updates/``: what every hospital sent, one file a round (``federation.keep-updates``)
-- ``hospitals/NAME/``: what stays in a hospital: optimizer state, step metrics
-- ``summary.json``: the run's figures for scripts
+``run.json`` says what kind of run it is and ``status.json`` how far; checkpoints sort in time.
 """
 
 import datetime
@@ -44,6 +34,7 @@ from common.records import Record
 from common.records.run import (
     SCHEMA,
     DataFacts,
+    Environment,
     Inputs,
     Metric,
     RunRecord,
@@ -51,6 +42,7 @@ from common.records.run import (
     State,
     Status,
     WireLine,
+    WorkerFacts,
 )
 from common.records.summary import Summary
 from common.tensor_files import (
@@ -66,6 +58,7 @@ from common.tensor_files import (
 
 RUN, ENVIRONMENT, SUMMARY = "run.json", "environment.json", "summary.json"
 DATA, STATUS, METRICS, WIRE = "data.json", "status.json", "metrics.jsonl", "wire.jsonl"
+WORKERS = "workers"
 TRAINED = "trained"
 """Stage in status.json: all rounds are done and summed up."""
 
@@ -182,6 +175,15 @@ class RunDirectory:
     def data(self) -> DataFacts:
         """Read data.json; an absent one is empty."""
         return DataFacts.read(self.read_json(DATA), what=str(self.path / DATA))
+
+    def environment(self) -> Environment:
+        """Read environment.json."""
+        return Environment.read(self.read_json(ENVIRONMENT), what=str(self.path / ENVIRONMENT))
+
+    def workers(self) -> list[WorkerFacts]:
+        """Read what the workers of a federation tell."""
+        files = sorted((self.path / WORKERS).glob("*.json"))
+        return [WorkerFacts.read(file.read_bytes(), what=str(file)) for file in files]
 
     def write_status(self, state: State, **facts: Any) -> None:
         """Replace status.json, also on a full disk."""

@@ -58,18 +58,11 @@ def main(grid: Grid, context: Context) -> None:
         federate(grid, config, run)
     except ChangedRun:
         raise
-    except FedrxError as error:
-        _note_failure(run, str(error))
-        raise
     except BaseException as error:
-        _note_failure(run, f"{type(error).__name__}: {error}")
+        reason = str(error) if isinstance(error, FedrxError) else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(OSError, DiskFull):  # then the error alone tells
+            run.write_status("failed", error=reason)
         raise
-
-
-def _note_failure(run: RunDirectory, reason: str) -> None:
-    """Say so in status.json; where that cannot be written, the error alone tells."""
-    with contextlib.suppress(OSError, DiskFull):
-        run.write_status("failed", error=reason)
 
 
 def federate(grid: Grid, config: Config, run: RunDirectory, *, clock: Clock = time) -> None:
@@ -133,12 +126,9 @@ def summarise(
         if event.hospital is None
     }
     losses |= {event.place: None for event in run.metrics(NOT_EVALUATED)}
-    workers = [
-        run.read_json(f"workers/{file.name}")
-        for file in sorted((run.path / "workers").glob("*.json"))
-    ]
-    trained = sum(one["training_seconds"] for one in workers)
-    peaks = [one["peak_device_bytes"] for one in workers if one["peak_device_bytes"]]
+    workers = run.workers()
+    trained = sum(one.training_seconds for one in workers)
+    peaks = [one.peak_device_bytes for one in workers if one.peak_device_bytes]
     summary = Summary(
         trainable_parameters=layout.trainable_parameters,
         adapter=AdapterFacts.model_validate(adapter_spec(config.adapter)),
@@ -151,11 +141,11 @@ def summarise(
         b_sha256=tensors_sha256(b),
         wire=wire_totals(run),
         overhead_seconds_per_hospital_round=overhead_seconds(run, len(workers)),
-        backbone_loads=sum(one["backbone_loads"] for one in workers),
+        backbone_loads=sum(one.backbone_loads for one in workers),
         workers=len(workers),
         validation_loss=tuple(losses[index] for index in sorted(losses)),
         seconds=seconds,
-        tokens_per_second=tokens_per_second(sum(one["tokens"] for one in workers), trained),
+        tokens_per_second=tokens_per_second(sum(one.tokens for one in workers), trained),
         peak_rss_bytes=peak_rss_bytes(),
         peak_device_bytes=max(peaks, default=None),
         device=first.device,

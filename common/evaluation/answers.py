@@ -7,6 +7,7 @@ hospital's baselines on its own: no hospital's data helps another's baseline.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,15 +16,14 @@ from common.config import Config
 from common.data.partition import Hospital
 from common.data.samples import Admission
 from common.errors import UserError
-from common.evaluation.answers_file import Evaluation, Facts, Generation, Patient, Prediction
+from common.evaluation.answers_file import Evaluation, Facts, Generation, Patient, Prediction, Way
 from common.evaluation.baselines import BASELINES
 from common.evaluation.figures import Compared, figures
-from common.evaluation.lists import Answer, ListMaker, Prompts
-from common.evaluation.metrics import drug_map_of, score
+from common.evaluation.lists import Answer, ListMaker, Prompts, places_of
 from common.model.session import Session
 from common.seeds import stream
 from common.text.batches import encode_prompt
-from common.text.known import together
+from common.text.known import LeftOut, together
 from common.text.prompts import age_text
 
 B = Mapping[str, NDArray[np.float32]]
@@ -56,7 +56,7 @@ def evaluate_answers(
     adapters: Mapping[str, B | Personal | None],
     *,
     checkpoint: str = "",
-    progress: Progress | None = None,
+    progress: Progress = lambda model, done, of: None,
 ) -> Evaluation:
     """Answer held-out admissions with every adapter and baseline, and score them.
 
@@ -76,79 +76,24 @@ def evaluate_answers(
     """
     settings = config.evaluation
     cases = choose_cases(hospitals, samples=settings.samples, seed=settings.seed)
-    encoded = [
-        encode_prompt(
-            case.admission,
-            session.tokenizer,
-            text=config.text,
-            max_length_tokens=config.train.max_length,
-        )
-        for case in cases
-    ]
-    prompts = Prompts(ids=[ids for ids, _ in encoded], hospitals=[case.hospital for case in cases])
+    prompts, left_out = _prompts(cases, session, config)
     maker = ListMaker(session, hospitals, config)
-    answers: dict[str, list[Answer]] = {}
-    generation: dict[str, Generation] = {}
-    before = session.adapter.flat.clone()
-    try:
-        for model, b in adapters.items():
-            model_progress = None if progress is None else partial(progress, model)
-            if isinstance(b, Personal):
-                given, generation[model] = _personal_answers(session, maker, hospitals, prompts, b)
-            else:
-                if b is None:
-                    # With B = 0 the update B A vanishes, whatever A is.
-                    session.adapter.flat.zero_()
-                else:
-                    session.adapter.load(b)
-                given, generation[model] = maker.answer(prompts, progress=model_progress)
-            answers[model] = [
-                one.beyond(case.admission) for one, case in zip(given, cases, strict=True)
-            ]
-    finally:
-        session.adapter.flat.copy_(before)
+    with session.adapter.restored():
+        written = {
+            model: _written(maker, adapter, cases, prompts, partial(progress, model))
+            for model, adapter in adapters.items()
+        }
+    way = Way(checkpoint, settings, session.device.value, session.dtype.value)
+    generation = {model: facts for model, (_, facts) in written.items()}
+    answers = {model: given for model, (given, _) in written.items()}
     answers |= _baseline_answers(hospitals, cases)
-    drug_map = drug_map_of(config.data)
-    vocabulary = frozenset(
-        drug for one in hospitals for sample in one.train for drug in sample.drugs
-    )
     rows = {
         model: [_row(case, model, one) for case, one in zip(cases, given, strict=True)]
         for model, given in answers.items()
     }
-    beside = figures(
-        rows,
-        answers,
-        Compared(
-            config=config,
-            hospitals=[hospitals[case.hospital].name for case in cases],
-            vocabulary=vocabulary,
-        ),
-    )
     return Evaluation(
-        facts=Facts(
-            samples=len(cases),
-            constrained=settings.method == "generate" and settings.decoding != "greedy",
-            settings=settings,
-            dropped_diagnoses=sum(left_out.diagnoses for _, left_out in encoded),
-            left_out=together(left_out for _, left_out in encoded).beyond_diagnoses() or None,
-            generation=generation,
-            checkpoint=checkpoint,
-            device=session.device.value,
-            dtype=session.dtype.value,
-        ),
-        metrics={
-            model: score(
-                of_model,
-                level=config.data.normalisation,
-                vocabulary=vocabulary,
-                drug_map=drug_map,
-                resamples=settings.bootstrap,
-                seed=settings.seed,
-            ).to_dict()
-            | beside[model]
-            for model, of_model in rows.items()
-        },
+        facts=_facts(way, len(cases), left_out, generation),
+        metrics=figures(rows, answers, Compared.of(hospitals, prompts.hospitals, config)),
         predictions=[row for of_case in zip(*rows.values(), strict=True) for row in of_case],
     )
 
@@ -188,41 +133,69 @@ def choose_cases(hospitals: Sequence[Hospital], *, samples: int, seed: int) -> l
     return cases
 
 
-def _personal_answers(
-    session: Session,
+def _prompts(cases: Sequence[Case], session: Session, config: Config) -> tuple[Prompts, LeftOut]:
+    """Return what is asked, and what the prompts do not show for their length."""
+    encoded = [
+        encode_prompt(
+            case.admission,
+            session.tokenizer,
+            text=config.text,
+            max_length_tokens=config.train.max_length,
+        )
+        for case in cases
+    ]
+    prompts = Prompts(ids=[ids for ids, _ in encoded], hospitals=[case.hospital for case in cases])
+    return prompts, together(left_out for _, left_out in encoded)
+
+
+def _written(
     maker: ListMaker,
-    hospitals: Sequence[Hospital],
+    adapter: B | Personal | None,
+    cases: Sequence[Case],
     prompts: Prompts,
-    personal: Personal,
+    progress: Callable[[int, int], None],
 ) -> tuple[list[Answer], Generation]:
-    """Let every hospital's own B answer its own prompts."""
-    answers = [Answer(None, ())] * len(prompts.ids)
+    """Let each B of an adapter answer its share of the cases; return all answers in their order."""
+    answers: dict[int, Answer] = {}
     whole = Generation(seconds=0, tokens=0, cut_answers=0)
-    for number in sorted(set(prompts.hospitals)):
-        places = [place for place, at in enumerate(prompts.hospitals) if at == number]
-        session.adapter.load(personal.by_hospital[hospitals[number].name])
-        own = Prompts(ids=[prompts.ids[p] for p in places], hospitals=[number] * len(places))
-        given, facts = maker.answer(own)
-        for place, one in zip(places, given, strict=True):
-            answers[place] = one
+    answered, asked = count(1), len(cases)
+    for b, places in _shares(adapter, maker.hospitals, prompts):
+        if b is None:
+            # With B = 0 the update B A vanishes, whatever A is.
+            maker.session.adapter.flat.zero_()
+        else:
+            maker.session.adapter.load(b)
+        given, facts = maker.answer(
+            prompts.at(places), progress=lambda _done, _of: progress(next(answered), asked)
+        )
+        answers |= zip(places, given, strict=True)
         whole = whole.and_(facts)
-    return answers, whole
+    return [answers[place].beyond(case.admission) for place, case in enumerate(cases)], whole
+
+
+def _shares(
+    adapter: B | Personal | None, hospitals: Sequence[Hospital], prompts: Prompts
+) -> list[tuple[B | None, list[int]]]:
+    """Return every B of an adapter, with the places of the prompts that it answers."""
+    if not isinstance(adapter, Personal):
+        return [(adapter, list(range(len(prompts.ids))))]
+    return [
+        (adapter.by_hospital[hospitals[number].name], places)
+        for number, places in places_of(prompts.hospitals).items()
+    ]
 
 
 def _baseline_answers(
     hospitals: Sequence[Hospital], cases: Sequence[Case]
 ) -> dict[str, list[Answer]]:
     """Let every baseline answer; another one is added to ``BASELINES``."""
-    answers = {name: [Answer(None, ())] * len(cases) for name in BASELINES}
-    for number, hospital in enumerate(hospitals):
-        places = [place for place, case in enumerate(cases) if case.hospital == number]
+    answers: dict[str, dict[int, Answer]] = {name: {} for name in BASELINES}
+    for number, places in places_of([case.hospital for case in cases]).items():
         asked = [cases[place].admission for place in places]
         for name, baseline in BASELINES.items():
-            for place, found in zip(
-                places, baseline(hospital.train, asked) if asked else (), strict=True
-            ):
+            for place, found in zip(places, baseline(hospitals[number].train, asked), strict=True):
                 answers[name][place] = Answer(None, found.listed, order=found.drugs)
-    return answers
+    return {name: [given[place] for place in sorted(given)] for name, given in answers.items()}
 
 
 def _row(case: Case, model: str, answer: Answer) -> Prediction:
@@ -245,4 +218,16 @@ def _row(case: Case, model: str, answer: Answer) -> Prediction:
         confidence=None
         if answer.ranking is None
         else tuple(round(drug.confidence, 4) for drug in answer.ranking.listed),
+    )
+
+
+def _facts(way: Way, samples: int, left_out: LeftOut, generation: dict[str, Generation]) -> Facts:
+    """Say how the answers came about."""
+    return Facts(
+        **way._asdict(),
+        samples=samples,
+        constrained=way.settings.method == "generate" and way.settings.decoding != "greedy",
+        dropped_diagnoses=left_out.diagnoses,
+        left_out=left_out.beyond_diagnoses() or None,
+        generation=generation,
     )

@@ -5,10 +5,11 @@ summary without a digest (a run of an earlier FedRx, or one killed within an eva
 nothing about them, and they are taken as they are.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ConfigDict, JsonValue, ValidationError
 
@@ -101,6 +102,16 @@ class Generation(Record):
         )
 
 
+class Way(NamedTuple):
+    """What decides answers: those of two ways do not stand together."""
+
+    checkpoint: str
+    """The last of the run."""
+    settings: EvaluationConfig
+    device: str
+    dtype: str
+
+
 class Facts(Record):
     """``evaluation`` in summary.json: how the answers came about."""
 
@@ -119,9 +130,9 @@ class Facts(Record):
     answers_sha256: str | None = None
 
     @property
-    def way(self) -> tuple[str, EvaluationConfig, str, str]:
-        """What decides answers: those of two ways do not stand together."""
-        return self.checkpoint, self.settings, self.device, self.dtype
+    def way(self) -> Way:
+        """How they came about."""
+        return Way(self.checkpoint, self.settings, self.device, self.dtype)
 
     def as_json(self) -> dict[str, Any]:
         """Return the part of summary.json; what is not there has no key."""
@@ -167,21 +178,41 @@ class Evaluation:
             predictions=list(rows.values()),
         )
 
-    def write(self, run: RunDirectory, summary: Summary) -> Summary:
-        """Replace a run's answers and, in its summary, what is said of them; return that.
 
-        What is about answers that will be gone goes before them.
-        """
+class EvaluationStore:
+    """What a run's directory keeps of evaluations, by their way: those of one way at a time."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._run = run
+        self._kept: Evaluation | None = None
+        self.damage: Altered | None = None
+        """Why what is there cannot be used."""
         try:
-            old = set(read_answers(run))
-        except Altered:
-            old = set()
-        if not old or not old <= set(self.predictions):
+            self._kept = Evaluation.read(run)
+        except Altered as error:
+            self.damage = error
+
+    def get(self, way: Way) -> Evaluation | None:
+        """Return what came about in this way."""
+        return self._kept if self._kept and self._kept.facts.way == way else None
+
+    def put(self, newer: Evaluation, summary: Summary) -> Summary:
+        """Keep answers beside older ones of their way, in place of those of another.
+
+        What is about answers that will be gone goes before them. Returns the summary as written.
+        """
+        kept = self.get(newer.facts.way)
+        whole = kept.beside(newer) if kept else newer
+        old: set[Prediction] = set()
+        with contextlib.suppress(Altered):
+            old = set(read_answers(self._run))
+        if not old or not old <= set(whole.predictions):
             summary = summary.without(_ABOUT_ANSWERS)
-        run.write_json(SUMMARY, summary)
-        evaluation = self.facts.as_json() | {ANSWERS_SHA256: write_answers(run, self.predictions)}
-        summary = summary.having(metrics=self.metrics, evaluation=evaluation)
-        run.write_json(SUMMARY, summary)
+        self._run.write_json(SUMMARY, summary)
+        digest = write_answers(self._run, whole.predictions)
+        evaluation = whole.facts.as_json() | {ANSWERS_SHA256: digest}
+        summary = summary.having(metrics=whole.metrics, evaluation=evaluation)
+        self._run.write_json(SUMMARY, summary)
         return summary
 
 

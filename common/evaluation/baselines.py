@@ -8,7 +8,6 @@ length is never looked up in the truth: popularity chooses it on the training sp
 the mean length of the neighbours' lists, regression the mean length in training.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from common.data.names import normalise_string
 from common.data.protocols import known_items, not_ordered
 from common.data.samples import Admission
+from common.evaluation.formulary import formulary_of
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -28,6 +28,8 @@ DrugList = tuple[str, ...]
 _LONGEST_POPULAR_LIST = 100
 _ROWS_AT_ONCE = 256
 _RAREST_REGRESSED = 5
+_INVERSE_PENALTY = 0.1
+"""scikit-learn's C."""
 _MOST_FITTED_SAMPLES = 20_000
 
 
@@ -44,25 +46,16 @@ class Ranked(NamedTuple):
         return self.drugs[: self.length]
 
 
-def popularity(
-    train: Sequence[Admission], test: Sequence[Admission], *, drugs_listed: int | None = None
-) -> list[Ranked]:
+def popularity(train: Sequence[Admission], test: Sequence[Admission]) -> list[Ranked]:
     """Give everyone the most common drugs of the training split.
 
-    Args:
-        train: What is fitted.
-        test: Who gets a list.
-        drugs_listed: Length of the list, what is ordered already included; None takes the length
-            with the best mean Jaccard on ``train``.
+    As many, what is ordered already included, as have the best mean Jaccard there.
     """
     fit = _Fit.of(train)
     ranked_d = _ranked(fit.frequency_d)
-    if drugs_listed is None:
-        drugs_listed = _best_length(fit, ranked_d)
-    popular = fit.named(ranked_d)
+    popular, length = fit.named(ranked_d), _best_length(fit, ranked_d)
     return [
-        Ranked(not_ordered(popular, one), len(not_ordered(popular[:drugs_listed], one)))
-        for one in test
+        Ranked(not_ordered(popular, one), len(not_ordered(popular[:length], one))) for one in test
     ]
 
 
@@ -96,19 +89,12 @@ def nearest_neighbours(
     return lists
 
 
-def logistic_regression(
-    train: Sequence[Admission], test: Sequence[Admission], *, inverse_penalty: float = 0.1
-) -> list[Ranked]:
+def logistic_regression(train: Sequence[Admission], test: Sequence[Admission]) -> list[Ranked]:
     """Regress every drug on the diagnoses, and list the most probable ones.
 
     One L2-penalised regression a drug on the presence of each (version, code). The list is as
     long as the training lists are on average. Drugs with fewer than 5 training admissions keep
     their frequency; of more than 20,000 training admissions, 20,000 evenly spaced ones are used.
-
-    Args:
-        train: What is fitted.
-        test: Who gets a list.
-        inverse_penalty: scikit-learn's C.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -120,7 +106,7 @@ def logistic_regression(
     probable_bd = np.tile(fit.frequency_d, (len(test), 1))
     counts_d = fit.drugs_nd.sum(axis=0)
     for drug in np.flatnonzero((counts_d >= _RAREST_REGRESSED) & (counts_d < len(spaced))):
-        model = LogisticRegression(C=inverse_penalty, max_iter=300)
+        model = LogisticRegression(C=_INVERSE_PENALTY, max_iter=300)
         model.fit(fit.codes_nc, fit.drugs_nd[:, [drug]].toarray().ravel())
         probable_bd[:, drug] = model.predict_proba(asked_bc)[:, 1]
     length = round(fit.drugs_nd.sum() / len(spaced))
@@ -154,11 +140,8 @@ class _Fit:
     def of(cls, train: Sequence[Admission]) -> "_Fit":
         if not train:
             raise ValueError("no admissions to fit a baseline on")
-        spelled: dict[str, Counter[str]] = {}
-        for one in train:
-            for drug in one.drugs:
-                spelled.setdefault(normalise_string(drug), Counter())[drug] += 1
-        names = {name: column for column, name in enumerate(sorted(spelled))}
+        spellings = formulary_of(train).names
+        names = {normalise_string(name): column for column, name in enumerate(spellings)}
         codes = sorted({code for one in train for code in known_items(one)})
         code_column = {code: column for column, code in enumerate(codes)}
         return cls(
@@ -166,10 +149,7 @@ class _Fit:
             drugs_nd=presence((map(normalise_string, one.drugs) for one in train), names),
             ordered_nd=presence((map(normalise_string, one.ordered) for one in train), names),
             code_column=code_column,
-            spellings=tuple(
-                min(spelled[name], key=lambda spelling: (-spelled[name][spelling], spelling))
-                for name in names
-            ),
+            spellings=spellings,
         )
 
     @property

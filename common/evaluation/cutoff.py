@@ -65,9 +65,11 @@ class Cutoff:
         return confidence_N
 
     def order(self, scores_N: NDArray[np.float64]) -> list[int]:
-        """Return all places, the likeliest first."""
+        """Return all places, the likeliest first; ties in the order of the formulary."""
         # Confidences may round to the same number where scores do not.
-        return ranked(scores_N if self.frequencies is None else self.confidence(scores_N))
+        likely_N = scores_N if self.frequencies is None else self.confidence(scores_N)
+        order: list[int] = np.argsort(-likely_N, kind="stable").tolist()
+        return order
 
     def chosen(self, scores_N: NDArray[np.float64]) -> list[int]:
         """Return the places of the listed drugs, the likeliest first; never none.
@@ -82,12 +84,6 @@ class Cutoff:
             assert self.frequencies is not None
             length = self.frequencies.length
         return self.order(scores_N)[: max(1, length)]
-
-
-def ranked(scores_N: NDArray[np.float64]) -> list[int]:
-    """Return places by falling score; ties in the order of the formulary."""
-    order: list[int] = np.argsort(-scores_N, kind="stable").tolist()
-    return order
 
 
 def fit_cutoff(

@@ -31,10 +31,6 @@ class Formulary:
 
     names: tuple[str, ...]
     """In the order of their string-level names."""
-    origin: str
-    """``training split`` or ``file``."""
-    merged: int = 0
-    """Spellings beyond the first of each name."""
 
 
 def formulary_of(admissions: Iterable["Admission"]) -> Formulary:
@@ -52,13 +48,15 @@ def formulary_of(admissions: Iterable["Admission"]) -> Formulary:
     Raises:
         UserError: If no drug was ordered.
     """
-    found = _distinct(Counter(drug for one in admissions for drug in one.drugs), "training split")
-    if not found.names:
+    ordered = Counter(drug for one in admissions for drug in one.drugs)
+    if not (spelled := _spellings(ordered)):
         raise UserError(
             "the training split holds no drug, so there is no formulary",
             fix="use more patients, or name a file with evaluation.formulary",
         )
-    return found
+    return Formulary(
+        names=tuple(min(one, key=lambda name: (-ordered[name], name)) for one in spelled)
+    )
 
 
 def frequencies_of(formulary: Formulary, admissions: Sequence["Admission"]) -> Frequencies:
@@ -108,14 +106,14 @@ def read_formulary(path: Path) -> Formulary:
                 allowed=f"printable, up to {LONGEST_NAME} characters",
                 fix="one name a line",
             )
-    found = _distinct(Counter(filter(None, names)), "file")
-    if not 1 <= len(found.names) <= MOST_NAMES:
+    spelled = _spellings(names)
+    if not 1 <= len(spelled) <= MOST_NAMES:
         raise UserError(
-            f"{what} holds {len(found.names):,} names",
+            f"{what} holds {len(spelled):,} names",
             allowed=f"1 to {MOST_NAMES:,}",
             fix="name the drugs that may be listed, one a line",
         )
-    return found
+    return Formulary(names=tuple(first for first, *_ in spelled))
 
 
 def formularies(trains: Sequence[Sequence["Admission"]], file: str) -> list[Formulary]:
@@ -130,20 +128,10 @@ def formularies(trains: Sequence[Sequence["Admission"]], file: str) -> list[Form
     return [formulary_of(train) for train in trains]
 
 
-def _distinct(counted: Counter[str], origin: str) -> Formulary:
+def _spellings(names: Iterable[str]) -> list[list[str]]:
+    """Return the spellings of each name as they come, by string-level name."""
     spelled: dict[str, list[str]] = {}
-    for name in counted:
+    for name in names:
         if folded := normalise_string(name):
             spelled.setdefault(folded, []).append(name)
-
-    def shown(spellings: list[str]) -> str:
-        # In a training split ties go to the alphabet; in a file the first line wins.
-        if origin == "file":
-            return spellings[0]
-        return min(spellings, key=lambda name: (-counted[name], name))
-
-    return Formulary(
-        names=tuple(shown(spelled[folded]) for folded in sorted(spelled)),
-        origin=origin,
-        merged=sum(map(len, spelled.values())) - len(spelled),
-    )
+    return [spelled[folded] for folded in sorted(spelled)]

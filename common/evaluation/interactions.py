@@ -9,9 +9,9 @@ pairs over all pairs, both summed over the lists.
 """
 
 import csv
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, product
+from itertools import chain, combinations, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from common.data.names import normalise, require_no_more
 from common.errors import UserError
 
 _COLUMNS = (("Drug_A", "Drug_B"), ("drug_a", "drug_b"))
+_FORMS = " or ".join(map(",".join, _COLUMNS))
 _SEVERITY_COLUMNS = ("level", "severity")
 SEVERE = ("contraindicated", "high", "major", "severe")
 """Severities, in any case, that make a pair of the user's file one of high priority."""
@@ -41,10 +42,6 @@ class Interactions:
     """Every ingredient that some pair holds."""
     high_priority: Mapping[Pair, str] = field(default_factory=dict)
     """Pairs of high priority, and why each is one."""
-    repeated: int = 0
-    """Rows that name a pair again, in whichever order."""
-    selves: int = 0
-    """Rows that name one ingredient twice; they are left out."""
 
 
 class InteractionFigures(NamedTuple):
@@ -78,53 +75,48 @@ def read_interactions(path: Path) -> Interactions:
         UserError: If it cannot be read, has other columns, half a pair, or no pair at all.
     """
     what = f"evaluation.interactions={path}"
-    expected = " or ".join(",".join(columns) for columns in _COLUMNS)
-    found: set[Pair] = set()
-    severe: dict[Pair, str] = {}
-    repeated = selves = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            rows = csv.DictReader(stream)
-            names = rows.fieldnames or ()
-            columns = next((c for c in _COLUMNS if set(c) <= set(names)), None)
-            severity = next((c for c in names if c.lower() in _SEVERITY_COLUMNS), "")
-            if columns is None:
-                raise UserError(
-                    f"{what} has other columns", allowed=expected, fix="name the two columns so"
-                )
-            for row in rows:
-                require_no_more(row, f"{what}, line {rows.line_num}")
-                sides = [normalise(row[column] or "", _LEVEL) for column in columns]
-                if not all(sides):
-                    raise UserError(
-                        f"{what}, line {rows.line_num} names one drug alone",
-                        allowed="two drugs in every row",
-                        fix="complete the row or take it out",
-                    )
-                level = (row.get(severity) or "").strip()
-                for first, second in product(*sides):
-                    pair = Pair(*sorted((first, second)))
-                    selves += first == second
-                    repeated += pair in found
-                    if first != second:
-                        found.add(pair)
-                        if level.lower() in SEVERE:
-                            severe[pair] = f"{level.lower()} in the file of interactions"
+            found = list(_pairs(csv.DictReader(stream), what))
     except OSError as error:
-        raise UserError(f"{what}: {error.strerror}", allowed=expected, fix="name a csv") from None
+        raise UserError(f"{what}: {error.strerror}", allowed=_FORMS, fix="name a csv") from None
     except (UnicodeDecodeError, csv.Error):
         raise UserError(
-            f"{what} cannot be read as csv in UTF-8", allowed=expected, fix="name a csv"
+            f"{what} cannot be read as csv in UTF-8", allowed=_FORMS, fix="name a csv"
         ) from None
-    if not found:
-        raise UserError(f"{what} holds no pair", allowed=expected, fix="fill it in")
+    pairs = frozenset(pair for pair, _ in found)
+    if not pairs:
+        raise UserError(f"{what} holds no pair", allowed=_FORMS, fix="fill it in")
     return Interactions(
-        pairs=frozenset(found),
-        known=frozenset(name for pair in found for name in pair),
-        high_priority=severe,
-        repeated=repeated,
-        selves=selves,
+        pairs=pairs,
+        known=frozenset(chain.from_iterable(pairs)),
+        high_priority={
+            pair: f"{severity} in the file of interactions"
+            for pair, severity in found
+            if severity in SEVERE
+        },
     )
+
+
+def _pairs(rows: "csv.DictReader[str]", what: str) -> Iterator[tuple[Pair, str]]:
+    """Yield every pair that a row names, and its severity in small letters."""
+    names = rows.fieldnames or ()
+    columns = next((c for c in _COLUMNS if set(c) <= set(names)), None)
+    severity = next((c for c in names if c.lower() in _SEVERITY_COLUMNS), "")
+    if columns is None:
+        raise UserError(f"{what} has other columns", allowed=_FORMS, fix="name the two columns so")
+    for row in rows:
+        require_no_more(row, f"{what}, line {rows.line_num}")
+        sides = [normalise(row[column] or "", _LEVEL) for column in columns]
+        if not all(sides):
+            raise UserError(
+                f"{what}, line {rows.line_num} names one drug alone",
+                allowed="two drugs in every row",
+                fix="complete the row or take it out",
+            )
+        for pair in product(*sides):
+            if len(set(pair)) == 2:
+                yield Pair(*sorted(pair)), (row.get(severity) or "").strip().lower()
 
 
 def interacting(drugs: Collection[str], interactions: Interactions) -> list[Interaction]:

@@ -7,7 +7,7 @@ patients say (``common.evaluation.ranking``).
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from common.config import Config
 from common.data.protocols import not_ordered
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from common.model.session import Session
 
 Progress = Callable[[int, int], None]
+Hospitals = TypeVar("Hospitals", int, str)
 
 
 class Answer(NamedTuple):
@@ -64,6 +65,25 @@ class Prompts:
     hospitals: Sequence[int]
     """Place of each prompt's hospital."""
 
+    def at(self, places: Sequence[int]) -> "Prompts":
+        """Return some of them."""
+        return Prompts(
+            ids=[self.ids[place] for place in places],
+            hospitals=[self.hospitals[place] for place in places],
+        )
+
+
+def places_of(hospitals: Sequence[Hospitals]) -> dict[Hospitals, list[int]]:
+    """Return each hospital's places in a list, by hospital.
+
+    >>> places_of([2, 0, 2])
+    {0: [1], 2: [0, 2]}
+    """
+    return {
+        one: [place for place, at in enumerate(hospitals) if at == one]
+        for one in sorted(set(hospitals))
+    }
+
 
 class ListMaker:
     """Answers prompts in the way that the configuration names; made once for all adapters.
@@ -79,7 +99,7 @@ class ListMaker:
     """
 
     def __init__(self, session: "Session", hospitals: Sequence["Hospital"], config: Config) -> None:
-        self._session, self._hospitals = session, hospitals
+        self.session, self.hospitals = session, hospitals
         self._settings = config.evaluation
         self._rankers: list[Ranker] = []
         trains = [hospital.train for hospital in hospitals]
@@ -122,7 +142,7 @@ class ListMaker:
         settings = self._settings
         return {
             place: self._rankers[place].fit(
-                self._hospitals[place].validation,
+                self.hospitals[place].validation,
                 samples=settings.threshold_samples,
                 seed=settings.seed,
             )
@@ -135,7 +155,7 @@ class ListMaker:
         cutoffs = self.cutoffs(prompts.hospitals)
         rankers = [self._rankers[place] for place in prompts.hospitals]
         scores = drug_scores(
-            self._session, prompts.ids, lambda prompt: rankers[prompt].plan, progress=progress
+            self.session, prompts.ids, lambda prompt: rankers[prompt].plan, progress=progress
         )
         rankings = [
             ranker.ranking(one, cutoffs[place])
@@ -155,7 +175,7 @@ class ListMaker:
             tokens=sum(map(len, prompts.ids)) + sum(ranker.tokens for ranker in rankers),
             cut_answers=0,
             cutoffs={
-                self._hospitals[place].name: CutoffFacts(
+                self.hospitals[place].name: CutoffFacts(
                     names=len(self._rankers[place].formulary.names),
                     threshold=one.threshold,
                     slope=one.slope,
@@ -174,14 +194,14 @@ class ListMaker:
     ) -> tuple[list[Answer], Generation]:
         settings = self._settings
         generated = generate(
-            self._session,
+            self.session,
             prompts.ids,
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
             matcher=self._matcher(prompts.hospitals),
             progress=progress,
         )
-        answers = [_read(self._session, one) for one in generated]
+        answers = [_read(self.session, one) for one in generated]
         return answers, Generation(
             seconds=0,
             tokens=sum(len(one.tokens) for one in generated),
@@ -191,7 +211,7 @@ class ListMaker:
 
     def _matcher(self, hospitals: Sequence[int]) -> Callable[[int], Matcher] | None:
         if self._settings.decoding == "grammar":
-            return answer_grammar(self._session)
+            return answer_grammar(self.session)
         if self._settings.decoding == "greedy":
             return None
         used: Mapping[int, Ranker] = {place: self._rankers[place] for place in set(hospitals)}

@@ -23,11 +23,6 @@ class Support:
     similar: int
     """Admissions that count as similar."""
 
-    @property
-    def share(self) -> float:
-        """Ordered over similar."""
-        return self.ordered / self.similar
-
 
 class SupportIndex:
     """Similar training admissions by their coded diagnoses.

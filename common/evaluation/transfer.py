@@ -155,19 +155,14 @@ def measured(results: Results, names: Sequence[str]) -> Measured:
         names: All hospitals.
     """
     rows = {name: (name,) for name in names} | {TOGETHER: tuple(names)}
+    tested = set(zip(results.hospitals_N, results.patients_N, strict=True))
     hospitals = []
     for name in names:
         others = [other for other in names if other != name]
         hospitals.append(
             AtHospital(
                 hospital=name,
-                patients=len(
-                    {
-                        patient
-                        for patient, at in zip(results.patients_N, results.hospitals_N, strict=True)
-                        if at == name
-                    }
-                ),
+                patients=sum(at == name for at, _ in tested),
                 alone=results.of((name,), (name,)),
                 together=results.of(names, (name,)),
                 gain=results.better(names, (name,), (name,)),

@@ -22,7 +22,6 @@ from common.privacy.accounting import epsilon
 from common.privacy.canaries import roc_area
 from common.privacy.findings import (
     FALSE_ALARM,
-    Finding,
     mean_interval,
     noise_complaints,
     spread_interval,
@@ -33,6 +32,7 @@ from common.privacy.mechanism.gradients import PrivateGradient
 from common.privacy.mechanism.noise import NoiseSource
 from common.privacy.mechanism.release import GaussianMechanism, grid_for
 from common.privacy.plan import PrivacyPlan
+from common.records.checks import Finding
 from common.text.batches import Encoded
 
 CONFIDENCE = 0.954

@@ -1,35 +1,13 @@
-"""What an audit finds: a figure with its null, its interval, its limit, and a verdict in words."""
+"""What the findings of an audit are made of: complaints, verdicts, intervals."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 FALSE_ALARM = 1e-6
 """A correct mechanism fails one statistical test with at most this probability."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One audit's result."""
-
-    audit: str
-    figure: float
-    meaning: str
-    """What the figure is, with its unit."""
-    limit: float
-    passed: bool
-    verdict: str
-    null: float | None = None
-    """What the figure is expected to be if the claim is true; None where that is no one value."""
-    interval: tuple[float, float] | None = None
-    """95% interval of the figure; None where the figure is exact."""
-    false_alarm: float = 0.0
-    """Largest probability with which a correct mechanism fails; 0 where the check is exact."""
-    has_power: bool = True
-    """Whether an attack of this size could refute the claim at all."""
 
 
 def verdict_of(good: str, complaints: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ Everything here follows from public constants: no data is read.
 from dataclasses import replace
 
 from common.privacy.accounting import calibrate, epsilon
-from common.privacy.budget.receipts import json_number, terms
+from common.privacy.budget.receipts import terms
 from common.privacy.plan import PrivacyPlan
 from common.records.privacy import Advice, Forecast
 
@@ -25,7 +25,7 @@ def forecast(plan: PrivacyPlan, parameters: int, *, target_epsilon: float = 0.0)
     return Forecast(
         **terms(plan),
         relation=plan.relation,
-        epsilon=json_number(cost.value),
+        epsilon=cost.value,
         steps=plan.steps,
         expected_batch=plan.expected_batch,
         noise_to_signal=ratio,

@@ -16,7 +16,6 @@ from common.privacy.accounting import pld_epsilon
 from common.privacy.budget.receipts import terms
 from common.privacy.findings import (
     FALSE_ALARM,
-    Finding,
     noise_complaints,
     spread_interval,
     verdict_of,
@@ -25,6 +24,7 @@ from common.privacy.mechanism.isolation import PROVEN, choose_passes
 from common.privacy.mechanism.release import ARITHMETIC_SLACK, grid_for
 from common.privacy.plan import PrivacyPlan
 from common.privacy.watch import Step, Watched
+from common.records.checks import Finding
 from common.text.batches import Encoded, PackedBatch, pack
 from common.training.gradients import add_unit_gradients
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from common.model.session import Session
 from common.privacy.canaries import area_with_deviation
-from common.privacy.findings import FALSE_ALARM, Finding
+from common.privacy.findings import FALSE_ALARM
+from common.records.checks import Finding
 from common.tensor_files import Tensors
 from common.text.batches import Encoded, pack
 from common.training.loss import weighted_cross_entropy

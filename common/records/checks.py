@@ -6,16 +6,34 @@ from pydantic import ConfigDict
 
 from common.choice import Choice
 from common.records import PartialRecord, Record
-from common.records.privacy import Forecast
+from common.records.privacy import Forecast, Number
 
-Json = str | float | bool | None | tuple[float | str, ...]
+
+class Finding(Record):
+    """What one attack or check found."""
+
+    audit: str
+    figure: Number
+    meaning: str
+    """What the figure is, with its unit."""
+    limit: Number
+    passed: bool
+    verdict: str
+    null: float | None = None
+    """What the figure is expected to be if the claim is true; None where that is no one value."""
+    interval: tuple[Number, Number] | None = None
+    """95% interval of the figure; None where the figure is exact."""
+    false_alarm: float = 0.0
+    """Largest probability with which a correct mechanism fails; 0 where the check is exact."""
+    has_power: bool = True
+    """Whether an attack of this size could refute the claim at all."""
 
 
 class AuditSummary(Record):
     """summary.json of an audit."""
 
     plan: dict[str, str | int | float | bool]
-    findings: tuple[dict[str, Json], ...]
+    findings: tuple[Finding, ...]
     passed: bool
     not_covered: str
     seconds: float
@@ -27,7 +45,7 @@ class MembershipRecord(Record):
     claim: str
     source: str
     references: int
-    findings: tuple[dict[str, Json], ...]
+    findings: tuple[Finding, ...]
     passed: bool
     seconds: float
 

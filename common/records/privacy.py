@@ -1,11 +1,17 @@
 """What a run's privacy costs: forecast before it, and summed up after it."""
 
-from typing import Literal
+import math
+from typing import Annotated
+
+from pydantic import PlainSerializer
 
 from common.records import OpenRecord, PartialRecord, Record
 
-Number = float | Literal["infinity"]
-"""JSON has no infinity; ``float(number)`` is one."""
+Number = Annotated[
+    float,
+    PlainSerializer(lambda value: value if math.isfinite(value) else "infinity", when_used="json"),
+]
+"""JSON has no infinity: there it is a word."""
 
 
 class Spent(OpenRecord):
@@ -34,6 +40,11 @@ class Privacy(OpenRecord):
     not_covered: str = ""
     warning: str = ""
     """Where hospitals are protected."""
+
+    @property
+    def guarantees(self) -> bool:
+        """Whether it bounds anything: reproducible noise does not."""
+        return math.isfinite(self.epsilon)
 
 
 class Advice(Record):

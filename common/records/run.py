@@ -83,6 +83,41 @@ class Status(OpenRecord):
     """One line, of a run that failed."""
 
 
+class Resumption(Record):
+    """When a run was gone on with, and by what."""
+
+    time: str
+    """UTC."""
+    command_line: tuple[str, ...]
+    source_digest: str
+
+
+class Environment(OpenRecord):
+    """environment.json: what a run was begun with, and each time that it was gone on with."""
+
+    source_digest: str = ""
+    resumed: tuple[Resumption, ...] = ()
+
+
+class WorkerFacts(Record):
+    """One process that trains hospitals of a federation: a file of ``workers/``."""
+
+    backbone_loads: int
+    threads: int
+    tokens: int
+    training_seconds: float
+    peak_device_bytes: int | None
+
+
+class StepLine(Record):
+    """One optimizer step of a hospital, a line of its steps.jsonl."""
+
+    round: int
+    step: int
+    loss: float | None
+    seconds: float
+
+
 class Metric(OpenRecord):
     """One event of metrics.jsonl; a label of another version stays as it is."""
 

@@ -83,6 +83,21 @@ class Readings(Record):
     jaccard: float | None = None
 
 
+class Estimate(Record):
+    """A figure with its interval, where it has one."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class OfHospital(OpenRecord):
+    """One model's answers on the admissions of one hospital."""
+
+    samples: int
+    f1: float | None
+
+
 class Figures(Readings):
     """The answers of one model on held-out admissions; further figures stay as they are."""
 
@@ -96,6 +111,8 @@ class Figures(Readings):
     length_ratio: float | None = None
     oov_rate: float | None = None
     intervals: dict[str, tuple[float | None, float | None]] = {}
+    by_hospital: dict[str, OfHospital] = {}
+    prauc: Estimate | None = None
 
     def interval(self, name: str) -> tuple[float, float] | None:
         """Return the interval of a figure, where there is one."""

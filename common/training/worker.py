@@ -15,6 +15,7 @@ from common.model.backbone.load import BackboneSpec, resolve_backbone
 from common.model.backbone.reading import Destination
 from common.model.session import Session, early_destination, open_session
 from common.provenance import peak_device_bytes
+from common.records.run import WorkerFacts
 from common.training.hospital_data import HospitalData, encode_hospital
 
 
@@ -140,11 +141,11 @@ class Worker:
         """Write how often weights were loaded, and how training goes; stays on the machine."""
         folder = Path(config.run.directory) / "workers"
         tokens, seconds = self._trained.get(config.run.directory, (0, 0.0))
-        facts = {
-            "backbone_loads": self.loads,
-            "threads": torch.get_num_threads(),
-            "tokens": tokens,
-            "training_seconds": round(seconds, 3),
-            "peak_device_bytes": peak_device_bytes(),
-        }
-        write_json(folder / f"{os.getpid()}.json", facts)
+        facts = WorkerFacts(
+            backbone_loads=self.loads,
+            threads=torch.get_num_threads(),
+            tokens=tokens,
+            training_seconds=round(seconds, 3),
+            peak_device_bytes=peak_device_bytes(),
+        )
+        write_json(folder / f"{os.getpid()}.json", facts.as_json())

@@ -369,14 +369,14 @@ def _checked_metrics(
     return metrics
 
 
-def _check_due(metrics: Mapping[str, Any], due: Due) -> None:
+def _check_due(metrics: Mapping[str, float], due: Due) -> None:
     if metrics["weight"] != due.weight:
         raise ContractError(f"weight is not {due.weight:g}, the training samples that it told")
     if metrics["steps"] != due.steps:
         raise ContractError(f"steps are not the {due.steps} that it was asked for")
 
 
-def _check_private(metrics: Mapping[str, Any], least: int, most: int) -> None:
+def _check_private(metrics: Mapping[str, float], least: int, most: int) -> None:
     if metrics["weight"] != PUBLIC_WEIGHT:
         raise ContractError(f"weight is not {PUBLIC_WEIGHT:g}: with privacy on all weigh the same")
     steps = metrics["steps"]

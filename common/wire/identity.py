@@ -10,7 +10,6 @@ import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
@@ -37,7 +36,7 @@ def new_nonce() -> str:
     return secrets.token_hex(16)
 
 
-def sign(folder: Path, nonce: str, node: int, facts: Mapping[str, Any]) -> str:
+def sign(folder: Path, nonce: str, node: int, facts: Mapping[str, object]) -> str:
     """Sign a handshake with the key in a hospital's folder; hexadecimal.
 
     Raises:
@@ -79,7 +78,10 @@ def read_keys(folder: Path) -> dict[str, ec.EllipticCurvePublicKey]:
 
 
 def check_signature(
-    keys: Mapping[str, ec.EllipticCurvePublicKey], nonce: str, node: int, hello: Mapping[str, Any]
+    keys: Mapping[str, ec.EllipticCurvePublicKey],
+    nonce: str,
+    node: int,
+    hello: Mapping[str, object],
 ) -> None:
     """Hold a handshake to the key of the hospital that it names.
 
@@ -91,12 +93,12 @@ def check_signature(
     if name not in keys:
         raise Impostor(f"it calls itself {name}, which is no hospital of this deployment")
     try:
-        signature = bytes.fromhex(hello[SIGNATURE])
+        signature = bytes.fromhex(str(hello[SIGNATURE]))
         keys[name].verify(signature, _statement(nonce, node, facts), _ALGORITHM)
     except (InvalidSignature, ValueError):
         raise Impostor(f"it calls itself {name}, and has not signed with {name}'s key") from None
 
 
-def _statement(nonce: str, node: int, facts: Mapping[str, Any]) -> bytes:
+def _statement(nonce: str, node: int, facts: Mapping[str, object]) -> bytes:
     signed = {"nonce": nonce, "node": node, "facts": dict(facts)}
     return b"fedrx handshake " + json.dumps(signed, sort_keys=True).encode()

@@ -1,17 +1,16 @@
 """``fedrx evaluate``: answers of a run's adapter on held-out patients, with baselines beside."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from client.personal import own_b, with_own
 from common.config import Config
 from common.configio import changed_freely
 from common.data.dataset import Dataset, open_hospitals
 from common.evaluation.answers import B, Personal, choose_cases, evaluate_answers
-from common.evaluation.answers_file import Evaluation, Facts
+from common.evaluation.answers_file import Evaluation, EvaluationStore, Facts, Way
 from common.model.session import Session
 from common.records.summary import Summary
 from common.rundir import RunDirectory
-from common.tensor_files import Altered
 from common.training.worker import Worker
 from sim.answers.public_curve import public_curve
 from sim.process.early import check_device
@@ -57,39 +56,48 @@ def evaluate_run(
     check_device(config)
     loaded, last = run.load_checkpoint(checkpoint), run.load_checkpoint()
     data, session = reopen(run, config, worker or Worker(), data)
-    settings = config.evaluation
-    way = (last.name, settings, session.device.value, session.dtype.value)
-    known = None
-    try:
-        known = Evaluation.read(run)
-    except Altered as error:
-        console.say(f"{error}: all is answered anew", style="yellow")
-    beside = known if known and known.facts.way == way else None
-    adapters: dict[str, B | Personal | None] = {"fedrx": last.b, "untrained": None}
-    own = personal_b(run, last.b, [one.name for one in data.hospitals])
-    if own:
-        adapters["personal"] = own
+    store = EvaluationStore(run)
+    if store.damage:
+        console.say(f"{store.damage}: all is answered anew", style="yellow")
+    way = Way(last.name, config.evaluation, session.device.value, session.dtype.value)
+    adapters: dict[str, B | Personal | None] = {}
+    if loaded.name == last.name or not store.get(way):
+        adapters = {"fedrx": last.b, "untrained": None}
+        if own := personal_b(run, last.b, [one.name for one in data.hospitals]):
+            adapters["personal"] = own
     if loaded.name != last.name:
-        adapters = {loaded.name: loaded.b} if beside else {**adapters, loaded.name: loaded.b}
+        adapters[loaded.name] = loaded.b
+    found = _answered(session, data, config, adapters, last.name, console)
+    summary = run.summary()
+    if config.evaluation.public_validation:
+        made = public_curve(run, session, config, console=console)
+        summary = summary.having(public_validation=made)
+    # A run that plain `flwr run` made does not know its source yet.
+    return store.put(found, summary.having(source=summary.source or data.source))
+
+
+def _answered(
+    session: Session,
+    data: Dataset,
+    config: Config,
+    adapters: Mapping[str, B | Personal | None],
+    checkpoint: str,
+    console: Console,
+) -> Evaluation:
+    """Answer with progress shown, and say how it went."""
+    settings, places = config.evaluation, {model: place for place, model in enumerate(adapters)}
     cases = len(choose_cases(data.hospitals, samples=settings.samples, seed=settings.seed))
-    names = list(adapters)
     with Meter(console, "answers", cases * len(adapters)) as meter:
         found = evaluate_answers(
             session,
             data.hospitals,
             config,
             adapters,
-            checkpoint=last.name,
-            progress=lambda model, done, of: meter.update(names.index(model) * of + done, model),
+            checkpoint=checkpoint,
+            progress=lambda model, done, of: meter.update(places[model] * of + done, model),
         )
-    _show(console, found.facts)
-    summary = run.summary()
-    if settings.public_validation:
-        made = public_curve(run, session, config, console=console)
-        summary = summary.having(public_validation=made)
-    # A run that plain `flwr run` made does not know its source yet.
-    summary = summary.having(source=summary.source or data.source)
-    return (beside.beside(found) if beside else found).write(run, summary)
+    _say(console, found.facts)
+    return found
 
 
 def personal_b(run: RunDirectory, b: B, hospitals: Iterable[str]) -> Personal | None:
@@ -127,14 +135,12 @@ def reopen(
     return data, session
 
 
-def _show(console: Console, facts: Facts) -> None:
+def _say(console: Console, facts: Facts) -> None:
     for model, one in facts.generation.items():
         cut = f", {one.cut_answers} cut at evaluation.max-new-tokens" * bool(one.cut_answers)
-        console.say(
-            f"{model}: {facts.samples} answers, {one.tokens} tokens in {one.seconds:.1f} s{cut}",
-            style="dim",
-        )
-    if facts.dropped_diagnoses:
-        console.say(f"{facts.dropped_diagnoses} diagnoses left out of prompts (train.max-length)")
-    for kind, number in other_items(facts.left_out or {}).items():
-        console.say(f"{number} {kind} left out of prompts (train.max-length)")
+        took = f"{facts.samples} answers, {one.tokens} tokens in {one.seconds:.1f} s"
+        console.say(f"{model}: {took}{cut}", style="dim")
+    left_out = {"diagnoses": facts.dropped_diagnoses, **other_items(facts.left_out or {})}
+    for kind, number in left_out.items():
+        if number:
+            console.say(f"{number} {kind} left out of prompts (train.max-length)")

@@ -4,8 +4,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
+from rich.console import RenderableType
 
 from common.configio import changed_freely
 from common.data.protocols import ADMISSION, VISITS, require_protocol
@@ -13,10 +12,11 @@ from common.errors import RunFailed, UserError
 from common.evaluation.judge.gate import Statement
 from common.evaluation.judge.judging import judge_run
 from common.evaluation.judge.plan import JudgePlan, plan_judging
-from common.records.judged import Estimate, Judged
+from common.records.judged import Appropriateness, Estimate, Judged
 from common.rundir import RunDirectory
 from sim.process.lock import exclusive
-from sim.process.progress import Console, Meter
+from sim.process.progress import SILENT, Console, Meter
+from sim.report.terminal import table
 
 
 def plan(
@@ -60,13 +60,13 @@ def require_diagnoses(run: RunDirectory) -> None:
     require_protocol(run.config(), (ADMISSION, VISITS), "a list is judged by its stay's diagnoses")
 
 
-def judge(run: RunDirectory, prepared: JudgePlan, *, console: Console) -> Judged:
-    """Ask the judge with progress shown, and show the result.
+def judge(run: RunDirectory, prepared: JudgePlan, *, console: Console = SILENT) -> Judged:
+    """Ask the judge with progress shown.
 
     Args:
         run: The run that the plan is of.
         prepared: From ``plan``.
-        console: Where progress and figures are shown.
+        console: Where progress is shown.
 
     Returns:
         The ``judge`` part of summary.json.
@@ -77,16 +77,14 @@ def judge(run: RunDirectory, prepared: JudgePlan, *, console: Console) -> Judged
     """
     key = os.environ.get(prepared.config.api_key_env, "") if prepared.config.api_key_env else ""
     with exclusive(run), Meter(console, "judgements", len(prepared.tasks)) as meter:
-        result = judge_run(
+        return judge_run(
             run, prepared, api_key=key, progress=lambda done, of: meter.update(done, "")
         )
-    show_judgement(console, result)
-    return result
 
 
-def show_estimate(console: Console, figures: Estimate) -> None:
-    """Show what a dry run found."""
-    console.say(
+def estimate_text(figures: Estimate) -> str:
+    """Say what a dry run found."""
+    return (
         f"{figures.calls} calls to {figures.server} ({figures.cached} more are in the "
         f"cache; each may need one repair)\nabout {figures.input_tokens:,} tokens in and "
         f"{figures.output_tokens:,} out: {figures.cost_usd:.2f} USD, at most "
@@ -95,27 +93,21 @@ def show_estimate(console: Console, figures: Estimate) -> None:
     )
 
 
-def show_judgement(console: Console, result: Judged) -> None:
-    """Show appropriateness by model and judge, with what is not in the mean beside it."""
-    table = Table(title="Appropriateness (research only)")
-    table.add_column("list by")
-    table.add_column("judge")
-    for name in ("suitable", "95% interval", "scored", "unscored", "no list", "empty"):
-        table.add_column(name, justify="right")
-    for judge, theirs in result.judges.items():
-        for model, one in theirs.appropriateness.items():
-            low_high = one.interval
-            table.add_row(
-                Text(model),
-                Text(judge),
-                percent(one.mean),
-                f"{100 * low_high[0]:.1f}-{percent(low_high[1])}" if low_high else "-",
-                *(
-                    str(getattr(one, name))
-                    for name in ("scored", "unscored", "unanswered", "empty")
-                ),
+def judgement_parts(result: Judged) -> list[RenderableType]:
+    """Return appropriateness by model and judge, what is not in the mean, and what it cost."""
+    shown = table(
+        ("list by", "judge", "suitable", "95% interval", "scored", "unscored", "no list", "empty"),
+        [
+            (
+                *(model, judge, percent(one.mean), _interval(one)),
+                *map(str, (one.scored, one.unscored, one.unanswered, one.empty)),
             )
-    console.say(table)
+            for judge, theirs in result.judges.items()
+            for model, one in theirs.appropriateness.items()
+        ],
+        words=2,
+        title="Appropriateness (research only)",
+    )
     lines = [
         f"unscored by {judge}: {problems_in_words(theirs.judgements.problems)}"
         for judge, theirs in result.judges.items()
@@ -125,11 +117,9 @@ def show_judgement(console: Console, result: Judged) -> None:
         lines.append(f"{escaped} texts of judges could not be written as UTF-8, and are escaped")
     agreement = result.agreement
     if agreement.drugs:
-        alpha = agreement.alpha
         lines.append(
-            f"agreement on {agreement.drugs} drugs: unanimous "
-            f"{percent(agreement.unanimous)}, Krippendorff's alpha "
-            f"{'-' if alpha is None else f'{alpha:.3f}'}, flip rate {percent(result.flip_rate)}"
+            f"agreement on {agreement.drugs} drugs: unanimous {percent(agreement.unanimous)}, "
+            f"Krippendorff's alpha {alpha(agreement.alpha)}, flip rate {percent(result.flip_rate)}"
         )
     lines += [
         f"{when}: {usage.calls} calls, {usage.input_tokens:,} tokens in, "
@@ -139,7 +129,7 @@ def show_judgement(console: Console, result: Judged) -> None:
             ("all together", result.usage, result.cost_usd),
         )
     ]
-    console.say(*lines)
+    return [shown, *lines]
 
 
 def require_scores(result: Judged) -> None:
@@ -175,3 +165,16 @@ def percent(share: float | None) -> str:
     ('81.1%', '-')
     """
     return "-" if share is None else f"{share:.1%}"
+
+
+def alpha(value: float | None) -> str:
+    """Write how far raters agree.
+
+    >>> alpha(0.8114), alpha(None)
+    ('0.811', '-')
+    """
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _interval(one: Appropriateness) -> str:
+    return f"{100 * one.interval[0]:.1f}-{percent(one.interval[1])}" if one.interval else "-"

@@ -46,17 +46,13 @@ def public_curve(
     admissions, seed = public_admissions(config)
     samples = encoded(admissions, session, config)
     names, losses, unit = run.checkpoint_names(), [], "round"
-    before = session.adapter.flat.clone()
-    try:
-        with Meter(console, "public curve", len(names)) as meter:
-            for done, name in enumerate(names, start=1):
-                checkpoint = run.load_checkpoint(name)
-                step, at_round = checkpoint.facts.step, checkpoint.facts.round
-                unit = "step" if step else "round"
-                session.adapter.load(checkpoint.b)
-                found = validation_loss(session, samples)
-                losses.append((step or at_round, found.mean))
-                meter.update(done, name)
-    finally:
-        session.adapter.flat.copy_(before)
+    with session.adapter.restored(), Meter(console, "public curve", len(names)) as meter:
+        for done, name in enumerate(names, start=1):
+            checkpoint = run.load_checkpoint(name)
+            step, at_round = checkpoint.facts.step, checkpoint.facts.round
+            unit = "step" if step else "round"
+            session.adapter.load(checkpoint.b)
+            found = validation_loss(session, samples)
+            losses.append((step or at_round, found.mean))
+            meter.update(done, name)
     return PublicCurve(samples=len(samples), seed=seed, unit=unit, losses=tuple(losses))

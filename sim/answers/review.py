@@ -3,10 +3,10 @@
 import contextlib
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.table import Table
+from rich.console import RenderableType
 
 from common.errors import UserError
 from common.evaluation.answers_file import Prediction, read_answers
@@ -30,9 +30,9 @@ from common.evaluation.review.scores import summarise_reviews
 from common.files import utf8, write_json, write_text
 from common.records.judged import Reviewed
 from common.rundir import SUMMARY, RunDirectory
-from sim.answers.judge import percent, require_diagnoses
+from sim.answers.judge import alpha, percent, require_diagnoses
 from sim.pages.fill import render
-from sim.process.progress import Console
+from sim.report.terminal import table
 
 
 def make_review(
@@ -182,43 +182,42 @@ def _slug(reviewer: str) -> str:
     return f"{words}-{hashlib.sha256(utf8(name)).hexdigest()[:8]}"
 
 
-def show_reviews(console: Console, result: Reviewed) -> None:
-    """Show the scores by model, and the agreement."""
+def review_parts(result: Reviewed) -> list[RenderableType]:
+    """Return the scores by model, and how far reviewers agree, with each other and the judge."""
     reviewers = len(result.reviewers)
-    table = Table(
+    shown = table(
+        (
+            *("list by", "in format", "similarity", "after review"),
+            *("kept", "overall 1-5", "lists reviewed"),
+        ),
+        [
+            (
+                *(model, percent(one.format_followed), _jaccard(one.similarity)),
+                *(_jaccard(one.similarity_after_review), percent(one.kept_share)),
+                *("-" if one.overall is None else f"{one.overall:.1f}", str(one.lists_reviewed)),
+            )
+            for model, one in result.models.items()
+        ],
+        words=1,
         title=f"{reviewers} reviewer{'s' * (reviewers != 1)}, {result.cases} cases "
-        f"(names equal at level {result.level})"
+        f"(names equal at level {result.level})",
     )
-    table.add_column("list by")
-    names = ("in format", "similarity", "after review", "kept", "overall 1-5", "lists reviewed")
-    for name in names:
-        table.add_column(name, justify="right")
-    for model, one in result.models.items():
-        table.add_row(
-            model,
-            percent(one.format_followed),
-            percent((one.similarity or {}).get("jaccard")),
-            percent((one.similarity_after_review or {}).get("jaccard")),
-            percent(one.kept_share),
-            "-" if one.overall is None else f"{one.overall:.1f}",
-            str(one.lists_reviewed),
-        )
-    console.say(table)
+    lines = []
     if escaped := result.escaped_texts:
-        console.say(f"{escaped} texts could not be written as UTF-8, and are escaped")
+        lines.append(f"{escaped} texts could not be written as UTF-8, and are escaped")
     agreement, judge = result.agreement, result.judge
     if agreement.drugs:
-        console.say(
-            f"reviewers on {agreement.drugs} drugs: unanimous "
-            f"{percent(agreement.unanimous)}, alpha {_figure(agreement.alpha_drugs)} "
-            f"(overall marks {_figure(agreement.alpha_overall)})",
+        lines.append(
+            f"reviewers on {agreement.drugs} drugs: unanimous {percent(agreement.unanimous)}, "
+            f"alpha {alpha(agreement.alpha_drugs)} (overall marks {alpha(agreement.alpha_overall)})"
         )
     if judge and judge.drugs:
-        console.say(
+        lines.append(
             f"reviewers and judge on {judge.drugs} drugs: agree {percent(judge.agree)}, "
-            f"alpha {_figure(judge.alpha)}"
+            f"alpha {alpha(judge.alpha)}"
         )
+    return [shown, *lines]
 
 
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _jaccard(similarity: Mapping[str, float | None] | None) -> str:
+    return percent((similarity or {}).get("jaccard"))

@@ -25,6 +25,7 @@ from pydantic import BaseModel, Field, StringConstraints, model_validator
 
 from common.errors import UserError
 from common.files import for_owner, json_line, utf8, writable
+from common.records import Record
 from sim.assist.cds_hooks import LARGEST_BODY_BYTES, PREFIX
 from sim.assist.patient_form import FormProblems, PatientRequest, read_form
 from sim.assist.suggest import Assistant, Suggestion
@@ -192,7 +193,7 @@ def _routes(state: PageState, cookie: str) -> APIRouter:
         record = decision_record(*asked, decision)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         try:
-            append_private(state.decisions, {"time": now, **state.about, **record})
+            append_private(state.decisions, {"time": now, **state.about, **record.as_json()})
         except OSError as error:
             text = f"The decision could not be stored: {error.strerror}."
             raise FormProblems({"decision": text}) from None
@@ -202,9 +203,23 @@ def _routes(state: PageState, cookie: str) -> APIRouter:
     return router
 
 
+class DecisionRecord(Record):
+    """A line of decisions.jsonl, beside the time and what the page says about the model."""
+
+    absent_when_none = ("escaped_texts",)
+    patient: dict[str, object]
+    suggested: list[str]
+    in_format: bool
+    kept: list[str]
+    removed: list[str]
+    added: list[str]
+    note: str
+    escaped_texts: int | None
+
+
 def decision_record(
     request: PatientRequest, suggestion: Suggestion, decision: Decision
-) -> dict[str, object]:
+) -> DecisionRecord:
     """Check a decision against the list it is about.
 
     Raises:
@@ -219,16 +234,16 @@ def decision_record(
             {"decision": f"{undecided} of {len(names)} drugs are undecided: keep or remove each."}
         )
     paired = list(zip(names, decision.marks, strict=True))
-    return {
-        "patient": request.as_dict(),
-        "suggested": names,
-        "in_format": suggestion.in_format,
-        "kept": [name for name, mark in paired if mark == "keep"],
-        "removed": [name for name, mark in paired if mark == "remove"],
-        "added": [" ".join(name.split()) for name in decision.added],
-        "note": decision.note.strip(),
-        **({"escaped_texts": decision.escaped_texts} if decision.escaped_texts else {}),
-    }
+    return DecisionRecord(
+        patient=request.as_dict(),
+        suggested=names,
+        in_format=suggestion.in_format,
+        kept=[name for name, mark in paired if mark == "keep"],
+        removed=[name for name, mark in paired if mark == "remove"],
+        added=[" ".join(name.split()) for name in decision.added],
+        note=decision.note.strip(),
+        escaped_texts=decision.escaped_texts or None,
+    )
 
 
 def append_private(target: Path, record: Mapping[str, object]) -> None:

@@ -1,7 +1,7 @@
 """``fedrx audit``: what the privacy code really does, measured against what it claims."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -13,14 +13,12 @@ from common.model.adapter.layout import adapter_spec
 from common.model.session import Session, open_session
 from common.privacy.accounting import epsilon
 from common.privacy.audit import inversion_test, noise_test, one_run_audit
-from common.privacy.budget.receipts import json_number
-from common.privacy.findings import Finding
 from common.privacy.mechanism.gradients import PrivateGradient
 from common.privacy.mechanism.isolation import check_backbone
 from common.privacy.plan import PrivacyPlan
 from common.privacy.settings import is_private, plan_of, protects, with_calibrated_noise
 from common.records import Record
-from common.records.checks import AuditSummary, Json
+from common.records.checks import AuditSummary, Finding
 from common.seeds import torch_stream
 from common.text.batches import Encoded, pack
 from common.training.gradients import StepLoss, add_unit_gradients
@@ -79,18 +77,14 @@ def audit(
     return start(config, kind, console=console, command_line=command_line, run_dir=run_dir).result
 
 
+@dataclass
 class Audit(Kind):
-    """Attacks and checks in the place of training.
-
-    Args:
-        canaries: See ``audit``.
-    """
+    """Attacks and checks in the place of training."""
 
     mode = "audit"
     resumable = False
-
-    def __init__(self, canaries: int) -> None:
-        self.canaries = canaries
+    canaries: int
+    """See ``audit``."""
 
     def resolve(self, config: Config) -> Config:
         """Refuse a configuration without anything to audit; calibrate its noise."""
@@ -144,10 +138,9 @@ class Audit(Kind):
         found += audit_loop(session, config, canaries=self.canaries or default)
         if "v_proj" in spec.targets and spec.rank > 1:
             found += inversion(session, plan)
-        self.findings = found
         return AuditSummary(
             plan=asdict(plan),
-            findings=tuple(plain(finding) for finding in found),
+            findings=tuple(found),
             passed=all(finding.passed for finding in found),
             not_covered=NOT_COVERED,
             seconds=round(run.seconds, 3),
@@ -157,9 +150,9 @@ class Audit(Kind):
         """Write the page and show what was found; a claim that is refuted fails the run."""
         plan = plan_of(run.config)
         claim = claim_of(plan.unit, epsilon(plan).value, delta=plan.delta, steps=plan.steps)
-        page = write_audit_page(run.directory, claim, self.findings)
-        show(run.console, self.findings, page)
-        refuted = [f"{one.audit}: {one.verdict}" for one in self.findings if not one.passed]
+        page = write_audit_page(run.directory, claim, result.findings)
+        show(run.console, result.findings, page)
+        refuted = [f"{one.audit}: {one.verdict}" for one in result.findings if not one.passed]
         if refuted:
             raise RunFailed("; ".join(refuted))
 
@@ -174,14 +167,14 @@ def one_run_control(plan: PrivacyPlan) -> Finding:
         plan, canaries=CANARIES, release=lambda sums: sums / plan.expected_batch, repeats=1
     )
     caught = not bare.passed
-    return replace(
-        bare,
-        audit="one-run audit, control without noise",
-        false_alarm=0.0,
+    control = {
+        "audit": "one-run audit, control without noise",
+        "false_alarm": 0.0,
         # where the claim is beyond any audit of this size, the control says so and is no failure
-        passed=caught or not bare.has_power,
-        verdict="caught, as it should be" if caught else bare.verdict,
-    )
+        "passed": caught or not bare.has_power,
+        "verdict": "caught, as it should be" if caught else bare.verdict,
+    }
+    return bare.model_copy(update=control)
 
 
 def inversion(session: Session, plan: PrivacyPlan) -> list[Finding]:
@@ -199,15 +192,6 @@ def _record(session: Session, tokens: int, place: int) -> Encoded:
     vocabulary = int(session.model.config.vocab_size)
     ids = torch.randperm(vocabulary, generator=generator)[: tokens + 1].tolist()
     return Encoded(input_ids=tuple(ids), answer_start=tokens, unit=place)
-
-
-def plain(finding: Finding) -> dict[str, Json]:
-    """Return a finding for strict JSON."""
-    values = asdict(finding)
-    values["figure"], values["limit"] = json_number(finding.figure), json_number(finding.limit)
-    if finding.interval:
-        values["interval"] = [json_number(end) for end in finding.interval]
-    return values
 
 
 def show(console: Console, findings: Sequence[Finding], page: Path) -> None:

@@ -31,7 +31,7 @@ from common.privacy.canaries import (
     ideal_areas,
     likelihood_ratios,
 )
-from common.privacy.findings import FALSE_ALARM, Finding
+from common.privacy.findings import FALSE_ALARM
 from common.privacy.loop_checks import (
     draw_check,
     ledger_check,
@@ -45,6 +45,7 @@ from common.privacy.mechanism.release import grid_for
 from common.privacy.plan import PrivacyPlan
 from common.privacy.settings import plan_of
 from common.privacy.watch import Watch, Watched
+from common.records.checks import Finding
 from common.seeds import stream
 from common.text.batches import Encoded
 from common.training.hospital_data import HospitalData

@@ -19,7 +19,7 @@ from common.training.worker import Worker
 from common.wire.cohort import trained_by
 from sim.answers.evaluate import reopen
 from sim.answers.held_out import encoded
-from sim.checks.audit import plain, show
+from sim.checks.audit import show
 from sim.checks.audit_page import claim_of, write_audit_page
 from sim.process.lock import exclusive
 from sim.process.progress import SILENT, Console
@@ -91,7 +91,7 @@ def audit_membership(
             claim=claim,
             source=data.source,
             references=len(models) - 1,
-            findings=tuple(plain(finding) for finding in findings),
+            findings=tuple(findings),
             passed=all(finding.passed for finding in findings),
             seconds=round(time.monotonic() - started, 3),
         )

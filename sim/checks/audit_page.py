@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.privacy.findings import Finding
+from common.records.checks import Finding
 from common.rundir import RunDirectory
 from sim.report.html import Block, write_page
 

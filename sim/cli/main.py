@@ -53,8 +53,6 @@ PATH_ERRORS = (
     *(errno.ENAMETOOLONG, errno.EROFS, errno.EINVAL, errno.ELOOP),
 )
 """What another path mends; a full disk or a lost connection is a failure."""
-STATES = {"ok": "green", "note": "yellow", "bad": "red"}
-"""Colours of what the doctor found."""
 
 
 def _show_version(wanted: bool) -> None:
@@ -231,8 +229,7 @@ def resume(
     with quick_imports():
         from sim.runs.resume import resume as resume_run
 
-    console = console_for(json_output)
-    found = resume_run(run, set_ or (), console=console, command_line=sys.argv)
+    found = resume_run(run, set_ or (), console=console_for(json_output), command_line=sys.argv)
     print_json(found, json_output)
 
 
@@ -285,11 +282,10 @@ def _write_for_a_paper(
         raise UserError(
             "--out names one place, and --bundle and --tripod-llm need two", fix="run it twice"
         )
-    console = console_for(False)
     if bundle:
-        console.say(f"bundle: {write_bundle(runs[0], out)}")
+        console_for(False).say(f"bundle: {write_bundle(runs[0], out)}")
     if tripod_llm:
-        console.say(f"checklist: {write_checklist(runs[0], out)}")
+        console_for(False).say(f"checklist: {write_checklist(runs[0], out)}")
 
 
 @app.command()
@@ -304,11 +300,11 @@ def doctor(
 
     from sim.checks.doctor import examine
 
-    findings = examine(hospital)
+    findings, colours = examine(hospital), {"ok": "green", "note": "yellow", "bad": "red"}
     # What is to be typed is shown whole: where a column is too narrow, it goes over the line.
     table = Table("check", "", *(Column(name, overflow="fold") for name in ("found", "fix")))
     for one in findings:
-        table.add_row(one.check, Text(one.state, style=STATES[one.state]), one.found, one.fix)
+        table.add_row(one.check, Text(one.state, style=colours[one.state]), one.found, one.fix)
     console_for(json_output).say(table)
     print_json([asdict(finding) for finding in findings], json_output)
     if any(finding.state == "bad" for finding in findings):

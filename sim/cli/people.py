@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from common.config import Config
 from common.errors import UserError
@@ -18,6 +17,7 @@ from sim.cli.options import (
     console_for,
     print_json,
 )
+from sim.cli.terminal import Terminal
 from sim.process.open_run import open_run
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ def judge(
 ) -> None:
     """Let an LLM judge each suggested drug: suitable or not."""
     from common.evaluation.judge.plan import estimate
+    from sim.answers.judge import estimate_text, judgement_parts, plan, require_scores
     from sim.answers.judge import judge as ask_judge
-    from sim.answers.judge import plan, require_scores, show_estimate
     from sim.runs.stages import after_training
 
     overrides = list(set_ or ())
@@ -80,7 +80,7 @@ def judge(
     console = console_for(json_output)
     if dry_run:
         figures = estimate(directory, prepared)
-        show_estimate(console, figures)
+        console.say(estimate_text(figures))
         print_json(figures.as_json(), json_output)
         return
     again = ["fedrx", "judge"]
@@ -90,6 +90,7 @@ def judge(
     again += ["--agreement", agreement] if agreement else []
     with after_training(directory, "the judge", shlex.join(again)):
         result = ask_judge(directory, prepared, console=console)
+    console.say(*judgement_parts(result))
     _renew_report(directory)
     print_json(result.as_json(), json_output)
     require_scores(result)
@@ -118,10 +119,9 @@ def review_make(
         include_ordered=include_ordered,
         out=out,
     )
-    console_for(json_output).print(
-        f"page for reviewers: {page.absolute()}\nThe key to the lists stays in the run directory.",
-        markup=False,
-        highlight=False,
+    console_for(json_output).say(
+        f"page for reviewers: {page.absolute()}",
+        "The key to the lists stays in the run directory.",
     )
     print_json({"page": str(page.absolute())}, json_output)
 
@@ -133,14 +133,14 @@ def review_import(
     json_output: JsonOption = False,
 ) -> None:
     """Check and score downloaded reviews, and compare reviewers and judge."""
-    from sim.answers.review import import_reviews, show_reviews
+    from sim.answers.review import import_reviews, review_parts
     from sim.process.lock import exclusive
 
     directory = open_run(run)
     with exclusive(directory):
         result = import_reviews(directory, files)
         _renew_report(directory)
-    show_reviews(console_for(json_output), result)
+    console_for(json_output).say(*review_parts(result))
     print_json(result.as_json(), json_output)
 
 
@@ -212,7 +212,7 @@ def assist(
         require_fhir()
     console, listening = console_for(False), open_socket(port)
     directory, config, reference = _opened(run, set_, console, personal)
-    console.print("loading the model ...", style="dim")
+    console.say("loading the model ...", style="dim")
     assistant = Assistant(
         directory, config, reference=reference, checkpoint=checkpoint, personal=personal
     )
@@ -231,12 +231,12 @@ def assist(
     if cds_hooks:
         services = cds_routes(assistant)
         lines += service_lines(state, listening)
-    console.print("\n".join([*lines, "Ctrl-C stops."]), markup=False, highlight=False)
+    console.say(*lines, "Ctrl-C stops.")
     make_server(state, listening, services=services).run(sockets=[listening])
 
 
 def _opened(
-    run: Path | None, overrides: list[str] | None, console: Console, personal: str
+    run: Path | None, overrides: list[str] | None, console: Terminal, personal: str
 ) -> "tuple[RunDirectory, Config, ReferenceData]":
     """Find the run that is named, or the newest; return it with how to answer and what is known."""
     from sim.assist.suggest import assistant_config, find_run, reference_of, within_formulary
@@ -244,7 +244,7 @@ def _opened(
     directory = find_run(run)
     config = assistant_config(directory, overrides or ())
     if run is None:
-        console.print(f"run: {directory.path}", style="dim", markup=False, highlight=False)
+        console.say(f"run: {directory.path}", style="dim")
     reference = reference_of(config, personal=personal)
     return directory, within_formulary(config, reference, overrides or ()), reference
 

@@ -2,13 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.table import Column, Table
 
 from common.configio import read_config
 from common.errors import UserError
+from common.records.checks import PlanRecord
 from sim.cli.options import (
     BackendOption,
     CheckpointOption,
@@ -24,9 +25,6 @@ from sim.cli.options import (
 )
 from sim.cli.terminal import Terminal
 from sim.process.open_run import open_run
-
-if TYPE_CHECKING:
-    from common.records.checks import PlanRecord
 
 SMALLEST_SHOWN_BYTES = 5_000_000
 """Below, a part would be shown as 0.00 GB."""
@@ -49,7 +47,7 @@ def plan(
     print_json(found.as_json(), json_output)
 
 
-def show_plan(console: Terminal, found: "PlanRecord") -> None:
+def show_plan(console: Terminal, found: PlanRecord) -> None:
     """Print a plan as people read it."""
     from common.model.adapter.scheme import A
     from common.model.adapter.spec import SCHEMES

@@ -22,12 +22,9 @@ class Terminal(rich.console.Console, Console):
 
     def bar(self, label: str, total: int, *, done: int) -> Bar | None:
         """Draw a bar with the time left, on a terminal."""
-        return _Bar(self, label, total, done) if self.is_terminal else None
-
-
-class _Bar:
-    def __init__(self, terminal: Terminal, label: str, total: int, done: int) -> None:
-        self._bars = progress.Progress(
+        if not self.is_terminal:
+            return None
+        bar = _Bar(
             progress.TextColumn(label),
             progress.BarColumn(),
             progress.MofNCompleteColumn(),
@@ -35,13 +32,13 @@ class _Bar:
             progress.TextColumn("left"),
             progress.TimeRemainingColumn(),
             progress.TextColumn("{task.fields[note]}"),
-            console=terminal,
+            console=self,
         )
-        self._task = self._bars.add_task(label, total=total, completed=done, note="")
-        self._bars.start()
+        bar.add_task(label, total=total, completed=done, note="")
+        bar.start()
+        return bar
 
-    def update(self, done: int, note: str) -> None:
-        self._bars.update(self._task, completed=done, note=note)
 
-    def stop(self) -> None:
-        self._bars.stop()
+class _Bar(progress.Progress):
+    def fill(self, done: int, note: str) -> None:
+        self.update(self.task_ids[0], completed=done, note=note)

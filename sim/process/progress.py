@@ -13,7 +13,7 @@ PLAIN_SECONDS = 15.0
 class Bar(Protocol):
     """Drawn on a terminal, filled in place."""
 
-    def update(self, done: int, note: str) -> None:
+    def fill(self, done: int, note: str) -> None:
         """Fill it up to ``done``, with a word about it."""
 
     def stop(self) -> None:
@@ -70,7 +70,7 @@ class Meter:
     def update(self, done: int, note: str = "") -> None:
         """Show that ``done`` of the total are finished, with a word about it."""
         if self._bar:
-            self._bar.update(done, note)
+            self._bar.fill(done, note)
             return
         if self._pace_from is None and done > self._first:
             # What came before the first piece (start-up, earlier processes) tells nothing.

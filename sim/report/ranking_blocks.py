@@ -31,7 +31,10 @@ _INTERACTIONS = {
 
 def ranking_blocks(summary: Summary) -> list[Block]:
     """Return the blocks on rankings, hospitals and interactions, as far as a run has them."""
-    models = [(model_name(key, summary), one.model_dump()) for key, one in summary.metrics.items()]
+    models = [
+        (model_name(key, summary), one.model_dump(exclude_unset=True))
+        for key, one in summary.metrics.items()
+    ]
     blocks = [
         _beyond(summary, _with(models, "f1_beyond")),
         _rankings(_with(models, "prauc")),

@@ -5,9 +5,8 @@ A finished one is not run again, so the same command goes on where it stopped.
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import client.app
@@ -53,30 +52,18 @@ Jobs = Callable[[Sequence[Cell], Path, Console, Sequence[str]], None]
 """Finishes cells below a folder by other processes: a console, and the command line for each."""
 
 
+@dataclass
 class Cells(Kind):
-    """Runs of one folder, put together once all are finished.
-
-    Args:
-        cells: All of them.
-        command_line: The command of all; it goes on with what is not finished.
-        trained: Finished runs elsewhere that stand for cells, by the cells' folders.
-        jobs: Finishes cells elsewhere, before this process does.
-    """
+    """Runs of one folder, put together once all are finished."""
 
     resumable = False
-
-    def __init__(
-        self,
-        cells: Sequence[Cell],
-        command_line: Sequence[str],
-        *,
-        trained: Mapping[str, RunDirectory] = MappingProxyType({}),
-        jobs: Jobs | None = None,
-    ) -> None:
-        self.cells, self.command_line = cells, command_line
-        self.trained, self.jobs = trained, jobs
-        self.runs: dict[str, RunDirectory] = {}
-        """Those that are finished, by their cells' folders."""
+    cells: Sequence[Cell]
+    trained: Mapping[str, RunDirectory] = field(default_factory=dict)
+    """Finished runs elsewhere that stand for cells, by the cells' folders."""
+    jobs: Jobs | None = None
+    """Finishes cells elsewhere, before this process does."""
+    runs: dict[str, RunDirectory] = field(default_factory=dict)
+    """Those that are finished, by their cells' folders."""
 
     def record(self, config: Config, inputs: Inputs) -> RunRecord:
         """Say which runs lie inside."""
@@ -87,9 +74,9 @@ class Cells(Kind):
         """Return how many runs are finished."""
         return {"cells": len(self.runs)}
 
-    def again(self, directory: RunDirectory) -> str:
+    def again(self, run: Run) -> str:
         """Return the same command."""
-        return shlex.join(shown_command(self.command_line)) or f"the same `fedrx {self.mode}`"
+        return shlex.join(shown_command(run.command_line)) or f"the same `fedrx {self.mode}`"
 
     def train(self, run: Run) -> Record:
         """Run what is not finished, and put all together."""

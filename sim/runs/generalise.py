@@ -6,7 +6,7 @@ data and who is asked.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -139,22 +139,22 @@ def generalise(
             allowed="a run of `fedrx federate` that is finished, or a configuration",
             fix="`fedrx resume` it, or name a configuration",
         )
-    kind = Generalise(config, seeds, command_line, run)
+    cells = plan_models(config, seeds)
+    trained = {cells[0].folder: run} if run else {}
+    kind = Generalise(cells, trained=trained, config=config, seeds=seeds)
     return start_or_go_on(kind, folder, console=console, command_line=command_line).result
 
 
+@dataclass(kw_only=True)
 class Generalise(Cells):
     """Models of one, some and all hospitals, and what each is worth at every hospital."""
 
     mode = "generalise"
     file = GENERALISE
 
-    def __init__(
-        self, config: Config, seeds: int, command_line: Sequence[str], run: RunDirectory | None
-    ) -> None:
-        cells = plan_models(config, seeds)
-        super().__init__(cells, command_line, trained={cells[0].folder: run} if run else {})
-        self.config, self.seeds = config, seeds
+    config: Config
+    """Of the run of all hospitals."""
+    seeds: int
 
     def together(self, run: Run) -> GeneraliseRecord:
         """Return the matrices and the curve, by lists and by loss."""

@@ -23,7 +23,7 @@ from common.provenance import (
     source_digest,
 )
 from common.records import Record
-from common.records.run import Inputs, Mode, RunRecord
+from common.records.run import Inputs, Mode, Resumption, RunRecord
 from common.records.summary import Summary
 from common.rundir import DATA, ENVIRONMENT, RUN, SUMMARY, RunDirectory
 from common.training.worker import Worker
@@ -82,9 +82,9 @@ class Kind:
         """Return how far a run has come, for status.json."""
         return {}
 
-    def again(self, directory: RunDirectory) -> str:
+    def again(self, run: "Run") -> str:
         """Return the command that goes on with a run; empty where none does."""
-        return resume_command(directory) if self.resumable else ""
+        return resume_command(run.directory) if self.resumable else ""
 
     def train(self, run: "Run") -> Any:
         """Do what is left of the training, or of what stands in its place, and sum it up."""
@@ -156,7 +156,7 @@ class Run:
     def live(self, *, inside: bool) -> "Run":
         """Do what is left, to the report; where that breaks off, status.json says so."""
         kind, directory, console = self.kind, self.directory, None if inside else self.console
-        with reported(directory, console, lambda: self.place, again=kind.again(directory)):
+        with reported(directory, console, lambda: self.place, again=kind.again(self)):
             self.result = self._answered() if self.record.has_model else kind.train(self)
             directory.write_json(kind.file, self.result)
             self.enter(REPORT)
@@ -363,16 +363,13 @@ def _note_resumption(
     directory: RunDirectory, command_line: Sequence[str], console: Console
 ) -> None:
     """Add the resumption to environment.json, and warn if the source has changed."""
-    facts, digest = directory.read_json(ENVIRONMENT), source_digest()
-    if digest != facts["source_digest"]:
+    facts, digest = directory.environment(), source_digest()
+    if digest != facts.source_digest:
         console.say("FedRx's source has changed since the run began", style="yellow")
-    entry = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command_line": shown_command(command_line),
-        "source_digest": digest,
-    }
-    facts["resumed"] = [*facts.get("resumed", []), entry]
-    directory.write_json(ENVIRONMENT, facts)
+    now, command = datetime.now(UTC).isoformat(timespec="seconds"), shown_command(command_line)
+    entry = Resumption(time=now, command_line=tuple(command), source_digest=digest)
+    resumed = {"resumed": (*facts.resumed, entry)}
+    directory.write_json(ENVIRONMENT, facts.model_copy(update=resumed))
 
 
 def evaluate(

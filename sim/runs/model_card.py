@@ -11,7 +11,6 @@ from common.data.samples import Admission, Visit
 from common.model.adapter.layout import adapter_spec
 from common.model.backbone import embedded
 from common.model.backbone.load import BackboneSpec
-from common.privacy.budget.receipts import INFINITY
 from common.provenance import PROMPT_DATE
 from common.records.summary import Summary
 from common.rundir import Checkpoint, RunDirectory
@@ -137,6 +136,6 @@ def _privacy_line(summary: Summary) -> str:
     privacy = summary.privacy
     if not privacy:
         return "trained without differential privacy"
-    if privacy.epsilon == INFINITY:
+    if not privacy.guarantees:
         return "no guarantee (epsilon is infinite)"
     return f"epsilon {privacy.epsilon:.3f}, delta {privacy.delta:g}, per {privacy.unit}"

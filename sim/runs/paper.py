@@ -1,7 +1,7 @@
 """``fedrx paper``: both ranks of the paper, its four checkpoints each, its table beside ours."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -104,21 +104,18 @@ def paper(
     ).result
 
 
+@dataclass
 class Paper(Kind):
-    """A single run for each rank, and one table.
-
-    Args:
-        scale: Name of the scale.
-        ranks: Ranks to run; a resumed run reads all of these from its run.json.
-        best: Whether the best settings found here are run too.
-    """
+    """A single run for each rank, and one table."""
 
     mode = "paper"
     trains_here = True
     renewed = True  # its runs may have been judged meanwhile
-
-    def __init__(self, scale: str = "", ranks: tuple[int, ...] = (), best: bool = False) -> None:
-        self.scale, self.ranks, self.best = scale, ranks, best
+    scale: str = ""
+    ranks: tuple[int, ...] = ()
+    """Ranks to run; a resumed run reads all of these from its run.json."""
+    best: bool = False
+    """Whether the best settings found here are run too."""
 
     def resolve(self, config: Config) -> Config:
         """Check every rank, and resolve the rest."""

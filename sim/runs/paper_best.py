@@ -6,13 +6,12 @@ What was tried, and on whom it was chosen: benchmarks/README.md, "What makes ans
 from common.config import Config
 from common.configio import Scalar, from_flat
 from common.records.paper import BestRow
-from common.records.summary import Readings
 from common.rundir import RunDirectory
 from sim.answers.evaluate import evaluate_run
 from sim.process.lock import exclusive
 from sim.report.run_report import write_report
 from sim.runs.lifecycle import Run
-from sim.runs.paper_table import LAST, model_of
+from sim.runs.paper_table import LAST, READINGS, model_of
 from sim.runs.single import single_inside
 from sim.runs.stages import EVALUATION, after_training
 
@@ -81,14 +80,14 @@ def _answered(one: RunDirectory, around: Run, lists: str) -> list[BestRow]:
                 worker=around.worker,
                 data=around.preparation.data,
             )
-        figures = summary.metrics[model_of(summary, checkpoint)].model_dump()
+        figures = summary.metrics[model_of(summary, checkpoint)]
         rows.append(
             BestRow(
                 lists=lists,
                 checkpoint=checkpoint.name,
                 steps=checkpoint.step,
-                prauc=figures["prauc"]["value"] if figures.get("prauc") else None,
-                **{key: figures[key] for key in Readings.model_fields},
+                prauc=figures.prauc.value if figures.prauc else None,
+                **figures.model_dump(include=READINGS),
             )
         )
     return rows

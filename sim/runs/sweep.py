@@ -153,13 +153,10 @@ def sweep(
         command_line: Stored in each run's environment.json.
         jobs: See ``sim.runs.slurm.jobs_on``.
 
-    Returns:
-        The content of sweep.json.
-
     Raises:
         UserError: if another process is at work on it, or a run in it is not the cell's.
     """
-    kind = Sweep(cells, command_line, jobs=jobs)
+    kind = Sweep(cells, jobs=jobs)
     return start_or_go_on(kind, folder, console=console, command_line=command_line).result
 
 
@@ -243,8 +240,7 @@ def _answers(summary: Summary) -> Figures:
 
 
 def _worst_f1(figures: Figures) -> float | None:
-    each = (figures.model_extra or {}).get("by_hospital") or {}
-    known = [one["f1"] for one in each.values() if one["f1"] is not None]
+    known = [one.f1 for one in figures.by_hospital.values() if one.f1 is not None]
     return min(known, default=None)
 
 

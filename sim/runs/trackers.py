@@ -5,7 +5,6 @@ is told numbers and the public configuration (``common.config``); texts stay in 
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from common.config import Config
 from common.configio import Scalar, file_keys, flatten, toml_scalar
 from common.files import write_json
+from common.records import Record
 from sim.flower.child_environment import ask_loopback_directly
 
 UNTOLD = ("run.", "judge.")
@@ -96,6 +96,14 @@ class TensorBoard:
         self._writer.close()
 
 
+class MlflowRun(Record):
+    """mlflow.json: which MLflow run this is, and where."""
+
+    server: str
+    """Empty for files."""
+    run_id: str
+
+
 class MLflow:
     """One MLflow run, in files of the run directory or on a server.
 
@@ -122,16 +130,18 @@ class MLflow:
         from mlflow.tracking import MlflowClient
 
         self._client = MlflowClient(tracking_uri=self.address, registry_uri=self.address)
-        earlier = json.loads(self.note.read_text("utf-8")) if self.note.exists() else {}
+        earlier = None
+        if self.note.exists():
+            earlier = MlflowRun.read(self.note.read_bytes(), what=self.note.name)
         # Files go with the run directory, wherever it is moved.
         server = "" if self.address.startswith("file:") else self.address
-        if earlier.get("server") == server:
+        if earlier and earlier.server == server:
             # A person may have deleted it.
             with contextlib.suppress(MlflowException):
-                self._client.delete_run(earlier["run_id"])
+                self._client.delete_run(earlier.run_id)
         run = self._client.create_run(self._experiment(), run_name=self.name)
         self._run_id = run.info.run_id
-        write_json(self.note, {"server": server, "run_id": self._run_id})
+        write_json(self.note, MlflowRun(server=server, run_id=self._run_id).as_json())
         params = [Param(key, str(value)) for key, value in self.configuration.items()]
         for start in range(0, len(params), _AT_ONCE):
             self._client.log_batch(self._run_id, params=params[start : start + _AT_ONCE])

@@ -10,14 +10,15 @@ import gzip
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.data.synthetic.catalogue import GROUPS, STATUS_CODES
+from common.data.synthetic.defects import draw
 from common.data.synthetic.patients import simulate
-from common.data.synthetic.rows import Numbers, patient_rows
+from common.data.synthetic.rows import Counts, Row, patient_rows
 from common.errors import UserError
 from common.files import atomic_path, write_json
 from common.records import Record
@@ -66,13 +67,7 @@ class SyntheticManifest(Record):
     """By file below the folder."""
 
 
-def write_tables(
-    directory: Path,
-    *,
-    patients: int,
-    seed: int,
-    progress: Callable[[int], None] | None = None,
-) -> SyntheticManifest:
+def write_tables(directory: Path, *, patients: int, seed: int) -> SyntheticManifest:
     """Write a synthetic MIMIC-IV folder (hosp/, icu/ and the manifest).
 
     Patients are written one after the other, so memory does not grow with their number, and the
@@ -83,7 +78,6 @@ def write_tables(
         directory: New, empty, or an earlier synthetic source (replaced).
         patients: How many patients to invent.
         seed: The source's seed: equal seeds give equal tables.
-        progress: Called with the number of patients written so far.
 
     Raises:
         UserError: No patients asked for, or the folder holds tables that are not synthetic.
@@ -101,24 +95,14 @@ def write_tables(
         )
     paths = {table: directory / f"{table}.csv.gz" for table in HEADERS}
     rows: Counter[str] = Counter()
-    numbers = Numbers()
     with ExitStack() as stack:
         writers = {
             table: stack.enter_context(_table_writer(path, HEADERS[table]))
             for table, path in paths.items()
         }
-
-        def write(table: str, cells: tuple[object, ...]) -> None:
+        for table, cells in _rows(patients, seed):
             writers[table].writerow(cells)
             rows[table] += 1
-
-        for cells in _dictionary_rows():
-            write("hosp/d_icd_diagnoses", cells)
-        for index in range(patients):
-            for table, cells in patient_rows(simulate(seed, index), seed, index, numbers):
-                write(table, cells)
-            if progress is not None:
-                progress(index + 1)
         manifest_path.unlink(missing_ok=True)
     manifest = SyntheticManifest(
         source="synthetic",
@@ -148,10 +132,15 @@ def _table_writer(path: Path, header: str) -> Iterator["Writer"]:
         yield csv.writer(text, lineterminator="\n")
 
 
-def _dictionary_rows() -> list[tuple[object, ...]]:
+def _rows(patients: int, seed: int) -> Iterator[Row]:
     codes = {code for group in GROUPS for code in group.codes}
     codes |= {code for status in STATUS_CODES for code in status}
-    return [tuple(code) for code in sorted(codes)]
+    for code in sorted(codes):
+        yield "hosp/d_icd_diagnoses", tuple(code)
+    counts = Counts()
+    for index in range(patients):
+        rows, counts = patient_rows(draw(simulate(seed, index), seed, index), index, counts)
+        yield from rows
 
 
 def _sha256(path: Path) -> str:

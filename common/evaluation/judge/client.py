@@ -1,8 +1,8 @@
 """One question to an OpenAI-compatible server: its dialect, when to try again, what came back.
 
-openai's own retries are off: they would hide calls that broke after they were sent, which the cost
-limit must charge, and they neither share a pause nor honour a Retry-After of more than a minute. No
-redirect is followed, and nothing bound for loopback meets a proxy.
+openai's own retries are off: of the tries before an answer it tells the number alone, so one that
+broke after it was sent, which the cost limit must charge, looks like one that was refused for free.
+No redirect is followed, and nothing bound for loopback meets a proxy.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from common.config import JudgeConfig
 from common.errors import RunFailed, UserError
 from common.evaluation.judge.cache import Exchange, Exchanges, UnansweredCall, exchange_key
 from common.evaluation.judge.cost import Meter, input_bound_tokens
-from common.evaluation.judge.dialect import dialects
+from common.evaluation.judge.dialect import Dialect, dialects
 from common.evaluation.judge.gate import Endpoint
 from common.files import writable
 
@@ -147,40 +147,19 @@ class JudgeClient:
         return await self._ask(judge, asked, repeat)
 
     async def _ask(self, judge: str, asked: Sequence[Mapping[str, str]], repeat: int) -> Exchange:
-        dialect = self.kept.get(judge, self._allowed[0])
-        failures = 0
+        dialect, failures = self.kept.get(judge, self._allowed[0]), 0
         while True:
             while (left := self._not_before - time.monotonic()) > 0:
                 await asyncio.sleep(left)
             try:
                 exchange = await self._attempt(dialect.body(judge, asked, self._config), repeat)
             except _Failed as failure:
-                # Another dialect is kept only if it is answered in: a complaint may mislead.
-                other = dialect.without(failure.complaint)
-                if other and failure.status in _REFUSED_STATUS | {500}:
-                    if other in self._allowed:
-                        dialect = other
-                        continue
-                    if judge not in self.kept:
-                        raise UserError(
-                            f"judge server {self._endpoint.named} refuses the JSON schema",
-                            fix="--set judge.response-format=auto",
-                        ) from None
-                if failure.status in _REFUSED_STATUS:
-                    raise Refused(failure.status) from None
-                failures += 1
-                self._not_before = max(self._not_before, self._wait_until(failure))
-                if failures == self._config.attempts:
-                    self._failing = True
-                    raise Unavailable(str(failure)) from None
-                last = failures == self._config.attempts - 1
-                plain = replace(dialect, schema=False)
-                if failure.status == 500 and last and judge not in self.kept:
-                    # Some servers break at response_format without saying so.
-                    dialect = plain if plain in self._allowed else dialect
-                if failure.wait_seconds is None:
-                    wait = FIRST_WAIT_SECONDS * 2 ** (failures - 1)
-                    await asyncio.sleep(min(wait, LONGEST_WAIT_SECONDS))
+                other = self._other(judge, dialect, failure)
+                if other is None:
+                    failures += 1
+                    other = self._simpler(judge, dialect, failure, failures)
+                    await self._back_off(failure, failures)
+                dialect = other
             else:
                 self.kept[judge] = dialect
                 self._exchanges.put(exchange)
@@ -188,14 +167,50 @@ class JudgeClient:
                     self._exchanges.speak(self._endpoint.named, judge, dialect)
                 return exchange
 
-    def _wait_until(self, failure: _Failed) -> float:
+    def _other(self, judge: str, dialect: Dialect, failure: _Failed) -> Dialect | None:
+        """Return the dialect that avoids what was complained about; None: try again as it was.
+
+        It is kept only if it is answered in: a complaint may mislead.
+        """
+        if failure.status in _REFUSED_STATUS | {500}:
+            other = dialect.without(failure.complaint)
+            if other in self._allowed:
+                return other
+            if other and judge not in self.kept:
+                raise UserError(
+                    f"judge server {self._endpoint.named} refuses the JSON schema",
+                    fix="--set judge.response-format=auto",
+                ) from None
+        if failure.status in _REFUSED_STATUS:
+            raise Refused(failure.status) from None
+        return None
+
+    def _simpler(self, judge: str, dialect: Dialect, failure: _Failed, failures: int) -> Dialect:
+        """Before the last try leave the schema out: some servers break at it without saying so."""
+        plain = replace(dialect, schema=False)
+        last = failures == self._config.attempts - 1
+        broken = failure.status == 500 and judge not in self.kept
+        return plain if last and broken and plain in self._allowed else dialect
+
+    async def _back_off(self, failure: _Failed, failures: int) -> None:
+        """Wait before the next try: all calls, if the server asks for it, else this one.
+
+        Raises:
+            Unavailable: If there were enough.
+            RunFailed: If the server asks for a long wait.
+        """
         wait = failure.wait_seconds or 0.0
         if wait > LONGEST_RETRY_AFTER_SECONDS:
             raise RunFailed(
                 f"judge server: {failure}, and asks to wait {wait:.0f} s; run the same command "
                 "again later, it goes on where it stopped"
             ) from None
-        return time.monotonic() + wait
+        self._not_before = max(self._not_before, time.monotonic() + wait)
+        if failures == self._config.attempts:
+            self._failing = True
+            raise Unavailable(str(failure)) from None
+        if failure.wait_seconds is None:
+            await asyncio.sleep(min(FIRST_WAIT_SECONDS * 2 ** (failures - 1), LONGEST_WAIT_SECONDS))
 
     async def _attempt(self, body: Mapping[str, Any], repeat: int) -> Exchange:
         """Make one call; what it took is charged, or what it may have taken."""

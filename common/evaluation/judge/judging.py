@@ -28,7 +28,7 @@ from common.evaluation.judge.rubric import (
 )
 from common.evaluation.judge.summary import counts, summarise
 from common.files import json_line, writable, write_text
-from common.records.judged import Judged
+from common.records.judged import Counts, Judged
 from common.rundir import SUMMARY, RunDirectory
 
 STATEMENTS = Path("judge") / "statements.jsonl"
@@ -45,7 +45,7 @@ def judge_run(
     *,
     api_key: str = "",
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = lambda done, of: None,
 ) -> Judged:
     """Ask the judges, write judge.jsonl and the ``judge`` part of summary.json.
 
@@ -69,27 +69,22 @@ def judge_run(
     beside = _judged_before(run, plan)
     exchanges = Exchanges(run.path / EXCHANGES)
     before = usage(exchanges, plan.config)
-    meter = Meter(plan.config, spent_usd=before["cost_usd"])
     client = JudgeClient(
-        plan.endpoint, plan.config, api_key=api_key, meter=meter, exchanges=exchanges
+        plan.endpoint,
+        plan.config,
+        api_key=api_key,
+        meter=Meter(plan.config, spent_usd=before["cost_usd"]),
+        exchanges=exchanges,
     )
-    work = _Judging(plan, exchanges, client, progress or (lambda done, of: None))
+    work = _Judging(plan, exchanges, client, progress)
     try:
         asyncio.run(work.run())
     finally:
         judgements = [work.done.get(place, task) for place, task in enumerate(plan.tasks)]
         together = [*beside, *judgements]
-        after = usage(exchanges, plan.config)
-        spent = {key: after[key] - before[key] for key in after}
-        invocation = {"judges": plan.judges, **counts(judgements).as_json(), **spent}
-        accounting = {
-            "served_by": sorted({one.served_by for one in exchanges.by_key.values()}),
-            "usage": {key: after[key] for key in after if key != "cost_usd"},
-            "cost_usd": after["cost_usd"],
-            "invocation": invocation,
-        }
-        known = summarise(plan, together, seed=seed).as_json()
-        result = Judged.read({**known, **accounting}, what="judge")
+        result = summarise(plan, together, seed=seed).model_copy(
+            update=_accounting(plan, judgements, exchanges, before)
+        )
         # A server that gave nothing does not replace what an earlier one gave.
         if not work.stopped or result.invocation.scored:
             records = [json_line(one.as_json()) for one in together if one.asked]
@@ -104,6 +99,23 @@ def judge_run(
             "the same command, it goes on from there"
         )
     return result
+
+
+def _accounting(
+    plan: JudgePlan,
+    judgements: Sequence[Judgement],
+    exchanges: Exchanges,
+    before: Mapping[str, float],
+) -> dict[str, object]:
+    """Return who answered, and what asking took: of all invocations, and of this one."""
+    after = usage(exchanges, plan.config)
+    spent = {key: after[key] - before[key] for key in after}
+    return {
+        "served_by": tuple(sorted({one.served_by for one in exchanges.by_key.values()})),
+        "usage": Counts.model_validate({key: after[key] for key in after if key != "cost_usd"}),
+        "cost_usd": after["cost_usd"],
+        "invocation": counts(judgements).model_copy(update={"judges": plan.judges, **spent}),
+    }
 
 
 @dataclass

@@ -23,9 +23,10 @@ def summarise(plan: JudgePlan, judgements: Sequence[Judgement], *, seed: int) ->
         seed: Of the interval's resamples.
     """
     names = _names(judgements)
-    of_judge: dict[str, list[Judgement]] = {name: [] for name in names.values()}
-    for judgement in judgements:
-        of_judge[names[judgement.judge, judgement.server]].append(judgement)
+    of_judge = {
+        name: [one for one in judgements if names[one.judge, one.server] == name]
+        for name in names.values()
+    }
     agreement, flip_rate = _agreement(judgements)
     return Judged(
         model=", ".join(of_judge) or plan.config.model,
@@ -78,9 +79,7 @@ def counts(judgements: Sequence[Judgement]) -> Counts:
 def _by_model(
     plan: JudgePlan, judgements: Sequence[Judgement], seed: int
 ) -> dict[str, Appropriateness]:
-    of_model: dict[str, list[Judgement]] = {name: [] for name in plan.unanswered}
-    for judgement in judgements:
-        of_model[judgement.model].append(judgement)
+    of_model = {name: [one for one in judgements if one.model == name] for name in plan.unanswered}
     return {
         model: _appropriateness(plan, model, theirs, seed=seed)
         for model, theirs in of_model.items()

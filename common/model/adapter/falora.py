@@ -216,6 +216,15 @@ class Adapter:
             for module in self.modules:
                 module.merged_OD = None
 
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Let other values be tried inside the block; those of before are put back after it."""
+        before_P = self.flat.clone()
+        try:
+            yield
+        finally:
+            self.flat.copy_(before_P)
+
 
 def attach(model: nn.Module, spec: AdapterSpec) -> Adapter:
     """Freeze a model and put the adapter on its target projections.

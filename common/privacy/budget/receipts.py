@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from common.privacy.accounting import Epsilon, epsilon
 from common.privacy.budget.ledger import Ledger
@@ -17,21 +17,11 @@ if TYPE_CHECKING:
 
 PRIVACY = "privacy.jsonl"
 """A run's public account: one line per hospital and round, see ``ledger_line``."""
-INFINITY: Literal["infinity"] = "infinity"
 
 NOT_COVERED = (
     "metrics of this summary are the simulation's own, on held-out patients, outside the "
     "guarantee; the baselines among them were fitted to the training patients without privacy"
 )
-
-
-def json_number(value: float) -> Number:
-    """Return a number that strict JSON can hold.
-
-    >>> json_number(1.5), float(json_number(math.inf))
-    (1.5, inf)
-    """
-    return value if math.isfinite(value) else INFINITY
 
 
 class PrivacyLine(Record):
@@ -86,7 +76,7 @@ def ledger_line(plan: PrivacyPlan, hospital: str, round_number: int, steps: int)
         hospital=hospital,
         round=round_number,
         steps=steps,
-        epsilon=json_number(epsilon(plan, steps).value),
+        epsilon=epsilon(plan, steps).value,
         **terms(plan),
     )
 
@@ -158,9 +148,9 @@ def receipt(
         steps=steps,
         released_steps=entries[-1].released_steps,
         planned_steps=plan.steps,
-        epsilon=json_number(cost.value),
-        epsilon_accountant=json_number(cost.accountant),
-        epsilon_cross_check=json_number(cost.cross_check),
+        epsilon=cost.value,
+        epsilon_accountant=cost.accountant,
+        epsilon_cross_check=cost.cross_check,
         noise=mechanism.noise.name,
         noise_std=mechanism.grid.std,
         grid_step=mechanism.grid.step,
@@ -178,11 +168,11 @@ def privacy_summary(plan: PrivacyPlan, lines: Sequence[PrivacyLine]) -> Privacy:
     Patients are in one hospital only, so hospitals compose in parallel: epsilon is the largest.
     """
     last = {line.hospital: line for line in lines}
-    largest = max((float(line.epsilon) for line in last.values()), default=0.0)
+    largest = max((line.epsilon for line in last.values()), default=0.0)
     return Privacy(
         **terms(plan),
         relation=plan.relation,
-        epsilon=json_number(largest),
+        epsilon=largest,
         noise=noise_name(secret=not plan.deterministic_noise),
         expected_batch=plan.expected_batch,
         planned_steps=plan.steps,

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from common.data.names import normalise_string
+from common.data.synthetic import write
 from common.data.synthetic.catalogue import (
     ADDITIVES,
     BACKGROUND,
@@ -20,6 +21,7 @@ from common.data.synthetic.catalogue import (
     STATUS_CODES,
     VEHICLES,
 )
+from common.data.synthetic.patients import Patient, simulate
 from common.data.synthetic.write import HEADERS, MANIFEST_NAME, write_tables
 from common.errors import UserError
 
@@ -232,6 +234,14 @@ def test_more_patients_change_no_earlier_one(folder: Path, tmp_path: Path) -> No
         assert many[: len(few)] == few, name
 
 
+def test_the_tables_of_a_seed_stay(tmp_path: Path) -> None:
+    """A draw more, or in another place, makes other patients of every seed."""
+    write_tables(tmp_path, patients=24, seed=3)
+    content = b"".join(gzip.decompress((tmp_path / f"{n}.csv.gz").read_bytes()) for n in HEADERS)
+    expected = "efd6c5ee659c32da15258de2887dd0fd8cc2f90bcc9717bfa579123691312e5b"
+    assert hashlib.sha256(content).hexdigest() == expected
+
+
 def test_the_manifest_says_synthetic_and_holds_true_hashes(folder: Path) -> None:
     manifest = json.loads((folder / MANIFEST_NAME).read_text())
     assert manifest["source"] == "synthetic"
@@ -269,13 +279,17 @@ def test_real_tables_under_any_name_are_not_overwritten(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["patients.csv"]
 
 
-def test_a_write_that_is_cut_off_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
-    def stop(done: int) -> None:
-        if done == 5:
+def test_a_write_that_is_cut_off_leaves_nothing_that_looks_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(seed: int, index: int) -> Patient:
+        if index == 5:
             raise KeyboardInterrupt
+        return simulate(seed, index)
 
+    monkeypatch.setattr(write, "simulate", stop)
     with pytest.raises(KeyboardInterrupt):
-        write_tables(tmp_path, patients=10, seed=1, progress=stop)
+        write_tables(tmp_path, patients=10, seed=1)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 

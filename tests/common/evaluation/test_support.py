@@ -29,7 +29,6 @@ def test_support_counts_orders_among_admissions_that_share_a_category():
         Support(ordered=1, similar=2),
         Support(ordered=0, similar=2),
     ]
-    assert Support(ordered=1, similar=2).share == 0.5
 
 
 def test_nothing_similar_is_no_support():

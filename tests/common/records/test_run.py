@@ -6,7 +6,17 @@ import pytest
 
 from common.config import Config
 from common.errors import UserError
-from common.records.run import DataFacts, HospitalSizes, Metric, SavedFacts, Status, WireLine
+from common.records.run import (
+    DataFacts,
+    Environment,
+    HospitalSizes,
+    Metric,
+    SavedFacts,
+    Status,
+    StepLine,
+    WireLine,
+    WorkerFacts,
+)
 from common.rundir import RunDirectory
 
 OF_A_HOSPITAL = {"name": "steps", "value": 2.0, "round": 1, "hospital": "hospital-1", "time": 1.5}
@@ -69,6 +79,16 @@ DATA = {
     "counts": {"rows": {"patients": 12}, "drugs_per_sample": {"mean": 3.5}},
     "hospitals": [SIZES],
 }
+OF_A_WORKER = {
+    "backbone_loads": 1,
+    "threads": 2,
+    "tokens": 257,
+    "training_seconds": 1.5,
+    "peak_device_bytes": None,
+}
+BEGUN = {"source_digest": "0a", "cpus": 2}
+RESUMED = {"time": "2026-11-27T03:00:00+00:00", "command_line": ["fedrx"], "source_digest": "0a"}
+RESUMED_TWICE = {"source_digest": "0a", "resumed": [RESUMED, RESUMED]}
 OF_A_SINGLE_RUN = {"step": 3, "b_sha256": "0a", "b_norm": 0.1, "seconds": 1.5}
 
 
@@ -79,6 +99,9 @@ OF_A_SINGLE_RUN = {"step": 3, "b_sha256": "0a", "b_norm": 0.1, "seconds": 1.5}
         *((WireLine, c) for c in (SENT, {k: v for k, v in SENT.items() if k != "unknown"})),
         *((SavedFacts, c) for c in (OF_A_ROUND, OF_A_SINGLE_RUN)),
         (DataFacts, DATA),
+        (WorkerFacts, OF_A_WORKER),
+        (StepLine, {"round": 1, "step": 3, "loss": None, "seconds": 0.25}),
+        *((Environment, c) for c in (BEGUN, {**RESUMED_TWICE, "cpus": 2})),
         *((Status, c) for c in (STATUS, {"state": "started", "paused": True})),
     ],
 )
@@ -88,7 +111,7 @@ def test_a_record_has_the_keys_and_values_of_its_file_in_their_order(kind, conte
     records = [kind, *([HospitalSizes] if kind is DataFacts else [])]
     declared = {key for one in records for key in one.model_fields}
     keys = {*content, *(SIZES if kind is DataFacts else ())}
-    assert keys - declared <= {"split", "paused"}
+    assert keys - declared <= {"split", "paused", "cpus"}
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from privacy_fixtures import PRIVATE_TINY
 
 from common.configio import from_flat
 from common.errors import RunFailed, UserError
-from common.privacy.findings import Finding
 from common.privacy.mechanism.release import GaussianMechanism
+from common.records.checks import Finding
 from common.rundir import RunDirectory
 from sim.checks.audit import audit, one_run_control
 from sim.checks.audit_page import NOT_COVERED, QUESTIONS

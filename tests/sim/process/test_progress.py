@@ -10,7 +10,7 @@ from common.config import Config
 from common.rundir import RunDirectory
 from sim.cli.terminal import Terminal
 from sim.process import progress
-from sim.process.progress import Meter, RunProgress
+from sim.process.progress import SILENT, Console, Meter, RunProgress
 
 
 @pytest.fixture
@@ -68,3 +68,19 @@ def test_a_start_names_its_phases_with_their_seconds_and_says_nothing_twice(cloc
         "local steps 0/4",
     ]
     assert shows.start_seconds == {"SuperLink": 42.0, "Ray": 8.0}
+
+
+def test_work_tells_whoever_it_is_handed_or_nobody(clock, capsys):
+    class Heard(Console):
+        lines: tuple[object, ...] = ()
+
+        def say(self, *parts: object, style: str = "", error: bool = False) -> None:
+            self.lines += parts
+
+    heard = Heard()
+    for console in (SILENT, heard):
+        with Meter(console, "steps", 4) as meter:
+            clock[0] += 60
+            meter.update(2)
+    assert heard.lines == ("steps 2/4",)
+    assert capsys.readouterr() == ("", "")

@@ -92,7 +92,7 @@ def test_three_cells_finish_though_one_is_killed_and_one_pre_empted(
     assert resumed == [0, 1, 1]
     # The table is that of the same sweep; nothing is left to run.
     before = [run.read_json("summary.json") for run in runs]
-    rows = sweep(cells, folder, console=console, command_line=["fedrx"])
+    rows = sweep(cells, folder, command_line=["fedrx"]).as_json()
     assert [run.read_json("summary.json") for run in runs] == before
     assert rows["rows"][0]["runs"] == 3
     # Nothing is submitted for what is finished.

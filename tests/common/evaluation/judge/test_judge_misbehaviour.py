@@ -4,6 +4,7 @@ import json
 import time
 from types import SimpleNamespace
 
+import openai
 import pytest
 
 from common.errors import RunFailed, UserError
@@ -216,6 +217,19 @@ def test_calls_that_are_tried_again_stay_below_the_cost_limit(
     with pytest.raises(RunFailed, match="max-cost-usd"):
         judge_run(run, plan_judging(run, config))
     assert len(server.requests) == 2
+
+
+def test_openais_own_retries_do_not_tell_what_may_be_charged(server, kit):
+    """Why the judge tries again by itself: a call that broke looks like one that was refused."""
+    seen = []
+    for failure in ({"text": "x" * 1000, "close": True}, {"status": 500, "raw": b"{}"}):
+        server.requests.clear()
+        server.behave = lambda body, n, failure=failure: kit.Answer(**(failure if n == 0 else {}))
+        with openai.OpenAI(base_url=server.url, api_key="x", max_retries=1) as client:
+            raw = client.chat.completions.with_raw_response.create(model="m", messages=[])
+        assert len(server.requests) == 2
+        seen.append((raw.status_code, raw.retries_taken))
+    assert seen == [(200, 1)] * 2
 
 
 def test_a_dead_server_stops_the_command_early(server, make_run, judge_config, kit, quick):
