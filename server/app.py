@@ -4,7 +4,6 @@ import contextlib
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Literal
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -42,8 +41,6 @@ from server.known import known
 from server.progress import note_end, note_start
 from server.roster import Roster
 from server.rounds import Rounds
-
-FLOWER: Literal["flower"] = "flower"
 
 app = ServerApp()
 
@@ -90,7 +87,7 @@ def federate(grid: Grid, config: Config, run: RunDirectory, *, clock: Clock = ti
     summary = summarise(rounds.config, run, layout, inputs, rounds.roster, b, seconds)
     run.write_json(SUMMARY, summary)
     record = run.record()
-    if record and record.mode == FLOWER:
+    if record and record.mode == "flower":
         run.write_status("finished", round=config.federation.rounds)
         note_end(run)
     else:
@@ -103,8 +100,8 @@ def run_directory(config: Config) -> RunDirectory:
     run = RunDirectory(Path(config.run.directory))
     if run.record() is None:
         run = RunDirectory.create(config, directory=run.path)
-        run.write_json(ENVIRONMENT, {**environment([]), "mode": FLOWER})
-        run.write_json(RUN, RunRecord(mode=FLOWER, resumable=False))
+        run.write_json(ENVIRONMENT, {**environment([]), "mode": "flower"})
+        run.write_json(RUN, RunRecord(mode="flower", resumable=False))
     return run
 
 

@@ -14,7 +14,6 @@ from common.config import IN_PROCESS, Config
 from common.configio import differences
 from common.errors import UserError
 from common.provenance import shown_command
-from common.records import Record
 from common.records.run import Inputs, RunRecord
 from common.records.summary import Summary
 from common.rundir import RunDirectory
@@ -78,8 +77,8 @@ class Cells(Kind):
         """Return the same command."""
         return shlex.join(shown_command(run.command_line)) or f"the same `fedrx {self.mode}`"
 
-    def train(self, run: Run) -> Record:
-        """Run what is not finished, and put all together."""
+    def finish(self, run: Run) -> None:
+        """Run what is not finished."""
         folder = run.directory.path
         client.app.worker().forget_data()  # of an earlier call: files may have changed since
         run.enter(TRAINING)
@@ -92,11 +91,6 @@ class Cells(Kind):
             run_cell(cell, one.path, run.console, run.command_line)
             self.runs[cell.folder] = one
             run.enter(TRAINING)
-        return self.together(run)
-
-    def together(self, run: Run) -> Record:
-        """Put the finished runs together."""
-        raise NotImplementedError
 
 
 def run_cell(cell: Cell, folder: Path, console: Console, command_line: Sequence[str]) -> Summary:

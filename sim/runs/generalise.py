@@ -156,8 +156,9 @@ class Generalise(Cells):
     """Of the run of all hospitals."""
     seeds: int
 
-    def together(self, run: Run) -> GeneraliseRecord:
-        """Return the matrices and the curve, by lists and by loss."""
+    def train(self, run: Run) -> GeneraliseRecord:
+        """Do what is left of every model; return matrices and curve, by lists and by loss."""
+        self.finish(run)
         # Cells in this process have opened it, under absolute paths.
         data = client.app.worker().data(with_absolute_paths(self.config))
         names = [hospital.name for hospital in data.hospitals]

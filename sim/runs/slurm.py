@@ -17,7 +17,7 @@ from typing import Any
 
 from common.errors import FedrxError, RunFailed, UserError
 from common.limits import available_cpus
-from common.rundir import STATUS, RunDirectory
+from common.rundir import RunDirectory
 from sim.process.extras import require_extra
 from sim.process.progress import Console
 from sim.runs.cells import Cell, Jobs, run_cell
@@ -124,8 +124,8 @@ def _run_cells(
         what = f"no Slurm here (srun): {at_once} at a time as processes of this machine"
         console.say(what, style="yellow")
     waiting = deque(cell for cell in cells if not RunDirectory(folder / cell.folder).is_finished)
-    told: dict[str, Any] = {"command_line": tuple(command_line), "console": type(console)}
-    job_of = partial(CellJob, folder=folder, **told)
+    command = tuple(command_line)
+    job_of = partial(CellJob, folder=folder, command_line=command, console=type(console))
     running = dict[Any, Cell]()
     tries, failed = Counter[str](), dict[str, str]()
     try:
@@ -197,5 +197,5 @@ def _failure(job: Any, place: Path) -> str:
     if not isinstance(error, FailedJobError):
         return VANISHED
     # The job's own text may quote data; status.json does not.
-    message = RunDirectory(place).status().error if (place / STATUS).exists() else ""
-    return str(message or "the job failed")
+    run = RunDirectory(place)
+    return (run.record() and run.status().error) or "the job failed"

@@ -166,8 +166,9 @@ class Sweep(Cells):
     mode = "sweep"
     file = "sweep.json"
 
-    def together(self, run: Run) -> SweepRecord:
-        """Return the table."""
+    def train(self, run: Run) -> SweepRecord:
+        """Do what is left of every cell, and put all into the table."""
+        self.finish(run)
         arms: dict[str, dict[int, list[Summary]]] = {}
         for cell in self.cells:
             summary = self.runs[cell.folder].summary()

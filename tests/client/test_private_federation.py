@@ -15,6 +15,7 @@ from privacy_fixtures import PRIVATE_TINY
 import client.app
 import client.private_update
 import common.wire.contract
+from client.local_update import LocalRound
 from client.private_update import private_update
 from common.config import Config, PrivacyConfig
 from common.configio import from_flat
@@ -240,15 +241,14 @@ def test_hospital_level_runs_whole_and_tells_only_b(tmp_path, honest) -> None:
 @pytest.fixture
 def hospital(samples_of):
     samples = tuple(samples_of((17, 5, 33, 8), (1, 2, 1, 3)))
-    return HospitalData(name="hospital-1", patients=3, samples=4, train=samples, validation=())
+    return HospitalData(name="hospital-1", train=samples, validation=())
 
 
 def one_round(session, hospital, folder, *, b=None, server_round=1, **privacy: Any):
     config = from_flat({**SETTINGS, **{f"privacy.{k}": v for k, v in privacy.items()}})
     start = b or {key: np.zeros_like(v) for key, v in session.adapter.state().items()}
-    return private_update(
-        session, hospital, start, TrainState(), config, server_round=server_round, folder=folder
-    )
+    task = LocalRound(session, hospital, start, TrainState(), config, server_round)
+    return private_update(task, folder)
 
 
 def test_the_same_round_asked_again_gets_the_same_answer_for_free(

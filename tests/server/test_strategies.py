@@ -210,7 +210,7 @@ def test_order_of_arrival_changes_nothing_and_state_comes_back(strategy):
     for key in (KEY, OTHER):
         np.testing.assert_array_equal(b[key], again[key])
     restored = Aggregator(config)
-    restored.restore(one.state())
+    restored.state = dict(one.state)
     goes_on = one.aggregate(b, updates(2), server_round=2)
     resumed = restored.aggregate(b, updates(2), server_round=2)
     for key in (KEY, OTHER):

@@ -8,7 +8,7 @@ import pytest
 from plain_model import plain_loss
 from scipy import integrate, stats
 
-from client.local_update import update
+from client.local_update import LocalRound, update
 from client.private_update import private_update
 from common.configio import from_flat
 from common.model.adapter.layout import initial_tensors
@@ -44,17 +44,12 @@ def planted(open_tiny: Any, folder: Any, **keys: Any) -> tuple[Any, Any, Any]:
     records = made_up(session, [9] * len(units), units, number=7)
     inside = tuple(record for record in records if record.unit < 40)
     outside = [record for record in records if record.unit >= 40]
-    hospital = HospitalData(name="h", patients=40, samples=60, train=inside, validation=())
+    hospital = HospitalData(name="h", train=inside, validation=())
     config, adapter = from_flat({**KEYS, **keys}), session.adapter
     start = initial_tensors(adapter.shapes, adapter.spec)
     private = "privacy.noise-multiplier" in keys
-    common: dict[str, Any] = {"server_round": 1}
-    if private:
-        b = private_update(
-            session, hospital, start, TrainState(), config, folder=folder, **common
-        ).b
-    else:
-        b = update(session, hospital, start, TrainState(), config, **common).b
+    task = LocalRound(session, hospital, start, TrainState(), config, 1)
+    b = (private_update(task, folder) if private else update(task)).b
     losses = [patient_losses(session, list(some), [b, start])[0] for some in (inside, outside)]
     assert [len(one) for one in losses] == [40, 200]
     return ratios(losses[0]), ratios(losses[1]), plan_of(config) if private else None

@@ -41,8 +41,6 @@ def hospital() -> HospitalData:
     """Eleven training samples, so that epochs end inside batches."""
     return HospitalData(
         name="hospital-1",
-        patients=14,
-        samples=14,
         train=samples_of_any_length(11, 1),
         validation=samples_of_any_length(3, 2),
     )

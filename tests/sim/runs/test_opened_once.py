@@ -59,7 +59,7 @@ def sweep_twice(monkeypatch, tmp_path, prepared):
     shared = Worker()
     monkeypatch.setattr("client.app.worker", lambda: shared)
     monkeypatch.setattr(Run, "_answered", lambda run: Summary())
-    monkeypatch.setattr(Sweep, "together", lambda *_: Summary())
+    monkeypatch.setattr(Sweep, "train", lambda kind, run: kind.finish(run) or Summary())
     for kind in (Kind, Sweep):
         for name in ("report", "show"):
             monkeypatch.setattr(kind, name, lambda *_: None)
