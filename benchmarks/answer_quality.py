@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from client.local_update import update
+from client.local_update import LocalRound, update
 from common.config import Config
 from common.configio import differences, read_config
 from common.data.dataset import open_hospitals
@@ -84,7 +84,7 @@ def train(worker: Worker, hospitals: Sequence[Hospital], config: Config) -> B:
     weights = [len(one.train) / sum(len(own.train) for own in tokens) for one in tokens]
     for server_round in range(1, config.federation.rounds + 1):
         updated = [
-            update(session, own, b, state, config, server_round=server_round).b
+            update(LocalRound(session, own, b, state, config, server_round)).b
             for own, state in zip(tokens, states, strict=True)
         ]
         b = {

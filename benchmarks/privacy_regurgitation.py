@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from scipy.stats import binomtest
 
-from client.local_update import update
+from client.local_update import LocalRound, update
 from client.private_update import private_update
 from common.config import OWN_TEXT, Config
 from common.configio import from_flat
@@ -106,21 +106,14 @@ def printed(
 
 def trained(session: Session, config: Config, records: Sequence[Encoded]) -> Any:
     """Train one hospital and return its B."""
-    hospital = HospitalData(
-        name="hospital",
-        patients=len({record.unit for record in records}),
-        samples=len(records),
-        train=tuple(records),
-        validation=(),
-    )
+    hospital = HospitalData(name="hospital", train=tuple(records), validation=())
     adapter, state = session.adapter, TrainState()
     b = initial_tensors(adapter.shapes, adapter.spec)
     with tempfile.TemporaryDirectory() as folder:
+        task = LocalRound(session, hospital, b, state, config, 1)
         if not config.privacy.target_epsilon:
-            return update(session, hospital, b, state, config, server_round=1).b
-        return private_update(
-            session, hospital, b, state, config, server_round=1, folder=Path(folder)
-        ).b
+            return update(task).b
+        return private_update(task, Path(folder)).b
 
 
 def save(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:

@@ -34,7 +34,7 @@ from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.load import resolve_backbone
 from common.model.session import Session, open_session
 from common.privacy.accounting import calibrate
-from common.privacy.canaries import roc_area
+from common.privacy.canaries import area_with_deviation
 from common.privacy.findings import mean_interval
 from common.privacy.mechanism.gradients import PrivateGradient
 from common.privacy.mechanism.noise import NoiseSource
@@ -110,7 +110,7 @@ def read(session: Session, plan: PrivacyPlan | None, tokens: int, repeats: int) 
         share_V = inside(session, released(session, [one], plan), tokens)
         present = np.zeros(len(share_V), dtype=bool)
         present[list(one.input_ids[:-1])] = True
-        areas.append(roc_area(share_V[present], share_V[~present]))
+        areas.append(area_with_deviation(share_V[present], share_V[~present]).value)
     return areas
 
 
@@ -125,7 +125,7 @@ def told_apart(
         ]
         share_V = inside(session, released(session, records[:members], plan), tokens * members)
         scores = [float(share_V[list(one.input_ids[:-1])].mean()) for one in records]
-        areas.append(roc_area(scores[:members], scores[members:]))
+        areas.append(area_with_deviation(scores[:members], scores[members:]).value)
     return areas
 
 

@@ -18,7 +18,7 @@ from client.kept_state import (
     own_folder,
     save_state,
 )
-from client.local_update import evaluate, update
+from client.local_update import LocalRound, evaluate, update
 from client.node import hospital_of, local_config, own_policy, private_folder
 from client.personal import train_own
 from client.private_update import private_update
@@ -62,9 +62,7 @@ def hello(config: Config, message: Message, context: Context, worker: Worker) ->
     facts: dict[str, str | int] = {
         "hospital": hospital.name,
         "a-sha256": session.adapter.a_fingerprint,
-        "backbone-sha256": worker.backbone(config.model.backbone).fingerprint_as(
-            session.weights.value, config.text
-        ),
+        "backbone-sha256": session.spec.fingerprint_as(session.weights.value, config.text),
         "source-sha256": source_digest(),
         "of": config.federation.hospitals,
         "device": session.device.value,
@@ -125,19 +123,11 @@ def train_round(config: Config, message: Message, context: Context, worker: Work
         append_json_line(folder / STEPS, line.as_json())
 
     tokens = worker.tokens(config, hospital)
+    task = LocalRound(session, tokens, b, state, config, server_round, on_step=log)
     if private:
-        result = private_update(
-            session,
-            tokens,
-            b,
-            state,
-            config,
-            server_round=server_round,
-            folder=folder,
-            on_step=log,
-        )
+        result = private_update(task, folder)
     else:
-        result = update(session, tokens, b, state, config, server_round=server_round, on_step=log)
+        result = update(task)
         if config.train.keep_state:
             save_state(folder, state, server_round=server_round)
     worker.count(config, result.tokens, result.metrics.get("seconds", 0.0))
@@ -149,10 +139,9 @@ def train_round(config: Config, message: Message, context: Context, worker: Work
     wire = in_codec(config, folder, result.b, b, server_round)
     if config.adapter.personal:
         try:
-            train_own(session, tokens, b, config, server_round=server_round, folder=folder)
+            train_own(task, folder)
         except Exception:  # whether it works depends on the data, and what is sent must not
-            with contextlib.suppress(OSError):
-                _keep_traceback(config)
+            _keep_traceback(config)
     return train_reply(wire, metrics, private=protects(config))
 
 
@@ -235,8 +224,7 @@ def answer(kind: str, message: Message, context: Context, worker: Worker) -> Mes
     except Exception as error:
         if _may_leave(error, config):
             raise
-        with contextlib.suppress(OSError):  # its text would hold the hospital's path
-            _keep_traceback(config)
+        _keep_traceback(config)
         reason = f"the reason stays in the hospital, in {ERRORS}"
         if not protects(config):
             place = traceback.extract_tb(error.__traceback__)[-1]
@@ -261,6 +249,7 @@ def _may_leave(error: Exception, config: Config) -> bool:
 
 
 def _keep_traceback(config: Config) -> None:
-    file = own_folder(Path(config.run.directory) / "hospitals") / ERRORS
-    with open(file, "a", encoding="utf-8", opener=for_owner) as stream:
-        stream.write(traceback.format_exc() + "\n")
+    with contextlib.suppress(OSError):  # its text would hold the hospital's path
+        file = own_folder(Path(config.run.directory) / "hospitals") / ERRORS
+        with open(file, "a", encoding="utf-8", opener=for_owner) as stream:
+            stream.write(traceback.format_exc() + "\n")

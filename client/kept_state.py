@@ -5,8 +5,6 @@ Each file carries its digest; one that was altered is refused, and with it the r
 
 from pathlib import Path
 
-import torch
-
 from common.files import json_line, needing_room, read_json_lines, write_text
 from common.records.run import StepLine
 from common.tensor_files import Tensors, read_tensors, write_tensors
@@ -31,13 +29,12 @@ def load_state(folder: Path, *, before_round: int) -> TrainState:
     tensors = load_kept(folder, "state", before_round=before_round)
     if not tensors:
         return TrainState()
-    return TrainState.from_tensors({k: torch.from_numpy(v) for k, v in tensors.items()})
+    return TrainState.from_tensors(tensors)
 
 
 def save_state(folder: Path, state: TrainState, *, server_round: int) -> None:
     """Write the state after a round."""
-    tensors = {key: value.numpy() for key, value in state.to_tensors().items()}
-    keep(folder, "state", tensors, server_round=server_round)
+    keep(folder, "state", state.to_tensors(), server_round=server_round)
 
 
 def kept_steps(folder: Path) -> int:

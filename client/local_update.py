@@ -27,23 +27,29 @@ class LocalResult:
     """Packed tokens that were trained on, for the hospital's own machine; 0 where it tells none."""
 
 
-def update(
-    session: Session,
-    hospital: HospitalData,
-    b: Tensors,
-    state: TrainState,
-    config: Config,
-    *,
-    server_round: int,
-    on_step: Callable[[StepReport], None] | None = None,
-    source: GradientSource | None = None,
-) -> LocalResult:
+@dataclass(frozen=True)
+class LocalRound:
+    """What one hospital's round begins at."""
+
+    session: Session
+    hospital: HospitalData
+    b: Tensors
+    """The global B."""
+    state: TrainState
+    """Updated in place."""
+    config: Config
+    server_round: int
+    on_step: Callable[[StepReport], None] | None = None
+
+
+def update(task: LocalRound, source: GradientSource | None = None) -> LocalResult:
     """Train one hospital for one round, starting from the global B.
 
-    ``state`` is updated in place. A private ``source`` tells no loss, nor has the result metrics.
+    A private ``source`` tells no loss, nor has the result metrics.
     """
-    session.adapter.load(b)
-    session.adapter.start_round(server_round)
+    session, hospital, config = task.session, task.hospital, task.config
+    session.adapter.load(task.b)
+    session.adapter.start_round(task.server_round)
     samples = 0 if source is not None else len(hospital.train)
     if config.federation.strategy == "fedprox":
         source = Proximal(
@@ -55,14 +61,14 @@ def update(
         session,
         hospital.train,
         config.train,
-        state,
-        steps=steps_of_round(config, samples, server_round).value,
+        task.state,
+        steps=steps_of_round(config, samples, task.server_round).value,
         schedule_steps=steps_in_all(config, samples).value,
         stream=hospital.name,
-        on_step=on_step,
+        on_step=task.on_step,
         source=source,
     )
-    sent = session.adapter.spec.scheme.shapes(server_round, session.adapter.state())
+    sent = session.adapter.spec.scheme.shapes(task.server_round, session.adapter.state())
     if metrics.loss is None:
         return LocalResult(b=sent, metrics={})
     return LocalResult(

@@ -12,17 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from client.kept_state import keep, load_kept
-from common.config import Config
+from client.local_update import LocalRound
 from common.errors import UserError
-from common.model.session import Session
 from common.privacy.settings import is_private
 from common.rundir import Checkpoint, RunDirectory
-from common.tensor_files import Tensors
+from common.tensor_files import Tensors, under
 from common.training.budget import steps_before_round, steps_in_all, steps_of_round
-from common.training.hospital_data import HospitalData
 from common.training.loop import train
 from common.training.optimiser import TrainState
 
@@ -30,23 +27,17 @@ PERSONAL = "personal"
 _OWN, _STATE = "own.", "state."
 
 
-def train_own(
-    session: Session,
-    hospital: HospitalData,
-    b: Tensors,
-    config: Config,
-    *,
-    server_round: int,
-    folder: Path,
-) -> None:
+def train_own(task: LocalRound, folder: Path) -> None:
     """Train B_own for one round with the global B frozen, and keep it in the hospital's folder."""
+    session, hospital, config = task.session, task.hospital, task.config
+    server_round = task.server_round
     kept = load_kept(folder, PERSONAL, before_round=server_round)
-    own, carried = _part(kept, _OWN), _part(kept, _STATE)
+    own, carried = under(_OWN, kept), under(_STATE, kept)
     samples = 0 if is_private(config) else len(hospital.train)
     state = TrainState(step=steps_before_round(config, samples, server_round))
     if carried and config.train.keep_state:
-        state = TrainState.from_tensors({k: torch.from_numpy(v) for k, v in carried.items()})
-    session.adapter.load(with_own(b, own))
+        state = TrainState.from_tensors(carried)
+    session.adapter.load(with_own(task.b, own))
     session.adapter.start_round(server_round)
     train(
         session,
@@ -57,14 +48,14 @@ def train_own(
         schedule_steps=steps_in_all(config, samples).value,
         stream=f"{hospital.name} {PERSONAL}",
     )
-    found = {_OWN + key: value - b[key] for key, value in session.adapter.state().items()}
-    found |= {_STATE + key: value.numpy() for key, value in state.to_tensors().items()}
+    found = {_OWN + key: value - task.b[key] for key, value in session.adapter.state().items()}
+    found |= {_STATE + key: value for key, value in state.to_tensors().items()}
     keep(folder, PERSONAL, found, server_round=server_round)
 
 
 def own_b(folder: Path) -> Tensors:
     """Return a hospital's last B_own, from its own folder; empty if it has none."""
-    return _part(load_kept(folder, PERSONAL, before_round=sys.maxsize), _OWN)
+    return under(_OWN, load_kept(folder, PERSONAL, before_round=sys.maxsize))
 
 
 def with_own(b: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray]) -> Tensors:
@@ -96,7 +87,3 @@ def b_of(run: RunDirectory, loaded: Checkpoint, hospital: str) -> Tensors:
             fix="name one of these hospitals, and no --checkpoint" if able else "train another run",
         )
     return with_own(loaded.b, own_b(folder / hospital))
-
-
-def _part(kept: Tensors, prefix: str) -> Tensors:
-    return {k.removeprefix(prefix): v for k, v in kept.items() if k.startswith(prefix)}

@@ -160,11 +160,8 @@ def _number(text: str | None) -> int | None:
 
 
 def _statistic(text: str | None, name: str) -> int:
-    for line in (text or "").splitlines():
-        key, _, value = line.partition(" ")
-        if key == name:
-            return _number(value) or 0
-    return 0
+    rows = (line.partition(" ") for line in (text or "").splitlines())
+    return next((_number(value) or 0 for key, _, value in rows if key == name), 0)
 
 
 def _read(file: Path) -> str | None:

@@ -88,10 +88,8 @@ def environment(command_line: Sequence[str]) -> dict[str, object]:
 
     versions = {}
     for name in VERSIONED:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     accelerators = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
@@ -168,27 +166,19 @@ def tokens_per_second(tokens: int, seconds: float) -> float | None:
 
 
 def _processor() -> str:
-    try:
+    with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
     return platform.processor()
 
 
 def _git_commit() -> str | None:
-    try:
-        root = source_root()
-        if not (root / ".git").exists():
-            return None
-        output = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return output.stdout.strip()
+    root = source_root()
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if (root / ".git").exists():
+            command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+            return subprocess.check_output(
+                command, text=True, timeout=10, stderr=subprocess.DEVNULL
+            ).strip()
+    return None

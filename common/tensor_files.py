@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -19,6 +19,7 @@ from common.files import json_document, utf8, write_bytes
 from common.records.run import SavedFacts
 
 Tensors = dict[str, np.ndarray[Any, Any]]
+T = TypeVar("T")
 _DIGEST = "sha256"
 """Key of a tensor file's metadata, and of a checkpoint's facts.json."""
 
@@ -71,6 +72,15 @@ def read_tensors(source: Path) -> Tensors:
             "digest: it is not used; fix: bring the file back, or start a new run"
         )
     return tensors
+
+
+def under(prefix: str, tensors: Mapping[str, T]) -> dict[str, T]:
+    """Return the tensors whose names begin with a prefix, without it.
+
+    >>> under("own.", {"own.b": 1, "state.step": 2})
+    {'b': 1}
+    """
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def digests_of(b: Tensors, extra: Tensors) -> dict[str, str]:

@@ -103,7 +103,7 @@ def save(
             inputs=inputs_of(roster.ours),
         ),
         extra={
-            **{f"{STRATEGY}{key}": value for key, value in aggregator.state().items()},
+            **{f"{STRATEGY}{key}": value for key, value in aggregator.state.items()},
             **{f"{CARRIED}{key}": value for key, value in finished.owed.items()},
         },
     )
@@ -120,9 +120,3 @@ def load(run: RunDirectory, config: Config, ours: Fingerprints) -> Checkpoint | 
     checkpoint = run.load_checkpoint()
     check_unchanged(checkpoint.facts, config, ours)
     return checkpoint
-
-
-def part(prefix: str, checkpoint: Checkpoint) -> Tensors:
-    """Return the tensors beside B that a checkpoint keeps under a prefix."""
-    extra = checkpoint.extra
-    return {k.removeprefix(prefix): v for k, v in extra.items() if k.startswith(prefix)}

@@ -8,21 +8,21 @@ transformers, and reads no weights a second time.
 from typing import TYPE_CHECKING
 
 from common.config import Config
-from common.model.adapter.layout import adapter_layout, adapter_spec
+from common.model.adapter.layout import adapter_spec, meta_adapter
 from common.records.run import Inputs, Layout
 from common.rundir import RunDirectory
 
 if TYPE_CHECKING:
-    from common.model.adapter.layout import AdapterLayout
+    from common.model.adapter.falora import Adapter
     from common.model.backbone.load import BackboneSpec
 
 
-def layout_record(config: Config, backbone: "BackboneSpec", layout: "AdapterLayout") -> Layout:
+def layout_record(config: Config, backbone: "BackboneSpec", adapter: "Adapter") -> Layout:
     """Return what run.json tells the server."""
     return Layout(
         backbone=backbone.fingerprint_as(config.model.weights, config.text),
-        shapes=layout.shapes,
-        trainable_parameters=layout.trainable_parameters,
+        shapes=dict(adapter.shapes),
+        trainable_parameters=adapter.held_parameters,
     )
 
 
@@ -38,6 +38,6 @@ def known(config: Config, run: RunDirectory) -> tuple[Layout, Inputs]:
     from common.model.backbone.load import resolve_backbone
 
     backbone = resolve_backbone(config.model.backbone)
-    layout = adapter_layout(backbone, adapter_spec(config.adapter))
-    inputs = Inputs(backbone=backbone.fingerprint, a=layout.a_fingerprint)
-    return layout_record(config, backbone, layout), inputs
+    adapter = meta_adapter(backbone, adapter_spec(config.adapter))
+    inputs = Inputs(backbone=backbone.fingerprint, a=adapter.a_fingerprint)
+    return layout_record(config, backbone, adapter), inputs

@@ -1,7 +1,6 @@
 """What a Flower node is to the server: a hospital, or left out and why, so far or for good."""
 
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass
 
 from common.wire.handshake import Handshake
 
@@ -40,10 +39,6 @@ class Retried(LeftOut):
 
     tries: int
     """How often it was asked since it connected."""
-
-    def disconnected(self) -> Self:
-        """Return what it is when it comes back."""
-        return replace(self, tries=0)
 
 
 @dataclass(frozen=True, kw_only=True)

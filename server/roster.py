@@ -4,7 +4,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -71,31 +71,23 @@ class Roster:
         return sorted(self.remembered | set(self.handshakes))
 
     @property
-    def arrived(self) -> int:
-        """Number of hospitals that have shown up in this process, refused ones included.
-
-        A second node under an admitted hospital's name is none.
-        """
-        return len(self._names_here)
-
-    @property
     def known(self) -> int:
         """Number of hospitals that have ever shown up, refused ones included; at most ``of``."""
-        known = max(self.known_before, len(self.remembered | self._names_here))
+        known = max(self.known_before, len(self.remembered | self.arrived))
         return min(known, self.of) if self.of else known
 
     @property
-    def _names_here(self) -> set[str]:
+    def arrived(self) -> set[str]:
+        """The hospitals that have shown up in this process, refused ones included.
+
+        A second node under an admitted hospital's name is none.
+        """
         refused = {
             one.name
             for one in self.nodes.values()
             if isinstance(one, LeftOut) and not isinstance(one, Retried) and not one.impostor
         }
         return {*self.handshakes, *refused}
-
-    def can_go_on(self, needed: int) -> bool:
-        """Return whether somebody is here and enough were known before a resume."""
-        return bool(self.handshakes) and self.known >= needed
 
     def remember(self, facts: SavedFacts) -> None:
         """Take over what a checkpoint keeps: who was admitted, and how many had shown up."""
@@ -127,7 +119,7 @@ class Roster:
         """
         for node, one in self.nodes.items():
             if isinstance(one, Retried) and node not in nodes:
-                self.nodes[node] = one.disconnected()
+                self.nodes[node] = replace(one, tries=0)
         asked = self._due(nodes, server_round)
         if not asked:
             return {}

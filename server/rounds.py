@@ -15,6 +15,7 @@ from common.errors import RunFailed
 from common.model.adapter.scheme import Scheme
 from common.privacy.settings import HOSPITAL
 from common.rundir import Checkpoint, RunDirectory
+from common.tensor_files import under
 from common.wire.cohort import NOT_EVALUATED, WITHSTANDS_NOTHING
 from common.wire.contract import (
     ContractError,
@@ -34,7 +35,7 @@ from server.privacy_account import PrivacyAccount
 from server.progress import log, round_line
 from server.roster import Roster
 from server.screening import outliers, with_capped_weights
-from server.strategies import check_strategy
+from server.strategies import check_strategy, withstands
 from server.strategy import Aggregator, aggregator_for
 from server.timeouts import HANDSHAKE_SECONDS, RECONNECT_SECONDS, Pace
 
@@ -85,7 +86,7 @@ class Rounds:
             updates = self.train(last, number)
             if self.config.federation.keep_updates:
                 kept_updates.keep(self.run, number, updates)
-            if not aggregator.withstands(len(updates)):
+            if not withstands(self.config.federation, len(updates)):
                 self.run.metric(WITHSTANDS_NOTHING, len(updates), round=number)
             base = self.scheme.shapes(number, last.received)
             b = aggregator.aggregate(base, updates, server_round=number)
@@ -111,7 +112,7 @@ class Rounds:
     def _resumed(self, checkpoint: Checkpoint, aggregator: Aggregator) -> Round:
         """Go back to the last checkpoint: B, strategy, hospitals, what was measured."""
         last = checkpoint.facts.round
-        aggregator.restore(checkpoints.part(STRATEGY, checkpoint))
+        aggregator.state = under(STRATEGY, checkpoint.extra)
         paces = checkpoint.facts.paces.items()
         self.paces = {kind: Pace.read(pace, what=kind) for kind, pace in paces}
         self.run.forget_metrics(after=last)
@@ -119,7 +120,7 @@ class Rounds:
             cost = private_steps(self.config, self.roster.plan, last + 1)
             self.account.record_interrupted(last + 1, cost)
         self.run.write_status("running", round=last)
-        return self._round(last, checkpoint.b, checkpoints.part(CARRIED, checkpoint))
+        return self._round(last, checkpoint.b, under(CARRIED, checkpoint.extra))
 
     def _save(self, finished: Round, aggregator: Aggregator) -> None:
         checkpoints.save(self.run, finished, self.config, self.roster, self.paces, aggregator)
@@ -150,13 +151,14 @@ class Rounds:
             of = self.roster.of or self.roster.count(federation.hospitals)
             needed = min(federation.min_hospitals or of, of)
             waited = self.clock.monotonic() - started
-            if self.roster.arrived >= needed:
+            if len(self.roster.arrived) >= needed:
                 break
-            if waited > min(limit, RECONNECT_SECONDS) and self.roster.can_go_on(needed):
+            able = bool(self.roster.handshakes) and self.roster.known >= needed
+            if able and waited > min(limit, RECONNECT_SECONDS):
                 break
             if waited > limit:
                 raise RunFailed(
-                    f"{self.roster.arrived} of {federation.min_hospitals or of} hospitals are "
+                    f"{len(self.roster.arrived)} of {federation.min_hospitals or of} hospitals are "
                     f"connected after {limit:.0f} s{self.roster.reasons}"
                 )
             self.clock.sleep(0.5)

@@ -5,7 +5,7 @@ To add one, add its name to ``federation.strategy`` in ``common.config`` and its
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from flwr.serverapp.strategy import (
 
 from common.config import FederationConfig
 from common.errors import UserError
+from common.tensor_files import under
 from common.wire.cohort import asked, trained_by
 from common.wire.contract import Tensors
 from server.q_fedavg import LOSS, QFedAvg
@@ -84,7 +85,7 @@ def _moments(strategy: FedAdam | FedYogi) -> Tensors:
 
 
 def _set_moments(strategy: FedAdam | FedYogi, tensors: Tensors) -> None:
-    strategy.m_t, strategy.v_t = _group("m", tensors) or None, _group("v", tensors) or None
+    strategy.m_t, strategy.v_t = under("m.", tensors) or None, under("v.", tensors) or None
 
 
 def _momentum(strategy: FedAvgM) -> Tensors:
@@ -92,13 +93,8 @@ def _momentum(strategy: FedAvgM) -> Tensors:
 
 
 def _set_momentum(strategy: FedAvgM, tensors: Tensors) -> None:
-    momentum = _group("momentum", tensors)
+    momentum = under("momentum.", tensors)
     strategy.momentum_vector = [momentum[key] for key in sorted(momentum)] or None
-
-
-def _group(name: str, tensors: Mapping[str, Any]) -> Tensors:
-    prefix = f"{name}."
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def _fewest_to_trim(config: FederationConfig) -> Fewest:

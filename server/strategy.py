@@ -19,6 +19,7 @@ from common.model.adapter.spec import SCHEMES
 from common.privacy.plan import PrivacyPlan
 from common.privacy.settings import HOSPITAL
 from common.rundir import RunDirectory
+from common.tensor_files import under
 from common.wire.contract import Tensors, Update
 from common.wire.undocumented_flower import AppExitException
 from server.strategies import STRATEGIES, WEIGHT, to_record, withstands
@@ -34,7 +35,8 @@ class Aggregator:
 
     def __init__(self, config: FederationConfig, scheme: Scheme = SCHEMES["fa-lora"]) -> None:
         self.config, self.scheme, self.spec = config, scheme, STRATEGIES[config.strategy]
-        self._state: Tensors = {}
+        self.state: Tensors = {}
+        """What the strategy carries over rounds, as named fp64 tensors."""
 
     def aggregate(self, b: Tensors, updates: Sequence[Update], *, server_round: int) -> Tensors:
         """Aggregate checked updates to the next global values (fp32) of what a round sends.
@@ -42,7 +44,7 @@ class Aggregator:
         Raises:
             RunFailed: if the strategy fails, returns nothing, or something that is not finite.
         """
-        if not self.withstands(len(updates)):
+        if not withstands(self.config, len(updates)):
             _log.warning(
                 "round %d: %s withstands nothing with %d updates",
                 server_round,
@@ -55,8 +57,7 @@ class Aggregator:
             for update in sorted(updates, key=lambda update: update.hospital)
         ]
         strategy, block = self.spec.make(self.config), self.scheme.block(server_round)
-        before = {k.removeprefix(block): v for k, v in self._state.items() if k.startswith(block)}
-        self.spec.restore(strategy, before)
+        self.spec.restore(strategy, under(block, self.state))
         self.spec.begin(strategy, b)
         try:
             arrays, _ = strategy.aggregate_train(server_round, replies)
@@ -64,20 +65,8 @@ class Aggregator:
             raise RunFailed(f"round {server_round}: {self.config.strategy}: {error}") from None
         if arrays is None:
             raise RunFailed(f"round {server_round}: the strategy returned no aggregate")
-        self._state |= {block + key: value for key, value in self.spec.state(strategy).items()}
+        self.state |= {block + key: value for key, value in self.spec.state(strategy).items()}
         return finite({key: arrays[key].numpy() for key in sorted(arrays)}, server_round)
-
-    def withstands(self, updates: int) -> bool:
-        """Return whether the strategy is as robust with so many updates as its name says."""
-        return withstands(self.config, updates)
-
-    def state(self) -> Tensors:
-        """Return what the strategy carries over rounds, as named fp64 tensors."""
-        return dict(self._state)
-
-    def restore(self, tensors: Tensors) -> None:
-        """Set what ``state`` returned."""
-        self._state = dict(tensors)
 
 
 def finite(b: Tensors, server_round: int) -> Tensors:

@@ -9,7 +9,7 @@ instance with ATC codes.
 import csv
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -204,7 +204,7 @@ def _ingredients(folded: str) -> tuple[str, ...]:
 def _core(part: str) -> str:
     """Drop dosage forms everywhere, and salts from the end where a molecule stands before them."""
     words = [word for raw in part.split() if (word := _word(raw)) and word not in _FORMS]
-    while len(words) > 1 and words[-1] in _SALTS and not _all_minerals(words[:-1]):
+    while len(words) > 1 and words[-1] in _SALTS and not _MINERALS.issuperset(words[:-1]):
         words.pop()
     return " ".join(words)
 
@@ -213,7 +213,3 @@ def _word(raw: str) -> str:
     word = raw.strip(".,:-'\"")
     undotted = word.replace(".", "")
     return _LONG_FORMS.get(undotted, undotted if undotted in _FORMS else word)
-
-
-def _all_minerals(words: Iterable[str]) -> bool:
-    return all(word in _MINERALS for word in words)

@@ -6,6 +6,7 @@ admission.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -13,21 +14,17 @@ from typing import Any, Literal
 import numpy as np
 
 from common.config import DataConfig, PartitionConfig
+from common.data.cleaning.assemble import ATTRIBUTES as COLUMNS
 from common.data.missing import apply_policies, fit_medians, policies_of
 from common.data.protocols import split_shares
 from common.data.samples import UNKNOWN, Admission
 from common.errors import SettingError, UserError
 from common.seeds import stream
+from common.wire.cohort import hospital_names
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-ATTRIBUTES = {
-    "service": "service",
-    "admission-type": "admission_type",
-    "insurance": "insurance",
-    "anchor-year-group": "anchor_year_group",
-    "careunit": "careunit",
-}
+ATTRIBUTES = {name.replace("_", "-"): name for name in COLUMNS}
 _DIRICHLET_CLASS = "service"
 _DIRICHLET_ATTEMPTS = 1000
 
@@ -94,7 +91,6 @@ def assign_hospitals(
     """
     first = _first(admissions)
     home = _homes(first, config, hospitals)
-    digits = len(str(hospitals))
     rooms: list[dict[Split, list[Admission]]] = [
         {split: [] for split in SPLITS} for _ in range(hospitals)
     ]
@@ -112,8 +108,8 @@ def assign_hospitals(
         rooms[home[one.patient]][split[one.patient]].append(one)
     policies = policies_of(data)
     named = tuple(
-        _limited(_hospital(f"hospital-{number:0{digits}d}", room, policies), data)
-        for number, room in enumerate(rooms, start=1)
+        _limited(_hospital(name, room, policies), data)
+        for name, room in zip(hospital_names(hospitals), rooms, strict=True)
     )
     for hospital in named:
         _check_size(hospital, config, hospitals, len(first))
@@ -133,16 +129,15 @@ def _hospital(
 ) -> Hospital:
     medians = fit_medians(room["train"], policies)
     kept = {split: apply_policies(room[split], policies, medians) for split in SPLITS}
-    dropped: dict[str, int] = {}
+    dropped = Counter[str]()
     for _, reasons in kept.values():
-        for reason, number in reasons.items():
-            dropped[reason] = dropped.get(reason, 0) + number
+        dropped.update(reasons)
     return Hospital(
         name=name,
         train=kept["train"][0],
         validation=kept["validation"][0],
         test=kept["test"][0],
-        dropped=dropped,
+        dropped=dict(dropped),
     )
 
 

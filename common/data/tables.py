@@ -76,6 +76,29 @@ def scan(table: Table) -> pl.LazyFrame:
     return rows.select(*table.columns, MORE_FIELDS)
 
 
+def stream(table: Table, lines: pl.LazyFrame, *, chunk_rows: int) -> Iterator[pl.DataFrame]:
+    """Yield a big table's rows batch by batch, in any order; the table is never held whole.
+
+    Args:
+        table: The table as found.
+        lines: What is wanted of ``scan``'s columns, ``MORE_FIELDS`` among them.
+        chunk_rows: Rows of a batch.
+
+    Raises:
+        UserError: A damaged or empty table, or one with a row longer than its header.
+    """
+    rows = 0
+    with reading(table.label):
+        for batch in lines.collect_batches(
+            chunk_size=chunk_rows, maintain_order=False, engine="streaming"
+        ):
+            if batch[MORE_FIELDS].is_not_null().any():
+                raise bad_width(table.label)
+            rows += batch.height
+            yield batch
+    require_rows(table, rows)
+
+
 def read(
     table: Table, *, numbers: Sequence[str] = (), attributes: Sequence[str] = ()
 ) -> pl.DataFrame:
@@ -124,7 +147,7 @@ def whole_numbers(table: Table, text: pl.Series, *, required: bool = False) -> p
         UserError: A cell is no whole number, or null where ``required``.
     """
     digits = text.str.strip_chars().cast(pl.Int64, strict=False)
-    values, unreadable = mend(table, text, digits, was_float)
+    values, unreadable = mend_numbers(table, text, digits)
     bad = values.null_count() if required else unreadable
     if bad:
         raise bad_numbers(table, text.name, bad, empty=bad - unreadable)
@@ -146,7 +169,12 @@ def was_float(text: pl.Series) -> pl.Series:
     return whole.set(whole.abs() > _EXACT_FLOAT, None)
 
 
-def mend(
+def mend_numbers(table: Table, text: pl.Series, parsed: pl.Series) -> tuple[pl.Series, int]:
+    """Look again at cells that are not all digits: a float may be a whole number."""
+    return _mend(table, text, parsed, was_float)
+
+
+def _mend(
     table: Table, text: pl.Series, parsed: pl.Series, again: Callable[[pl.Series], pl.Series]
 ) -> tuple[pl.Series, int]:
     """Look again at cells that were not parsed; most columns have none, and cost nothing here.
@@ -202,7 +230,7 @@ def times(frame: pl.DataFrame, table: Table, column: str, *, required: bool) -> 
 
 def mend_times(table: Table, text: pl.Series, parsed: pl.Series) -> tuple[pl.Series, int]:
     """Look again at cells that are no time: a date is its midnight, where hours do not count."""
-    return mend(table, text, parsed, _no_time if table.clocked else _midnight)
+    return _mend(table, text, parsed, _no_time if table.clocked else _midnight)
 
 
 def _midnight(text: pl.Series) -> pl.Series:
@@ -265,8 +293,14 @@ def _header(table: Table) -> tuple[str, ...]:
         raise UserError(f"{table.label} is empty", fix=_DAMAGED_FIX)
     names = _fields(header, ",")
     missing = [name for name in table.columns if name not in names]
+    repeated = sorted({name or "(blank)" for name in names if names.count(name) > 1})
+    if repeated and not missing:
+        raise UserError(
+            f"{table.label} has several columns named {', '.join(repeated)}",
+            allowed="one column of each name",
+            fix="use the table as PhysioNet ships it",
+        )
     if not missing:
-        _refuse_repeated(table, names)
         return tuple(names)
     for delimiter, word in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
         if set(table.columns) & set(_fields(header, delimiter)):
@@ -280,16 +314,6 @@ def _header(table: Table) -> tuple[str, ...]:
         allowed=f"a header with {', '.join(table.columns)}, in any order",
         fix="use the table as PhysioNet ships it",
     )
-
-
-def _refuse_repeated(table: Table, names: Sequence[str]) -> None:
-    repeated = sorted({name or "(blank)" for name in names if names.count(name) > 1})
-    if repeated:
-        raise UserError(
-            f"{table.label} has several columns named {', '.join(repeated)}",
-            allowed="one column of each name",
-            fix="use the table as PhysioNet ships it",
-        )
 
 
 def _fields(header: str, delimiter: str) -> list[str]:

@@ -140,7 +140,7 @@ class _Fit:
     def of(cls, train: Sequence[Admission]) -> "_Fit":
         if not train:
             raise ValueError("no admissions to fit a baseline on")
-        spellings = formulary_of(train).names
+        spellings = formulary_of(train)
         names = {normalise_string(name): column for column, name in enumerate(spellings)}
         codes = sorted({code for one in train for code in known_items(one)})
         code_column = {code: column for column, code in enumerate(codes)}

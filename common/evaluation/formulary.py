@@ -6,7 +6,6 @@ formulary never leaves its hospital: answers are decoded, and lists scored, wher
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,14 +22,8 @@ MOST_NAMES = 20_000
 """Names of a file; the largest hospitals stock a fifth of that."""
 LONGEST_NAME = 300
 """Characters of a name in a file."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Formulary:
-    """Drug names, distinct at the string level."""
-
-    names: tuple[str, ...]
-    """In the order of their string-level names."""
+Formulary = tuple[str, ...]
+"""Drug names, distinct at the string level and in the order of their string-level names."""
 
 
 def formulary_of(admissions: Iterable["Admission"]) -> Formulary:
@@ -42,7 +35,7 @@ def formulary_of(admissions: Iterable["Admission"]) -> Formulary:
     >>> from common.data.samples import Admission
     >>> one = Admission(patient=1, admission=1, sex="F", age=50, drugs=("Insulin", "Aspirin"))
     >>> two = Admission(patient=2, admission=2, sex="F", age=50, drugs=("insulin", "Heparin"))
-    >>> formulary_of([one, one, two]).names
+    >>> formulary_of([one, one, two])
     ('Aspirin', 'Heparin', 'Insulin')
 
     Raises:
@@ -54,9 +47,7 @@ def formulary_of(admissions: Iterable["Admission"]) -> Formulary:
             "the training split holds no drug, so there is no formulary",
             fix="use more patients, or name a file with evaluation.formulary",
         )
-    return Formulary(
-        names=tuple(min(one, key=lambda name: (-ordered[name], name)) for one in spelled)
-    )
+    return tuple(min(one, key=lambda name: (-ordered[name], name)) for one in spelled)
 
 
 def frequencies_of(formulary: Formulary, admissions: Sequence["Admission"]) -> Frequencies:
@@ -73,7 +64,7 @@ def frequencies_of(formulary: Formulary, admissions: Sequence["Admission"]) -> F
     """
     lists = [{normalise_string(drug) for drug in one.drugs} for one in admissions]
     counts = Counter(name for drugs in lists for name in drugs)
-    ordered = np.array([counts[normalise_string(name)] for name in formulary.names])
+    ordered = np.array([counts[normalise_string(name)] for name in formulary])
     odds = (ordered + 0.5) / (len(lists) - ordered + 0.5)
     mean = sum(map(len, lists)) / max(1, len(lists))
     return Frequencies(log_odds=tuple(np.log(odds).tolist()), length=max(1, round(mean)))
@@ -113,7 +104,7 @@ def read_formulary(path: Path) -> Formulary:
             allowed=f"1 to {MOST_NAMES:,}",
             fix="name the drugs that may be listed, one a line",
         )
-    return Formulary(names=tuple(first for first, *_ in spelled))
+    return tuple(first for first, *_ in spelled)
 
 
 def formularies(trains: Sequence[Sequence["Admission"]], file: str) -> list[Formulary]:

@@ -176,7 +176,7 @@ class ListMaker:
             cut_answers=0,
             cutoffs={
                 self.hospitals[place].name: CutoffFacts(
-                    names=len(self._rankers[place].formulary.names),
+                    names=len(self._rankers[place].formulary),
                     threshold=one.threshold,
                     slope=one.slope,
                     weight=one.weight if one.frequencies else None,

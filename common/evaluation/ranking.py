@@ -113,12 +113,12 @@ class Ranker:
     ) -> None:
         self.session, self.formulary, self._frequencies = session, formulary, frequencies
         self._text, self._max_length_tokens = text, max_length_tokens
-        self._place = {normalise_string(name): i for i, name in enumerate(formulary.names)}
+        self._place = {normalise_string(name): i for i, name in enumerate(formulary)}
 
     @cached_property
     def trie(self) -> DrugTrie:
         """The formulary's names as tokens."""
-        return drug_trie(self.formulary.names, self.session.tokenizer)
+        return drug_trie(self.formulary, self.session.tokenizer)
 
     @cached_property
     def plan(self) -> ScorePlan:
@@ -167,7 +167,7 @@ class Ranker:
         ]
         return fit_cutoff(
             self.scores(prompts),
-            [[name in found for name in range(len(self.formulary.names))] for found in places],
+            [[name in found for name in range(len(self.formulary))] for found in places],
             [sum(self.place(drug) is None for drug in one.drugs) for one in chosen],
             self._frequencies,
             [self._open(one) for one in chosen],
@@ -175,9 +175,8 @@ class Ranker:
 
     def _open(self, admission: "Admission") -> list[bool]:
         """Tell of every name whether a list may have it: what is ordered already may not."""
-        names = self.formulary.names
-        left = set(not_ordered(names, admission))
-        return [name in left for name in names]
+        left = set(not_ordered(self.formulary, admission))
+        return [name in left for name in self.formulary]
 
     def rank(self, prompts: Sequence[Sequence[int]], cutoff: Cutoff) -> list[Ranking]:
         """Rank the formulary after each prompt."""
@@ -188,7 +187,7 @@ class Ranker:
         confidence_N = cutoff.confidence(scores_N)
         return Ranking(
             drugs=tuple(
-                RankedDrug(name=self.formulary.names[place], confidence=float(confidence_N[place]))
+                RankedDrug(name=self.formulary[place], confidence=float(confidence_N[place]))
                 for place in cutoff.order(scores_N)
             ),
             length=len(cutoff.chosen(scores_N)),

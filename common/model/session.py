@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from common.choice import AMX, ASKED, AVX, GPU_HAS_BF16, GPU_LACKS_BF16, NEITHER, Choice
+from common.choice import AMX, ASKED, AVX, GPU_HAS_BF16, GPU_LACKS_BF16, NEITHER, Choice, is_device
 from common.errors import SettingError
 from common.limits import available_cpus
 from common.model.adapter.falora import Adapter, AdapterSpec, attach
@@ -159,14 +159,13 @@ def device_kind(requested: str) -> str:
     >>> device_kind("cuda:1")
     'cuda'
     """
-    kind, _, number = requested.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (number and not number.isdigit()):
+    if requested != "auto" and not is_device(requested):
         raise SettingError(
             f"train.device={requested!r}",
             allowed="auto, cpu, cuda, cuda:N",
             fix="set train.device",
         )
-    return kind
+    return requested.partition(":")[0]
 
 
 def choose_device(requested: str) -> Choice[str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from common.model.session import Session
 from common.privacy.accounting import epsilon
-from common.privacy.canaries import roc_area
+from common.privacy.canaries import area_with_deviation
 from common.privacy.findings import (
     FALSE_ALARM,
     mean_interval,
@@ -284,12 +284,12 @@ def disclosure(session: Session, gradient_P: Tensor, tokens: Sequence[int]) -> f
     with torch.no_grad():
         embedded_VD = layer.input_layernorm(session.model.model.embed_tokens.weight)
         z_VR = (embedded_VD @ module.lora_A.to(embedded_VD.dtype).T).double()
-    present = torch.zeros(len(z_VR), dtype=torch.bool)
+    present = np.zeros(len(z_VR), dtype=np.bool_)
     present[_read_tokens(tokens)] = True
     span = min(int(present.sum()), gradient_OR.shape[1] - 1)
     directions_RS = torch.linalg.svd(gradient_OR, full_matrices=False).Vh[:span].T
-    inside_V = (z_VR @ directions_RS).norm(dim=1) / z_VR.norm(dim=1)
-    return roc_area(inside_V[present].tolist(), inside_V[~present].tolist())
+    inside_V = ((z_VR @ directions_RS).norm(dim=1) / z_VR.norm(dim=1)).cpu().numpy()
+    return area_with_deviation(inside_V[present], inside_V[~present]).value
 
 
 def _read_tokens(tokens: Sequence[int]) -> list[int]:

@@ -11,7 +11,7 @@ Shapes: M canaries, P parameters, S steps of a round, K simulated runs.
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -119,28 +119,16 @@ def ideal_areas(
         total_KM += _ratios(seen.gram_MM, seen_KSM, plan, plan.sigma)
     return np.array(
         [
-            roc_area(ratio[coins], ratio[~coins])
+            area_with_deviation(ratio[coins], ratio[~coins]).value
             for ratio, coins in zip(total_KM, coins_KM, strict=True)
         ]
     )
 
 
-def roc_area(positives: Any, negatives: Any) -> float:
-    """Return the probability that a positive scores above a negative, ties counting half.
-
-    >>> roc_area([3.0, 2.0], [1.0, 2.0])
-    0.875
-    """
-    from scipy.stats import rankdata
-
-    ranks = rankdata(np.concatenate([positives, negatives]))
-    count = len(positives)
-    above = ranks[:count].sum() - count * (count + 1) / 2
-    return float(above / (count * len(negatives)))
-
-
 def area_with_deviation(positives: Floats, negatives: Floats) -> Area:
     """Return the ROC area and its standard deviation (DeLong, DeLong, Clarke-Pearson 1988).
+
+    It is the probability that a positive scores above a negative, ties counting half.
 
     >>> round(area_with_deviation(np.array([3.0, 2.0]), np.array([1.0, 2.0])).value, 3)
     0.875

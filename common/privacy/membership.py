@@ -20,8 +20,8 @@ from common.privacy.canaries import area_with_deviation
 from common.privacy.findings import FALSE_ALARM
 from common.records.checks import Finding
 from common.tensor_files import Tensors
-from common.text.batches import Encoded, pack
-from common.training.loss import weighted_cross_entropy
+from common.text.batches import Encoded
+from common.training.loop import token_losses
 
 Floats = NDArray[np.float64]
 _PACK_TOKENS = 4096
@@ -48,23 +48,11 @@ def patient_losses(
 
 def _record_losses(session: Session, records: Sequence[Encoded]) -> list[float]:
     losses: list[float] = []
-    group: list[Encoded] = []
-    for record in (*records, None):
-        tokens = sum(len(one.input_ids) for one in group)
-        if group and (record is None or tokens + len(record.input_ids) > _PACK_TOKENS):
-            batch = pack(group).to(session.torch_device)
-            with torch.no_grad():
-                hidden_ND = session.hidden_states(batch)[batch.label_positions_N]
-                ones_N = torch.ones_like(batch.labels_N, dtype=torch.float32)
-                head_VD = session.model.lm_head.weight
-                _, losses_N = weighted_cross_entropy(hidden_ND, head_VD, batch.labels_N, ones_N)
-            sums_S = torch.zeros(len(group), device=losses_N.device)
-            sums_S.index_add_(0, batch.label_segments_N, losses_N)
-            labels_S = torch.bincount(batch.label_segments_N, minlength=len(group))
-            losses += (sums_S / labels_S).tolist()
-            group = []
-        if record is not None:
-            group.append(record)
+    for batch, losses_N in token_losses(session, records, _PACK_TOKENS):
+        sums_S = torch.zeros(batch.segments, device=losses_N.device)
+        sums_S.index_add_(0, batch.label_segments_N, losses_N)
+        labels_S = torch.bincount(batch.label_segments_N, minlength=batch.segments)
+        losses += (sums_S / labels_S).tolist()
     return losses
 
 

@@ -33,19 +33,19 @@ class Toss(NamedTuple):
 class Step:
     """What was seen of one step."""
 
-    passes: list[PackedBatch]
+    passes: list[PackedBatch] = field(default_factory=list)
     """What the backbone was shown, pass by pass."""
     mixed: int = 0
     """Most units that one pass held without keeping them apart."""
-    tosses: list[Toss]
+    tosses: list[Toss] = field(default_factory=list)
     """Coins of the secret source."""
-    noise: list[Integers]
+    noise: list[Integers] = field(default_factory=list)
     """Integers that the secret source handed out, call by call."""
-    before_P: Tensor
+    before_P: Tensor = field(init=False)
     """B before the step."""
-    release_P: Tensor
+    release_P: Tensor = field(init=False)
     """The gradient that the optimizer was given."""
-    charged: int
+    charged: int = field(init=False)
     """Steps that the ledger held when the step was over."""
 
     @property
@@ -111,7 +111,7 @@ class Watch:
         self.session = WatchedSession(**values, on_pass=self._on_pass)
         self.run = Watched(units=tuple(dict.fromkeys(sample.unit for sample in dataset)))
         self._guard: Guard | None = None
-        self._now = self._fresh()
+        self._now = Step()
 
     def over(self, guard: Guard) -> Guard:
         """Put the watch before a round's source; returns the same guard."""
@@ -131,7 +131,7 @@ class Watch:
         self._now.release_P = adapter.flat_grad.detach().to("cpu", torch.float64)
         self._now.charged = self._guard.ledger.steps
         self.run.steps.append(self._now)
-        self._now = self._fresh()
+        self._now = Step()
         self._now.before_P = adapter.flat.clone()
         noise = self._guard.source.noise
         assert isinstance(noise, WatchedNoise)
@@ -140,9 +140,3 @@ class Watch:
     def _on_pass(self, batch: PackedBatch, apart: bool) -> None:
         self._now.passes.append(batch)
         self._now.mixed = max(self._now.mixed, 1 if apart else len(set(batch.units)))
-
-    def _fresh(self) -> Step:
-        nothing_P = torch.zeros(0)
-        return Step(
-            passes=[], tosses=[], noise=[], before_P=nothing_P, release_P=nothing_P, charged=0
-        )

@@ -7,9 +7,10 @@ tokenizers): the answer's tokens and its end token carry the loss, the prompt ne
 Shapes: T packed tokens, S segments (samples), N labelled tokens.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -44,11 +45,6 @@ class Encoded:
     """Index of a token in whose place any of ``set_tokens`` would be right."""
     set_tokens: tuple[int, ...] = ()
     """Tokens that all count there; empty: no such place."""
-
-    @property
-    def dropped_diagnoses(self) -> int:
-        """Whole diagnoses left out at the prompt's end."""
-        return self.left_out.diagnoses
 
     @property
     def label_tokens(self) -> int:
@@ -109,14 +105,9 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> "PackedBatch":
         """Return the batch with its tensors on ``device``."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            position_ids=self.position_ids.to(device),
-            label_positions_N=self.label_positions_N.to(device),
-            labels_N=self.labels_N.to(device),
-            label_segments_N=self.label_segments_N.to(device),
-        )
+        values = ((one.name, getattr(self, one.name)) for one in fields(self))
+        moved: dict[str, Any] = {n: v.to(device) for n, v in values if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 def encode_prompt(
@@ -176,36 +167,42 @@ def encode(
     prompt, left_out = encode_prompt(
         admission, tokenizer, text=text, max_length_tokens=max_length_tokens
     )
-    answer, dropped_drugs = encode_answer(
-        admission.drugs, tokenizer, max_tokens=max_length_tokens - len(prompt)
-    )
-    return Encoded(
-        input_ids=(*prompt, *answer),
+    bare = Encoded(
+        input_ids=tuple(prompt),
         answer_start=len(prompt),
         unit=admission.patient,
         left_out=left_out,
-        dropped_drugs=dropped_drugs,
     )
+    return with_drugs(bare, admission.drugs, tokenizer, max_length_tokens)
 
 
-def encode_answer(
-    drugs: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int
-) -> tuple[list[int], int]:
-    """Tokenise a list and the end token; whole drugs are dropped from its end to keep the limit.
+def with_drugs(
+    sample: Encoded,
+    drugs: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length_tokens: int,
+) -> Encoded:
+    """Return a sample's prompt with a list and the end token.
 
-    Returns:
-        Token ids, and the number of drugs left out.
+    Whole drugs are dropped from the list's end, and counted, to keep the length.
 
     Raises:
         UserError: If not even the empty list fits.
     """
-    end = tokenizer.eos_token_id
+    prompt = sample.input_ids[: sample.answer_start]
 
     def tokens(kept: int) -> list[int]:
         text = render_answer(drugs[:kept])
-        return [*tokenizer(text, add_special_tokens=False)["input_ids"], end]
+        return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
-    return _fit(tokens, len(drugs), max_tokens)
+    answer, dropped = _fit(tokens, len(drugs), max_length_tokens - len(prompt))
+    return Encoded(
+        input_ids=(*prompt, *answer),
+        answer_start=len(prompt),
+        unit=sample.unit,
+        left_out=sample.left_out,
+        dropped_drugs=dropped,
+    )
 
 
 def pack(samples: Sequence[Encoded]) -> PackedBatch:
@@ -259,17 +256,10 @@ def _fit(tokens: Callable[[int], list[int]], items: int, limit: int) -> tuple[li
     ids = tokens(items)
     if len(ids) <= limit:
         return ids, 0
-    fitting, low, high = None, 0, items - 1
-    while low <= high:
-        middle = (low + high) // 2
-        ids = tokens(middle)
-        if len(ids) <= limit:
-            fitting, low = ids, middle + 1
-        else:
-            high = middle - 1
-    if fitting is None:
+    kept = bisect_right(range(items), limit, key=lambda number: len(tokens(number))) - 1
+    if kept < 0:
         raise SettingError(
             f"train.max-length: {limit} tokens do not hold a prompt's or answer's frame",
             fix="raise train.max-length",
         )
-    return fitting, items - high
+    return tokens(kept), items - kept

@@ -17,7 +17,7 @@ from common.config import Config
 from common.data.names import normalise_string
 from common.errors import UserError
 from common.seeds import stream
-from common.text.batches import Encoded, encode_answer
+from common.text.batches import Encoded, with_drugs
 from common.text.prompts import NEXT_ITEM, render_answer
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Shuffled(Encoded):
 
     def in_epoch(self, epoch: int) -> Encoded:
         """Return the sample in one pass's order, a pure function of seed, place and epoch."""
-        return _with_drugs(self, self.shuffled(epoch), self.tokenizer, self.max_length_tokens)
+        return with_drugs(self, self.shuffled(epoch), self.tokenizer, self.max_length_tokens)
 
     def shuffled(self, epoch: int) -> list[str]:
         """Return the drugs in one pass's order."""
@@ -63,7 +63,7 @@ class DrugSet(Shuffled):
     def in_epoch(self, epoch: int) -> Encoded:
         """Return the prompt and a few drugs, others in every pass."""
         few = self.shuffled(epoch)[:WRITTEN_OF_A_SET]
-        seen = _with_drugs(self, few, self.tokenizer, self.max_length_tokens)
+        seen = with_drugs(self, few, self.tokenizer, self.max_length_tokens)
         # A list that goes on has no end here to learn.
         written = len(few) - seen.dropped_drugs
         end = len(seen.input_ids) - (written < len(self.drugs))
@@ -98,7 +98,7 @@ def in_order(
     private = config.privacy.noise_multiplier > 0 or config.privacy.target_epsilon > 0
     if order == "name":
         return tuple(
-            _with_drugs(sample, sorted(one.drugs, key=normalise_string), tokenizer, length)
+            with_drugs(sample, sorted(one.drugs, key=normalise_string), tokenizer, length)
             for sample, one in zip(samples, admissions, strict=True)
         )
     if order in ("shuffled", "set"):
@@ -115,23 +115,6 @@ def in_order(
         )
         return shuffled if order == "shuffled" else _as_sets(shuffled, tokenizer)
     return tuple(samples)
-
-
-def _with_drugs(
-    sample: Encoded,
-    drugs: Sequence[str],
-    tokenizer: "PreTrainedTokenizerBase",
-    max_length_tokens: int,
-) -> Encoded:
-    prompt = sample.input_ids[: sample.answer_start]
-    answer, dropped = encode_answer(drugs, tokenizer, max_tokens=max_length_tokens - len(prompt))
-    return Encoded(
-        input_ids=(*prompt, *answer),
-        answer_start=len(prompt),
-        unit=sample.unit,
-        left_out=sample.left_out,
-        dropped_drugs=dropped,
-    )
 
 
 def _values(sample: Encoded) -> dict[str, Any]:

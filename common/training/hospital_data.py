@@ -20,8 +20,6 @@ class HospitalData:
     """One hospital's samples as tokens."""
 
     name: str
-    patients: int
-    samples: int
     train: tuple[Encoded, ...]
     validation: tuple[Encoded, ...]
 
@@ -50,8 +48,6 @@ def encode_hospital(hospital: Hospital, session: Session, config: Config) -> Hos
 
     return HospitalData(
         name=hospital.name,
-        patients=hospital.patients,
-        samples=hospital.samples,
         train=ordered(hospital.train),
         # Another loss is learnt, so that one is validated.
         validation=tuple(one.in_epoch(0) for one in ordered(validation))

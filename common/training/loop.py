@@ -6,16 +6,17 @@ rounds, or resumed, takes the same steps as an uninterrupted one.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from common.config import TrainConfig
 from common.errors import RunFailed, UserError
 from common.model.session import Session
-from common.text.batches import Encoded, pack
-from common.training.gradients import BatchGradient, GradientSource
+from common.text.batches import Encoded, PackedBatch, pack
+from common.training.gradients import BatchGradient, GradientSource, StepLoss
 from common.training.loss import LossSum, weighted_cross_entropy
 from common.training.optimiser import FlatOptimizer, TrainState
 from common.training.schedule import learning_rate
@@ -89,9 +90,7 @@ def train(
         source = BatchGradient(dataset, config, stream)
     adapter = session.adapter
     optimizer = FlatOptimizer(adapter, config, state)
-    losses: list[tuple[float, int]] = []
-    has_loss = True
-    tokens = 0
+    results: list[StepLoss] = []
     started = time.perf_counter()
     try:
         for step in range(state.step, state.step + steps):
@@ -108,11 +107,7 @@ def train(
             rate = learning_rate(config, step, schedule_steps)
             optimizer.step(rate)
             state.step = step + 1
-            tokens += result.packed_tokens
-            if result.loss_sum is None:
-                has_loss = False
-            else:
-                losses.append((result.loss_sum, result.label_tokens))
+            results.append(result)
             if on_step is not None:
                 on_step(
                     StepReport(
@@ -128,10 +123,11 @@ def train(
                 )
     finally:
         state.optimizer = optimizer.tensors()
+    told = [(one.loss_sum, one.label_tokens) for one in results if one.loss_sum is not None]
     return TrainMetrics(
         steps=steps,
-        loss=_total(losses) if has_loss else None,
-        tokens=tokens,
+        loss=_total(told) if len(told) == len(results) else None,
+        tokens=sum(one.packed_tokens for one in results),
         seconds=time.perf_counter() - started,
     )
 
@@ -146,25 +142,28 @@ def validation_loss(
         dataset: Encoded samples; may be empty.
         pack_tokens: Longest packed batch (one longer sample goes alone).
     """
-    parts: list[tuple[float, int]] = []
-    with torch.no_grad():
-        for samples in _packs(dataset, pack_tokens):
-            batch = pack(samples).to(session.torch_device)
-            hidden_ND = session.label_states(batch)
-            weights_N = torch.ones_like(batch.labels_N, dtype=torch.float32)
+    each = (losses_N for _, losses_N in token_losses(session, dataset, pack_tokens))
+    return _total([(float(one_N.sum(dtype=torch.float64)), one_N.numel()) for one_N in each])
+
+
+def token_losses(
+    session: Session, dataset: Sequence[Encoded], pack_tokens: int
+) -> Iterator[tuple[PackedBatch, Tensor]]:
+    """Yield a data set in packed batches, each with its token losses [N], without gradients."""
+    for samples in _packs(dataset, pack_tokens):
+        batch = pack(samples).to(session.torch_device)
+        with torch.no_grad():
             _, losses_N = weighted_cross_entropy(
-                hidden_ND,
+                session.label_states(batch),
                 session.model.lm_head.weight,
                 batch.labels_N,
-                weights_N,
+                torch.ones_like(batch.labels_N, dtype=torch.float32),
                 session.functions,
             )
-            parts.append((float(losses_N.sum(dtype=torch.float64)), losses_N.numel()))
-    return _total(parts)
+        yield batch, losses_N
 
 
-def _total(parts: Iterable[tuple[float, int]]) -> LossSum:
-    parts = list(parts)
+def _total(parts: Sequence[tuple[float, int]]) -> LossSum:
     return LossSum(math.fsum(loss for loss, _ in parts), sum(count for _, count in parts))
 
 

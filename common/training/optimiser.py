@@ -1,13 +1,16 @@
 """Optimizers on the flat adapter buffer, and the state that carries over rounds and resumes."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from common.config import TrainConfig
 from common.model.adapter.falora import Adapter
+from common.tensor_files import Tensors, under
 
 _STEP = "step"
 
@@ -22,26 +25,21 @@ class TrainState:
     """torch's optimizer state of the flat buffer, by torch's names; on the CPU. Where rounds train
     different parts of the adapter, each part has its own, under its name (``Scheme.block``)."""
 
-    def to_tensors(self) -> dict[str, Tensor]:
+    def to_tensors(self) -> Tensors:
         """Return everything as named tensors, for a safetensors file.
 
         >>> TrainState(step=3).to_tensors()
-        {'step': tensor(3)}
+        {'step': array(3)}
         """
-        named = {f"optimizer.{name}": tensor.clone() for name, tensor in self.optimizer.items()}
-        return {_STEP: torch.tensor(self.step), **named}
+        named = {f"optimizer.{name}": one.numpy().copy() for name, one in self.optimizer.items()}
+        return {_STEP: np.array(self.step), **named}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "TrainState":
+    def from_tensors(cls, tensors: Tensors) -> "TrainState":
         """Rebuild the state that ``to_tensors`` wrote."""
-        return cls(
-            step=int(tensors[_STEP]),
-            optimizer={
-                name.removeprefix("optimizer."): tensor.clone()
-                for name, tensor in tensors.items()
-                if name != _STEP
-            },
-        )
+        named = under("optimizer.", tensors)
+        optimizer = {name: torch.tensor(value) for name, value in named.items()}
+        return cls(step=int(tensors[_STEP]), optimizer=optimizer)
 
 
 class FlatOptimizer:
@@ -51,22 +49,15 @@ class FlatOptimizer:
         self._block, self._others = adapter.block, {}
         self._parameter = torch.nn.Parameter(adapter.flat)
         self._parameter.grad = adapter.flat_grad
+        make: Any = partial(torch.optim.AdamW, betas=(config.beta1, config.beta2))
         if config.optimizer == "sgd":
-            self._optimizer: torch.optim.Optimizer = torch.optim.SGD(
-                [self._parameter],
-                lr=config.learning_rate,
-                momentum=config.momentum,
-                weight_decay=config.weight_decay,
-                foreach=False,
-            )
-        else:
-            self._optimizer = torch.optim.AdamW(
-                [self._parameter],
-                lr=config.learning_rate,
-                betas=(config.beta1, config.beta2),
-                weight_decay=config.weight_decay,
-                foreach=False,
-            )
+            make = partial(torch.optim.SGD, momentum=config.momentum)
+        self._optimizer: torch.optim.Optimizer = make(
+            [self._parameter],
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            foreach=False,
+        )
         for name, tensor in state.optimizer.items():
             if not name.startswith(self._block):
                 self._others[name] = tensor

@@ -64,31 +64,24 @@ class Worker:
         """Keep no data: the next that is asked for is read."""
         self._data = None
 
-    def backbone(
-        self,
-        name: str,
-        *,
-        destination: Destination | None = None,
-        progress: Callable[[str], None] | None = None,
-    ) -> BackboneSpec:
-        """Return a backbone, resolved once."""
-        if self._backbone is None or self._backbone.name != name:
-            if destination:
-                self._close()
-            self._backbone = resolve_backbone(name, progress=progress, destination=destination)
-        return self._backbone
-
     def backbone_to_open(
         self, config: Config, progress: Callable[[str], None] | None = None
     ) -> BackboneSpec:
-        """Return the backbone of a session that will be opened: a GPU has its weights already.
+        """Return the backbone of a session that will be opened, resolved once.
+
+        A GPU has its weights already.
 
         Args:
             config: The session's.
             progress: Called with one line when something takes long.
         """
-        destination = destination_of(config)
-        return self.backbone(config.model.backbone, destination=destination, progress=progress)
+        name = config.model.backbone
+        if self._backbone is None or self._backbone.name != name:
+            destination = destination_of(config)
+            if destination:
+                self._close()
+            self._backbone = resolve_backbone(name, progress=progress, destination=destination)
+        return self._backbone
 
     def _close(self) -> None:
         self._session = None

@@ -4,5 +4,3 @@ Seen alike in 5.17.0 and 5.24.0.
 """
 
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-
-__all__ = ["LlamaDecoderLayer"]

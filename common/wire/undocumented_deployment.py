@@ -29,15 +29,4 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.auth_plugin import ControlAuthnPlugin
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
-__all__ = ["ACCESS_TOKEN_KEY", "ACCESS_TOKEN_STORE_KEY", "AUTHN_TYPE_STORE_KEY"]
-__all__ += ["NOOP_ACCOUNT_NAME", "NOOP_FLWR_AID", "REFRESH_TOKEN_STORE_KEY"]
-__all__ += ["SUPERLINK_COMMAND", "AccountAuthCredentials", "AccountAuthLoginDetails"]
-__all__ += ["AccountInfo", "AcquireTaskRequest", "AuthnType", "ControlAuthnPlugin"]
-__all__ += ["ErrorCode", "FileCredentialStore", "HeartbeatSender"]
-__all__ += ["ProtobufClientInterceptor", "RetryInvoker", "RuntimeHttpClient"]
-__all__ += ["RuntimeTokenHttpInterceptor", "RuntimeVersionHttpInterceptor", "SubStatus"]
-__all__ += ["SuperExecAuthHttpInterceptor", "TaskType", "make_simple_http_retry_invoker"]
-__all__ += ["make_task_heartbeat_fn_http", "pull_task_input", "push_message"]
-__all__ += ["push_task_output"]
-
 SUPERLINK_COMMAND = "flwr.superlink.cli.flower_superlink"

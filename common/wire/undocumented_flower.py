@@ -19,10 +19,6 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.serverapp.exception import AppExitException
 from flwr.supercore.task_identity import TaskIdentity
 
-__all__ = ["LAUNCH_POLL_SECONDS", "NO_UPDATE_CHECK", "RUN_ID", "AppExitException", "ProtoContext"]
-__all__ += ["ProtoMessage", "TaskIdentity", "context_from_proto", "context_to_proto"]
-__all__ += ["message_from_proto", "message_to_proto", "set_message_id", "task_identity"]
-
 NO_UPDATE_CHECK = "FLWR_DISABLE_UPDATE_CHECK"
 """``1``: the commands do not ask for newer releases."""
 LAUNCH_POLL_SECONDS = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"

@@ -4,8 +4,6 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rich.console import RenderableType
-
 from common.configio import changed_freely
 from common.data.protocols import ADMISSION, VISITS, require_protocol
 from common.errors import RunFailed, UserError
@@ -93,7 +91,7 @@ def estimate_text(figures: Estimate) -> str:
     )
 
 
-def judgement_parts(result: Judged) -> list[RenderableType]:
+def judgement_parts(result: Judged) -> list[object]:
     """Return appropriateness by model and judge, what is not in the mean, and what it cost."""
     shown = table(
         ("list by", "judge", "suitable", "95% interval", "scored", "unscored", "no list", "empty"),

@@ -6,8 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.console import RenderableType
-
 from common.errors import UserError
 from common.evaluation.answers_file import Prediction, read_answers
 from common.evaluation.judge.gate import source_of_run
@@ -182,7 +180,7 @@ def _slug(reviewer: str) -> str:
     return f"{words}-{hashlib.sha256(utf8(name)).hexdigest()[:8]}"
 
 
-def review_parts(result: Reviewed) -> list[RenderableType]:
+def review_parts(result: Reviewed) -> list[object]:
     """Return the scores by model, and how far reviewers agree, with each other and the judge."""
     reviewers = len(result.reviewers)
     shown = table(

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from client.local_update import LocalRound
 from client.private_update import guard_of, private_update
 from common.config import Config
 from common.model.adapter.layout import initial_tensors
@@ -116,13 +117,7 @@ def audit_loop(session: Session, config: Config, *, canaries: int) -> list[Findi
 def watch_run(session: Session, config: Config, records: tuple[Encoded, ...]) -> Watched:
     """Train one made-up hospital alone, all rounds of the run, under watch."""
     watch = Watch(session, records)
-    hospital = HospitalData(
-        name="audited",
-        patients=len(watch.run.units),
-        samples=len(records),
-        train=records,
-        validation=(),
-    )
+    hospital = HospitalData(name="audited", train=records, validation=())
     adapter, state = session.adapter, TrainState()
     b = initial_tensors(adapter.shapes, adapter.spec)
     with tempfile.TemporaryDirectory() as folder:
@@ -130,17 +125,8 @@ def watch_run(session: Session, config: Config, records: tuple[Encoded, ...]) ->
             guard = watch.over(guard_of(config, hospital, Path(folder)))
             adapter.load(b)
             watch.starts()
-            b = private_update(
-                watch.session,
-                hospital,
-                b,
-                state,
-                config,
-                server_round=number,
-                folder=Path(folder),
-                on_step=watch.on_step,
-                guard=guard,
-            ).b
+            task = LocalRound(watch.session, hospital, b, state, config, number, watch.on_step)
+            b = private_update(task, Path(folder), guard=guard).b
         watch.run.receipt = Receipt.read((Path(folder) / RECEIPT).read_bytes(), what=RECEIPT)
     return watch.run
 

@@ -9,22 +9,9 @@ from pathlib import Path
 from common.config import Config
 from common.configio import allowed, flatten, known_keys, toml_scalar
 from common.files import utf8
+from sim.pages.fill import fill
 
 HEADER = "[tool.flwr.app.config]"
-PAGE_HEAD = """\
-# Every configuration key
-
-Written by `python -m sim.flower.run_config`; a test holds it. The same keys stand in TOML files
-(`[train]`, `learning-rate`), on the command line (`--set train.learning-rate=0.01`) and in Flower's
-run configuration.
-
-| file | for |
-|---|---|
-| `demo.toml`, `demo-tiny.toml` | `fedrx demo`, and the same in a minute |
-| `hospitals.toml` | three hospitals on your tables |
-| `hospitals-dp.toml` | the same, every patient protected |
-| `paper.toml` | the paper's single-node run |
-"""
 
 
 def flower_defaults() -> str:
@@ -43,18 +30,11 @@ def write_defaults(pyproject: Path) -> None:
 
 def keys_page() -> str:
     """Return configs/README.md: every key with its default, what is allowed and its meaning."""
-    lines, defaults = [PAGE_HEAD], flatten(Config())
-    section = ""
-    for key, entry in known_keys().items():
-        if key.split(".")[0] != section:
-            section = key.split(".")[0]
-            lines.append(
-                f"\n## [{section}]\n\n| key | default | allowed | meaning |\n|---|---|---|---|\n"
-            )
-        bounds = allowed(entry).replace(" | ", ", ")
-        default = toml_scalar(defaults[key])
-        lines.append(f"| `{key}` | `{default}` | {bounds} | {entry.metadata['meaning']} |\n")
-    return "".join(lines)
+    keys = [
+        (key, toml_scalar(flatten(Config())[key]), allowed(entry).replace(" | ", ", "), entry)
+        for key, entry in known_keys().items()
+    ]
+    return fill("configs.md.jinja", keys=keys)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from client.site import SOCKET, Site, read_site
 from client.tasks import answer_tasks
 from common.configio import toml_scalar
 from common.errors import RunFailed
+from common.files import write_bytes
 from sim.flower.child_environment import ask_loopback_directly
 from sim.flower.children import Children
 from sim.flower.proxies import nginx_command
@@ -52,7 +53,7 @@ def run_hospital(folder: Path, say: Callable[[str], None]) -> None:
     say(f"hospital {site.hospital}; code {digest}")
     say(f"policy: {describe(policy)}")
     secret = secrets.token_bytes(32)
-    _write_secret(folder / SECRET, secret)
+    write_bytes(folder / SECRET, secret)
     signal.signal(signal.SIGTERM, _end)
     with Children(folder / "empty", flower_quiet(folder)) as children:
         children.start("nginx", proxy)
@@ -82,12 +83,6 @@ def _supernode(folder: Path, site: Site) -> list[str]:
         *("--host", "127.0.0.1", "--port", str(site.node_port)),
         *("--node-config", f"{config} {worker}"),
     ]
-
-
-def _write_secret(file: Path, secret: bytes) -> None:
-    file.unlink(missing_ok=True)
-    file.touch(mode=0o600)
-    file.write_bytes(secret)
 
 
 def _wait_for(socket: Path, check: Callable[[], None]) -> None:

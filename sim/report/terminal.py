@@ -7,7 +7,7 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.console import RenderableType
 from rich.rule import Rule
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from common.config import Config
@@ -45,13 +45,9 @@ def summary_parts(run: RunDirectory, summary: Summary) -> list[RenderableType]:
     metrics = summary.metrics
     if metrics:
         first = next(iter(metrics.values()))
-        shown = Table(
-            title=f"{first.samples} held-out admissions ({summary.source or '–'} data)",
-            caption=NOTICE,
-        )
-        shown.add_column("")
-        for _, name in SHOWN:
-            shown.add_column(name, justify="right", no_wrap=True)
+        headers = (Column(name, justify="right", no_wrap=True) for _, name in SHOWN)
+        title = f"{first.samples} held-out admissions ({summary.source or '–'} data)"
+        shown = Table("", *headers, title=title, caption=NOTICE)
         for model, values in metrics.items():
             cells = [number(getattr(values, key)) for key, _ in SHOWN[:-1]]
             shown.add_row(model_name(model, summary), *cells, figure(values, "f1"))

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rich.console import RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 
 from common.data.handling import handling_of
 from common.evaluation.transfer import Measured, Value
@@ -50,9 +50,7 @@ def write_transfer_page(
 def transfer_parts(measures: Mapping[str, Measured]) -> Iterator[RenderableType]:
     """Return a table for each metric, and what they say."""
     for name, one in measures.items():
-        table = Table(title=name)
-        for header in HEADERS:
-            table.add_column(header, overflow="fold")
+        table = Table(*(Column(header, overflow="fold") for header in HEADERS), title=name)
         for at in one.hospitals:
             levels = [number(v.value if v else None) for v in (at.alone, at.together, at.absent)]
             gains = [estimate(v, signed=True).partition(" ±")[0] for v in (at.gain, at.presence)]

@@ -54,10 +54,10 @@ class Federation(Kind):
         steps = total_steps(config, preparation.data.hospitals)
         notes = [partition_note(config), delta_warning(config)]
         if protects(config) and not is_private(config):
-            parameters = preparation.layout.trainable_parameters
+            parameters = preparation.adapter.held_parameters
             notes.insert(0, hospital_warning(plan_of(config), parameters))
         console.say(*filter(None, notes), style="yellow")
-        self.layout = layout_record(config, preparation.backbone, preparation.layout)
+        self.layout = layout_record(config, preparation.backbone, preparation.adapter)
         self.workers = choose_workers(config, preparation.backbone.shape, steps=steps)
         return replace(config, federation=replace(config.federation, workers=self.workers.value))
 

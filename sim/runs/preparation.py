@@ -9,7 +9,8 @@ from common.configio import file_keys, flatten, from_flat
 from common.data.dataset import Dataset
 from common.evaluation.answers import choose_cases
 from common.evaluation.lists import check_lists
-from common.model.adapter.layout import AdapterLayout, adapter_layout, adapter_spec
+from common.model.adapter.falora import Adapter
+from common.model.adapter.layout import adapter_spec, meta_adapter
 from common.model.backbone.load import BackboneSpec, resolve_backbone
 from common.privacy.mechanism.isolation import check_backbone
 from common.privacy.settings import is_private
@@ -31,7 +32,8 @@ class Preparation:
 
     data: Dataset
     backbone: BackboneSpec
-    layout: AdapterLayout
+    adapter: Adapter
+    """On the meta device: shapes, and A's fingerprint."""
 
 
 def prepare(
@@ -65,8 +67,8 @@ def prepare(
         backbone = resolve_backbone(config.model.backbone, progress=say)
     if is_private(config):
         check_backbone(backbone)
-    layout = adapter_layout(backbone, adapter_spec(config.adapter))
-    return Preparation(data=data, backbone=backbone, layout=layout)
+    adapter = meta_adapter(backbone, adapter_spec(config.adapter))
+    return Preparation(data=data, backbone=backbone, adapter=adapter)
 
 
 def fingerprints(preparation: Preparation) -> Inputs:
@@ -74,7 +76,7 @@ def fingerprints(preparation: Preparation) -> Inputs:
     return Inputs(
         samples=preparation.data.digest,
         backbone=preparation.backbone.fingerprint,
-        a=preparation.layout.a_fingerprint,
+        a=preparation.adapter.a_fingerprint,
     )
 
 

@@ -12,7 +12,6 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from client.local_update import evaluate
 from client.private_update import guard_of
@@ -76,9 +75,7 @@ class SingleTraining:
         checkpoint = self.run.load_checkpoint()
         adapter.load(checkpoint.b)
         try:
-            self.state = TrainState.from_tensors(
-                {name: torch.from_numpy(value) for name, value in checkpoint.extra.items()}
-            )
+            self.state = TrainState.from_tensors(checkpoint.extra)
         except KeyError:
             raise damaged(checkpoint.name) from None
         self.seconds_before = checkpoint.facts.seconds
@@ -195,7 +192,7 @@ class SingleTraining:
                 b_norm=norm,
                 seconds=round(self.seconds, 3),
             ),
-            extra={name: value.numpy() for name, value in self.state.to_tensors().items()},
+            extra=self.state.to_tensors(),
         )
         self._record_release()
         self._tidy()

@@ -331,9 +331,9 @@ def test_epochs_do_not_pass_the_most_steps(tmp_path, tiny_shapes, monkeypatch):
 
 @pytest.fixture
 def tiny_shapes():
-    from common.model.adapter.layout import adapter_layout, adapter_spec
+    from common.model.adapter.layout import adapter_spec, meta_adapter
     from common.model.backbone.load import resolve_backbone
 
     return lambda config: (
-        adapter_layout(resolve_backbone("tiny"), adapter_spec(config.adapter)).shapes
+        meta_adapter(resolve_backbone("tiny"), adapter_spec(config.adapter)).shapes
     )

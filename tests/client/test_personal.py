@@ -143,8 +143,7 @@ def answered(tiny_config, tmp_path_factory):
         federation__weighting="uniform",
     )
     folder = tmp_path_factory.mktemp("personal") / "run"
-    federate(config, command_line=[], run_dir=folder)
-    return RunDirectory.open(folder)
+    return federate(config, command_line=[], run_dir=folder).directory
 
 
 def test_personal_answers_stand_beside_and_are_said_not_to_be_covered(answered):

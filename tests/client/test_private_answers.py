@@ -10,6 +10,7 @@ from privacy_fixtures import PRIVATE_TINY
 
 import client.private_update
 from client.kept_state import load_state
+from client.local_update import LocalRound
 from client.private_update import private_update
 from common.configio import from_flat
 from common.errors import RunFailed
@@ -37,15 +38,9 @@ class Hospital:
 
     def ask(self, b: Tensors | None = None, *, server_round: int = 1) -> Tensors:
         start = b or {key: np.zeros_like(v) for key, v in self.session.adapter.state().items()}
-        result = private_update(
-            self.session,
-            self.data,
-            start,
-            load_state(self.folder, before_round=server_round),
-            from_flat(KEYS),
-            server_round=server_round,
-            folder=self.folder,
-        )
+        state = load_state(self.folder, before_round=server_round)
+        task = LocalRound(self.session, self.data, start, state, from_flat(KEYS), server_round)
+        result = private_update(task, self.folder)
         if not any(same(result.b, earlier) for earlier in self.left):
             self.left.append(result.b)
         assert result.metrics["steps"] == self.ledger[-1]["total_steps"]
@@ -71,7 +66,7 @@ def same(one: Tensors, other: Tensors) -> bool:
 @pytest.fixture
 def hospital(open_tiny, samples_of, tmp_path) -> Hospital:
     samples = tuple(samples_of((17, 5, 33, 8), (1, 2, 1, 3)))
-    data = HospitalData(name="hospital-1", patients=3, samples=4, train=samples, validation=())
+    data = HospitalData(name="hospital-1", train=samples, validation=())
     return Hospital(tmp_path, open_tiny(), data)
 
 

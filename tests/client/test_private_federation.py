@@ -1,8 +1,4 @@
-"""A whole private federation in one process (specification tests 8, 10, 11 and 14).
-
-The real server app and the real client apps, joined by a grid that encodes and decodes every
-message as Flower's wire does, and keeps it.
-"""
+"""A whole private federation in one process (specification tests 8, 10, 11 and 14)."""
 
 import dataclasses
 import math
@@ -12,17 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context, Message, RecordDict
-from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.proto.message_pb2 import Message as ProtoMessage
+from federation_fixtures import FakeGrid
+from flwr.app import Message
 from privacy_fixtures import PRIVATE_TINY
 
 import client.app
 import client.private_update
 import common.wire.contract
+from client.local_update import LocalRound
 from client.private_update import private_update
 from common.config import Config, PrivacyConfig
-from common.configio import flatten, from_flat
+from common.configio import from_flat
 from common.errors import RunFailed, UserError
 from common.privacy.budget.guard import LEDGER, RECEIPT, Guard
 from common.privacy.budget.ledger import BudgetExhausted
@@ -53,54 +49,15 @@ PUBLIC_SCALARS = {
 }
 
 
-class DirectGrid:
-    """Flower's grid without Flower's processes: calls the client app, over encoded messages."""
-
-    def __init__(self, config: Config) -> None:
-        self.config, self.replies, self.seen = config, {}, []
-
-    def get_node_ids(self) -> list[int]:
-        return list(range(1, self.config.federation.hospitals + 1))
-
-    def push_messages(self, messages: list[Message]) -> list[str]:
-        return [self._deliver(message) for message in messages]
-
-    def pull_messages(self, ids: list[str]) -> list[Message]:
-        return [self.replies.pop(name) for name in ids if name in self.replies]
-
-    def _deliver(self, message: Message) -> str:
-        name = f"message-{len(self.seen)}"
-        message.metadata.__dict__["_message_id"] = name
-        arrived = self._wire("down", message)
-        node = message.metadata.dst_node_id
-        context = Context(
-            run_id=1,
-            node_id=node,
-            node_config={
-                "partition-id": node - 1,
-                "num-partitions": self.config.federation.hospitals,
-            },
-            state=RecordDict(),
-            run_config=dict(flatten(self.config)),
-        )
-        self.replies[name] = self._wire("up", client.app.app(arrived, context))
-        return name
-
-    def _wire(self, direction: str, message: Message) -> Message:
-        encoded = message_to_proto(message).SerializeToString()
-        decoded = message_from_proto(ProtoMessage.FromString(encoded))
-        self.seen.append((direction, decoded))
-        return decoded
-
-
 def run_federation(
     folder: Path, **changes: Any
 ) -> tuple[list[tuple[str, Message]], RunDirectory, dict[str, np.ndarray]]:
     config = from_flat({**SETTINGS, "run.directory": str(folder), **changes})
     run = RunDirectory.create(config, directory=folder)
-    grid = DirectGrid(config)
-    federate(grid, config, run)  # type: ignore[arg-type]
-    return grid.seen, run, run.load_checkpoint().b
+    grid = FakeGrid(config)
+    federate(grid, config, run)
+    seen = [(way, message) for way in ("down", "up") for _, message in grid.wire(way)]
+    return seen, run, run.load_checkpoint().b
 
 
 def scalars(message: Message) -> dict[str, Any]:
@@ -284,15 +241,14 @@ def test_hospital_level_runs_whole_and_tells_only_b(tmp_path, honest) -> None:
 @pytest.fixture
 def hospital(samples_of):
     samples = tuple(samples_of((17, 5, 33, 8), (1, 2, 1, 3)))
-    return HospitalData(name="hospital-1", patients=3, samples=4, train=samples, validation=())
+    return HospitalData(name="hospital-1", train=samples, validation=())
 
 
 def one_round(session, hospital, folder, *, b=None, server_round=1, **privacy: Any):
     config = from_flat({**SETTINGS, **{f"privacy.{k}": v for k, v in privacy.items()}})
     start = b or {key: np.zeros_like(v) for key, v in session.adapter.state().items()}
-    return private_update(
-        session, hospital, start, TrainState(), config, server_round=server_round, folder=folder
-    )
+    task = LocalRound(session, hospital, start, TrainState(), config, server_round)
+    return private_update(task, folder)
 
 
 def test_the_same_round_asked_again_gets_the_same_answer_for_free(

@@ -8,7 +8,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from socket import AF_UNIX, SHUT_RDWR
 from socket import socket as Socket
@@ -16,6 +15,7 @@ from socket import socket as Socket
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.common.serde import context_to_proto, message_to_proto
+from waiting import until
 
 import client.resident_worker
 from client.handlers import answer
@@ -48,10 +48,7 @@ def socket(tmp_path_factory):
             stdout=log,
             stderr=log,
         )
-    deadline = time.monotonic() + SECONDS
-    while not path.exists():
-        assert time.monotonic() < deadline, "the worker"
-        time.sleep(0.1)
+    until(path.exists, "the worker listens", SECONDS)
     yield path
     process.send_signal(signal.SIGTERM)
     process.wait()

@@ -13,6 +13,7 @@ import resource
 import numpy as np
 import pytest
 import torch
+from line_fixtures import prediction_line
 
 from client.epsilon_limit import Promise, _promises
 from client.kept_state import own_folder, save_state
@@ -71,9 +72,8 @@ def one_line(error, name, folder):
 def write_answers_of(folder, number):
     run = RunDirectory(folder)
     nobody = {"sex": "F", "age": "1", "height_cm": None, "weight_kg": None, "bmi": None}
-    line = {"case": "c", "cluster": 1, "model": "m", "patient": nobody, "diagnoses": ()}
-    text = "x" * 3000 * number
-    rows = [Prediction.model_validate({**line, "truth": (), "text": text, "answer": None})]
+    line = prediction_line("c", "m", None, patient=nobody, text="x" * 3000 * number)
+    rows = [Prediction.model_validate(line)]
     run.write_json("summary.json", {"evaluation": {"answers_sha256": write_answers(run, rows)}})
 
 
@@ -206,8 +206,7 @@ WRITERS = {
     *("sim/assist/server.py", "client/handlers.py", "sim/process/failures.py"),
     # before or beside a run, where the command line makes a line of any OSError
     *("common/data/synthetic/write.py", "common/model/backbone/embedded.py"),
-    *("sim/flower/superlink.py", "sim/flower/run_hospital.py"),
-    "sim/flower/run_config.py",
+    *("sim/flower/superlink.py", "sim/flower/run_config.py"),
 }
 
 

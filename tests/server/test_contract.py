@@ -10,9 +10,10 @@ import json
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.common.serde import message_from_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
+from tampering import hello, on, silent
 
 from common.errors import RunFailed
 from common.provenance import tensors_sha256
@@ -33,25 +34,7 @@ def changed(reply, *, arrays=None, **metrics):
 
 def on_train(make):
     """Tamper with replies to train messages only."""
-
-    def tamper(message: Message, reply: Message) -> Message:
-        if message.metadata.message_type != "train":
-            return reply
-        return Message(make(reply, dict(reply.content["arrays"])), reply_to=message)
-
-    return tamper
-
-
-def on_query(**facts):
-    """Tamper with the handshake."""
-
-    def tamper(message: Message, reply: Message) -> Message:
-        if message.metadata.message_type != "query":
-            return reply
-        hello = {**reply.content["config"], **facts}
-        return Message(RecordDict({"config": ConfigRecord(hello)}), reply_to=message)
-
-    return tamper
+    return on("train", lambda m, r: Message(make(r, dict(r.content["arrays"])), reply_to=m))
 
 
 def first(arrays):
@@ -149,8 +132,8 @@ HOSTILES = {
         on_train(lambda r, a: changed(r, round=r.content["metrics"]["round"] - 1.0)),
         "answers round",
     ),
-    "foreign source digest": (on_query(**{"source-sha256": "e" * 64}), "source fingerprint"),
-    "foreign backbone": (on_query(**{"backbone-sha256": "e" * 64}), "backbone fingerprint"),
+    "foreign source digest": (hello(**{"source-sha256": "e" * 64}), "source fingerprint"),
+    "foreign backbone": (hello(**{"backbone-sha256": "e" * 64}), "backbone fingerprint"),
 }
 MORE = {
     "a second array record": (
@@ -216,8 +199,8 @@ MORE = {
         on_train(lambda r, a: changed(r, arrays={k: scaled(v, 1000.0) for k, v in a.items()})),
         "times as far as the round's median",
     ),
-    "foreign number of samples": (on_query(**{"train-samples": 10**12}), "integer from 0 to"),
-    "a crash": (lambda m, r: None if m.metadata.message_type == "train" else r, "no answer"),
+    "foreign number of samples": (hello(**{"train-samples": 10**12}), "integer from 0 to"),
+    "a crash": (silent("train"), "no answer"),
 }
 
 
@@ -229,9 +212,8 @@ def expected_sha(request):
 def without_the_hospital(tiny_config, in_process, cache):
     """The run in which the hospital does not answer train messages; once per module."""
     if "sha" not in cache:
-        silent = {HOSTILE: MORE["a crash"][0]}
         config = tiny_config(federation__timeout_seconds=0.2)
-        cache["sha"] = in_process(config, tamper=silent).sha
+        cache["sha"] = in_process(config, tamper={HOSTILE: silent("train")}).sha
     return cache["sha"]
 
 
@@ -254,12 +236,10 @@ def test_hostile_hospital_is_refused(kind, tiny_config, in_process, expected_sha
 
 def test_evaluation_that_overflows_is_refused(tiny_config, in_process):
     def huge(message, reply):
-        if message.metadata.message_type != "evaluate":
-            return reply
         scalars = {**reply.content["metrics"], "loss": 1e308}
         return Message(RecordDict({"metrics": MetricRecord(scalars)}), reply_to=message)
 
-    done = in_process(tiny_config(), tamper={HOSTILE: huge})
+    done = in_process(tiny_config(), tamper={HOSTILE: on("evaluate", huge)})
     assert [name for _, name, _ in done.refused()] == [NAME] * 3
     assert done.sha == in_process(tiny_config()).sha
 
@@ -292,9 +272,8 @@ def test_aggregate_is_the_mean_of_what_travelled(tiny_config, in_process):
     """Weighted mean in fp64 by hand, from the bytes of the last round's replies."""
     done = in_process(tiny_config(federation__rounds=1))
     replies = []
-    for direction, index, data in done.grid.messages:
-        message = message_from_proto(ProtoMessage.FromString(data))
-        if direction == "up" and message.metadata.message_type == "train":
+    for index, message in done.grid.wire("up"):
+        if message.metadata.message_type == "train":
             weight = message.content["metrics"]["weight"]
             arrays = {k: v.numpy() for k, v in message.content["arrays"].items()}
             replies.append((index, weight, arrays))
@@ -320,15 +299,11 @@ def test_aggregate_is_the_mean_of_what_travelled(tiny_config, in_process):
 def test_mismatch_stops_the_run_and_names_both_values(fact, what, tiny_config, in_process):
     foreign = "e" * 64
     with pytest.raises(RunFailed) as error:
-        in_process(tiny_config(), tamper={HOSTILE: on_query(**{fact: foreign})})
+        in_process(tiny_config(), tamper={HOSTILE: hello(**{fact: foreign})})
     text = str(error.value)
     assert text.startswith(f"{NAME}: {what} fingerprint differs")
     honest = in_process(tiny_config(federation__rounds=1))
-    ours = next(
-        message_from_proto(ProtoMessage.FromString(data)).content["config"][fact]
-        for direction, index, data in honest.grid.messages
-        if direction == "up" and index == 0
-    )
+    ours = next(m.content["config"][fact] for index, m in honest.grid.wire("up") if index == 0)
     assert foreign in text
     assert ours in text
 

@@ -3,8 +3,7 @@
 import io
 
 import pytest
-from flwr.common.serde import message_from_proto
-from flwr.proto.message_pb2 import Message as ProtoMessage
+from tampering import silent
 
 from common.errors import RunFailed
 from sim.cli.terminal import Terminal
@@ -13,11 +12,6 @@ from sim.report.run_report import run_blocks
 from sim.report.terminal import summary_parts
 from sim.runs.sweep import FIGURES
 
-
-def mute_at_evaluation(message, reply):
-    return None if message.metadata.message_type == "evaluate" else reply
-
-
 MORE = {"data__synthetic_patients": 90, "federation__rounds": 1}
 """All three hospitals have validation samples."""
 
@@ -25,19 +19,15 @@ MORE = {"data__synthetic_patients": 90, "federation__rounds": 1}
 def test_evaluation_below_quorum_fails(tiny_config, in_process):
     config = tiny_config(**MORE, federation__timeout_seconds=0.3)
     with pytest.raises(RunFailed, match=r"round 0: 1 of 3 hospitals answered, the quorum is 2"):
-        in_process(config, tamper=dict.fromkeys((0, 1), mute_at_evaluation))
-    done = in_process(config, tamper={0: mute_at_evaluation})
+        in_process(config, tamper=dict.fromkeys((0, 1), silent("evaluate")))
+    done = in_process(config, tamper={0: silent("evaluate")})
     assert len(done.summary["validation_loss"]) == 2
 
 
 def test_validation_loss_is_the_mean_over_all_hospitals_tokens(tiny_config, in_process):
     """By hand, from the replies on the wire."""
     done = in_process(tiny_config(**MORE))
-    messages = [
-        message_from_proto(ProtoMessage.FromString(data))
-        for direction, _, data in done.grid.messages
-        if direction == "up"
-    ]
+    messages = [message for _, message in done.grid.wire("up")]
     told = [m.content["metrics"] for m in messages if m.metadata.message_type == "evaluate"]
     for server_round, loss in enumerate(done.summary["validation_loss"]):
         parts = [(m["loss"], m["weight"]) for m in told if m["round"] == server_round]

@@ -100,7 +100,7 @@ def test_an_impostor_is_nobody_to_wait_for():
         1: LeftOut(name="south", reason="another backbone"),
         2: LeftOut(name="node 2", reason="no registered key", impostor=True),
     }
-    assert roster.arrived == 1
+    assert len(roster.arrived) == 1
     assert roster.known == 1
 
 

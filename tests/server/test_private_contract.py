@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Message, MetricRecord, RecordDict
+from tampering import Killed, killed_in, on, round_of, silent
 
 import client.handlers
 import server.rounds
@@ -34,15 +35,13 @@ def on_round(server_round: int | None, **scalars: float):
     """Replace scalars in the replies to a round's train messages; None is every round."""
 
     def tamper(message: Message, reply: Message) -> Message:
-        if message.metadata.message_type != "train":
-            return reply
-        if server_round not in (None, message.content["config"]["round"]):
+        if server_round not in (None, round_of(message)):
             return reply
         metrics = MetricRecord({**reply.content["metrics"], **scalars})
         content = RecordDict({"arrays": reply.content["arrays"], "metrics": metrics})
         return Message(content, reply_to=message)
 
-    return tamper
+    return on("train", tamper)
 
 
 def spent(run: RunDirectory) -> dict[str, int]:
@@ -130,30 +129,17 @@ def test_a_lost_reply_is_accounted_at_its_worst(tiny_config, in_process, lost_ro
 
 @pytest.mark.slow
 def test_a_hospital_that_was_asked_once_and_left_is_accounted(tiny_config, in_process) -> None:
-    def mute(message: Message, reply: Message) -> Message | None:
-        return None if message.metadata.message_type == "train" else reply
-
     config = tiny_config(**PRIVATE, federation__timeout_seconds=0.3)
-    done = in_process(config, tamper={2: mute}, online=lambda index, seen: index < 2 or seen < 1)
+    tamper = {2: silent("train")}
+    done = in_process(config, tamper=tamper, online=lambda index, seen: index < 2 or seen < 1)
     assert spent(done.run) == {"hospital-1": 4, NAME: 4, "hospital-3": 2}
-
-
-class Killed(BaseException):
-    """The server's end."""
 
 
 def interrupted(config, in_process, tmp_path, *, server_round: int) -> RunDirectory:
     """Run until the last message of a round has been sent, and the server dies."""
-
-    def stop(grid, message: Message) -> None:
-        train = message.metadata.message_type == "train"
-        last = grid.node(2) == message.metadata.dst_node_id
-        if train and last and message.content["config"]["round"] == server_round:
-            raise Killed
-
     before = set(tmp_path.iterdir())
     with pytest.raises(Killed):
-        in_process(config, on_message=stop)
+        in_process(config, on_message=killed_in(server_round, 2))
     (folder,) = set(tmp_path.iterdir()) - before
     return RunDirectory(folder)
 

@@ -1,19 +1,11 @@
 """A resumed run needs the hospitals that its next round needs, and no more."""
 
 import pytest
+from tampering import Killed, killed_in
 
 from common.errors import RunFailed
 from common.rundir import RunDirectory
 from server.timeouts import RECONNECT_SECONDS
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-def die_in_round_2(grid, message):
-    if message.metadata.message_type == "train" and grid.seen_round == 2:
-        raise Killed
 
 
 @pytest.fixture
@@ -22,7 +14,7 @@ def killed(in_process, tmp_path):
 
     def start(config):
         with pytest.raises(Killed):
-            in_process(config, on_message=die_in_round_2)
+            in_process(config, on_message=killed_in(2))
         return RunDirectory(max(tmp_path.glob("run-*")))
 
     return start

@@ -5,9 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.common.serde import message_from_proto
-from flwr.proto.message_pb2 import Message as ProtoMessage
+from tampering import Killed, hello, killed_in, silent
 
 from common.configio import flatten
 from common.data.dataset import open_hospitals
@@ -17,10 +15,6 @@ from common.training.hospital_data import encode_hospital
 from common.training.loop import TrainState, train
 from common.training.worker import Worker
 from server.timeouts import Pace
-
-
-class Killed(BaseException):
-    """Stands for the end of the process: nothing of ours catches it."""
 
 
 def killed_at(count):
@@ -172,12 +166,7 @@ def test_below_quorum_the_run_fails_and_the_last_checkpoint_stays(
     tiny_config, in_process, tmp_path
 ):
     """Two of three are lost from round 2 on; quorum 0.5 needs two."""
-
-    def lost(message, reply):
-        content = message.content.config_records
-        round_ = next(iter(content.values()))["round"]
-        return None if message.metadata.message_type == "train" and round_ == 2 else reply
-
+    lost = silent("train", lambda number: number == 2)
     config = tiny_config(federation__rounds=3, federation__timeout_seconds=0.3)
     with pytest.raises(
         RunFailed, match=r"round 2: 1 of 3 hospitals answered, the quorum is 2"
@@ -194,19 +183,17 @@ def test_below_quorum_the_run_fails_and_the_last_checkpoint_stays(
 
 
 def test_all_timed_out_is_a_failure_not_a_silent_round(tiny_config, in_process):
-    silent = dict.fromkeys(range(3), lambda m, r: None if m.metadata.message_type == "train" else r)
+    nobody = dict.fromkeys(range(3), silent("train"))
     with pytest.raises(RunFailed, match="0 of 3 hospitals answered"):
-        in_process(tiny_config(federation__timeout_seconds=0.3), tamper=silent)
+        in_process(tiny_config(federation__timeout_seconds=0.3), tamper=nobody)
 
 
 def test_timeout_is_sized_from_what_was_measured(tiny_config, in_process):
     """Messages live as long as the wait: 12 h before anything was measured, then a multiple."""
     done = in_process(tiny_config())
     lives = [
-        (m.metadata.message_type, m.metadata.ttl)
-        for direction, _, data in done.grid.messages
-        if direction == "down"
-        for m in [message_from_proto(ProtoMessage.FromString(data))]
+        (message.metadata.message_type, message.metadata.ttl)
+        for _, message in done.grid.wire("down")
     ]
     trains = [ttl for kind, ttl in lives if kind == "train"]
     assert trains[:3] == [43_200.0] * 3
@@ -246,16 +233,12 @@ def part_in(federation):
     return sorted((e.round, e.hospital) for e in federation.run.metrics("steps"))
 
 
-def foreign(message, reply):
-    """Answer the handshake with another source digest."""
-    if message.metadata.message_type != "query":
-        return reply
-    hello = {**reply.content["config"], "source-sha256": "e" * 64}
-    return Message(RecordDict({"config": ConfigRecord(hello)}), reply_to=message)
+FOREIGN = hello(**{"source-sha256": "e" * 64})
+"""Another source digest in the handshake."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fraction", "asked", "tamper"), [(0.4, 2, {}), (0.5, 3, {4: foreign})])
+@pytest.mark.parametrize(("fraction", "asked", "tamper"), [(0.4, 2, {}), (0.5, 3, {4: FOREIGN})])
 def test_resumed_run_samples_as_if_the_lost_hospital_were_away(
     fraction, asked, tamper, tiny_config, in_process, tmp_path
 ):
@@ -273,13 +256,9 @@ def test_resumed_run_samples_as_if_the_lost_hospital_were_away(
     def leaves(index, seen):
         return index != 4 or seen < 1
 
-    def killed(grid, message):
-        if message.metadata.message_type == "train" and grid.seen_round == 2:
-            raise Killed
-
     whole = in_process(config, online=leaves, tamper=tamper)
     with pytest.raises(Killed):
-        in_process(config, online=leaves, tamper=tamper, on_message=killed)
+        in_process(config, online=leaves, tamper=tamper, on_message=killed_in(2))
     run = RunDirectory(tmp_path / "run-2")
     resumed = in_process(config, resume=run, online=lambda index, seen: index != 4)
     assert part_in(resumed) == part_in(whole)
@@ -310,7 +289,7 @@ def test_hospitals_join_late_drop_out_and_come_back(tiny_config, in_process):
 
 def test_late_hospital_with_other_code_is_refused_and_the_run_goes_on(tiny_config, in_process):
     config = tiny_config(federation__min_hospitals=2)
-    done = in_process(config, online=lambda i, seen: i < 2 or seen >= 1, tamper={2: foreign})
+    done = in_process(config, online=lambda i, seen: i < 2 or seen >= 1, tamper={2: FOREIGN})
     assert [(n, name) for n, name, _ in done.refused()] == [(2, "hospital-3")]
     assert "source fingerprint differs" in done.refused()[0][2]
     assert len(done.run.metrics("steps")) == 4
@@ -334,10 +313,8 @@ def queries_to(federation, index):
     """Round of the query and longest wait (seconds) of each handshake with a hospital."""
     lines = federation.run.wire()
     sent = [line for line in lines if line.direction == "down"]
-    messages = [entry for entry in federation.grid.messages if entry[0] == "down"]
     found = []
-    for line, (_, place, data) in zip(sent, messages, strict=True):
-        message = message_from_proto(ProtoMessage.FromString(data))
+    for line, (place, message) in zip(sent, federation.grid.wire("down"), strict=True):
         if line.kind == "query" and place == index:
             found.append((line.round, round(message.metadata.ttl - 60, 6)))
     return found

@@ -4,6 +4,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from tampering import Killed, killed_in, on, round_of
 
 from common.data.dataset import open_hospitals
 from common.model.adapter.rolora import RoLoRA
@@ -166,24 +167,11 @@ def test_a_resumed_run_ends_in_the_same_a_and_b(tiny_config, in_process, tmp_pat
     config = rolora(tiny_config, **keys)
     whole = in_process(config)
 
-    class Killed(BaseException):
-        pass
-
-    def dies_in(number):
-        def on_message(grid, message):
-            record = next(iter(message.content.config_records.values()))
-            meta = message.metadata
-            now = meta.message_type == "train" and record["round"] == number
-            if now and meta.dst_node_id == grid.node(1):
-                raise Killed
-
-        return on_message
-
     with pytest.raises(Killed):
-        in_process(config, on_message=dies_in(2))
+        in_process(config, on_message=killed_in(2, 1))
     run = RunDirectory(tmp_path / "run-2")
     with pytest.raises(Killed):
-        in_process(run.config(), resume=run, on_message=dies_in(3))
+        in_process(run.config(), resume=run, on_message=killed_in(3, 1))
     assert run.checkpoint_names()[-1] == "round-00002"
     assert in_process(run.config(), resume=run).sha == whole.sha
 
@@ -193,15 +181,14 @@ def test_the_other_half_is_refused(tiny_config, in_process, number):
     """A hospital that sends what the round does not train breaks the contract."""
 
     def both(message, reply):
-        record = next(iter(message.content.config_records.values()))
-        if message.metadata.message_type == "train" and record["round"] == number:
+        if round_of(message) == number:
             arrays = next(iter(reply.content.array_records.values()))
             down = next(iter(message.content.array_records.values()))
             key = next(key for key in down if key not in arrays)
             arrays[key] = down[key]
         return reply
 
-    done = in_process(rolora(tiny_config, federation__rounds=2), tamper={1: both})
+    done = in_process(rolora(tiny_config, federation__rounds=2), tamper={1: on("train", both)})
     refused = [(r, name, reason.split("lora_")[1][:1]) for r, name, reason in done.refused()]
     assert refused == [(number, "hospital-2", "A" if number == 1 else "B")]
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tampering import silent
 
 from client.proximal import Proximal
 from common.config import FederationConfig
@@ -209,7 +210,7 @@ def test_order_of_arrival_changes_nothing_and_state_comes_back(strategy):
     for key in (KEY, OTHER):
         np.testing.assert_array_equal(b[key], again[key])
     restored = Aggregator(config)
-    restored.restore(one.state())
+    restored.state = dict(one.state)
     goes_on = one.aggregate(b, updates(2), server_round=2)
     resumed = restored.aggregate(b, updates(2), server_round=2)
     for key in (KEY, OTHER):
@@ -329,8 +330,7 @@ def test_round_that_lost_hospitals_says_that_it_withstands_nothing(tiny_config, 
         federation__rounds=1,
         federation__timeout_seconds=0.2,
     )
-    lost = {0: lambda m, r: None if m.metadata.message_type == "train" else r}
-    done = in_process(config, tamper=lost)
+    done = in_process(config, tamper={0: silent("train")})
     assert "round 1: trimmed-mean withstands nothing with 4 updates" in caplog.messages
     events = [(e.round, e.value) for e in done.run.metrics("withstands-nothing")]
     assert events == [(1, 4)]

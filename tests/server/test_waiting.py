@@ -2,8 +2,7 @@
 
 import pytest
 from flwr.app import Error, Message
-from flwr.common.serde import message_from_proto
-from flwr.proto.message_pb2 import Message as ProtoMessage
+from tampering import Killed, killed_in, on, silent
 
 import server.messages
 import server.timeouts
@@ -17,23 +16,8 @@ HANGING = 1
 
 def waits(federation, kind="train"):
     """Longest wait (seconds) for each message of a kind, in the order of sending."""
-    messages = [
-        message_from_proto(ProtoMessage.FromString(data))
-        for direction, _, data in federation.grid.messages
-        if direction == "down"
-    ]
+    messages = [message for _, message in federation.grid.wire("down")]
     return [m.metadata.ttl - 60 for m in messages if m.metadata.message_type == kind]
-
-
-def silent_from(first_round):
-    """Answer no train message from a round on."""
-
-    def tamper(message, reply):
-        server_round = next(iter(message.content.config_records.values()))["round"]
-        train = message.metadata.message_type == "train"
-        return None if train and server_round >= first_round else reply
-
-    return tamper
 
 
 @pytest.fixture
@@ -48,7 +32,8 @@ def test_hanging_hospital_never_lengthens_the_wait(
 ):
     """Replies come at once here, so every wait that was measured is the shortest there is."""
     config = tiny_config(federation__rounds=4, federation__local_steps=1)
-    done = in_process(config, tamper={HANGING: silent_from(first_round)})
+    late = silent("train", lambda number: number >= first_round)
+    done = in_process(config, tamper={HANGING: late})
     assert waits(done) == pytest.approx([1.0] * 3 + [0.3] * 9)
     waited = {e.round: e.value for e in done.run.metrics("train-exchange-seconds")}
     assert all(0.3 <= waited[n] <= 0.3 + POLL_SECONDS for n in range(max(first_round, 2), 5))
@@ -66,28 +51,19 @@ def test_refused_reply_is_not_measured(tiny_config, in_process, monkeypatch):
     monkeypatch.setattr("server.rounds.exchange", late)
 
     def spoil(message, reply):
-        if message.metadata.message_type == "train":
-            reply.content["metrics"]["weight"] = -1.0
+        reply.content["metrics"]["weight"] = -1.0
         return reply
 
-    limits = waits(in_process(tiny_config(), tamper={HANGING: spoil}))
+    limits = waits(in_process(tiny_config(), tamper={HANGING: on("train", spoil)}))
     assert limits[3:] == pytest.approx([60.0] * 3)
     assert waits(in_process(tiny_config()))[3:] == pytest.approx([5000.0] * 3)
 
 
 def test_pace_comes_back_with_a_resumed_run(tiny_config, in_process, tmp_path):
     """The first wait after the resume is sized from what was measured before it."""
-
-    class Killed(BaseException):
-        pass
-
-    def die(grid, message):
-        if message.metadata.message_type == "train" and grid.seen_round == 2:
-            raise Killed
-
     config = tiny_config()
     with pytest.raises(Killed):
-        in_process(config, on_message=die)
+        in_process(config, on_message=killed_in(2))
     resumed = in_process(config, resume=RunDirectory(tmp_path / "run-1"))
     assert waits(resumed) == pytest.approx([60.0] * 3)
 
@@ -97,7 +73,7 @@ def test_who_disconnects_is_not_waited_for(tiny_config, in_process):
     config = tiny_config(federation__rounds=1, federation__timeout_seconds=20.0)
     done = in_process(
         config,
-        tamper={HANGING: silent_from(1)},
+        tamper={HANGING: silent("train")},
         online=lambda index, seen: index != HANGING or seen < 1,
     )
     assert 0 < done.clock.now - PRESENCE_SECONDS <= 2 * POLL_SECONDS
@@ -118,13 +94,11 @@ def failing_handshake(times):
 
     def tamper(message, reply):
         nonlocal asked
-        if message.metadata.message_type != "query":
-            return reply
         asked += 1
         failure = Message(Error(code=2, reason="its worker is not up"), reply_to=message)
         return failure if asked <= times else reply
 
-    return tamper
+    return on("query", tamper)
 
 
 def test_failing_handshake_is_asked_ever_more_rarely_and_told(tiny_config, in_process, tmp_path):

@@ -1,12 +1,13 @@
 """From cleaned parts to one row per admission, with every dropped row counted under its reason."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import polars as pl
 
 from common.data.cleaning.diagnoses import DiagnosisLists
-from common.data.cleaning.measures import Measures, measures_at_admission
+from common.data.cleaning.measures import KINDS, Measures, measures_at_admission
 from common.data.cleaning.orders import DrugLists
 from common.data.cleaning.protocols import (
     COLUMNS,
@@ -19,7 +20,6 @@ from common.data.cleaning.protocols import (
 from common.data.protocols import ADMISSION, FIRST_24H, VISITS
 from common.data.samples import (
     UNKNOWN,
-    BmiCheck,
     Counts,
     Lengths,
     Outliers,
@@ -44,32 +44,25 @@ _FEWEST = {
 }
 
 
+@dataclass
 class Book:
     """Rows in, rows out and reasons, by table; each is counted by itself, none by subtraction."""
 
-    def __init__(self) -> None:
-        self.rows: dict[str, int] = {}
-        self.out: dict[str, int] = {}
-        self.dropped: dict[str, dict[str, int]] = {}
-        self.drug_type: dict[str, int] = {}
+    rows: dict[str, int] = field(default_factory=dict)
+    """Read."""
+    out: dict[str, int] = field(default_factory=dict)
+    """In use: rows, or items of lists."""
+    dropped: dict[str, dict[str, int]] = field(default_factory=dict)
+    drug_type: dict[str, int] = field(default_factory=dict)
 
     def add(self, table: str, rows: int, dropped: Mapping[str, int], out: int) -> None:
         """Count a table: rows read, left out by reason, and rows or items that are in use."""
-        self.read(table, rows)
+        self.rows[table], self.out[table] = rows, out
         self.drop(table, dropped)
-        self.keep(table, out)
-
-    def read(self, table: str, rows: int) -> None:
-        """Count the rows that were read."""
-        self.rows[table] = rows
 
     def drop(self, table: str, reasons: Mapping[str, int]) -> None:
         """Count rows that were left out, each reason once."""
         self.dropped.setdefault(table, {}).update(reasons)
-
-    def keep(self, table: str, rows: int) -> None:
-        """Count the rows, or items of lists, that are in use."""
-        self.out[table] = rows
 
 
 def refuse_orphans(label: str, orphans: int, rows: int, parent: str) -> None:
@@ -83,6 +76,29 @@ def refuse_orphans(label: str, orphans: int, rows: int, parent: str) -> None:
             f"{label}: {orphans} of {rows} rows belong to {parent} that is in no table",
             fix="use all tables from the same version of the data",
         )
+
+
+def first_values(
+    table: str, rows: int, named: pl.DataFrame, known: pl.Series, book: Book
+) -> pl.DataFrame:
+    """Return the first value of each admission that exists, and count the other rows.
+
+    Args:
+        table: Where they are counted.
+        rows: Read, values that are none included.
+        named: hadm_id and a value, in the order of time.
+        known: Admissions that exist (hadm_id).
+        book: Counts them.
+    """
+    placed = named.filter(pl.col("hadm_id").is_in(known.implode()))
+    first = placed.unique("hadm_id", keep="first", maintain_order=True)
+    unused = {
+        "not_in_use": rows - named.height,
+        "unknown_admission": named.height - placed.height,
+        "later": placed.height - first.height,
+    }
+    book.add(table, rows, unused, first.height)
+    return first
 
 
 def plausible_age(age: pl.Expr) -> pl.Expr:
@@ -125,7 +141,7 @@ def assemble(
         .sort("subject_id", "admittime", "hadm_id")
     )
     complete = _as_asked(samples, stays, diagnoses, book, extra)
-    book.keep("admissions", complete.height)
+    book.out["admissions"] = complete.height
     if complete.is_empty():
         raise UserError(
             f"no samples after cleaning in {folder}",
@@ -155,10 +171,8 @@ def assemble(
         weight=int(heavy.sum()),
         height_and_weight=int((tall & heavy).sum()),
         no_height_no_weight=int((~tall & ~heavy).sum()),
-        outliers=Outliers(**measures.outliers),
-        bmi_check=BmiCheck(
-            triples=measures.bmi_triples, within_one=measures.bmi_triples_within_one
-        ),
+        outliers=Outliers(**{kind: measures.dropped[f"outlier_{kind}"] for kind in KINDS}),
+        bmi_check=measures.bmi_check,
         dropped={
             f"{table}.{reason}": number
             for table, reasons in book.dropped.items()
@@ -213,22 +227,18 @@ def _complete(samples: pl.DataFrame, book: Book, needed: Mapping[str, str]) -> p
 
 
 def _sample_columns(complete: pl.DataFrame) -> pl.DataFrame:
-    known = {name: pl.col(name) for name in ("gender", *ATTRIBUTES) if name in complete.columns}
-    texts = {
-        name: known.get(name, pl.lit(None, pl.String)).fill_null(UNKNOWN)
-        for name in ("gender", *ATTRIBUTES)
-    }
-    columns = ("age", "height_cm", "weight_kg", "bmi", "diagnoses", "drugs")
-    extra = [name for name in COLUMNS if name in complete.columns]
-    site = [pl.col(SITE).fill_null(UNKNOWN)] if SITE in complete.columns else []
+    there = complete.columns
     return complete.select(
         pl.col("subject_id").alias("patient"),
         pl.col("hadm_id").alias("admission"),
-        *columns,
-        texts.pop("gender").alias("sex"),
-        *(text.alias(name) for name, text in texts.items()),
-        *site,
-        *extra,
+        *("age", "height_cm", "weight_kg", "bmi", "diagnoses", "drugs"),
+        pl.col("gender").fill_null(UNKNOWN).alias("sex"),
+        *(
+            pl.col(name).fill_null(UNKNOWN) if name in there else pl.lit(UNKNOWN).alias(name)
+            for name in (*ATTRIBUTES, SITE)
+            if name in there or name != SITE
+        ),
+        *(name for name in COLUMNS if name in there),
     )
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import polars as pl
 
+from common.data.samples import BmiCheck
+
 KINDS = {"height": "height_cm", "weight": "weight_kg", "bmi": "bmi"}
 """Measure: field of the sample."""
 PLAUSIBLE = {"height": (36.0, 96.0), "weight": (40.0, 1200.0), "bmi": (8.0, 200.0)}
@@ -27,15 +29,8 @@ class Measures:
     read: int
     """Rows of the table."""
     dropped: Mapping[str, int]
-    bmi_triples: int
-    """Patient-days with height, weight and BMI (the last of each day), outliers included."""
-    bmi_triples_within_one: int
-    """Of these, BMI within 1 kg/m2 of what height and weight give."""
-
-    @property
-    def outliers(self) -> dict[str, int]:
-        """Implausible rows by measure."""
-        return {kind: self.dropped[f"outlier_{kind}"] for kind in KINDS}
+    bmi_check: BmiCheck
+    """Of patient-days with height, weight and BMI (the last of each day), outliers included."""
 
 
 def clean_measures(found: pl.DataFrame, patients: pl.Series) -> Measures:
@@ -67,8 +62,7 @@ def clean_measures(found: pl.DataFrame, patients: pl.Series) -> Measures:
         rows=rows,
         read=found.height,
         dropped={reason: reasons.get(reason, 0) for reason in order},
-        bmi_triples=triples.height,
-        bmi_triples_within_one=int((error.abs() <= 1).sum()),
+        bmi_check=BmiCheck(triples=triples.height, within_one=int((error.abs() <= 1).sum())),
     )
 
 
@@ -122,11 +116,5 @@ def _same_day_triples(rows: pl.DataFrame) -> pl.DataFrame:
     last = rows.sort("seq_num", "value").unique(
         ["subject_id", "date", "kind"], keep="last", maintain_order=True
     )
-    days = last.filter(pl.col("kind") == "height").select("subject_id", "date", height="value")
-    for kind in ("weight", "bmi"):
-        other = last.filter(pl.col("kind") == kind)
-        days = days.join(
-            other.select("subject_id", "date", pl.col("value").alias(kind)),
-            on=["subject_id", "date"],
-        )
-    return days
+    days = last.pivot("kind", on_columns=list(KINDS), index=["subject_id", "date"], values="value")
+    return days.drop_nulls(list(KINDS))

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from common.data.names import normalise_string
-from common.data.tables import (
-    NULL_OF_NAMES,
-)
+from common.data.tables import NULL_OF_NAMES
 
 _BUCKET_ROWS = 1_000_000
 _DIVIDED = (
@@ -231,19 +229,13 @@ def _name_table(spellings: Sequence[str]) -> pl.DataFrame:
     names = ["" if s.strip() == NULL_OF_NAMES else normalise_string(s) for s in spellings]
     ranks = {name: rank for rank, name in enumerate(sorted(set(names)))}
     uses = Counter(names)
+    ids = [ranks[name] if name else None for name in names]
     return pl.DataFrame(
         {
-            "drug": spellings,
-            "drug_id": range(len(names)),
-            "name_id": [ranks[name] if name else None for name in names],
-            "varied": [uses[name] > 1 for name in names],
-            "flush": [is_flush(name) for name in names],
-        },
-        schema={
-            "drug": pl.Categorical,
-            "drug_id": pl.UInt32,
-            "name_id": pl.UInt32,
-            "varied": pl.Boolean,
-            "flush": pl.Boolean,
-        },
+            "drug": pl.Series(spellings, dtype=pl.Categorical),
+            "drug_id": pl.Series(range(len(names)), dtype=pl.UInt32),
+            "name_id": pl.Series(ids, dtype=pl.UInt32),
+            "varied": pl.Series([uses[name] > 1 for name in names], dtype=pl.Boolean),
+            "flush": pl.Series([is_flush(name) for name in names], dtype=pl.Boolean),
+        }
     )

@@ -23,17 +23,7 @@ from common.data.cleaning.measures import (
 from common.data.cleaning.orders import DrugLists, Orders, drug_lists, one_row_per_pair
 from common.data.eicu.tables import find_tables
 from common.data.samples import Prepared, Progress
-from common.data.tables import (
-    MORE_FIELDS,
-    Table,
-    bad_width,
-    read,
-    reading,
-    require_rows,
-    scan,
-    spelled_nulls,
-    whole_numbers,
-)
+from common.data.tables import Table, read, scan, spelled_nulls, stream, whole_numbers
 from common.errors import UserError
 
 HIDDEN_OLD_AGE = 90
@@ -45,6 +35,7 @@ LIKELY_BMI = (10.0, 100.0)
 """kg/m2; a weight that makes another BMI with a plausible height has a slipped decimal."""
 PATH, APACHE = "path", "apache"
 """Versions of diagnoses without an ICD code: eICU's path of words, and APACHE's admission."""
+_CHUNK_ROWS = 500_000
 _ICD9 = r"^(\d.*|V\d.*|E\d{3}.*)$"
 
 
@@ -122,7 +113,7 @@ def _units(table: Table, book: Book) -> pl.DataFrame:
             allowed="one uniquepid for each patienthealthsystemstayid",
             fix="fetch the file again",
         )
-    book.read("patient", frame.height)
+    book.rows["patient"] = frame.height
     book.drop("patient", {"duplicate": frame.height - distinct.height})
     numbers = {name: _number(name) for name in distinct["uniquepid"].unique()}
     return distinct.with_columns(
@@ -141,8 +132,8 @@ def _stays(units: pl.DataFrame, book: Book) -> pl.DataFrame:
     begun = units.sort("hospitaladmitoffset", "patientunitstayid", descending=[True, False])
     first = begun.unique("hadm_id", keep="first", maintain_order=True)
     book.drop("patient", {"later_unit_stay": units.height - first.height})
-    book.keep("patient", first.height)
-    book.read("admissions", first.height)
+    book.out["patient"] = first.height
+    book.rows["admissions"] = first.height
     age = pl.col("age").str.strip_chars()
     years = pl.when(age.str.contains(r"^>\s*89$")).then(HIDDEN_OLD_AGE)
     ordered = first.sort("subject_id", "hospitaldischargeyear", "hadm_id")
@@ -251,11 +242,7 @@ def _title() -> pl.Expr:
 def _drugs(
     table: Table, clock: pl.DataFrame, known: pl.Series, book: Book, drop_flushes: bool
 ) -> DrugLists:
-    with reading(table.label):
-        frame = scan(table).collect(engine="streaming")
-    require_rows(table, frame.height)
-    if frame[MORE_FIELDS].is_not_null().any():
-        raise bad_width(table.label)
+    frame = pl.concat(stream(table, scan(table), chunk_rows=_CHUNK_ROWS))
     cancelled = pl.col("drugordercancelled").fill_null("").str.strip_chars().str.to_lowercase()
     lines = frame.with_columns(
         whole_numbers(table, frame["patientunitstayid"], required=True),

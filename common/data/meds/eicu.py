@@ -24,6 +24,7 @@ BORN_LATE_YEARS = 0.5
 """The extraction sets a birth this much later than the age says, counted from the first unit."""
 METRIC = {"cm": 1.0, "in": CM_PER_INCH, "kg": 1.0, "lb": KG_PER_POUND}
 """Factor to cm and kg."""
+_KINDS = ("admission", "discharge", "birth", "sex", "diagnosis", "drug", "measure")
 _DAYS_PER_YEAR = 365.25
 
 
@@ -42,14 +43,11 @@ def prepare_stays(
         UserError: Shards that cannot be used as they are, or without an event of a needed kind.
     """
     rows, found = Counter[str](), defaultdict[str, list[pl.DataFrame]](list)
-    for label, events, total in read_shards(folder, codes, progress):
-        rows["events"] += total
-        groups = {str(kind): g for (kind,), g in events.group_by("kind", maintain_order=True)}
-        for kind in ("admission", "birth", "sex", "diagnosis", "drug", "measure"):
-            group = groups.get(kind, events.clear())
-            rows[kind] += group.height
+    for label, groups, total in read_shards(folder, codes, progress):
+        rows.update({"events": total, **{kind: groups[kind].height for kind in _KINDS}})
+        for kind in _KINDS:
+            group = groups[kind]
             found[kind].append(_orders(group, codes) if kind == "drug" else group)
-        rows["discharge"] += groups.get("discharge", events.clear()).height
         if timeless := found["admission"][-1]["time"].null_count():
             raise UserError(
                 f"{label}: {timeless} admissions have no time", fix="check the extraction"
@@ -59,7 +57,7 @@ def prepare_stays(
     kinds = {kind: pl.concat(parts) for kind, parts in found.items()}
     stays = _stays(kinds, codes, book)
     diagnoses = _diagnoses(kinds["diagnosis"], stays, codes, book)
-    drugs = list_drugs([kinds["drug"]], rows["drug"], stays["hadm_id"], book, drop_flushes)
+    drugs = list_drugs(kinds["drug"], rows["drug"], stays["hadm_id"], book, drop_flushes)
     measures = measures_of(stays, book)
     return assemble(
         stays.drop(SITE) if stays[SITE].null_count() == stays.height else stays,
@@ -77,7 +75,7 @@ def _stays(kinds: dict[str, pl.DataFrame], codes: Codes, book: Book) -> pl.DataF
     first = _first(kinds["admission"])
     births = _first(kinds["birth"]).select("subject_id", birth="time")
     sexes = _first(kinds["sex"]).select("subject_id", sex=_content(codes.sex))
-    book.read("admissions", kinds["admission"].height)
+    book.rows["admissions"] = kinds["admission"].height
     book.drop("admissions", {"duplicate": kinds["admission"].height - first.height})
     refuse_orphans(
         "admissions",

@@ -1,5 +1,6 @@
 """Shards of a MEDS data set: found, checked, and read down to the events in use."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,8 +65,10 @@ def extraction_of(folder: Path) -> Codes:
 
 def read_shards(
     folder: Path, codes: Codes, progress: Progress
-) -> Iterator[tuple[str, pl.DataFrame, int]]:
-    """Yield each shard's label, events in use and number of all events.
+) -> Iterator[tuple[str, dict[str, pl.DataFrame], int]]:
+    """Yield each shard's label, its events in use by kind, and the number of all its events.
+
+    A kind that it has none of is an empty frame.
 
     Raises:
         UserError: As ``find_shards`` and ``read_shard``; also for a subject in two shards.
@@ -85,7 +88,8 @@ def read_shards(
                 fix="extract again, or name one data set's folder",
             )
         seen = pl.concat([seen, subjects])
-        yield label, events, total
+        groups = events.group_by("kind", maintain_order=True)
+        yield label, defaultdict(events.clear, {str(kind): g for (kind,), g in groups}), total
 
 
 def read_titles(folder: Path, codes: Codes) -> pl.DataFrame:

@@ -3,9 +3,8 @@
 Shards are read one after the other: MEDS keeps a subject's events in one shard.
 """
 
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import polars as pl
@@ -14,6 +13,7 @@ from common.data.cleaning.assemble import (
     SITE,
     Book,
     assemble,
+    first_values,
     items,
     plausible_age,
     refuse_orphans,
@@ -37,23 +37,8 @@ _NOT_READ = {
     FIRST_24H: ("services", "labevents", "d_labitems"),
 }
 """What a protocol shows of MIMIC-IV's tables and events are not read for."""
+_ATTRIBUTES = ("careunit", "insurance", "service")
 _FIX = "check the codes (data.meds-codes) and the extraction"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Parts:
-    """What all shards gave, kind by kind."""
-
-    births: list[pl.DataFrame] = field(default_factory=list)
-    sexes: list[pl.DataFrame] = field(default_factory=list)
-    stays: list[pl.DataFrame] = field(default_factory=list)
-    diagnoses: list[pl.DataFrame] = field(default_factory=list)
-    orders: list[pl.DataFrame] = field(default_factory=list)
-    measures: list[pl.DataFrame] = field(default_factory=list)
-    attributes: dict[str, list[pl.DataFrame]] = field(default_factory=dict)
-    """hadm_id and the value, in the order of time, by attribute."""
-    rows: Counter[str] = field(default_factory=Counter)
-    """Events by kind, and ``events``: all of them."""
 
 
 def prepare_events(
@@ -78,45 +63,39 @@ def prepare_events(
     """
     find_shards(folder)
     titles = read_titles(folder, codes)
-    parts = _Parts()
-    for label, events, total in read_shards(folder, codes, progress):
-        parts.rows["events"] += total
-        _sort_out(events, label, codes, parts, divide=protocol == FIRST_24H)
+    rows, found = Counter[str](), defaultdict[str, list[pl.DataFrame]](list)
+    for label, kinds, total in read_shards(folder, codes, progress):
+        rows.update({"events": total, **{kind: group.height for kind, group in kinds.items()}})
+        before = sum(map(len, found["admission"]))
+        for kind, part in _of_shard(kinds, label, codes, before, protocol == FIRST_24H):
+            found[kind].append(part)
     absent = _NOT_READ.get(protocol, ())
     extra = Extra(protocol=protocol, absent=absent) if absent else None
-    return _join(parts, titles, folder, codes, drop_flushes, extra)
+    whole = {kind: pl.concat(parts) for kind, parts in found.items()}
+    return _join(whole, rows, titles, folder, codes, drop_flushes, extra)
 
 
-def _sort_out(
-    events: pl.DataFrame, label: str, codes: Codes, parts: _Parts, *, divide: bool
-) -> None:
-    kinds = {kind: group for (kind,), group in events.group_by("kind", maintain_order=True)}
-    for kind, group in kinds.items():
-        parts.rows[str(kind)] += group.height
-    empty = events.clear()
-    stays = _stays(kinds.get("admission", empty), kinds.get("discharge", empty), label, codes)
-    stays = stays.with_columns(
+def _of_shard(
+    kinds: Mapping[str, pl.DataFrame], label: str, codes: Codes, before: int, divide: bool
+) -> Iterator[tuple[str, pl.DataFrame]]:
+    """Yield a shard's events by kind, with their admissions; ``before`` came in earlier shards."""
+    stays = _stays(kinds["admission"], kinds["discharge"], label, codes).with_columns(
         # An admission without a number gets one of its own, below zero.
-        hadm_id=pl.coalesce("admission", -1 - pl.int_range(pl.len()) - sum(map(len, parts.stays)))
+        hadm_id=pl.coalesce("admission", -1 - pl.int_range(pl.len()) - before)
     )
-    parts.stays.append(stays)
-    parts.births.append(kinds.get("birth", empty))
-    parts.sexes.append(kinds.get("sex", empty))
-    parts.measures.append(kinds.get("measure", empty))
-    parts.diagnoses.append(_placed(kinds.get("diagnosis", empty), stays))
-    drugs = _placed(kinds.get("drug", empty), stays).select(
+    yield "admission", stays
+    yield from ((kind, kinds[kind]) for kind in ("birth", "sex", "measure"))
+    yield "diagnosis", _placed(kinds["diagnosis"], stays)
+    drugs = _placed(kinds["drug"], stays).select(
         "hadm_id",
         _part(codes.drug, 0).replace(NO_NAME, "").fill_null("").cast(pl.Categorical).alias("drug"),
         pl.col("time").alias("start"),
     )
-    parts.orders.append(one_row_per_pair(divided(drugs, clock(stays) if divide else None)))
-    for kind in ("careunit", "insurance", "service"):
-        placed = _placed(kinds.get(kind, empty), stays)
+    yield "drug", one_row_per_pair(divided(drugs, clock(stays) if divide else None))
+    for kind in _ATTRIBUTES:
         value = _part(codes.prefixes[kind], 0).replace(NO_NAME, None)
-        named = placed.with_columns(value.alias(kind)).sort(
-            "hadm_id", "time", kind, nulls_last=True
-        )
-        parts.attributes.setdefault(kind, []).append(named.select("hadm_id", kind))
+        named = _placed(kinds[kind], stays).with_columns(value.alias(kind))
+        yield kind, named.sort("hadm_id", "time", kind, nulls_last=True).select("hadm_id", kind)
 
 
 def _stays(
@@ -178,7 +157,8 @@ def _placed(events: pl.DataFrame, stays: pl.DataFrame) -> pl.DataFrame:
 
 
 def _join(
-    parts: _Parts,
+    kinds: Mapping[str, pl.DataFrame],
+    rows: Mapping[str, int],
     titles: pl.DataFrame,
     folder: Path,
     codes: Codes,
@@ -186,15 +166,16 @@ def _join(
     extra: Extra | None,
 ) -> Prepared:
     book = Book()
-    rows = parts.rows
     count_events(rows, codes, folder, book)
-    stays = _known_stays(parts, codes, book)
+    stays = _known_stays(kinds, rows["admission"], codes, book)
     known = stays["hadm_id"]
-    diagnoses = _diagnoses(parts, titles, known, book, codes)
-    measures = _measures(parts, codes, book)
-    drugs = list_drugs(parts.orders, rows["drug"], known, book, drop_flushes)
-    for kind, found in parts.attributes.items():
-        stays = stays.join(_first(pl.concat(found), kind, known, book), on="hadm_id", how="left")
+    diagnoses = _diagnoses(kinds["diagnosis"], titles, known, book, codes)
+    measures = _measures(kinds["measure"], kinds["birth"], codes, book)
+    drugs = list_drugs(kinds["drug"], rows["drug"], known, book, drop_flushes)
+    for kind in _ATTRIBUTES:
+        named = kinds[kind].drop_nulls(kind)
+        values = first_values(kind, kinds[kind].height, named, known, book)
+        stays = stays.join(values, on="hadm_id", how="left")
     if not stays[SITE].drop_nulls().len():
         stays = stays.drop(SITE)
     return assemble(
@@ -210,11 +191,11 @@ def _join(
 
 
 def list_drugs(
-    orders: list[pl.DataFrame], rows: int, known: pl.Series, book: Book, drop_flushes: bool
+    pairs: pl.DataFrame, rows: int, known: pl.Series, book: Book, drop_flushes: bool
 ) -> DrugLists:
     """List each admission's drugs, from orders reduced shard by shard, and count their rows."""
     book.drug_type = {"MAIN": rows}
-    reduced = Orders(pairs=pl.concat(orders), drug_type=book.drug_type, rows=rows)
+    reduced = Orders(pairs=pairs, drug_type=book.drug_type, rows=rows)
     drugs = drug_lists(reduced, known, drop_flushes=drop_flushes)
     refuse_orphans("drugs", drugs.dropped["unknown_admission"], rows, "an admission")
     book.add("drugs", rows, drugs.dropped, drugs.listed)
@@ -245,11 +226,13 @@ def count_events(rows: Mapping[str, int], codes: Codes, folder: Path, book: Book
     book.add("events", rows["events"], {"other_code": rows["events"] - used}, used)
 
 
-def _known_stays(parts: _Parts, codes: Codes, book: Book) -> pl.DataFrame:
+def _known_stays(
+    kinds: Mapping[str, pl.DataFrame], rows: int, codes: Codes, book: Book
+) -> pl.DataFrame:
     """Return the admissions of patients with a birth; a patient's first birth and sex count."""
-    births = _one_each(pl.concat(parts.births), "births", book).drop_nulls("time")
-    sexes = _one_each(pl.concat(parts.sexes), "sexes", book)
-    stays = pl.concat(parts.stays)
+    births = _one_each(kinds["birth"], "births", book).drop_nulls("time")
+    sexes = _one_each(kinds["sex"], "sexes", book)
+    stays = kinds["admission"]
     repeated = len(stays) - stays["hadm_id"].n_unique()
     if repeated:
         raise UserError(
@@ -262,13 +245,10 @@ def _known_stays(parts: _Parts, codes: Codes, book: Book) -> pl.DataFrame:
         on="subject_id",
         how="left",
     )
-    book.read("admissions", parts.rows["admission"])
+    book.rows["admissions"] = rows
     orphans = stays.height - found.height
     refuse_orphans("admissions", orphans, stays.height, "a patient with a birth")
-    book.drop(
-        "admissions",
-        {"duplicate": parts.rows["admission"] - stays.height, "unknown_patient": orphans},
-    )
+    book.drop("admissions", {"duplicate": rows - stays.height, "unknown_patient": orphans})
     came, born = pl.col("admittime").dt, pl.col("birth").dt
     years = came.year().cast(pl.Int64) - born.year()
     birthday = pl.col("birth").dt.offset_by(pl.format("{}y", years))
@@ -277,9 +257,8 @@ def _known_stays(parts: _Parts, codes: Codes, book: Book) -> pl.DataFrame:
 
 
 def _diagnoses(
-    parts: _Parts, titles: pl.DataFrame, known: pl.Series, book: Book, codes: Codes
+    events: pl.DataFrame, titles: pl.DataFrame, known: pl.Series, book: Book, codes: Codes
 ) -> DiagnosisLists:
-    events = pl.concat(parts.diagnoses)
     coded = events.select(
         "hadm_id",
         pl.coalesce("sequence", "row").alias("seq_num"),
@@ -292,8 +271,7 @@ def _diagnoses(
     return lists
 
 
-def _measures(parts: _Parts, codes: Codes, book: Book) -> Measures:
-    events = pl.concat(parts.measures)
+def _measures(events: pl.DataFrame, births: pl.DataFrame, codes: Codes, book: Book) -> Measures:
     timed = events.drop_nulls("time")
     kinds = {code: one.kind for code, one in codes.measures.items()}
     factors = {code: UNITS[one.unit] for code, one in codes.measures.items()}
@@ -305,8 +283,7 @@ def _measures(parts: _Parts, codes: Codes, book: Book) -> Measures:
         value=pl.col("text").str.strip_chars().cast(pl.Float64, strict=False)
         * pl.col("code").replace_strict(factors, default=None, return_dtype=pl.Float64),
     )
-    patients = pl.concat(parts.births)["subject_id"].unique()
-    measures = clean_measures(found, patients)
+    measures = clean_measures(found, births["subject_id"].unique())
     book.add(
         "measures",
         events.height,
@@ -321,20 +298,6 @@ def _one_each(events: pl.DataFrame, table: str, book: Book) -> pl.DataFrame:
         "subject_id", keep="first", maintain_order=True
     )
     book.add(table, events.height, {"duplicate": events.height - first.height}, first.height)
-    return first
-
-
-def _first(found: pl.DataFrame, kind: str, known: pl.Series, book: Book) -> pl.DataFrame:
-    """Return the first value of each admission; ``found`` is in the order of time."""
-    named = found.drop_nulls(kind)
-    placed = named.join(known.to_frame(), on="hadm_id", how="semi")
-    first = placed.unique("hadm_id", keep="first", maintain_order=True)
-    unused = {
-        "not_in_use": found.height - named.height,
-        "unknown_admission": named.height - placed.height,
-        "later": placed.height - first.height,
-    }
-    book.add(kind, found.height, unused, first.height)
     return first
 
 

@@ -9,6 +9,7 @@ from common.data.cleaning.assemble import (
     PLAUSIBLE_AGE,
     Book,
     assemble,
+    first_values,
     plausible_age,
     refuse_orphans,
 )
@@ -17,7 +18,7 @@ from common.data.cleaning.orders import DrugLists, drug_lists
 from common.data.cleaning.protocols import clock
 from common.data.mimic.diagnoses import read_diagnoses
 from common.data.mimic.extra import read_extra
-from common.data.mimic.orders import CHUNK_ROWS, read_orders
+from common.data.mimic.orders import read_orders
 from common.data.mimic.tables import find_tables
 from common.data.protocols import ADMISSION, FIRST_24H
 from common.data.samples import Prepared, Progress
@@ -33,7 +34,6 @@ def prepare_tables(
     folder: Path,
     *,
     drop_flushes: bool = True,
-    chunk_rows: int = CHUNK_ROWS,
     progress: Progress | None = None,
     protocol: str = ADMISSION,
 ) -> Prepared:
@@ -42,7 +42,6 @@ def prepare_tables(
     Args:
         folder: The version's folder, which holds ``hosp/``.
         drop_flushes: Leave saline and heparin flushes out of the drug lists.
-        chunk_rows: Rows of prescriptions per batch; the result does not depend on it.
         progress: Called with one line for each step.
         protocol: ``data.protocol``.
 
@@ -62,7 +61,7 @@ def prepare_tables(
     measures = _measures(tables["omr"], patients, book)
     say("streaming prescriptions")
     times_of = clock(stays) if protocol == FIRST_24H else None
-    drugs = _drugs(tables["prescriptions"], known, book, drop_flushes, chunk_rows, say, times_of)
+    drugs = _drugs(tables["prescriptions"], known, book, drop_flushes, say, times_of)
     services = _attribute(tables, "services", "transfertime", "curr_service", known, book)
     careunits = _attribute(tables, "transfers", "intime", "careunit", known, book)
     extra = read_extra(protocol, tables, stays, book, say)
@@ -105,7 +104,7 @@ def _stays(table: Table, patients: pl.DataFrame, book: Book) -> pl.DataFrame:
     frame = times(frame, table, "admittime", required=True)
     if "dischtime" in frame.columns:
         frame = times(frame, table, "dischtime", required=False).rename({"dischtime": "ended"})
-    book.read("admissions", frame.height)
+    book.rows["admissions"] = frame.height
     distinct = frame.unique()
     doubled = distinct.height - distinct["hadm_id"].n_unique()
     if doubled:
@@ -148,13 +147,11 @@ def _drugs(
     known: pl.Series,
     book: Book,
     drop_flushes: bool,
-    chunk_rows: int,
     say: Progress,
     times_of: pl.DataFrame | None,
 ) -> DrugLists:
     orders = read_orders(
         table,
-        chunk_rows=chunk_rows,
         on_rows=lambda rows: say(f"streaming prescriptions: {rows:,} rows"),
         clock=times_of,
     )
@@ -183,16 +180,8 @@ def _attribute(
     named = rows.drop_nulls(value)
     if "eventtype" in rows.columns:
         named = named.filter(pl.col("eventtype") == _CAREUNIT_EVENT)
-    placed = (
-        times(named, table, time, required=False)
-        .with_columns(whole_numbers(table, named["hadm_id"]))
-        .join(known.to_frame(), on="hadm_id", how="semi")
+    timed = times(named, table, time, required=False).with_columns(
+        whole_numbers(table, named["hadm_id"])
     )
-    first = placed.sort("hadm_id", time, value, nulls_last=True).unique("hadm_id", keep="first")
-    unused = {
-        "not_in_use": rows.height - named.height,
-        "unknown_admission": named.height - placed.height,
-        "later": placed.height - first.height,
-    }
-    book.add(name, rows.height, unused, first.height)
-    return first.select("hadm_id", value)
+    ordered = timed.sort("hadm_id", time, value, nulls_last=True).select("hadm_id", value)
+    return first_values(name, rows.height, ordered, known, book)

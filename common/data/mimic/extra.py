@@ -13,20 +13,16 @@ from common.data.mimic.tables import PAIRED
 from common.data.protocols import ADMISSION, FIRST_24H, VISITS
 from common.data.samples import Progress
 from common.data.tables import (
-    MORE_FIELDS,
     TIME_FORMAT,
     Table,
     bad_numbers,
     bad_times,
-    bad_width,
-    mend,
+    mend_numbers,
     mend_times,
     read,
-    reading,
-    require_rows,
     scan,
+    stream,
     times,
-    was_float,
     whole_number,
     whole_numbers,
 )
@@ -125,21 +121,14 @@ def _results(
             for name, alias in (("charttime", "time"), ("storetime", "stored"))
         ),
         pl.col("valuenum").str.strip_chars().cast(pl.Float64, strict=False).alias("value"),
-        pl.col(MORE_FIELDS).is_not_null(),
     )
     tally: Counter[str] = Counter()
     parts = [pl.DataFrame(schema=COLUMNS)]
-    with reading(table.label):
-        for batch in lines.collect_batches(
-            chunk_size=_CHUNK_ROWS, maintain_order=False, engine="streaming"
-        ):
-            if batch[MORE_FIELDS].any():
-                raise bad_width(table.label)
-            found = _known(_checked(batch, table), known, names, tally)
-            parts.append(last_results(found))
-            tally["rows"] += batch.height
-            tally["found"] += found.height
-    require_rows(table, tally["rows"])
+    for batch in stream(table, lines, chunk_rows=_CHUNK_ROWS):
+        found = _known(_checked(batch, table), known, names, tally)
+        parts.append(last_results(found))
+        tally["rows"] += batch.height
+        tally["found"] += found.height
     last = last_results(pl.concat(parts))
     tally["replaced"] = tally["found"] - last.height
     reasons = (
@@ -156,15 +145,15 @@ def _results(
 
 def _checked(batch: pl.DataFrame, table: Table) -> pl.DataFrame:
     """Look again at numbers and times that were not read; refuse what is none."""
-    for text, parsed in (("hadm_id", "stay"), ("itemid", "item")):
-        values, bad = mend(table, batch[text], batch[parsed], was_float)
+    for text, parsed, mend, error in (
+        ("hadm_id", "stay", mend_numbers, bad_numbers),
+        ("itemid", "item", mend_numbers, bad_numbers),
+        ("charttime", "time", mend_times, bad_times),
+        ("storetime", "stored", mend_times, bad_times),
+    ):
+        values, bad = mend(table, batch[text], batch[parsed])
         if bad:
-            raise bad_numbers(table, text, bad)
-        batch = batch.with_columns(values.alias(parsed))
-    for text, parsed in (("charttime", "time"), ("storetime", "stored")):
-        values, bad = mend_times(table, batch[text], batch[parsed])
-        if bad:
-            raise bad_times(table, text, bad)
+            raise error(table, text, bad)
         batch = batch.with_columns(values.alias(parsed))
     return batch
 

@@ -13,13 +13,10 @@ from common.data.tables import (
     Table,
     bad_numbers,
     bad_times,
-    bad_width,
-    mend,
+    mend_numbers,
     mend_times,
-    reading,
-    require_rows,
     scan,
-    was_float,
+    stream,
     whole_number,
 )
 
@@ -54,32 +51,26 @@ def read_orders(
         pl.col("drug").fill_null("").cast(pl.Categorical),
         pl.col("starttime").str.to_datetime(TIME_FORMAT, strict=False).alias("start"),
         "starttime",
-        pl.col(MORE_FIELDS).is_not_null(),
+        MORE_FIELDS,
     )
     kinds: Counter[str] = Counter()
     parts: list[pl.DataFrame] = []
     rows = timeless = unnumbered = 0
-    with reading(table.label):
-        for batch in lines.collect_batches(
-            chunk_size=chunk_rows, maintain_order=False, engine="streaming"
-        ):
-            rows += batch.height
-            if batch[MORE_FIELDS].any():
-                raise bad_width(table.label)
-            for kind, number in batch["drug_type"].value_counts().iter_rows():
-                spelled = kind in _NULL_KINDS
-                table.nulls["drug_type"] += number * spelled
-                kinds["" if spelled else kind] += number
-            stays, bad = mend(table, batch["hadm_id"], batch["number"], was_float)
-            unnumbered += bad
-            starts, bad = mend_times(table, batch["starttime"], batch["start"])
-            timeless += bad
-            main = batch.with_columns(hadm_id=stays, start=starts)
-            wanted = main.filter(pl.col("drug_type") == "MAIN")
-            parts.append(one_row_per_pair(divided(wanted, clock)))
-            if on_rows is not None:
-                on_rows(rows)
-    require_rows(table, rows)
+    for batch in stream(table, lines, chunk_rows=chunk_rows):
+        rows += batch.height
+        for kind, number in batch["drug_type"].value_counts().iter_rows():
+            spelled = kind in _NULL_KINDS
+            table.nulls["drug_type"] += number * spelled
+            kinds["" if spelled else kind] += number
+        stays, bad = mend_numbers(table, batch["hadm_id"], batch["number"])
+        unnumbered += bad
+        starts, bad = mend_times(table, batch["starttime"], batch["start"])
+        timeless += bad
+        main = batch.with_columns(hadm_id=stays, start=starts)
+        wanted = main.filter(pl.col("drug_type") == "MAIN")
+        parts.append(one_row_per_pair(divided(wanted, clock)))
+        if on_rows is not None:
+            on_rows(rows)
     if unnumbered:
         raise bad_numbers(table, "hadm_id", unnumbered)
     if timeless:

@@ -5,7 +5,9 @@ One random stream per patient: patient 7 is the same person in a source of 10 an
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import lru_cache
+from functools import cache
+from itertools import compress
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,30 +75,10 @@ class Patient:
     stays: tuple[Stay, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Tables:
-    """The catalogue as arrays (G groups, D drugs)."""
-
-    log_odds_G: NDArray[np.float64]
-    per_decade_G: NDArray[np.float64]
-    chronic_G: NDArray[np.bool_]
-    acute_share_G: NDArray[np.float64]
-    names: tuple[str, ...]
-
-
-@lru_cache(maxsize=1)
-def _tables() -> _Tables:
-    prevalence = np.array([group.prevalence for group in GROUPS])
-    chronic = np.array([group.chronic for group in GROUPS])
-    acute = np.where(chronic, 0.0, prevalence)
-    names = tuple(DRUGS)
-    return _Tables(
-        log_odds_G=np.log(prevalence / (1 - prevalence)),
-        per_decade_G=np.array([group.per_decade for group in GROUPS]),
-        chronic_G=chronic,
-        acute_share_G=acute / acute.sum(),
-        names=names,
-    )
+@cache
+def _of_groups(field: str) -> NDArray[Any]:
+    """Return one field of all groups, [G]."""
+    return np.array([getattr(group, field) for group in GROUPS])
 
 
 def simulate(seed: int, index: int) -> Patient:
@@ -107,11 +89,12 @@ def simulate(seed: int, index: int) -> Patient:
     inpatients get, and from chance.
     """
     random = stream(seed, "synthetic-patient", index)
-    tables = _tables()
+    chronic_G, prevalence_G = _of_groups("chronic"), _of_groups("prevalence")
+    acute_G = np.where(chronic_G, 0.0, prevalence_G)
     sex = "FM"[int(random.random() < 0.5)]
     age = int(np.clip(random.normal(63, 16), 18, 95))
     present = random.random(len(GROUPS)) < _shares(age, sex)
-    chronic = np.flatnonzero(present & tables.chronic_G)
+    chronic = np.flatnonzero(present & chronic_G)
     number = 1 + int(random.choice(len(_ADMISSIONS_SHARE), p=_ADMISSIONS_SHARE))
     anchor_year = int(random.integers(2110, 2190))
     year_group = int(random.integers(len(ANCHOR_YEAR_GROUPS)))
@@ -123,9 +106,9 @@ def simulate(seed: int, index: int) -> Patient:
     for _ in range(number):
         calendar_year = 2009 + 3 * year_group + begin.year - anchor_year
         age_now = age + begin.year - anchor_year
-        acute = (random.random(len(GROUPS)) < _shares(age_now, sex)) & ~tables.chronic_G
+        acute = (random.random(len(GROUPS)) < _shares(age_now, sex)) & ~chronic_G
         if not acute.any():
-            acute[random.choice(len(GROUPS), p=tables.acute_share_G)] = True
+            acute[random.choice(len(GROUPS), p=acute_G / acute_G.sum())] = True
         stay = _stay(
             random,
             begin,
@@ -148,11 +131,11 @@ def simulate(seed: int, index: int) -> Patient:
 
 
 def _shares(age: int, sex: str) -> NDArray[np.float64]:
-    tables = _tables()
-    share_g = 1 / (1 + np.exp(-tables.log_odds_G - tables.per_decade_G * (age - 60) / 10))
-    allowed_g = np.array([group.sex in ("", sex) for group in GROUPS])
-    shares: NDArray[np.float64] = share_g * allowed_g
-    return shares
+    prevalence_G = _of_groups("prevalence")
+    log_odds_G = np.log(prevalence_G / (1 - prevalence_G))
+    shares_G = 1 / (1 + np.exp(-log_odds_G - _of_groups("per_decade") * (age - 60) / 10))
+    allowed_G: NDArray[np.bool_] = np.isin(_of_groups("sex"), ("", sex))
+    return shares_G * allowed_G
 
 
 def _stay(
@@ -193,12 +176,11 @@ def _orders(
     random: np.random.Generator, admitted: datetime, minutes: int, groups: list[int]
 ) -> tuple[Order, ...]:
     """Draw the drugs: background first, then group by group, a tenth of them late."""
-    tables = _tables()
     offers = [*BACKGROUND, *(offer for group in groups for offer in GROUPS[group].drugs)]
     taken = random.random(len(offers)) < [share for _, share in offers]
-    stray = np.flatnonzero(random.random(len(tables.names)) < _STRAY_DRUG_SHARE)
-    names = [name for (name, _), take in zip(offers, taken, strict=True) if take]
-    names = list(dict.fromkeys([*names, *(tables.names[row] for row in stray)]))
+    is_stray = random.random(len(DRUGS)) < _STRAY_DRUG_SHARE
+    names = [name for name, _ in compress(offers, taken)]
+    names = list(dict.fromkeys([*names, *compress(DRUGS, is_stray)]))
     late = random.random(len(names)) < _LATE_ORDER_SHARE
     later = random.integers(1_000, minutes, len(names))
     return tuple(

@@ -7,7 +7,6 @@ the names inside the gz headers say SYNTHETIC too.
 
 import csv
 import gzip
-import hashlib
 import io
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.data.source import hash_files
 from common.data.synthetic.catalogue import GROUPS, STATUS_CODES
 from common.data.synthetic.defects import draw
 from common.data.synthetic.patients import simulate
@@ -104,14 +104,15 @@ def write_tables(directory: Path, *, patients: int, seed: int) -> SyntheticManif
             writers[table].writerow(cells)
             rows[table] += 1
         manifest_path.unlink(missing_ok=True)
+    hashes = hash_files({f"{table}.csv.gz": path for table, path in paths.items()})
     manifest = SyntheticManifest(
         source="synthetic",
         notice=NOTICE,
         seed=seed,
         patients=patients,
         tables={
-            f"{table}.csv.gz": WrittenTable(rows=rows[table], sha256=_sha256(path))
-            for table, path in paths.items()
+            file: WrittenTable(rows=rows[file.removesuffix(".csv.gz")], sha256=digest)
+            for file, digest in hashes.items()
         },
     )
     write_json(manifest_path, manifest.as_json())
@@ -141,8 +142,3 @@ def _rows(patients: int, seed: int) -> Iterator[Row]:
     for index in range(patients):
         rows, counts = patient_rows(draw(simulate(seed, index), seed, index), index, counts)
         yield from rows
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -106,18 +106,14 @@ class Meter:
 def usage(made: Exchanges, config: JudgeConfig) -> dict[str, float]:
     """Return what all judging of a run has taken so far, over all invocations."""
     calls = made.by_key.values()
-    input_tokens = sum(exchange.input_tokens for exchange in calls)
-    output_tokens = sum(exchange.output_tokens for exchange in calls)
-    lost_input_tokens = sum(call.input_tokens for call in made.unanswered)
-    lost_output_tokens = sum(call.output_tokens for call in made.unanswered)
-    return {
+    found: dict[str, float] = {
         "calls": len(calls),
-        "input_tokens": input_tokens,
-        "output_tokens": output_tokens,
-        "calls_without_usage": sum(not exchange.counted for exchange in calls),
-        "lost_input_tokens_at_most": lost_input_tokens,
-        "lost_output_tokens_at_most": lost_output_tokens,
-        "cost_usd": cost_usd(
-            config, input_tokens + lost_input_tokens, output_tokens + lost_output_tokens
-        ),
+        "input_tokens": sum(call.input_tokens for call in calls),
+        "output_tokens": sum(call.output_tokens for call in calls),
+        "calls_without_usage": sum(not call.counted for call in calls),
+        "lost_input_tokens_at_most": sum(call.input_tokens for call in made.unanswered),
+        "lost_output_tokens_at_most": sum(call.output_tokens for call in made.unanswered),
     }
+    input_tokens = found["input_tokens"] + found["lost_input_tokens_at_most"]
+    output_tokens = found["output_tokens"] + found["lost_output_tokens_at_most"]
+    return {**found, "cost_usd": cost_usd(config, input_tokens, output_tokens)}

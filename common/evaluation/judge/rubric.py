@@ -7,7 +7,6 @@ The judge sees the patient, the diagnoses and the list: never what was really or
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -54,12 +53,13 @@ _THOUGHT_ENDS = "</think>"
 """Many chat templates open the thought in the prompt, so that a reply shows its end alone."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class Verdict(BaseModel):
     """The judge's word on one drug."""
 
+    model_config = ConfigDict(strict=True, frozen=True)
+
     drug: str
-    """As in the answer, not as the judge spelled it."""
+    """Once it is read as in the answer, not as the judge spelled it."""
     suitable: bool
     reason: str
     """As the judge gave it."""
@@ -73,16 +73,9 @@ class Reading(NamedTuple):
     """Texts of the reply that UTF-8 cannot hold as they were; see ``common.files``."""
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(strict=True)
-    drug: str
-    suitable: bool
-    reason: str
-
-
 class _Answer(BaseModel):
     model_config = ConfigDict(strict=True)
-    drugs: list[_Entry]
+    drugs: list[Verdict]
 
 
 class ReplyProblem(ValueError):
@@ -182,7 +175,7 @@ def read_verdicts(reply: str, drugs: Sequence[str]) -> Reading:
         elif key in found:
             raise ReplyProblem("repeated-drug", f"{wanted[key]!r} appears more than once")
         else:
-            found[key] = Verdict(drug=wanted[key], suitable=entry.suitable, reason=entry.reason)
+            found[key] = entry.model_copy(update={"drug": wanted[key]})
     if foreign:
         raise ReplyProblem("foreign-drug", f"these are not in the list: {_shown(foreign)}")
     missing = [drug for key, drug in wanted.items() if key not in found]

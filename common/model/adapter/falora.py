@@ -8,6 +8,7 @@ Shapes: T packed tokens, D input width, O output width, R rank, P trainable para
 S packed segments, U units (rows of a unit-gradient buffer).
 """
 
+import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from common.errors import SettingError
 from common.model.adapter.projections import AdaptedLinear, UnitCapture
 from common.model.adapter.scheme import A, B, part_of
-from common.model.adapter.spec import AdapterSpec, HashedA, draw_a
+from common.model.adapter.spec import AdapterSpec, digest_of_all, draw_a
 from common.model.kernels.frozen import HEAD, QuantisedLinear
 
 __all__ = ["Adapter", "AdapterSpec", "attach", "draw_a"]
@@ -33,8 +34,7 @@ class Adapter:
 
     Attributes:
         spec: What was attached.
-        keys: Sorted wire keys of all that the scheme holds.
-        shapes: Shape of each key.
+        shapes: Of all that the scheme holds, by wire key, sorted.
         flat: [P] fp32; the values that the current round trains, in the order of their keys.
         flat_grad: [P] fp32; the trained parameters' ``grad`` are views of it.
         slices: Where each trained key is in ``flat``.
@@ -52,8 +52,7 @@ class Adapter:
         for module in self.modules:
             sizes = {A: (spec.rank, module.in_features), B: (module.out_features, spec.rank)}
             shapes |= {f"{module.key}.{part}": sizes[part] for part in spec.scheme.held}
-        self.keys = tuple(sorted(shapes))
-        self.shapes = {key: shapes[key] for key in self.keys}
+        self.shapes = dict(sorted(shapes.items()))
         size = sum(math.prod(shape) for shape in shapes.values())
         self._values = torch.zeros(size, dtype=torch.float32, device=self._like.device)
         # Not zeros_like: of values without storage torch works it out by its compiler, to import.
@@ -62,16 +61,13 @@ class Adapter:
         start = 0
         # What the first round trains comes first, so that every round's values lie together.
         first = spec.scheme.trained(1)
-        for key in sorted(self.keys, key=lambda key: (part_of(key) not in first, key)):
+        for key in sorted(shapes, key=lambda key: (part_of(key) not in first, key)):
             stop = start + math.prod(shapes[key])
             self._places[key] = slice(start, stop)
             start = stop
-        self._initial_a = HashedA(spec)
         self._parameters: dict[str, nn.Parameter] = {}
-        for module in self.modules:
-            self._bind(module)
-            module.adapter = self
-        self.a_fingerprint = self._initial_a.digest()
+        digests = {module.key: self._bind(module) for module in self.modules}
+        self.a_fingerprint = digest_of_all(spec, digests)
         self.start_round(1)
 
     def start_round(self, server_round: int) -> None:
@@ -82,17 +78,16 @@ class Adapter:
         assert stop - start == sum(math.prod(self.shapes[key]) for key in trained)
         self.flat, self.flat_grad = self._values[start:stop], self._gradients[start:stop]
         self.block = scheme.block(server_round)
-        self.slices = {}
-        for key in trained:
-            place = self._places[key]
-            self.slices[key] = slice(place.start - start, place.stop - start)
+        places = {key: self._places[key] for key in trained}
+        self.slices = {key: slice(at.start - start, at.stop - start) for key, at in places.items()}
         for key, parameter in self._parameters.items():
             parameter.requires_grad_(key in self.slices)
 
-    def _bind(self, module: AdaptedLinear) -> None:
+    def _bind(self, module: AdaptedLinear) -> str:
+        """Give a module its matrices; returns the digest of its A as drawn."""
+        module.adapter = self
         # Drawn on the meta device too: a server without weights knows A's fingerprint by it.
         drawn = draw_a(self.spec, module.key, module.in_features)
-        self._initial_a.add(module.key, drawn)
         a_RD = torch.from_numpy(drawn).to(self._like.device)
         for part in self.spec.scheme.held:
             setattr(module, part, self._parameter(f"{module.key}.{part}"))
@@ -100,6 +95,7 @@ class Adapter:
             module.lora_A.data.copy_(a_RD)
         else:
             module.register_buffer(A, a_RD.to(self._like.dtype), persistent=False)
+        return hashlib.sha256(drawn.astype("<f4").tobytes()).hexdigest()
 
     def _parameter(self, key: str) -> nn.Parameter:
         where, shape = self._places[key], self.shapes[key]
@@ -121,7 +117,8 @@ class Adapter:
     def state(self) -> dict[str, NDArray[np.float32]]:
         """Return fp32 copies of all held matrices by wire key."""
         host = self._values.detach().cpu().numpy()
-        return {key: host[self._places[key]].reshape(self.shapes[key]).copy() for key in self.keys}
+        places = self._places
+        return {key: host[places[key]].reshape(shape).copy() for key, shape in self.shapes.items()}
 
     def load(self, state: Mapping[str, NDArray[np.float32]]) -> None:
         """Set all held matrices.
@@ -130,8 +127,8 @@ class Adapter:
             ValueError: If a key is missing or unknown, or a shape or dtype differs; nothing is
                 changed then.
         """
-        if set(state) != set(self.keys):
-            missing, extra = set(self.keys) - set(state), set(state) - set(self.keys)
+        missing, extra = self.shapes.keys() - set(state), set(state) - self.shapes.keys()
+        if missing or extra:
             raise ValueError(
                 f"adapter keys differ: missing {sorted(missing)}, extra {sorted(extra)}"
             )

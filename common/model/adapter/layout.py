@@ -1,7 +1,6 @@
 """What the adapter of a backbone looks like, from shapes alone: no weights are read."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,16 +14,6 @@ from common.model.adapter.spec import AdapterSpec, draw_a
 if TYPE_CHECKING:
     from common.model.adapter.falora import Adapter
     from common.model.backbone.load import BackboneSpec
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterLayout:
-    """Wire keys with shapes, and the fingerprint of A as it is drawn."""
-
-    shapes: dict[str, tuple[int, ...]]
-    """Of all that the server holds; what a round sends of it says the spec's scheme."""
-    a_fingerprint: str
-    trainable_parameters: int
 
 
 def adapter_spec(config: AdapterConfig) -> AdapterSpec:
@@ -68,21 +57,11 @@ def initial_tensors(
     }
 
 
-def adapter_layout(backbone: "BackboneSpec", spec: AdapterSpec) -> AdapterLayout:
-    """Read the adapter's layout off the backbone's shape.
+def meta_adapter(backbone: "BackboneSpec", spec: AdapterSpec) -> "Adapter":
+    """Attach the adapter to the backbone's shape on the meta device.
 
     A is drawn on the CPU from its seed all the same, so its fingerprint is the real one.
     """
-    adapter = meta_adapter(backbone, spec)
-    return AdapterLayout(
-        shapes=dict(adapter.shapes),
-        a_fingerprint=adapter.a_fingerprint,
-        trainable_parameters=adapter.held_parameters,
-    )
-
-
-def meta_adapter(backbone: "BackboneSpec", spec: AdapterSpec) -> "Adapter":
-    """Attach the adapter to the backbone's shape on the meta device; its A can be drawn."""
     from common.model.adapter.falora import attach
     from common.model.backbone.llama_config import read_llama_config
     from common.model.backbone.skeleton import shaped_like

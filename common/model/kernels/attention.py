@@ -10,7 +10,7 @@ Shapes: H query heads, G key/value heads, E head width, T packed tokens, S segme
 import importlib.util
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,6 +59,11 @@ class Packing:
     rows_at: Parts = None
     """The same of the tokens before labels, once each."""
 
+    @property
+    def ends(self) -> attention_cuda.Ends:
+        """The segments as kernels over varying lengths take them."""
+        return self.bounds_device, self.bounds_device, self.longest, self.longest
+
     @classmethod
     def of(
         cls, batch: "PackedBatch", kernel: str, device: torch.device, *, apart: bool = False
@@ -73,25 +78,16 @@ class Packing:
         """
         bounds = batch.cu_seqlens
         lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
-        return cls(
-            bounds=bounds,
-            bounds_device=_offsets(bounds, device),
-            longest=max(lengths),
-            kernel=kernel,
-            segments=tuple(_one(length, kernel, device) for length in lengths) if apart else (),
-            rows=bounds if apart else None,
-            rows_at=batch.state_bounds if apart else None,
-        )
 
+        def packing(bounds: tuple[int, ...], longest: int) -> Packing:
+            offsets = torch.tensor(bounds, dtype=torch.int32).to(device)
+            return cls(bounds=bounds, bounds_device=offsets, longest=longest, kernel=kernel)
 
-def _one(length: int, kernel: str, device: torch.device) -> Packing:
-    bounds = (0, length)
-    offsets = _offsets(bounds, device)
-    return Packing(bounds=bounds, bounds_device=offsets, longest=length, kernel=kernel)
-
-
-def _offsets(bounds: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(bounds, dtype=torch.int32).to(device)
+        whole = packing(bounds, max(lengths))
+        if not apart:
+            return whole
+        segments = tuple(packing((0, length), length) for length in lengths)
+        return replace(whole, segments=segments, rows=bounds, rows_at=batch.state_bounds)
 
 
 def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -> Choice[str]:
@@ -209,22 +205,12 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) ->
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    out: Tensor = flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        packing.bounds_device,
-        packing.bounds_device,
-        packing.longest,
-        packing.longest,
-        softmax_scale=scaling,
-        causal=True,
-    )
+    out: Tensor = flash_attn_varlen_func(q, k, v, *packing.ends, softmax_scale=scaling, causal=True)
     return out
 
 
 def _torch_flash(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:
-    return attention_cuda.varlen(q, k, v, scaling, packing.bounds_device, packing.longest)
+    return attention_cuda.varlen(q, k, v, scaling, packing.ends)
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:

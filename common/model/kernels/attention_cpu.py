@@ -18,6 +18,8 @@ from torch import Tensor
 from common.undocumented.torch_names import flash_attention_backward, flash_attention_forward
 
 _BLOCK_TOKENS = 128
+Gradients = tuple[Tensor, Tensor, Tensor]
+"""Of queries, keys and values."""
 
 
 def packed_attention(
@@ -61,8 +63,10 @@ class _PackedAttention(torch.autograd.Function):
         d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         segment_backward: Any = _bf16_backward if q.dtype == torch.bfloat16 else _torch_backward
         for start, stop in itertools.pairwise(ctx.bounds):
-            tensors = [t[start:stop] for t in (q, k, v, out, d_out, d_q, d_k, d_v)]
-            segment_backward(*tensors, lse_HT[:, start:stop], ctx.scaling)
+            parts = [t[start:stop] for t in (q, k, v, out, d_out)]
+            grads = segment_backward(*parts, lse_HT[:, start:stop], ctx.scaling)
+            for total, grad in zip((d_q, d_k, d_v), grads, strict=True):
+                total[start:stop] = grad
         return d_q, d_k, d_v, None, None
 
 
@@ -75,18 +79,9 @@ def _heads_first(t_THE: Tensor) -> Tensor:
 
 
 def _torch_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    d_out: Tensor,
-    d_q: Tensor,
-    d_k: Tensor,
-    d_v: Tensor,
-    lse_HT: Tensor,
-    scaling: float,
-) -> None:
-    """Write one segment's gradients with torch's kernel, which wants as many keys as queries."""
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, d_out: Tensor, lse_HT: Tensor, scaling: float
+) -> Gradients:
+    """Return one segment's gradients by torch's kernel, which wants as many keys as queries."""
     tokens, groups, width = k.shape
     shared = q.shape[1] // groups
     k_all, v_all = (t.repeat_interleave(shared, 1) for t in (k, v))
@@ -94,25 +89,15 @@ def _torch_backward(
     grads = flash_attention_backward(
         d_part, q_part, k_part, v_part, out_part, lse_HT[None], 0.0, True, scale=scaling
     )
-    d_q.copy_(grads[0][0].transpose(0, 1))
-    for target, grad in ((d_k, grads[1]), (d_v, grads[2])):
-        summed = grad[0].transpose(0, 1).reshape(tokens, groups, shared, width).sum(2)
-        target.copy_(summed)
+    d_q, d_k, d_v = (grad[0].transpose(0, 1) for grad in grads)
+    d_k, d_v = (t.reshape(tokens, groups, shared, width).sum(2) for t in (d_k, d_v))
+    return d_q, d_k, d_v
 
 
 def _bf16_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    d_out: Tensor,
-    d_q: Tensor,
-    d_k: Tensor,
-    d_v: Tensor,
-    lse_HT: Tensor,
-    scaling: float,
-) -> None:
-    """Write one segment's gradients by blocked bf16 products.
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, d_out: Tensor, lse_HT: Tensor, scaling: float
+) -> Gradients:
+    """Return one segment's gradients by blocked bf16 products.
 
     Row terms ride along in the products as two extra columns each, high and low part, so that
     ``q k - lse`` and ``dout v - delta`` leave the fp32 accumulators already subtracted: one pass
@@ -129,6 +114,7 @@ def _bf16_backward(
     q_scaled_GNW = _with_row_terms(q_rows_GNE * scaling, minus_lse_GN)
     d_terms_GNW = _with_row_terms(d_rows_GNE, minus_delta_GN)
     k_ones_GTW, v_ones_GTW = (_with_ones(t) for t in (k, v))
+    d_q = torch.empty_like(q)
     d_k_GTE = torch.zeros(groups, tokens, width)
     d_v_GTE = torch.zeros(groups, tokens, width)
     block = min(_BLOCK_TOKENS, tokens)
@@ -150,8 +136,7 @@ def _bf16_backward(
         d_q_GQE = torch.bmm(ds_GQK, k_ones_GTW[:, :stop, :width])
         d_q_part = d_q_GQE.view(groups, stop - start, shared, width).transpose(0, 1)
         torch.mul(d_q_part, scaling, out=d_q[start:stop].view(d_q_part.shape))
-    d_k.copy_(d_k_GTE.mul_(scaling).transpose(0, 1))
-    d_v.copy_(d_v_GTE.transpose(0, 1))
+    return d_q, d_k_GTE.mul_(scaling).transpose(0, 1), d_v_GTE.transpose(0, 1)
 
 
 def _group_rows(t_THE: Tensor, groups: int) -> Tensor:

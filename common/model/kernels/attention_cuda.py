@@ -20,6 +20,8 @@ from common.choice import CAPABILITY_9, OTHER_GRADIENT
 from common.undocumented.torch_names import cudnn_attention, flash_attention_cuda
 
 _PROBE_TOKENS = 64
+Ends = tuple[Tensor, Tensor, int, int]
+"""The segments' offsets on the device and the longest segment, of queries and of keys."""
 
 
 def equal_runs(bounds: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -92,33 +94,22 @@ def cudnn(
     return by_segment(q_THE, k_TGE, v_TGE, bounds, dense)
 
 
-def varlen(
-    q_THE: Tensor,
-    k_TGE: Tensor,
-    v_TGE: Tensor,
-    scaling: float,
-    bounds_device: Tensor,
-    longest: int,
-) -> Tensor:
+def varlen(q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scaling: float, ends: Ends) -> Tensor:
     """Attend with torch's own FlashAttention-2 over all segments in one call; [T, H, E]."""
-    if q_THE.shape[1] != k_TGE.shape[1] and not _groups_by_name():
-        if flash_takes_groups(q_THE.device):
-            return _grouped_flash(q_THE, k_TGE, v_TGE, scaling, bounds_device, longest)
+    if q_THE.shape[1] != k_TGE.shape[1] and "enable_gqa" not in _varlen_arguments():
+        if not _probe("flash", q_THE.device):
+            return _grouped_flash(q_THE, k_TGE, v_TGE, scaling, ends)
         shared = q_THE.shape[1] // k_TGE.shape[1]
         k_TGE, v_TGE = (t.repeat_interleave(shared, 1) for t in (k_TGE, v_TGE))
     from torch.nn.attention.varlen import varlen_attn
 
     call: Any = varlen_attn
-    ends = (bounds_device, bounds_device, longest, longest)
     out: Tensor = call(q_THE, k_TGE, v_TGE, *ends, scale=scaling, **_varlen_arguments())
     return out
 
 
-def _grouped_flash(
-    q: Tensor, k: Tensor, v: Tensor, scaling: float, bounds_device: Tensor, longest: int
-) -> Tensor:
+def _grouped_flash(q: Tensor, k: Tensor, v: Tensor, scaling: float, ends: Ends) -> Tensor:
     # What varlen_attn calls; the kernel groups heads, its older signature only does not say so.
-    ends = (bounds_device, bounds_device, longest, longest)
     found: Any = flash_attention_cuda(q, k, v, *ends, 0.0, True, False, scale=scaling)
     out: Tensor = found[0]
     return out
@@ -131,19 +122,15 @@ def cudnn_obstacle(device: torch.device) -> str:
     return _probe("cudnn", device)
 
 
-def flash_takes_groups(device: torch.device) -> bool:
-    """Say whether torch's own kernel takes fewer key/value heads than query heads."""
-    return not _probe("flash", device)
-
-
 @cache
 def _probe(kernel: str, device: torch.device) -> str:
     """Try a kernel on grouped heads, forward and backward: what is supported is not documented."""
     bounds = (0, _PROBE_TOKENS)
-    ends = torch.tensor(bounds, dtype=torch.int32, device=device)
+    offsets = torch.tensor(bounds, dtype=torch.int32, device=device)
+    ends = (offsets, offsets, _PROBE_TOKENS, _PROBE_TOKENS)
     calls: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
         "cudnn": lambda q, k, v: cudnn(q, k, v, 0.1, bounds),
-        "flash": lambda q, k, v: _grouped_flash(q, k, v, 0.1, ends, _PROBE_TOKENS),
+        "flash": lambda q, k, v: _grouped_flash(q, k, v, 0.1, ends),
     }
     try:
         with torch.inference_mode(False), torch.enable_grad():
@@ -172,7 +159,3 @@ def _varlen_arguments() -> dict[str, Any]:
     names = inspect.signature(varlen_attn).parameters
     causal = {"is_causal": True} if "is_causal" in names else {"window_size": (-1, 0)}
     return causal | ({"enable_gqa": True} if "enable_gqa" in names else {})
-
-
-def _groups_by_name() -> bool:
-    return "enable_gqa" in _varlen_arguments()

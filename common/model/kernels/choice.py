@@ -24,31 +24,28 @@ def choose_kernels(requested: str, device: torch.device) -> Choice[str]:
     >>> choose_kernels("auto", torch.device("cpu")).value
     'torch'
     """
+    obstacle = _obstacle(device)
     if requested == "auto":
         if device.type != "cuda":
             return Choice("torch", "blocked for a CPU's cache")
-        obstacle = _obstacle("triton", device)
         if obstacle:
             return Choice("torch", f"triton: {obstacle}")
         return Choice("triton", "one pass over memory for each function")
     if requested not in CANDIDATES:
         raise SettingError(f"model.kernels={requested!r}", allowed=", ".join(("auto", *CANDIDATES)))
-    obstacle = _obstacle(requested, device)
-    if obstacle:
+    if requested == "triton" and obstacle:
         raise SettingError(
-            f"model.kernels={requested} cannot run here: {obstacle}",
-            fix="set model.kernels to auto",
+            f"model.kernels=triton cannot run here: {obstacle}", fix="set model.kernels to auto"
         )
     return Choice(requested, "asked for")
 
 
-def _obstacle(candidate: str, device: torch.device) -> str:
-    if candidate == "triton":
-        if device.type != "cuda":
-            return f"needs a CUDA device, not {device.type}"
-        if importlib.util.find_spec("triton") is None:
-            return "package triton is not installed"
-    return ""
+def _obstacle(device: torch.device) -> str:
+    """Say why Triton's kernels cannot run here, or return nothing."""
+    if device.type != "cuda":
+        return f"needs a CUDA device, not {device.type}"
+    absent = importlib.util.find_spec("triton") is None
+    return "package triton is not installed" if absent else ""
 
 
 def kernels_named(name: str) -> Kernels:

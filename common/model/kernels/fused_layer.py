@@ -65,26 +65,11 @@ class LeanLayer(LlamaDecoderLayer):
         keep: KeepKeys | None,
         at_N: Tensor | None,
     ) -> Tensor:
-        x_TD = self._attention(x_TD, cos_TE, sin_TE, packing, keep, at_N)
-        parts = packing.rows if at_N is None else packing.rows_at
-        if self.recompute == "mlp" and torch.is_grad_enabled():
-            return cast("Tensor", checkpoint(self._mlp, x_TD, parts, use_reentrant=False))
-        return self._mlp(x_TD, parts)
-
-    def _attention(
-        self,
-        x_TD: Tensor,
-        cos_TE: Tensor,
-        sin_TE: Tensor,
-        packing: Packing,
-        keep: KeepKeys | None,
-        at_N: Tensor | None,
-    ) -> Tensor:
-        attention = self.self_attn
-        kernels = by_part(self.kernels, packing.rows)
+        attention, parts = self.self_attn, packing.rows
+        kernels = by_part(self.kernels, parts)
         normed_TD, x_TD = rms_norm(x_TD, self.input_layernorm, kernels)
         width = attention.head_dim
-        projected = self.qkv(normed_TD, packing.rows)
+        projected = self.qkv(normed_TD, parts)
         q_THE, k_TGE, v_TGE = (y_TO.view(len(x_TD), -1, width) for y_TO in projected)
         q_THE, k_TGE = _rotate(q_THE, k_TGE, cos_TE, sin_TE, kernels)
         if keep is not None:
@@ -94,7 +79,11 @@ class LeanLayer(LlamaDecoderLayer):
         if at_N is not None:
             # Past its attention, the last layer's other tokens are read by nobody.
             x_TD, out_TF = x_TD.index_select(0, at_N), out_TF.index_select(0, at_N)
-        return _add(x_TD, self.out, out_TF, packing.rows if at_N is None else packing.rows_at)
+            parts = packing.rows_at
+        x_TD = _add(x_TD, self.out, out_TF, parts)
+        if self.recompute == "mlp" and torch.is_grad_enabled():
+            return cast("Tensor", checkpoint(self._mlp, x_TD, parts, use_reentrant=False))
+        return self._mlp(x_TD, parts)
 
     def _mlp(self, x_TD: Tensor, parts: Parts) -> Tensor:
         kernels = by_part(self.kernels, parts)

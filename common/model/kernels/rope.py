@@ -8,7 +8,7 @@ Shapes: B rows, T tokens of a row, E head width.
 """
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -29,31 +29,25 @@ class SequenceRope(nn.Module):
         super().__init__()
         self.base = base
 
-    def forward(
-        self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosine and sine, [B, T, E].
 
         Args:
             x: Anything of the wanted device and dtype.
             position_ids: [B, T]; a sequence begins where a row begins and where a 0 stands.
-            *args: Handed on to the base.
-            **kwargs: Handed on to the base.
         """
-        rows = [self._row(x[:1], positions_T, *args, **kwargs) for positions_T in position_ids]
+        rows = [self._row(x[:1], positions_T) for positions_T in position_ids]
         cosines, sines = zip(*rows, strict=True)
         return torch.stack(cosines), torch.stack(sines)
 
-    def _row(
-        self, x: Tensor, positions_T: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def _row(self, x: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         zeros = (positions_T == 0).nonzero().flatten().tolist()
         bounds = sorted({0, *zeros, len(positions_T)})
         parts = []
         for start, stop in itertools.pairwise(bounds):
             # A fresh module each time: the base remembers the longest pass that it has seen.
             fresh = type(self.base)(config=self.base.config).to(x.device)
-            parts.append(fresh(x, positions_T[None, start:stop], *args, **kwargs))
+            parts.append(fresh(x, positions_T[None, start:stop]))
         cosines, sines = zip(*parts, strict=True)
         return torch.cat(cosines, 1)[0], torch.cat(sines, 1)[0]
 

@@ -9,6 +9,7 @@ attempt: the first one's result never left the hospital.
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -17,6 +18,9 @@ from common.files import locked
 from common.privacy.budget.synced import append, read
 from common.privacy.plan import PrivacyPlan
 from common.records import Record
+
+_TOTALS = ("total_steps", "released_steps")
+"""What the ledger's next line starts from."""
 
 
 class BudgetExhausted(RunFailed):
@@ -52,6 +56,8 @@ class Entry(Record):
 class Ledger:
     """The ledger of one hospital for one run.
 
+    ``taken`` are the steps that released results and this object's charges contain.
+
     Raises:
         UserError: if the plan is not calibrated, or the file belongs to another plan.
         LedgerDoubtful: if the file is damaged.
@@ -64,9 +70,9 @@ class Ledger:
         with locked(self.path) as handle:
             entries = self._read(handle)
             if not entries:
-                entries = [self._append(handle, entries, event="open")]
+                entries = [self._append(handle, entries, "open")]
                 _sync_folder(path.parent)
-        self._released = self._used = entries[-1].released_steps
+        self._released = self.taken = entries[-1].released_steps
 
     def entries(self) -> list[Entry]:
         """Return every entry."""
@@ -77,11 +83,6 @@ class Ledger:
     def steps(self) -> int:
         """Steps charged so far."""
         return self.entries()[-1].total_steps
-
-    @property
-    def taken(self) -> int:
-        """Steps that released results and this object's charges contain."""
-        return self._used
 
     def charge(self, round_number: int, steps: int) -> int:
         """Pay for ``steps`` releases before they are made.
@@ -96,21 +97,19 @@ class Ledger:
         """
         with locked(self.path) as handle:
             entries = self._untouched(handle)
-            needed = self._used + steps
+            needed = self.taken + steps
             if steps < 0 or needed > self.plan.steps:
                 raise BudgetExhausted(
                     f"privacy budget: round {round_number} asks for {steps} steps, "
-                    f"{self.plan.steps - self._used} of {self.plan.steps} are left; "
+                    f"{self.plan.steps - self.taken} of {self.plan.steps} are left; "
                     "nothing is released"
                 )
-            last = entries[-1]
-            if needed > last.total_steps:
-                missing = needed - last.total_steps
-                last = self._append(
-                    handle, entries, event="charge", round_number=round_number, steps=missing
-                )
-            self._used = needed
-            return last.total_steps
+            charged = entries[-1].total_steps
+            if needed > charged:
+                paid = {"steps": needed - charged, "total_steps": needed}
+                self._append(handle, entries, "charge", round=round_number, **paid)
+            self.taken = needed
+            return max(charged, needed)
 
     def release(self, round_number: int, result: str = "") -> None:
         """Record that a result with all steps charged so far is about to leave, before it does.
@@ -118,9 +117,9 @@ class Ledger:
         Raises:
             RunFailed: if no step was charged since the last release.
         """
-        if self._used <= self._released:
+        if self.taken <= self._released:
             raise RunFailed(f"privacy ledger: round {round_number} was not charged")
-        self.record_release(round_number, self._used, result)
+        self.record_release(round_number, self.taken, result)
 
     def record_release(self, round_number: int, steps: int, result: str = "") -> None:
         """Record that a result with the run's first ``steps`` steps exists outside the hospital.
@@ -136,15 +135,9 @@ class Ledger:
             if steps > entries[-1].total_steps:
                 raise RunFailed(f"privacy ledger: {steps} steps were not charged")
             if steps > self._released:
-                self._append(
-                    handle,
-                    entries,
-                    event="release",
-                    round_number=round_number,
-                    released=steps,
-                    result=result,
-                )
-                self._released = self._used = steps
+                out = {"round": round_number, "released_steps": steps, "result": result}
+                self._append(handle, entries, "release", **out)
+                self._released = self.taken = steps
 
     def released(self, round_number: int, result: str) -> bool:
         """Return whether this very result of a round was recorded as leaving."""
@@ -160,30 +153,15 @@ class Ledger:
             )
         return entries
 
-    def _append(
-        self,
-        handle: int,
-        entries: list[Entry],
-        *,
-        event: str,
-        round_number: int = -1,
-        steps: int = 0,
-        released: int | None = None,
-        result: str = "",
-    ) -> Entry:
-        before = entries[-1] if entries else None
+    def _append(self, handle: int, entries: list[Entry], event: str, **changes: Any) -> Entry:
+        """Write a line: the totals of the one before, and what this one changes."""
+        totals = {one: getattr(entries[-1], one) for one in _TOTALS} if entries else {}
         entry = Entry(
             number=len(entries),
             event=event,
             plan=self.plan.fingerprint,
-            round=round_number,
-            steps=steps,
-            total_steps=(before.total_steps if before else 0) + steps,
-            released_steps=(before.released_steps if before else 0)
-            if released is None
-            else released,
             deterministic=self.plan.deterministic_noise,
-            result=result,
+            **(totals | changes),
         )
         text = read(handle)
         torn = "\n" if text and not text.endswith("\n") else ""

@@ -66,7 +66,8 @@ def terms(plan: PrivacyPlan) -> Terms:
         "clip_norm": plan.clip_norm,
         "delta": plan.delta,
         "noise_multiplier": plan.sigma,
-        "accountant": accountant_name(plan),
+        # whose larger figure is reported
+        "accountant": f"max(opacus {plan.accountant}, dp-accounting pld)",
     }
 
 
@@ -114,17 +115,6 @@ class Receipt(Record):
     plan_sha256: str
     source_digest: str
     private: bool
-
-
-def accountant_name(plan: PrivacyPlan) -> str:
-    """Return which accountants' larger figure is reported.
-
-    >>> plan = PrivacyPlan(clip_norm=1.0, noise_multiplier=1.0, sampling_rate=0.1, steps=1,
-    ...     expected_batch=1, max_admissions_per_patient=2, delta=1e-5)
-    >>> accountant_name(plan)
-    'max(opacus prv, dp-accounting pld)'
-    """
-    return f"max(opacus {plan.accountant}, dp-accounting pld)"
 
 
 def receipt(

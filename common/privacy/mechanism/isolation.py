@@ -15,14 +15,12 @@ from common.model.kernels.attention import KERNELS
 from common.model.kernels.rope import FIXED
 from common.model.session import Session
 
-WAYS = ("shared", "apart", "alone")
-
 PROVEN = frozenset({("cpu", "fp32", "sdpa"), ("cpu", "fp32", "eager")})
 """Device, arithmetic and kernel under which the isolation test holds for shared passes."""
 
 
 def choose_passes(session: Session) -> Choice[str]:
-    """Choose one of ``WAYS``, and say why.
+    """Choose ``shared``, ``apart`` or ``alone``, and say why.
 
     In bf16 rows do depend on each other: kernels round and block by the batch's size (3% of a
     unit's gradient on SmolLM2-135M with AMX; the sum moved by 1.006 clip norms when one of 12

@@ -44,9 +44,9 @@ class Ward(Source):
         kinds = {"MAIN": rows.height}
         orders = Orders(pairs=one_row_per_pair(lines), drug_type=kinds, rows=rows.height)
         drugs = drug_lists(orders, known, drop_flushes=config.drop_flushes)
-        book.read("ward", rows.height)
+        book.rows["ward"] = rows.height
         book.drop("ward", drugs.dropped)
-        book.keep("ward", items(drugs.lists["drugs"]))
+        book.out["ward"] = items(drugs.lists["drugs"])
         stays = rows.select(
             "hadm_id",
             subject_id="hadm_id",

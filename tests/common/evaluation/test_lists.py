@@ -117,7 +117,7 @@ def test_scored_lists_are_cut_where_each_hospitals_validation_says(session, b):
     expected = {}
     for one in HOSPITALS:
         ranker = Ranker(session, formulary_of(one.train), text=OWN_TEXT, max_length_tokens=512)
-        names = ranker.formulary.names
+        names = ranker.formulary
 
         def scored(split, ranker=ranker):
             prompts = [
@@ -152,7 +152,7 @@ def test_frequencies_rank_beside_the_scores_and_fix_the_length(session, b):
     expected = {}
     for one in HOSPITALS:
         ranker = Ranker(session, formulary_of(one.train), text=OWN_TEXT, max_length_tokens=512)
-        names, cut = ranker.formulary.names, told[one.name]
+        names, cut = ranker.formulary, told[one.name]
         counts = np.array([sum(name in a.drugs for a in one.train) for name in names])
         odds = np.log((counts + 0.5) / (len(one.train) - counts + 0.5))
         assert cut.length == round(np.mean([len(a.drugs) for a in one.train]))
@@ -178,7 +178,7 @@ def test_frequencies_rank_beside_the_scores_and_fix_the_length(session, b):
 def test_what_is_ordered_already_has_no_say_in_the_threshold(session):
     one = HOSPITALS[0]
     ranker = Ranker(session, formulary_of(one.train), text=OWN_TEXT, max_length_tokens=512)
-    names = ranker.formulary.names
+    names = ranker.formulary
     # Two of three of the names, so that what is left decides.
     ordered = tuple(name for place, name in enumerate(names) if place % 3)
     told = [
@@ -215,9 +215,9 @@ def test_a_file_of_names_replaces_the_training_splits(session, b, tmp_path):
     file = tmp_path / "names.txt"
     file.write_text("Warfarin\n\n  Only  Held Out \nwarfarin\nHeparin\n", encoding="utf-8-sig")
     found = read_formulary(file)
-    assert found.names == ("Heparin", "Only Held Out", "Warfarin")
+    assert found == ("Heparin", "Only Held Out", "Warfarin")
     rows = models(evaluated(session, b, decoding="formulary", formulary=str(file)))
-    assert {name for row in rows for name in row.answer} <= set(found.names)
+    assert {name for row in rows for name in row.answer} <= set(found)
 
 
 @pytest.mark.parametrize(

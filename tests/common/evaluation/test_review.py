@@ -5,6 +5,7 @@ import json
 from collections import Counter
 
 import pytest
+from line_fixtures import prediction_line
 
 from common.config import Config, DataConfig
 from common.errors import UserError
@@ -19,18 +20,8 @@ from sim.answers.review import import_reviews, make_review
 
 def line(case, model, answer, truth=("T",)):
     patient = {"sex": "M", "age": "50", "height_cm": None, "weight_kg": None, "bmi": None}
-    return Prediction.model_validate(
-        {
-            "case": case,
-            "cluster": int(case.split("-")[1]),
-            "model": model,
-            "patient": patient,
-            "diagnoses": ["Asthma"],
-            "truth": list(truth),
-            "text": None,
-            "answer": answer,
-        }
-    )
+    told = {"cluster": int(case.split("-")[1]), "patient": patient, "truth": list(truth)}
+    return Prediction.model_validate(prediction_line(case, model, answer, **told))
 
 
 LINES = [line(f"case-{n}", m, [f"{m}{n}", "Z", "b"]) for n in range(60) for m in ("x", "y", "z")]

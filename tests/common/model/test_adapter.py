@@ -40,17 +40,17 @@ def test_parameters_and_gradients_are_views_of_the_flat_buffers():
     adapter.flat.copy_(torch.arange(adapter.flat.numel(), dtype=torch.float32))
     adapter.flat_grad.fill_(2.0)
     by_key = {module.key + ".lora_B": module.lora_B for module in adapter.modules}
-    flattened = torch.cat([by_key[key].detach().flatten() for key in adapter.keys])
+    flattened = torch.cat([by_key[key].detach().flatten() for key in adapter.shapes])
     assert torch.equal(flattened, adapter.flat)
     assert all(bool((parameter.grad == 2.0).all()) for parameter in by_key.values())
-    assert list(adapter.keys) == sorted(adapter.keys)
+    assert list(adapter.shapes) == sorted(adapter.shapes)
 
 
 def test_state_round_trip_and_refusals_leave_the_adapter_alone():
     adapter = attach(tiny_model(), SPEC)
     adapter.flat.normal_(generator=torch.Generator().manual_seed(0))
     state, kept = adapter.state(), adapter.flat.clone()
-    key = adapter.keys[0]
+    key = next(iter(adapter.shapes))
     state[key][0, 0] += 1.0
     assert torch.equal(adapter.flat, kept)  # state() copies
     for broken in (

@@ -189,8 +189,9 @@ def test_automatic_choices_say_why(monkeypatch):
     assert choose_device("auto").value == "cpu"
     with pytest.raises(UserError, match="fix"):
         choose_device("cuda:0")
-    with pytest.raises(UserError, match="allowed"):
-        choose_device("gpu")
+    for unknown in ("gpu", "auto:0", "cpu:0", "cuda:"):
+        with pytest.raises(UserError, match="allowed"):
+            choose_device(unknown)
     for amx, avx, expected in ((True, True, "bf16"), (False, True, "bf16"), (False, False, "fp32")):
         able = {"amx_tile": amx, "avx512_bf16": avx}
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)

@@ -73,9 +73,9 @@ def test_logits_and_gradients_equal_pefts(targets, mode, bias):
         expected[module.key + ".lora_B"] = parameters[prefix + "lora_B.default.weight"].grad
         if mode == "lora":
             expected[module.key + ".lora_A"] = parameters[prefix + "lora_A.default.weight"].grad
-    whole = torch.cat([expected[key].flatten() for key in adapter.keys])
+    whole = torch.cat([expected[key].flatten() for key in adapter.shapes])
     assert (adapter.flat_grad - whole).norm() / whole.norm() < 1e-5
-    for key in adapter.keys:
+    for key in adapter.shapes:
         ours = adapter.flat_grad[adapter.slices[key]].view(adapter.shapes[key])
         assert expected[key].norm() > 1e-3
         assert (ours - expected[key]).norm() / expected[key].norm() < 1e-4, key
@@ -96,15 +96,15 @@ def test_merged_weights_give_the_same_logits():
 def test_trainable_parameters_are_b_and_nothing_else():
     model, adapter, _, _ = pair()
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trainable == set(adapter.keys)
-    assert all(key.endswith(".lora_B") for key in adapter.keys)
+    assert trainable == set(adapter.shapes)
+    assert all(key.endswith(".lora_B") for key in adapter.shapes)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 3 * (32 + 16) * 4
     assert adapter.trainable_parameters == 3 * (32 + 16) * 4
 
 
 def test_mode_lora_names_a_on_the_wire():
     _, adapter, _, _ = pair(mode="lora")
-    assert {key.rsplit(".", 1)[-1] for key in adapter.keys} == {"lora_A", "lora_B"}
+    assert {key.rsplit(".", 1)[-1] for key in adapter.shapes} == {"lora_A", "lora_B"}
     assert adapter.trainable_parameters == 3 * ((32 + 16) * 4 + 2 * 4 * 32)
 
 

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from plain_model import plain_gradient
+from privacy_fixtures import random_samples
 from transformers import LlamaForCausalLM
 
 from common.configio import choices
@@ -13,22 +15,10 @@ from common.model.backbone.tiny import tiny_config
 from common.model.kernels.attention import KERNELS, Packing
 from common.model.kernels.fused_layer import LeanLayer
 from common.model.session import open_session
-from common.text.batches import Encoded, pack
+from common.text.batches import pack
 from common.training.gradients import add_unit_gradients
 
 LENGTHS = (150, 1, 33, 260)
-
-
-def samples(lengths=LENGTHS):
-    generator = torch.Generator().manual_seed(0)
-    return [
-        Encoded(
-            input_ids=tuple(torch.randint(2, 1000, (n,), generator=generator).tolist()),
-            answer_start=max(1, n // 2),
-            unit=place,
-        )
-        for place, n in enumerate(lengths)
-    ]
 
 
 def opened(dtype="fp32", recompute="none", attention="auto", spread=0.2, **adapter):
@@ -70,10 +60,10 @@ def test_packed_equals_one_by_one(attention, lean, monkeypatch):
     session = opened(attention=attention)
     assert all(isinstance(layer, LeanLayer) == lean for layer in session.model.model.layers)
     twin = transformers_twin(session)
-    batch = pack(samples())
+    batch = pack(random_samples(LENGTHS))
     with torch.no_grad():
         packed = session.model.lm_head(session.hidden_states(batch))
-        for place, sample in enumerate(samples()):
+        for place, sample in enumerate(random_samples(LENGTHS)):
             alone = twin(input_ids=torch.tensor([sample.input_ids])).logits[0]
             part = packed[batch.cu_seqlens[place] : batch.cu_seqlens[place + 1]]
             torch.testing.assert_close(part, alone, rtol=0, atol=1e-5 * float(alone.abs().max()))
@@ -83,7 +73,7 @@ def test_packed_equals_one_by_one(attention, lean, monkeypatch):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_no_derivative_crosses_samples(dtype, attention):
     session = opened(dtype, attention=attention)
-    batch = pack(samples((150, 40, 33)))
+    batch = pack(random_samples((150, 40, 33)))
     packing = Packing.of(batch, attention, torch.device("cpu"))
     embedded = session.model.model.embed_tokens(batch.input_ids).detach().requires_grad_()
     hidden = session.model.model(
@@ -117,23 +107,18 @@ EVERYWHERE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 def test_gradients_equal_transformers_whatever_is_recomputed(recompute, adapter):
     session = opened(recompute=recompute, **adapter)
     assert session.recompute.value == recompute
-    units = samples((150, 40, 33))
+    units = random_samples((150, 40, 33))
     out_UP = torch.zeros(3, session.adapter.trainable_parameters)
     add_unit_gradients(session, pack(units), range(3), out_UP)
     # The plain way: the same modules under transformers' own layers, one sample at a time.
     for place, sample in enumerate(units):
-        session.adapter.flat_grad.zero_()
-        ids = torch.tensor([sample.input_ids])
-        logits = session.model(input_ids=ids, use_cache=False).logits[0]
-        start = sample.answer_start
-        torch.nn.functional.cross_entropy(logits[start - 1 : -1], ids[0, start:]).backward()
-        expected = session.adapter.flat_grad
+        expected = plain_gradient(session, sample)
         assert (out_UP[place] - expected).norm() / expected.norm() < 2e-6
 
 
 def test_bf16_gradients_stay_near_fp32():
     """Our bf16 backward may err no more than torch's own in bf16 (twice, for luck)."""
-    units = samples((150, 400, 33))
+    units = random_samples((150, 400, 33))
     gradients = {}
     for name, dtype in (("ours", "bf16"), ("exact", "fp32")):
         session = opened(dtype)
@@ -141,20 +126,16 @@ def test_bf16_gradients_stay_near_fp32():
         add_unit_gradients(session, pack(units), range(3), gradients[name])
     session = opened("bf16")
     for place, sample in enumerate(units):
-        session.adapter.flat_grad.zero_()
-        ids = torch.tensor([sample.input_ids])
-        logits = session.model(input_ids=ids, use_cache=False).logits[0].float()
-        start = sample.answer_start
-        torch.nn.functional.cross_entropy(logits[start - 1 : -1], ids[0, start:]).backward()
+        plain = plain_gradient(session, sample)
         exact = gradients["exact"][place]
         ours = (gradients["ours"][place] - exact).norm() / exact.norm()
-        theirs = (session.adapter.flat_grad - exact).norm() / exact.norm()
+        theirs = (plain - exact).norm() / exact.norm()
         assert ours < 2 * theirs + 1e-3
 
 
 def test_generation_with_a_cache_equals_no_cache():
     session = opened()
-    ids = torch.tensor([samples((20,))[0].input_ids])
+    ids = torch.tensor([random_samples((20,))[0].input_ids])
     with torch.no_grad():
         with_cache = session.model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=True)
         without = copy.deepcopy(ids)

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.model.adapter.falora import AdapterSpec, attach
-from common.model.adapter.layout import adapter_layout
+from common.model.adapter.layout import meta_adapter
 from common.model.backbone.load import resolve_backbone
 from common.model.backbone.skeleton import shaped_like
 from common.model.backbone.tiny import tiny_config
@@ -72,4 +72,4 @@ def test_a_run_that_does_not_compute_does_not_import_the_model(tmp_path, save_ti
     folder = save_tiny(tmp_path / "llama")
     monkeypatch.setattr(transformers, "LlamaForCausalLM", None)
     spec = resolve_backbone(str(folder), cache_dir=tmp_path / "cache")
-    assert adapter_layout(spec, AdapterSpec(rank=2)).trainable_parameters > 0
+    assert meta_adapter(spec, AdapterSpec(rank=2)).trainable_parameters > 0

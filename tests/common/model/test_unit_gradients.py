@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from plain_model import plain_gradient
+from privacy_fixtures import random_samples
 from torch.profiler import ProfilerActivity, profile
 
 from common.model.adapter.falora import AdapterSpec
@@ -16,68 +18,36 @@ from common.training.gradients import add_unit_gradients
 LENGTHS = (17, 5, 33, 8)
 
 
-def samples(lengths=LENGTHS, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        Encoded(
-            input_ids=tuple(torch.randint(2, 1000, (n,), generator=generator).tolist()),
-            answer_start=n // 2,
-            unit=place,
-        )
-        for place, n in enumerate(lengths)
-    ]
-
-
-def session_with_b(mode="fa-lora"):
-    spec = AdapterSpec(rank=4, alpha=4.0, mode=mode)
-    session = open_session(resolve_backbone("tiny"), spec, device="cpu", dtype="fp32")
-    generator = torch.Generator().manual_seed(7)
-    session.adapter.flat.add_(torch.randn(session.adapter.flat.shape, generator=generator) * 0.2)
-    return session
-
-
-def single_unit_gradient(session, sample):
-    """The plain way: one sample alone, HF's logits, mean cross-entropy, autograd's .grad."""
-    session.adapter.flat_grad.zero_()
-    ids = torch.tensor([sample.input_ids])
-    logits = session.model(input_ids=ids, use_cache=False).logits[0]
-    start = sample.answer_start
-    torch.nn.functional.cross_entropy(logits[start - 1 : -1], ids[0, start:]).backward()
-    gradient = session.adapter.flat_grad.clone()
-    session.adapter.flat_grad.zero_()
-    return gradient
-
-
 @pytest.mark.parametrize(
     ("mode", "server_round"), [("fa-lora", 1), ("lora", 1), ("rolora", 1), ("rolora", 2)]
 )
-def test_equal_to_a_loop_of_single_unit_passes(mode, server_round):
-    session = session_with_b(mode)
+def test_equal_to_a_loop_of_single_unit_passes(open_tiny, mode, server_round):
+    session = open_tiny(mode)
     session.adapter.start_round(server_round)
-    units = samples()
+    units = random_samples(LENGTHS)
     out_UP = torch.zeros(len(units), session.adapter.trainable_parameters)
     add_unit_gradients(session, pack(units), range(len(units)), out_UP)
     assert session.adapter.flat_grad.abs().max() == 0
     for place, sample in enumerate(units):
-        expected = single_unit_gradient(session, sample)
+        expected = plain_gradient(session, sample)
         relative = (out_UP[place] - expected).norm() / expected.norm()
         assert relative < 1e-6
 
 
-def test_segments_of_one_patient_add_up_over_micro_batches():
-    session = session_with_b()
-    units = samples()
+def test_segments_of_one_patient_add_up_over_micro_batches(open_tiny):
+    session = open_tiny()
+    units = random_samples(LENGTHS)
     out_UP = torch.zeros(2, session.adapter.trainable_parameters)
     add_unit_gradients(session, pack(units[:3]), (0, 1, 0), out_UP)
     add_unit_gradients(session, pack(units[3:]), (1,), out_UP)
     for row, members in enumerate(((0, 2), (1, 3))):
-        expected = sum(single_unit_gradient(session, units[member]) for member in members)
+        expected = sum(plain_gradient(session, units[member]) for member in members)
         assert (out_UP[row] - expected).norm() / expected.norm() < 1e-6
 
 
-def test_a_units_gradient_does_not_depend_on_its_neighbours():
-    session = session_with_b()
-    units = samples()
+def test_a_units_gradient_does_not_depend_on_its_neighbours(open_tiny):
+    session = open_tiny()
+    units = random_samples(LENGTHS)
     alone = torch.zeros(1, session.adapter.trainable_parameters)
     add_unit_gradients(session, pack(units[2:3]), (0,), alone)
     packed = torch.zeros(4, session.adapter.trainable_parameters)
@@ -85,9 +55,9 @@ def test_a_units_gradient_does_not_depend_on_its_neighbours():
     assert (packed[2] - alone[0]).norm() / alone[0].norm() < 1e-6
 
 
-def test_shapes_that_do_not_fit_are_refused():
-    session = session_with_b()
-    batch = pack(samples())
+def test_shapes_that_do_not_fit_are_refused(open_tiny):
+    session = open_tiny()
+    batch = pack(random_samples(LENGTHS))
     with pytest.raises(ValueError, match="one row per segment"):
         add_unit_gradients(session, batch, (0,), torch.zeros(4, session.adapter.flat.numel()))
     with pytest.raises(ValueError, match="fp32"):

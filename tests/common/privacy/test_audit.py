@@ -18,7 +18,7 @@ from common.privacy.audit import (
     p_value,
     single_release,
 )
-from common.privacy.canaries import roc_area
+from common.privacy.canaries import area_with_deviation
 from common.privacy.mechanism.gradients import PrivateGradient
 from common.privacy.mechanism.noise import NoiseSource
 from common.privacy.mechanism.release import GaussianMechanism
@@ -205,4 +205,4 @@ def test_roc_area_equals_counting_pairs() -> None:
     rng = np.random.default_rng(1)
     high, low = rng.integers(0, 9, 40), rng.integers(0, 7, 60)
     pairs = [(h > n) + 0.5 * (h == n) for h in high for n in low]
-    assert roc_area(high.tolist(), low.tolist()) == pytest.approx(np.mean(pairs))
+    assert area_with_deviation(high, low).value == pytest.approx(np.mean(pairs))

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from plain_model import plain_loss
 from scipy import integrate, stats
 
-from client.local_update import update
+from client.local_update import LocalRound, update
 from client.private_update import private_update
 from common.configio import from_flat
 from common.model.adapter.layout import initial_tensors
@@ -44,17 +44,12 @@ def planted(open_tiny: Any, folder: Any, **keys: Any) -> tuple[Any, Any, Any]:
     records = made_up(session, [9] * len(units), units, number=7)
     inside = tuple(record for record in records if record.unit < 40)
     outside = [record for record in records if record.unit >= 40]
-    hospital = HospitalData(name="h", patients=40, samples=60, train=inside, validation=())
+    hospital = HospitalData(name="h", train=inside, validation=())
     config, adapter = from_flat({**KEYS, **keys}), session.adapter
     start = initial_tensors(adapter.shapes, adapter.spec)
     private = "privacy.noise-multiplier" in keys
-    common: dict[str, Any] = {"server_round": 1}
-    if private:
-        b = private_update(
-            session, hospital, start, TrainState(), config, folder=folder, **common
-        ).b
-    else:
-        b = update(session, hospital, start, TrainState(), config, **common).b
+    task = LocalRound(session, hospital, start, TrainState(), config, 1)
+    b = (private_update(task, folder) if private else update(task)).b
     losses = [patient_losses(session, list(some), [b, start])[0] for some in (inside, outside)]
     assert [len(one) for one in losses] == [40, 200]
     return ratios(losses[0]), ratios(losses[1]), plan_of(config) if private else None
@@ -105,14 +100,7 @@ def test_losses_are_those_of_transformers(open_tiny) -> None:
     records = made_up(session, [9, 5, 7], [3, 1, 3], number=1)
     found, patients = patient_losses(session, list(records), [session.adapter.state()])
     assert patients.tolist() == [1, 3]
-    single = []
-    for record in records:
-        ids = torch.tensor([record.input_ids])
-        with torch.no_grad():
-            logits = session.model(input_ids=ids, use_cache=False).logits[0]
-        target = ids[0, record.answer_start :]
-        at = slice(record.answer_start - 1, -1)
-        single.append(float(torch.nn.functional.cross_entropy(logits[at], target)))
+    single = [plain_loss(session, record).item() for record in records]
     np.testing.assert_allclose(found[:, 0], [single[1], (single[0] + single[2]) / 2], rtol=1e-5)
 
 

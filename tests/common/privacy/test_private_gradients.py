@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from opacus import GradSampleModule
+from plain_model import plain_gradient
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,18 +30,6 @@ from common.training.loss import weighted_cross_entropy
 LENGTHS = (17, 5, 33, 8, 12, 21)
 UNITS = (1, 2, 1, 3, 1, 2)
 PATIENTS = ((0, 2, 4), (1, 5), (3,))
-
-
-def single(session: Session, sample: Encoded) -> Tensor:
-    """Oracle: one sample alone through transformers' own logits and autograd's .grad."""
-    session.adapter.flat_grad.zero_()
-    ids = torch.tensor([sample.input_ids])
-    logits = session.model(input_ids=ids, use_cache=False).logits[0]
-    start = sample.answer_start
-    cross_entropy(logits[start - 1 : -1], ids[0, start:]).backward()
-    gradient = session.adapter.flat_grad.clone()
-    session.adapter.flat_grad.zero_()
-    return gradient
 
 
 def relative(ours: Tensor, oracle: Tensor) -> float:
@@ -67,7 +56,8 @@ def batch_mean_rows(session: Session, samples: list[Encoded]) -> Tensor:
 
 def agree(session: Session, samples: list[Encoded], rows: Tensor) -> bool:
     return all(
-        relative(row, single(session, s)) < 1e-6 for row, s in zip(rows, samples, strict=True)
+        relative(row, plain_gradient(session, s)) < 1e-6
+        for row, s in zip(rows, samples, strict=True)
     )
 
 
@@ -84,7 +74,7 @@ def test_unit_gradients_survive_checkpointing(
     open_tiny, samples_of, monkeypatch, recompute, reentrant
 ) -> None:
     session, samples = open_tiny(recompute=recompute), samples_of(LENGTHS, UNITS)
-    expected = [single(session, sample) for sample in samples]
+    expected = [plain_gradient(session, sample) for sample in samples]
     calls = []
 
     def watched(function: Callable[..., Any], *inputs: Any, use_reentrant: bool) -> Any:
@@ -167,7 +157,9 @@ def test_patients_are_clipped_once_however_micro_batches_cut_them(
     open_tiny, samples_of, make_plan, micro_batch
 ) -> None:
     session, samples = open_tiny(), samples_of(LENGTHS, UNITS)
-    patients = [torch.stack([single(session, samples[i]) for i in p]).mean(0) for p in PATIENTS]
+    patients = [
+        torch.stack([plain_gradient(session, samples[i]) for i in p]).mean(0) for p in PATIENTS
+    ]
     clip_norm = float(patients[1].norm())  # some above, some below
     source = private(samples, make_plan(clip_norm=clip_norm), micro_batch)
     assert source.units.members == PATIENTS
@@ -175,7 +167,7 @@ def test_patients_are_clipped_once_however_micro_batches_cut_them(
     expected = sum(g * min(1.0, clip_norm / float(g.norm())) for g in patients)
     assert relative(ours, expected) < 2e-6
     # the mutants: admissions clipped one by one; a patient clipped in each micro-batch anew
-    every = [single(session, sample) for sample in samples]
+    every = [plain_gradient(session, sample) for sample in samples]
     each = sum(g * min(1.0, clip_norm / float(g.norm())) / 2 for g in every)
     assert relative(each, expected) > 0.01
 

@@ -311,7 +311,7 @@ def test_units_do_not_touch_each_other_on_any_path(
         pytest.importorskip("triton")
     if path.get("weights") == "nf4":
         pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr(choice, "_obstacle", lambda candidate, device: "")
+    monkeypatch.setattr(choice, "_obstacle", lambda device: "")
     monkeypatch.setattr(frozen, "fp8_obstacle", lambda device, dtype: "")
     monkeypatch.setattr(Session, "shortens", True)
     session = open_tiny(dtype="fp32", **path)

@@ -86,7 +86,7 @@ def test_whole_items_are_dropped_from_the_end_and_counted(length):
     answer = TOKENIZER.decode(encoded.input_ids[encoded.answer_start : -1])
     assert parse_answer(answer) == drugs[:kept]
     prompt = TOKENIZER.decode(encoded.input_ids[: encoded.answer_start])
-    shown = 60 - encoded.dropped_diagnoses
+    shown = 60 - encoded.left_out.diagnoses
     assert (
         f"- {diagnoses[shown - 1]}\n" in prompt + "\n" or f"- {diagnoses[shown - 1]}{END}" in prompt
     )
@@ -102,7 +102,7 @@ def test_diagnoses_are_dropped_from_within_a_template():
     case = admission(diagnoses=[f"Disorder {n}, unspecified" for n in range(60)])
     encoded = encode(case, TOKENIZER, text=text, max_length_tokens=300)
     prompt = TOKENIZER.decode(encoded.input_ids[: encoded.answer_start])
-    shown = 60 - encoded.dropped_diagnoses
+    shown = 60 - encoded.left_out.diagnoses
     assert 0 < shown < 60
     assert f"- {case.diagnoses[shown - 1]}\nWhat was ordered?{END}" in prompt
     assert prompt.startswith(f"{START}system\nSay it.{END}")

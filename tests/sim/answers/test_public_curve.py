@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from plain_model import plain_loss
 
 from common.data.dataset import open_hospitals
-from common.rundir import RunDirectory
 from common.text.batches import encode
 from common.training.worker import Worker
 from sim.answers import public_curve as curve
@@ -28,26 +28,14 @@ PRIVATE = {
 
 @pytest.fixture(scope="module")
 def run(tiny_config, tmp_path_factory):
-    config = tiny_config(**PRIVATE)
-    config = replace(config, run=replace(config.run, backend="in-process"))
+    config = tiny_config(**PRIVATE, run__backend="in-process")
     folder = tmp_path_factory.mktemp("runs") / "run"
-    federate(config, command_line=["fedrx"], run_dir=folder)
-    return RunDirectory.open(folder)
+    return federate(config, command_line=["fedrx"], run_dir=folder).directory
 
 
 def asked(run):
     config = run.config()
     return replace(config, evaluation=replace(config.evaluation, public_validation=12))
-
-
-def by_transformers(session, sample):
-    """Summed cross-entropy of one answer, by transformers' own logits."""
-    ids = torch.tensor([sample.input_ids])
-    with torch.no_grad():
-        logits = session.model(input_ids=ids, use_cache=False).logits[0, sample.answer_start - 1 :]
-    return torch.nn.functional.cross_entropy(
-        logits[:-1].float(), ids[0, sample.answer_start :], reduction="sum"
-    )
 
 
 def test_each_checkpoint_s_loss_on_admissions_of_no_hospital(run, monkeypatch):
@@ -78,7 +66,7 @@ def test_each_checkpoint_s_loss_on_admissions_of_no_hospital(run, monkeypatch):
     assert [place for place, _ in found.losses] == [0, 1, 2]
     for name, (_, loss) in zip(run.checkpoint_names(), found.losses, strict=True):
         session.adapter.load(run.load_checkpoint(name).b)
-        expected = sum(float(by_transformers(session, one)) for one in samples) / tokens
+        expected = sum(plain_loss(session, one, "sum").item() for one in samples) / tokens
         assert loss == pytest.approx(expected, rel=1e-5)
     assert found.losses[0] != found.losses[2]
 

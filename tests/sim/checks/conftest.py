@@ -18,5 +18,4 @@ def kept_run(tiny_config, tmp_path_factory) -> RunDirectory:
         run__backend="in-process",
     )
     folder = tmp_path_factory.mktemp("kept") / "run"
-    federate(config, command_line=[], run_dir=folder)
-    return RunDirectory.open(folder)
+    return federate(config, command_line=[], run_dir=folder).directory

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from client.local_update import update
+from client.local_update import LocalRound, update
 from common.configio import from_flat
 from common.data.partition import assign_hospitals
 from common.data.prepare import load_samples
@@ -55,7 +55,7 @@ def finished(folder: Path, **keys: Any) -> RunDirectory:
     (node,) = assign_hospitals(table.admissions, config.partition, hospitals=1, data=config.data)
     adapter, hospital = session.adapter, worker.tokens(config, node)
     start = initial_tensors(adapter.shapes, adapter.spec)
-    b = update(session, hospital, start, TrainState(), config, server_round=1).b
+    b = update(LocalRound(session, hospital, start, TrainState(), config, 1)).b
     fingerprints = {"backbone": session.spec.fingerprint, "a": adapter.a_fingerprint}
     inputs = {"samples": table.digest, **fingerprints}
     run.write_json("run.json", RunRecord(mode="federation", resumable=True, inputs=inputs))

@@ -11,7 +11,7 @@ import pytest
 from common.config import Config
 from common.configio import from_flat, read_config
 from common.errors import UserError
-from common.model.adapter.layout import adapter_layout, adapter_spec
+from common.model.adapter.layout import adapter_spec, meta_adapter
 from common.model.backbone.load import resolve_backbone
 from common.wire.codecs import encode
 from sim.checks import plan as plan_module
@@ -90,7 +90,7 @@ def test_bytes_are_those_of_encoded_tensors(codec, mode):
             "federation.rounds": 5,
         }
     )
-    shapes = adapter_layout(resolve_backbone("tiny"), adapter_spec(config.adapter)).shapes
+    shapes = meta_adapter(resolve_backbone("tiny"), adapter_spec(config.adapter)).shapes
     each = {key: encode(codec, np.ones(shape, np.float32)).nbytes for key, shape in shapes.items()}
     message = down = up = sum(each.values())
     if mode == "rolora":  # three rounds of B and two of A

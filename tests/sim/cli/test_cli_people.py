@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from line_fixtures import prediction_line
 from typer.testing import CliRunner
 
 from common.config import Config, DataConfig, EvaluationConfig, ModelConfig
@@ -29,16 +30,7 @@ def run(tmp_path):
         data=DataConfig(path=str(tmp_path / "absent")),
     )
     directory = RunDirectory.create(config, directory=tmp_path / "run")
-    line = {
-        "case": "case-1",
-        "cluster": 1,
-        "model": "fedrx",
-        "patient": {"sex": "F", "age": "50"},
-        "diagnoses": ["Asthma"],
-        "truth": ["Albuterol"],
-        "text": None,
-        "answer": ["Albuterol"],
-    }
+    line = prediction_line("case-1", "fedrx", ["Albuterol"], truth=["Albuterol"])
     directory.write_json("run.json", RunRecord(mode="federation", resumable=True))
     directory.append("predictions.jsonl", line)
     directory.write_json("summary.json", {"source": "synthetic"})

@@ -1,7 +1,6 @@
 """What the processes of a run are told: whom to ask directly, where to work, what they may use."""
 
 import contextlib
-import http.server
 import json
 import os
 import shlex
@@ -10,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import urllib.request
 from concurrent import futures
 from pathlib import Path
@@ -20,6 +18,7 @@ import grpc
 import httpx
 import pytest
 import requests
+from answering import answering
 
 import sim.flower.child_environment
 from common.config import Config
@@ -43,19 +42,6 @@ from sim.flower.superlink import script
 GIB = 2**30
 
 
-class Greeting(http.server.BaseHTTPRequestHandler):
-    """Answers everything."""
-
-    def do_GET(self):
-        self.send_response(200)
-        self.send_header("Content-Length", "2")
-        self.end_headers()
-        self.wfile.write(b"ok")
-
-    def log_message(self, *arguments):
-        pass
-
-
 @pytest.fixture
 def proxy(monkeypatch, fake_proxy):
     for name in list(os.environ):
@@ -68,10 +54,8 @@ def proxy(monkeypatch, fake_proxy):
 
 @pytest.fixture
 def server():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Greeting) as running:
-        threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_address[1]}/"
-        running.shutdown()
+    with answering(lambda *_: b"ok") as address:
+        yield f"{address}/"
 
 
 @pytest.fixture

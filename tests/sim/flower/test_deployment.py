@@ -10,7 +10,6 @@ import socket
 import ssl
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import httpx
 import polars as pl
 import psutil
 import pytest
+from waiting import until
 
 import sim.flower.run_hospital
 from common.config import Config
@@ -79,13 +79,6 @@ class Processes:
                 process.kill()
         for process in self.started:
             process.wait()
-
-
-def wait_for(ready, what: str) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not ready():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.2)
 
 
 def state(run: Path) -> str:
@@ -219,8 +212,8 @@ def deployment(tiny_config, tmp_path_factory):
     one = Deployment(readme.parent, port, local[0], dealt, config, Processes(folder))
     start = one.link / "start.sh"
     one.processes.start(start)
-    wait_for(lambda: "startup complete" in one.processes.log(start), "SuperLink")
-    wait_for(lambda: listens(port), "nginx")
+    until(lambda: "startup complete" in one.processes.log(start), "SuperLink", SECONDS)
+    until(lambda: listens(port), "nginx", SECONDS)
     one.processes.call(one.link / "register.sh")
     yield one
     one.processes.stop()
@@ -354,7 +347,7 @@ def test_deployment_equals_the_simulation_and_survives_a_killed_node(
         processes.start(deployment.hospital(name) / "start.sh")
     processes.start(link / "run.sh")
     run = RunDirectory(folder / "run")
-    wait_for(lambda: state(run.path) in ("finished", "failed"), "the first run")
+    until(lambda: state(run.path) in ("finished", "failed"), "the first run", SECONDS)
     assert run.status().state == "finished", run.status()
     summary = run.read_json("summary.json")
     assert [one["name"] for one in summary["hospitals"]] == sorted(dealt)
@@ -375,7 +368,7 @@ def test_deployment_equals_the_simulation_and_survives_a_killed_node(
     )
     done = deployment.flwr(link / "home", "run", foreign, "fedrx", "--run-config", settings)
     assert done.returncode == 0, done.stdout + done.stderr
-    wait_for(lambda: state(tmp_path / "theft") == "failed", "the refusal")
+    until(lambda: state(tmp_path / "theft") == "failed", "the refusal", SECONDS)
     assert "nothing of the bundle was run" in str(RunDirectory(tmp_path / "theft").status())
     assert "nothing of the bundle was run" in processes.log(
         deployment.hospital(sorted(dealt)[0]) / "start.sh"
@@ -394,14 +387,14 @@ def test_deployment_equals_the_simulation_and_survives_a_killed_node(
     )
     processes.start(link / "run.sh")
     second = RunDirectory(again)
-    wait_for(lambda: "round-00001" in second.checkpoint_names(), "round 1")
+    until(lambda: "round-00001" in second.checkpoint_names(), "round 1", SECONDS)
     victim = sorted(dealt)[1]
     for process in processes.named("flower-supernode", victim):
         process.kill()
-    wait_for(lambda: len(second.checkpoint_names()) >= 3, "a round without the hospital")
-    wait_for(lambda: not processes.named("fedrx", "hospital", victim), "its other processes")
+    until(lambda: len(second.checkpoint_names()) >= 3, "a round without the hospital", SECONDS)
+    until(lambda: not processes.named("fedrx", "hospital", victim), "its other processes", SECONDS)
     processes.start(deployment.hospital(victim) / "start.sh")
-    wait_for(lambda: state(second.path) in ("finished", "failed"), "the second run")
+    until(lambda: state(second.path) in ("finished", "failed"), "the second run", SECONDS)
     assert second.status().state == "finished", second.status()
     rounds = {e.round for e in second.metrics("steps") if e.hospital == victim}
     assert 1 in rounds

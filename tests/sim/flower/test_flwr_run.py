@@ -1,17 +1,16 @@
 """Plain ``flwr run``, as a Flower user starts it, on SuperLinks that are not ours."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
 import subprocess
-import time
 import tomllib
 from pathlib import Path
 
 import psutil
 import pytest
+from waiting import until
 
 from common.configio import flatten, from_flat, read_config, to_toml
 from common.provenance import PACKAGES
@@ -59,13 +58,12 @@ class Flower:
 
     def end(self) -> RunDirectory:
         """Wait for the run, and return its directory."""
-        deadline = time.monotonic() + SECONDS
-        while time.monotonic() < deadline:
-            for status in self.runs.glob("*/status.json"):
-                if json.loads(status.read_text())["state"] in ("finished", "failed"):
-                    return RunDirectory(status.parent)
-            time.sleep(0.5)
-        raise AssertionError("the run did not end")
+
+        def ended() -> RunDirectory | None:
+            runs = [RunDirectory(file.parent) for file in self.runs.glob("*/status.json")]
+            return next((run for run in runs if run.status().state in ("finished", "failed")), None)
+
+        return until(ended, "the run did not end", SECONDS)
 
     def stop(self) -> None:
         for process in psutil.process_iter():

@@ -4,9 +4,9 @@ import io
 import os
 import signal
 import subprocess
-import time
 
 import pytest
+from waiting import until
 
 from common.errors import UserError
 from sim.cli.terminal import Terminal
@@ -46,10 +46,7 @@ def test_killed_at_four_moments_the_run_ends_in_the_same_b(base, laboratory):
         started.wait()
         assert started.code == -signal.SIGKILL
         # SuperLink and Ray go along: an actor that trained on would hold its GPU.
-        deadline = time.monotonic() + GONE_SECONDS
-        while started.left() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert started.left() == []
+        until(lambda one=started: not one.left(), "nothing is left", GONE_SECONDS)
         assert started.run.status().state != "finished"
         started = laboratory.resume(started.run)
     started.wait()

@@ -5,11 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
+from waiting import until
 
 import sim.flower.orphans
 import sim.flower.superlink
@@ -30,7 +30,6 @@ with superlink(Path(sys.argv[1])) as link:
     if sys.argv[2] == "stay":
         time.sleep(600)
 """
-WAIT_SECONDS = 60
 
 
 def of_launch(folder: str) -> list[psutil.Process]:
@@ -62,19 +61,13 @@ def launched(run, mode: str) -> tuple[subprocess.Popen[str], str]:
 def test_a_killed_launcher_takes_its_processes_and_its_folder_along(tmp_path):
     other, untouched = launched(tmp_path / "other", "stay")
     killed, folder = launched(tmp_path / "killed", "stay")
-    deadline = time.monotonic() + WAIT_SECONDS
     # The SuperLink, the child, its child (the last to be there), the watch.
-    while not of_bare_child(folder) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert of_bare_child(folder)
+    until(lambda: of_bare_child(folder), "the child's child")
     assert len(of_launch(folder)) >= 4
     assert Path(folder).is_dir()
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    deadline = time.monotonic() + WAIT_SECONDS
-    while of_launch(folder) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert of_launch(folder) == []
+    until(lambda: not of_launch(folder), "its processes end")
     assert not Path(folder).exists()
     assert len(of_launch(untouched)) >= 3
     other.send_signal(signal.SIGTERM)
@@ -125,10 +118,7 @@ def test_a_child_that_is_born_while_its_parent_is_killed_does_not_stay(tmp_path)
         [sys.executable, "-c", RESTLESS, str(folder)],
         env={"FLWR_HOME": str(folder), "RESTLESS": RESTLESS},
     )
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not of_bare(folder) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert of_bare(folder)
+    until(lambda: of_bare(folder), "the child")
     watch = [sys.executable, sim.flower.orphans.__file__, str(folder), str(folder)]
     subprocess.run(watch, stdin=subprocess.DEVNULL, check=True)
     parent.wait()
@@ -147,8 +137,7 @@ def test_who_has_ended_is_not_waited_for(tmp_path, monkeypatch):
     )
     looks = []
     find = sim.flower.superlink.processes_of
-    while not find(tmp_path):
-        time.sleep(0.01)
+    until(lambda: find(tmp_path), "the child")
     monkeypatch.setattr(
         sim.flower.superlink, "processes_of", lambda run: looks.append(run) or find(run)
     )

@@ -6,7 +6,6 @@ import pytest
 
 from common.config import TextConfig
 from common.errors import UserError
-from common.rundir import RunDirectory
 from common.text import batches
 from sim.answers.evaluate import evaluate_run
 from sim.assist.patient_form import read_form
@@ -46,12 +45,11 @@ def require_own(seen):
 
 
 def test_everything_that_a_run_asks_is_the_user_s(tiny_config, tmp_path, asked):
-    small = tiny_config(evaluation__samples=2, evaluation__max_new_tokens=8)
-    config = replace(small, text=TEXT, run=replace(small.run, backend="in-process"))
+    small = {"evaluation__samples": 2, "evaluation__max_new_tokens": 8}
+    config = replace(tiny_config(**small, run__backend="in-process"), text=TEXT)
     folder = tmp_path / "run"
-    federate(config, command_line=["fedrx"], run_dir=folder)
+    run = federate(config, command_line=["fedrx"], run_dir=folder).directory
     require_own(asked)
-    run = RunDirectory.open(folder)
     for method in ("generate", "score"):
         evaluate_run(run, overrides=[f"evaluation.method={method}"])
         require_own(asked)

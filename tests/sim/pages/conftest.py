@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from line_fixtures import prediction_line
 
 from common.config import Config
 from common.rundir import RunDirectory
@@ -59,23 +60,17 @@ def requested_urls(browser: Any) -> Any:
 
 def line(case: str, model: str, answer: list[str] | None, truth: list[str]) -> dict[str, Any]:
     """One line of predictions.jsonl."""
-    return {
-        "case": case,
-        "cluster": int(case[-1]),
-        "model": model,
-        "patient": {
-            "sex": "F",
-            "age": "71",
-            "height_cm": 165.0,
-            "weight_kg": 80.2,
-            "bmi": 29.5,
-            "subject_id": "patient-secret",
-        },
-        "diagnoses": ["Heart failure, unspecified", "<img src=x onerror=alert(1)>"],
-        "truth": truth,
-        "text": "text-secret",
-        "answer": answer,
-    }
+    patient = {"sex": "F", "age": "71", "height_cm": 165.0, "weight_kg": 80.2, "bmi": 29.5}
+    return prediction_line(
+        case,
+        model,
+        answer,
+        cluster=int(case[-1]),
+        patient={**patient, "subject_id": "patient-secret"},
+        diagnoses=["Heart failure, unspecified", "<img src=x onerror=alert(1)>"],
+        truth=truth,
+        text="text-secret",
+    )
 
 
 @pytest.fixture

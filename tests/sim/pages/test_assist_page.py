@@ -5,11 +5,11 @@ import json
 import socket
 import stat
 import threading
-import time
 import urllib.error
 import urllib.request
 
 import pytest
+from waiting import until
 
 from common.data.icd import Diagnosis, DiagnosisIndex
 from common.data.samples import Admission
@@ -86,8 +86,7 @@ def serving(state):
         server.should_exit = True
         thread.join(timeout=10)
 
-    while not server.started and thread.is_alive():
-        time.sleep(0.01)
+    until(lambda: server.started or not thread.is_alive(), "the page is served")
     try:
         yield bound, stop
     finally:

@@ -1,14 +1,13 @@
 """A clinician's way through the packet in a real browser: keys, mouse, reload, download, import."""
 
 import hashlib
-import http.server
 import json
 import os
-import threading
-import time
 from pathlib import Path
 
 import pytest
+from answering import answering
+from waiting import until
 
 from common.errors import UserError
 from sim.answers.review import import_reviews, make_review
@@ -19,22 +18,8 @@ def listener():
     """A server that must never be asked."""
     asked = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_response(200)
-            self.end_headers()
-
-        do_POST = do_GET
-
-        def log_message(self, *arguments):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/", asked
-    server.shutdown()
-    server.server_close()
+    with answering(lambda path, _: asked.append(path) or b"") as address:
+        yield f"{address}/", asked
 
 
 def rows(browser):
@@ -72,12 +57,7 @@ def go_on(browser, name):
 
 
 def downloaded(folder):
-    for _ in range(100):
-        files = [f for f in folder.iterdir() if f.suffix == ".json"]
-        if files:
-            return files[0]
-        time.sleep(0.1)
-    raise AssertionError("nothing was downloaded")
+    return until(lambda: next(folder.glob("*.json"), None), "nothing was downloaded", 10)
 
 
 @pytest.mark.browser

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from common.config import Config, DataConfig, JudgeConfig, PrivacyConfig, RunConfig, TrainConfig
 from common.errors import UserError
+from common.records.run import RunRecord
 from common.rundir import RunDirectory
 from sim.cli.main import app
 from sim.report.bundle import METADATA, write_bundle
@@ -30,6 +31,7 @@ def make_run(folder, *, name="trial", hospital="hospital-1", noise=0.0, seed=0):
         judge=JudgeConfig(base_url="http://user:word@llm.st-elsewhere:8000/v1"),
     )
     run = RunDirectory.create(config, directory=folder / "run")
+    run.write_json("run.json", RunRecord(mode="federation", resumable=True))
     run.write_json(
         "environment.json",
         {

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from line_fixtures import prediction_line
 
 from common.configio import from_flat
 from common.rundir import RunDirectory
@@ -37,19 +38,9 @@ def make(path, *, answers, f1, truths=TRUTHS, **changed):
         run.metric("validation-loss", loss and loss - f1, round=number)
     for number, (truth, answer) in enumerate(zip(truths, answers, strict=True)):
         for model in ("fedrx", "popularity"):
-            run.append(
-                "predictions.jsonl",
-                {
-                    "case": f"case-{number}",
-                    "cluster": number // 2,
-                    "model": model,
-                    "patient": {"sex": "F", "age": "7"},
-                    "diagnoses": ["Secret, diagnosis"],
-                    "truth": truth,
-                    "text": None,
-                    "answer": answer if model == "fedrx" else ["x"],
-                },
-            )
+            told = {"cluster": number // 2, "diagnoses": ["Secret, diagnosis"], "truth": truth}
+            given = answer if model == "fedrx" else ["x"]
+            run.append("predictions.jsonl", prediction_line(f"case-{number}", model, given, **told))
     return run
 
 

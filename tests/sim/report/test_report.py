@@ -6,7 +6,7 @@ import re
 import shutil
 
 import pytest
-from line_fixtures import privacy_line, wire_line
+from line_fixtures import prediction_line, privacy_line, wire_line
 
 from common.config import Config
 from common.configio import from_flat
@@ -75,19 +75,8 @@ def run(tmp_path):
         run.metric("validation-loss", loss + 0.1, round=number, hospital="hospital-1")
     run.append("wire.jsonl", wire_line(bytes=1_000_000))
     for model in ("fedrx", "untrained"):
-        run.append(
-            "predictions.jsonl",
-            {
-                "case": "case-0001",
-                "cluster": 1,
-                "model": model,
-                "patient": {"sex": "F", "age": "50"},
-                "text": None,
-                "diagnoses": ["Secret, diagnosis"],
-                "truth": ["Drug | one"],
-                "answer": None,
-            },
-        )
+        told = {"diagnoses": ["Secret, diagnosis"], "truth": ["Drug | one"]}
+        run.append("predictions.jsonl", prediction_line("case-0001", model, None, **told))
     return run
 
 

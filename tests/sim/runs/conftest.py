@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from privacy_fixtures import random_samples
 
 from common.config import Config
 from common.configio import from_flat
@@ -29,17 +30,10 @@ BASE: dict[str, Any] = {
 }
 
 
-def random_samples(count: int, seed: int) -> tuple[Encoded, ...]:
+def samples_of_any_length(count: int, seed: int) -> tuple[Encoded, ...]:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(8, 24, (count,), generator=generator).tolist()
-    return tuple(
-        Encoded(
-            input_ids=tuple(torch.randint(2, 1000, (n,), generator=generator).tolist()),
-            answer_start=n // 2,
-            unit=index,
-        )
-        for index, n in enumerate(lengths)
-    )
+    return tuple(random_samples(lengths, seed=generator))
 
 
 @pytest.fixture(scope="session")
@@ -47,10 +41,8 @@ def hospital() -> HospitalData:
     """Eleven training samples, so that epochs end inside batches."""
     return HospitalData(
         name="hospital-1",
-        patients=14,
-        samples=14,
-        train=random_samples(11, 1),
-        validation=random_samples(3, 2),
+        train=samples_of_any_length(11, 1),
+        validation=samples_of_any_length(3, 2),
     )
 
 

@@ -1,7 +1,6 @@
 """Curves: what the libraries' own readers find is what metrics.jsonl holds, each step once."""
 
 import contextlib
-import http.server
 import io
 import json
 import threading
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from answering import answering
 
 from client import handlers
 from common.config import Config
@@ -305,34 +305,19 @@ def server():
     """An MLflow server of a few lines: its address, and every request that it got."""
     got = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def answer(self):
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            got.append((self.path.partition("?")[0].rsplit("mlflow/", 1)[-1], body.decode()))
-            what = got[-1][0]
-            run = {"info": {"run_id": f"run-{len(got)}", "run_uuid": "u", "experiment_id": "4"}}
-            answers = {
-                "experiments/get-by-name": {"experiment": {"experiment_id": "4", "name": "fedrx"}},
-                "runs/create": {"run": run},
-                "runs/update": {"run_info": run["info"]},
-            }
-            content = json.dumps(answers.get(what, {})).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+    def answer(path, body):
+        what = path.partition("?")[0].rsplit("mlflow/", 1)[-1]
+        got.append((what, body.decode()))
+        run = {"info": {"run_id": f"run-{len(got)}", "run_uuid": "u", "experiment_id": "4"}}
+        answers = {
+            "experiments/get-by-name": {"experiment": {"experiment_id": "4", "name": "fedrx"}},
+            "runs/create": {"run": run},
+            "runs/update": {"run_info": run["info"]},
+        }
+        return json.dumps(answers.get(what, {})).encode()
 
-        do_GET = do_POST = answer
-
-        def log_message(self, *_):
-            pass
-
-    serving = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=serving.serve_forever, args=(0.02,), daemon=True).start()
-    yield f"http://127.0.0.1:{serving.server_address[1]}", got
-    serving.shutdown()
-    serving.server_close()
+    with answering(answer) as address:
+        yield address, got
 
 
 def test_a_server_gets_numbers_and_public_keys_alone(run, server, fake_proxy, monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from client.kept_state import load_state, save_state
-from client.local_update import update
+from client.local_update import LocalRound, update
 from common.model.adapter.layout import initial_tensors
 from common.training.worker import Worker
 from common.wire.contract import Update
@@ -28,7 +28,7 @@ def federated(config, hospital, folder):
     b = initial_tensors(session.adapter.shapes, session.adapter.spec)
     for number in range(1, config.federation.rounds + 1):
         state = load_state(folder, before_round=number)
-        result = update(session, hospital, b, state, config, server_round=number)
+        result = update(LocalRound(session, hospital, b, state, config, number))
         save_state(folder, state, server_round=number)
         reply = Update(
             hospital=hospital.name,
@@ -75,5 +75,5 @@ def test_without_its_state_the_federation_differs(configure, hospital, begin, tm
     b = {key: np.zeros(shape, np.float32) for key, shape in session.adapter.shapes.items()}
     for number in (1, 2, 3):
         fresh = load_state(tmp_path / "empty", before_round=number)
-        b = update(session, hospital, b, fresh, config, server_round=number).b
+        b = update(LocalRound(session, hospital, b, fresh, config, number)).b
     assert max(np.abs(b[key] - alone[key]).max() for key in b) > 1e-3

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from privacy_fixtures import PRIVATE_TINY
 
+from client.local_update import LocalRound
 from client.private_update import private_update
 from common.configio import from_flat
 from common.model.adapter.layout import initial_tensors
@@ -40,9 +41,7 @@ KEYS: dict[str, Any] = {
 @pytest.fixture
 def hospital(samples_of) -> HospitalData:
     samples = tuple(samples_of((17, 5, 33, 8, 9), (1, 2, 1, 3, 4)))
-    return HospitalData(
-        name="hospital-1", patients=5, samples=5, train=samples[:4], validation=samples[4:]
-    )
+    return HospitalData(name="hospital-1", train=samples[:4], validation=samples[4:])
 
 
 def begin(folder: Path, hospital: HospitalData, **keys: Any) -> SingleTraining:
@@ -84,9 +83,8 @@ def test_single_equals_a_federation_of_one(tmp_path, hospital, mode) -> None:
     b = initial_tensors(session.adapter.shapes, session.adapter.spec)
     state = TrainState()
     for number in (1, 2):
-        b |= private_update(
-            session, hospital, b, state, config, server_round=number, folder=tmp_path / "hospital"
-        ).b
+        task = LocalRound(session, hospital, b, state, config, number)
+        b |= private_update(task, tmp_path / "hospital").b
     for key, value in training.run.load_checkpoint().b.items():
         np.testing.assert_allclose(value, b[key], atol=1e-6, rtol=0)
 

@@ -1,7 +1,6 @@
 """A run of each protocol, from tables to report: federated and single, answered and told."""
 
 import json
-from dataclasses import replace
 
 import pytest
 
@@ -34,19 +33,18 @@ def asked(monkeypatch):
 
 @pytest.mark.parametrize("protocol", SIGNS)
 def test_a_federation_trains_answers_and_tells_its_protocol(tiny_config, tmp_path, asked, protocol):
-    small = tiny_config(
+    config = tiny_config(
         data__protocol=protocol,
         data__synthetic_patients=60,
         train__max_length=512,
         evaluation__samples=6,
         evaluation__max_new_tokens=8,
+        run__backend="in-process",
     )
-    config = replace(small, run=replace(small.run, backend="in-process"))
     folder = tmp_path / "run"
-    federate(config, command_line=["fedrx"], run_dir=folder)
+    run = federate(config, command_line=["fedrx"], run_dir=folder).directory
     assert any(SIGNS[protocol] in user for user in asked)
     assert all("This visit:" in user for user in asked)
-    run = RunDirectory.open(folder)
     evaluate_run(run, overrides=["evaluation.method=score"])
     summary = run.read_json("summary.json")
     assert {"fedrx", "popularity", "nearest_neighbours", "logistic_regression"} <= set(

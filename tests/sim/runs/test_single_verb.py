@@ -5,10 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from common.configio import read_config
 from common.errors import UserError
@@ -81,9 +81,7 @@ def killed_run(config_file: Path, path: Path) -> None:
         stderr=subprocess.DEVNULL,
     )
     first = path / "checkpoints" / "step-00000003"
-    deadline = time.monotonic() + 120
-    while not first.exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
+    until(first.exists, "the first checkpoint", 120, pause=0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert first.exists()

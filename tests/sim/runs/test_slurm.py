@@ -6,12 +6,12 @@ import os
 import signal
 import stat
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+from waiting import until
 
 from common.config import DataConfig
 from common.errors import RunFailed, UserError
@@ -42,8 +42,7 @@ def single_cells(tiny_config, seeds, **keys):
 def worker_of(cell, folder):
     """The process that a cell's job runs in, once its run has a checkpoint."""
     run = RunDirectory(folder / cell.folder)
-    while not run.checkpoint_names():
-        time.sleep(0.005)
+    until(run.checkpoint_names, "the first checkpoint", 300, pause=0.005)
     for file in (folder / JOBS).glob("*_log.out"):
         with contextlib.suppress(psutil.Error):  # jobs that have ended
             controller = psutil.Process(int(file.name.split("_")[0]))

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from line_fixtures import prediction_line
 
 from common.config import Config, JudgeConfig
 from common.records.run import RunRecord
@@ -165,16 +166,9 @@ PATIENT = {"sex": "F", "age": "> 89", "height_cm": 160.0, "weight_kg": None, "bm
 
 def line(case: str, model: str, answer: list[str] | None, cluster: int = 0) -> dict[str, Any]:
     """One line of predictions.jsonl."""
-    return {
-        "case": case,
-        "cluster": cluster,
-        "model": model,
-        "patient": PATIENT,
-        "diagnoses": ["Sepsis, unspecified organism", "Essential (primary) hypertension"],
-        "truth": ["Truthdrug"],
-        "text": "raw text",
-        "answer": answer,
-    }
+    diagnoses = ["Sepsis, unspecified organism", "Essential (primary) hypertension"]
+    told = {"cluster": cluster, "patient": PATIENT, "diagnoses": diagnoses}
+    return prediction_line(case, model, answer, truth=["Truthdrug"], text="raw text", **told)
 
 
 @pytest.fixture

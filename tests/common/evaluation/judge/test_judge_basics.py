@@ -7,10 +7,10 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from common.errors import RunFailed, UserError
 from common.evaluation.judge.judging import judge_run
@@ -234,9 +234,7 @@ def test_kill_9_loses_at_most_what_was_in_flight(server, make_run, judge_config,
         judge_run(run, plan_judging(run, config))
     """)
     process = subprocess.Popen([sys.executable, "-c", script], cwd=Path.cwd())
-    deadline = time.monotonic() + 30
-    while len(server.requests) < 8 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: len(server.requests) >= 8, "eight requests")
     process.send_signal(signal.SIGKILL)
     process.wait()
     with (run.path / "judge" / "exchanges.jsonl").open("a") as file:

@@ -117,7 +117,7 @@ def test_bytes_are_transposed(found):
 
 def test_the_gradient_of_b_is_that_of_plain_torch(monkeypatch):
     needed("triton")
-    monkeypatch.setattr(choice, "_obstacle", lambda candidate, device: "")
+    monkeypatch.setattr(choice, "_obstacle", lambda device: "")
     data = [
         Encoded(input_ids=tuple(range(5, 5 + size)), answer_start=size // 2, unit=0)
         for size in (24, 9, 13)
