@@ -92,7 +92,7 @@ class Federation(Kind):
 def train_rounds(run: Run) -> dict[str, float]:
     """Run the rounds that are left, with progress shown; return the seconds of their start."""
     config, directory = run.config, run.directory
-    directory.write_status("started", **run.place)
+    directory.write_status("started", **run.kind.place(run))
     shutil.rmtree(directory.path / "workers", ignore_errors=True)
     steps = total_steps(config, run.preparation.data.hospitals)
     rounds = config.federation.rounds

@@ -34,7 +34,7 @@ from sim.process.progress import SILENT, Console
 from sim.report.run_report import write_report
 from sim.report.terminal import summary_parts
 from sim.runs.curves import check_tracker, curves, with_tracker
-from sim.runs.preparation import Preparation, data_facts, fingerprints, prepare
+from sim.runs.preparation import Preparation, data_facts, fingerprints, prepare, require_same_inputs
 from sim.runs.stages import (
     EVALUATION,
     REPORT,
@@ -144,24 +144,19 @@ class Run:
             console=self.console,
         )
 
-    @property
-    def place(self) -> Mapping[str, object]:
-        """How far the run has come, for status.json."""
-        return self.kind.place(self)
-
     def enter(self, stage: str) -> None:
         """Say in status.json that a stage begins."""
-        self.directory.write_status("running", **{"stage": stage, **self.place})
+        self.directory.write_status("running", **{"stage": stage, **self.kind.place(self)})
 
     def live(self, *, inside: bool) -> "Run":
         """Do what is left, to the report; where that breaks off, status.json says so."""
         kind, directory, console = self.kind, self.directory, None if inside else self.console
-        with reported(directory, console, lambda: self.place, again=kind.again(self)):
+        with reported(directory, console, lambda: kind.place(self), again=kind.again(self)):
             self.result = self._answered() if self.record.has_model else kind.train(self)
             directory.write_json(kind.file, self.result)
             self.enter(REPORT)
             kind.report(self, self.result)
-            directory.write_status("finished", **self.place)
+            directory.write_status("finished", **kind.place(self))
             kind.show(self, self.result)
         return self
 
@@ -180,10 +175,12 @@ class Run:
         summary = evaluate_run(
             directory, overrides=self.overrides, console=self.console, worker=self.worker, data=data
         )
-        peaks: dict[str, int | None] = {"peak_rss_bytes": max(self.peak.bytes, peak_rss_bytes())}
         devices = [size for size in (summary.peak_device_bytes, peak_device_bytes()) if size]
-        peaks["peak_device_bytes"] = max(devices, default=None)
-        return summary.having(seconds=round(self.seconds, 3), **peaks)
+        return summary.having(
+            seconds=round(self.seconds, 3),
+            peak_rss_bytes=max(self.peak.bytes, peak_rss_bytes()),
+            peak_device_bytes=max(devices, default=None),
+        )
 
 
 def start(
@@ -230,9 +227,8 @@ def start(
     directory.write_json(RUN, record)
     console.say(f"run directory: {directory.path}")
     with exclusive(directory):
-        run = Run(chosen, directory, record, config, preparation, console, command_line, started)
-        run.worker = worker
-        return run.live(inside=inside)
+        known = (chosen, directory, record, config, preparation, console, command_line, started)
+        return Run(*known, worker=worker).live(inside=inside)
 
 
 def start_or_go_on(
@@ -262,8 +258,8 @@ def start_or_go_on(
         record = kind.record(Config(), Inputs())
         directory.write_json(RUN, record)
         directory.write_status("started")
-        run = Run(kind, directory, record, Config(), None, console, command_line, started)
-        return run.live(inside=False)
+        known = (kind, directory, record, Config(), None, console, command_line, started)
+        return Run(*known).live(inside=False)
 
 
 def resume(
@@ -320,8 +316,7 @@ def resume(
             require_same_inputs(record.inputs, preparation)
         _note_resumption(directory, command_line, console)
         known = (kind, directory, record, config, preparation, console, command_line, started)
-        run = Run(*known, overrides=overrides if answering else ())
-        run.worker = worker
+        run = Run(*known, overrides=overrides if answering else (), worker=worker)
         return run.live(inside=inside).result.as_json()
 
 
@@ -345,20 +340,6 @@ def _unchanged_config(
     return replace(begun, run=replace(settings, directory=str(directory.path)))
 
 
-def require_same_inputs(begun: Inputs, preparation: Preparation) -> None:
-    """Compare data, backbone and A with what a run began with.
-
-    Raises:
-        UserError: naming what changed.
-    """
-    for (name, before), (_, now) in zip(begun, fingerprints(preparation), strict=True):
-        if now != before:
-            raise UserError(
-                f"the run's {name} changed since it began: {before} -> {now}",
-                fix="bring the same data and backbone back, or start a new run",
-            )
-
-
 def _note_resumption(
     directory: RunDirectory, command_line: Sequence[str], console: Console
 ) -> None:
@@ -368,8 +349,8 @@ def _note_resumption(
         console.say("FedRx's source has changed since the run began", style="yellow")
     now, command = datetime.now(UTC).isoformat(timespec="seconds"), shown_command(command_line)
     entry = Resumption(time=now, command_line=tuple(command), source_digest=digest)
-    resumed = {"resumed": (*facts.resumed, entry)}
-    directory.write_json(ENVIRONMENT, facts.model_copy(update=resumed))
+    facts = facts.model_copy(update={"resumed": (*facts.resumed, entry)})
+    directory.write_json(ENVIRONMENT, facts)
 
 
 def evaluate(
@@ -402,8 +383,7 @@ def evaluate(
         summary = evaluate_run(
             directory, checkpoint=checkpoint, overrides=overrides, console=console
         )
-        seconds = summary.seconds or summary.training_seconds or 0.0
-        summary = summary.having(seconds=seconds)
+        summary = summary.having(seconds=summary.seconds or summary.training_seconds or 0.0)
         directory.write_json(SUMMARY, summary)
         write_report(directory)
         if status.state != "finished":

@@ -7,6 +7,7 @@ from pathlib import Path
 from common.config import Config
 from common.configio import file_keys, flatten, from_flat
 from common.data.dataset import Dataset
+from common.errors import UserError
 from common.evaluation.answers import choose_cases
 from common.evaluation.lists import check_lists
 from common.model.adapter.falora import Adapter
@@ -78,6 +79,20 @@ def fingerprints(preparation: Preparation) -> Inputs:
         backbone=preparation.backbone.fingerprint,
         a=preparation.adapter.a_fingerprint,
     )
+
+
+def require_same_inputs(begun: Inputs, preparation: Preparation) -> None:
+    """Compare data, backbone and A with what a run began with.
+
+    Raises:
+        UserError: naming what changed.
+    """
+    for (name, before), (_, now) in zip(begun, fingerprints(preparation), strict=True):
+        if now != before:
+            raise UserError(
+                f"the run's {name} changed since it began: {before} -> {now}",
+                fix="bring the same data and backbone back, or start a new run",
+            )
 
 
 def data_facts(preparation: Preparation) -> DataFacts:

@@ -13,8 +13,7 @@ from common.model.backbone.load import load_tokenizer, resolve_backbone
 from common.model.backbone.tiny import tiny_tokenizer
 from common.training.worker import Worker
 from sim.process.progress import SILENT
-from sim.runs.lifecycle import require_same_inputs
-from sim.runs.preparation import fingerprints, prepare
+from sim.runs.preparation import fingerprints, prepare, require_same_inputs
 from sim.runs.single import single
 
 PLAIN = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<answer>"
