@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import client.app
 from common.config import IN_PROCESS, Config
@@ -106,15 +105,13 @@ def run_cell(cell: Cell, folder: Path, console: Console, command_line: Sequence[
     run = RunDirectory(folder)
     # In one process all cells have one backbone and one data set open, hospitals and single node.
     worker = client.app.worker() if cell.config.run.backend == IN_PROCESS else None
-    options: dict[str, Any] = {"console": console, "command_line": command_line}
-    options |= {"inside": True, "worker": worker}
-    if run.record() is None:
-        begin = federate if cell.federated else single
-        begin(cell.config, run_dir=folder, **options)
-    else:
+    begin = federate if cell.federated else single
+    work: Callable[..., object] = partial(begin, cell.config, run_dir=folder)
+    if run.record():
         _check_same(cell, run)
-        if not run.is_finished:
-            resume(folder, **options)
+        work = partial(resume, folder)
+    if not run.is_finished:
+        work(console=console, command_line=command_line, inside=True, worker=worker)
     return run.summary()
 
 
