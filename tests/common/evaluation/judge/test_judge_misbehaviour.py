@@ -13,7 +13,7 @@ from common.evaluation.judge import client as judge_client
 from common.evaluation.judge.cache import Exchanges
 from common.evaluation.judge.cost import Meter
 from common.evaluation.judge.judging import judge_run
-from common.evaluation.judge.plan import plan_judging
+from common.evaluation.judge.questions import questions_of
 
 
 @pytest.fixture
@@ -57,14 +57,14 @@ BAD_REPLIES = {
 def test_a_bad_reply_is_unscored_after_one_repair(server, run, judge_config, kit, name):
     text, kind = BAD_REPLIES[name]
     server.behave = lambda body, n: kit.Answer(text)
-    result = judge_run(run, plan_judging(run, judge_config())).as_json()
+    result = judge_run(run, questions_of(run, judge_config())).as_json()
     assert result["appropriateness"]["fedrx"]["mean"] is None
     assert result["appropriateness"]["fedrx"]["unscored"] == 1
     assert result["judgements"]["problems"] == {kind: 1}
     assert len(server.requests) == 2
     line = run.lines("judge.jsonl")[0]
     assert (line["scored"], line["score"], line["verdicts"]) == (False, None, None)
-    judge_run(run, plan_judging(run, judge_config()))
+    judge_run(run, questions_of(run, judge_config()))
     assert len(server.requests) == 2
 
 
@@ -72,7 +72,7 @@ def test_a_bad_reply_is_unscored_after_one_repair(server, run, judge_config, kit
 def test_a_mended_reply_counts(server, run, judge_config, kit, name):
     text, _ = BAD_REPLIES[name]
     server.behave = lambda body, n: kit.Answer(text if n == 0 else kit.verdicts(body))
-    result = judge_run(run, plan_judging(run, judge_config())).as_json()
+    result = judge_run(run, questions_of(run, judge_config())).as_json()
     assert result["appropriateness"]["fedrx"]["mean"] == 1
     assert result["judgements"]["repaired"] == 1
     told = server.bodies[1]["messages"]
@@ -83,7 +83,7 @@ def test_a_mended_reply_counts(server, run, judge_config, kit, name):
 def test_fences_thoughts_case_and_order_are_forgiven(server, run, judge_config, kit):
     text = "<think>hm {</think>\n```json\n" + reply(entry("insulin ", False), entry("ASPIRIN"))
     server.behave = lambda body, n: kit.Answer(text + "\n```")
-    judge_run(run, plan_judging(run, judge_config()))
+    judge_run(run, questions_of(run, judge_config()))
     verdicts = run.lines("judge.jsonl")[0]["verdicts"]
     assert [(v["drug"], v["suitable"]) for v in verdicts] == [("Aspirin", True), ("Insulin", False)]
 
@@ -103,14 +103,14 @@ ODD_COMPLETIONS = {
 @pytest.mark.parametrize("name", ODD_COMPLETIONS)
 def test_an_empty_completion_is_an_empty_reply(server, run, judge_config, kit, name):
     server.behave = lambda body, n: kit.Answer(raw=ODD_COMPLETIONS[name])
-    result = judge_run(run, plan_judging(run, judge_config())).as_json()
+    result = judge_run(run, questions_of(run, judge_config())).as_json()
     assert result["judgements"]["problems"] == {"empty": 1}
     assert result["usage"]["calls_without_usage"] == 2
 
 
 def test_a_reply_cut_at_the_token_limit_is_named(server, run, judge_config, kit):
     server.behave = lambda body, n: kit.Answer('{"drugs": [', finish="length")
-    result = judge_run(run, plan_judging(run, judge_config())).as_json()
+    result = judge_run(run, questions_of(run, judge_config())).as_json()
     assert result["judgements"]["problems"] == {"cut": 1}
 
 
@@ -122,7 +122,7 @@ def test_retry_after_is_honoured(server, run, judge_config, kit, asks, seconds):
         if n == 0
         else kit.Answer(kit.verdicts(body))
     )
-    result = judge_run(run, plan_judging(run, judge_config()), clock=clock)
+    result = judge_run(run, questions_of(run, judge_config()), clock=clock)
     assert result.appropriateness["fedrx"].scored == 1
     assert clock.slept == [seconds]
 
@@ -137,18 +137,18 @@ def test_a_pause_that_the_server_asks_for_is_everybodys(
         else kit.Answer(kit.verdicts(body))
     )
     run = make_run([kit.line(f"case-{n}", "fedrx", [f"Drug {n}"]) for n in range(3)])
-    plan, clock = plan_judging(run, judge_config()), kit.HeldClock()
+    questions, clock = questions_of(run, judge_config()), kit.HeldClock()
 
     async def ask():
         client = judge_client.JudgeClient(
-            plan.endpoint,
-            plan.config,
+            questions.endpoint,
+            questions.config,
             api_key="",
-            meter=Meter(plan.config, spent_usd=0.0),
+            meter=Meter(questions.config, spent_usd=0.0),
             exchanges=Exchanges(tmp_path / "exchanges.jsonl"),
             clock=clock,
         )
-        first, *others = [plan.first_messages(task) for task in plan.tasks]
+        first, *others = [questions.first_messages(task) for task in questions.tasks]
         await client.ask("judge-1", first, 0)
         calls = []
         for number, question in enumerate(others, start=1):
@@ -182,7 +182,7 @@ def test_a_wait_of_an_hour_ends_the_command_with_what_is_done(server, make_run, 
     server.behave = behave
     run = make_run([kit.line(f"case-{n}", "fedrx", [f"Drug {n}"]) for n in range(6)])
     with pytest.raises(RunFailed, match="3600"):
-        judge_run(run, plan_judging(run, judge_config(concurrency=1)))
+        judge_run(run, questions_of(run, judge_config(concurrency=1)))
     assert run.read_json("summary.json")["judge"]["judgements"]["scored"] == 2
 
 
@@ -204,8 +204,8 @@ def test_a_failure_is_tried_again(server, run, judge_config, kit, how):
     server.behave = lambda body, n: kit.Answer(
         **(failure if n < 2 else {"text": kit.verdicts(body)})
     )
-    plan = plan_judging(run, judge_config(timeout_seconds=0.4))
-    assert judge_run(run, plan, clock=clock).appropriateness["fedrx"].mean == 1
+    questions = questions_of(run, judge_config(timeout_seconds=0.4))
+    assert judge_run(run, questions, clock=clock).appropriateness["fedrx"].mean == 1
     assert len(server.requests) == 3
     assert clock.slept == [0.5, 1.0]
 
@@ -216,13 +216,13 @@ def test_a_failure_that_stays_is_unscored_and_asked_again_later(
 ):
     server.behave = lambda body, n: kit.Answer(**FAILURES[how])
     config = judge_config(timeout_seconds=0.4, attempts=2)
-    result = judge_run(run, plan_judging(run, config)).as_json()
+    result = judge_run(run, questions_of(run, config)).as_json()
     assert result["appropriateness"]["fedrx"]["mean"] is None
     assert result["appropriateness"]["fedrx"]["unscored"] == 1
     assert result["judgements"]["problems"] == {f"server: {how}": 1}
     assert len(server.requests) == 2
     server.behave = lambda body, n: kit.Answer(kit.verdicts(body))
-    assert judge_run(run, plan_judging(run, config)).appropriateness["fedrx"].mean == 1
+    assert judge_run(run, questions_of(run, config)).appropriateness["fedrx"].mean == 1
 
 
 def test_a_broken_call_is_charged_at_its_worst_and_a_refused_one_is_not(
@@ -230,10 +230,10 @@ def test_a_broken_call_is_charged_at_its_worst_and_a_refused_one_is_not(
 ):
     prices = {"output_usd_per_million": 1000.0, "max_output_tokens": 1000, "attempts": 1}
     server.behave = lambda body, n: kit.Answer(status=500, raw=b"{}")
-    result = judge_run(run, plan_judging(run, judge_config(**prices))).as_json()
+    result = judge_run(run, questions_of(run, judge_config(**prices))).as_json()
     assert result["cost_usd"] == 0
     server.behave = lambda body, n: kit.Answer("x" * 999, close=True)
-    result = judge_run(run, plan_judging(run, judge_config(**prices))).as_json()
+    result = judge_run(run, questions_of(run, judge_config(**prices))).as_json()
     assert result["cost_usd"] == pytest.approx(1.0)
 
 
@@ -247,11 +247,11 @@ def test_calls_that_are_tried_again_stay_below_the_cost_limit(
     run = make_run([kit.line(f"case-{n}", "fedrx", [f"Drug {n}"]) for n in range(4)])
     config = judge_config(max_cost_usd=2.9, attempts=9, concurrency=concurrency, **prices)
     with pytest.raises(RunFailed, match="max-cost-usd"):
-        judge_run(run, plan_judging(run, config))
+        judge_run(run, questions_of(run, config))
     assert len(server.requests) == 2
     assert run.read_json("summary.json")["judge"]["cost_usd"] == pytest.approx(2.0)
     with pytest.raises(RunFailed, match="max-cost-usd"):
-        judge_run(run, plan_judging(run, config))
+        judge_run(run, questions_of(run, config))
     assert len(server.requests) == 2
 
 
@@ -273,7 +273,7 @@ def test_a_dead_server_stops_the_command_early(server, make_run, judge_config, k
     config = judge_config(concurrency=1)
     server.behave = lambda body, n: kit.Answer(status=500, raw=b"{}")
     with pytest.raises(RunFailed, match="status 500"):
-        judge_run(run, plan_judging(run, config))
+        judge_run(run, questions_of(run, config))
     assert len(server.requests) == 9
 
 
@@ -281,11 +281,11 @@ def test_a_dead_server_does_not_replace_an_earlier_judgement(
     server, make_run, judge_config, kit, quick
 ):
     run = make_run([kit.line(f"case-{n}", "fedrx", [f"Drug {n}"]) for n in range(5)])
-    first = judge_run(run, plan_judging(run, judge_config())).as_json()
+    first = judge_run(run, questions_of(run, judge_config())).as_json()
     lines = run.lines("judge.jsonl")
     server.behave = lambda body, n: kit.Answer(status=500, raw=b"{}")
     with pytest.raises(RunFailed):
-        judge_run(run, plan_judging(run, judge_config(model="judge-2")))
+        judge_run(run, questions_of(run, judge_config(model="judge-2")))
     assert run.read_json("summary.json")["judge"] == first
     assert run.lines("judge.jsonl") == lines
 
@@ -294,14 +294,14 @@ def test_nobody_listening_is_one_line(make_run, judge_config, kit, quick):
     run = make_run([kit.line(f"case-{n}", "fedrx", ["Drug"]) for n in range(5)])
     config = judge_config(base_url="http://127.0.0.1:9/v1")
     with pytest.raises(RunFailed, match="no connection"):
-        judge_run(run, plan_judging(run, config))
+        judge_run(run, questions_of(run, config))
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 405])
 def test_a_refusal_ends_the_command_with_the_fix(server, run, judge_config, kit, status):
     server.behave = lambda body, n: kit.Answer(status=status, raw=b'{"error": "secret-echo"}')
     with pytest.raises(UserError, match="judge.model") as caught:
-        judge_run(run, plan_judging(run, judge_config()))
+        judge_run(run, questions_of(run, judge_config()))
     assert "secret-echo" not in str(caught.value)
     assert len(server.requests) == 1
 
@@ -315,13 +315,13 @@ def test_a_server_that_refuses_the_schema_is_asked_without(server, make_run, jud
     server.behave = behave
     run = make_run([kit.line(f"case-{n}", "fedrx", [f"Drug {n}"]) for n in range(4)])
     config = judge_config(concurrency=1)
-    result = judge_run(run, plan_judging(run, config)).as_json()
+    result = judge_run(run, questions_of(run, config)).as_json()
     assert result["appropriateness"]["fedrx"]["mean"] == 1
     assert len(server.requests) == 5
-    judge_run(run, plan_judging(run, config))
+    judge_run(run, questions_of(run, config))
     assert len(server.requests) == 5
     with pytest.raises(UserError):
-        judge_run(run, plan_judging(run, judge_config(response_format="json-schema")))
+        judge_run(run, questions_of(run, judge_config(response_format="json-schema")))
 
 
 def test_a_server_that_wants_max_completion_tokens_gets_it(server, run, judge_config, kit):
@@ -331,7 +331,7 @@ def test_a_server_that_wants_max_completion_tokens_gets_it(server, run, judge_co
         return kit.Answer(kit.verdicts(body))
 
     server.behave = behave
-    assert judge_run(run, plan_judging(run, judge_config())).judgements.scored == 1
+    assert judge_run(run, questions_of(run, judge_config())).judgements.scored == 1
     assert server.bodies[1]["max_completion_tokens"] == server.bodies[0]["max_tokens"]
 
 
@@ -340,7 +340,7 @@ def test_a_redirect_is_not_followed(server, other_server, run, judge_config, kit
     headers = {"location": f"{other_server.url}/chat/completions"}
     server.behave = lambda body, n: kit.Answer(status=status, headers=headers, raw=b"")
     with pytest.raises(UserError, match="redirects"):
-        judge_run(run, plan_judging(run, judge_config()))
+        judge_run(run, questions_of(run, judge_config()))
     assert len(server.requests) == 1
     assert not other_server.requests
 
@@ -352,7 +352,7 @@ def test_a_proxy_in_the_environment_gets_nothing(
         monkeypatch.setenv(name, f"http://127.0.0.1:{other_server.port}")
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
-    judge_run(run, plan_judging(run, judge_config()))
+    judge_run(run, questions_of(run, judge_config()))
     assert len(server.requests) == 1
     assert not other_server.requests
 
