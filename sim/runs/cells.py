@@ -22,7 +22,7 @@ from sim.runs.federate import federate, resolved
 from sim.runs.lifecycle import Kind, Run
 from sim.runs.resume import resume
 from sim.runs.single import one_node, single
-from sim.runs.stages import TRAINING
+from sim.runs.stages import COMPARISON, TRAINING
 
 RESULTLESS = ("federation.workers",)
 """Keys that cannot change a run's result."""
@@ -78,7 +78,7 @@ class Cells(Kind):
         return shlex.join(shown_command(run.command_line)) or f"the same `fedrx {self.mode}`"
 
     def finish(self, run: Run) -> None:
-        """Run what is not finished."""
+        """Run what is not finished; the comparison begins then."""
         folder = run.directory.path
         client.app.worker().forget_data()  # of an earlier call: files may have changed since
         run.enter(TRAINING)
@@ -91,6 +91,7 @@ class Cells(Kind):
             run_cell(cell, one.path, run.console, run.command_line)
             self.runs[cell.folder] = one
             run.enter(TRAINING)
+        run.enter(COMPARISON)
 
 
 def run_cell(cell: Cell, folder: Path, console: Console, command_line: Sequence[str]) -> Summary:
