@@ -77,7 +77,7 @@ class Status(OpenRecord):
     """Of a paper run: which run inside is at work."""
     lists: str = ""
     cells: int | None = None
-    """Of a sweep: how many of its runs are finished."""
+    """Of a sweep, or of generalise: how many of its runs are finished."""
     seconds: float | None = None
     error: str = ""
     """One line, of a run that failed."""

@@ -6,6 +6,7 @@ A finished one is not run again, so the same command goes on where it stopped.
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,9 @@ class Cell:
         return "-".join(part for part in parts if part).replace("=", "-").replace(" ", "-")
 
 
-Jobs = Callable[[Sequence[Cell], Path, Console, Sequence[str]], None]
-"""Finishes cells below a folder by other processes: a console, and the command line for each."""
+Jobs = Callable[[Sequence[Cell], Path, Console, Sequence[str], Callable[[], None]], None]
+"""Finishes cells below a folder by other processes: a console, the command line for each, and what
+to call when one is finished."""
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Cells(Kind):
     jobs: Jobs | None = None
     """Finishes cells elsewhere, before this process does."""
     runs: dict[str, RunDirectory] = field(default_factory=dict)
-    """Those that are finished, by their cells' folders."""
+    """All of them, by their cells' folders."""
 
     def record(self, config: Config, inputs: Inputs) -> RunRecord:
         """Say which runs lie inside."""
@@ -71,7 +73,7 @@ class Cells(Kind):
 
     def place(self, run: Run) -> Mapping[str, object]:
         """Return how many runs are finished."""
-        return {"cells": len(self.runs)}
+        return {"cells": sum(one.is_finished for one in self.runs.values())}
 
     def again(self, run: Run) -> str:
         """Return the same command."""
@@ -79,17 +81,19 @@ class Cells(Kind):
 
     def finish(self, run: Run) -> None:
         """Run what is not finished; the comparison begins then."""
-        folder = run.directory.path
+        below = run.directory.path
+        self.runs = {
+            name: self.trained.get(name) or RunDirectory(below / name) for name in run.record.cells
+        }
         client.app.worker().forget_data()  # of an earlier call: files may have changed since
         run.enter(TRAINING)
         if self.jobs:
-            self.jobs(self.cells, folder, run.console, run.command_line)
+            finished = partial(run.enter, TRAINING)
+            self.jobs(self.cells, below, run.console, run.command_line, finished)
         for number, cell in enumerate(self.cells, 1):
             label = f"{number}/{len(self.cells)}: {cell.arm}, seed {cell.seed} {cell.part}"
             run.console.say(label, style="bold")
-            one = self.trained.get(cell.folder) or RunDirectory(folder / cell.folder)
-            run_cell(cell, one.path, run.console, run.command_line)
-            self.runs[cell.folder] = one
+            run_cell(cell, self.runs[cell.folder].path, run.console, run.command_line)
             run.enter(TRAINING)
         run.enter(COMPARISON)
 

@@ -251,7 +251,7 @@ def start_or_go_on(
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive(directory):
         begun = directory.record()
-        if begun and not begun.cells:
+        if begun and begun.mode != kind.mode:
             raise UserError(
                 f"{folder} holds a run of another kind ({begun.mode})", fix="name another --run-dir"
             )

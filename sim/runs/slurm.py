@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -110,6 +110,7 @@ def _run_cells(
     folder: Path,
     console: Console,
     command_line: Sequence[str],
+    finished: Callable[[], None],
 ) -> None:
     """Run the cells as jobs; on a cluster all nodes must see the folder.
 
@@ -144,6 +145,7 @@ def _run_cells(
                     failed[cell.folder] = why
                 else:
                     console.say(f"{cell.folder} is finished")
+                    finished()
             if running:
                 time.sleep(SECONDS)
     finally:

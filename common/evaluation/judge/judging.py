@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common.errors import FedrxError, RunFailed, UserError
 from common.evaluation.judge.cache import Exchange, Exchanges, RefusedQuestion
-from common.evaluation.judge.client import JudgeClient, Refused, Unavailable
+from common.evaluation.judge.client import Clock, JudgeClient, Refused, Unavailable
 from common.evaluation.judge.cost import CostLimit, Meter, usage
 from common.evaluation.judge.gate import Statement
 from common.evaluation.judge.plan import EXCHANGES, Judgement, JudgePlan, read_judgements
@@ -46,6 +46,7 @@ def judge_run(
     api_key: str = "",
     seed: int = 0,
     progress: Progress = lambda done, of: None,
+    clock: Clock | None = None,
 ) -> Judged:
     """Ask the judges, write judge.jsonl and the ``judge`` part of summary.json.
 
@@ -55,6 +56,7 @@ def judge_run(
         api_key: Empty for none.
         seed: Of the interval's resamples.
         progress: Called with (done, all).
+        clock: What waits are by; None: the machine's.
 
     Returns:
         The ``judge`` part of the summary.
@@ -75,6 +77,7 @@ def judge_run(
         api_key=api_key,
         meter=Meter(plan.config, spent_usd=before["cost_usd"]),
         exchanges=exchanges,
+        clock=clock or Clock(),
     )
     work = _Judging(plan, exchanges, client, progress)
     try:

@@ -30,8 +30,10 @@ TOLD = {"partition": "gpu", "options": (), "command_line": ["fedrx", "sweep"]}
 
 
 def run_cells(cells, folder, *, partition, options, console, command_line):
-    """Run them as jobs alone; ``sweep`` makes the table of it."""
-    jobs_on(partition, options)(cells, folder, console, command_line)
+    """Run them as jobs alone, for ``sweep`` makes the table; return how often one was finished."""
+    ended = []
+    jobs_on(partition, options)(cells, folder, console, command_line, lambda: ended.append(None))
+    return len(ended)
 
 
 def single_cells(tiny_config, seeds, **keys):
@@ -80,7 +82,7 @@ def test_three_cells_finish_though_one_is_killed_and_one_pre_empted(
     thread.start()
     shown = io.StringIO()
     console = Terminal(file=shown, width=200)
-    run_cells(cells, folder, console=console, **TOLD)
+    assert run_cells(cells, folder, console=console, **TOLD) == 3
     thread.join(60)
     assert disturbed == ["killed", "pre-empted"]
     lines = shown.getvalue()

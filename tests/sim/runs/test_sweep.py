@@ -257,11 +257,15 @@ def test_status_says_how_far_a_sweep_is(tiny_config, trained, tmp_path, monkeypa
     assert directory.status().cells == 2
 
 
-def test_a_sweep_is_not_begun_over_a_run(tiny_config, trained, tmp_path):
+@pytest.mark.parametrize("mode", ["federation", "generalise"])
+def test_a_sweep_is_not_begun_over_a_run(tiny_config, trained, tmp_path, mode):
     cells = plan_cells(tiny_config(), arms=["fa-lora"], seeds=[0])
     write_run(tiny_config(), tmp_path / "run", summary(0.5))
+    inside = ("all-seed-0",) if mode == "generalise" else ()
+    record = RunRecord(mode=mode, resumable=False, cells=inside)
+    RunDirectory(tmp_path / "run").write_json("run.json", record)
     before = (tmp_path / "run" / "run.json").read_bytes()
-    with pytest.raises(UserError, match=r"run of another kind \(federation\); fix: name another"):
+    with pytest.raises(UserError, match=rf"run of another kind \({mode}\); fix: name another"):
         sweep(cells, tmp_path / "run", command_line=[])
     assert (tmp_path / "run" / "run.json").read_bytes() == before
 
@@ -269,12 +273,14 @@ def test_a_sweep_is_not_begun_over_a_run(tiny_config, trained, tmp_path):
 def test_jobs_run_while_the_sweep_is_held(tiny_config, trained, tmp_path):
     cells = plan_cells(tiny_config(), arms=["fa-lora"], seeds=[0])
 
-    def jobs(asked, folder, *_):
+    def jobs(asked, folder, _console, _command_line, finished):
         run = RunDirectory(folder)
-        assert (asked, run.status().state) == (cells, "running")
+        assert (asked, run.status().state, run.status().cells) == (cells, "running", 0)
         with pytest.raises(UserError, match="another process is at work"), exclusive(run):
             pass
         write_run(resolved(cells[0].config), folder / cells[0].folder, summary(0.25))
+        finished()
+        assert run.status().cells == 1
 
     table = sweep(cells, tmp_path, command_line=[], jobs=jobs)
     assert table.rows[0].figures["F1"].mean == 0.25

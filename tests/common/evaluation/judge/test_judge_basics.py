@@ -70,7 +70,7 @@ def test_the_judge_sees_neither_truth_nor_case_nor_model(server, make_run, judge
     record["patient"] = {**record["patient"], "subject_id": "id-x"}
     run = make_run([record])
     judge_run(run, plan_judging(run, judge_config()))
-    headers, content = server.requests[0][1], server.requests[0][2].decode()
+    headers, content = server.requests[0][0], server.requests[0][1].decode()
     for secret in ("case-name-x", "model-name-x", "987654", "truth-x", "raw-text-x", "id-x"):
         assert secret not in headers + content
     for shown in ("> 89", "160 cm", "Sepsis, unspecified organism", "Insulin"):

@@ -1,7 +1,8 @@
 """Servers and judges that do everything wrong: no number is made up, nothing hangs or leaks."""
 
+import asyncio
 import json
-import time
+from email.utils import formatdate
 from types import SimpleNamespace
 
 import openai
@@ -10,6 +11,7 @@ import pytest
 from common.errors import RunFailed, UserError
 from common.evaluation.judge import client as judge_client
 from common.evaluation.judge.cache import Exchanges
+from common.evaluation.judge.cost import Meter
 from common.evaluation.judge.judging import judge_run
 from common.evaluation.judge.plan import plan_judging
 
@@ -112,32 +114,63 @@ def test_a_reply_cut_at_the_token_limit_is_named(server, run, judge_config, kit)
     assert result["judgements"]["problems"] == {"cut": 1}
 
 
-def test_retry_after_is_honoured_by_all_calls(server, make_run, judge_config, kit):
-    """The first call is told to wait 1 s; nobody else may call in the meantime."""
-
-    def behave(body, number):
-        if number == 0:
-            return kit.Answer(status=429, headers={"retry-after": "1"}, raw=b"{}")
-        return kit.Answer(kit.verdicts(body), delay_seconds=0.2)
-
-    server.behave = behave
-    run = make_run([kit.line(f"case-{n}", "fedrx", [f"Drug {n}"]) for n in range(6)])
-    result = judge_run(run, plan_judging(run, judge_config(concurrency=2))).as_json()
-    assert result["appropriateness"]["fedrx"]["scored"] == 6
-    times = [when for when, _, _ in server.requests]
-    # The second worker's first call was under way already.
-    assert times[2] - times[0] >= 1.0
-    assert len(times) == 7
+@pytest.mark.parametrize(("asks", "seconds"), [("7", 7.0), (formatdate(130, usegmt=True), 30.0)])
+def test_retry_after_is_honoured(server, run, judge_config, kit, asks, seconds):
+    clock = kit.StandingClock()
+    server.behave = lambda body, n: (
+        kit.Answer(status=429, headers={"retry-after": asks}, raw=b"{}")
+        if n == 0
+        else kit.Answer(kit.verdicts(body))
+    )
+    result = judge_run(run, plan_judging(run, judge_config()), clock=clock)
+    assert result.appropriateness["fedrx"].scored == 1
+    assert clock.slept == [seconds]
 
 
-def test_a_date_in_retry_after_is_read():
-    from email.utils import formatdate
+def test_a_pause_that_the_server_asks_for_is_everybodys(
+    server, make_run, judge_config, kit, tmp_path
+):
+    """One call is asked to wait 7 s; one that begins in the meantime is not sent before."""
+    server.behave = lambda body, n: (
+        kit.Answer(status=429, headers={"retry-after": "7"}, raw=b"{}")
+        if n == 1
+        else kit.Answer(kit.verdicts(body))
+    )
+    run = make_run([kit.line(f"case-{n}", "fedrx", [f"Drug {n}"]) for n in range(3)])
+    plan, clock = plan_judging(run, judge_config()), kit.HeldClock()
 
-    seconds = judge_client.retry_after_seconds({"retry-after": formatdate(time.time() + 30)})
-    assert 28 <= seconds <= 31
+    async def ask():
+        client = judge_client.JudgeClient(
+            plan.endpoint,
+            plan.config,
+            api_key="",
+            meter=Meter(plan.config, spent_usd=0.0),
+            exchanges=Exchanges(tmp_path / "exchanges.jsonl"),
+            clock=clock,
+        )
+        first, *others = [plan.first_messages(task) for task in plan.tasks]
+        await client.ask("judge-1", first, 0)
+        calls = []
+        for number, question in enumerate(others, start=1):
+            calls.append(asyncio.create_task(client.ask("judge-1", question, 0)))
+            while len(clock.slept) < number and not calls[-1].done():
+                await asyncio.sleep(0.005)
+        before = len(server.requests), list(clock.slept)
+        clock.passes(7.0)
+        await asyncio.gather(*calls)
+        await client.close()
+        return before
+
+    assert asyncio.run(ask()) == (2, [7.0, 7.0])
+    assert len(server.requests) == 4
+
+
+def test_what_retry_after_says_is_read():
+    assert judge_client.retry_after_seconds({"retry-after": formatdate(130)}, now=100.0) == 30
+    assert judge_client.retry_after_seconds({"retry-after": formatdate(70)}, now=100.0) == 0
     for text in ("", "soon", "nan", "inf", f"Mon, 01 Jan {'9' * 20} 00:00:00 GMT"):
-        assert judge_client.retry_after_seconds({"retry-after": text}) is None
-    assert judge_client.retry_after_seconds({"retry-after": "-3"}) == 0
+        assert judge_client.retry_after_seconds({"retry-after": text}, now=100.0) is None
+    assert judge_client.retry_after_seconds({"retry-after": "-3"}, now=100.0) == 0
 
 
 def test_a_wait_of_an_hour_ends_the_command_with_what_is_done(server, make_run, judge_config, kit):
@@ -164,14 +197,17 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("how", [*FAILURES, "drip"])
-def test_a_failure_is_tried_again(server, run, judge_config, kit, quick, how):
+def test_a_failure_is_tried_again(server, run, judge_config, kit, how):
+    """The wait grows from one try to the next."""
+    clock = kit.StandingClock()
     failure = FAILURES.get(how, {"text": "x", "drip_seconds": 0.02})
     server.behave = lambda body, n: kit.Answer(
         **(failure if n < 2 else {"text": kit.verdicts(body)})
     )
-    result = judge_run(run, plan_judging(run, judge_config(timeout_seconds=0.4))).as_json()
-    assert result["appropriateness"]["fedrx"]["mean"] == 1
+    plan = plan_judging(run, judge_config(timeout_seconds=0.4))
+    assert judge_run(run, plan, clock=clock).appropriateness["fedrx"].mean == 1
     assert len(server.requests) == 3
+    assert clock.slept == [0.5, 1.0]
 
 
 @pytest.mark.parametrize("how", FAILURES)
@@ -322,11 +358,16 @@ def test_a_proxy_in_the_environment_gets_nothing(
 
 
 @pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "gopher://127.0.0.1:1"])
-def test_a_proxy_that_cannot_be_used_is_named(monkeypatch, judge_config, tmp_path, proxy):
+def test_a_proxy_that_cannot_be_used_is_named(monkeypatch, judge_config, kit, tmp_path, proxy):
     monkeypatch.setenv("ALL_PROXY", proxy)
     url = "https://judge.example/v1"
     far = SimpleNamespace(url=url, named=url, loopback=False)
     with pytest.raises(UserError, match="proxy that the environment names"):
         judge_client.JudgeClient(
-            far, judge_config(), api_key="", meter=None, exchanges=Exchanges(tmp_path / "x")
+            far,
+            judge_config(),
+            api_key="",
+            meter=None,
+            exchanges=Exchanges(tmp_path / "x"),
+            clock=kit.StandingClock(),
         )
