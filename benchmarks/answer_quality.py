@@ -222,7 +222,7 @@ def finished(folder: Path, name: str, methods: Sequence[str], costed: int) -> di
     config, summary = run.config(), run.read_json("summary.json")
     data, session = open_hospitals(config), Worker().session(config)
     b = run.load_checkpoint().b
-    told = summary["metrics"]
+    metrics = summary["metrics"]
     return {
         "name": name,
         "changes": [
@@ -239,14 +239,14 @@ def finished(folder: Path, name: str, methods: Sequence[str], costed: int) -> di
         **({"cost": cost(session, data.hospitals, config, b, costed)} if costed else {}),
         "held_out": {
             "method": config.evaluation.method,
-            "samples": told["fedrx"]["samples"],
-            "patients": told["fedrx"]["patients"],
-            **{key: told["fedrx"].get(key) for key in (*KEPT, "prauc", "f1_beyond")},
-            "f1_interval": told["fedrx"]["intervals"]["f1"],
-            "expected_calibration_error": told["fedrx"]
+            "samples": metrics["fedrx"]["samples"],
+            "patients": metrics["fedrx"]["patients"],
+            **{key: metrics["fedrx"].get(key) for key in (*KEPT, "prauc", "f1_beyond")},
+            "f1_interval": metrics["fedrx"]["intervals"]["f1"],
+            "expected_calibration_error": metrics["fedrx"]
             .get("calibration", {})
             .get("expected_error"),
-            "others_f1": {model: one["f1"] for model, one in told.items() if model != "fedrx"},
+            "others_f1": {model: one["f1"] for model, one in metrics.items() if model != "fedrx"},
         },
     }
 

@@ -192,7 +192,9 @@ def ledger_short(patch: Patch) -> None:
 def passes_shared(patch: Patch) -> None:
     """Patients share passes that mix them, in bf16 too."""
     honest = gradients.add_unit_gradients
-    patch(gradients, "add_unit_gradients", lambda *told, apart: honest(*told, apart=False))
+    patch(
+        gradients, "add_unit_gradients", lambda *arguments, apart: honest(*arguments, apart=False)
+    )
 
 
 MUTANTS: dict[str, Callable[[Patch], None]] = {

@@ -128,10 +128,10 @@ LEARNS_AS = {"local-only": "fa-lora", "centralised": "fa-lora", "personal": "fa-
 
 def figures(summary: Summary, model: str) -> dict[str, float | None]:
     """Return one run's figures, of the answers of one model."""
-    told = summary.metrics[model].model_dump()
-    each = [one["f1"] for one in told.get("by_hospital", {}).values()]
+    scores = summary.metrics[model].model_dump()
+    each = [one["f1"] for one in scores.get("by_hospital", {}).values()]
     return {
-        "f1": told["f1"],
+        "f1": scores["f1"],
         "worst_f1": min(each, default=None),
         "best_f1": max(each, default=None),
         "loss": (summary.validation_loss or (None,))[-1],
@@ -282,7 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args(arguments)
-    told = EXPERIMENTS[options.experiment]
+    experiment = EXPERIMENTS[options.experiment]
     name = f"federation_worth_{options.experiment}_{options.backbone}"
     folder = options.folder or Path("runs") / name
     config = configuration(options.experiment, options.backbone, options.overrides)
@@ -292,10 +292,10 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = before.get("tuned") or tuned(options.experiment, config, folder, options.processes)
     cells: list[Cell] = []
     for seed in range(options.first_seed, options.first_seed + options.seeds):
-        for arm in options.arm or told["arms"]:
+        for arm in options.arm or experiment["arms"]:
             values = chosen.get(LEARNS_AS.get(arm, arm)) or chosen.get("fa-lora", {})
             best = from_flat({**chosen.get("fa-lora", {}), **values}, base=config)
-            cells += plan_cells(best, arms=[arm], seeds=[seed], vary=told.get("vary", ()))
+            cells += plan_cells(best, arms=[arm], seeds=[seed], vary=experiment.get("vary", ()))
     done: dict[Cell, Summary] = {}
     failed = 0
     for cell, summary in finished(cells, folder, options.processes):

@@ -72,7 +72,7 @@ def _fp8_steps(run: "Run", session: Session) -> None:
 def _long_run(session: Session, data: list[Encoded], steps: int) -> list[float]:
     """Train from B = 0 on one sample; returns the loss of each step."""
     session.adapter.flat.zero_()
-    config, told = TrainConfig(batch_size=1, learning_rate=1.0), []
+    config, losses = TrainConfig(batch_size=1, learning_rate=1.0), []
     train(
         session,
         data,
@@ -81,9 +81,9 @@ def _long_run(session: Session, data: list[Encoded], steps: int) -> list[float]:
         steps=steps,
         schedule_steps=steps,
         stream="long",
-        on_step=lambda report: told.append(float(report.loss or 0.0)),
+        on_step=lambda report: losses.append(float(report.loss or 0.0)),
     )
-    return told
+    return losses
 
 
 def private_steps(run: "Run", session: Session, weights: str) -> None:

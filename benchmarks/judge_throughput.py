@@ -19,7 +19,7 @@ from pathlib import Path
 
 from common.config import Config, JudgeConfig
 from common.evaluation.judge.judging import judge_run
-from common.evaluation.judge.plan import plan_judging
+from common.evaluation.judge.questions import questions_of
 from common.rundir import RunDirectory
 
 CONCURRENCY = 32
@@ -101,9 +101,9 @@ def judge_seconds(port: int, folder: Path) -> float:
     config = JudgeConfig(
         base_url=f"http://127.0.0.1:{port}/v1", model="fixed", concurrency=CONCURRENCY
     )
-    plan = plan_judging(run, config)
+    questions = questions_of(run, config)
     started = time.perf_counter()
-    result = judge_run(run, plan)
+    result = judge_run(run, questions)
     seconds = time.perf_counter() - started
     if result.judgements.scored != LISTS:
         raise SystemExit("not every list was scored")

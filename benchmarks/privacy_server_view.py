@@ -114,7 +114,7 @@ def read(session: Session, plan: PrivacyPlan | None, tokens: int, repeats: int) 
     return areas
 
 
-def told_apart(
+def membership_areas(
     session: Session, plan: PrivacyPlan | None, tokens: int, repeats: int, members: int
 ) -> list[float]:
     """Return the area of the membership attack for each of several steps."""
@@ -171,7 +171,9 @@ def main(arguments: list[str] | None = None) -> int:
                         ("inversion", read(session, plan, tokens, options.repeats)),
                         (
                             "membership",
-                            told_apart(session, plan, tokens, options.repeats, options.members),
+                            membership_areas(
+                                session, plan, tokens, options.repeats, options.members
+                            ),
                         ),
                     ):
                         low, high = np.clip(mean_interval(areas), 0, 1).tolist()

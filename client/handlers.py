@@ -54,7 +54,9 @@ DATA_FREE = (ContractError, BudgetExhausted, LedgerDoubtful, LimitReached, DiskF
 Handler = Callable[[Config, Message, Context, Worker], RecordDict]
 
 
-def hello(config: Config, message: Message, context: Context, worker: Worker) -> RecordDict:
+def answer_handshake(
+    config: Config, message: Message, context: Context, worker: Worker
+) -> RecordDict:
     """Answer the handshake: name, fingerprints, sizes, and what was chosen with the reasons."""
     hospital = hospital_of(config, context.node_config, worker)
     session = worker.session(config)
@@ -190,7 +192,7 @@ def evaluate_round(
 
 
 HANDLERS: dict[str, Handler] = {
-    "query": hello,
+    "query": answer_handshake,
     "train": train_round,
     "evaluate": evaluate_round,
 }

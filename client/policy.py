@@ -94,11 +94,13 @@ def read_model(file: Path, model: type[Model], *, missing: str) -> Model:
         return model.model_validate(table)
     except ValidationError as error:
         known = ", ".join(name.replace("_", "-") for name in model.model_fields)
-        problems = " | ".join(_told(one["loc"], one["type"], one["msg"]) for one in error.errors())
+        problems = " | ".join(
+            _problem(one["loc"], one["type"], one["msg"]) for one in error.errors()
+        )
         raise UserError(f"{file.name}: {problems}", fix=f"mend it; the keys are {known}") from None
 
 
-def _told(place: tuple[int | str, ...], kind: str, message: str) -> str:
+def _problem(place: tuple[int | str, ...], kind: str, message: str) -> str:
     key = ".".join(str(part) for part in place)
     said = "unknown key" if kind == "extra_forbidden" else message.removeprefix("Value error, ")
     return f"{key}: {said}" if key else said

@@ -219,9 +219,19 @@ def _is_torn(file: BinaryIO) -> bool:
 
 
 def read_json_lines(source: Path) -> list[dict[str, Any]]:
-    """Read the complete lines of a JSON-lines file; a torn last line is left out."""
+    """Read the complete lines of a JSON-lines file; a torn last line is left out.
+
+    Raises:
+        ValueError: if a complete line is no JSON object.
+    """
     if not source.exists():
         return []
     content = source.read_bytes()
     complete = content[: content.rfind(b"\n") + 1].decode()
-    return [json.loads(line) for line in complete.split("\n") if line]
+    try:
+        lines = [json.loads(line) for line in complete.split("\n") if line]
+    except RecursionError:
+        raise ValueError(f"{source.name} is nested too deep") from None
+    if not all(isinstance(line, dict) for line in lines):
+        raise ValueError(f"{source.name} has a line that is no JSON object")
+    return lines

@@ -246,7 +246,7 @@ class RunDirectory:
         """Read a JSON-lines file of the run.
 
         Raises:
-            UserError: if a complete line of it is no JSON.
+            UserError: if a complete line of it is no JSON object.
         """
         try:
             return read_json_lines(self.path / file)

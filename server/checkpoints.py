@@ -97,7 +97,7 @@ def save(
             b_sha256=tensors_sha256(finished.b),
             hospitals=tuple(roster.admitted),
             known=roster.known,
-            of=roster.of,
+            federation_size=roster.federation_size,
             paces={kind: pace.as_json() for kind, pace in paces.items()},
             config=flatten(config),
             inputs=inputs_of(roster.ours),

@@ -24,7 +24,7 @@ from common.wire.contract import (
     only_record,
     shortened,
 )
-from common.wire.handshake import Handshake, check_hello, claimed_name
+from common.wire.handshake import Handshake, check_handshake, claimed_name
 from common.wire.identity import NONCE, Impostor, check_signature, new_nonce
 from server.clock import Clock
 from server.messages import OnMessage, exchange
@@ -44,7 +44,7 @@ class Roster:
     """In a deployment: hospital -> the key that its handshake must be signed with."""
     nodes: dict[int, Node] = field(default_factory=dict)
     """By Flower's node id; a node that was never asked is absent."""
-    of: int = 0
+    federation_size: int = 0
     """How many hospitals there are, by their own account; 0: not settled yet."""
     remembered: frozenset[str] = frozenset()
     """After a resume: the hospitals that were admitted before it, some of which may be away."""
@@ -72,9 +72,9 @@ class Roster:
 
     @property
     def known(self) -> int:
-        """Number of hospitals that have ever shown up, refused ones included; at most ``of``."""
+        """Number of hospitals ever shown up, refused ones included; at most ``federation_size``."""
         known = max(self.known_before, len(self.remembered | self.arrived))
-        return min(known, self.of) if self.of else known
+        return min(known, self.federation_size) if self.federation_size else known
 
     @property
     def arrived(self) -> set[str]:
@@ -92,7 +92,7 @@ class Roster:
     def remember(self, facts: SavedFacts) -> None:
         """Take over what a checkpoint keeps: who was admitted, and how many had shown up."""
         self.remembered = frozenset(facts.hospitals)
-        self.known_before, self.of = facts.known, facts.of
+        self.known_before, self.federation_size = facts.known, facts.federation_size
 
     def admit(
         self,
@@ -205,8 +205,8 @@ class Roster:
                 f"{hospital}: its privacy plan differs from the server's; "
                 "fix: give both sides the same [privacy] section"
             )
-        if self.of and handshake.federation_size != self.of:
-            raise RunFailed(_miscount(handshake, self.of))
+        if self.federation_size and handshake.federation_size != self.federation_size:
+            raise RunFailed(_miscount(handshake, self.federation_size))
         before = next((old for old, name in self.names.items() if name == hospital), None)
         if before is not None and before in connected:
             raise RunFailed(f"two nodes call themselves {hospital}; fix: one node per hospital")
@@ -224,7 +224,7 @@ class Roster:
             raise RunFailed(f"a hospital failed in the handshake: {reason}")
         try:
             record, signed = only_record(reply.content, "config"), self.keys is not None
-            handshake = check_hello(record, private=self.plan is not None, signed=signed)
+            handshake = check_handshake(record, private=self.plan is not None, signed=signed)
         except ContractError as error:
             raise RunFailed(f"{name}: its handshake breaks the contract: {error}") from None
         if self.keys is not None:
@@ -237,19 +237,19 @@ class Roster:
         Between equally many ``expected`` decides, else the smaller number.
         """
         votes = Counter(handshake.federation_size for handshake in self.handshakes.values())
-        return max(votes, key=lambda of: (votes[of], of == expected, -of), default=1)
+        return max(votes, key=lambda size: (votes[size], size == expected, -size), default=1)
 
-    def fix_number(self, of: int) -> dict[str, str]:
+    def fix_number(self, size: int) -> dict[str, str]:
         """Fix the number of hospitals, and refuse those who count otherwise, now and later.
 
         Returns:
             Hospital -> reason, of those left out.
         """
-        self.of = of
+        self.federation_size = size
         left_out: dict[str, str] = {}
         for node, one in self._admitted():
-            if one.handshake.federation_size != of:
-                left_out[one.name] = _miscount(one.handshake, of)
+            if one.handshake.federation_size != size:
+                left_out[one.name] = _miscount(one.handshake, size)
                 self.nodes[node] = LeftOut(name=one.name, reason=left_out[one.name])
                 _log.warning("%s is left out: %s", one.name, left_out[one.name])
         return left_out
@@ -294,6 +294,6 @@ def _name_in(reply: Message | None) -> str | None:
     return claimed_name(records[0]) if len(records) == 1 else None
 
 
-def _miscount(handshake: Handshake, of: int) -> str:
+def _miscount(handshake: Handshake, size: int) -> str:
     counted = handshake.federation_size
-    return f"{handshake.hospital}: it counts {counted} hospitals, the federation has {of}"
+    return f"{handshake.hospital}: it counts {counted} hospitals, the federation has {size}"

@@ -148,8 +148,8 @@ class Rounds:
             sizes = {one.federation_size for one in self.roster.handshakes.values()}
             if strict and len(sizes) > 1:
                 raise RunFailed(f"the hospitals disagree on how many they are: {sorted(sizes)}")
-            of = self.roster.of or self.roster.count(federation.hospitals)
-            needed = min(federation.min_hospitals or of, of)
+            size = self.roster.federation_size or self.roster.count(federation.hospitals)
+            needed = min(federation.min_hospitals or size, size)
             waited = self.clock.monotonic() - started
             if len(self.roster.arrived) >= needed:
                 break
@@ -158,14 +158,14 @@ class Rounds:
                 break
             if waited > limit:
                 raise RunFailed(
-                    f"{len(self.roster.arrived)} of {federation.min_hospitals or of} hospitals are "
-                    f"connected after {limit:.0f} s{self.roster.reasons}"
+                    f"{len(self.roster.arrived)} of {federation.min_hospitals or size} hospitals "
+                    f"are connected after {limit:.0f} s{self.roster.reasons}"
                 )
             self.clock.sleep(0.5)
-        self._leave_out(self.roster.fix_number(of), 0)
+        self._leave_out(self.roster.fix_number(size), 0)
         if not self.roster.handshakes:
             raise RunFailed("every hospital was refused; metrics.jsonl has the reasons")
-        self.config = replace(self.config, federation=replace(federation, hospitals=of))
+        self.config = replace(self.config, federation=replace(federation, hospitals=size))
         check_strategy(self.config.federation)
 
     def train(self, last: Round, server_round: int) -> list[Update]:

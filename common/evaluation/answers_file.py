@@ -143,6 +143,14 @@ class Facts(Record):
         return part
 
 
+class _WithFigures(Record):
+    """summary.json beside an evaluation: its figures are there."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    metrics: dict[str, JsonValue]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """The answers of one way, and their figures."""
@@ -158,14 +166,16 @@ class Evaluation:
 
         Raises:
             Altered: if the answers are not those that were evaluated.
+            UserError: if summary.json or a line of the answers is none that FedRx writes.
         """
         predictions = read_answers(run)
-        summary = run.read_json(SUMMARY)
+        summary = run.summary().as_json()
         try:
             facts = Facts.model_validate(summary.get("evaluation"))
         except ValidationError:
             return None
-        return cls(facts=facts, metrics=summary["metrics"], predictions=predictions)
+        figures = _WithFigures.read(summary, what=str(run.path / SUMMARY))
+        return cls(facts=facts, metrics=figures.metrics, predictions=predictions)
 
     def beside(self, newer: "Evaluation") -> "Evaluation":
         """Return both, of one way; the newer answers take the place of older ones of a model."""
@@ -221,9 +231,10 @@ def read_answers(run: RunDirectory) -> list[Prediction]:
 
     Raises:
         Altered: if they are not those that were evaluated.
-        UserError: if a line is none that FedRx writes.
+        UserError: if summary.json or a line is none that FedRx writes.
     """
-    digest = run.read_json(SUMMARY).get("evaluation", {}).get(ANSWERS_SHA256)
+    evaluation = run.summary().evaluation
+    digest = evaluation.answers_sha256 if evaluation else None
     file = run.path / PREDICTIONS
     content = file.read_bytes() if file.exists() else b""
     if digest is not None and hashlib.sha256(content).hexdigest() != digest:
@@ -243,8 +254,8 @@ def write_answers(run: RunDirectory, rows: Sequence[Prediction]) -> str:
     Returns:
         Their digest, for the ``evaluation`` that the caller writes next.
     """
-    summary = run.read_json(SUMMARY)
-    if summary.get("evaluation", {}).pop(ANSWERS_SHA256, None):
+    summary = run.summary().as_json()
+    if (summary.get("evaluation") or {}).pop(ANSWERS_SHA256, None):
         run.write_json(SUMMARY, summary)
     content = utf8("".join(json_line(row.as_json()) for row in rows))
     write_bytes(run.path / PREDICTIONS, content)

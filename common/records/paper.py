@@ -1,6 +1,6 @@
 """summary.json of a paper run."""
 
-from common.records import Record
+from common.records import PartialRecord, Record
 from common.records.summary import Readings
 
 
@@ -41,6 +41,13 @@ class BestRow(Readings):
     steps: int
     prauc: float | None
     """Of rankings; none of written lists."""
+
+
+class BestAnswers(PartialRecord):
+    """best.json of a paper run: by the way to make lists; one that is not done yet has no key."""
+
+    scored: tuple[BestRow, ...] = ()
+    formulary: tuple[BestRow, ...] = ()
 
 
 class RankRun(Record):

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from common.records import OpenRecord, Record
 
@@ -182,7 +182,8 @@ class SavedFacts(OpenRecord):
     hospitals: tuple[str, ...] = ()
     """Those that were ever admitted."""
     known: int = 0
-    of: int = 0
+    federation_size: int = Field(default=0, validation_alias="of", serialization_alias="of")
+    """How many hospitals there are, by their own account."""
     paces: dict[str, dict[str, int | float]] = {}
     """The slowest exchange of each kind of message."""
     config: Settings = {}

@@ -123,10 +123,10 @@ def train(
                 )
     finally:
         state.optimizer = optimizer.tensors()
-    told = [(one.loss_sum, one.label_tokens) for one in results if one.loss_sum is not None]
+    loss_sums = [(one.loss_sum, one.label_tokens) for one in results if one.loss_sum is not None]
     return TrainMetrics(
         steps=steps,
-        loss=_total(told) if len(told) == len(results) else None,
+        loss=_total(loss_sums) if len(loss_sums) == len(results) else None,
         tokens=sum(one.packed_tokens for one in results),
         seconds=time.perf_counter() - started,
     )

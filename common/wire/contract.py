@@ -39,14 +39,14 @@ PRIVATE_TRAIN_REPLY = frozenset({"round", "weight", "steps"})
 """With privacy on: the weight is a constant, and steps are those that the ledger has charged."""
 PUBLIC_WEIGHT = 1.0
 """With privacy on a hospital's number of samples is private, so all hospitals weigh the same."""
-_HELLO = frozenset(
+_HANDSHAKE = frozenset(
     {
         *("hospital", "of", "a-sha256", "backbone-sha256", "source-sha256"),
         *("device", "dtype", "dtype-reason", "attention", "attention-reason"),
     }
 )
-HELLO_REPLY = _HELLO | {"patients", "samples", "train-samples", "validation-samples"}
-PRIVATE_HELLO_REPLY = _HELLO | {"privacy-plan-sha256"}
+HANDSHAKE_REPLY = _HANDSHAKE | {"patients", "samples", "train-samples", "validation-samples"}
+PRIVATE_HANDSHAKE_REPLY = _HANDSHAKE | {"privacy-plan-sha256"}
 """With privacy on no count leaves a hospital; what is compared is the plan."""
 LARGEST_B = 1e9
 """No training moves a value of B so far; sums of such values and their squares stay finite."""
@@ -60,7 +60,9 @@ _LONGEST_HEADER_BYTES = 256
 LONGEST_QUOTE, LONGEST_REASON = 100, 300
 """Characters of foreign text that reach a log; of a reason Flower's own frame takes 100."""
 _SIGNED = frozenset({NONCE, SIGNATURE})
-_SCALARS = TO_HOSPITAL | TRAIN_REPLY | EVALUATE_REPLY | HELLO_REPLY | PRIVATE_HELLO_REPLY | _SIGNED
+_SCALARS = (
+    TO_HOSPITAL | TRAIN_REPLY | EVALUATE_REPLY | HANDSHAKE_REPLY | PRIVATE_HANDSHAKE_REPLY | _SIGNED
+)
 
 
 class ContractError(FedrxError):

@@ -14,7 +14,12 @@ from common.choice import (
     is_device,
 )
 from common.records import Record
-from common.wire.contract import HELLO_REPLY, PRIVATE_HELLO_REPLY, ContractError, check_scalars
+from common.wire.contract import (
+    HANDSHAKE_REPLY,
+    PRIVATE_HANDSHAKE_REPLY,
+    ContractError,
+    check_scalars,
+)
 from common.wire.identity import SIGNATURE, SIGNATURE_PATTERN
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -90,7 +95,7 @@ class Handshake(Record):
     ] = ""
 
 
-def check_hello(record: Mapping[str, Any], *, private: bool, signed: bool = False) -> Handshake:
+def check_handshake(record: Mapping[str, Any], *, private: bool, signed: bool = False) -> Handshake:
     """Return a handshake if each value is of its kind.
 
     With privacy on a plan comes, and no count.
@@ -98,7 +103,7 @@ def check_hello(record: Mapping[str, Any], *, private: bool, signed: bool = Fals
     Raises:
         ContractError: naming the key and what it must be.
     """
-    allowed = PRIVATE_HELLO_REPLY if private else HELLO_REPLY
+    allowed = PRIVATE_HANDSHAKE_REPLY if private else HANDSHAKE_REPLY
     facts = check_scalars(record, allowed | {SIGNATURE} if signed else allowed)
     try:
         return Handshake.model_validate(facts)

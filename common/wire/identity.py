@@ -81,19 +81,19 @@ def check_signature(
     keys: Mapping[str, ec.EllipticCurvePublicKey],
     nonce: str,
     node: int,
-    hello: Mapping[str, object],
+    handshake: Mapping[str, object],
 ) -> None:
     """Hold a handshake to the key of the hospital that it names.
 
     Raises:
         Impostor: if the name is nobody's, or the signature is not by that hospital's key.
     """
-    facts = {name: value for name, value in hello.items() if name != SIGNATURE}
-    name = str(hello["hospital"])
+    facts = {name: value for name, value in handshake.items() if name != SIGNATURE}
+    name = str(handshake["hospital"])
     if name not in keys:
         raise Impostor(f"it calls itself {name}, which is no hospital of this deployment")
     try:
-        signature = bytes.fromhex(str(hello[SIGNATURE]))
+        signature = bytes.fromhex(str(handshake[SIGNATURE]))
         keys[name].verify(signature, _statement(nonce, node, facts), _ALGORITHM)
     except (InvalidSignature, ValueError):
         raise Impostor(f"it calls itself {name}, and has not signed with {name}'s key") from None

@@ -9,7 +9,7 @@ from common.data.protocols import ADMISSION, VISITS, require_protocol
 from common.errors import RunFailed, UserError
 from common.evaluation.judge.gate import Statement
 from common.evaluation.judge.judging import judge_run
-from common.evaluation.judge.plan import JudgePlan, plan_judging
+from common.evaluation.judge.questions import JudgeQuestions, questions_of
 from common.records.judged import Appropriateness, Estimate, Judged
 from common.rundir import RunDirectory
 from sim.process.lock import exclusive
@@ -17,14 +17,14 @@ from sim.process.progress import SILENT, Console, Meter
 from sim.report.terminal import table
 
 
-def plan(
+def prepare(
     run: RunDirectory,
     *,
     overrides: Iterable[str] = (),
     agreement_host: str = "",
     agreement: str = "",
     **choices: Any,
-) -> JudgePlan:
+) -> JudgeQuestions:
     """Check settings and data-use terms; nothing is sent.
 
     Args:
@@ -32,10 +32,10 @@ def plan(
         overrides: ``key=value`` of the section ``judge`` alone: the run is done.
         agreement_host: The host that an agreement covers.
         agreement: The agreement, in words.
-        choices: See ``plan_judging``.
+        choices: See ``questions_of``.
 
     Raises:
-        UserError: For other keys, half a statement, and see ``plan_judging``.
+        UserError: For other keys, half a statement, and see ``questions_of``.
     """
     if bool(agreement_host) != bool(agreement):
         raise UserError(
@@ -46,7 +46,7 @@ def plan(
     require_diagnoses(run)
     config = changed_freely(run.config(), overrides, ("judge.",)).judge
     statement = Statement(host=agreement_host, agreement=agreement) if agreement else None
-    return plan_judging(run, config, statement=statement, **choices)
+    return questions_of(run, config, statement=statement, **choices)
 
 
 def require_diagnoses(run: RunDirectory) -> None:
@@ -58,12 +58,12 @@ def require_diagnoses(run: RunDirectory) -> None:
     require_protocol(run.config(), (ADMISSION, VISITS), "a list is judged by its stay's diagnoses")
 
 
-def judge(run: RunDirectory, prepared: JudgePlan, *, console: Console = SILENT) -> Judged:
+def judge(run: RunDirectory, prepared: JudgeQuestions, *, console: Console = SILENT) -> Judged:
     """Ask the judge with progress shown.
 
     Args:
-        run: The run that the plan is of.
-        prepared: From ``plan``.
+        run: The run that the questions are about.
+        prepared: From ``prepare``.
         console: Where progress is shown.
 
     Returns:

@@ -9,7 +9,7 @@ from pathlib import Path
 from common.errors import UserError
 from common.evaluation.answers_file import Prediction, read_answers
 from common.evaluation.judge.gate import source_of_run
-from common.evaluation.judge.plan import read_judgements
+from common.evaluation.judge.questions import read_judgements
 from common.evaluation.review.packet import (
     ORDERED,
     Key,

@@ -59,8 +59,8 @@ def judge(
     json_output: JsonOption = False,
 ) -> None:
     """Let an LLM judge each suggested drug: suitable or not."""
-    from common.evaluation.judge.plan import estimate
-    from sim.answers.judge import estimate_text, judgement_parts, plan, require_scores
+    from common.evaluation.judge.questions import estimate
+    from sim.answers.judge import estimate_text, judgement_parts, prepare, require_scores
     from sim.answers.judge import judge as ask_judge
     from sim.runs.stages import after_training
 
@@ -68,7 +68,7 @@ def judge(
     if max_cost_usd is not None:
         overrides.append(f"judge.max-cost-usd={max_cost_usd!r}")
     directory = open_run(run)
-    prepared = plan(
+    prepared = prepare(
         directory,
         overrides=overrides,
         predicted_by=models or (),

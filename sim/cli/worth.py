@@ -86,7 +86,14 @@ def forget(
 
     console, directory = console_for(json_output), open_run(run)
     found = forget_hospital(directory, hospital, console=console, command_line=sys.argv)
-    table = Table("", "B (sha256)", "|B - never|", "loss, its patients", "loss, others", "told")
+    table = Table(
+        "",
+        "B (sha256)",
+        "|B - never|",
+        "loss, its patients",
+        "loss, others",
+        "membership ROC area",
+    )
     for name, one in found.models.items():
         area = one.membership
         shown = f"{area[0]:.3f} ({area[1]:.2f}–{area[2]:.2f})" if area else "–"
@@ -96,8 +103,8 @@ def forget(
     console.say(
         "The replay takes the hospital's updates out of every round; what the others sent was "
         "trained from a B that it had part in, so the models differ by the distance above. Loss: "
-        "nats per answer token of held-out patients. Told: ROC area by which its patients trained "
-        "on are told from those it held out; 0.5 is chance.",
+        "nats per answer token of held-out patients. Membership ROC area: how well its "
+        "patients trained on are told from those it held out; 0.5 is chance.",
         style="dim",
     )
     console.say(f"replayed B: {folder_without(directory, hospital) / B_FILE}")

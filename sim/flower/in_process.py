@@ -5,7 +5,9 @@ by the client app's own handlers; so the result is that of the simulation on Ray
 of B, and a debugger may stop anywhere.
 """
 
-from collections.abc import Callable, Iterable
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -119,6 +121,25 @@ def through_the_wire(message: Message) -> tuple[Message, bytes]:
     return message_from_proto(ProtoMessage.FromString(data)), data
 
 
+@contextlib.contextmanager
+def _rounds_not_printed() -> Iterator[None]:
+    """Have Flower's handler, which prints, show warnings alone; the rounds are for a console."""
+
+    def warns(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING
+
+    handlers = logging.getLogger("flwr").handlers
+    printing = [one for one in handlers if isinstance(one, logging.StreamHandler)]
+    printing = [one for one in printing if not isinstance(one, logging.FileHandler)]
+    for one in printing:
+        one.addFilter(warns)
+    try:
+        yield
+    finally:
+        for one in printing:
+            one.removeFilter(warns)
+
+
 def run_in_process(config: Config, data: Dataset, *, on_tick: Callable[[], None]) -> None:
     """Run the federation of ``config`` to its end, in this process.
 
@@ -131,7 +152,7 @@ def run_in_process(config: Config, data: Dataset, *, on_tick: Callable[[], None]
         RunFailed: as the server app raises it.
     """
     client.app.worker().keep_data(config, data)
-    with task_identity():
+    with task_identity(), _rounds_not_printed():
         main(
             InProcessGrid(config, on_tick),
             Context(RUN_ID, 0, {}, RecordDict(), flatten(config)),

@@ -18,6 +18,7 @@ from common.data.handling import CREDENTIALED, handling_of
 from common.data.sources import identifiers_of
 from common.errors import UserError
 from common.files import json_document, json_line, new_folder, write_text
+from common.privacy.budget.receipts import privacy_lines
 from common.privacy.settings import is_private
 from common.provenance import pip_install
 from common.rundir import RunDirectory
@@ -121,19 +122,19 @@ def contents(run: RunDirectory) -> dict[str, str]:
         UserError: If the run has no figures, or a text holds what looks like an id or a date.
     """
     private = is_private(run.config())
-    summary = _public(run.read_json("summary.json"), _PRIVATE | _COUNTS if private else _PRIVATE)
+    summary = _public(run.summary().as_json(), _PRIVATE | _COUNTS if private else _PRIVATE)
     if not summary:
         raise UserError(f"{run.path} has no figures yet", fix="`fedrx resume` it")
-    environment = run.read_json("environment.json")
+    environment = run.environment().as_json()
     documents: dict[str, list[Any]] = {
         "environment.json": [
             _public({k: environment[k] for k in _ENVIRONMENT if k in environment})
         ],
         # Of a private run no count of patients is told.
-        "data.json": [] if private else [_public(run.read_json("data.json"))],
+        "data.json": [] if private else [_public(run.data().as_json())],
         "figures.json": [summary],
-        "metrics.jsonl": [_public(event) for event in run.lines("metrics.jsonl")],
-        "privacy.jsonl": [_public(line) for line in run.lines("privacy.jsonl")],
+        "metrics.jsonl": [_public(event.as_json()) for event in run.metrics()],
+        "privacy.jsonl": [_public(line.as_json()) for line in privacy_lines(run)],
     }
     keys = _public(flatten(run.config()))
     if keys["data.path"] != "synthetic":

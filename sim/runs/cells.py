@@ -22,7 +22,7 @@ from sim.runs.federate import federate, resolved
 from sim.runs.lifecycle import Kind, Run
 from sim.runs.resume import resume
 from sim.runs.single import one_node, single
-from sim.runs.stages import TRAINING
+from sim.runs.stages import COMPARISON, TRAINING
 
 RESULTLESS = ("federation.workers",)
 """Keys that cannot change a run's result."""
@@ -79,7 +79,7 @@ class Cells(Kind):
         return shlex.join(shown_command(run.command_line)) or f"the same `fedrx {self.mode}`"
 
     def finish(self, run: Run) -> None:
-        """Run what is not finished."""
+        """Run what is not finished; the comparison begins then."""
         below = run.directory.path
         self.runs = {
             name: self.trained.get(name) or RunDirectory(below / name) for name in run.record.cells
@@ -94,6 +94,7 @@ class Cells(Kind):
             run.console.say(label, style="bold")
             run_cell(cell, self.runs[cell.folder].path, run.console, run.command_line)
             run.enter(TRAINING)
+        run.enter(COMPARISON)
 
 
 def run_cell(cell: Cell, folder: Path, console: Console, command_line: Sequence[str]) -> Summary:

@@ -130,7 +130,8 @@ def generalise(
         run: A finished run of ``config``: the first seed's model of all hospitals.
 
     Raises:
-        UserError: see ``plan_models``; if a run in the folder is another, or answered other cases.
+        UserError: see ``plan_models``; if a run in the folder is another.
+        StageFailed: if the comparison fails, also where a run answered other cases.
     """
     record = run.record() if run else None
     if run and not (run.is_finished and record and record.mode == "federation"):

@@ -297,7 +297,7 @@ def resume(
         if state != "finished":
             raise UserError(f"{path} was made by plain `flwr run`", fix="start it again with flwr")
         console.say("the run is finished: nothing to do; `fedrx evaluate` gives its answers")
-        return directory.read_json(SUMMARY)
+        return directory.summary().as_json()
     if record is None or not record.resumable:
         raise UserError(f"{directory.path} has no run that can be resumed", fix="start it again")
     (kind,) = (one for one in (make() for make in kinds) if one.mode == record.mode)
@@ -307,7 +307,7 @@ def resume(
         changed_freely(config, overrides, FREE_KEYS)
     if state == "finished" and not kind.renewed:
         console.say("the run is finished: nothing to do")
-        return directory.read_json(SUMMARY)
+        return directory.summary().as_json()
     started, worker = time.monotonic(), worker or Worker()
     check_tracker(config, command_line)
     with exclusive(directory):

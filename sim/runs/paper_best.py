@@ -5,7 +5,7 @@ What was tried, and on whom it was chosen: benchmarks/README.md, "What makes ans
 
 from common.config import Config
 from common.configio import Scalar, from_flat
-from common.records.paper import BestRow
+from common.records.paper import BestAnswers, BestRow
 from common.rundir import RunDirectory
 from sim.answers.evaluate import evaluate_run
 from sim.process.lock import exclusive
@@ -62,8 +62,10 @@ def best_rows(run: RunDirectory) -> tuple[BestRow, ...]:
 
 
 def _known(run: RunDirectory) -> dict[str, list[BestRow]]:
-    known = run.read_json(_ANSWERS).items()
-    return {lists: [BestRow.read(row, what=_ANSWERS) for row in rows] for lists, rows in known}
+    known = BestAnswers.read(run.read_json(_ANSWERS), what=str(run.path / _ANSWERS))
+    return {
+        lists: list(getattr(known, lists)) for lists in LISTS if lists in known.model_fields_set
+    }
 
 
 def _answered(one: RunDirectory, around: Run, lists: str) -> list[BestRow]:

@@ -18,8 +18,15 @@ from sim.process.failures import StageFailed, described
 from sim.process.progress import Console
 
 TRAINING, EVALUATION, REPORT, AUDIT = "training", "evaluation", "report", "audit"
+COMPARISON = "comparison"
+"""Of runs that are put together: all are trained and answered, and their figures are compared."""
 ANSWERS = "the answers"
-AFTER_TRAINING = {TRAINED: ANSWERS, EVALUATION: ANSWERS, REPORT: "the report"}
+AFTER_TRAINING = {
+    TRAINED: ANSWERS,
+    EVALUATION: ANSWERS,
+    COMPARISON: "the comparison",
+    REPORT: "the report",
+}
 """Stages of status.json in which training is done, and what they are about."""
 SLOW_IMPORTS = (
     *("transformers.models.llama.modeling_llama", "transformers.generation"),

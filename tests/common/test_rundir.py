@@ -149,13 +149,16 @@ def test_two_runs_in_one_second_get_two_folders(tmp_path, monkeypatch):
     assert all(path.parent == tmp_path / "runs" for path in paths)
 
 
-@pytest.mark.parametrize("content", ['{"a": [1,\n', "[]", "", "[" * 100_000])
+NO_OBJECT = ('{"a": [1,\n', "[]", "", "[" * 100_000, "[1]\n", "5\n", "null\n", "[" * 100_000 + "\n")
+
+
+@pytest.mark.parametrize("content", NO_OBJECT)
 def test_a_damaged_file_of_a_run_is_one_line_with_its_name(tmp_path, content):
     run = RunDirectory.create(Config(), directory=tmp_path / "run")
     readers = {
         "status.json": run.status,
         "summary.json": lambda: run.read_json("summary.json"),
-        **({"metrics.jsonl": run.metrics} if content.endswith("\n") else {}),
+        **({"metrics.jsonl": lambda: run.metrics("loss")} if content.endswith("\n") else {}),
     }
     for name, reader in readers.items():
         (run.path / name).write_text(content)

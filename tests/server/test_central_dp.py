@@ -152,7 +152,9 @@ def test_why_a_share_is_refused() -> None:
         def pick(names: list[str], number: int) -> set[str]:
             fingerprints: Any = None
             count = len(names)
-            roster = Roster(fingerprints, remembered=frozenset(names), known_before=count, of=count)
+            roster = Roster(
+                fingerprints, remembered=frozenset(names), known_before=count, federation_size=count
+            )
             federation = from_flat({**KEYS, "federation.fraction": fraction}).federation
             nodes, _ = roster.choose(federation, number, {n: i for i, n in enumerate(names)})
             return {names[node] for node in nodes}

@@ -13,7 +13,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.common.serde import message_from_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
-from tampering import hello, on, silent
+from tampering import in_handshake, on, silent
 
 from common.errors import RunFailed
 from common.provenance import tensors_sha256
@@ -132,8 +132,8 @@ HOSTILES = {
         on_train(lambda r, a: changed(r, round=r.content["metrics"]["round"] - 1.0)),
         "answers round",
     ),
-    "foreign source digest": (hello(**{"source-sha256": "e" * 64}), "source fingerprint"),
-    "foreign backbone": (hello(**{"backbone-sha256": "e" * 64}), "backbone fingerprint"),
+    "foreign source digest": (in_handshake(**{"source-sha256": "e" * 64}), "source fingerprint"),
+    "foreign backbone": (in_handshake(**{"backbone-sha256": "e" * 64}), "backbone fingerprint"),
 }
 MORE = {
     "a second array record": (
@@ -199,7 +199,7 @@ MORE = {
         on_train(lambda r, a: changed(r, arrays={k: scaled(v, 1000.0) for k, v in a.items()})),
         "times as far as the round's median",
     ),
-    "foreign number of samples": (hello(**{"train-samples": 10**12}), "integer from 0 to"),
+    "foreign number of samples": (in_handshake(**{"train-samples": 10**12}), "integer from 0 to"),
     "a crash": (silent("train"), "no answer"),
 }
 
@@ -299,7 +299,7 @@ def test_aggregate_is_the_mean_of_what_travelled(tiny_config, in_process):
 def test_mismatch_stops_the_run_and_names_both_values(fact, what, tiny_config, in_process):
     foreign = "e" * 64
     with pytest.raises(RunFailed) as error:
-        in_process(tiny_config(), tamper={HOSTILE: hello(**{fact: foreign})})
+        in_process(tiny_config(), tamper={HOSTILE: in_handshake(**{fact: foreign})})
     text = str(error.value)
     assert text.startswith(f"{NAME}: {what} fingerprint differs")
     honest = in_process(tiny_config(federation__rounds=1))

@@ -5,12 +5,12 @@ result is that of the others alone.
 """
 
 import pytest
-from tampering import hello, silent
+from tampering import in_handshake, silent
 
 import client.app
 from common.choice import FASTEST, Choice
 from common.errors import RunFailed
-from common.wire.handshake import check_hello
+from common.wire.handshake import check_handshake
 
 HOSTILE = 1
 NAME = "hospital-2"
@@ -60,7 +60,7 @@ def test_hostile_handshake_is_refused(kind, tiny_config, in_process, others_sha)
     """Whatever stands in it: the hospital is left out, and the run is that of the others."""
     facts, reason = FOREIGN.get(kind) or (NAMELESS[kind], "'hospital' is not a name")
     config = tiny_config(federation__mismatch="refuse")
-    done = in_process(config, tamper={HOSTILE: hello(**facts)})
+    done = in_process(config, tamper={HOSTILE: in_handshake(**facts)})
     ((at, name, text),) = done.refused()
     assert (at, name) == (0, NAME if kind in FOREIGN else "node 107")
     assert text.startswith(f"{name}: ")
@@ -81,21 +81,21 @@ def test_what_torch_says_of_a_kernel_stays_in_the_hospital(tiny_config, in_proce
 def test_node_that_claims_another_s_name_is_refused(tiny_config, in_process, others_sha):
     """It is no third hospital: whoever wants three waits for the one that it should be."""
     config = tiny_config(federation__mismatch="refuse", federation__min_hospitals=2)
-    done = in_process(config, tamper={HOSTILE: hello(hospital="hospital-1")})
+    done = in_process(config, tamper={HOSTILE: in_handshake(hospital="hospital-1")})
     ((at, name, text),) = done.refused()
     assert (at, name) == (0, "hospital-1")
     assert "two nodes call themselves hospital-1" in text
     assert done.sha == without_the_hospital(tiny_config, in_process, others_sha)
     patient = tiny_config(federation__mismatch="refuse", federation__timeout_seconds=0.6)
     with pytest.raises(RunFailed, match="2 of 3 hospitals are connected"):
-        in_process(patient, tamper={HOSTILE: hello(hospital="hospital-1")})
+        in_process(patient, tamper={HOSTILE: in_handshake(hospital="hospital-1")})
 
 
 @pytest.mark.parametrize("claim", ["hospital-1", "stranger", "hospital 4"])
 def test_surplus_node_is_not_counted(claim, tiny_config, in_process):
     """Three hospitals by all accounts and four nodes: a round needs three of three."""
-    three = {index: hello(of=3) for index in range(3)}
-    fourth = hello(of=3, hospital=claim, **{"source-sha256": "e" * 64})
+    three = {index: in_handshake(of=3) for index in range(3)}
+    fourth = in_handshake(of=3, hospital=claim, **{"source-sha256": "e" * 64})
     config = tiny_config(
         federation__hospitals=4,
         federation__rounds=1,
@@ -110,13 +110,15 @@ def test_surplus_node_is_not_counted(claim, tiny_config, in_process):
 
 def test_hospitals_that_disagree_on_their_number_stop_the_run(tiny_config, in_process):
     with pytest.raises(RunFailed, match=r"disagree on how many they are: \[3, 5\]"):
-        in_process(tiny_config(), tamper={HOSTILE: hello(of=5)})
+        in_process(tiny_config(), tamper={HOSTILE: in_handshake(of=5)})
 
 
 def test_late_hospital_that_counts_otherwise_is_refused(tiny_config, in_process):
     config = tiny_config(federation__min_hospitals=2)
     done = in_process(
-        config, online=lambda i, seen: i != HOSTILE or seen >= 1, tamper={HOSTILE: hello(of=5)}
+        config,
+        online=lambda i, seen: i != HOSTILE or seen >= 1,
+        tamper={HOSTILE: in_handshake(of=5)},
     )
     assert [(at, name) for at, name, _ in done.refused()] == [(2, NAME)]
 
@@ -125,18 +127,18 @@ def test_late_hospital_that_counts_otherwise_is_refused(tiny_config, in_process)
 def test_hospital_that_claims_too_few_samples_does_not_end_the_run(tiny_config, in_process):
     """With epochs the wait and the steps that are due come from the samples that it tells."""
     config = tiny_config(train__epochs=1.0)
-    lying = in_process(config, tamper={HOSTILE: hello(**{"train-samples": 1})})
+    lying = in_process(config, tamper={HOSTILE: in_handshake(**{"train-samples": 1})})
     assert [(at, name) for at, name, _ in lying.refused()] == [(1, NAME), (2, NAME)]
     assert all("too few training samples" in text for _, _, text in lying.refused())
     assert in_process(config).refused() == []
 
 
-def told_by(hello):
-    return check_hello(hello, private=False).model_dump(by_alias=True, exclude_unset=True)
+def read_back(facts):
+    return check_handshake(facts, private=False).model_dump(by_alias=True, exclude_unset=True)
 
 
 def test_honest_handshake_is_taken_as_it_is(tiny_config, in_process):
     done = in_process(tiny_config(federation__rounds=1))
-    hellos = [dict(message.content["config"]) for _, message in done.grid.wire("up")[:3]]
-    assert len(hellos) == 3
-    assert [told_by(hello) for hello in hellos] == hellos
+    sent = [dict(message.content["config"]) for _, message in done.grid.wire("up")[:3]]
+    assert len(sent) == 3
+    assert [read_back(facts) for facts in sent] == sent

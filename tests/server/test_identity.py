@@ -8,7 +8,7 @@ import client.app
 from client.policy import POLICY
 from common.errors import RunFailed, UserError
 from common.wire.contract import Fingerprints
-from common.wire.handshake import check_hello
+from common.wire.handshake import check_handshake
 from common.wire.identity import (
     NODE_KEY,
     SIGNATURE,
@@ -104,26 +104,26 @@ def test_an_impostor_is_nobody_to_wait_for():
     assert roster.known == 1
 
 
-def test_a_hello_of_another_node_or_an_old_one_proves_nothing(tmp_path, keyed):
+def test_a_handshake_of_another_node_or_an_old_one_proves_nothing(tmp_path, keyed):
     """Relayed, replayed, altered, or unsigned."""
     _, public = keyed
     keys, folder, nonce = read_keys(public), tmp_path / "own" / "north", new_nonce()
     facts = {"hospital": "north", "of": 3, "device": "cpu"}
-    hello = {**facts, SIGNATURE: sign(folder, nonce, 7, facts)}
-    check_signature(keys, nonce, 7, hello)
+    handshake = {**facts, SIGNATURE: sign(folder, nonce, 7, facts)}
+    check_signature(keys, nonce, 7, handshake)
     for number, node, told in [
-        (new_nonce(), 7, hello),
-        (nonce, 8, hello),
-        (nonce, 7, {**hello, "of": 2}),
-        (nonce, 7, {**hello, "hospital": "south"}),
-        (nonce, 7, {**hello, SIGNATURE: "00" * 40}),
+        (new_nonce(), 7, handshake),
+        (nonce, 8, handshake),
+        (nonce, 7, {**handshake, "of": 2}),
+        (nonce, 7, {**handshake, "hospital": "south"}),
+        (nonce, 7, {**handshake, SIGNATURE: "00" * 40}),
     ]:
         with pytest.raises(Impostor, match="has not signed with"):
             check_signature(keys, number, node, told)
     with pytest.raises(Impostor, match="which is no hospital of this deployment"):
-        check_signature(keys, nonce, 7, {**hello, "hospital": "nobody"})
+        check_signature(keys, nonce, 7, {**handshake, "hospital": "nobody"})
     with pytest.raises(Exception, match="no scalar"):
-        check_hello({"hospital": "north"}, private=False, signed=True)
+        check_handshake({"hospital": "north"}, private=False, signed=True)
 
 
 def test_what_a_hospital_signs_is_no_login_of_flower_s(tmp_path, keyed):

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from tampering import Killed, hello, killed_in, silent
+from tampering import Killed, in_handshake, killed_in, silent
 
 from common.configio import flatten
 from common.data.dataset import open_hospitals
@@ -233,7 +233,7 @@ def part_in(federation):
     return sorted((e.round, e.hospital) for e in federation.run.metrics("steps"))
 
 
-FOREIGN = hello(**{"source-sha256": "e" * 64})
+FOREIGN = in_handshake(**{"source-sha256": "e" * 64})
 """Another source digest in the handshake."""
 
 

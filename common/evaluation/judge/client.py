@@ -11,8 +11,8 @@ import datetime
 import email.utils
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from common.config import JudgeConfig
@@ -72,6 +72,16 @@ class _Failed(Exception):
         self.status, self.complaint, self.wait_seconds = status, complaint, wait_seconds
 
 
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """What a client waits by."""
+
+    now: Callable[[], float] = time.time
+    """Seconds since 1970: Retry-After may be a date."""
+    monotonic: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+
+
 class JudgeClient:
     """Asks questions, with a shared pause when the server asks for one.
 
@@ -81,6 +91,7 @@ class JudgeClient:
         api_key: Empty for none.
         meter: Where every attempt is charged.
         exchanges: Where every answer is kept, and what a call that broke may have cost.
+        clock: What it waits by.
     """
 
     def __init__(
@@ -91,11 +102,12 @@ class JudgeClient:
         api_key: str,
         meter: Meter,
         exchanges: Exchanges,
+        clock: Clock,
     ) -> None:
         import openai
 
         self._config, self._endpoint, self._meter = config, endpoint, meter
-        self._exchanges, self._openai = exchanges, openai
+        self._exchanges, self._openai, self._clock = exchanges, openai, clock
         self._not_before = 0.0
         self._allowed = dialects(config)
         self._first_answer, self._failing = asyncio.Lock(), False
@@ -149,8 +161,8 @@ class JudgeClient:
     async def _ask(self, judge: str, asked: Sequence[Mapping[str, str]], repeat: int) -> Exchange:
         dialect, failures = self.kept.get(judge, self._allowed[0]), 0
         while True:
-            while (left := self._not_before - time.monotonic()) > 0:
-                await asyncio.sleep(left)
+            while (left := self._not_before - self._clock.monotonic()) > 0:
+                await self._clock.sleep(left)
             try:
                 exchange = await self._attempt(dialect.body(judge, asked, self._config), repeat)
             except _Failed as failure:
@@ -205,12 +217,13 @@ class JudgeClient:
                 f"judge server: {failure}, and asks to wait {wait:.0f} s; run the same command "
                 "again later, it goes on where it stopped"
             ) from None
-        self._not_before = max(self._not_before, time.monotonic() + wait)
+        self._not_before = max(self._not_before, self._clock.monotonic() + wait)
         if failures == self._config.attempts:
             self._failing = True
             raise Unavailable(str(failure)) from None
         if failure.wait_seconds is None:
-            await asyncio.sleep(min(FIRST_WAIT_SECONDS * 2 ** (failures - 1), LONGEST_WAIT_SECONDS))
+            seconds = min(FIRST_WAIT_SECONDS * 2 ** (failures - 1), LONGEST_WAIT_SECONDS)
+            await self._clock.sleep(seconds)
 
     async def _attempt(self, body: Mapping[str, Any], repeat: int) -> Exchange:
         """Make one call; what it took is charged, or what it may have taken."""
@@ -248,7 +261,7 @@ class JudgeClient:
                     status,
                     # As it is, escapes and all: only words are looked for.
                     error.message if error.body is None else json.dumps(error.body, default=str),
-                    retry_after_seconds(error.response.headers),
+                    retry_after_seconds(error.response.headers, now=self._clock.now()),
                 ) from None
             finally:
                 if exchange is None and charge.due:
@@ -300,10 +313,14 @@ class JudgeClient:
         )
 
 
-def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
+def retry_after_seconds(headers: Mapping[str, str], *, now: float) -> float | None:
     """Return how long Retry-After (seconds or an HTTP date) asks to wait; None without it.
 
-    >>> retry_after_seconds({"retry-after": "1.5"})
+    Args:
+        headers: Of the answer.
+        now: Seconds since 1970.
+
+    >>> retry_after_seconds({"retry-after": "1.5"}, now=0.0)
     1.5
     """
     value = headers.get("retry-after", "").strip()
@@ -314,7 +331,7 @@ def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
         moment = email.utils.parsedate_to_datetime(value)
         if moment.tzinfo is None:
             moment = moment.replace(tzinfo=datetime.UTC)
-        return max(0.0, (moment - datetime.datetime.now(datetime.UTC)).total_seconds())
+        return max(0.0, moment.timestamp() - now)
     return None
 
 

@@ -45,6 +45,8 @@ class Endpoint:
 
 def source_of_run(run: RunDirectory) -> str:
     """Return the source tag of a run, from summary.json and data.json: in doubt credentialed."""
+    # As they stand: summaries of a paper run and of an audit are other records, and whatever is no
+    # source that is known to be open counts as credentialed.
     documents = run.read_json(SUMMARY), run.read_json(DATA)
     return strictest([document["source"] for document in documents if "source" in document])
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from common.errors import FedrxError, RunFailed, UserError
 from common.evaluation.judge.cache import Exchange, Exchanges, RefusedQuestion
-from common.evaluation.judge.client import JudgeClient, Refused, Unavailable
+from common.evaluation.judge.client import Clock, JudgeClient, Refused, Unavailable
 from common.evaluation.judge.cost import CostLimit, Meter, usage
 from common.evaluation.judge.gate import Statement
-from common.evaluation.judge.plan import EXCHANGES, Judgement, JudgePlan, read_judgements
+from common.evaluation.judge.questions import EXCHANGES, Judgement, JudgeQuestions, read_judgements
 from common.evaluation.judge.rubric import (
     Reading,
     ReplyProblem,
@@ -41,20 +41,22 @@ Progress = Callable[[int, int], None]
 
 def judge_run(
     run: RunDirectory,
-    plan: JudgePlan,
+    questions: JudgeQuestions,
     *,
     api_key: str = "",
     seed: int = 0,
     progress: Progress = lambda done, of: None,
+    clock: Clock | None = None,
 ) -> Judged:
     """Ask the judges, write judge.jsonl and the ``judge`` part of summary.json.
 
     Args:
-        run: The run that the plan was made for.
-        plan: From ``plan_judging``.
+        run: The run that the questions are about.
+        questions: From ``questions_of``.
         api_key: Empty for none.
         seed: Of the interval's resamples.
         progress: Called with (done, all).
+        clock: What waits are by; None: the machine's.
 
     Returns:
         The ``judge`` part of the summary.
@@ -64,26 +66,27 @@ def judge_run(
         RunFailed: If it does not answer, or the cost limit stopped it. What was judged so far, if
             anything, is written first, and the same command goes on from there.
     """
-    if plan.endpoint.statement:
-        _keep_statement(run, plan, plan.endpoint.statement)
-    beside = _judged_before(run, plan)
+    if questions.endpoint.statement:
+        _keep_statement(run, questions, questions.endpoint.statement)
+    beside = _judged_before(run, questions)
     exchanges = Exchanges(run.path / EXCHANGES)
-    before = usage(exchanges, plan.config)
+    before = usage(exchanges, questions.config)
     client = JudgeClient(
-        plan.endpoint,
-        plan.config,
+        questions.endpoint,
+        questions.config,
         api_key=api_key,
-        meter=Meter(plan.config, spent_usd=before["cost_usd"]),
+        meter=Meter(questions.config, spent_usd=before["cost_usd"]),
         exchanges=exchanges,
+        clock=clock or Clock(),
     )
-    work = _Judging(plan, exchanges, client, progress)
+    work = _Judging(questions, exchanges, client, progress)
     try:
         asyncio.run(work.run())
     finally:
-        judgements = [work.done.get(place, task) for place, task in enumerate(plan.tasks)]
+        judgements = [work.done.get(place, task) for place, task in enumerate(questions.tasks)]
         together = [*beside, *judgements]
-        result = summarise(plan, together, seed=seed).model_copy(
-            update=_accounting(plan, judgements, exchanges, before)
+        result = summarise(questions, together, seed=seed).model_copy(
+            update=_accounting(questions, judgements, exchanges, before)
         )
         # A server that gave nothing does not replace what an earlier one gave.
         if not work.stopped or result.invocation.scored:
@@ -94,27 +97,27 @@ def judge_run(
         raise work.stopped
     if work.limit_reached:
         raise RunFailed(
-            f"judging stopped at judge.max-cost-usd={plan.config.max_cost_usd:g}: "
-            f"{len(work.done)} of {len(plan.tasks)} judgements are done; raise the limit and run "
-            "the same command, it goes on from there"
+            f"judging stopped at judge.max-cost-usd={questions.config.max_cost_usd:g}: "
+            f"{len(work.done)} of {len(questions.tasks)} judgements are done; raise the limit and "
+            "run the same command, it goes on from there"
         )
     return result
 
 
 def _accounting(
-    plan: JudgePlan,
+    questions: JudgeQuestions,
     judgements: Sequence[Judgement],
     exchanges: Exchanges,
     before: Mapping[str, float],
 ) -> dict[str, object]:
     """Return who answered, and what asking took: of all invocations, and of this one."""
-    after = usage(exchanges, plan.config)
+    after = usage(exchanges, questions.config)
     spent = {key: after[key] - before[key] for key in after}
     return {
         "served_by": tuple(sorted({one.served_by for one in exchanges.by_key.values()})),
         "usage": Counts.model_validate({key: after[key] for key in after if key != "cost_usd"}),
         "cost_usd": after["cost_usd"],
-        "invocation": counts(judgements).model_copy(update={"judges": plan.judges, **spent}),
+        "invocation": counts(judgements).model_copy(update={"judges": questions.judges, **spent}),
     }
 
 
@@ -122,7 +125,7 @@ def _accounting(
 class _Judging:
     """One invocation, shared by its workers; exchanges are looked up before they are made."""
 
-    plan: JudgePlan
+    questions: JudgeQuestions
     exchanges: Exchanges
     client: JudgeClient
     progress: Progress
@@ -138,10 +141,10 @@ class _Judging:
 
     async def run(self) -> None:
         """Let as many workers as are asked for do all tasks."""
-        tasks = iter(enumerate(self.plan.tasks))
+        tasks = iter(enumerate(self.questions.tasks))
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(min(self.plan.config.concurrency, len(self.plan.tasks))):
+                for _ in range(min(self.questions.config.concurrency, len(self.questions.tasks))):
                     group.create_task(self._work(tasks))
         finally:
             for key, (judge, status) in self.refused.items():
@@ -171,7 +174,7 @@ class _Judging:
                 self._count_failure(failure)
                 judgement = task.found(problem=f"server: {failure}")
             self.done[place] = judgement
-            self.progress(len(self.done), len(self.plan.tasks))
+            self.progress(len(self.done), len(self.questions.tasks))
 
     def _stop(self, error: FedrxError) -> None:
         self.stopped = self.stopped or error
@@ -181,7 +184,7 @@ class _Judging:
         if self.refusals >= _REFUSED_AT_FIRST and not self.client.kept:
             self._stop(
                 UserError(
-                    f"judge server {self.plan.endpoint.named} refuses the call (status "
+                    f"judge server {self.questions.endpoint.named} refuses the call (status "
                     f"{refusal.status} for each of {self.refusals} lists)",
                     fix="check judge.model, judge.max-output-tokens (it counts towards the "
                     "server's context) and the server's log",
@@ -193,14 +196,14 @@ class _Judging:
         if self.failures_in_a_row >= _FAILURES_IN_A_ROW:
             self._stop(
                 RunFailed(
-                    f"judge server {self.plan.endpoint.named} fails: {failure} "
-                    f"({self.plan.config.attempts} tries each for {self.failures_in_a_row} lists "
-                    "in a row); start it, then run the same command again"
+                    f"judge server {self.questions.endpoint.named} fails: {failure} "
+                    f"({self.questions.config.attempts} tries each for {self.failures_in_a_row} "
+                    "lists in a row); start it, then run the same command again"
                 )
             )
 
     async def _judge(self, task: Judgement) -> Judgement:
-        asked = self.plan.first_messages(task)
+        asked = self.questions.first_messages(task)
         first = await self._exchange(task, asked)
         keys: tuple[str, ...] = (first.key,)
         try:
@@ -217,7 +220,7 @@ class _Judging:
 
     def _verdicts(self, exchange: Exchange, task: Judgement) -> Reading:
         try:
-            return read_verdicts(exchange.text, self.plan.lists[task.case, task.model].drugs)
+            return read_verdicts(exchange.text, self.questions.lists[task.case, task.model].drugs)
         except ReplyProblem as problem:
             if exchange.cut:
                 detail = "it was cut off; keep the reasons shorter"
@@ -225,13 +228,13 @@ class _Judging:
             raise
 
     async def _exchange(self, task: Judgement, asked: Sequence[Mapping[str, str]]) -> Exchange:
-        keys = self.plan.keys(task, asked)
+        keys = self.questions.keys(task, asked)
         question, known = keys[0], self.exchanges.by_key
         # Equal lists of two models are one question: the second waits for the first's answer.
         async with self.locks.setdefault(question, asyncio.Lock()):
             if answered := next((known[key] for key in keys if key in known), None):
                 return answered
-            before = None if self.plan.retry_refused else self.exchanges.refused.get(question)
+            before = None if self.questions.retry_refused else self.exchanges.refused.get(question)
             if question in self.refused or before:
                 raise Refused(before or self.refused[question][1])
             try:
@@ -241,20 +244,20 @@ class _Judging:
                 raise
 
 
-def _keep_statement(run: RunDirectory, plan: JudgePlan, statement: Statement) -> None:
+def _keep_statement(run: RunDirectory, questions: JudgeQuestions, statement: Statement) -> None:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    record = {"time": now, "source": plan.source, "server": plan.endpoint.named}
+    record = {"time": now, "source": questions.source, "server": questions.endpoint.named}
     (run.path / STATEMENTS).parent.mkdir(parents=True, exist_ok=True)
     run.append(str(STATEMENTS), {**record, **asdict(statement)})
 
 
-def _judged_before(run: RunDirectory, plan: JudgePlan) -> list[Judgement]:
-    """Read what stays beside this plan: other judges' words on the answers that are still there."""
+def _judged_before(run: RunDirectory, questions: JudgeQuestions) -> list[Judgement]:
+    """Read what stays: other judges' words on the answers that are still there."""
     stay = []
     for line in read_judgements(run):
-        item = plan.lists.get((line.case, line.model))
-        now = line.judge in plan.judges and line.server == plan.endpoint.named
-        if item is None or (now and line.model in plan.models):
+        item = questions.lists.get((line.case, line.model))
+        now = line.judge in questions.judges and line.server == questions.endpoint.named
+        if item is None or (now and line.model in questions.models):
             continue
         if not line.verdicts or tuple(verdict.drug for verdict in line.verdicts) == item.drugs:
             stay.append(line)

@@ -4,21 +4,21 @@ from collections import Counter
 from collections.abc import Sequence
 
 from common.evaluation.agreement import krippendorff_alpha, unanimous_share
-from common.evaluation.judge.plan import Judgement, JudgePlan
+from common.evaluation.judge.questions import Judgement, JudgeQuestions
 from common.evaluation.metrics import interval_of_mean
 from common.records.judged import Agreement, Appropriateness, Counts, Judged
 
 RESAMPLES = 1000
 
 
-def summarise(plan: JudgePlan, judgements: Sequence[Judgement], *, seed: int) -> Judged:
+def summarise(questions: JudgeQuestions, judgements: Sequence[Judgement], *, seed: int) -> Judged:
     """Return what the ``judge`` part of summary.json says of the judgements.
 
     A sample's score is the mean over its scored judgements; a sample without any is unscored. The
     mean over samples leaves unscored ones out, and says how many.
 
     Args:
-        plan: Of the last invocation.
+        questions: Of the last invocation.
         judgements: Its judgements, and those of earlier ones that stand beside them.
         seed: Of the interval's resamples.
     """
@@ -29,20 +29,20 @@ def summarise(plan: JudgePlan, judgements: Sequence[Judgement], *, seed: int) ->
     }
     agreement, flip_rate = _agreement(judgements)
     return Judged(
-        model=", ".join(of_judge) or plan.config.model,
-        server=plan.endpoint.named,
-        temperature=plan.config.temperature,
-        repeats=plan.config.repeats,
-        source=plan.source,
-        agreement_stated=plan.endpoint.statement is not None,
+        model=", ".join(of_judge) or questions.config.model,
+        server=questions.endpoint.named,
+        temperature=questions.config.temperature,
+        repeats=questions.config.repeats,
+        source=questions.source,
+        agreement_stated=questions.endpoint.statement is not None,
         complete=all(judgement.asked for judgement in judgements),
         judgements=counts(judgements),
-        appropriateness=_by_model(plan, judgements, seed),
+        appropriateness=_by_model(questions, judgements, seed),
         judges={
             name: Judged(
                 server=theirs[0].server,
                 judgements=counts(theirs),
-                appropriateness=_by_model(plan, theirs, seed),
+                appropriateness=_by_model(questions, theirs, seed),
             )
             for name, theirs in of_judge.items()
         },
@@ -77,18 +77,20 @@ def counts(judgements: Sequence[Judgement]) -> Counts:
 
 
 def _by_model(
-    plan: JudgePlan, judgements: Sequence[Judgement], seed: int
+    questions: JudgeQuestions, judgements: Sequence[Judgement], seed: int
 ) -> dict[str, Appropriateness]:
-    of_model = {name: [one for one in judgements if one.model == name] for name in plan.unanswered}
+    of_model = {
+        name: [one for one in judgements if one.model == name] for name in questions.unanswered
+    }
     return {
-        model: _appropriateness(plan, model, theirs, seed=seed)
+        model: _appropriateness(questions, model, theirs, seed=seed)
         for model, theirs in of_model.items()
-        if theirs or model in plan.models
+        if theirs or model in questions.models
     }
 
 
 def _appropriateness(
-    plan: JudgePlan, model: str, judgements: Sequence[Judgement], *, seed: int
+    questions: JudgeQuestions, model: str, judgements: Sequence[Judgement], *, seed: int
 ) -> Appropriateness:
     by_case: dict[str, list[Judgement]] = {}
     for judgement in judgements:
@@ -100,7 +102,7 @@ def _appropriateness(
         known = [judgement.score for judgement in of_case if judgement.score is not None]
         if known:
             scores.append(sum(known) / len(known))
-            patients.append(plan.lists[case, model].cluster)
+            patients.append(questions.lists[case, model].cluster)
         elif not all(judgement.asked for judgement in of_case):
             not_asked += 1
     interval = None
@@ -116,8 +118,8 @@ def _appropriateness(
         scored=len(scores),
         unscored=len(by_case) - len(scores) - not_asked,
         not_asked=not_asked,
-        unanswered=plan.unanswered[model],
-        empty=plan.empty[model],
+        unanswered=questions.unanswered[model],
+        empty=questions.empty[model],
         suitable=sum(verdict.suitable for verdict in verdicts),
         unsuitable=sum(not verdict.suitable for verdict in verdicts),
     )

@@ -14,7 +14,7 @@ from common.config import DataConfig
 from common.data.names import normalise_string
 from common.evaluation.agreement import krippendorff_alpha, unanimous_share
 from common.evaluation.answers_file import Prediction
-from common.evaluation.judge.plan import Judgement
+from common.evaluation.judge.questions import Judgement
 from common.evaluation.metrics import Metrics, drug_map_of, score
 from common.evaluation.review.packet import ORDERED, Packet
 from common.evaluation.review.packet_import import Mark, Review

@@ -3,6 +3,7 @@
 import pytest
 
 from common.config import Config, EvaluationConfig
+from common.errors import UserError
 from common.evaluation.answers_file import (
     Evaluation,
     EvaluationStore,
@@ -12,6 +13,7 @@ from common.evaluation.answers_file import (
     Prediction,
     Way,
     read_answers,
+    write_answers,
 )
 from common.records.summary import Summary
 from common.rundir import RunDirectory
@@ -47,6 +49,19 @@ def models(run):
     kept = [row.model for row in read_answers(run)], list(summary.evaluation.generation)
     assert kept[0] == kept[1] == list(summary.metrics)
     return kept[0]
+
+
+def test_a_damaged_summary_is_one_line_with_its_key(run):
+    (run.path / "summary.json").write_text('{"evaluation": ["secret"]}')
+    for reader in (read_answers, EvaluationStore, lambda run: write_answers(run, [])):
+        with pytest.raises(UserError, match=r"summary\.json: evaluation: ") as refused:
+            reader(run)
+        assert "secret" not in str(refused.value)
+    run.write_json("summary.json", {})
+    EvaluationStore(run).put(evaluation("fedrx"), Summary())
+    run.write_json("summary.json", run.summary().without(["metrics"]))
+    with pytest.raises(UserError, match=r"summary\.json: metrics: "):
+        EvaluationStore(run)
 
 
 def test_answers_of_one_way_stand_together(run):

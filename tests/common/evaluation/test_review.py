@@ -10,7 +10,7 @@ from line_fixtures import prediction_line
 from common.config import Config, DataConfig
 from common.errors import UserError
 from common.evaluation.answers_file import Prediction, read_answers
-from common.evaluation.judge.plan import Judgement
+from common.evaluation.judge.questions import Judgement
 from common.evaluation.review.packet import ShownList, make_packet
 from common.evaluation.review.packet_import import Review
 from common.evaluation.review.scores import summarise_reviews

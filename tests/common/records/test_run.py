@@ -109,9 +109,14 @@ def test_a_record_has_the_keys_and_values_of_its_file_in_their_order(kind, conte
     again = kind.read(content, what="file").as_json()
     assert json.dumps(again) == json.dumps(content)
     records = [kind, *([HospitalSizes] if kind is DataFacts else [])]
-    declared = {key for one in records for key in one.model_fields}
+    fields = {name: field for one in records for name, field in one.model_fields.items()}
+    declared = {field.serialization_alias or name for name, field in fields.items()}
     keys = {*content, *(SIZES if kind is DataFacts else ())}
     assert keys - declared <= {"split", "paused", "cpus"}
+
+
+def test_how_many_hospitals_there_are_is_read_out_of_its_key() -> None:
+    assert SavedFacts.read(OF_A_ROUND, what="facts.json").federation_size == 3
 
 
 @pytest.mark.parametrize(

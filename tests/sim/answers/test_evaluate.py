@@ -14,7 +14,7 @@ from common.data.partition import assign_hospitals
 from common.data.prepare import load_samples
 from common.errors import UserError
 from common.evaluation.answers_file import read_answers
-from common.evaluation.judge.plan import plan_judging
+from common.evaluation.judge.questions import questions_of
 from common.records.run import RunRecord, SavedFacts
 from common.rundir import RunDirectory
 from common.tensor_files import Altered
@@ -185,7 +185,7 @@ def test_altered_answers_are_neither_judged_nor_reviewed_nor_reported(run):
     flip_a_letter(run)
     for read in (
         lambda: read_answers(run),
-        lambda: plan_judging(run, JudgeConfig(), dry_run=True),
+        lambda: questions_of(run, JudgeConfig(), dry_run=True),
         lambda: make_review(run),
     ):
         with pytest.raises(Altered, match=r"^predictions.jsonl is damaged or was altered: it is"):

@@ -6,7 +6,7 @@ from common.config import Config, DataConfig
 from common.configio import to_toml
 from common.errors import UserError
 from common.rundir import RunDirectory
-from sim.answers.judge import plan
+from sim.answers.judge import prepare
 from sim.answers.review import make_review
 from sim.assist.suggest import assistant_config
 
@@ -24,7 +24,7 @@ def test_one_patients_form_holds_too_little(run):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("verb", [plan, make_review])
+@pytest.mark.parametrize("verb", [prepare, make_review])
 def test_a_list_without_diagnoses_is_not_judged(run, verb):
     if run.config().data.protocol == "first-24h":
         with pytest.raises(UserError, match="judged by its stay's diagnoses") as caught:

@@ -1,6 +1,8 @@
 """``--backend in-process``: the same run without SuperLink and Ray; the guard of marks holds it."""
 
 import json
+import logging
+import sys
 from dataclasses import replace
 
 import pytest
@@ -25,11 +27,14 @@ def short(tiny_config):
     return tiny_config(evaluation__samples=2, evaluation__max_new_tokens=8)
 
 
-def test_a_whole_run_to_its_report(short, tmp_path, monkeypatch):
+def test_a_whole_run_to_its_report(short, tmp_path, monkeypatch, capfd):
     """No process is started: none of this test's marks allows one, so the guard would fail it.
 
-    The data is opened once: the nodes have the hospitals of the launcher, and read nothing.
+    The data is opened once: the nodes have the hospitals of the launcher, and read nothing. It
+    prints nothing, and Flower's log prints again afterwards.
     """
+    (printing,) = logging.getLogger("flwr").handlers
+    monkeypatch.setattr(printing, "stream", sys.stderr)
     worker, opened = Worker(), []
 
     def opens(config, **keys):
@@ -39,6 +44,9 @@ def test_a_whole_run_to_its_report(short, tmp_path, monkeypatch):
     monkeypatch.setattr("client.app.worker", lambda: worker)
     monkeypatch.setattr("common.training.worker.open_hospitals", opens)
     summary = started(short, tmp_path / "run")
+    assert tuple(capfd.readouterr()) == ("", "")
+    logging.getLogger("flwr").info("a line")
+    assert "a line" in capfd.readouterr().err
     assert len(opened) == 1
     assert summary["workers"] == 1
     assert summary["validation_loss"][-1] < summary["validation_loss"][0]

@@ -11,10 +11,26 @@ from typer.testing import CliRunner
 
 from common.config import Config, DataConfig, JudgeConfig, PrivacyConfig, RunConfig, TrainConfig
 from common.errors import UserError
+from common.privacy.budget.receipts import PrivacyLine
 from common.records.run import RunRecord
 from common.rundir import RunDirectory
 from sim.cli.main import app
-from sim.report.bundle import METADATA, write_bundle
+from sim.report.bundle import METADATA, contents, write_bundle
+
+
+def receipt(hospital):
+    return PrivacyLine(
+        hospital=hospital,
+        round=1,
+        sampling_rate=0.1,
+        noise_multiplier=1.0,
+        clip_norm=1.0,
+        steps=2,
+        epsilon=0.5,
+        delta=1e-5,
+        unit="patient",
+        accountant="rdp",
+    )
 
 
 def make_run(folder, *, name="trial", hospital="hospital-1", noise=0.0, seed=0):
@@ -60,7 +76,7 @@ def make_run(folder, *, name="trial", hospital="hospital-1", noise=0.0, seed=0):
     run.write_json("data.json", {"counts": {"patients": 77}})
     run.metric("validation-loss", 2.5, round=1, hospital=hospital)
     run.append("predictions.jsonl", {"case": "case-0001", "truth": ["row-secret"]})
-    run.append("privacy.jsonl", {"round": 1, "hospital": hospital, "epsilon": 0.5})
+    run.append("privacy.jsonl", receipt(hospital))
     return run
 
 
@@ -150,6 +166,24 @@ def test_the_root_has_a_day_and_says_whose_license_it_is(tmp_path):
     license = ROCrate(folder).root_dataset["license"]
     assert license["name"] == "The authors of the run decide"
     assert "Apache-2.0" in license["description"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "key"),
+    [
+        ("summary.json", '{"metrics": "secret"}', "metrics"),
+        ("environment.json", '{"resumed": "secret"}', "resumed"),
+        ("data.json", '{"hospitals": "secret"}', "hospitals"),
+        ("metrics.jsonl", '{"name": ["secret"], "value": 1, "time": 1}\n', "name"),
+        ("privacy.jsonl", '{"round": "secret"}\n', "hospital"),
+    ],
+)
+def test_a_damaged_file_is_one_line_with_its_key(tmp_path, name, content, key):
+    run = make_run(tmp_path)
+    (run.path / name).write_text(content)
+    with pytest.raises(UserError, match=rf"{name}: {key}: ") as refused:
+        contents(run)
+    assert "secret" not in str(refused.value)
 
 
 def test_a_private_runs_bundle_counts_nobody(tmp_path):

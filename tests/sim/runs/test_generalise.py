@@ -1,12 +1,14 @@
 """``fedrx generalise``: which models it trains, what it says of them, and how it goes on."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 import sim.runs.cells
+import sim.runs.generalise
 import sim.runs.lifecycle
 from common.data.dataset import open_hospitals
 from common.errors import UserError
@@ -16,6 +18,7 @@ from common.rundir import RunDirectory
 from common.text.batches import encode
 from common.training.worker import Worker
 from sim.cli.main import app
+from sim.process.failures import StageFailed
 from sim.runs.generalise import GENERALISE, PAGE, generalise, plan_models
 
 SMALL = {
@@ -159,6 +162,27 @@ def test_seeds_change_the_training_and_not_the_hospitals(tiny_config):
 def test_what_has_no_models_of_fewer_is_refused(settings, words, tiny_config):
     with pytest.raises(UserError, match=words):
         plan_models(tiny_config(**settings), 1)
+
+
+def test_a_failure_after_all_training_says_so_and_where_b_is(done, monkeypatch):
+    config, folder, _, _, _ = done
+
+    def fails(results, names):
+        raise ValueError("no room for matrices")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(sim.runs.generalise, "measured", fails)
+        line = f"training is done, B is below {folder}; the comparison failed: ValueError"
+        with pytest.raises(StageFailed, match=re.escape(line)) as failed:
+            generalise(config, folder, seeds=1, command_line=[])
+    assert "--set" not in str(failed.value)
+    status = RunDirectory(folder).status()
+    assert (status.state, status.stage) == ("failed", "comparison")
+    for cell in plan_models(config, 1):
+        last = RunDirectory(folder / cell.folder).checkpoint_names()[-1]
+        assert (folder / cell.folder / "checkpoints" / last / "b.safetensors").exists()
+    generalise(config, folder, seeds=1, command_line=[])
+    assert RunDirectory(folder).status().state == "finished"
 
 
 def test_a_run_of_another_kind_is_refused(done, tmp_path):

@@ -20,7 +20,7 @@ from sim.cli.terminal import Terminal
 from sim.report.html import to_markdown
 from sim.runs.lifecycle import evaluate
 from sim.runs.paper import BESIDE, paper, paper_config, read_ranks, renew_table, scaled_config
-from sim.runs.paper_best import best_config
+from sim.runs.paper_best import best_config, best_rows
 from sim.runs.paper_table import (
     HEADERS,
     PAPER,
@@ -267,6 +267,14 @@ def test_the_best_settings_stand_beside_at_the_same_steps(tmp_path, monkeypatch)
     console = Terminal(width=80, record=True, file=io.StringIO())
     console.say(*table_parts(table))
     assert console.export_text().count(" formulary ") == len(steps)
+
+
+def test_damaged_answers_of_the_best_settings_are_one_line(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.write_json("best.json", {"scored": 5})
+    with pytest.raises(UserError, match=r"best\.json: scored: "):
+        best_rows(run)
+    assert best_rows(RunDirectory(tmp_path / "none")) == ()
 
 
 def test_only_the_small_scale_tries_them_unasked():

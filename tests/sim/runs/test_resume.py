@@ -2,6 +2,7 @@
 
 import pytest
 
+from common.config import Config
 from common.configio import flatten, from_flat
 from common.errors import UserError
 from common.provenance import source_digest
@@ -97,6 +98,19 @@ def test_changed_data_backbone_or_a_is_refused(name, begun, worked):
         resume.resume(begun.path, command_line=[])
     assert worked == []
     assert begun.read_json("environment.json") == facts
+
+
+@pytest.mark.parametrize("mode", ["single", "federation", "flower"])
+def test_a_finished_runs_summary_is_read_back(mode, tmp_path):
+    run = RunDirectory.create(Config(), directory=tmp_path / "run")
+    run.write_json("run.json", RunRecord(mode=mode, resumable=mode != "flower"))
+    run.write_status("finished")
+    run.write_json("summary.json", {"b_sha256": "0" * 64, "metrics": {"fedrx": {"f1": 0.5}}})
+    assert resume.resume(run.path, command_line=[]) == run.read_json("summary.json")
+    run.write_json("summary.json", {"metrics": "secret"})
+    with pytest.raises(UserError, match=r"summary\.json: metrics: ") as refused:
+        resume.resume(run.path, command_line=[])
+    assert "secret" not in str(refused.value)
 
 
 def test_a_run_that_another_process_holds_is_not_touched(begun, worked):

@@ -1,5 +1,6 @@
 """A local OpenAI-compatible server that does as a test says, and runs to judge with it."""
 
+import asyncio
 import contextlib
 import json
 import threading
@@ -53,7 +54,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.behave: Behaviour = lambda body, number: Answer(verdicts(body))
-        self.requests: list[tuple[float, str, bytes]] = []
+        self.requests: list[tuple[str, bytes]] = []
         self.lock = threading.Lock()
         self.in_flight = self.most_in_flight = 0
 
@@ -67,7 +68,7 @@ class Server(ThreadingHTTPServer):
 
     @property
     def bodies(self) -> list[dict[str, Any]]:
-        return [json.loads(content) for _, _, content in self.requests]
+        return [json.loads(content) for _, content in self.requests]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass
@@ -82,7 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
         content = self.rfile.read(int(self.headers.get("content-length", 0)))
         with server.lock:
             number = len(server.requests)
-            server.requests.append((time.monotonic(), str(self.headers), content))
+            server.requests.append((str(self.headers), content))
             server.in_flight += 1
             server.most_in_flight = max(server.most_in_flight, server.in_flight)
         try:
@@ -161,6 +162,38 @@ def other_server() -> Iterator[Server]:
         yield running
 
 
+class StandingClock:
+    """Stands still but for the time that somebody waits by it, which passes at once and is kept."""
+
+    def __init__(self) -> None:
+        self.moment, self.slept = 100.0, list[float]()
+
+    def now(self) -> float:
+        return self.moment
+
+    monotonic = now
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.moment += seconds
+
+
+class HeldClock(StandingClock):
+    """Whoever waits by it waits until the test lets the time pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.over = asyncio.Event()
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        await self.over.wait()
+
+    def passes(self, seconds: float) -> None:
+        self.moment += seconds
+        self.over.set()
+
+
 PATIENT = {"sex": "F", "age": "> 89", "height_cm": 160.0, "weight_kg": None, "bmi": None}
 
 
@@ -173,8 +206,15 @@ def line(case: str, model: str, answer: list[str] | None, cluster: int = 0) -> d
 
 @pytest.fixture
 def kit() -> SimpleNamespace:
-    """What tests build servers' answers and predictions with."""
-    return SimpleNamespace(Answer=Answer, verdicts=verdicts, listed=listed, line=line)
+    """What tests build servers' answers, predictions and clocks with."""
+    return SimpleNamespace(
+        Answer=Answer,
+        verdicts=verdicts,
+        listed=listed,
+        line=line,
+        StandingClock=StandingClock,
+        HeldClock=HeldClock,
+    )
 
 
 MakeRun = Callable[..., RunDirectory]

@@ -43,7 +43,7 @@ def test_dry_run_then_judge_then_nothing_left(server, demo, kit):
 def test_the_key_comes_from_the_named_variable(server, demo, monkeypatch):
     monkeypatch.setenv("MY_KEY", "sesame-1")
     fedrx("judge", demo.path, *settings(server), "--set", "judge.api-key-env=MY_KEY")
-    assert "Bearer sesame-1" in server.requests[0][1]
+    assert "Bearer sesame-1" in server.requests[0][0]
     assert "sesame-1" not in "".join(f.read_text() for f in demo.path.rglob("*.json*"))
 
 

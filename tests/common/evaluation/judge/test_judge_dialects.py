@@ -7,7 +7,7 @@ import pytest
 from common.errors import RunFailed, UserError
 from common.evaluation.judge import client as judge_client
 from common.evaluation.judge.judging import judge_run
-from common.evaluation.judge.plan import estimate, plan_judging
+from common.evaluation.judge.questions import estimate, questions_of
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def quick(monkeypatch):
 
 
 def judged(run, config, **options):
-    return judge_run(run, plan_judging(run, config, **options)).as_json()
+    return judge_run(run, questions_of(run, config, **options)).as_json()
 
 
 def complaint(kit, text, status=400):
@@ -56,7 +56,7 @@ def test_a_dialect_is_found_once_and_kept(server, run, judge_config, kit, name):
     assert result["judgements"]["scored"] == 12
     assert sum(takes_no(what, body) for body in server.bodies) == 1
     assert len(server.requests) == 13
-    assert estimate(run, plan_judging(run, judge_config())).calls == 0
+    assert estimate(run, questions_of(run, judge_config())).calls == 0
     lines = run.lines("predictions.jsonl")
     run.append("predictions.jsonl", {**lines[0], "case": "case-new", "answer": ["Another"]})
     assert judged(run, judge_config())["judgements"]["scored"] == 13
@@ -137,7 +137,7 @@ def test_a_list_that_is_refused_is_unscored_and_the_others_go_on(
     assert len(others) == 11
     assert all("max_tokens" in body for body in others)
     before = len(server.requests)
-    assert estimate(run, plan_judging(run, config)).calls == 0
+    assert estimate(run, questions_of(run, config)).calls == 0
     again = judged(run, config)
     assert len(server.requests) == before
     assert again["judgements"] == result["judgements"]

@@ -6,7 +6,7 @@ from common.config import Config
 from common.errors import UserError
 from common.evaluation.judge.gate import Statement, check_endpoint, source_of_run
 from common.evaluation.judge.judging import judge_run
-from common.evaluation.judge.plan import plan_judging
+from common.evaluation.judge.questions import questions_of
 from common.rundir import RunDirectory
 
 AGREEMENT = "Enterprise agreement 2031-07 with zero retention"
@@ -156,12 +156,12 @@ def test_a_credentialed_run_sends_nothing_abroad(make_run, judge_config, kit, so
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     with pytest.raises(UserError, match="not loopback"):
-        plan_judging(run, judge_config(base_url="https://api.openai.com/v1"))
+        questions_of(run, judge_config(base_url="https://api.openai.com/v1"))
 
 
 def test_a_credentialed_run_goes_to_loopback(server, make_run, judge_config, kit):
     run = make_run([kit.line("case-1", "fedrx", ["Insulin"])], source="credentialed")
-    result = judge_run(run, plan_judging(run, judge_config())).as_json()
+    result = judge_run(run, questions_of(run, judge_config())).as_json()
     assert result["judgements"]["scored"] == 1
     assert result["agreement_stated"] is False
 
@@ -172,9 +172,13 @@ def test_a_statement_is_stored_with_the_run(server, make_run, judge_config, kit,
 
     run = make_run([kit.line("case-1", "fedrx", ["Insulin"])], source="credentialed")
     statement = Statement(host="judge.example", agreement=AGREEMENT)
-    plan = plan_judging(run, judge_config(base_url="https://judge.example/v1"), statement=statement)
-    plan = replace(plan, endpoint=replace(plan.endpoint, url=server.url, loopback=True))
-    result = judge_run(run, plan).as_json()
+    questions = questions_of(
+        run, judge_config(base_url="https://judge.example/v1"), statement=statement
+    )
+    questions = replace(
+        questions, endpoint=replace(questions.endpoint, url=server.url, loopback=True)
+    )
+    result = judge_run(run, questions).as_json()
     assert result["agreement_stated"] is True
     (kept,) = run.lines("judge/statements.jsonl")
     assert (kept["host"], kept["agreement"]) == ("judge.example", AGREEMENT)

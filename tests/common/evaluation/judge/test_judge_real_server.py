@@ -18,7 +18,7 @@ import pytest
 from common.config import JudgeConfig
 from common.errors import UserError
 from common.evaluation.judge.judging import judge_run
-from common.evaluation.judge.plan import plan_judging
+from common.evaluation.judge.questions import questions_of
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_a_real_server_is_asked_and_its_replies_are_checked(transformers_serve, 
     url, model = transformers_serve
     run = make_run([kit.line("case-1", "fedrx", ["Insulin", "Heparin"])], source="credentialed")
     config = JudgeConfig(base_url=url, model=model, max_output_tokens=64, concurrency=1)
-    result = judge_run(run, plan_judging(run, config)).as_json()
+    result = judge_run(run, questions_of(run, config)).as_json()
     fedrx = result["appropriateness"]["fedrx"]
     assert fedrx["scored"] + fedrx["unscored"] == 1
     assert not any(name.startswith("server") for name in result["judgements"]["problems"])
@@ -75,7 +75,7 @@ def test_a_real_server_is_asked_and_its_replies_are_checked(transformers_serve, 
     for line in run.lines("judge.jsonl"):
         assert line["scored"] == (line["verdicts"] is not None)
         assert line["exchanges"]
-    again = judge_run(run, plan_judging(run, config)).as_json()
+    again = judge_run(run, questions_of(run, config)).as_json()
     assert again.pop("invocation")["calls"] == 0
     assert result.pop("invocation")["calls"] == usage["calls"]
     assert again == result

@@ -85,7 +85,7 @@ class Judgement(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgePlan:
+class JudgeQuestions:
     """What judging a run asks for."""
 
     lists: Mapping[tuple[str, str], Item]
@@ -136,7 +136,7 @@ class JudgePlan:
         return [exchange_key(self.endpoint.named, body, task.repeat) for body in bodies]
 
 
-def plan_judging(
+def questions_of(
     run: RunDirectory,
     config: JudgeConfig,
     *,
@@ -144,7 +144,7 @@ def plan_judging(
     statement: Statement | None = None,
     dry_run: bool = False,
     retry_refused: bool = False,
-) -> JudgePlan:
+) -> JudgeQuestions:
     """Read the predictions and check that they may go where the configuration sends them.
 
     Args:
@@ -168,7 +168,7 @@ def plan_judging(
     lists = Counter(line.model for line in lines)
     unanswered = Counter(line.model for line in lines if line.answer is None)
     judged = Counter(item.model for item in items)
-    return JudgePlan(
+    return JudgeQuestions(
         lists={(item.case, item.model): item for item in items},
         unanswered={name: unanswered[name] for name in present},
         empty={name: lists[name] - unanswered[name] - judged[name] for name in present},
@@ -231,35 +231,35 @@ def read_judgements(run: RunDirectory) -> list[Judgement]:
     ]
 
 
-def estimate(run: RunDirectory, plan: JudgePlan) -> Estimate:
+def estimate(run: RunDirectory, questions: JudgeQuestions) -> Estimate:
     """Return what judging would ask and cost, without any call; tokens follow from text sizes."""
     made = Exchanges(run.path / EXCHANGES)
     # Equal lists for one patient are one call.
     calls: dict[str, Judgement] = {}
-    for task in plan.tasks:
-        keys = plan.keys(task, plan.first_messages(task))
-        refused = keys[0] in made.refused and not plan.retry_refused
+    for task in questions.tasks:
+        keys = questions.keys(task, questions.first_messages(task))
+        refused = keys[0] in made.refused and not questions.retry_refused
         if not refused and not any(key in made.by_key for key in keys):
             calls.setdefault(keys[0], task)
     input_tokens = output_tokens = 0
     for task in calls.values():
-        asked, drugs = plan.first_messages(task), plan.lists[task.case, task.model].drugs
+        asked, drugs = questions.first_messages(task), questions.lists[task.case, task.model].drugs
         input_tokens += estimated_tokens(sum(len(m["content"].encode()) for m in asked))
         names = sum(len(drug.encode()) for drug in drugs)
         output_tokens += estimated_tokens(names) + _VERDICT_TOKENS * len(drugs)
-    most_output = 2 * len(calls) * plan.config.max_output_tokens
+    most_output = 2 * len(calls) * questions.config.max_output_tokens
     most_input = 2 * ceil(3.5 * input_tokens) + most_output
     return Estimate(
-        lists=len(plan.items),
-        judgements=len(plan.tasks),
+        lists=len(questions.items),
+        judgements=len(questions.tasks),
         calls=len(calls),
-        cached=len(plan.tasks) - len(calls),
+        cached=len(questions.tasks) - len(calls),
         input_tokens=input_tokens,
         output_tokens=output_tokens,
-        cost_usd=round(cost_usd(plan.config, input_tokens, output_tokens), 6),
-        most_usd=round(cost_usd(plan.config, most_input, most_output), 6),
-        spent_usd=round(usage(made, plan.config)["cost_usd"], 6),
-        max_cost_usd=plan.config.max_cost_usd,
-        server=plan.endpoint.named,
-        source=plan.source,
+        cost_usd=round(cost_usd(questions.config, input_tokens, output_tokens), 6),
+        most_usd=round(cost_usd(questions.config, most_input, most_output), 6),
+        spent_usd=round(usage(made, questions.config)["cost_usd"], 6),
+        max_cost_usd=questions.config.max_cost_usd,
+        server=questions.endpoint.named,
+        source=questions.source,
     )
