@@ -128,10 +128,10 @@ LEARNS_AS = {"local-only": "fa-lora", "centralised": "fa-lora", "personal": "fa-
 
 def figures(summary: Summary, model: str) -> dict[str, float | None]:
     """Return one run's figures, of the answers of one model."""
-    scores = summary.metrics[model].model_dump()
-    each = [one["f1"] for one in scores.get("by_hospital", {}).values()]
+    scores = summary.metrics[model]
+    each = [one.f1 for one in scores.by_hospital.values()]
     return {
-        "f1": scores["f1"],
+        "f1": scores.f1,
         "worst_f1": min(each, default=None),
         "best_f1": max(each, default=None),
         "loss": (summary.validation_loss or (None,))[-1],
@@ -146,8 +146,8 @@ def of_their_own(alone: Mapping[str, Summary]) -> dict[str, float | None]:
     Args:
         alone: By hospital its run, which answers for every hospital's held-out admissions.
     """
-    own = [one.metrics["fedrx"].model_dump()["by_hospital"][name] for name, one in alone.items()]
-    each, samples = [one["f1"] for one in own], [one["samples"] for one in own]
+    own = [one.metrics["fedrx"].by_hospital[name] for name, one in alone.items()]
+    each, samples = [one.f1 for one in own], [one.samples for one in own]
     losses = [figures(one, "fedrx")["loss"] for one in alone.values()]
     return {
         "f1": statistics.fmean(each, samples),

@@ -19,7 +19,10 @@ def summary(common: float, personal: float) -> Summary:
     metrics = {
         name: {
             "f1": 0.5,
-            "by_hospital": {"hospital-1": {"f1": worst}, "hospital-2": {"f1": 0.9}},
+            "by_hospital": {
+                "hospital-1": {"f1": worst, "samples": 20},
+                "hospital-2": {"f1": 0.9, "samples": 30},
+            },
         }
         for name, worst in (("fedrx", common), ("personal", personal))
     }
