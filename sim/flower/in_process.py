@@ -123,21 +123,14 @@ def through_the_wire(message: Message) -> tuple[Message, bytes]:
 
 @contextlib.contextmanager
 def _rounds_not_printed() -> Iterator[None]:
-    """Have Flower's handler, which prints, show warnings alone; the rounds are for a console."""
-
-    def warns(record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.WARNING
-
-    handlers = logging.getLogger("flwr").handlers
-    printing = [one for one in handlers if isinstance(one, logging.StreamHandler)]
-    printing = [one for one in printing if not isinstance(one, logging.FileHandler)]
-    for one in printing:
-        one.addFilter(warns)
+    """Have Flower log warnings alone: rounds are for a console, and its own handler prints."""
+    log = logging.getLogger("flwr")
+    before = log.level
+    log.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        for one in printing:
-            one.removeFilter(warns)
+        log.setLevel(before)
 
 
 def run_in_process(config: Config, data: Dataset, *, on_tick: Callable[[], None]) -> None:
