@@ -106,9 +106,10 @@ def run_cell(cell: Cell, folder: Path, console: Console, command_line: Sequence[
     run = RunDirectory(folder)
     # In one process all cells have one backbone and one data set open, hospitals and single node.
     worker = client.app.worker() if cell.config.run.backend == IN_PROCESS else None
-    begin = federate if cell.federated else single
-    work: Callable[..., object] = partial(begin, cell.config, run_dir=folder)
-    if run.record():
+    work: Callable[..., object]
+    if run.record() is None:
+        work = partial(federate if cell.federated else single, cell.config, run_dir=folder)
+    else:
         _check_same(cell, run)
         work = partial(resume, folder)
     if not run.is_finished:
