@@ -13,7 +13,9 @@ import os
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from common.config import Config
@@ -28,13 +30,16 @@ _OLD_KEYS = {
 """Keys of earlier configurations and run directories: key -> (key now, value -> value now)."""
 
 
-def known_keys() -> dict[str, dataclasses.Field[Any]]:
+@cache
+def known_keys() -> Mapping[str, dataclasses.Field[Any]]:
     """Return every dotted key (``train.learning-rate``) with its dataclass field."""
-    return {
-        _dotted(section, entry): entry
-        for section, values in _sections(Config())
-        for entry in dataclasses.fields(values)
-    }
+    return MappingProxyType(
+        {
+            _dotted(section, entry): entry
+            for section, values in _sections(Config())
+            for entry in dataclasses.fields(values)
+        }
+    )
 
 
 def flatten(config: Config) -> dict[str, Scalar]:

@@ -111,6 +111,14 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
+@pytest.fixture(autouse=True, scope="session")
+def unsynced() -> Generator[None]:
+    """Do not wait for the disk, 3 ms a file: no test of this process pulls the plug."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _handle: None)
+        yield
+
+
 LOOK_AT_PICTURES = ("tests/sim/report/", "tests/sim/cli/", "tests/benchmarks/")
 
 

@@ -166,6 +166,8 @@ def _measure(value: float | None, form: str, unit: str) -> str:
 
 
 def _escape(item: str) -> str:
+    if item.isprintable() and "\\" not in item and item == item.strip(" "):
+        return item
     last = len(item) - 1
     return "".join(
         "\\\\"

@@ -54,6 +54,7 @@ def test_a_record_has_the_keys_and_values_of_its_file_in_their_order(kind, conte
     assert {*content} - {*kind.model_fields} <= {"later"}
 
 
+@pytest.mark.usefixtures("quick_accounting", "quick_calibration")
 def test_what_is_computed_has_the_keys_of_the_file(make_plan) -> None:
     plan = make_plan()
     found = privacy_summary(plan, [ledger_line(plan, "hospital-1", 1, 2)]).as_json()

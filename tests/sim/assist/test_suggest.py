@@ -261,6 +261,7 @@ def test_a_list_with_interactions_says_so(tiny_run, tmp_path, monkeypatch, named
     file = tmp_path / "pairs.csv"
     file.write_text("drug_a,drug_b\nSenna,Aspirin\n", "utf-8")
     asked = [f"evaluation.interactions={file}"] if named else []
+    monkeypatch.setattr("sim.assist.suggest.public_diagnoses", list)  # seconds to read
     config = assistant_config(tiny_run, asked)
     assistant = Assistant(tiny_run, config, reference=reference_of(config))
     names = ("Senna", "Aspirin 81 mg Tab", "Haloperidol", "Citalopram 20mg Tab", "SIMVASTATIN")
