@@ -1,6 +1,7 @@
 """What one process keeps from message to message, and from stage to stage of a run."""
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,11 +29,11 @@ class Worker:
     """One backbone with its adapter and one data set, open at a time, and its hospitals' tokens.
 
     Attributes:
-        loads: How often it has loaded weights.
+        loads: By run's folder, how often it has loaded weights.
     """
 
     def __init__(self) -> None:
-        self.loads = 0
+        self.loads: Counter[str] = Counter()
         self._trained: dict[str, tuple[int, float]] = {}
         self._backbone: BackboneSpec | None = None
         self._session: Session | None = None
@@ -111,7 +112,7 @@ class Worker:
                 weights=model.weights,
             )
             self._opened = asked
-            self.loads += 1
+            self.loads[config.run.directory] += 1
         return self._session
 
     def tokens(self, config: Config, hospital: Hospital) -> HospitalData:
@@ -130,12 +131,16 @@ class Worker:
         if tokens:
             self._trained[config.run.directory] = before[0] + tokens, before[1] + seconds
 
+    def loads_of(self, config: Config) -> int:
+        """Return how often a run's weights were loaded: once, if another run had them open."""
+        return max(1, self.loads[config.run.directory])
+
     def report(self, config: Config) -> None:
         """Write how often weights were loaded, and how training goes; stays on the machine."""
         folder = Path(config.run.directory) / "workers"
         tokens, seconds = self._trained.get(config.run.directory, (0, 0.0))
         facts = WorkerFacts(
-            backbone_loads=self.loads,
+            backbone_loads=self.loads_of(config),
             threads=torch.get_num_threads(),
             tokens=tokens,
             training_seconds=round(seconds, 3),

@@ -112,8 +112,9 @@ class RunProgress:
         """Seconds of each phase of the start, in order."""
 
     def __enter__(self) -> "RunProgress":
-        """Start showing."""
+        """Start showing; what a resumed run has from before is called that."""
         self._meter.__enter__()
+        self._show_events(" (from before)")
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -145,7 +146,7 @@ class RunProgress:
         self._offsets[file] = self._offsets.get(file, 0) + len(content)
         return content.count(b"\n")
 
-    def _show_events(self) -> None:
+    def _show_events(self, when: str = "") -> None:
         file = self.run.path / "metrics.jsonl"
         size = file.stat().st_size if file.exists() else 0
         if size == self._events_bytes:
@@ -155,19 +156,19 @@ class RunProgress:
         for event in events[self._seen_events :]:
             if event.name == "validation-loss" and event.hospital is None:
                 moment = f"round {event.place}/{self.rounds}" if event.place else "untrained"
-                self.console.say(f"{moment}: validation loss {event.number:.4f}")
+                self.console.say(f"{moment}: validation loss {event.number:.4f}{when}")
             elif event.name == "round-seconds":
-                self._show_spent(event.place)
+                self._show_spent(event.place, when)
             elif event.name == "refused":
-                self.console.say(
-                    f"round {event.place}: {event.hospital} refused: {event.value}", style="yellow"
-                )
+                said = f"round {event.place}: {event.hospital} refused: {event.value}{when}"
+                self.console.say(said, style="yellow")
         self._seen_events = len(events)
 
-    def _show_spent(self, server_round: int) -> None:
+    def _show_spent(self, server_round: int, when: str) -> None:
         """With privacy on no loss is told; show what the round's hospitals have spent at most."""
         spent = [
             float(line.epsilon) for line in privacy_lines(self.run) if line.round == server_round
         ]
         if spent:
-            self.console.say(f"round {server_round}/{self.rounds}: epsilon {max(spent):.3f} spent")
+            moment = f"round {server_round}/{self.rounds}"
+            self.console.say(f"{moment}: epsilon {max(spent):.3f} spent{when}")

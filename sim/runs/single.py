@@ -48,7 +48,8 @@ class Single(Kind):
         run.console.say(*filter(None, [delta_warning(run.config)]), *scaling(training).notes)
         with run.curves():
             training.finish()
-        return summarise(training, run.preparation).having(backbone_loads=run.worker.loads)
+        loads = run.worker.loads_of(run.config)
+        return summarise(training, run.preparation).having(backbone_loads=loads)
 
 
 def one_node(config: Config) -> Config:

@@ -3,6 +3,7 @@
 import gc
 import importlib
 import sys
+import weakref
 
 import pytest
 
@@ -24,6 +25,28 @@ def test_what_is_imported_is_walked_through_no_more(tmp_path, monkeypatch):
     assert gc.isenabled()
     assert not any(one is kept for one in gc.get_objects())
     del sys.modules["module_of_this_test"]
+
+
+@pytest.mark.usefixtures("unfrozen")
+def test_an_import_s_failed_try_keeps_none_of_its_caller_s_variables(tmp_path, monkeypatch):
+    (tmp_path / "module_of_this_test.py").write_text(
+        "try:\n    import not_there_at_all\nexcept ImportError as error:\n    held = [error]\n"
+        "    held.append(held)\n    del held\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    class Backbone: ...
+
+    def caller():
+        with quick_imports():
+            importlib.import_module("module_of_this_test")
+        opened = Backbone()
+        return weakref.ref(opened)
+
+    alive = caller()
+    gc.collect()
+    del sys.modules["module_of_this_test"]
+    assert alive() is None
 
 
 @pytest.mark.usefixtures("unfrozen")

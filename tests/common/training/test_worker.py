@@ -42,7 +42,7 @@ def test_a_session_is_opened_once_and_let_go_before_the_next(tmp_path, monkeypat
     del session
     assert worker.session(wider).adapter.spec.rank == 3
     assert opened == [True]
-    assert (worker.loads, other.loads) == (2, 1)
+    assert (worker.loads_of(config), other.loads_of(config)) == (2, 1)
     worker.count(config, 300, 2.0)
     worker.count(
         config, 0, 5.0
@@ -50,6 +50,11 @@ def test_a_session_is_opened_once_and_let_go_before_the_next(tmp_path, monkeypat
     worker.count(config, 100, 0.5)
     elsewhere = replace(config, run=replace(config.run, directory="another"))
     worker.count(elsewhere, 1000, 1.0)
+    worker.session(elsewhere)
+    worker.session(replace(elsewhere, adapter=wider.adapter))
+    third = replace(wider, run=replace(wider.run, directory="third"))
+    worker.session(third)  # which is open
+    assert [worker.loads_of(one) for one in (config, elsewhere, third)] == [2, 2, 1]
     worker.report(config)
     (file,) = (tmp_path / "workers").iterdir()
     threads = torch.get_num_threads()
@@ -73,7 +78,7 @@ def test_tokens_are_encoded_once_for_each_hospital_and_configuration():
     shorter = replace(config, train=replace(config.train, max_length=128))
     longest = max(len(one.input_ids) for one in worker.tokens(shorter, hospitals[0]).train)
     assert longest <= 128
-    assert worker.loads == 2
+    assert worker.loads.total() == 2
     # Of runs one after the other in one process, the last one's tokens are kept.
     held = weakref.ref(worker.tokens(shorter, hospitals[0]))
     worker.tokens(replace(shorter, run=replace(shorter.run, directory="next")), hospitals[0])

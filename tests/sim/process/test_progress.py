@@ -48,6 +48,21 @@ def test_a_private_round_shows_epsilon_and_no_loss(tmp_path):
     assert lines == ["round 1/2: epsilon 1.500 spent", "round 2/2: epsilon inf spent"]
 
 
+def test_what_a_resumed_run_has_from_before_is_called_that(tmp_path):
+    run = RunDirectory.create(Config(), directory=tmp_path / "run")
+    run.metric("validation-loss", 3.0, round=0)
+    run.metric("validation-loss", 2.0, round=1)
+    shown = io.StringIO()
+    with RunProgress(Terminal(file=shown, width=200), run, steps=4, rounds=2) as shows:
+        run.metric("validation-loss", 1.0, round=2)
+        shows.tick()
+    assert shown.getvalue().splitlines() == [
+        "untrained: validation loss 3.0000 (from before)",
+        "round 1/2: validation loss 2.0000 (from before)",
+        "round 2/2: validation loss 1.0000",
+    ]
+
+
 def test_a_start_names_its_phases_with_their_seconds_and_says_nothing_twice(clock, tmp_path):
     run = RunDirectory.create(Config(), directory=tmp_path / "run")
     shown = io.StringIO()

@@ -361,7 +361,7 @@ def test_cells_in_one_process_share_one_backbone(tiny_config, tmp_path, monkeypa
     sweep(cells, tmp_path, command_line=["fedrx"])
     runs = [RunDirectory.open(tmp_path / cell.folder) for cell in cells]
     assert [run.summary().backbone_loads for run in runs] == [1, 1, 1]
-    assert worker.loads == 1
+    assert worker.loads.total() == 1
     assert {id(one) for one in opened} == {id(worker)}
     alone = tmp_path / "alone"
     worker = Worker()
