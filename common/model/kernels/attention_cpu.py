@@ -1,14 +1,15 @@
-"""Causal attention over packed segments on the CPU: torch's flash forward, our bf16 backward.
+"""Causal attention over packed segments on the CPU: in bf16 our own blocked products.
 
-torch's CPU flash kernel is fast forward, but its backward is a third of a training step. In bf16
-it is replaced by blocked matrix products (FlashAttention-2, Dao 2023, algorithm 2): the
-probabilities are computed again from the log-sum-exp, one block of queries at a time, and
-grouped-query heads share one product. In fp32 torch's own backward is kept.
+torch's CPU flash kernel is fast forward where the processor has AMX, and a fifth of a training step
+elsewhere; its backward is a third. In bf16 both are matrix products (FlashAttention-2, Dao 2023,
+algorithms 1 and 2), one block of queries at a time, in which grouped-query heads share one product:
+the backward everywhere, the forward where there is no AMX. In fp32 torch's kernels are kept.
 
 Shapes: T packed tokens, H query heads, G key/value heads, E head width, Q rows of a query block
 (times the heads of a group), K keys up to the block's end, W = E + 2.
 """
 
+import functools
 import itertools
 from typing import Any
 
@@ -48,11 +49,12 @@ class _PackedAttention(torch.autograd.Function):
     ) -> Tensor:
         out = torch.empty_like(q)
         lse_HT = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
+        ours = q.dtype == torch.bfloat16 and not _has_amx()
+        segment_forward = _bf16_forward if ours else _torch_forward
         for start, stop in itertools.pairwise(bounds):
-            q_part, k_part, v_part = (_heads_first(t[start:stop]) for t in (q, k, v))
-            part, lse = flash_attention_forward(q_part, k_part, v_part, 0.0, True, scale=scaling)
-            out[start:stop] = part[0].transpose(0, 1)
-            lse_HT[:, start:stop] = lse[0]
+            q_part, k_part, v_part, out_part = (t[start:stop] for t in (q, k, v, out))
+            lse_part = lse_HT[:, start:stop]
+            segment_forward(q_part, k_part, v_part, scaling, out_part, lse_part)
         ctx.scaling, ctx.bounds = scaling, bounds
         ctx.save_for_backward(q, k, v, out, lse_HT)
         return out
@@ -76,6 +78,68 @@ _packed_attention: Any = _PackedAttention.apply
 
 def _heads_first(t_THE: Tensor) -> Tensor:
     return t_THE.transpose(0, 1)[None]
+
+
+@functools.cache
+def _has_amx() -> bool:
+    return bool(torch.cpu.get_capabilities().get("amx_tile"))
+
+
+def _torch_forward(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float, out: Tensor, lse_HT: Tensor
+) -> None:
+    """Write one segment's outputs and log-sum-exp by torch's kernel."""
+    q_part, k_part, v_part = map(_heads_first, (q, k, v))
+    part, lse = flash_attention_forward(q_part, k_part, v_part, 0.0, True, scale=scaling)
+    out.copy_(part[0].transpose(0, 1))
+    lse_HT.copy_(lse[0])
+
+
+def _bf16_forward(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float, out: Tensor, lse_HT: Tensor
+) -> None:
+    """Write one segment's outputs and log-sum-exp by blocked bf16 products.
+
+    The scores are computed twice, the second time less their row's maximum (a row term, see
+    ``_bf16_backward``): to round a product of this size costs less than to keep one in fp32.
+    """
+    tokens, heads, width = q.shape
+    groups = k.shape[1]
+    shared = heads // groups
+    q_scaled_GNE = _group_rows(q, groups) * scaling
+    k_ones_GTW, v_GTE = _with_ones(k), v.transpose(0, 1)
+    block = min(_BLOCK_TOKENS, tokens)
+    future = _future(block, q.dtype)
+    scratch = torch.empty(groups * block * shared * tokens, dtype=q.dtype)
+    for start in range(0, tokens, block):
+        stop = min(start + block, tokens)
+        q_GQE = q_scaled_GNE[:, start * shared : stop * shared]
+        size = (groups, (stop - start) * shared, stop)
+        later = future[: stop - start, :, : stop - start]
+        p_GQK = scratch[: size[0] * size[1] * size[2]].view(size)
+        _scores(q_GQE, k_ones_GTW[:, :stop, :width], later, out=p_GQK)
+        highest_GQ = p_GQK.amax(2)
+        _scores(_with_row_terms(q_GQE, -highest_GQ), k_ones_GTW[:, :stop], later, out=p_GQK)
+        torch.exp(p_GQK, out=p_GQK)
+        sum_GQ = p_GQK.sum(2, dtype=torch.float32)
+        out_GQE = torch.bmm(p_GQK, v_GTE[:, :stop]) / sum_GQ[..., None]
+        by_token = out[start:stop].view(stop - start, groups, shared, width)
+        by_token.copy_(out_GQE.view(groups, stop - start, shared, width).transpose(0, 1))
+        lse_GQ = (highest_GQ + sum_GQ.log()).view(groups, stop - start, shared)
+        lse_HT[:, start:stop].view(groups, shared, -1).copy_(lse_GQ.transpose(1, 2))
+
+
+def _scores(q_GQW: Tensor, k_GKW: Tensor, future: Tensor, *, out: Tensor) -> None:
+    """Write the products of a block's queries with all keys up to its end; -inf for the future."""
+    torch.bmm(q_GQW, k_GKW.transpose(1, 2), out=out)
+    groups, rows, keys = out.shape
+    tokens = len(future)
+    out.view(groups, tokens, rows // tokens, keys)[..., -tokens:].add_(future)
+
+
+def _future(tokens: int, dtype: torch.dtype) -> Tensor:
+    """Return [tokens, 1, tokens]: what is added to the scores of a block with itself."""
+    return torch.full((tokens, tokens), -torch.inf, dtype=dtype).triu(1)[:, None]
 
 
 def _torch_backward(
@@ -118,16 +182,15 @@ def _bf16_backward(
     d_k_GTE = torch.zeros(groups, tokens, width)
     d_v_GTE = torch.zeros(groups, tokens, width)
     block = min(_BLOCK_TOKENS, tokens)
-    future = torch.ones(block, block, dtype=torch.bool).triu(1)[:, None]
+    future = _future(block, q.dtype)
     scratch = torch.empty(2, groups * block * shared * tokens, dtype=q.dtype)
     for start in range(0, tokens, block):
         stop = min(start + block, tokens)
         rows = slice(start * shared, stop * shared)
         size = (groups, (stop - start) * shared, stop)
         p_GQK, ds_GQK = (s[: size[0] * size[1] * size[2]].view(size) for s in scratch)
-        torch.bmm(q_scaled_GNW[:, rows], k_ones_GTW[:, :stop].transpose(1, 2), out=p_GQK)
-        diagonal = p_GQK.view(groups, stop - start, shared, stop)[..., start:]
-        diagonal.masked_fill_(future[: stop - start, :, : stop - start], -torch.inf)
+        later = future[: stop - start, :, : stop - start]
+        _scores(q_scaled_GNW[:, rows], k_ones_GTW[:, :stop], later, out=p_GQK)
         torch.exp(p_GQK, out=p_GQK)
         torch.bmm(d_terms_GNW[:, rows], v_ones_GTW[:, :stop].transpose(1, 2), out=ds_GQK)
         ds_GQK.mul_(p_GQK)

@@ -1,6 +1,7 @@
 """Packed attention on the CPU against the formula in fp64, segment by segment."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ def exact(q, k, v, scaling, bounds):
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "amx"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
 @pytest.mark.parametrize(
     ("heads", "groups", "width", "bounds", "sharpness"),
     [
@@ -32,7 +35,9 @@ def exact(q, k, v, scaling, bounds):
         (6, 1, 32, (0, 129, 130, 259), 6.0),
     ],
 )
-def test_outputs_and_gradients(dtype, heads, groups, width, bounds, sharpness):
+def test_outputs_and_gradients(dtype, amx, heads, groups, width, bounds, sharpness, monkeypatch):
+    """With AMX the forward is torch's; that of bf16 elsewhere, and the backward, are ours."""
+    monkeypatch.setattr("common.model.kernels.attention_cpu._has_amx", lambda: amx)
     generator = torch.Generator().manual_seed(0)
 
     def draw(count, factor=1.0):
@@ -51,6 +56,19 @@ def test_outputs_and_gradients(dtype, heads, groups, width, bounds, sharpness):
     tolerance = 1e-5 if dtype == torch.float32 else 1.5e-2
     for ours, theirs in zip((out, *gradients), (expected, *expected_gradients), strict=True):
         assert (ours.double() - theirs).norm() / theirs.norm() < tolerance
+    if dtype == torch.bfloat16:
+        assert (out.double() - expected).norm() / expected.norm() < 6e-3
+
+
+def test_a_score_is_rounded_where_it_is_small(monkeypatch):
+    """Scores of a row near 100, the largest wins by 1: bf16 would round them to halves."""
+    monkeypatch.setattr("common.model.kernels.attention_cpu._has_amx", lambda: False)
+    q, k, v = (torch.zeros(2, 1, 4, dtype=torch.bfloat16) for _ in range(3))
+    q[1, 0, :2] = torch.tensor([10.0, 1.0])
+    k[:, 0, 0] = 10.0
+    k[0, 0, 1], v[0, 0, 0] = 0.25, 1.0
+    out = packed_attention(q, k, v, 1.0, (0, 2))
+    assert out[1, 0, 0].item() == pytest.approx(1 / (1 + math.exp(-0.25)), abs=2e-3)
 
 
 def test_no_gradient_crosses_segments_in_bf16():
