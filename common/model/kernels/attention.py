@@ -29,7 +29,11 @@ from common.choice import (
 )
 from common.errors import SettingError
 from common.model.kernels import attention_cuda
-from common.model.kernels.attention_cpu import packed_attention
+from common.model.kernels.attention_cpu import (
+    attends_by_products,
+    packed_attention,
+    token_attention,
+)
 from common.model.kernels.rows import Parts
 from common.provenance import pip_install
 
@@ -173,6 +177,8 @@ def _attention_forward(
 ) -> tuple[Tensor, None]:
     """Attend as transformers asks: [1, H, T, E] in, [1, T, H, E] out."""
     if packing is None:
+        if attends_by_products(query) and query.shape[2] == 1:
+            return token_attention(query, key, value, scaling, attention_mask), None
         from transformers import AttentionInterface
 
         own = AttentionInterface()["sdpa"]

@@ -6,7 +6,8 @@ algorithms 1 and 2), one block of queries at a time, in which grouped-query head
 the backward everywhere, the forward where there is no AMX. In fp32 torch's kernels are kept.
 
 Shapes: T packed tokens, H query heads, G key/value heads, E head width, Q rows of a query block
-(times the heads of a group), K keys up to the block's end, W = E + 2.
+(times the heads of a group), K keys up to the block's end, W = E + 2; B sequences, L cache columns,
+S heads of a group.
 """
 
 import functools
@@ -42,6 +43,36 @@ def packed_attention(
     return out
 
 
+def attends_by_products(query: Tensor) -> bool:
+    """Tell whether our products are faster than torch's kernel: on CPUs without AMX, in bf16."""
+    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and not _has_amx()
+
+
+def token_attention(
+    q_BH1E: Tensor, k_BGLE: Tensor, v_BGLE: Tensor, scaling: float, mask: Tensor | None
+) -> Tensor:
+    """Attend from one token of each sequence to what is in its cache.
+
+    Args:
+        q_BH1E: Queries.
+        k_BGLE: Keys; H is a multiple of G.
+        v_BGLE: Values.
+        scaling: Factor of the scores.
+        mask: [B, 1, 1, L], true where a sequence has a column; None if all have all.
+
+    Returns:
+        [B, 1, H, E] outputs.
+    """
+    batch, heads, _, width = q_BH1E.shape
+    groups = k_BGLE.shape[1]
+    q_BGSE = q_BH1E.reshape(batch, groups, heads // groups, width).float() * scaling
+    scores_BGSL = q_BGSE @ k_BGLE.float().transpose(2, 3)
+    if mask is not None:
+        scores_BGSL.masked_fill_(~mask, -torch.inf)
+    out_BGSE = scores_BGSL.softmax(-1).to(v_BGLE.dtype) @ v_BGLE
+    return out_BGSE.reshape(batch, 1, heads, width)
+
+
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -49,8 +80,7 @@ class _PackedAttention(torch.autograd.Function):
     ) -> Tensor:
         out = torch.empty_like(q)
         lse_HT = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
-        ours = q.dtype == torch.bfloat16 and not _has_amx()
-        segment_forward = _bf16_forward if ours else _torch_forward
+        segment_forward = _bf16_forward if attends_by_products(q) else _torch_forward
         for start, stop in itertools.pairwise(bounds):
             q_part, k_part, v_part, out_part = (t[start:stop] for t in (q, k, v, out))
             lse_part = lse_HT[:, start:stop]

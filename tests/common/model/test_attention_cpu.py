@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from common.model.kernels.attention_cpu import packed_attention
+from common.model.kernels.attention_cpu import packed_attention, token_attention
 
 
 def exact(q, k, v, scaling, bounds):
@@ -80,3 +80,23 @@ def test_no_gradient_crosses_segments_in_bf16():
         assert gradient[160:].abs().max() == 0
         assert torch.isfinite(gradient).all()
     assert gradients[2][140:160].abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_token_of_each_sequence_attends_to_its_cache(dtype, masked):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        (torch.randn(3, *size, generator=generator) * 2).to(dtype)
+        for size in ((6, 1, 32), (2, 40, 32), (2, 40, 32))
+    )
+    lengths = torch.tensor([40, 7, 1]) if masked else torch.tensor([40, 40, 40])
+    has_B11L = torch.arange(40) < lengths[:, None, None, None]
+    out = token_attention(q, k, v, 0.2, has_B11L if masked else None)
+    for row, length in enumerate(lengths.tolist()):
+        part = (t[row, :, :length].double() for t in (k, v))
+        k_part, v_part = (t.repeat_interleave(3, 0) for t in part)
+        weights = (q[row].double() @ k_part.transpose(1, 2) * 0.2).softmax(-1)
+        expected = (weights @ v_part).transpose(0, 1)
+        tolerance = 1e-6 if dtype == torch.float32 else 5e-3
+        assert (out[row].double() - expected).norm() / expected.norm() < tolerance
