@@ -2,10 +2,13 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
+from common.model.kernels import attention
 from common.model.kernels.attention_cpu import packed_attention, token_attention
 
 
@@ -100,3 +103,19 @@ def test_one_token_of_each_sequence_attends_to_its_cache(dtype, masked):
         expected = (weights @ v_part).transpose(0, 1)
         tolerance = 1e-6 if dtype == torch.float32 else 5e-3
         assert (out[row].double() - expected).norm() / expected.norm() < tolerance
+
+
+def test_a_cache_is_attended_to_alike_with_amx_and_without(monkeypatch):
+    attend = transformers.AttentionInterface()[attention.register()]
+    module = SimpleNamespace(num_key_value_groups=3, is_causal=True, training=False)
+    q, k, v = (torch.randn(2, heads, n, 32).bfloat16() for heads, n in ((6, 1), (2, 9), (2, 9)))
+    has_B11L = torch.arange(9) < torch.tensor([9, 4])[:, None, None, None]
+    called, outputs = [], []
+    ours = attention.token_attention
+    monkeypatch.setattr(attention, "token_attention", lambda *a: called.append(amx) or ours(*a))
+    for amx in (False, True):
+        monkeypatch.setattr("common.model.kernels.attention_cpu._has_amx", lambda amx=amx: amx)
+        outputs.append(attend(module, q, k, v, has_B11L, scaling=0.2)[0])
+    assert called == [False]
+    assert outputs[0].shape == outputs[1].shape == (2, 1, 6, 32)
+    torch.testing.assert_close(*outputs, rtol=0, atol=0.02)
