@@ -1,11 +1,13 @@
 """What work says while it goes on: lines, and how far it is."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from common.privacy.budget.receipts import privacy_lines
-from common.rundir import RunDirectory
+from common.records.run import Metric
+from common.rundir import METRICS, RunDirectory
 
 PLAIN_SECONDS = 15.0
 
@@ -105,16 +107,22 @@ class RunProgress:
         self.console, self.run, self.rounds = console, run, rounds
         self._offsets: dict[Path, int] = {}
         self._done = 0
-        self._seen_events = self._events_bytes = 0
+        self._seen_events, self._events_version = 0, (0, 0)
         self._meter = Meter(console, "local steps", steps)
         self._phase, self._phase_began = "", time.monotonic()
         self.start_seconds: dict[str, float] = {}
         """Seconds of each phase of the start, in order."""
 
     def __enter__(self) -> "RunProgress":
-        """Start showing; what a resumed run has from before is called that."""
+        """Start showing; what a resumed run keeps from before is called that."""
         self._meter.__enter__()
-        self._show_events(" (from before)")
+        names = self.run.checkpoint_names()
+        kept = self.run.checkpoint_facts(names[-1]).round if names else -1
+        # What came after is not shown: the server forgets it, and its round comes again.
+        self._events_version = self._version_of_events()
+        self._show_events(
+            [one for one in self.run.metrics() if one.place <= kept], " (from before)"
+        )
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -126,7 +134,7 @@ class RunProgress:
         """Read what is new and show it."""
         for file in (self.run.path / "hospitals").glob("*/steps.jsonl"):
             self._done += self._new_lines(file)
-        self._show_events()
+        self._show_new_events()
         self._meter.update(self._done, f"starting: {self._phase}" if self._phase else "")
 
     def phase(self, name: str) -> None:
@@ -146,13 +154,19 @@ class RunProgress:
         self._offsets[file] = self._offsets.get(file, 0) + len(content)
         return content.count(b"\n")
 
-    def _show_events(self, when: str = "") -> None:
-        file = self.run.path / "metrics.jsonl"
-        size = file.stat().st_size if file.exists() else 0
-        if size == self._events_bytes:
-            return
-        self._events_bytes = size
-        events = self.run.metrics()
+    def _show_new_events(self) -> None:
+        version = self._version_of_events()
+        if version != self._events_version:
+            self._events_version = version
+            self._show_events(self.run.metrics())
+
+    def _version_of_events(self) -> tuple[int, int]:
+        """Return the file's size and time: a repeated round's lines may be as long as before."""
+        file = self.run.path / METRICS
+        found = file.stat() if file.exists() else None
+        return (found.st_size, found.st_mtime_ns) if found else (0, 0)
+
+    def _show_events(self, events: Sequence[Metric], when: str = "") -> None:
         for event in events[self._seen_events :]:
             if event.name == "validation-loss" and event.hospital is None:
                 moment = f"round {event.place}/{self.rounds}" if event.place else "untrained"

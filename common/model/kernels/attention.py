@@ -2,7 +2,7 @@
 
 One name, ``fedrx``, is registered with transformers. A call that carries ``packing`` is a packed
 training batch and runs on the chosen kernel; any other call is generation with a key/value cache
-and runs on transformers' own SDPA with its masks.
+and runs on transformers' own SDPA with its masks, or by ``token_attention`` on some CPUs.
 
 Shapes: H query heads, G key/value heads, E head width, T packed tokens, S segments.
 """
@@ -177,7 +177,8 @@ def _attention_forward(
 ) -> tuple[Tensor, None]:
     """Attend as transformers asks: [1, H, T, E] in, [1, T, H, E] out."""
     if packing is None:
-        if attends_by_products(query) and query.shape[2] == 1:
+        plain = attention_mask is None or attention_mask.dtype == torch.bool
+        if plain and query.shape[2] == 1 and attends_by_products(query):
             return token_attention(query, key, value, scaling, attention_mask), None
         from transformers import AttentionInterface
 

@@ -1,13 +1,14 @@
 """Causal attention over packed segments on the CPU: in bf16 our own blocked products.
 
-torch's CPU flash kernel is fast forward where the processor has AMX, and a fifth of a training step
-elsewhere; its backward is a third. In bf16 both are matrix products (FlashAttention-2, Dao 2023,
-algorithms 1 and 2), one block of queries at a time, in which grouped-query heads share one product:
-the backward everywhere, the forward where there is no AMX. In fp32 torch's kernels are kept.
+The backward of torch's CPU flash kernel is a third of a training step, and its forward a fifth on a
+processor with AVX512-BF16 and no AMX. In bf16 these are matrix products of our own
+(FlashAttention-2, Dao 2023, algorithms 1 and 2), one block of queries at a time, in which
+grouped-query heads share one product: the backward everywhere; on such a processor the forward too,
+and one token's attention to its cache. In fp32 torch's kernels are kept.
 
 Shapes: T packed tokens, H query heads, G key/value heads, E head width, Q rows of a query block
 (times the heads of a group), K keys up to the block's end, W = E + 2; B sequences, L cache columns,
-S heads of a group.
+N heads of a group.
 """
 
 import functools
@@ -20,6 +21,9 @@ from torch import Tensor
 from common.undocumented.torch_names import flash_attention_backward, flash_attention_forward
 
 _BLOCK_TOKENS = 128
+_LARGE_SCORE = 2.0**12
+_CACHED_BYTES = 2**22
+"""Of keys in fp32, so that they stay in the processor's cache."""
 Gradients = tuple[Tensor, Tensor, Tensor]
 """Of queries, keys and values."""
 
@@ -44,8 +48,8 @@ def packed_attention(
 
 
 def attends_by_products(query: Tensor) -> bool:
-    """Tell whether our products are faster than torch's kernel: on CPUs without AMX, in bf16."""
-    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and not _has_amx()
+    """Tell whether our products stand for torch's kernel: in bf16, with AVX512-BF16 and no AMX."""
+    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and _multiplies_bf16()
 
 
 def token_attention(
@@ -64,13 +68,17 @@ def token_attention(
         [B, 1, H, E] outputs.
     """
     batch, heads, _, width = q_BH1E.shape
-    groups = k_BGLE.shape[1]
-    q_BGSE = q_BH1E.reshape(batch, groups, heads // groups, width).float() * scaling
-    scores_BGSL = q_BGSE @ k_BGLE.float().transpose(2, 3)
-    if mask is not None:
-        scores_BGSL.masked_fill_(~mask, -torch.inf)
-    out_BGSE = scores_BGSL.softmax(-1).to(v_BGLE.dtype) @ v_BGLE
-    return out_BGSE.reshape(batch, 1, heads, width)
+    groups, columns = k_BGLE.shape[1:3]
+    q_BGNE = q_BH1E.reshape(batch, groups, heads // groups, width).float() * scaling
+    at_once = max(1, _CACHED_BYTES // (4 * groups * columns * width))
+    outputs = []
+    for start in range(0, batch, at_once):
+        some = slice(start, start + at_once)
+        scores_BGNL = q_BGNE[some] @ k_BGLE[some].float().transpose(2, 3)
+        if mask is not None:
+            scores_BGNL.masked_fill_(~mask[some], -torch.inf)
+        outputs.append(scores_BGNL.softmax(-1).to(v_BGLE.dtype) @ v_BGLE[some])
+    return torch.cat(outputs).reshape(batch, 1, heads, width)
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -111,8 +119,9 @@ def _heads_first(t_THE: Tensor) -> Tensor:
 
 
 @functools.cache
-def _has_amx() -> bool:
-    return bool(torch.cpu.get_capabilities().get("amx_tile"))
+def _multiplies_bf16() -> bool:
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16")) and not able.get("amx_tile")
 
 
 def _torch_forward(
@@ -131,37 +140,45 @@ def _bf16_forward(
     """Write one segment's outputs and log-sum-exp by blocked bf16 products.
 
     The scores are computed twice, the second time less their row's maximum (a row term, see
-    ``_bf16_backward``): to round a product of this size costs less than to keep one in fp32.
+    ``_bf16_backward``): two products that are rounded cost less than one that is kept in fp32.
     """
     tokens, heads, width = q.shape
     groups = k.shape[1]
     shared = heads // groups
-    q_scaled_GNE = _group_rows(q, groups) * scaling
+    q_rows_GNE = _group_rows(q, groups)
     k_ones_GTW, v_GTE = _with_ones(k), v.transpose(0, 1)
     block = min(_BLOCK_TOKENS, tokens)
     future = _future(block, q.dtype)
     scratch = torch.empty(groups * block * shared * tokens, dtype=q.dtype)
     for start in range(0, tokens, block):
         stop = min(start + block, tokens)
-        q_GQE = q_scaled_GNE[:, start * shared : stop * shared]
+        q_GQE = q_rows_GNE[:, start * shared : stop * shared]
         size = (groups, (stop - start) * shared, stop)
         later = future[: stop - start, :, : stop - start]
         p_GQK = scratch[: size[0] * size[1] * size[2]].view(size)
-        _scores(q_GQE, k_ones_GTW[:, :stop, :width], later, out=p_GQK)
+        _scores(q_GQE, k_ones_GTW[:, :stop, :width], later, 1.0, out=p_GQK)
         highest_GQ = p_GQK.amax(2)
-        _scores(_with_row_terms(q_GQE, -highest_GQ), k_ones_GTW[:, :stop], later, out=p_GQK)
+        q_terms_GQW = _with_row_terms(q_GQE, -highest_GQ)
+        _scores(q_terms_GQW, k_ones_GTW[:, :stop], later, scaling, out=p_GQK)
+        if float(highest_GQ.abs().amax()) * scaling > _LARGE_SCORE:
+            # Rounded to bf16, a maximum of this size may be too small by more than exp can hold.
+            highest_GQ = highest_GQ + p_GQK.amax(2).float() / scaling
+            q_terms_GQW = _with_row_terms(q_GQE, -highest_GQ)
+            _scores(q_terms_GQW, k_ones_GTW[:, :stop], later, scaling, out=p_GQK)
         torch.exp(p_GQK, out=p_GQK)
         sum_GQ = p_GQK.sum(2, dtype=torch.float32)
         out_GQE = torch.bmm(p_GQK, v_GTE[:, :stop]) / sum_GQ[..., None]
         by_token = out[start:stop].view(stop - start, groups, shared, width)
         by_token.copy_(out_GQE.view(groups, stop - start, shared, width).transpose(0, 1))
-        lse_GQ = (highest_GQ + sum_GQ.log()).view(groups, stop - start, shared)
+        lse_GQ = (
+            highest_GQ.float().mul_(scaling).add_(sum_GQ.log()).view(groups, stop - start, shared)
+        )
         lse_HT[:, start:stop].view(groups, shared, -1).copy_(lse_GQ.transpose(1, 2))
 
 
-def _scores(q_GQW: Tensor, k_GKW: Tensor, future: Tensor, *, out: Tensor) -> None:
-    """Write the products of a block's queries with all keys up to its end; -inf for the future."""
-    torch.bmm(q_GQW, k_GKW.transpose(1, 2), out=out)
+def _scores(q_GQW: Tensor, k_GKW: Tensor, future: Tensor, scaling: float, *, out: Tensor) -> None:
+    """Write a block's queries times all keys up to its end, scaled; -inf for the future."""
+    torch.baddbmm(out, q_GQW, k_GKW.transpose(1, 2), beta=0, alpha=scaling, out=out)
     groups, rows, keys = out.shape
     tokens = len(future)
     out.view(groups, tokens, rows // tokens, keys)[..., -tokens:].add_(future)
@@ -194,8 +211,8 @@ def _bf16_backward(
     """Return one segment's gradients by blocked bf16 products.
 
     Row terms ride along in the products as two extra columns each, high and low part, so that
-    ``q k - lse`` and ``dout v - delta`` leave the fp32 accumulators already subtracted: one pass
-    less over the scores, and the rounding to bf16 falls on small numbers where it matters.
+    ``scaling q k - lse`` and ``dout v - delta`` leave the fp32 accumulators already subtracted:
+    one pass less over the scores, and rounding to bf16 falls on small numbers where it matters.
     """
     tokens, heads, width = q.shape
     groups = k.shape[1]
@@ -205,7 +222,7 @@ def _bf16_backward(
     delta_TH = (out.float() * d_out).sum(2)
     minus_lse_GN = -lse_HT.view(groups, shared, tokens).transpose(1, 2).reshape(groups, -1)
     minus_delta_GN = -delta_TH.view(tokens, groups, shared).transpose(0, 1).reshape(groups, -1)
-    q_scaled_GNW = _with_row_terms(q_rows_GNE * scaling, minus_lse_GN)
+    q_terms_GNW = _with_row_terms(q_rows_GNE, minus_lse_GN / scaling)
     d_terms_GNW = _with_row_terms(d_rows_GNE, minus_delta_GN)
     k_ones_GTW, v_ones_GTW = (_with_ones(t) for t in (k, v))
     d_q = torch.empty_like(q)
@@ -220,7 +237,7 @@ def _bf16_backward(
         size = (groups, (stop - start) * shared, stop)
         p_GQK, ds_GQK = (s[: size[0] * size[1] * size[2]].view(size) for s in scratch)
         later = future[: stop - start, :, : stop - start]
-        _scores(q_scaled_GNW[:, rows], k_ones_GTW[:, :stop], later, out=p_GQK)
+        _scores(q_terms_GNW[:, rows], k_ones_GTW[:, :stop], later, scaling, out=p_GQK)
         torch.exp(p_GQK, out=p_GQK)
         torch.bmm(d_terms_GNW[:, rows], v_ones_GTW[:, :stop].transpose(1, 2), out=ds_GQK)
         ds_GQK.mul_(p_GQK)

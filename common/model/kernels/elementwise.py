@@ -57,8 +57,7 @@ class Kernels:
     """Whether each row has a program of its own: no other row decides how it is computed."""
 
 
-_ROWS = {"norm": 1, "norm_backward": 4, "swiglu": 2, "swiglu_backward": 3, "rotate": 4}
-"""Of the functions of a layer, how many arguments hold rows; they come first."""
+_OF_A_LAYER = ("norm", "norm_backward", "swiglu", "swiglu_backward", "rotate")
 
 
 def by_part(kernels: Kernels, parts: Parts) -> Kernels:
@@ -67,14 +66,13 @@ def by_part(kernels: Kernels, parts: Parts) -> Kernels:
     A call on more rows is split among threads, and into vectors and their rest, at other places.
 
     Args:
-        kernels: Who does the work; with a program for each row they stay as they are.
+        kernels: Who does the work: ``TORCH``; with a program for each row they stay as they are.
         parts: See ``common.model.kernels.rows``.
     """
     if kernels.by_row or parts is None or len(parts) == 2:
         return kernels
     functions: dict[str, Any] = {
-        name: partial(of_each_part, getattr(kernels, name), parts, rows)
-        for name, rows in _ROWS.items()
+        name: partial(getattr(kernels, name), parts=parts) for name in _OF_A_LAYER
     }
     return replace(kernels, **functions)
 
@@ -102,16 +100,22 @@ def of_each_part(
     return tuple(torch.cat(outputs) for outputs in zip(*found, strict=True))
 
 
-def _row_blocks(x: Tensor) -> range:
-    return range(0, len(x), _CPU_ROWS if x.device.type == "cpu" else max(1, len(x)))
+def _row_blocks(x: Tensor, parts: Parts) -> list[slice]:
+    """Return the rows that are worked on at a time, never of two parts."""
+    most = _CPU_ROWS if x.device.type == "cpu" else max(1, len(x))
+    return [
+        slice(start, min(start + most, stop))
+        for begin, stop in itertools.pairwise(parts or (0, len(x)))
+        for start in range(begin, stop, most)
+    ]
 
 
-def _norm(x_TD: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def _norm(
+    x_TD: Tensor, weight_D: Tensor, epsilon: float, parts: Parts = None
+) -> tuple[Tensor, Tensor]:
     out_TD = torch.empty_like(x_TD)
     rstd_T1 = torch.empty(len(x_TD), 1, dtype=torch.float32, device=x_TD.device)
-    blocks = _row_blocks(x_TD)
-    for start in blocks:
-        rows = slice(start, start + blocks.step)
+    for rows in _row_blocks(x_TD, parts):
         wide = x_TD[rows].float()
         mean_square = wide.square().mean(1, keepdim=True)
         rstd_T1[rows] = mean_square.add_(epsilon).rsqrt_()
@@ -121,12 +125,15 @@ def _norm(x_TD: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tenso
 
 
 def _norm_backward(
-    d_out_TD: Tensor, d_x_TD: Tensor, x_TD: Tensor, rstd_T1: Tensor, weight_D: Tensor
+    d_out_TD: Tensor,
+    d_x_TD: Tensor,
+    x_TD: Tensor,
+    rstd_T1: Tensor,
+    weight_D: Tensor,
+    parts: Parts = None,
 ) -> Tensor:
     total_TD = torch.empty_like(x_TD)
-    blocks = _row_blocks(x_TD)
-    for start in blocks:
-        rows = slice(start, start + blocks.step)
+    for rows in _row_blocks(x_TD, parts):
         normed = x_TD[rows] * rstd_T1[rows]
         d_normed = (d_out_TD[rows] * weight_D).float()
         inner = (d_normed * normed).mean(1, keepdim=True)
@@ -136,30 +143,42 @@ def _norm_backward(
     return total_TD
 
 
-def _swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
-    return functional.silu(gate_TI).mul_(up_TI)
+def _swiglu(gate_TI: Tensor, up_TI: Tensor, parts: Parts = None) -> Tensor:
+    out_TI = torch.empty_like(gate_TI)
+    for rows in _row_blocks(gate_TI, parts):
+        torch.mul(functional.silu(gate_TI[rows]), up_TI[rows], out=out_TI[rows])
+    return out_TI
 
 
-def _swiglu_backward(d_out_TI: Tensor, gate_TI: Tensor, up_TI: Tensor) -> tuple[Tensor, Tensor]:
-    d_gate_TI = silu_backward(d_out_TI * up_TI, gate_TI)
-    return d_gate_TI, functional.silu(gate_TI).mul_(d_out_TI)
+def _swiglu_backward(
+    d_out_TI: Tensor, gate_TI: Tensor, up_TI: Tensor, parts: Parts = None
+) -> tuple[Tensor, Tensor]:
+    d_gate_TI, d_up_TI = torch.empty_like(gate_TI), torch.empty_like(up_TI)
+    for rows in _row_blocks(gate_TI, parts):
+        gate, d_out = gate_TI[rows], d_out_TI[rows]
+        d_gate_TI[rows] = silu_backward(d_out * up_TI[rows], gate)
+        torch.mul(functional.silu(gate), d_out, out=d_up_TI[rows])
+    return d_gate_TI, d_up_TI
 
 
 def _rotate(
-    q_THE: Tensor, k_TGE: Tensor, cos_TE: Tensor, sin_TE: Tensor, back: bool
+    q_THE: Tensor, k_TGE: Tensor, cos_TE: Tensor, sin_TE: Tensor, back: bool, parts: Parts = None
 ) -> tuple[Tensor, Tensor]:
     # A rotation's transpose is the rotation by the opposite angle.
-    sin_TE = -sin_TE if back else sin_TE
-    return _rotated(q_THE, cos_TE, sin_TE), _rotated(k_TGE, cos_TE, sin_TE)
+    sign = -1.0 if back else 1.0
+    q_THE, k_TGE = (_rotated(x, cos_TE, sin_TE, sign, parts) for x in (q_THE, k_TGE))
+    return q_THE, k_TGE
 
 
-def _rotated(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+def _rotated(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, sign: float, parts: Parts) -> Tensor:
     half = x_THE.shape[-1] // 2
-    cos_T1F, sin_T1F = cos_TE[:, None, :half], sin_TE[:, None, :half]
-    first, second = x_THE[..., :half], x_THE[..., half:]
     out_THE = torch.empty_like(x_THE)
-    torch.mul(first, cos_T1F, out=out_THE[..., :half]).addcmul_(second, sin_T1F, value=-1.0)
-    torch.mul(second, cos_T1F, out=out_THE[..., half:]).addcmul_(first, sin_T1F)
+    for rows in _row_blocks(x_THE, parts):
+        cos_T1F, sin_T1F = cos_TE[rows, None, :half], sin_TE[rows, None, :half]
+        first, second = x_THE[rows, :, :half], x_THE[rows, :, half:]
+        out = out_THE[rows]
+        torch.mul(first, cos_T1F, out=out[..., :half]).addcmul_(second, sin_T1F, value=-sign)
+        torch.mul(second, cos_T1F, out=out[..., half:]).addcmul_(first, sin_T1F, value=sign)
     return out_THE
 
 

@@ -3,10 +3,12 @@
 import io
 import math
 
+import numpy as np
 import pytest
 from line_fixtures import privacy_line
 
 from common.config import Config
+from common.records.run import SavedFacts
 from common.rundir import RunDirectory
 from sim.cli.terminal import Terminal
 from sim.process import progress
@@ -52,8 +54,12 @@ def test_what_a_resumed_run_has_from_before_is_called_that(tmp_path):
     run = RunDirectory.create(Config(), directory=tmp_path / "run")
     run.metric("validation-loss", 3.0, round=0)
     run.metric("validation-loss", 2.0, round=1)
+    run.save_checkpoint("round-0001", {"b": np.zeros(1, np.float32)}, facts=SavedFacts(round=1))
+    run.metric("validation-loss", 9.0, round=2)
     shown = io.StringIO()
     with RunProgress(Terminal(file=shown, width=200), run, steps=4, rounds=2) as shows:
+        shows.tick()
+        run.forget_metrics(after=1)
         run.metric("validation-loss", 1.0, round=2)
         shows.tick()
     assert shown.getvalue().splitlines() == [
