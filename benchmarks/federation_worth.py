@@ -127,8 +127,8 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
         "vary": ["privacy.target-epsilon=1,3,6"],
         "tune by": "public_loss",
         "tune": {
-            "fa-lora": "train.learning-rate=2e-2,6e-2",
-            "lora": "train.learning-rate=6e-3,2e-2",
+            "fa-lora": "train.learning-rate=2e-2,6e-2,2e-1",
+            "lora": "train.learning-rate=6e-3,2e-2,6e-2",
         },
     },
 }
