@@ -59,7 +59,11 @@ def test_personal_answers_are_compared_with_the_global_b_of_the_same_runs():
 
 @pytest.mark.parametrize(
     ("experiment", "best"),
-    [("methods", {"fa-lora": "3e-2"}), ("q-fedavg", {"q-fedavg": "30"})],
+    [
+        ("methods", {"fa-lora": "3e-2"}),
+        ("q-fedavg", {"q-fedavg": "30"}),
+        ("private", {"fa-lora": "6e-2"}),
+    ],
 )
 def test_a_value_is_chosen_by_f1_or_by_loss(experiment, best, monkeypatch):
     """Of runs in which the second value has the lowest loss and the last the highest F1."""
@@ -71,6 +75,8 @@ def test_a_value_is_chosen_by_f1_or_by_loss(experiment, best, monkeypatch):
             arm = cell.arm.partition(" ")[0]
             place = places[arm] = places.get(arm, -1) + 1
             told = {"metrics": {"fedrx": {"f1": 0.1 * place}}, "validation_loss": (abs(place - 1),)}
+            losses = ((0, 3.0), (4, 1.5 + abs(place - 1)))
+            told["public_validation"] = {"samples": 4, "seed": 1, "unit": "round", "losses": losses}
             yield cell, Summary.read(told, what="a test")
 
     monkeypatch.setattr(script, "finished", runs)
