@@ -2,8 +2,7 @@
 
 One name, ``fedrx``, is registered with transformers. A call that carries ``packing`` is a packed
 training batch and runs on the chosen kernel; any other call is generation with a key/value cache
-and runs on transformers' own SDPA with its masks; on some CPUs a prompt's causal attention and one
-token's to its cache are those of ``attention_cpu``.
+and runs on transformers' own SDPA with its masks, or by ``token_attention`` on some CPUs.
 
 Shapes: H query heads, G key/value heads, E head width, T packed tokens, S segments.
 """
@@ -177,25 +176,16 @@ def _attention_forward(
     **rest: Any,
 ) -> tuple[Tensor, None]:
     """Attend as transformers asks: [1, H, T, E] in, [1, T, H, E] out."""
-    if packing is None and attends_by_products(query):
-        whole = attention_mask is None and len(query) == 1 and query.shape[2] == key.shape[2]
-        if whole:  # a prompt
-            q_THE, k_TGE, v_TGE = (_tokens_first(t) for t in (query, key, value))
-            return packed_attention(q_THE, k_TGE, v_TGE, scaling, (0, len(q_THE)))[None], None
-        known = attention_mask is None or attention_mask.dtype == torch.bool
-        if known and query.shape[2] == 1:
-            return token_attention(query, key, value, scaling, attention_mask), None
     if packing is None:
+        plain = attention_mask is None or attention_mask.dtype == torch.bool
+        if plain and query.shape[2] == 1 and attends_by_products(query):
+            return token_attention(query, key, value, scaling, attention_mask), None
         from transformers import AttentionInterface
 
         own = AttentionInterface()["sdpa"]
         return own(module, query, key, value, attention_mask, scaling=scaling, **rest)
-    q_THE, k_TGE, v_TGE = (_tokens_first(t) for t in (query, key, value))
+    q_THE, k_TGE, v_TGE = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
     return attend(q_THE, k_TGE, v_TGE, scaling, packing)[None], None
-
-
-def _tokens_first(t_1HTE: Tensor) -> Tensor:
-    return t_1HTE[0].transpose(0, 1).contiguous()
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:

@@ -118,22 +118,6 @@ def test_one_token_of_each_sequence_attends_to_its_cache(dtype, masked):
         assert (out[row].double() - expected).norm() / expected.norm() < tolerance
 
 
-def test_a_prompt_is_attended_to_alike_with_amx_and_without(monkeypatch):
-    attend = transformers.AttentionInterface()[attention.register()]
-    module = SimpleNamespace(num_key_value_groups=3, is_causal=True, training=False)
-    q, k, v = (torch.randn(1, heads, 150, 32).bfloat16() for heads in (6, 2, 2))
-    called, outputs = [], []
-    ours = attention.packed_attention
-    monkeypatch.setattr(attention, "packed_attention", lambda *a: called.append(amx) or ours(*a))
-    for amx in (False, True):
-        multiplies = "common.model.kernels.attention_cpu._multiplies_bf16"
-        monkeypatch.setattr(multiplies, lambda amx=amx: not amx)
-        outputs.append(attend(module, q, k, v, None, scaling=0.2)[0])
-    assert called == [False]
-    assert outputs[0].shape == outputs[1].shape == (1, 150, 6, 32)
-    torch.testing.assert_close(*outputs, rtol=0, atol=0.04)
-
-
 def test_a_cache_is_attended_to_alike_with_amx_and_without(monkeypatch):
     attend = transformers.AttentionInterface()[attention.register()]
     module = SimpleNamespace(num_key_value_groups=3, is_causal=True, training=False)
