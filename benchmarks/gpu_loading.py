@@ -41,21 +41,28 @@ def write(shape: BackboneShape, device: torch.device, dtype: str, folder: Path) 
 
 
 def first_step(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Start a process on a saved backbone; returns the seconds at which it had done what.
-
-    With the seconds that each package's own modules took to be imported, the slowest ten.
-    """
+    """Start a process on a saved backbone; returns the seconds at which it had done what."""
     places = [str(folder / "backbone"), str(folder / "cache"), options.device, options.dtype]
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", __file__, *places],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    found: dict[str, Any] = json.loads(_run(__file__, *places).stdout.splitlines()[-1])
+    return found
+
+
+def imports() -> dict[str, float]:
+    """Return the seconds that each package's own modules take to be imported, the slowest ten.
+
+    In a process of its own: what tells them slows them down.
+    """
+    program = "import sys; sys.path[:0] = sys.argv[1:]; import gpu_loading, transformers"
+    llama = "from transformers import LlamaForCausalLM"
+    folders = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])]
+    return import_seconds(_run("-X", "importtime", "-c", f"{program}; {llama}", *folders).stderr)
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return {**found, "import_seconds": import_seconds(done.stderr)}
+    return done
 
 
 def import_seconds(log: str) -> dict[str, float]:

@@ -9,8 +9,8 @@ kind of elementwise kernels, of attention and of frozen weights (nf4 beside QLoR
 bitsandbytes can be imported); private steps, and what isolates their patients; the peak of memory
 beside what `fedrx plan` foresees; a step's time by kind of kernel; answers beside transformers'
 `generate`; transformers + PEFT with and without checkpointing, and with Liger's kernels where
-liger-kernel can be imported; a process's way to its first step. It needs torch, transformers and
-peft, and no network. Figures are printed, and written to --json, as they come.
+liger-kernel can be imported; a process's way to its first step. It needs torch, transformers, peft
+and pydantic, and no network. Figures are printed, and written to --json, as they come.
 """
 
 import argparse
@@ -204,6 +204,7 @@ def loading(run: Run) -> None:
         release(run.device)
         for name in ("hash unknown", "hash known"):
             run.note(**{f"first step, {name}": gpu_loading.first_step(Path(folder), run.options)})
+    run.note(import_seconds=gpu_loading.imports())
 
 
 def peers(run: Run) -> None:

@@ -136,7 +136,7 @@ class Session:
                 keep=keep,
                 at=at,
             )
-        hidden: Tensor = out.last_hidden_state[0]
+        hidden: Tensor = out.last_hidden_state.squeeze(0)
         return hidden
 
     def _around_layers(

@@ -35,6 +35,9 @@ class GradientSource(Protocol):
         ...
 
 
+_StepBatches = tuple[list[PackedBatch], int]
+
+
 class BatchGradient:
     """The gradient of the mean loss per label token over a step's batch.
 
@@ -44,9 +47,26 @@ class BatchGradient:
 
     def __init__(self, dataset: Sequence[Encoded], config: TrainConfig, stream: str) -> None:
         self._dataset, self._config, self._stream = dataset, config, stream
+        self._ahead: dict[int, _StepBatches] = {}
 
     def __call__(self, session: Session, step: int) -> StepLoss:
         """Compute the gradient of global step ``step``."""
+        ready = self._ahead.pop(step, None)
+        batches, label_tokens = self._packed(step) if ready is None else ready
+        session.adapter.flat_grad.zero_()
+        loss_sums, packed_tokens = [], 0
+        for batch in batches:
+            moved = batch.to(session.torch_device)
+            weights_N = torch.full_like(moved.labels_N, 1.0 / label_tokens, dtype=torch.float32)
+            losses_N = _backward(session, moved, weights_N)
+            loss_sums.append(losses_N.sum(dtype=torch.float64))
+            packed_tokens += batch.tokens
+        # A GPU is still computing: the time until the sums are known is the host's to use.
+        self._ahead = {step + 1: self._packed(step + 1)}
+        return StepLoss(sum(map(float, loss_sums)), label_tokens, packed_tokens)
+
+    def _packed(self, step: int) -> _StepBatches:
+        """Return a step's micro-batches on the host, and how many labels they have together."""
         config = self._config
         count = config.batch_size * config.accumulation
         first, size = step * count, len(self._dataset)
@@ -55,19 +75,11 @@ class BatchGradient:
             self._dataset[place].in_epoch(turn // size)
             for turn, place in enumerate(places, start=first)
         ]
-        label_tokens = sum(sample.label_tokens for sample in samples)
-        session.adapter.flat_grad.zero_()
-        loss_sum, packed_tokens = 0.0, 0
-        for start in range(0, count, config.batch_size):
-            batch = pack(samples[start : start + config.batch_size]).to(session.torch_device)
-            losses_N = _backward(
-                session,
-                batch,
-                torch.full_like(batch.labels_N, 1.0 / label_tokens, dtype=torch.float32),
-            )
-            loss_sum += float(losses_N.sum(dtype=torch.float64))
-            packed_tokens += batch.tokens
-        return StepLoss(loss_sum, label_tokens, packed_tokens)
+        batches = [
+            pack(samples[start : start + config.batch_size])
+            for start in range(0, count, config.batch_size)
+        ]
+        return batches, sum(sample.label_tokens for sample in samples)
 
 
 def add_unit_gradients(

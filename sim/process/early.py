@@ -46,7 +46,10 @@ def check_device(config: Config) -> None:
     """
     on = torch.device(choose_device(config.train.device).value)
     arithmetic = DTYPES[choose_dtype(config.train.dtype, on).value]
-    choose_attention(config.model.attention, on, arithmetic)
+    if config.model.attention != "auto":
+        # `auto` finds a kernel anywhere; trying them takes a process that trains nothing seconds
+        # of a GPU, and memory there until it ends.
+        choose_attention(config.model.attention, on, arithmetic)
     choose_kernels(config.model.kernels, on)
     choose_weights(config.model.weights, on, arithmetic)
 

@@ -51,7 +51,9 @@ class LeanLayer(LlamaDecoderLayer):
             return cast("Tensor", super().forward(hidden_states, *args, **kwargs))
         cos_TE, sin_TE = (t[0] for t in kwargs["position_embeddings"])
         at_N = kwargs.get("at") if self.last else None
-        inputs = (hidden_states[0], cos_TE, sin_TE, packing, kwargs.get("keep"), at_N)
+        # Squeezed, for an index's gradient is zeros and a copy.
+        x_TD = hidden_states.squeeze(0)
+        inputs = (x_TD, cos_TE, sin_TE, packing, kwargs.get("keep"), at_N)
         if self.recompute == "all" and torch.is_grad_enabled():
             return cast("Tensor", checkpoint(self._layer, *inputs, use_reentrant=False))[None]
         return self._layer(*inputs)[None]

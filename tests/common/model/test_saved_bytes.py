@@ -105,6 +105,18 @@ def test_saved_bytes_against_peft():
     assert ours / frozen <= 0.69, (ours, frozen)
 
 
+def test_the_way_from_layer_to_layer_costs_the_backward_pass_no_copy():
+    forward, _ = our_model(3)
+    nodes, names = [forward().grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        names.add(type(node).__name__)
+        nodes += [before for before, _ in node.next_functions if before]
+    assert "SqueezeBackward1" in names
+    # An index's gradient is zeros of its input's size, and a copy into them.
+    assert not {name for name in names if "Select" in name or "Slice" in name}
+
+
 def test_each_recompute_choice_saves_less():
     none, mlp, half, everything = (
         per_layer(lambda layers, choice=choice: our_model(layers, choice))

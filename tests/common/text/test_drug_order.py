@@ -229,7 +229,8 @@ def test_an_epoch_ends_with_the_data_and_not_with_the_step(session, monkeypatch)
     for step in range(3):
         source(session, step)
     places = batch_order(settings.seed, "north", 6, 0, 12)
-    assert packed == [found[place].in_epoch(turn // 6) for turn, place in enumerate(places)]
+    # The fourth step is packed ahead.
+    assert packed[:12] == [found[place].in_epoch(turn // 6) for turn, place in enumerate(places)]
 
 
 def test_a_run_in_pieces_takes_the_same_steps(session):

@@ -17,7 +17,7 @@ from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.load import resolve_backbone
 from common.model.backbone.tiny import tiny_config
 from common.model.session import open_session
-from common.training.gradients import StepLoss
+from common.training.gradients import BatchGradient, StepLoss
 from common.training.loop import train, validation_loss
 from common.training.optimiser import TrainState
 from common.training.schedule import batch_order, learning_rate
@@ -185,6 +185,16 @@ def test_accumulation_is_the_same_step_as_one_large_batch():
     small, _, _ = run(TrainConfig(learning_rate=0.5, batch_size=2, accumulation=3))
     difference = (large.adapter.flat - small.adapter.flat).norm() / large.adapter.flat.norm()
     assert difference < 1e-5
+
+
+def test_a_step_has_its_own_batch_whatever_step_was_before():
+    session, config = opened(), TrainConfig(batch_size=2, accumulation=2)
+    one = BatchGradient(dataset(), config, "north")
+    for step in (0, 1, 5, 5, 2):
+        told = one(session, step)
+        gradient = session.adapter.flat_grad.clone()
+        assert BatchGradient(dataset(), config, "north")(session, step) == told
+        assert torch.equal(session.adapter.flat_grad, gradient)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update():
