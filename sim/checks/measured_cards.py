@@ -26,8 +26,8 @@ class MeasuredCard:
 CARDS = (
     MeasuredCard(
         name="NVIDIA H200",
-        tokens_per_second={"bf16": 19_794.0, "fp8": 28_730.0},
-        private={"bf16": 18_760.0},
+        tokens_per_second={"bf16": 19_989.0, "fp8": 28_876.0},
+        private={"bf16": 19_103.0},
         source="benchmarks/results/gpu_paper_run.json, torch 2.11",
     ),
 )
