@@ -41,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.config import Config
 from common.configio import Scalar, from_flat, parse_overrides, read_config
 from common.evaluation.transfer import half_width
+from common.files import write_text
 from common.records.summary import Summary
 from sim.flower.superlink import end_with_parent
 from sim.process.progress import SILENT
@@ -328,7 +329,8 @@ def main(arguments: list[str] | None = None) -> int:
         }
         if "tuning" in before:
             result["tuning"] = before["tuning"]
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        # Whole or not at all: the same command reads it when it goes on.
+        write_text(out, json.dumps(result, indent=1) + "\n")
     show(result["rows"])
     return 1 if failed else 0
 

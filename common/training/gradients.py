@@ -5,6 +5,7 @@ which samples, which loss and which noise is the source's business. ``BatchGradi
 one. ``add_unit_gradients`` is what a private source builds on.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -63,7 +64,7 @@ class BatchGradient:
             packed_tokens += batch.tokens
         # A GPU is still computing: the time until the sums are known is the host's to use.
         self._ahead = {step + 1: self._packed(step + 1)}
-        return StepLoss(sum(map(float, loss_sums)), label_tokens, packed_tokens)
+        return StepLoss(math.fsum(map(float, loss_sums)), label_tokens, packed_tokens)
 
     def _packed(self, step: int) -> _StepBatches:
         """Return a step's micro-batches on the host, and how many labels they have together."""

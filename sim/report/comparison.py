@@ -23,7 +23,15 @@ from sim.report.html import Bar, Block, to_html, write_page
 from sim.report.plots import Points, lines_svg
 from sim.report.run_report import finished_summary
 from sim.report.what_ran import PLACES
-from sim.report.words import COLUMNS, NOTICE, figure, megabytes, number
+from sim.report.words import (
+    COLUMNS,
+    NOTICE,
+    figure,
+    megabytes,
+    number,
+    personal_note,
+    stands_for,
+)
 
 COMPARISON = "comparison.json"
 RESAMPLES = 2000
@@ -86,7 +94,7 @@ def read_run(run: RunDirectory) -> Compared:
         UserError: if it has not been finished.
     """
     summary, config = finished_summary(run), run.config()
-    rows = [row for row in read_answers(run) if row.model == "fedrx"]
+    rows = [row for row in read_answers(run) if row.model == stands_for(summary)]
     level, drug_map = config.data.normalisation, drug_map_of(config.data)
     found: dict[str, float] = {}
     clusters: dict[str, int] = {}
@@ -123,14 +131,18 @@ def same_cases(groups: Mapping[str, Sequence[Compared]]) -> bool:
 
 def _notices(groups: Mapping[str, Sequence[Compared]]) -> list[Block]:
     terms = {handling_of(one.summary.source).report for runs in groups.values() for one in runs}
-    words = " ".join(sorted(terms))
-    return [Block(note=f"{NOTICE} {words}", warning=True), *_other_cases(groups)]
+    personal = personal_note(one.summary for runs in groups.values() for one in runs)
+    notices = [" ".join([NOTICE, *sorted(terms)]), *filter(None, [personal])]
+    return [*(Block(note=note, warning=True) for note in notices), *_other_cases(groups)]
 
 
 def _standing(groups: Mapping[str, Sequence[Compared]]) -> list[Block]:
     """Figures of single runs side by side: ranked where the cases are the same."""
     same = same_cases(groups)
-    shown = {name: one.summary.metrics.get("fedrx", Figures()) for name, (one,) in groups.items()}
+    shown = {
+        name: one.summary.metrics.get(stands_for(one.summary), Figures())
+        for name, (one,) in groups.items()
+    }
     order = sorted(shown, key=lambda name: -(shown[name].f1 or 0)) if same else list(shown)
     rows = []
     for name in order:

@@ -1,6 +1,6 @@
 """How a run's facts read: names of models, figures with intervals, sizes, standing sentences."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from common.model.adapter.spec import SCHEMES
 from common.records.summary import Figures, Summary
@@ -34,6 +34,23 @@ RANDOM_WEIGHTS = (
     "The tiny backbone's weights are random: the run shows that everything works, and its answers "
     "mean nothing."
 )
+
+
+def stands_for(summary: Summary) -> str:
+    """Name the model whose answers a run is compared by: its personal adapters, if it has them.
+
+    >>> stands_for(Summary()), stands_for(Summary(metrics={"fedrx": Figures()}))
+    ('fedrx', 'fedrx')
+    >>> stands_for(Summary(metrics={"fedrx": Figures(), "personal": Figures()}))
+    'personal'
+    """
+    return "personal" if "personal" in summary.metrics else "fedrx"
+
+
+def personal_note(summaries: Iterable[Summary]) -> str:
+    """Return what is to be said beside figures of runs, if one of them is personal."""
+    named = any(stands_for(summary) == "personal" for summary in summaries)
+    return PERSONAL_NOTE if named else ""
 
 
 def peak_memory(summary: Summary) -> str:

@@ -28,6 +28,7 @@ from sim.process.progress import SILENT, Console
 from sim.report.comparison import write_sweep_page
 from sim.report.html import Bar, Block, markdown_table
 from sim.report.terminal import block_parts
+from sim.report.words import personal_note, stands_for
 from sim.runs.cells import Cell, Cells, Jobs
 from sim.runs.lifecycle import Run, start_or_go_on
 
@@ -181,7 +182,8 @@ class Sweep(Cells):
 
     def report(self, run: Run, result: SweepRecord) -> None:
         """Write the table as markdown, and as a page with all that compares the arms."""
-        write_text(run.directory.path / "sweep.md", markdown(result.rows))
+        text = "\n\n".join([markdown(result.rows).rstrip(), *self._notes()])
+        write_text(run.directory.path / "sweep.md", f"{text}\n")
         runs: dict[str, list[RunDirectory]] = {}
         for cell in self.cells:
             runs.setdefault(cell.arm, []).append(self.runs[cell.folder])
@@ -190,7 +192,11 @@ class Sweep(Cells):
     def show(self, run: Run, result: SweepRecord) -> None:
         """Show the table."""
         page = run.directory.path / PAGE
-        run.console.say(*block_parts(arms_block(result.rows)), f"page: {page}")
+        run.console.say(*block_parts(arms_block(result.rows)), *self._notes(), f"page: {page}")
+
+    def _notes(self) -> list[str]:
+        note = personal_note(self.runs[cell.folder].summary() for cell in self.cells)
+        return [note] if note else []
 
 
 def arms_block(rows: Sequence[ArmRow]) -> Block:
@@ -237,7 +243,7 @@ def _check_arm(arm: str, config: Config) -> None:
 
 def _answers(summary: Summary) -> Figures:
     """Return the figures of a run's answers: those of personal adapters where it trained them."""
-    return summary.metrics.get("personal") or summary.metrics["fedrx"]
+    return summary.metrics[stands_for(summary)]
 
 
 def _worst_f1(figures: Figures) -> float | None:

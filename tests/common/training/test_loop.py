@@ -17,6 +17,8 @@ from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.load import resolve_backbone
 from common.model.backbone.tiny import tiny_config
 from common.model.session import open_session
+from common.text.batches import pack
+from common.training import gradients
 from common.training.gradients import BatchGradient, StepLoss
 from common.training.loop import train, validation_loss
 from common.training.optimiser import TrainState
@@ -195,6 +197,18 @@ def test_a_step_has_its_own_batch_whatever_step_was_before():
         gradient = session.adapter.flat_grad.clone()
         assert BatchGradient(dataset(), config, "north")(session, step) == told
         assert torch.equal(session.adapter.flat_grad, gradient)
+
+
+def test_the_next_step_is_packed_before_the_sums_of_this_one_are_waited_for(monkeypatch):
+    done = []
+    backward = gradients._backward
+    monkeypatch.setattr(gradients, "pack", lambda samples: done.append("pack") or pack(samples))
+    monkeypatch.setattr(gradients, "_backward", lambda *args: done.append("run") or backward(*args))
+    monkeypatch.setattr(gradients.math, "fsum", lambda sums: done.append("wait") or sum(sums))
+    source, session = BatchGradient(dataset(), TrainConfig(batch_size=2), "north"), opened()
+    for step in range(2):
+        source(session, step)
+    assert done == ["pack", "run", "pack", "wait", "run", "pack", "wait"]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update():

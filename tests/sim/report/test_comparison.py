@@ -8,6 +8,7 @@ import pytest
 from line_fixtures import prediction_line
 
 from common.configio import from_flat
+from common.records.summary import Figures
 from common.rundir import RunDirectory
 from sim.report.comparison import write_comparison, write_sweep_page
 from sim.report.html import Block
@@ -108,6 +109,30 @@ def test_runs_of_one_name_are_told_apart(weak, tmp_path):
     _, text = texts(write_comparison([weak, twin], tmp_path / "both"))
     assert "| weak (2) | +0.000 | +0.000 to +0.000 | no |" in text
     assert "equal settings" in text
+
+
+def test_personal_answers_stand_for_a_run_that_has_them(weak, strong, tmp_path):
+    """In both tables alike, and with the sentence that no epsilon covers them."""
+    page, twin = texts(write_comparison([weak, strong], tmp_path / "without"))
+    assert "no epsilon covers" not in page
+    summary = strong.summary()
+    strong.write_json(
+        "summary.json",
+        summary.having(
+            metrics={**summary.metrics, "personal": Figures.model_validate(metrics(0.1))}
+        ).as_json(),
+    )
+    for number, truth in enumerate(TRUTHS):
+        told = {"cluster": number // 2, "diagnoses": ["Secret, diagnosis"], "truth": truth}
+        strong.append(
+            "predictions.jsonl", prediction_line(f"case-{number}", "personal", ["x"], **told)
+        )
+    page, twin = texts(write_comparison([weak, strong], tmp_path / "with"))
+    assert re.findall(r'class="bar"><span>(\w+)<', page) == ["weak", "strong"]
+    # None of the lists is right; the others' F1 by case is 2/3, 0, 0, 1.
+    assert f"| strong | {-np.mean([2 / 3, 0, 0, 1]):+.3f} |" in twin
+    assert "no epsilon covers them" in page
+    assert "no epsilon covers them" in twin
 
 
 def test_a_sweep_s_arms_are_compared_by_the_mean_of_their_runs(weak, strong, tmp_path):

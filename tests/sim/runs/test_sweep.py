@@ -13,7 +13,7 @@ from common.config import AdapterConfig, FederationConfig
 from common.errors import RunFailed, UserError
 from common.records.checks import SweepRecord
 from common.records.run import RunRecord
-from common.records.summary import Summary
+from common.records.summary import Figures, Summary
 from common.rundir import RunDirectory
 from common.training.budget import steps_in_all
 from common.training.worker import Worker
@@ -449,3 +449,23 @@ def test_table_of_runs_without_a_validation_loss(tiny_config):
     console = Terminal(file=io.StringIO(), width=200)
     console.say(*block_parts(arms_block(rows)))
     assert "–" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("personal", [False, True])
+def test_a_sweep_says_everywhere_that_no_epsilon_covers_personal_answers(
+    personal, tmp_path, tiny_config, monkeypatch
+):
+    metrics = {"fedrx": Figures(f1=0.5), "personal": Figures(f1=0.7)}
+    found = summary(0.5).having(metrics=metrics) if personal else summary(0.5)
+
+    def train(config, *, run_dir, **_):
+        write_run(resolved(config), run_dir, found)
+
+    monkeypatch.setattr(sim.runs.cells, "federate", train)
+    console = Terminal(file=io.StringIO(), width=4000)
+    cells = plan_cells(tiny_config(), arms=["fa-lora", "personal"], seeds=[0])
+    sweep(cells, tmp_path / "s", console=console, command_line=())
+    files = [(tmp_path / "s" / name).read_text() for name in ("sweep.md", "sweep.html")]
+    told = [text.count("no epsilon covers them") for text in (*files, console.file.getvalue())]
+    assert told == [personal] * 3
+    assert ("0.7" in files[0]) is personal
