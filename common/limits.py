@@ -68,6 +68,16 @@ def available_cpus(root: Path = Path("/")) -> int:
     return cpus if quota is None else max(1, min(cpus, math.floor(quota)))
 
 
+def default_threads(root: Path = Path("/")) -> int:
+    """Return how many threads a process takes unless told: OMP_NUM_THREADS, or all CPUs it may use.
+
+    OpenMP lets that be a list, of which the first counts.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    cpus = available_cpus(root)
+    return min(int(asked), cpus) if asked.isdecimal() and int(asked) else cpus
+
+
 def available_memory_bytes(root: Path = Path("/")) -> int:
     """Return how much memory this process can still get: on the machine and in its cgroup."""
     import psutil

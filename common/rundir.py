@@ -318,7 +318,8 @@ class RunDirectory:
         """Load one checkpoint; default the last.
 
         Raises:
-            UserError: if there is none of that name.
+            UserError: if there is none of that name, or the last is not the one that training
+                ended with.
             Altered: if a part of it is not what was written.
         """
         names = self.checkpoint_names()
@@ -336,9 +337,15 @@ class RunDirectory:
             extra = read_tensors(extra_file) if extra_file.exists() else {}
         except Altered:
             raise damaged(folder.name) from None
-        known = facts.b_sha256 in ("", tensors_sha256(b))
-        if not known or digests_of(b, extra) != digests:
+        found = tensors_sha256(b)
+        if facts.b_sha256 not in ("", found) or digests_of(b, extra) != digests:
             raise damaged(folder.name)
+        if name is None and self.summary().b_sha256 not in ("", found):
+            raise UserError(
+                f"{self.path}: training ended with another B than that of its last checkpoint, "
+                f"{folder.name}",
+                fix="bring the checkpoint after it back from a copy, or start the run anew",
+            )
         return Checkpoint(name=folder.name, b=b, extra=extra, facts=facts)
 
 

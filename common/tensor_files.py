@@ -112,5 +112,6 @@ def damaged(checkpoint: str) -> Altered:
     """Return the error of a checkpoint that cannot be read or is not what was written."""
     return Altered(
         f"checkpoint {checkpoint} is damaged, was altered, or is an earlier FedRx's, which kept no "
-        "digests: it is not used; fix: remove it, and resume from the one before, or start anew"
+        "digests: it is not used; fix: bring it back from a copy, or start anew; a run that is not "
+        "finished goes on from the checkpoint before it, when this one is removed"
     )

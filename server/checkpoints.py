@@ -115,8 +115,9 @@ def load(run: RunDirectory, config: Config, ours: Fingerprints) -> Checkpoint | 
     Raises:
         ChangedRun: if it is that of another configuration, A or backbone.
     """
-    if not run.checkpoint_names():
+    names = run.checkpoint_names()
+    if not names:
         return None
-    checkpoint = run.load_checkpoint()
+    checkpoint = run.load_checkpoint(names[-1])
     check_unchanged(checkpoint.facts, config, ours)
     return checkpoint

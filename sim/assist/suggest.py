@@ -32,7 +32,7 @@ from sim.assist.orders import Orders
 from sim.assist.patient_form import PatientRequest
 from sim.process.open_run import COMPUTING, open_run, require_same
 from sim.report.html import Block
-from sim.report.words import NOTICE, OWN_NOTE
+from sim.report.words import NOTICE, OWN_NOTE, RANDOM_WEIGHTS
 
 _CODE = re.compile(r"[A-Za-z]?\d[\w.]{1,7}")
 _FREE_KEYS = (
@@ -197,6 +197,8 @@ class Assistant:
         )
 
     def _warnings(self, request: PatientRequest, listed: ListedDrugs) -> Iterator[str]:
+        if self._session.spec.name == "tiny":
+            yield RANDOM_WEIGHTS
         free = [diagnosis.title for diagnosis in request.diagnoses if not diagnosis.code]
         origin = self.reference.index.origin
         for code in filter(_CODE.fullmatch, free):

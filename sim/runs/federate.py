@@ -12,7 +12,7 @@ from common.config import IN_PROCESS, Config
 from common.data.handling import handling_of
 from common.data.partition import Hospital
 from common.errors import FedrxError
-from common.limits import available_cpus
+from common.limits import available_cpus, default_threads
 from common.privacy.settings import (
     delta_warning,
     hospital_warning,
@@ -135,7 +135,8 @@ def threads_per_worker(config: Config) -> int:
     of threads differs in its last bit: one, two and three workers give the same B.
     """
     cpus = available_cpus()
-    return config.train.threads or max(1, cpus // min(cpus, config.federation.hospitals))
+    each = max(1, cpus // min(cpus, config.federation.hospitals))
+    return config.train.threads or min(each, default_threads())
 
 
 def tracebacks(directory: RunDirectory) -> str:

@@ -306,6 +306,8 @@ def resume(
     if answering:
         changed_freely(config, overrides, FREE_KEYS)
     if state == "finished" and not kind.renewed:
+        if directory.checkpoint_names():
+            directory.load_checkpoint()  # says what is wrong with the last one
         console.say("the run is finished: nothing to do")
         return directory.summary().as_json()
     started, worker = time.monotonic(), worker or Worker()

@@ -7,7 +7,7 @@ from typing import Any
 
 from common.config import Config
 from common.errors import UserError
-from common.limits import available_cpus
+from common.limits import default_threads
 from common.privacy.budget.receipts import privacy_lines, privacy_summary
 from common.privacy.settings import delta_warning, is_private, protects, with_calibrated_noise
 from common.provenance import peak_device_bytes, peak_rss_bytes, tensors_sha256, tokens_per_second
@@ -69,7 +69,7 @@ def one_node(config: Config) -> Config:
     alone = replace(config.federation, hospitals=1)
     config = replace(config, federation=alone, adapter=replace(config.adapter, personal=False))
     config = with_absolute_paths(with_calibrated_noise(config))
-    threads = config.train.threads or available_cpus()
+    threads = config.train.threads or default_threads()
     return replace(config, train=replace(config.train, threads=threads))
 
 

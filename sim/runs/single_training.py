@@ -68,11 +68,12 @@ class SingleTraining:
             RunFailed: if the checkpoint is damaged.
         """
         adapter = self.session.adapter
-        if not self.run.checkpoint_names():
+        names = self.run.checkpoint_names()
+        if not names:
             adapter.load(initial_tensors(adapter.shapes, adapter.spec))
             self.run.forget_metrics(after=-1)
             return
-        checkpoint = self.run.load_checkpoint()
+        checkpoint = self.run.load_checkpoint(names[-1])
         adapter.load(checkpoint.b)
         try:
             self.state = TrainState.from_tensors(checkpoint.extra)

@@ -44,7 +44,8 @@ def import_ahead() -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), IMPORTS_NICENESS)
         with quick_imports():
             for name in SLOW_IMPORTS:
-                with contextlib.suppress(ImportError):  # it is told where it is used
+                # What fails is told where it is used; after Ctrl-C an import can be refused.
+                with contextlib.suppress(ImportError, RuntimeError):
                     importlib.import_module(name)
 
     threading.Thread(target=work, name="imports").start()

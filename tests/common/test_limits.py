@@ -18,6 +18,7 @@ from common.limits import (
     available_cpus,
     available_memory_bytes,
     cgroup_limits,
+    default_threads,
     total_memory_bytes,
 )
 
@@ -160,6 +161,18 @@ def test_cpus_follow_affinity_and_quota_whichever_is_less(machine, monkeypatch):
         assert available_cpus(root) == expected
 
 
+@pytest.mark.parametrize(
+    ("asked", "expected"), [(None, 4), ("1", 1), ("3,1", 3), ("64", 4), ("0", 4), ("many", 4)]
+)
+def test_threads_follow_openmp_s_variable_within_the_cpus(asked, expected, machine, monkeypatch):
+    root = machine("", "", {})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert default_threads(root) == expected
+
+
 def test_memory_follows_machine_and_limit_whichever_is_less(machine, monkeypatch):
     root = machine(V2_MOUNT, "0::/\n", {"memory.max": f"{4 * GIB}\n", "memory.current": f"{GIB}\n"})
     for machine_gib, available, total in ((64, 3, 4), (2, 2, 2)):
@@ -177,6 +190,7 @@ def test_workers_threads_and_activations_follow_the_limit(monkeypatch):
     from sim.runs.federate import threads_per_worker
     from sim.runs.single import one_node
 
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
     big = SimpleNamespace(available=512 * GIB, total=512 * GIB)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: big)

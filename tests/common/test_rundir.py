@@ -16,6 +16,7 @@ from common.errors import UserError
 from common.files import append_json_line, atomic_path, read_json_lines, write_json, write_text
 from common.provenance import source_digest, source_root, tensors_sha256
 from common.records.run import RunRecord, SavedFacts
+from common.records.summary import Summary
 from common.rundir import RunDirectory
 from common.tensor_files import Altered
 
@@ -178,6 +179,19 @@ def test_checkpoints_sort_in_time_and_half_written_ones_do_not_count(tmp_path):
     np.testing.assert_array_equal(last.extra["layer.lora_B"], b_of(-1)["layer.lora_B"])
     with pytest.raises(UserError, match="round-00001, round-00002, round-00010"):
         run.load_checkpoint("round-00003")
+
+
+def test_another_checkpoint_never_stands_for_the_last_of_a_finished_run(tmp_path):
+    run = RunDirectory.create(Config(), directory=tmp_path / "run")
+    for number in (1, 2):
+        run.save_checkpoint(f"round-{number:05d}", b_of(number), facts=SavedFacts(round=number))
+    assert run.load_checkpoint().name == "round-00002"
+    run.write_json("summary.json", Summary(b_sha256=tensors_sha256(b_of(2))))
+    assert run.load_checkpoint().name == "round-00002"
+    run.remove_checkpoint("round-00002")
+    with pytest.raises(UserError, match=r"ended with another B than .* round-00001; fix: bring"):
+        run.load_checkpoint()
+    assert run.load_checkpoint("round-00001").facts == SavedFacts(round=1)
 
 
 @pytest.mark.parametrize("missing", ["b.safetensors", "facts.json"])

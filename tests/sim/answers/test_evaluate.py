@@ -15,6 +15,7 @@ from common.data.prepare import load_samples
 from common.errors import UserError
 from common.evaluation.answers_file import read_answers
 from common.evaluation.judge.questions import questions_of
+from common.provenance import tensors_sha256
 from common.records.run import RunRecord, SavedFacts
 from common.rundir import RunDirectory
 from common.tensor_files import Altered
@@ -290,7 +291,7 @@ def of_flower(run):
         "adapter": {"mode": "fa-lora", "rank": 4, "alpha": 4.0, "targets": ["q_proj"]},
         "backbone": {"name": "tiny"},
         "hospitals": [{"name": "hospital-1", "patients": 20, "samples": 30}],
-        "b_sha256": "ab",
+        "b_sha256": tensors_sha256(run.load_checkpoint().b),
         "wire": {"tensors": ["B"], "bytes_up": 1, "bytes_down": 1},
         "backbone_loads": 1,
         "workers": 1,

@@ -28,6 +28,7 @@ from sim.assist.suggest import (
 )
 from sim.cli.terminal import Terminal
 from sim.report.terminal import block_parts
+from sim.report.words import RANDOM_WEIGHTS
 
 INDEX = DiagnosisIndex(
     [Diagnosis(code="10:I10", title="Essential (primary) hypertension")],
@@ -222,11 +223,12 @@ def test_what_no_table_knows_is_said_in_json_and_on_the_terminal(tiny_run):
     assistant = Assistant(tiny_run, config, reference=around)
     request = read_form({**RIGHT, "diagnoses": ["I10", "Q99.99X", "lives alone"]}, around.index)
     suggestion = assistant.suggest(request)
-    assert suggestion.warnings[:2] == (
+    assert suggestion.warnings[0] == RANDOM_WEIGHTS
+    assert suggestion.warnings[1:3] == (
         "Q99.99X looks like a code, but is not in the public ICD-10-CM: it was read as free text.",
         "Not recognised in the public ICD-10-CM, and read as free text: lives alone.",
     )
-    assert suggestion.warnings[2:] == (
+    assert suggestion.warnings[3:] == (
         "No orders are at hand: a name may be one that no hospital ever ordered.",
     )
     assert suggestion.as_dict()["warnings"] == suggestion.warnings

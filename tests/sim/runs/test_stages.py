@@ -444,12 +444,16 @@ def test_a_damaged_status_does_not_hide_what_failed(tmp_path):
         raise OSError(28, "no room")
 
 
-def test_what_comes_after_training_is_imported_beside_it(monkeypatch):
+def test_what_comes_after_training_is_imported_beside_it(monkeypatch, tmp_path, capfd):
     assert all(importlib.util.find_spec(name) for name in sim.runs.stages.SLOW_IMPORTS)
-    monkeypatch.setattr(sim.runs.stages, "SLOW_IMPORTS", ("not.there", "this"))
+    # As concurrent.futures says it when Ctrl-C came first.
+    (tmp_path / "too_late.py").write_text("raise RuntimeError('shutdown')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sim.runs.stages, "SLOW_IMPORTS", ("not.there", "too_late", "this"))
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     import_ahead()
     for thread in threading.enumerate():
         if thread.name == "imports":
             thread.join()
     assert "this" in sys.modules
+    assert capfd.readouterr().err == ""
