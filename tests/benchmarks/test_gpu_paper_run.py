@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 _BARE = """
 import runpy, sys
 absent = "polars pandas flwr ray sklearn scipy opacus dp_accounting rich typer fastapi uvicorn"
-for name in (absent + " cryptography openai gguf matplotlib simple_icd_10_cm").split():
+absent += " cryptography openai gguf matplotlib simple_icd_10_cm pydantic"
+for name in absent.split():
     # Importing it raises ImportError, as where it is not installed.
     sys.modules[name] = None
 sys.argv = sys.argv[1:]
