@@ -8,6 +8,7 @@ import torch
 
 from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.load import resolve_backbone
+from common.model.kernels import attention
 from common.model.session import open_session
 from common.training import gradients
 
@@ -74,3 +75,36 @@ def test_a_private_step_draws_clips_and_releases(load, session, monkeypatch, one
     assert segments == ([2] if one_pass else [1, 1]) * (2 + STEPS)
     assert len(releases) == 2 + STEPS
     assert bool(session.adapter.flat.count_nonzero() == session.adapter.flat.numel())
+
+
+def test_attention_alone_runs_on_the_kernel_that_is_named(load, session, monkeypatch):
+    """Whatever the product's own rule says of short segments, and for the whole batch at once."""
+    by_length = load("gpu_attention")
+
+    class Run:
+        options = type("Options", (), {"length": 32, "batch": 2, "steps": 1})
+        shape, device, dtype = session.spec.shape, torch.device("cpu"), "fp32"
+
+    calls = []
+    for name in ("cudnn", "torch-flash"):
+
+        def call(q, k, v, scaling, packing, name=name):
+            calls.append((name, packing.bounds, attention.CUDNN_TOKENS))
+            return attention._sdpa(q, k, v, scaling, packing)
+
+        monkeypatch.setitem(attention._KERNEL_FUNCTIONS, name, call)
+    monkeypatch.setattr(attention, "obstacle", lambda *_: "")
+    found = by_length.by_length(Run())
+    assert [row["length"] for row in found["seconds"]] == [8, 16, 32]
+    assert found["CUDNN_TOKENS"] == attention.CUDNN_TOKENS == 1024
+    assert "cudnn wins from" in found
+    for name in ("cudnn", "torch-flash"):
+        seen = {bounds: rule for one, bounds, rule in calls if one == name}
+        assert {len(bounds) - 1 for bounds in seen} == {8, 4, 2}
+        assert set(seen.values()) == {0}
+
+
+def test_a_contestant_wins_from_where_it_never_loses_again(load):
+    wins_from = load("gpu_attention").wins_from
+    assert wins_from([(1, 1.0, 2.0), (2, 2.0, 1.0), (4, 1.0, 2.0), (8, 1.0, 3.0)]) == 4
+    assert wins_from([(1, 1.0, 2.0), (2, 2.0, 1.0)]) is None

@@ -82,6 +82,27 @@ def test_isolation_and_nf4_are_measured(figures):
 
 
 @pytest.mark.process
+def test_a_private_step_s_noise_is_timed_by_itself(figures):
+    found, _ = figures
+    for case in found["cases"]:
+        if case["who"].startswith("ours, private"):
+            assert case["noise_seconds"] > 0
+            assert case["noise_words"] == "numpy's: cryptography is not installed"
+
+
+@pytest.mark.process
+def test_attention_is_timed_by_the_length_of_segments(figures):
+    found, _ = figures
+    table = found["attention_by_length"]
+    assert table["CUDNN_TOKENS"] == 1024
+    sizes = [(row["length"], row["segments"]) for row in table["seconds"]]
+    assert sizes == [(8, 20), (10, 16), (20, 8), (40, 4)]  # 4 x 40 tokens each
+    assert all(row["sdpa"] > 0 and row["eager"] > 0 for row in table["seconds"])
+    faster = [row["length"] for row in table["seconds"] if row["sdpa"] < row["eager"]]
+    assert table["sdpa wins from"] in (None, *faster)
+
+
+@pytest.mark.process
 def test_answers_and_first_steps_are_timed(figures):
     found, _ = figures
     rates = found["answer_tokens_per_second"]
