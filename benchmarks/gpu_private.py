@@ -2,7 +2,7 @@
 
 import importlib.util
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,13 +12,10 @@ from torch import Tensor
 from common.choice import Choice
 from common.model.session import Session
 from common.privacy.mechanism import gradients
-from common.privacy.mechanism.noise import NoiseSource
+from common.privacy.mechanism.noise import NoiseSource, Words
 from common.privacy.plan import PrivacyPlan
 from common.text.batches import Encoded, pack
 from common.training.gradients import add_unit_gradients
-
-if TYPE_CHECKING:
-    from common.privacy.mechanism.noise import Words
 
 
 class UnsecretWords:
@@ -29,7 +26,7 @@ class UnsecretWords:
     def __init__(self) -> None:
         self._draw = np.random.default_rng(0)
 
-    def words(self, count: int) -> "Words":
+    def words(self, count: int) -> Words:
         """Return the next ``count`` uniform words."""
         return self._draw.integers(2**64, size=count, dtype=np.uint64)
 
