@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,10 +30,9 @@ from common.model.kernels.choice import CANDIDATES, choose_kernels, kernels_name
 from common.model.kernels.frozen import quantise
 from common.model.memory import choose_recompute
 from common.model.session import DTYPES, Session, choose_device
-from common.privacy.mechanism.clipping import clipped_sum
 from common.text.batches import Encoded, pack
-from common.training.gradients import BatchGradient, add_unit_gradients
-from common.training.loop import TrainState, train
+from common.training.gradients import BatchGradient, GradientSource
+from common.training.loop import StepReport, TrainState, train
 
 ANSWER_SHARE = 0.19
 KINDS = {
@@ -148,22 +148,52 @@ def wait(device: torch.device) -> None:
 
 def step_times(step: Callable[[], object], steps: int, device: torch.device) -> dict[str, Any]:
     """Warm up twice, then time each of ``steps`` steps; the peak is of everything on the card."""
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    before = time.perf_counter()
-    step()
-    wait(device)
-    first = time.perf_counter() - before
-    step()
-    wait(device)
-    seconds = []
-    for _ in range(steps):
-        before = time.perf_counter()
+    ends = [_start(device)]
+    for _ in range(2 + steps):
         step()
         wait(device)
-        seconds.append(time.perf_counter() - before)
+        ends.append(time.perf_counter())
+    return _found(ends, device)
+
+
+def train_times(
+    session: Session, data: list[Encoded], steps: int, source: GradientSource | None = None
+) -> dict[str, Any]:
+    """Time optimizer steps as ``step_times`` does, in one call of the training loop.
+
+    In one call, because a step packs the next one's batch while the card computes.
+    """
+    config = TrainConfig(batch_size=len(data), learning_rate=1e-3)
+    ends = [_start(session.torch_device)]
+
+    def ended(_report: StepReport) -> None:
+        wait(session.torch_device)
+        ends.append(time.perf_counter())
+
+    train(
+        session,
+        data,
+        config,
+        TrainState(),
+        steps=2 + steps,
+        schedule_steps=2 + steps,
+        stream="benchmark",
+        on_step=ended,
+        source=source,
+    )
+    return _found(ends, session.torch_device)
+
+
+def _start(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return time.perf_counter()
+
+
+def _found(ends: Sequence[float], device: torch.device) -> dict[str, Any]:
+    first, _warm, *seconds = (end - begin for begin, end in pairwise(ends))
+    on_gpu = device.type == "cuda"
     return {
         "seconds": statistics.median(seconds),
         "spread": max(seconds) / min(seconds),
@@ -174,13 +204,7 @@ def step_times(step: Callable[[], object], steps: int, device: torch.device) -> 
 
 def ours(session: Session, data: list[Encoded], steps: int) -> dict[str, Any]:
     """Time optimizer steps of the one training loop."""
-    config = TrainConfig(batch_size=len(data), learning_rate=1e-3)
-    state = TrainState()
-
-    def step() -> None:
-        train(session, data, config, state, steps=1, schedule_steps=1, stream="benchmark")
-
-    found = step_times(step, steps, session.torch_device)
+    found = train_times(session, data, steps)
     planned = training_footprint(
         session.spec.shape,
         session.adapter.spec,
@@ -202,51 +226,6 @@ def ours(session: Session, data: list[Encoded], steps: int) -> dict[str, Any]:
         "weights": session.weights.value,
         "recompute": session.recompute.value,
     }
-
-
-def private(session: Session, data: list[Encoded], steps: int, *, one_pass: bool) -> dict[str, Any]:
-    """Time a step's clipped sum, with a pass for each patient or with one that keeps them apart."""
-    groups = [data] if one_pass else [[sample] for sample in data]
-
-    def step() -> None:
-        sum_P = torch.zeros_like(session.adapter.flat)
-        for group in groups:
-            sum_P += clipped_sum(unit_gradients(session, group), 1.0)
-
-    return step_times(step, steps, session.torch_device)
-
-
-def unit_gradients(session: Session, group: list[Encoded], *, apart: bool = True) -> Tensor:
-    """Return the gradients of one pass, a row for each sample."""
-    width = session.adapter.flat.numel()
-    rows_UP = torch.zeros(len(group), width, device=session.torch_device)
-    add_unit_gradients(session, pack(group), range(len(group)), rows_UP, apart=apart)
-    return rows_UP
-
-
-def isolation(session: Session, data: list[Encoded]) -> dict[str, float]:
-    """Return how far a patient's gradient moves, relative to it, at the most of all patients.
-
-    ``apart``: with others in one pass that keeps them apart, first in one order, then in the other.
-    ``again``: when its own pass is repeated (kernels that add in any order). ``shared``: in a pass
-    that does not keep them apart.
-    """
-    generator = torch.Generator(session.torch_device).manual_seed(2)
-    session.adapter.flat.normal_(0.0, 0.01, generator=generator)
-    alone = [unit_gradients(session, [sample])[0] for sample in data]
-
-    def farthest(rows_UP: Tensor) -> float:
-        pairs = zip(rows_UP, alone, strict=True)
-        return max(float((row_P - own_P).norm() / own_P.norm()) for row_P, own_P in pairs)
-
-    found = {
-        "apart": farthest(unit_gradients(session, data)),
-        "apart, turned": farthest(unit_gradients(session, data[::-1]).flip(0)),
-        "again": farthest(torch.cat([unit_gradients(session, [sample]) for sample in data])),
-        "shared": farthest(unit_gradients(session, data, apart=False)),
-    }
-    session.adapter.flat.zero_()
-    return found
 
 
 def once(session: Session, data: list[Encoded]) -> None:

@@ -6,11 +6,12 @@
 Builds the shape of Llama-3.1-8B on the card with random weights and measures, in this order:
 exactness on a tiny fp32 model; training steps of 4 x 2048 tokens and of mixed lengths, with each
 kind of elementwise kernels, of attention and of frozen weights (nf4 beside QLoRA, where
-bitsandbytes can be imported); private steps, and what isolates their patients; the peak of memory
-beside what `fedrx plan` foresees; a step's time by kind of kernel; answers beside transformers'
-`generate`; transformers + PEFT with and without checkpointing, and with Liger's kernels where
-liger-kernel can be imported; a process's way to its first step. It needs torch, transformers, peft
-and pydantic, and no network. Figures are printed, and written to --json, as they come.
+bitsandbytes can be imported); attention alone by the length of segments; private steps, and what
+isolates their patients; the peak of memory beside what `fedrx plan` foresees; a step's time by kind
+of kernel; answers beside transformers' `generate`; transformers + PEFT with and without
+checkpointing, and with Liger's kernels where liger-kernel can be imported; a process's way to its
+first step. It needs torch, transformers and peft (which brings psutil), and no network. Figures are
+printed, and written to --json, as they come.
 """
 
 import argparse
@@ -33,6 +34,7 @@ import peft
 import psutil
 import torch
 import transformers
+from gpu_attention import by_length
 from gpu_measure import (
     answer_rate,
     by_kind,
@@ -171,10 +173,10 @@ def training(run: Run) -> None:
     if "cudnn" in attentions:
         one = variant(session, kernels=own_kernels, kernel="cudnn")
         with patched(attention, "CUDNN_TOKENS", 0):
-            run.case("ours, cudnn always", "mixed", partial(ours, one, data["mixed"], steps))
             new = run.data([max(9, length - 37) for length in run.workloads["mixed"]])
             found = step_times(partial(once, one, new), 2, run.device)
             run.note(cudnn_at_new_lengths={k: found[k] for k in ("first_seconds", "seconds")})
+    run.note(attention_by_length=by_length(run))
     session = variant(session, kernels=own_kernels, kernel=own)
     private_steps(run, session, run.dtype)
     short = run.data([max(8, run.options.length // part) for part in (8, 5, 13)])

@@ -10,16 +10,15 @@ from gpu_measure import (
     by_kind,
     distance,
     gradient,
-    isolation,
     once,
     open_random,
     ours,
     ours_answer,
-    private,
     random_llama,
     release,
     step_times,
 )
+from gpu_private import isolation, private
 
 from common.config import TrainConfig
 from common.model.kernels.frozen import choose_weights

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -16,7 +16,9 @@ from safetensors.numpy import save
 
 from common.errors import RunFailed, UserError
 from common.files import json_document, utf8, write_bytes
-from common.records.run import SavedFacts
+
+if TYPE_CHECKING:
+    from common.records.run import SavedFacts
 
 Tensors = dict[str, np.ndarray[Any, Any]]
 T = TypeVar("T")
@@ -94,8 +96,11 @@ def sealed(facts: Mapping[str, object], digests: Mapping[str, str]) -> bytes:
     return utf8(json_document({**facts, _DIGEST: {**digests, "facts": own}}))
 
 
-def unsealed(file: Path) -> tuple[SavedFacts, dict[str, str]]:
+def unsealed(file: Path) -> "tuple[SavedFacts, dict[str, str]]":
     """Return the facts and digests that ``sealed`` rendered, if they are still the same bytes."""
+    # What trains without a run directory (the benchmarks on a GPU) has no use for pydantic.
+    from common.records.run import SavedFacts
+
     try:
         content = file.read_bytes()
         facts = json.loads(content)

@@ -146,8 +146,14 @@ def _disk() -> Finding:
 
 def _accelerator() -> Finding:
     choice = choose_device("auto")
-    fix = "the paper's 8B run needs a 48 GB GPU" * (choice.value == "cpu")
-    return _finding("accelerator", choice.reason, fix)
+    if choice.value == "cpu":
+        return _finding("accelerator", choice.reason, "the paper's 8B run needs a 48 GB GPU")
+    free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
+    major, minor = torch.cuda.get_device_capability()
+    memory = f"{total:.1f} GiB of memory, {free:.1f} GiB of it free"
+    arithmetic = choose_dtype("auto", torch.device(choice.value)).reason
+    found = f"{choice.reason}; {memory}; compute capability {major}.{minor}; {arithmetic}"
+    return _finding("accelerator", found)
 
 
 def _attention() -> Finding:

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 _BARE = """
 import runpy, sys
 absent = "polars pandas flwr ray sklearn scipy opacus dp_accounting rich typer fastapi uvicorn"
-for name in (absent + " cryptography openai gguf matplotlib simple_icd_10_cm").split():
+absent += " cryptography openai gguf matplotlib simple_icd_10_cm pydantic"
+for name in absent.split():
     # Importing it raises ImportError, as where it is not installed.
     sys.modules[name] = None
 sys.argv = sys.argv[1:]
@@ -78,6 +79,27 @@ def test_isolation_and_nf4_are_measured(figures):
         assert 0 <= one["shared"] < 1e-5
     assert found["nf4_against_its_values"]["gradient"] < 1e-5
     assert 0.01 < found["nf4_against_bf16"]["gradient"] < 1
+
+
+@pytest.mark.process
+def test_a_private_step_s_noise_is_timed_by_itself(figures):
+    found, _ = figures
+    for case in found["cases"]:
+        if case["who"].startswith("ours, private"):
+            assert case["noise_seconds"] > 0
+            assert case["noise_words"] == "numpy's: cryptography is not installed"
+
+
+@pytest.mark.process
+def test_attention_is_timed_by_the_length_of_segments(figures):
+    found, _ = figures
+    table = found["attention_by_length"]
+    assert table["CUDNN_TOKENS"] == 1024
+    sizes = [(row["length"], row["segments"]) for row in table["seconds"]]
+    assert sizes == [(8, 20), (10, 16), (20, 8), (40, 4)]  # 4 x 40 tokens each
+    assert all(row["sdpa"] > 0 and row["eager"] > 0 for row in table["seconds"])
+    faster = [row["length"] for row in table["seconds"] if row["sdpa"] < row["eager"]]
+    assert table["sdpa wins from"] in (None, *faster)
 
 
 @pytest.mark.process

@@ -16,7 +16,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]
 Words = np.ndarray[Any, np.dtype[np.uint64]]
@@ -45,6 +44,8 @@ class Keystream:
         return np.frombuffer(self._encryptor.update(bytes(8 * count)), dtype="<u8")
 
     def _start(self, key: bytes, counter: bytes) -> None:
+        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
         self._process = os.getpid()
         self._encryptor = Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor()
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from common.configio import from_flat
 from common.errors import UserError
 from common.model import footprint
 from common.model.adapter.falora import AdapterSpec, attach
@@ -20,6 +21,7 @@ from common.model.footprint import count_parameters, generation_bytes, training_
 from common.model.kernels.nf4 import Nf4Weight
 from common.model.session import choose_dtype
 from common.training import loss
+from sim.flower.worker_count import training_footprints
 
 LLAMA_8B = "meta-llama/Llama-3.1-8B-Instruct"
 EVERYTHING = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -143,6 +145,24 @@ def test_a_step_on_a_gpu_is_planned_within_3_percent():
             weights=case["weights"],
         )
         assert abs((planned.total - planned.runtime) / case["peak_bytes"] - 1) < 0.03, case
+
+
+def test_a_private_step_on_a_gpu_is_planned_within_3_percent():
+    """As ``fedrx plan`` plans it, against the peak that was measured: 4 patients in one pass."""
+    results = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
+    measured = json.loads((results / "gpu_paper_run.json").read_text())["cases"]
+    (seen,) = (
+        case
+        for case in measured
+        if (case["who"], case["workload"]) == ("ours, private, one pass", "full")
+    )
+    patients, length = len(seen["lengths"]), max(seen["lengths"])
+    keys = {"adapter.rank": 16, "train.batch-size": patients, "train.max-length": length}
+    config = from_flat({**keys, "train.optimizer": "sgd", "privacy.noise-multiplier": 1.0})
+    found = training_footprints(config, shape_of(LLAMA_8B), device="cuda", value_bytes=2)
+    planned = found["none"]
+    assert planned.gradients == 4 * 2_621_440 * (1 + patients + 1)  # with the sum of the clipped
+    assert abs((planned.total - planned.runtime) / seen["peak_bytes"] - 1) < 0.03
 
 
 def test_answering_holds_weights_copies_and_cache():

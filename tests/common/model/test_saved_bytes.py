@@ -10,10 +10,11 @@ from common.choice import Choice
 from common.errors import UserError
 from common.model import memory
 from common.model.adapter.falora import AdapterSpec, attach
-from common.model.backbone.load import BackboneShape
+from common.model.backbone.load import BackboneShape, resolve_backbone
 from common.model.kernels import fused_layer as lean
 from common.model.kernels.attention import Packing, register
 from common.model.memory import choose_recompute, saved_bytes_per_token_layer
+from common.model.session import Session, open_session
 from common.text.batches import Encoded, pack
 
 TOKENS = 64
@@ -105,16 +106,40 @@ def test_saved_bytes_against_peft():
     assert ours / frozen <= 0.69, (ours, frozen)
 
 
-def test_the_way_from_layer_to_layer_costs_the_backward_pass_no_copy():
-    forward, _ = our_model(3)
-    nodes, names = [forward().grad_fn], set()
+# An index's gradient is zeros of its input's size, and a copy into them.
+WHOLE_COPIES = ("SelectBackward", "SliceBackward")
+
+
+def nodes_of(out: torch.Tensor) -> set[str]:
+    """Return the kinds of nodes of the graph that led to a tensor."""
+    nodes, names = [out.grad_fn], set()
     while nodes:
         node = nodes.pop()
         names.add(type(node).__name__)
         nodes += [before for before, _ in node.next_functions if before]
+    return names
+
+
+def test_the_way_from_layer_to_layer_costs_the_backward_pass_no_copy():
+    forward, _ = our_model(3)
+    names = nodes_of(forward())
     assert "SqueezeBackward1" in names
-    # An index's gradient is zeros of its input's size, and a copy into them.
-    assert not {name for name in names if "Select" in name or "Slice" in name}
+    assert not {name for name in names if name.startswith(WHOLE_COPIES)}
+
+
+@pytest.mark.parametrize("shortens", [False, True])
+def test_nor_do_the_states_that_the_backbone_returns(monkeypatch, shortens):
+    """On a CPU, and where the last layer goes on with the labelled tokens alone."""
+    monkeypatch.setattr(Session, "shortens", shortens)
+    session = open_session(
+        resolve_backbone("tiny"), AdapterSpec(rank=2), device="cpu", dtype="fp32", threads=1
+    )
+    samples = [Encoded(input_ids=tuple(range(5, 25)), answer_start=12, unit=u) for u in (0, 1)]
+    batch = pack(samples)
+    for states in (session.hidden_states, session.label_states):
+        names = nodes_of(states(batch))
+        assert "SqueezeBackward1" in names
+        assert not {name for name in names if name.startswith(WHOLE_COPIES)}
 
 
 def test_each_recompute_choice_saves_less():

@@ -41,6 +41,27 @@ def test_what_is_short_is_named_with_its_fix(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("bf16", "arithmetic"),
+    [(True, "the GPU computes in bf16"), (False, "the GPU has no bf16 arithmetic")],
+)
+def test_a_card_is_told_with_its_memory_and_arithmetic(monkeypatch, bf16, arithmetic):
+    card = {
+        "is_available": True,
+        "device_count": 1,
+        "get_device_name": "NVIDIA T4",
+        "mem_get_info": (3 * 2**30, 15 * 2**30 + 2**29),  # free, total
+        "get_device_capability": (7, 5),
+        "is_bf16_supported": bf16,
+    }
+    for name, value in card.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+    finding = doctor._accelerator()
+    assert (finding.state, finding.fix) == ("ok", "")
+    told = "15.5 GiB of memory, 3.0 GiB of it free; compute capability 7.5"
+    assert finding.found == f"NVIDIA T4 is there; {told}; {arithmetic}"
+
+
+@pytest.mark.parametrize(
     ("installed", "fix"),
     [("5.24.9", None), ("5.25.0", "upper"), ("5.16.1", "lower"), ("5.25.0rc1", "upper")],
 )

@@ -298,6 +298,17 @@ def test_the_card_names_a_rank_that_vllm_has(tmp_path, rank, phrase):
     assert phrase in model_card(run, config, base, checkpoint, layout="peft", hub_id="a/b")
 
 
+@pytest.mark.parametrize("weights", ["bf16", "fp8", "nf4"])
+def test_the_card_tells_what_the_adapter_was_trained_on(tmp_path, weights):
+    run = trained_run(configure("tiny"), tmp_path / "run")
+    config = configure("tiny", **{"model.weights": weights})
+    base, checkpoint = resolve_backbone("tiny"), run.load_checkpoint()
+    card = model_card(run, config, base, checkpoint, layout="peft", hub_id="a/b")
+    told = [line for line in card.splitlines() if line.startswith("| trained on |")]
+    sentence = f"the backbone's projections in {weights}; the adapter is for the bf16 backbone"
+    assert told == ([] if weights == "bf16" else [f"| trained on | {sentence} |"])
+
+
 @pytest.mark.parametrize(
     ("privacy", "covered"),
     [

@@ -1,6 +1,6 @@
 """On a CUDA device: each kernel against plain torch, and a patient's gradient beside others.
 
-They need torch, transformers, pydantic and pytest alone, and so run on a bare machine:
+They need torch, transformers, cryptography and pytest alone, and so run on a bare machine:
 
     PYTHONPATH=.:tests/fixtures python -m pytest --noconftest -p privacy_fixtures \
         tests/common/model/kernels/test_cuda.py tests/common/privacy/test_unit_isolation.py -k cuda
