@@ -181,7 +181,9 @@ class TrainConfig:
     recompute: Literal["auto", "none", "mlp", "half", "all"] = option(
         "auto", "activations recomputed in the backward pass"
     )
-    threads: int = option(0, "CPU threads of one worker; 0: its share of the cores", low=0)
+    threads: int = option(
+        0, "CPU threads of one worker; 0: its share of the cores, at most OMP_NUM_THREADS", low=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

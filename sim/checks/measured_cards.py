@@ -19,7 +19,7 @@ class MeasuredCard:
     tokens_per_second: dict[str, float]
     """By format of the frozen weights, arithmetic in bf16."""
     private: dict[str, float]
-    """The same of a private step, all patients in one pass."""
+    """The same of a private step's clipped sums, all patients in one pass; noise comes on top."""
     source: str
 
 
