@@ -21,8 +21,9 @@ PARTS = (16, 8, 4, 2, 1)
 def by_length(run: "Run") -> dict[str, Any]:
     """Time attention, forward and backward, over as many tokens as a step has.
 
-    Segments are of one length, from a sixteenth of the longest sample on. cuDNN goes segment by
-    segment, however short they are; what the product does is decided by ``CUDNN_TOKENS``.
+    Segments are about as long as each other, from a sixteenth of the longest sample on; neighbours
+    differ by a token, for those of one length are one call. cuDNN goes segment by segment, however
+    short they are; what the product does is decided by ``CUDNN_TOKENS``.
     """
     dtype = DTYPES[run.dtype]
     first, second = next(
@@ -35,7 +36,8 @@ def by_length(run: "Run") -> dict[str, Any]:
         segments = max(1, run.options.batch * run.options.length // length)
         row: dict[str, float] = {"length": length, "segments": segments}
         for kernel in (first, second):
-            call = attention_call(run, kernel, [length] * segments, dtype)
+            lengths = [length - place % 2 for place in range(segments)]
+            call = attention_call(run, kernel, lengths, dtype)
             with patched(attention, "CUDNN_TOKENS", 0):
                 row[kernel] = step_times(call, run.options.steps, run.device)["seconds"]
         rows.append(row)
