@@ -25,7 +25,7 @@ class FormProblems(ValueError):
     """What is wrong, by field: ``sex``, ``age``, ``height``, ``weight`` or ``diagnoses``."""
 
     def __init__(self, problems: Mapping[str, str]) -> None:
-        super().__init__("; ".join(problems.values()))
+        super().__init__("; ".join(one.rstrip(".") for one in problems.values()))
         self.problems = dict(problems)
 
 

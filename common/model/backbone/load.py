@@ -274,9 +274,15 @@ def fetching(name: str) -> Iterator[None]:
     """Turn what the hub raises for a name into one line."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    hub = (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError)
+    hub = (HfHubHTTPError, LocalEntryNotFoundError)
     try:
         yield
+    except HFValidationError:
+        raise UserError(
+            f"model.backbone={name}: there is no such folder, and no hub id looks so",
+            allowed="`embedded`, `tiny`, a folder with a Llama, or a hub id",
+            fix="check the path",
+        ) from None
     # ImportError: httpx cannot speak to a SOCKS proxy that the environment names.
     except (*hub, OSError, ImportError) as error:
         raise UserError(

@@ -68,7 +68,7 @@ def test_the_bundled_shape_is_the_embedded_backbones():
 def test_a_folder_needs_its_configuration_only(tmp_path):
     tiny_config().save_pretrained(tmp_path)
     assert shape_of(str(tmp_path)) == BackboneShape.of(tiny_config())
-    with pytest.raises(UserError, match="neither a folder nor a model"):
+    with pytest.raises(UserError, match=r"there is no such folder, .*fix: check the path$"):
         shape_of(str(tmp_path / "absent"))
 
 
