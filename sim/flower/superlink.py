@@ -251,8 +251,11 @@ def end_leftovers(run: Path) -> None:
     deadline = time.monotonic() + STOP_SECONDS
     while (leftovers := processes_of(run)) and time.monotonic() < deadline:
         for process in leftovers:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+            # All stand before one is killed: a child without our environment that is born
+            # meanwhile would be nobody's, and stay.
+            for one in orphans.stopped_family(process):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
         time.sleep(0.02)
 
 

@@ -111,16 +111,24 @@ def of_bare(folder: Path) -> list[psutil.Process]:
 
 
 @pytest.mark.process
-def test_a_child_that_is_born_while_its_parent_is_killed_does_not_stay(tmp_path):
+@pytest.mark.parametrize("ended_by", ["the watch", "the launcher"])
+def test_a_child_that_is_born_while_its_parent_is_killed_does_not_stay(ended_by, tmp_path):
     folder = tmp_path / "launch"
     folder.mkdir()
     parent = subprocess.Popen(
         [sys.executable, "-c", RESTLESS, str(folder)],
-        env={"FLWR_HOME": str(folder), "RESTLESS": RESTLESS},
+        env={
+            "FLWR_HOME": str(folder),
+            sim.flower.superlink.RUN_VARIABLE: str(folder),
+            "RESTLESS": RESTLESS,
+        },
     )
     until(lambda: of_bare(folder), "the child")
-    watch = [sys.executable, sim.flower.orphans.__file__, str(folder), str(folder)]
-    subprocess.run(watch, stdin=subprocess.DEVNULL, check=True)
+    if ended_by == "the watch":
+        watch = [sys.executable, sim.flower.orphans.__file__, str(folder), str(folder)]
+        subprocess.run(watch, stdin=subprocess.DEVNULL, check=True)
+    else:
+        sim.flower.superlink.end_leftovers(folder)
     parent.wait()
     left = of_bare(folder)
     for one in left:
