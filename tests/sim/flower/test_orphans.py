@@ -136,6 +136,26 @@ def test_a_child_that_is_born_while_its_parent_is_killed_does_not_stay(ended_by,
     assert left == []
 
 
+def test_a_launcher_ends_whole_families_that_stand(monkeypatch, tmp_path):
+    ended, looks = [], iter([["parent"], []])
+
+    class Process:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def kill(self) -> None:
+            ended.append(self.name)
+
+    monkeypatch.setattr(
+        sim.flower.superlink, "processes_of", lambda run: list(map(Process, next(looks)))
+    )
+    monkeypatch.setattr(
+        sim.flower.orphans, "stopped_family", lambda one: {one, Process("born meanwhile")}
+    )
+    sim.flower.superlink.end_leftovers(tmp_path)
+    assert sorted(ended) == ["born meanwhile", "parent"]
+
+
 @pytest.mark.process
 def test_who_has_ended_is_not_waited_for(tmp_path, monkeypatch):
     """Its parent may ask how it ended a second later, or never: it writes no more."""
