@@ -5,6 +5,7 @@ which samples, which loss and which noise is the source's business. ``BatchGradi
 one. ``add_unit_gradients`` is what a private source builds on.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -63,7 +64,8 @@ class BatchGradient:
             loss_sums.append(losses_N.sum(dtype=torch.float64))
             packed_tokens += batch.tokens
         # A GPU is still computing: the time until the sums are known is the host's to use.
-        self._ahead = {step + 1: self._packed(step + 1)}
+        with contextlib.suppress(Exception):  # raised again where that step is asked for
+            self._ahead = {step + 1: self._packed(step + 1)}
         return StepLoss(math.fsum(map(float, loss_sums)), label_tokens, packed_tokens)
 
     def _packed(self, step: int) -> _StepBatches:

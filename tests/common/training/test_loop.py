@@ -211,6 +211,30 @@ def test_the_next_step_is_packed_before_the_sums_of_this_one_are_waited_for(monk
     assert done == ["pack", "run", "pack", "wait", "run", "pack", "wait"]
 
 
+class Unreadable:
+    """A sample that cannot be had, as one that is encoded only when it is asked for."""
+
+    def in_epoch(self, epoch):
+        raise LookupError("no such sample")
+
+
+def test_a_sample_that_cannot_be_packed_spoils_no_step_before_its_own():
+    """Two a step: the fourth step has one that cannot be had, and the three before it are whole."""
+    session, state, good = opened(), TrainState(), dataset()
+    config, reports = TrainConfig(batch_size=2, learning_rate=0.5), []
+    broken = 3
+    (place,) = batch_order(config.seed, "x", len(good), 2 * broken, 1)
+    data = [Unreadable() if at == place else one for at, one in enumerate(good)]
+    arguments = {"schedule_steps": 9, "stream": "x"}
+    with pytest.raises(LookupError, match="no such sample"):
+        train(session, data, config, state, steps=9, on_step=reports.append, **arguments)
+    plain, plain_state, told = opened(), TrainState(), []
+    train(plain, good, config, plain_state, steps=broken, on_step=told.append, **arguments)
+    assert state.step == plain_state.step == broken
+    assert [one.loss for one in reports] == [one.loss for one in told]
+    assert torch.equal(session.adapter.flat, plain.adapter.flat)
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_update():
     session, state = opened(), TrainState()
     config = TrainConfig(optimizer="adamw", learning_rate=0.01)
