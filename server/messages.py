@@ -54,8 +54,7 @@ def exchange(
             content=content, dst_node_id=node, message_type=kind, ttl=timeout_seconds + 60
         )
         on_message(kind, "down", names.get(node, "new"), message)
-        for message_id in grid.push_messages([message]):
-            node_of[message_id] = node
+        node_of |= dict.fromkeys(grid.push_messages([message]), node)
     waiting = set(node_of)
     replies: dict[int, Message] = {}
     seconds: dict[int, float] = {}

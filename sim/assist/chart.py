@@ -92,48 +92,17 @@ def read_chart(
         BadResource: for a resource that is not R4, not of its kind, or another patient's.
         Missing: without a Patient.
     """
-    place = "prefetch.patient"
-    if patient is None:
-        raise Missing(f"{place} is missing")
-    person = _read("Patient", patient, place)
-    if person.id not in (None, patient_id):
-        raise BadResource(f"{place}: it is not the patient of context.patientId")
-    _check_code(person.gender, GENDERS | {None}, f"{place}: gender")
+    person = _person(patient, patient_id)
     notes: list[str] = []
-    diagnoses: list[str] = []
-    for where, resource in _entries(conditions, "Condition", "prefetch.conditions", notes):
-        condition = _read("Condition", resource, where)
-        _check_subject(condition, patient_id, where)
-        if _statuses(condition.clinicalStatus) & NOT_HAD:
-            continue
-        if _statuses(condition.verificationStatus) & NOT_HAD:
-            continue
-        diagnoses.append(_diagnosis(condition.code, index))
-    named = [text for text in dict.fromkeys(diagnoses) if text]
-    if "" in diagnoses:
-        notes.append(f"{diagnoses.count('')} conditions without a text were not read.")
-    if len(named) > MOST_DIAGNOSES:
-        notes.append(f"{len(named) - MOST_DIAGNOSES} conditions beyond the first were not read.")
-    ordered: list[frozenset[str]] = []
-    nameless = 0
-    for place, bundle in medications:
-        for where, resource in _entries(bundle, "MedicationRequest", place, notes):
-            order = _read("MedicationRequest", resource, where)
-            _check_subject(order, patient_id, where)
-            _check_code(order.status, ORDER_STATUSES, f"{where}: status")
-            if order.status in IN_FORCE and not order.doNotPerform:
-                drugs = _drugs(order)
-                nameless += not drugs
-                ordered += drugs
-    if nameless:
-        notes.append(f"{nameless} orders without a drug's text were not read.")
+    diagnoses = _conditions(conditions, patient_id, index, notes)
+    ordered = _orders(medications, patient_id, notes)
     return Chart(
         form={
             "sex": SEXES.get(str(person.gender), ""),
             "age": age_in_years(str(person.birthDate or ""), today),
-            "diagnoses": named[:MOST_DIAGNOSES],
+            "diagnoses": diagnoses,
         },
-        ordered=tuple(dict.fromkeys(ordered)),
+        ordered=ordered,
         notes=tuple(dict.fromkeys(notes)),
     )
 
@@ -186,6 +155,54 @@ def draft_order(drug: str, patient_id: str) -> dict[str, Any]:
     )
     content: dict[str, Any] = order.model_dump(mode="json")
     return content
+
+
+def _person(patient: Any, patient_id: str) -> Any:
+    place = "prefetch.patient"
+    if patient is None:
+        raise Missing(f"{place} is missing")
+    person = _read("Patient", patient, place)
+    if person.id not in (None, patient_id):
+        raise BadResource(f"{place}: it is not the patient of context.patientId")
+    _check_code(person.gender, GENDERS | {None}, f"{place}: gender")
+    return person
+
+
+def _conditions(bundle: Any, patient_id: str, index: DiagnosisIndex, notes: list[str]) -> list[str]:
+    """Return the diagnoses that the patient has now, each once; note what is left out."""
+    texts: list[str] = []
+    for where, resource in _entries(bundle, "Condition", "prefetch.conditions", notes):
+        condition = _read("Condition", resource, where)
+        _check_subject(condition, patient_id, where)
+        statuses = _statuses(condition.clinicalStatus) | _statuses(condition.verificationStatus)
+        if not statuses & NOT_HAD:
+            texts.append(_diagnosis(condition.code, index))
+    named = [text for text in dict.fromkeys(texts) if text]
+    if "" in texts:
+        notes.append(f"{texts.count('')} conditions without a text were not read.")
+    if len(named) > MOST_DIAGNOSES:
+        notes.append(f"{len(named) - MOST_DIAGNOSES} conditions beyond the first were not read.")
+    return named[:MOST_DIAGNOSES]
+
+
+def _orders(
+    bundles: Sequence[tuple[str, Any]], patient_id: str, notes: list[str]
+) -> tuple[frozenset[str], ...]:
+    """Return the ingredients of each order in force, each once; note what has no drug's text."""
+    ordered: list[frozenset[str]] = []
+    nameless = 0
+    for place, bundle in bundles:
+        for where, resource in _entries(bundle, "MedicationRequest", place, notes):
+            order = _read("MedicationRequest", resource, where)
+            _check_subject(order, patient_id, where)
+            _check_code(order.status, ORDER_STATUSES, f"{where}: status")
+            if order.status in IN_FORCE and not order.doNotPerform:
+                drugs = _drugs(order)
+                nameless += not drugs
+                ordered += drugs
+    if nameless:
+        notes.append(f"{nameless} orders without a drug's text were not read.")
+    return tuple(dict.fromkeys(ordered))
 
 
 def _read(kind: str, resource: Any, place: str) -> Any:
