@@ -32,6 +32,7 @@ from common.privacy.budget.ledger import BudgetExhausted, LedgerDoubtful
 from common.privacy.settings import is_private, plan_of, protects
 from common.provenance import source_digest
 from common.records.run import StepLine
+from common.tensor_files import Altered
 from common.training.budget import steps_before_round
 from common.training.loop import StepReport
 from common.training.optimiser import TrainState
@@ -247,7 +248,7 @@ def _check_round(kind: str, config: Config, message: Message) -> None:
 def _may_leave(error: Exception, config: Config) -> bool:
     if isinstance(error, DATA_FREE) or protects(config):
         return isinstance(error, DATA_FREE)
-    return isinstance(error, (SettingError, RunFailed))
+    return isinstance(error, (SettingError, Altered, RunFailed))
 
 
 def _keep_traceback(config: Config) -> None:

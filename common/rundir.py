@@ -326,8 +326,8 @@ class RunDirectory:
         if not names or (name is not None and name not in names):
             raise UserError(
                 f"{self.path} has no checkpoint {name or ''}".rstrip(),
-                allowed=", ".join(names) or "none was written",
-                fix="name one of these, or run the training first",
+                allowed=", ".join(names) or "a run with checkpoints",
+                fix="name one of these" if names else "train it, or bring them back from a copy",
             )
         folder = self.path / "checkpoints" / (name or names[-1])
         extra_file = folder / "extra.safetensors"

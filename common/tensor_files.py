@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from common.errors import RunFailed, UserError
+from common.errors import UserError
 from common.files import json_document, utf8, write_bytes
 
 if TYPE_CHECKING:
@@ -24,10 +24,14 @@ Tensors = dict[str, np.ndarray[Any, Any]]
 T = TypeVar("T")
 _DIGEST = "sha256"
 """Key of a tensor file's metadata, and of a checkpoint's facts.json."""
+AS_WRITTEN = "the file as it was written"
 
 
-class Altered(RunFailed):
-    """A file that is not what was written: a damaged disk, another hand, an earlier FedRx."""
+class Altered(UserError):
+    """A file that is not what was written: a damaged disk, another hand, an earlier FedRx.
+
+    Its text holds nothing of the content and no folder: a hospital may tell it to the server.
+    """
 
 
 def content_sha256(tensors: Tensors) -> str:
@@ -71,7 +75,9 @@ def read_tensors(source: Path) -> Tensors:
     if digest != content_sha256(tensors):
         raise Altered(
             f"{source.name} is damaged, was altered, or is an earlier FedRx's, which kept no "
-            "digest: it is not used; fix: bring the file back, or start a new run"
+            "digest: it is not used",
+            allowed=AS_WRITTEN,
+            fix="bring it back from a copy, or start a new run",
         )
     return tensors
 
@@ -117,6 +123,8 @@ def damaged(checkpoint: str) -> Altered:
     """Return the error of a checkpoint that cannot be read or is not what was written."""
     return Altered(
         f"checkpoint {checkpoint} is damaged, was altered, or is an earlier FedRx's, which kept no "
-        "digests: it is not used; fix: bring it back from a copy, or start anew; a run that is not "
-        "finished goes on from the checkpoint before it, when this one is removed"
+        "digests: it is not used",
+        allowed=AS_WRITTEN,
+        fix="bring it back from a copy, or start a new run; a run whose training is not done goes "
+        "on from the checkpoint before it, once this one is removed",
     )

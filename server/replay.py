@@ -75,8 +75,9 @@ class Replay:
         found = cls(federation, SCHEMES[config.adapter.mode], rounds)
         if tensors_sha256(found.of(found.hospitals)) != run.summary().b_sha256:
             raise Altered(
-                "the kept updates do not make the run's B: they are another run's, or it is not "
-                "finished"
+                "the kept updates do not make the run's B",
+                allowed="those of a run that is finished, as they were written",
+                fix="bring updates and checkpoints back from a copy, or `fedrx resume` the run",
             )
         return found
 

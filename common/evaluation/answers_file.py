@@ -18,7 +18,7 @@ from common.files import json_line, utf8, writable, write_bytes
 from common.records import Record
 from common.records.summary import Summary
 from common.rundir import SUMMARY, RunDirectory
-from common.tensor_files import Altered
+from common.tensor_files import AS_WRITTEN, Altered
 
 PREDICTIONS = "predictions.jsonl"
 ANSWERS_SHA256 = "answers_sha256"
@@ -239,8 +239,9 @@ def read_answers(run: RunDirectory) -> list[Prediction]:
     content = file.read_bytes() if file.exists() else b""
     if digest is not None and hashlib.sha256(content).hexdigest() != digest:
         raise Altered(
-            f"{PREDICTIONS} is damaged or was altered: it is not used; fix: bring it back, or let "
-            "`fedrx evaluate` answer again"
+            f"{PREDICTIONS} is damaged or was altered: it is not used",
+            allowed=AS_WRITTEN,
+            fix="bring it back from a copy, or let `fedrx evaluate` answer again",
         )
     return [
         Prediction.read(writable(line)[0], what=f"{PREDICTIONS}, line {number}")

@@ -65,7 +65,7 @@ class SingleTraining:
         """Go back to the last checkpoint, or to the start; forget the events that came after it.
 
         Raises:
-            RunFailed: if the checkpoint is damaged.
+            Altered: if the checkpoint is damaged.
         """
         adapter = self.session.adapter
         names = self.run.checkpoint_names()

@@ -18,6 +18,7 @@ from client.policy import POLICY
 from common.configio import flatten
 from common.errors import RunFailed, SettingError, UserError
 from common.rundir import RunDirectory
+from common.tensor_files import Altered
 from common.training.worker import Worker
 
 PLANTED = "secret-project", "10023456"
@@ -155,7 +156,12 @@ def test_what_leaves_is_decided_by_the_kind_of_error_and_not_by_its_words(tiny_c
     private = tiny_config(privacy__noise_multiplier=1.0, privacy__sampling_rate=0.5)
     again = pickle.loads(pickle.dumps(SettingError(said, fix="set train.device")))
     assert (type(again), str(again)) == (SettingError, f"{said}; fix: set train.device")
-    for error, leaves in ((again, True), (UserError(said), False), (RunFailed(said), True)):
+    for error, leaves in (
+        (again, True),
+        (UserError(said), False),
+        (RunFailed(said), True),
+        (Altered(said), True),
+    ):
         assert client.handlers._may_leave(error, tiny_config()) == leaves
         assert not client.handlers._may_leave(error, private)
 

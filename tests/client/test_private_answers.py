@@ -13,10 +13,10 @@ from client.kept_state import load_state
 from client.local_update import LocalRound
 from client.private_update import private_update
 from common.configio import from_flat
-from common.errors import RunFailed
 from common.privacy.budget.guard import LEDGER, RECEIPT, Guard
 from common.privacy.budget.ledger import Ledger, LedgerDoubtful
 from common.privacy.settings import plan_of
+from common.tensor_files import Altered
 from common.training.hospital_data import HospitalData
 from common.wire.contract import Tensors
 
@@ -131,7 +131,7 @@ def test_one_flipped_bit_in_what_a_private_hospital_keeps_is_refused(hospital, k
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(RunFailed, match=rf"^{file.name} is damaged"):
+    with pytest.raises(Altered, match=rf"^{file.name} is damaged"):
         hospital.ask()
     assert (hospital.ledger, len(hospital.left)) == (charged, left)
 

@@ -8,6 +8,7 @@ from flwr.app import Context, RecordDict
 
 from common.configio import flatten
 from common.errors import RunFailed
+from common.tensor_files import Altered
 from server.app import main
 
 CHANGES = {
@@ -65,9 +66,7 @@ def test_one_flipped_bit_of_the_last_checkpoint_is_refused(part, tiny_config, in
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(
-        RunFailed, match="^checkpoint round-00001 is damaged, was altered"
-    ) as caught:
+    with pytest.raises(Altered, match="^checkpoint round-00001 is damaged, was altered") as caught:
         start_again(done, config)
     assert "\n" not in str(caught.value)
     assert done.run.status().state == "failed"

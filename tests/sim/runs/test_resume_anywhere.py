@@ -266,7 +266,7 @@ def test_a_damaged_checkpoint_is_refused(configure, begin, damage):
         flip_one_bit(folder / damage, 0.9)
     if damage == "no-state":
         (folder / "extra.safetensors").unlink()
-    with pytest.raises(RunFailed, match="step-00000008 is damaged"):
+    with pytest.raises(common.tensor_files.Altered, match="step-00000008 is damaged"):
         begin(training.config)
 
 
