@@ -169,7 +169,16 @@ class RunDirectory:
         return record.inputs if record else Inputs()
 
     def summary(self) -> Summary:
-        """Read summary.json of a run that trains; an absent one is empty."""
+        """Read summary.json of a run that trains; before its end an absent one is empty.
+
+        Raises:
+            UserError: if it is damaged, or a finished run has none.
+        """
+        if not (self.path / SUMMARY).exists() and self.is_finished:
+            raise UserError(
+                f"{self.path} is finished, and its {SUMMARY} is gone",
+                fix="bring it back from a copy, or start a new run",
+            )
         return Summary.read(self.read_json(SUMMARY), what=str(self.path / SUMMARY))
 
     def data(self) -> DataFacts:

@@ -110,3 +110,12 @@ def test_what_the_line_advises_helps(run, whole, told):
     assert told("resume") == (0, [])
     assert run.status().state == "finished"
     assert run.summary().b_sha256 == whole.summary().b_sha256
+
+
+def test_a_finished_run_that_has_lost_its_summary_is_not_told_to_finish(run, told):
+    (run.path / "summary.json").unlink()
+    for words in (["resume"], ["evaluate"], ["report"], ["export"]):
+        status, (line,) = told(*words)
+        assert status == 2
+        assert "is finished, and its summary.json is gone; fix: bring it back" in line
+        assert "fedrx resume" not in line
