@@ -54,10 +54,11 @@ def audit_membership(
         raise UserError(f"{run.path} is {state}", allowed="a finished run", fix="`fedrx resume` it")
     config = run.config()
     with exclusive(run):
+        b = run.load_checkpoint().b
         data, session = reopen(run, config, Worker())
         adapter = session.adapter
         models: list[Tensors] = [
-            run.load_checkpoint().b,
+            b,
             initial_tensors(adapter.shapes, adapter.spec),
             *(_reference(path, session) for path in references),
         ]

@@ -74,7 +74,7 @@ def forget(
     """
     started = time.monotonic()
     with exclusive(run):
-        replay, config = Replay.open(run), run.config()
+        replay, b, config = Replay.open(run), run.load_checkpoint().b, run.config()
         others = [name for name in replay.hospitals if name != hospital]
         if len(others) == len(replay.hospitals) or not others:
             raise UserError(
@@ -91,7 +91,7 @@ def forget(
         run_cell(without(config, hospital, others), folder / "never", console, command_line)
         never = RunDirectory.open(folder / "never").load_checkpoint().b
         models = {
-            RUN: run.load_checkpoint().b,
+            RUN: b,
             REPLAYED: replay.of(others),
             NEVER: never,
         }

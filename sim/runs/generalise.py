@@ -140,6 +140,8 @@ def generalise(
             allowed="a run of `fedrx federate` that is finished, or a configuration",
             fix="`fedrx resume` it, or name a configuration",
         )
+    if run:
+        run.load_checkpoint()  # what is wrong with it is said before others are trained
     cells = plan_models(config, seeds)
     trained = {cells[0].folder: run} if run else {}
     kind = Generalise(cells, trained=trained, config=config, seeds=seeds)

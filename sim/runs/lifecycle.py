@@ -86,6 +86,10 @@ class Kind:
         """Return the command that goes on with a run; empty where none does."""
         return resume_command(run.directory) if self.resumable else ""
 
+    def trained_in(self, directory: RunDirectory, record: RunRecord) -> Sequence[RunDirectory]:
+        """Return the runs whose checkpoints it goes on from."""
+        return (directory,)
+
     def train(self, run: "Run") -> Any:
         """Do what is left of the training, or of what stands in its place, and sum it up."""
         raise NotImplementedError
@@ -288,8 +292,8 @@ def resume(
         The content of summary.json; a finished run's is returned as it is.
 
     Raises:
-        UserError: if this is no run, another process is at work on it, or its configuration, data
-            or backbone have changed.
+        UserError: if this is no run, another process is at work on it, its last checkpoint is
+            damaged, or its configuration, data or backbone have changed.
     """
     directory = RunDirectory.open(path)
     record, state = directory.record(), directory.status().state
@@ -313,6 +317,8 @@ def resume(
     started, worker = time.monotonic(), worker or Worker()
     check_tracker(config, command_line)
     with exclusive(directory):
+        for one in kind.trained_in(directory, record):
+            _check_checkpoint(one)
         preparation = kind.prepare(config, console, worker)
         if preparation:
             require_same_inputs(record.inputs, preparation)
@@ -340,6 +346,19 @@ def _unchanged_config(
         )
     settings = with_tracker(begun.run, now.run)
     return replace(begun, run=replace(settings, directory=str(directory.path)))
+
+
+def _check_checkpoint(run: RunDirectory) -> None:
+    """Read the checkpoint that a run goes on from, or answers with, before anything is opened.
+
+    Raises:
+        UserError: if it is not what was written, or not the one that training ended with.
+    """
+    names = run.checkpoint_names()
+    if run.record() and is_trained(run):
+        run.load_checkpoint()
+    elif names:
+        run.load_checkpoint(names[-1])
 
 
 def _note_resumption(

@@ -21,7 +21,7 @@ from sim.process.open_run import rank_folder
 from sim.process.progress import SILENT, Console
 from sim.report.run_report import write_report
 from sim.runs.lifecycle import Kind, Run, start
-from sim.runs.paper_best import best_config, best_rows, finish_best
+from sim.runs.paper_best import BEST_FOLDER, best_config, best_rows, finish_best
 from sim.runs.paper_table import build_table, model_of, table_parts, write_table
 from sim.runs.preparation import Preparation
 from sim.runs.single import one_node, single_inside
@@ -141,6 +141,11 @@ class Paper(Kind):
     def place(self, run: Run) -> Mapping[str, object]:
         """Return the seconds that this process has spent."""
         return {"seconds": round(run.seconds, 3)}
+
+    def trained_in(self, directory: RunDirectory, record: RunRecord) -> Sequence[RunDirectory]:
+        """Return the runs inside."""
+        names = [*map(rank_folder, record.ranks), BEST_FOLDER]
+        return [RunDirectory(directory.path / name) for name in names]
 
     def train(self, run: Run) -> PaperTable:
         """Do what is left of every rank, and collect the table anew."""

@@ -15,7 +15,7 @@ from sim.runs.paper_table import LAST, READINGS, model_of
 from sim.runs.single import single_inside
 from sim.runs.stages import EVALUATION, after_training
 
-FOLDER = "best"
+BEST_FOLDER = "best"
 BEST: dict[str, Scalar] = {
     "data.drug-order": "set",
     "adapter.targets": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
@@ -44,7 +44,7 @@ def best_config(config: Config) -> Config:
 def finish_best(run: Run) -> None:
     """Do what is left: training in a run directory of its own, then both kinds of lists."""
     title = "the best settings found here"
-    one = single_inside(run, best_config(run.config), FOLDER, title)
+    one = single_inside(run, best_config(run.config), BEST_FOLDER, title)
     known = _known(run.directory)
     for lists in LISTS:
         if lists not in known:

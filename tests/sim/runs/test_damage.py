@@ -1,13 +1,20 @@
-"""A damaged file of a run: one line and exit status 2 from every verb."""
+"""A damaged file of a run: one line and exit status 2 from every verb, before work begins."""
 
 import shutil
 import sys
 
 import pytest
 
+import sim.checks.audit_membership
+import sim.checks.forget
 import sim.cli.main
+from common.config import Config
+from common.records.run import RunRecord, SavedFacts
 from common.rundir import RunDirectory
+from common.tensor_files import Altered
+from sim.process.open_run import rank_folder
 from sim.runs.federate import federate
+from sim.runs.resume import resume
 
 DAMAGED = (
     "fedrx: checkpoint round-00001 is damaged, was altered, or is an earlier FedRx's, which kept "
@@ -22,7 +29,14 @@ READERS = (
     ["export"],
     ["suggest", "--sex", "F", "--age", "60", "--diagnosis", "I50.9"],
     ["audit", "--membership"],
+    ["forget", "--hospital", "hospital-1"],
+    ["generalise", "--seeds", "1"],
 )
+WORK = (
+    *("sim.runs.lifecycle.prepare", "sim.answers.evaluate.reopen", "sim.runs.cells.run_cell"),
+    *("sim.checks.audit_membership.reopen", "sim.checks.forget.run_cell"),
+)
+"""What reads data, opens the backbone or trains."""
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +67,20 @@ def flip(file):
     file.write_bytes(content)
 
 
-def end_early(run):
-    """Leave what a kill leaves in the last round."""
-    run.write_status("interrupted", stage="training")
-    (run.path / "summary.json").unlink()
+def end_early(run, *, trained):
+    """Leave what a kill leaves: in the last round, or after it."""
+    if trained:
+        run.write_status("failed", stage="evaluation")
+    else:
+        run.write_status("interrupted", stage="training")
+        (run.path / "summary.json").unlink()
+
+
+@pytest.fixture
+def idle(monkeypatch):
+    """Let no verb come to its work."""
+    for name in WORK:
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("work has begun"))
 
 
 @pytest.fixture
@@ -74,7 +98,7 @@ def told(run, monkeypatch, capsys):
 
 @pytest.mark.parametrize("part", ["b.safetensors", "facts.json"])
 @pytest.mark.parametrize("words", READERS, ids=" ".join)
-def test_a_damaged_checkpoint_is_the_same_line_from_every_verb(words, part, run, told):
+def test_a_damaged_checkpoint_is_the_same_line_from_every_verb(words, part, run, told, idle):
     flip(run.path / "checkpoints" / "round-00001" / part)
     assert told(*words) == (2, [DAMAGED])
     assert run.status().state == "finished"
@@ -101,9 +125,29 @@ def test_other_damaged_files_are_a_line_and_status_2_too(name, commands, run, to
         assert "go on with" not in line
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("part", ["b.safetensors", "facts.json"])
+def test_a_resumed_run_says_it_before_anything_is_opened(part, trained, run, told, idle):
+    end_early(run, trained=trained)
+    flip(run.path / "checkpoints" / "round-00001" / part)
+    before = run.status()
+    assert told("resume") == (2, [DAMAGED])
+    assert run.status() == before
+
+
+def test_a_trained_run_without_its_last_checkpoint_is_refused_at_once(run, told, idle):
+    end_early(run, trained=True)
+    for left in ("ended with another B than that of its last checkpoint", "has no checkpoint"):
+        run.remove_checkpoint(run.checkpoint_names()[-1])
+        for verb in ("resume", "evaluate"):
+            status, (line,) = told(verb)
+            assert status == 2
+            assert left in line
+
+
 def test_what_the_line_advises_helps(run, whole, told):
     """Once the damaged checkpoint is removed, the run goes on to the same B."""
-    end_early(run)
+    end_early(run, trained=False)
     flip(run.path / "checkpoints" / "round-00001" / "b.safetensors")
     assert told("resume") == (2, [DAMAGED])
     shutil.rmtree(run.path / "checkpoints" / "round-00001")
@@ -119,3 +163,20 @@ def test_a_finished_run_that_has_lost_its_summary_is_not_told_to_finish(run, tol
         assert status == 2
         assert "is finished, and its summary.json is gone; fix: bring it back" in line
         assert "fedrx resume" not in line
+
+
+@pytest.mark.parametrize("inside", [rank_folder(16), rank_folder(32), "best"])
+def test_a_paper_run_looks_at_the_runs_inside_first(inside, b, tmp_path, idle):
+    paper = RunDirectory.create(Config(), directory=tmp_path / "paper")
+    paper.write_json("run.json", RunRecord(mode="paper", resumable=True, ranks=(16, 32)))
+    paper.write_status("interrupted")
+    one = RunDirectory.create(Config(), directory=paper.path / inside)
+    folder = one.save_checkpoint("step-00000001", b, facts=SavedFacts(step=1))
+    flip(folder / "b.safetensors")
+    with pytest.raises(Altered, match="^checkpoint step-00000001 is damaged"):
+        resume(paper.path, command_line=[])
+
+
+@pytest.fixture
+def b(whole):
+    return whole.load_checkpoint().b
