@@ -113,9 +113,9 @@ class ModelConfig:
     backbone: str = option(
         "embedded", "`embedded`, `tiny`, a folder, or a hub id of a Llama", file=True
     )
-    attention: Literal["auto", "cudnn", "flash-attn", "torch-flash", "sdpa", "eager"] = option(
-        "auto", "attention kernel"
-    )
+    attention: Literal[
+        "auto", "cudnn", "flash-attn-3", "flash-attn", "torch-flash", "sdpa", "eager"
+    ] = option("auto", "attention kernel")
     kernels: Literal["auto", "triton", "torch"] = option("auto", "who does the elementwise work")
     weights: Literal["bf16", "fp8", "nf4"] = option(
         "bf16",
