@@ -78,16 +78,16 @@ class PrivateGradient:
             if carried_P is not None:
                 gradients_UP[0] = carried_P
             samples = [self.dataset[index].in_epoch(step) for _, index in batch]
+            # Copied before the pass: behind it, a copy to a GPU would wait for it.
+            counts_U1 = torch.tensor([[len(drawn[place])] for place in places], device=sum_P.device)
             add_unit_gradients(session, pack(samples), rows, gradients_UP, apart=way == "apart")
             last_place, last_index = batch[-1]
             if last_index == drawn[last_place][-1]:
                 carried_P = None
             else:
                 carried_P = gradients_UP[-1].clone()
-                gradients_UP = gradients_UP[:-1]
-            counts = [len(drawn[place]) for place in places[: len(gradients_UP)]]
-            gradients_UP.div_(torch.tensor(counts, device=sum_P.device)[:, None])
-            sum_P += clipped_sum(gradients_UP, self.plan.clip_norm)
+                gradients_UP, counts_U1 = gradients_UP[:-1], counts_U1[:-1]
+            sum_P += clipped_sum(gradients_UP.div_(counts_U1), self.plan.clip_norm)
         return sum_P
 
 
