@@ -59,8 +59,11 @@ def test_triton_is_plain_torch_in_float64_on_cuda(drawn, dtype) -> None:
     wide = x.double().requires_grad_()
     expected = functional.rms_norm(wide, (HIDDEN,), weight.double(), 1e-5)
     (d_x,) = torch.autograd.grad(expected, wide, d_out.double())
-    out, rstd = kernels.norm(x, weight, 1e-5)
+    out, _, rstd = kernels.norm(x, None, weight, 1e-5)
     assert far(out, expected.detach()) < limit
+    apart, whole, _ = kernels.norm(x - d_beside, d_beside, weight, 1e-5)
+    assert torch.equal(whole, (x - d_beside) + d_beside)
+    assert torch.equal(apart, kernels.norm(whole, None, weight, 1e-5)[0])
     assert far(kernels.norm_backward(d_out, d_beside, x, rstd, weight), d_x + d_beside) < limit
     gate, up, d_out = (drawn(TOKENS, MLP, seed=seed, dtype=dtype) for seed in range(3))
     wides = [t.double().requires_grad_() for t in (gate, up)]
