@@ -7,7 +7,6 @@ Shapes: T packed tokens, H query heads, G key/value heads, E head width, N segme
 """
 
 import functools
-import importlib
 import importlib.util
 import inspect
 import itertools
@@ -130,8 +129,13 @@ def flash_attn(
         scaling: Factor of the scores.
         ends: Of the segments.
     """
-    call: Any = importlib.import_module(module).flash_attn_varlen_func
-    found = call(q_THE, k_TGE, v_TGE, *ends, softmax_scale=scaling, causal=True)
+    if module == "flash_attn_interface":
+        from flash_attn_interface import flash_attn_varlen_func
+    else:
+        from flash_attn import flash_attn_varlen_func
+    found: Any = flash_attn_varlen_func(
+        q_THE, k_TGE, v_TGE, *ends, softmax_scale=scaling, causal=True
+    )
     # FlashAttention-3's first releases return the log-sum-exp beside the output.
     out: Tensor = found[0] if isinstance(found, tuple) else found
     return out

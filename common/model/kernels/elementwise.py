@@ -1,4 +1,4 @@
-"""Elementwise work of a step behind one seam: plain torch, or Triton kernels.
+"""Elementwise work of a step behind one seam: plain torch, compiled by it, or Triton kernels.
 
 A ``Kernels`` holds the arithmetic and no autograd: what is saved for the backward pass is decided
 once, by the functions that call it (`common.model.kernels.fused_layer`, `common.training.loss`), so
@@ -62,20 +62,23 @@ _OF_A_LAYER = ("norm", "norm_backward", "swiglu", "swiglu_backward", "rotate")
 
 
 def by_part(kernels: Kernels, parts: Parts) -> Kernels:
-    """Return kernels that work on each part's rows by calls of their own.
+    """Return kernels that work on each part's rows by calls of their own: plain torch.
 
-    A call on more rows is split among threads, and into vectors and their rest, at other places.
+    A call on more rows is split among threads, and into vectors and their rest, at other places;
+    which compiled code runs may depend on the calls before it.
 
     Args:
-        kernels: Who does the work: ``TORCH``; with a program for each row they stay as they are.
+        kernels: Who does the work; with a program for each row they stay as they are.
         parts: See ``common.model.kernels.rows``.
     """
-    if kernels.by_row or parts is None or len(parts) == 2:
+    if kernels.by_row or parts is None:
         return kernels
+    if len(parts) == 2:
+        return TORCH
     functions: dict[str, Any] = {
-        name: partial(getattr(kernels, name), parts=parts) for name in _OF_A_LAYER
+        name: partial(getattr(TORCH, name), parts=parts) for name in _OF_A_LAYER
     }
-    return replace(kernels, **functions)
+    return replace(TORCH, **functions)
 
 
 def of_each_part(

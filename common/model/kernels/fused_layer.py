@@ -166,7 +166,7 @@ def install(model: LlamaForCausalLM, recompute: str, kernels: Kernels = TORCH) -
     for place, layer in enumerate(layers):
         last = place == len(layers) - 1
         layers[place] = LeanLayer(layer, per_layer[place % 2], kernels, last=last)
-    if kernels is not TORCH:
+    if kernels.by_row:
         model.model.norm = LeanNorm(model.model.norm, kernels)
 
 

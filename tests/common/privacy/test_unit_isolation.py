@@ -12,9 +12,10 @@ from common.choice import Choice
 from common.errors import UserError
 from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.load import resolve_backbone
-from common.model.kernels import attention, choice, frozen
+from common.model.kernels import attention, choice, elementwise_compiled, frozen
 from common.model.kernels.attention import KERNELS, Packing, attend, choose_attention
 from common.model.kernels.elementwise import TORCH
+from common.model.kernels.elementwise_compiled import COMPILED
 from common.model.kernels.rope import BY_LENGTH, FIXED
 from common.model.session import DTYPES, Session, open_session
 from common.privacy.mechanism import gradients
@@ -243,6 +244,30 @@ def test_units_share_passes_only_where_it_is_proven(open_tiny) -> None:
         assert choose_passes(session).value == "alone"
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_no_private_pass_runs_what_torch_has_compiled(open_tiny, samples_of, monkeypatch, dtype):
+    """Which compiled code runs may depend on the lengths before: one patient's on another's."""
+
+    def compiled(_function):
+        raise AssertionError("compiled code in a private pass")
+
+    samples = samples_of([24, 9, 13], range(3))
+    gradients = []
+    for session in (open_tiny(dtype=dtype), open_tiny(dtype=dtype)):
+        if gradients:
+            session.kernels, session.functions = Choice("compiled", ""), COMPILED
+            for layer in session.model.model.layers:
+                layer.kernels = COMPILED
+            monkeypatch.setattr(elementwise_compiled, "_compiled", compiled)
+            assert choose_passes(session).value == "apart"
+        rows_UP = torch.zeros(3, session.adapter.flat.numel())
+        add_unit_gradients(session, pack(samples[:1]), [0], rows_UP, apart=True)
+        add_unit_gradients(session, pack(samples[1:]), [1, 2], rows_UP, apart=True)
+        gradients.append(rows_UP)
+    assert bool(gradients[0].any(1).all())
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("kind", [*FIXED, *BY_LENGTH])
 def test_frequencies_that_follow_the_length_are_refused(
     open_tiny, samples_of, make_plan, kind
@@ -311,7 +336,7 @@ def test_units_do_not_touch_each_other_on_any_path(
         pytest.importorskip("triton")
     if path.get("weights") == "nf4":
         pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr(choice, "_obstacle", lambda device: "")
+    monkeypatch.setattr(choice, "obstacle", lambda *_: "")
     monkeypatch.setattr(frozen, "fp8_obstacle", lambda device, dtype: "")
     monkeypatch.setattr(Session, "shortens", True)
     session = open_tiny(dtype="fp32", **path)
