@@ -27,7 +27,7 @@ from common.model.footprint import training_footprint
 from common.model.kernels import attention
 from common.model.kernels import fused_layer as lean
 from common.model.kernels.choice import CANDIDATES, choose_kernels, kernels_named, obstacle
-from common.model.kernels.frozen import quantise
+from common.model.kernels.frozen import Quantiser, quantise
 from common.model.memory import choose_recompute
 from common.model.session import DTYPES, Session, choose_device
 from common.text.batches import Encoded, pack
@@ -90,7 +90,7 @@ def open_random(
     kernels = choose_kernels(options.kernels, on)
     functions = kernels_named(kernels.value)
     if weights != "bf16":
-        quantise(model, weights, on, functions)
+        quantise(model, Quantiser(weights=weights, kernels=functions))
     adapter = attach(model, spec)
     recompute = choose_recompute(
         recompute or options.recompute,
