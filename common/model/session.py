@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from common.text.batches import PackedBatch
 
 PRIMITIVES = "64"
-"""Compiled products that oneDNN keeps; one step needs about 20."""
+"""Compiled products that oneDNN keeps; each length of a pass needs about 20."""
+LENGTHS_APART = 3
+"""Lengths of the segments that a CPU keeps apart in one pass, so that a layer finds its products
+compiled by the one before: with six of them a private step took three times as long (AMX)."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

@@ -93,6 +93,31 @@ def test_units_are_mixed_in_fp32_only(
     assert seen == passes
 
 
+@pytest.mark.parametrize(
+    ("dtype", "lengths", "passes"),
+    [
+        ("bf16", [8, 9, 10, 11, 8, 11], [[8, 9, 10], [11, 8, 11]]),
+        ("bf16", [8] * 6, [[8] * 4, [8] * 2]),
+        ("fp32", [8, 9, 10, 11, 8, 11], [[8, 9, 10, 11], [8, 11]]),
+    ],
+)
+def test_a_pass_that_keeps_patients_apart_has_few_lengths(
+    open_tiny, samples_of, make_plan, monkeypatch, dtype, lengths, passes
+) -> None:
+    """Each has products of its own, and a CPU keeps as many compiled as ``LENGTHS_APART`` need."""
+    seen = []
+
+    def spied(session, batch, rows, out_UP, *, apart):
+        bounds = batch.cu_seqlens
+        seen.append([stop - start for start, stop in itertools.pairwise(bounds)])
+        return add_unit_gradients(session, batch, rows, out_UP, apart=apart)
+
+    monkeypatch.setattr(gradients, "add_unit_gradients", spied)
+    source = private(samples_of(lengths, range(6)), make_plan())
+    source.clipped_sum(open_tiny(dtype=dtype), [(place,) for place in range(6)])
+    assert seen == passes
+
+
 RARE = 1001
 """A token that only one unit has."""
 DEVICES = [
