@@ -1,4 +1,4 @@
-"""Attention alone by the length of segments, on two kernels; for `gpu_paper_run.py`."""
+"""Attention alone by the length of segments, on each kernel; for `gpu_paper_run.py`."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -14,7 +14,6 @@ from common.text.batches import pack
 if TYPE_CHECKING:
     from gpu_paper_run import Run
 
-PAIRS = (("cudnn", "torch-flash"), ("sdpa", "eager"))
 PARTS = (16, 8, 4, 2, 1)
 
 
@@ -23,19 +22,16 @@ def by_length(run: "Run") -> dict[str, Any]:
 
     Segments are about as long as each other, from a sixteenth of the longest sample on; neighbours
     differ by a token, for those of one length are one call. cuDNN goes segment by segment, however
-    short they are; what the product does is decided by ``CUDNN_TOKENS``.
+    short they are; what the product does is decided by ``CUDNN_TOKENS``, which a card's row
+    ``cudnn wins from`` is to be held against.
     """
     dtype = DTYPES[run.dtype]
-    first, second = next(
-        pair
-        for pair in PAIRS
-        if not any(attention.obstacle(kernel, run.device, dtype) for kernel in pair)
-    )
+    first, *others = available(run.device, dtype)
     rows = []
     for length in sorted({max(8, run.options.length // part) for part in PARTS}):
         segments = max(1, run.options.batch * run.options.length // length)
         row: dict[str, float] = {"length": length, "segments": segments}
-        for kernel in (first, second):
+        for kernel in (first, *others):
             lengths = [length - place % 2 for place in range(segments)]
             call = attention_call(run, kernel, lengths, dtype)
             with patched(attention, "CUDNN_TOKENS", 0):
@@ -43,9 +39,21 @@ def by_length(run: "Run") -> dict[str, Any]:
         rows.append(row)
     return {
         "seconds": rows,
-        f"{first} wins from": wins_from((row["length"], row[first], row[second]) for row in rows),
+        f"{first} wins from": wins_from(
+            (row["length"], row[first], min(row[kernel] for kernel in others)) for row in rows
+        ),
         "CUDNN_TOKENS": attention.CUDNN_TOKENS,
     }
+
+
+def available(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Return the kernels that run here, the product's first choice before the others.
+
+    On a card without ``eager`` and ``sdpa``, which no card that has another chooses.
+    """
+    names = [one for one in attention.KERNELS if not attention.obstacle(one, device, dtype)]
+    packed = [one for one in names if one not in ("sdpa", "eager")]
+    return packed if len(packed) > 1 else names
 
 
 def attention_call(

@@ -1,6 +1,6 @@
 """From a process's start to its first step on a backbone in a folder; for `gpu_paper_run.py`.
 
-python benchmarks/gpu_loading.py FOLDER CACHE DEVICE DTYPE      (what the parent starts)
+python benchmarks/gpu_loading.py FOLDER CACHE DEVICE DTYPE [WEIGHTS]      (what the parent starts)
 """
 
 import argparse
@@ -77,17 +77,17 @@ def import_seconds(log: str) -> dict[str, float]:
     return {name: microseconds / 1e6 for name, microseconds in seconds.most_common(10)}
 
 
-def main(folder: str, cache: str, device: str, dtype: str) -> None:
+def main(folder: str, cache: str, device: str, dtype: str, weights: str = "bf16") -> None:
     """Open the folder as a run does, take a step, and print when each part was done.
 
     transformers is imported while the weights come, as in a run: that is part of ``fingerprint``.
     """
     started = psutil.Process().create_time()
     seconds = {"imports": time.time() - started}
-    destination = early_destination(device, dtype, "bf16")
+    destination = early_destination(device, dtype, weights, "auto")
     spec = resolve_backbone(folder, cache_dir=Path(cache), destination=destination)
     seconds["fingerprint"] = time.time() - started
-    session = open_session(spec, AdapterSpec(), device=device, dtype=dtype)
+    session = open_session(spec, AdapterSpec(), device=device, dtype=dtype, weights=weights)
     seconds["open"] = time.time() - started
     from common.text.batches import Encoded
     from common.training.gradients import BatchGradient

@@ -26,8 +26,8 @@ from common.model.backbone.tiny import tiny_config
 from common.model.footprint import training_footprint
 from common.model.kernels import attention
 from common.model.kernels import fused_layer as lean
-from common.model.kernels.choice import CANDIDATES, choose_kernels, kernels_named
-from common.model.kernels.frozen import quantise
+from common.model.kernels.choice import CANDIDATES, choose_kernels, kernels_named, obstacle
+from common.model.kernels.frozen import Quantiser, quantise
 from common.model.memory import choose_recompute
 from common.model.session import DTYPES, Session, choose_device
 from common.text.batches import Encoded, pack
@@ -90,7 +90,7 @@ def open_random(
     kernels = choose_kernels(options.kernels, on)
     functions = kernels_named(kernels.value)
     if weights != "bf16":
-        quantise(model, weights, on, functions)
+        quantise(model, Quantiser(weights=weights, kernels=functions))
     adapter = attach(model, spec)
     recompute = choose_recompute(
         recompute or options.recompute,
@@ -307,7 +307,7 @@ def exactness(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: distance(gradient(variant(session, kernels=name), data), reference)
         for name in CANDIDATES
-        if on_gpu
+        if on_gpu and not obstacle(name, session.torch_device)
     }
     session = variant(session, kernels="torch")
     prompts = [list(one.input_ids) for one in data]

@@ -60,7 +60,7 @@ from common.model.backbone.known_shapes import KNOWN_SHAPES
 from common.model.backbone.load import BackboneShape
 from common.model.backbone.tiny import tiny_config
 from common.model.footprint import count_parameters
-from common.model.kernels import attention
+from common.model.kernels import attention, choice
 from common.model.kernels.choice import CANDIDATES
 from common.model.session import DTYPES, choose_device, choose_dtype
 from common.text.batches import Encoded
@@ -157,7 +157,7 @@ def training(run: Run) -> None:
     wait(run.device)
     run.note(seconds_to_first_step=time.time() - STARTED)
     own, own_kernels = session.attention.value, session.kernels.value
-    kernels = [n for n in CANDIDATES if run.device.type == "cuda" or n != "triton"]
+    kernels = [name for name in CANDIDATES if not choice.obstacle(name, run.device)]
     attentions = [
         name
         for name in attention.KERNELS

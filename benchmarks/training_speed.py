@@ -4,9 +4,10 @@
 
 C1: loss on all tokens. C2: loss on the answer only (19% of the tokens). C3: mixed lengths, real
 tokens per second, packed against padded. Peers: PEFT LoRA in fp32; PEFT in bf16 with A frozen;
-with --compile the same under torch.compile. One thread, process CPU time, the contestants
-interleaved round by round, medians; every contestant computes the same mean loss and the gradient
-of the same adapter. On a busy machine read the ratios, not the rates.
+with --compile the same under torch.compile, and ours with `model.kernels = compiled`. One thread,
+process CPU time, the contestants interleaved round by round, medians; every contestant computes the
+same mean loss and the gradient of the same adapter. On a busy machine read the ratios, not the
+rates.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from common.training.loss import weighted_cross_entropy
 RANK = 16
 ANSWER_SHARE = 0.19
 IGNORED = -100
+OURS_COMPILED = "ours, compiled"
 Step = Callable[[], float]
 
 
@@ -177,7 +179,12 @@ def main() -> None:
     if options.layers:
         scratch = tempfile.TemporaryDirectory()
         spec = first_layers(spec, options.layers, Path(scratch.name))
-    session = open_session(spec, AdapterSpec(rank=RANK), device="cpu", threads=1)
+    kinds = {"ours": "torch"} | ({OURS_COMPILED: "compiled"} if options.compile else {})
+    sessions = {
+        name: open_session(spec, AdapterSpec(rank=RANK), device="cpu", threads=1, kernels=kind)
+        for name, kind in kinds.items()
+    }
+    session = sessions["ours"]
     peers = {
         "PEFT fp32": peft_model(spec, dtype=torch.float32, freeze_a=False, compiled=False),
         "PEFT bf16 frozen A": peft_model(spec, dtype=torch.bfloat16, freeze_a=True, compiled=False),
@@ -198,7 +205,7 @@ def main() -> None:
         if goal[:2] not in options.goals.split(","):
             continue
         dataset = samples(lengths, answer_share=share, vocabulary=vocabulary)
-        contestants = {"ours": our_step(session, dataset)}
+        contestants = {name: our_step(one, dataset) for name, one in sessions.items()}
         if lengths is mixed:
             contestants["ours, padded"] = our_padded_step(session, dataset)
         contestants |= {name: peft_step(model, dataset) for name, model in peers.items()}
@@ -206,6 +213,9 @@ def main() -> None:
         for row in measured.values():
             row["tokens_per_cpu_second"] = sum(lengths) / row["cpu_seconds"]
             row["ours_is_faster_by"] = row["cpu_seconds"] / measured["ours"]["cpu_seconds"]
+            if OURS_COMPILED in measured:
+                compiled = measured[OURS_COMPILED]["cpu_seconds"]
+                row["ours_compiled_is_faster_by"] = row["cpu_seconds"] / compiled
         results[goal] = measured
         if not options.json:
             show(goal, measured)
@@ -228,9 +238,12 @@ def show(goal: str, measured: dict[str, dict[str, float]]) -> None:
     """Print one goal's contestants."""
     print(f"\n{goal}")
     for name, row in measured.items():
+        compiled = row.get("ours_compiled_is_faster_by")
         print(
             f"  {name:22} {row['tokens_per_cpu_second']:8.0f} tokens/CPU-s"
-            f"  ours x{row['ours_is_faster_by']:.2f}  loss {row['loss']:.3f}",
+            f"  ours x{row['ours_is_faster_by']:.2f}"
+            + (f", compiled x{compiled:.2f}" if compiled else "")
+            + f"  loss {row['loss']:.3f}",
             flush=True,
         )
 

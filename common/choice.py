@@ -17,7 +17,7 @@ class Choice(Generic[T]):
     reason: str
 
 
-KERNEL_NAMES = ("cudnn", "flash-attn", "torch-flash", "sdpa", "eager")
+KERNEL_NAMES = ("cudnn", "flash-attn-3", "flash-attn", "torch-flash", "sdpa", "eager")
 DTYPE_NAMES = ("fp32", "bf16")
 ASKED, FASTEST = "asked for", "the fastest here"
 GPU_HAS_BF16, GPU_LACKS_BF16 = "the GPU computes in bf16", "the GPU has no bf16 arithmetic"
@@ -26,9 +26,11 @@ NEITHER = "the processor has neither AMX nor AVX512-BF16"
 DTYPE_REASONS = frozenset({ASKED, GPU_HAS_BF16, GPU_LACKS_BF16, AMX, AVX, NEITHER})
 """Every reason for a dtype: they travel, and no other text does."""
 NO_FLASH_ATTN = "package flash-attn is not installed"
+NO_FLASH_ATTN_3 = "FlashAttention-3 (module flash_attn_interface) is not installed"
 NOT_CUDA = "needs a CUDA device, not cpu"
 NOT_HALF = "needs bf16 or fp16, not float32"
 CAPABILITY_8, CAPABILITY_9 = "needs compute capability 8.0", "needs compute capability 9.0"
+HOPPER = "needs compute capability 9.x"
 OTHER_GRADIENT = "tried, and the gradient of the keys has another shape"
 NO_VARLEN = "this torch has no torch.nn.attention.varlen"
 
@@ -41,13 +43,20 @@ def attention_reasons() -> frozenset[str]:
     (True, False)
     """
     common = (NOT_CUDA, NOT_HALF, CAPABILITY_8)
-    cudnn = [f"cudnn: {reason}" for reason in (*common, CAPABILITY_9, OTHER_GRADIENT)]
-    flash_attn = [f"flash-attn: {reason}" for reason in (*common, NO_FLASH_ATTN)]
-    torch_flash = [f"torch-flash: {reason}" for reason in (*common, NO_VARLEN)]
+    own = (
+        (CAPABILITY_9, OTHER_GRADIENT),
+        (HOPPER, NO_FLASH_ATTN_3, OTHER_GRADIENT),
+        (NO_FLASH_ATTN, OTHER_GRADIENT),
+        (NO_VARLEN,),
+    )
+    obstacles = [
+        [f"{kernel}: {reason}" for reason in (*common, *reasons)]
+        for kernel, reasons in zip(KERNEL_NAMES, own, strict=False)
+    ]
     passed = [
         "; ".join(chain)
-        for kernels in ((cudnn,), (cudnn, flash_attn), (cudnn, flash_attn, torch_flash))
-        for chain in itertools.product(*kernels)
+        for count in range(1, len(obstacles) + 1)
+        for chain in itertools.product(*obstacles[:count])
     ]
     return frozenset({ASKED, FASTEST, *(f"{FASTEST} ({one})" for one in passed)})
 

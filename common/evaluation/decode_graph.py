@@ -108,28 +108,29 @@ class StepGraphs:
 
     def _logits(self, columns: int) -> Tensor:
         model = self.session.model.model
-        x_BD = model.embed_tokens(self._tokens_B)
+        x_BD, beside_BD = model.embed_tokens(self._tokens_B), None
         angles = self._cos_CE[self._lengths_B], self._sin_CE[self._lengths_B]
         places_C = torch.arange(columns, device=x_BD.device)
         unseen_B11C = (places_C > self._lengths_B[:, None])[:, None, None]
         for layer, kv in zip(model.layers, self._kv, strict=True):
-            x_BD = self._attended(layer, kv, x_BD, angles, unseen_B11C)
-            normed_BD = self._normed(x_BD, layer.post_attention_layernorm)
+            normed_BD, x_BD = self._normed(x_BD, beside_BD, layer.input_layernorm)
+            beside_BD = self._attended(layer, kv, normed_BD, angles, unseen_B11C)
+            normed_BD, x_BD = self._normed(x_BD, beside_BD, layer.post_attention_layernorm)
             gate, up = layer.mlp.gate_proj(normed_BD), layer.mlp.up_proj(normed_BD)
-            x_BD = x_BD + layer.mlp.down_proj(self.session.functions.swiglu(gate, up))
-        logits_BV: Tensor = self.session.model.lm_head(self._normed(x_BD, model.norm))
+            beside_BD = layer.mlp.down_proj(self.session.functions.swiglu(gate, up))
+        normed_BD, _ = self._normed(x_BD, beside_BD, model.norm)
+        logits_BV: Tensor = self.session.model.lm_head(normed_BD)
         return logits_BV
 
     def _attended(
         self,
         layer: Any,
         kv: Tensor,
-        x_BD: Tensor,
+        normed_BD: Tensor,
         angles: tuple[Tensor, Tensor],
         unseen_B11C: Tensor,
     ) -> Tensor:
-        attention, slots = layer.self_attn, len(x_BD)
-        normed_BD = self._normed(x_BD, layer.input_layernorm)
+        attention, slots = layer.self_attn, len(normed_BD)
         q_BHE, k_BGE, v_BGE = (
             projection(normed_BD).view(slots, -1, attention.head_dim)
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -143,12 +144,16 @@ class StepGraphs:
         scores_BGSC = (q_BGSE * attention.scaling) @ keys.transpose(2, 3)
         scores_BGSC = scores_BGSC.float().masked_fill_(unseen_B11C, -torch.inf)
         out_BGSE = scores_BGSC.softmax(-1).to(values.dtype) @ values
-        return x_BD + attention.o_proj(out_BGSE.reshape(slots, -1))
+        out_BD: Tensor = attention.o_proj(out_BGSE.reshape(slots, -1))
+        return out_BD
 
-    def _normed(self, x_BD: Tensor, norm: nn.Module) -> Tensor:
+    def _normed(
+        self, x_BD: Tensor, beside_BD: Tensor | None, norm: nn.Module
+    ) -> tuple[Tensor, Tensor]:
+        """Return the normed sum, and the sum."""
         epsilon: Any = norm.variance_epsilon
         weight_D: Any = norm.weight
-        return self.session.functions.norm(x_BD, weight_D, epsilon)[0]
+        return self.session.functions.norm(x_BD, beside_BD, weight_D, epsilon)[:2]
 
 
 class GraphGeneration(SlotGeneration):

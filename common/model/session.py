@@ -20,7 +20,7 @@ from common.model.backbone.reading import Destination
 from common.model.kernels.attention import Packing, choose_attention, register
 from common.model.kernels.choice import choose_kernels, kernels_named
 from common.model.kernels.elementwise import TORCH, Kernels
-from common.model.kernels.frozen import choose_weights, quantise
+from common.model.kernels.frozen import choose_weights, quantiser_of
 from common.model.memory import choose_recompute
 
 if TYPE_CHECKING:
@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from common.text.batches import PackedBatch
 
 PRIMITIVES = "64"
-"""Compiled products that oneDNN keeps; one step needs about 20."""
+"""Compiled products that oneDNN keeps; each length of a pass needs about 20."""
+LENGTHS_APART = 3
+"""Lengths of the segments that a CPU keeps apart in one pass, so that a layer finds its products
+compiled by the one before: with six of them a private step took three times as long (AMX)."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -224,20 +227,26 @@ def limit_primitive_cache() -> None:
         os.environ.setdefault(name, PRIMITIVES)
 
 
-def early_destination(device: str, dtype: str, weights: str) -> Destination | None:
+def early_destination(device: str, dtype: str, weights: str, kernels: str) -> Destination | None:
     """Say where ``open_session`` will want the weights, if they may be read there beforehand.
 
-    What a CPU needs, or turns into nf4, is mapped and not read.
+    What a CPU needs is mapped and not read.
 
     Args:
         device: As ``open_session`` takes it.
         dtype: Likewise.
         weights: Likewise.
+        kernels: Likewise.
+
+    Raises:
+        UserError: If something asked for cannot be had here.
     """
     on = torch.device(choose_device(device).value)
-    if on.type == "cpu" or weights == "nf4":
+    if on.type == "cpu":
         return None
-    return Destination(device=on, dtype=DTYPES[choose_dtype(dtype, on).value])
+    arithmetic = DTYPES[choose_dtype(dtype, on).value]
+    chosen = choose_weights(weights, on, arithmetic).value, choose_kernels(kernels, on).value
+    return Destination(device=on, dtype=arithmetic, quantiser=quantiser_of(*chosen))
 
 
 def open_session(
@@ -281,14 +290,10 @@ def open_session(
     kernels_choice = choose_kernels(kernels, on)
     weights_choice = choose_weights(weights, on, arithmetic)
     tokenizer = load_tokenizer(spec)
-    # Quantised weight by weight on its way to the device: the whole may not fit there before.
-    host = torch.device("cpu")
-    model = load_model(spec, device=host if weights_choice.value == "nf4" else on, dtype=arithmetic)
+    quantiser = quantiser_of(weights_choice.value, kernels_choice.value)
+    model = load_model(spec, device=on, dtype=arithmetic, quantiser=quantiser)
     model.set_attn_implementation(register())
     functions = kernels_named(kernels_choice.value)
-    if weights_choice.value in ("fp8", "nf4"):
-        quantise(model, weights_choice.value, on, functions)
-        model.to(on)
     attached = attach(model, adapter)
     from common.model.kernels import fused_layer as lean
 

@@ -22,7 +22,8 @@ from common.training.hospital_data import HospitalData, encode_hospital
 
 def destination_of(config: Config) -> Destination | None:
     """Say where a session's weights are read beforehand, if they are."""
-    return early_destination(config.train.device, config.train.dtype, config.model.weights)
+    model, train = config.model, config.train
+    return early_destination(train.device, train.dtype, model.weights, model.kernels)
 
 
 class Worker:

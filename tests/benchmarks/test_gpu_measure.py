@@ -86,19 +86,21 @@ def test_attention_alone_runs_on_the_kernel_that_is_named(load, session, monkeyp
         shape, device, dtype = session.spec.shape, torch.device("cpu"), "fp32"
 
     calls = []
-    for name in ("cudnn", "torch-flash"):
+    measured = ("cudnn", "flash-attn-3", "torch-flash")
+    for name in measured:
 
         def call(q, k, v, scaling, packing, name=name):
             calls.append((name, packing.bounds, attention.CUDNN_TOKENS))
             return attention._sdpa(q, k, v, scaling, packing)
 
         monkeypatch.setitem(attention._KERNEL_FUNCTIONS, name, call)
-    monkeypatch.setattr(attention, "obstacle", lambda *_: "")
+    here = (*measured, "sdpa", "eager")
+    monkeypatch.setattr(attention, "obstacle", lambda name, *_: "" if name in here else "absent")
     found = by_length.by_length(Run())
     assert [row["length"] for row in found["seconds"]] == [8, 16, 32]
     assert found["CUDNN_TOKENS"] == attention.CUDNN_TOKENS == 1024
     assert "cudnn wins from" in found
-    for name in ("cudnn", "torch-flash"):
+    for name in measured:
         seen = {bounds: rule for one, bounds, rule in calls if one == name}
         assert {len(bounds) - 1 for bounds in seen} == {8, 4, 2}
         assert set(seen.values()) == {0}

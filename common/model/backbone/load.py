@@ -24,6 +24,7 @@ from common.model.backbone.reading import Destination, Held, Reading
 from common.model.backbone.tokenizer import read_tokenizer, tokenizer_facts
 from common.model.backbone.weights import check_weights, weight_files
 from common.model.kernels import rope
+from common.model.kernels.frozen import FrozenWeight, Quantiser, quantise, replace_linear
 from common.quick_imports import quick_imports
 from common.user_cache import fedrx_cache
 
@@ -165,24 +166,34 @@ def _files_at_hand(folder: Path, name: str) -> tuple[Path, ...]:
 
 
 def load_model(
-    spec: BackboneSpec, *, device: torch.device, dtype: torch.dtype
+    spec: BackboneSpec,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantiser: Quantiser | None = None,
 ) -> "LlamaForCausalLM":
     """Load the weights, frozen and in evaluation mode.
 
     Those that wait for their model are handed over. On a CPU the others are mapped, not read: its
     processes share them.
+
+    Args:
+        spec: From ``resolve_backbone``.
+        device: Where they go.
+        dtype: The backbone's arithmetic.
+        quantiser: Of the layers' linear maps, where they are wanted in another format.
     """
     _llama()
-    if spec.folder is None:
-        return tiny.tiny_model().to(device=device, dtype=dtype).requires_grad_(False)
-    destination = Destination(device=device, dtype=dtype)
+    destination = Destination(device=device, dtype=dtype, quantiser=quantiser)
     tensors = spec.held.take(destination) if spec.held else {}
-    if device.type != "cpu" and not tensors:
+    if spec.folder and device.type != "cpu" and not tensors:
         files = weight_files(spec.folder, spec.name)
         with Reading(files, fedrx_cache(), destination=destination) as reading:
             held = reading.held()
         tensors = held.take(destination) if held else {}
-    if tensors:
+    if spec.folder is None:
+        model = tiny.tiny_model().to(device=device, dtype=dtype)
+    elif tensors:
         model = _assembled(spec.folder, tensors, destination)
     else:
         with without_progress_bars():
@@ -194,11 +205,13 @@ def load_model(
                 trust_remote_code=False,
             )
     rope.install(model)
+    if quantiser:
+        quantise(model, quantiser)  # what came unquantised
     return model.eval().requires_grad_(False)
 
 
 def _assembled(
-    folder: Path, tensors: dict[str, Tensor], destination: Destination
+    folder: Path, tensors: dict[str, FrozenWeight], destination: Destination
 ) -> "LlamaForCausalLM":
     """Put tensors into the model of a folder's configuration; no other copy of them is made."""
     from transformers import GenerationConfig, LlamaConfig
@@ -209,8 +222,11 @@ def _assembled(
     )
     with torch.device("meta"):
         model = _llama()(config)
+    for name, weight in tensors.items():
+        if not isinstance(weight, Tensor):
+            replace_linear(model, name.removesuffix(".weight"), weight)
     # check_weights has held the names against the model's: what is missing is a tied head, and
-    # what is left over are an old Llama's rotary frequencies.
+    # what is left over are an old Llama's rotary frequencies, and the weights put in above.
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     # Buffers are not saved: they are built anew, on the CPU as everywhere.

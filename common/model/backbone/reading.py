@@ -1,7 +1,8 @@
 """Weight files on their way into memory: every byte read once, hashed and placed as it comes.
 
 Each file has a thread of its own, beside whatever the caller does meanwhile (importing
-transformers takes longer): reading, hashing and copying let go of the interpreter. The format is
+transformers takes longer): reading, hashing and copying let go of the interpreter. What is wanted
+in fp8 or nf4 is quantised where it arrives, weight by weight. The format is
 https://huggingface.co/docs/safetensors: 8 bytes that say how long the head is, the head (JSON:
 tensor -> dtype, shape, first and last byte), the tensors without a gap.
 """
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import write_text
+from common.model.kernels.frozen import FrozenWeight, Quantiser
 
 CHUNK_BYTES = 2**25
 """Read, hashed and copied at a time; where the interpreter is busy each turn costs some 5 ms."""
@@ -43,6 +45,16 @@ class Destination:
 
     device: torch.device
     dtype: torch.dtype
+    quantiser: Quantiser | None = None
+    """Of the layers' linear maps, where they are wanted in another format."""
+
+    def kept(self, name: str, tensor: Tensor) -> FrozenWeight:
+        """Return a tensor on the device as it is wanted there."""
+        wanted = tensor.to(self.dtype)
+        # So a Llama's layers call theirs; what is missed is quantised when the model is there.
+        if self.quantiser and name.endswith("_proj.weight"):
+            return self.quantiser.of(wanted)
+        return wanted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +62,9 @@ class Held:
     """Weights that lie at their destination and wait for their model."""
 
     destination: Destination
-    tensors: dict[str, Tensor]
+    tensors: dict[str, FrozenWeight]
 
-    def take(self, destination: Destination) -> dict[str, Tensor]:
+    def take(self, destination: Destination) -> dict[str, FrozenWeight]:
         """Hand them over, once; nothing where they lie elsewhere. They are let go of anyway."""
         tensors = dict(self.tensors) if destination == self.destination else {}
         self.tensors.clear()
@@ -83,7 +95,7 @@ class Reading:
         self._progress = progress or (lambda _line: None)
         self._folder = cache_dir / "fingerprints"
         self._stop = threading.Event()
-        self._parts: list[Future[tuple[bytes, dict[str, Tensor]]]] = []
+        self._parts: list[Future[tuple[bytes, dict[str, FrozenWeight]]]] = []
         self._known = ""
 
     def __enter__(self) -> Self:
@@ -138,7 +150,7 @@ class Reading:
         self._parts.clear()
         return Held(destination=self._destination, tensors=tensors)
 
-    def _finished(self) -> list[tuple[bytes, dict[str, Tensor]]]:
+    def _finished(self) -> list[tuple[bytes, dict[str, FrozenWeight]]]:
         try:
             parts = [part.result() for part in self._parts]
             obstacle = "" if _stamp(self._files)[0] == self._stamp else "changed while being read"
@@ -151,7 +163,7 @@ class Reading:
             )
         return parts
 
-    def _read(self, path: Path) -> tuple[bytes, dict[str, Tensor]]:
+    def _read(self, path: Path) -> tuple[bytes, dict[str, FrozenWeight]]:
         """Return a file's digest (empty where that is known) and its tensors."""
         on = self._destination.device if self._destination else torch.device("cpu")
         with path.open("rb", buffering=0) as file:
@@ -195,8 +207,8 @@ class _Source:
             self._hasher.update(self._view[:count])
         return self._buffer[:count]
 
-    def tensors(self, destination: Destination) -> dict[str, Tensor]:
-        """Return the tensors; one at a time is on the device in the file's dtype."""
+    def tensors(self, destination: Destination) -> dict[str, FrozenWeight]:
+        """Return the tensors; one at a time is on the device as it stands in the file."""
         head = torch.empty(8, dtype=torch.uint8)
         self._fill(head)
         size = int.from_bytes(head.numpy().tobytes(), "little")
@@ -208,7 +220,8 @@ class _Source:
         for name, dtype, shape in _entries(head.numpy().tobytes()):
             tensor = torch.empty(shape, dtype=dtype, device=destination.device)
             self._fill(tensor.view(-1).view(torch.uint8))
-            found[name] = tensor.to(destination.dtype)
+            found[name] = destination.kept(name, tensor)
+            del tensor  # before the next one takes memory
         if self.piece(1) is not None:
             raise _DamagedError("there is more than its head says")
         return found

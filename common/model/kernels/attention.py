@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 KERNELS = KERNEL_NAMES
 _REGISTERED = "fedrx"
+_PACKAGES = {"flash-attn-3": "flash_attn_interface", "flash-attn": "flash_attn"}
+"""Kernel -> the module of its package."""
 # Mean segment length from which on cuDNN, segment by segment, beats one call over all of them.
 CUDNN_TOKENS = 1024
 
@@ -98,7 +101,8 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -
     """Choose the kernel for packed batches.
 
     Order: cuDNN (for batches of long segments; shorter ones go to the next kernel that runs
-    here), flash-attn, torch's own FlashAttention-2 (varlen), SDPA segment by segment, eager.
+    here), FlashAttention-3, flash-attn, torch's own FlashAttention-2 (varlen), SDPA segment by
+    segment, eager.
 
     Args:
         requested: ``auto`` or one of ``KERNELS``.
@@ -108,20 +112,21 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -
     Raises:
         UserError: If the requested kernel cannot run here.
     """
-    obstacles = {kernel: obstacle(kernel, device, dtype) for kernel in KERNELS}
     if requested == "auto":
-        kernel = next(kernel for kernel in KERNELS if not obstacles[kernel])
-        passed = [f"{k}: {obstacles[k]}" for k in KERNELS[: KERNELS.index(kernel)]]
+        passed = []
+        for kernel in KERNELS:
+            reason = obstacle(kernel, device, dtype)
+            if not reason:
+                break
+            passed.append(f"{kernel}: {reason}")
         return Choice(kernel, FASTEST + (f" ({'; '.join(passed)})" if passed else ""))
     if requested not in KERNELS:
         raise SettingError(f"model.attention={requested!r}", allowed=", ".join(("auto", *KERNELS)))
-    if obstacles[requested]:
+    if reason := obstacle(requested, device, dtype):
         raise SettingError(
-            f"model.attention={requested} cannot run here: {obstacles[requested]}",
+            f"model.attention={requested} cannot run here: {reason}",
             fix="set model.attention to auto"
-            + (
-                f", or {pip_install('flash-attn')}" if obstacles[requested] == NO_FLASH_ATTN else ""
-            ),
+            + (f", or {pip_install('flash-attn')}" if reason == NO_FLASH_ATTN else ""),
         )
     return Choice(requested, ASKED)
 
@@ -147,8 +152,8 @@ def obstacle(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
         return CAPABILITY_8
     if kernel == "cudnn":
         return attention_cuda.cudnn_obstacle(device)
-    if kernel == "flash-attn" and importlib.util.find_spec("flash_attn") is None:
-        return NO_FLASH_ATTN
+    if kernel in _PACKAGES:
+        return attention_cuda.flash_attn_obstacle(_PACKAGES[kernel], device)
     if kernel == "torch-flash" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return NO_VARLEN
     return ""
@@ -210,10 +215,7 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) ->
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
-
-    out: Tensor = flash_attn_varlen_func(q, k, v, *packing.ends, softmax_scale=scaling, causal=True)
-    return out
+    return attention_cuda.flash_attn(_PACKAGES[packing.kernel], q, k, v, scaling, packing.ends)
 
 
 def _torch_flash(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) -> Tensor:
@@ -224,13 +226,19 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, scaling: float, packing: Packing) ->
     segments = len(packing.bounds) - 1
     if packing.bounds[-1] >= CUDNN_TOKENS * segments:
         return attention_cuda.cudnn(q, k, v, scaling, packing.bounds)
-    # Whatever has cuDNN's kernel has FlashAttention-2.
-    absent = importlib.util.find_spec("flash_attn") is None
-    return (_torch_flash if absent else _flash_attn)(q, k, v, scaling, packing)
+    kernel = _kernel_of_short_segments(q.device, q.dtype)
+    return _KERNEL_FUNCTIONS[kernel](q, k, v, scaling, replace(packing, kernel=kernel))
+
+
+@cache
+def _kernel_of_short_segments(device: torch.device, dtype: torch.dtype) -> str:
+    following = KERNELS[KERNELS.index("cudnn") + 1 :]
+    return next(kernel for kernel in following if not obstacle(kernel, device, dtype))
 
 
 _KERNEL_FUNCTIONS: dict[str, Callable[[Tensor, Tensor, Tensor, float, Packing], Tensor]] = {
     "cudnn": _cudnn,
+    "flash-attn-3": _flash_attn,
     "flash-attn": _flash_attn,
     "torch-flash": _torch_flash,
     "sdpa": _sdpa,

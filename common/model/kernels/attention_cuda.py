@@ -6,17 +6,18 @@ forward pass nor in what is kept for the backward pass.
 Shapes: T packed tokens, H query heads, G key/value heads, E head width, N segments of one length.
 """
 
+import functools
+import importlib.util
 import inspect
 import itertools
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from common.choice import CAPABILITY_9, OTHER_GRADIENT
+from common.choice import CAPABILITY_9, HOPPER, NO_FLASH_ATTN, NO_FLASH_ATTN_3, OTHER_GRADIENT
 from common.undocumented.torch_names import cudnn_attention, flash_attention_cuda
 
 _PROBE_TOKENS = 64
@@ -115,6 +116,31 @@ def _grouped_flash(q: Tensor, k: Tensor, v: Tensor, scaling: float, ends: Ends) 
     return out
 
 
+def flash_attn(
+    module: str, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scaling: float, ends: Ends
+) -> Tensor:
+    """Attend with an installed FlashAttention over all segments in one call; [T, H, E].
+
+    Args:
+        module: ``flash_attn`` (2) or ``flash_attn_interface`` (3).
+        q_THE: Queries.
+        k_TGE: Keys.
+        v_TGE: Values.
+        scaling: Factor of the scores.
+        ends: Of the segments.
+    """
+    if module == "flash_attn_interface":
+        from flash_attn_interface import flash_attn_varlen_func
+    else:
+        from flash_attn import flash_attn_varlen_func
+    found: Any = flash_attn_varlen_func(
+        q_THE, k_TGE, v_TGE, *ends, softmax_scale=scaling, causal=True
+    )
+    # FlashAttention-3's first releases return the log-sum-exp beside the output.
+    out: Tensor = found[0] if isinstance(found, tuple) else found
+    return out
+
+
 def cudnn_obstacle(device: torch.device) -> str:
     """Say why cuDNN's kernel cannot run here, or return nothing."""
     if torch.cuda.get_device_capability(device) < (9, 0):
@@ -122,7 +148,17 @@ def cudnn_obstacle(device: torch.device) -> str:
     return _probe("cudnn", device)
 
 
-@cache
+def flash_attn_obstacle(module: str, device: torch.device) -> str:
+    """Say why an installed FlashAttention cannot run here, or return nothing."""
+    newer = module == "flash_attn_interface"
+    if newer and torch.cuda.get_device_capability(device)[0] != 9:
+        return HOPPER
+    if importlib.util.find_spec(module) is None:
+        return NO_FLASH_ATTN_3 if newer else NO_FLASH_ATTN
+    return _probe(module, device)
+
+
+@functools.cache
 def _probe(kernel: str, device: torch.device) -> str:
     """Try a kernel on grouped heads, forward and backward: what is supported is not documented."""
     bounds = (0, _PROBE_TOKENS)
@@ -132,6 +168,7 @@ def _probe(kernel: str, device: torch.device) -> str:
         "cudnn": lambda q, k, v: cudnn(q, k, v, 0.1, bounds),
         "flash": lambda q, k, v: _grouped_flash(q, k, v, 0.1, ends),
     }
+    call = calls.get(kernel) or functools.partial(flash_attn, kernel, scaling=0.1, ends=ends)
     try:
         with torch.inference_mode(False), torch.enable_grad():
             q, k, v = (
@@ -143,15 +180,15 @@ def _probe(kernel: str, device: torch.device) -> str:
                 )
                 for heads in (4, 2, 2)
             )
-            torch.autograd.backward(calls[kernel](q, k, v).float().sum())
-    except (RuntimeError, TypeError, AttributeError) as error:
-        return f"tried, and refused ({str(error).splitlines()[0][:80]})"
+            torch.autograd.backward(call(q, k, v).float().sum())
+    except (RuntimeError, TypeError, AttributeError, ImportError) as error:
+        return f"tried, and refused ({str(error).partition(chr(10))[0][:80]})"
     if k.grad is None or k.grad.shape != k.shape:
         return OTHER_GRADIENT
     return ""
 
 
-@cache
+@functools.cache
 def _varlen_arguments() -> dict[str, Any]:
     """Return the causal and grouped-query arguments under this torch's names."""
     from torch.nn.attention.varlen import varlen_attn

@@ -1,6 +1,10 @@
-"""Who does the elementwise work of a step: plain torch, or Triton kernels on a GPU."""
+"""Who does the elementwise work of a step: plain torch, compiled on a CPU, Triton on a GPU."""
 
 import importlib.util
+import os
+import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 
@@ -8,7 +12,7 @@ from common.choice import Choice
 from common.errors import SettingError
 from common.model.kernels.elementwise import TORCH, Kernels
 
-CANDIDATES = ("triton", "torch")
+CANDIDATES = ("triton", "compiled", "torch")
 
 
 def choose_kernels(requested: str, device: torch.device) -> Choice[str]:
@@ -24,28 +28,43 @@ def choose_kernels(requested: str, device: torch.device) -> Choice[str]:
     >>> choose_kernels("auto", torch.device("cpu")).value
     'torch'
     """
-    obstacle = _obstacle(device)
     if requested == "auto":
         if device.type != "cuda":
-            return Choice("torch", "blocked for a CPU's cache")
-        if obstacle:
-            return Choice("torch", f"triton: {obstacle}")
+            return Choice("torch", "starts at once (compiled saves a long run a sixth)")
+        if reason := obstacle("triton", device):
+            return Choice("torch", f"triton: {reason}")
         return Choice("triton", "one pass over memory for each function")
     if requested not in CANDIDATES:
         raise SettingError(f"model.kernels={requested!r}", allowed=", ".join(("auto", *CANDIDATES)))
-    if requested == "triton" and obstacle:
+    if reason := obstacle(requested, device):
         raise SettingError(
-            f"model.kernels=triton cannot run here: {obstacle}", fix="set model.kernels to auto"
+            f"model.kernels={requested} cannot run here: {reason}", fix="set model.kernels to auto"
         )
     return Choice(requested, "asked for")
 
 
-def _obstacle(device: torch.device) -> str:
-    """Say why Triton's kernels cannot run here, or return nothing."""
-    if device.type != "cuda":
-        return f"needs a CUDA device, not {device.type}"
-    absent = importlib.util.find_spec("triton") is None
-    return "package triton is not installed" if absent else ""
+def obstacle(name: str, device: torch.device) -> str:
+    """Say why one of ``CANDIDATES`` cannot run here, or return nothing."""
+    if name == "triton":
+        if device.type != "cuda":
+            return f"needs a CUDA device, not {device.type}"
+        absent = importlib.util.find_spec("triton") is None
+        return "package triton is not installed" if absent else ""
+    if name == "compiled":
+        return _compiler_obstacle(device)
+    return ""
+
+
+def _compiler_obstacle(device: torch.device) -> str:
+    """Say why torch cannot compile for this device, or return nothing."""
+    if device.type != "cpu":
+        return f"compiled for a CPU, not for {device.type}"
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler ({compiler}) is installed"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "Python's headers are not installed"
+    return ""
 
 
 def kernels_named(name: str) -> Kernels:
@@ -54,4 +73,8 @@ def kernels_named(name: str) -> Kernels:
         from common.model.kernels.elementwise_triton import TRITON
 
         return TRITON
+    if name == "compiled":
+        from common.model.kernels.elementwise_compiled import COMPILED
+
+        return COMPILED
     return TORCH

@@ -1,4 +1,4 @@
-"""Elementwise work of a step behind one seam: plain torch, or Triton kernels.
+"""Elementwise work of a step behind one seam: plain torch, compiled by it, or Triton kernels.
 
 A ``Kernels`` holds the arithmetic and no autograd: what is saved for the backward pass is decided
 once, by the functions that call it (`common.model.kernels.fused_layer`, `common.training.loss`), so
@@ -36,8 +36,9 @@ _CPU_ROWS_BYTES = 2**21
 class Kernels:
     """The elementwise functions of a training step, forward and backward."""
 
-    norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
-    """(x_TD, weight_D, epsilon) -> RMS-normed [T, D], 1 / RMS [T, 1] in fp32."""
+    norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor, Tensor]]
+    """(x_TD, beside_TD, weight_D, epsilon) -> RMS-normed sum of both [T, D], the sum itself (x
+    where nothing is beside it), 1 / RMS [T, 1] in fp32."""
     norm_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     """(d_out_TD, d_residual_TD, x_TD, rstd_T1, weight_D) -> gradient of x, both ways added."""
     swiglu: Callable[[Tensor, Tensor], Tensor]
@@ -61,20 +62,23 @@ _OF_A_LAYER = ("norm", "norm_backward", "swiglu", "swiglu_backward", "rotate")
 
 
 def by_part(kernels: Kernels, parts: Parts) -> Kernels:
-    """Return kernels that work on each part's rows by calls of their own.
+    """Return kernels that work on each part's rows by calls of their own: plain torch.
 
-    A call on more rows is split among threads, and into vectors and their rest, at other places.
+    A call on more rows is split among threads, and into vectors and their rest, at other places;
+    which compiled code runs may depend on the calls before it.
 
     Args:
-        kernels: Who does the work: ``TORCH``; with a program for each row they stay as they are.
+        kernels: Who does the work; with a program for each row they stay as they are.
         parts: See ``common.model.kernels.rows``.
     """
-    if kernels.by_row or parts is None or len(parts) == 2:
+    if kernels.by_row or parts is None:
         return kernels
+    if len(parts) == 2:
+        return TORCH
     functions: dict[str, Any] = {
-        name: partial(getattr(kernels, name), parts=parts) for name in _OF_A_LAYER
+        name: partial(getattr(TORCH, name), parts=parts) for name in _OF_A_LAYER
     }
-    return replace(kernels, **functions)
+    return replace(TORCH, **functions)
 
 
 def of_each_part(
@@ -111,17 +115,20 @@ def _row_blocks(x: Tensor, parts: Parts) -> list[slice]:
 
 
 def _norm(
-    x_TD: Tensor, weight_D: Tensor, epsilon: float, parts: Parts = None
-) -> tuple[Tensor, Tensor]:
+    x_TD: Tensor, beside_TD: Tensor | None, weight_D: Tensor, epsilon: float, parts: Parts = None
+) -> tuple[Tensor, Tensor, Tensor]:
     out_TD = torch.empty_like(x_TD)
+    total_TD = x_TD if beside_TD is None else torch.empty_like(x_TD)
     rstd_T1 = torch.empty(len(x_TD), 1, dtype=torch.float32, device=x_TD.device)
     for rows in _row_blocks(x_TD, parts):
-        wide = x_TD[rows].float()
+        if beside_TD is not None:
+            torch.add(x_TD[rows], beside_TD[rows], out=total_TD[rows])
+        wide = total_TD[rows].float()
         mean_square = wide.square().mean(1, keepdim=True)
         rstd_T1[rows] = mean_square.add_(epsilon).rsqrt_()
         # transformers rounds to the input's dtype before the weight; so do we.
         torch.mul((wide * rstd_T1[rows]).to(x_TD.dtype), weight_D, out=out_TD[rows])
-    return out_TD, rstd_T1
+    return out_TD, total_TD, rstd_T1
 
 
 def _norm_backward(

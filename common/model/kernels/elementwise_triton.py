@@ -28,12 +28,19 @@ _TILE = 64
 
 
 @_jit
-def _norm_kernel(x, weight, out, rstd, width, epsilon, block: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
+def _norm_kernel(  # type: ignore[no-untyped-def]
+    x, beside, weight, out, total, rstd, width, epsilon, added: tl.constexpr, block: tl.constexpr
+) -> None:
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     inside = columns < width
     value = tl.load(x + row * width + columns, mask=inside, other=0.0)
     wide = value.to(tl.float32)
+    if added:
+        other = tl.load(beside + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+        value = (wide + other).to(value.dtype)
+        tl.store(total + row * width + columns, value, mask=inside)
+        wide = value.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / width + epsilon)
     gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     # transformers rounds to the input's dtype before the weight; so do we.
@@ -185,14 +192,19 @@ def _warps(block: int) -> int:
     return min(16, max(4, block // 512))
 
 
-def _norm(x_TD: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def _norm(
+    x_TD: Tensor, beside_TD: Tensor | None, weight_D: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
     x_TD = x_TD.contiguous()
     rows, width = x_TD.shape
     out_TD = torch.empty_like(x_TD)
+    added = beside_TD is not None
+    beside_TD = x_TD if beside_TD is None else beside_TD.contiguous()
+    total_TD = torch.empty_like(x_TD) if added else x_TD
     rstd_T1 = torch.empty(rows, 1, dtype=torch.float32, device=x_TD.device)
-    block = triton.next_power_of_2(width)
-    _launch(_norm_kernel, rows, x_TD, weight_D, out_TD, rstd_T1, width, epsilon, block=block)
-    return out_TD, rstd_T1
+    arguments = (x_TD, beside_TD, weight_D, out_TD, total_TD, rstd_T1, width, epsilon)
+    _launch(_norm_kernel, rows, *arguments, added=added, block=triton.next_power_of_2(width))
+    return out_TD, total_TD, rstd_T1
 
 
 def _norm_backward(

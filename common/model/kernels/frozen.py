@@ -11,6 +11,7 @@ Shapes: T packed tokens, D input width, O output width.
 """
 
 import itertools
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 
 from common.choice import Choice
 from common.errors import SettingError
+from common.model.kernels.choice import kernels_named
 from common.model.kernels.elementwise import Kernels
-from common.model.kernels.nf4 import Nf4Weight, nf4_obstacle
+from common.model.kernels.nf4 import Nf4Weight, blockwise, nf4_obstacle
 from common.model.kernels.rows import Parts, add_product, product
 from common.provenance import pip_install
 from common.undocumented.torch_names import scaled_mm
@@ -95,6 +97,42 @@ def _scaled(
 
 
 FrozenWeight = Tensor | Fp8Weight | Nf4Weight
+_TURN = threading.Lock()
+"""Triton (3.6) readies a kernel on its first call without a lock."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantiser:
+    """Puts weights of frozen linear maps into fp8 or nf4, called by one thread or by several."""
+
+    weights: str
+    """``fp8`` or ``nf4``."""
+    kernels: Kernels
+    """Who quantises to fp8."""
+
+    def __post_init__(self) -> None:
+        """Import what nf4 needs: that is not for several threads at once."""
+        if self.weights == "nf4":
+            blockwise()
+
+    def of(self, weight_OD: Tensor) -> Fp8Weight | Nf4Weight:
+        """Quantise a weight where it lies."""
+        with _TURN:
+            if self.weights == "nf4":
+                return Nf4Weight.of(weight_OD)
+            return Fp8Weight.of(weight_OD, self.kernels)
+
+
+def quantiser_of(weights: str, kernels: str) -> Quantiser | None:
+    """Return what quantises, or None where weights stay in the backbone's arithmetic.
+
+    Args:
+        weights: As ``choose_weights`` chose.
+        kernels: As ``choose_kernels`` chose.
+    """
+    if weights not in ("fp8", "nf4"):
+        return None
+    return Quantiser(weights=weights, kernels=kernels_named(kernels))
 
 
 def products(
@@ -226,23 +264,24 @@ def fp8_obstacle(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-def quantise(model: nn.Module, weights: str, device: torch.device, kernels: Kernels) -> None:
-    """Put every frozen linear map of a model's layers into fp8 or nf4, in place.
+def quantise(model: nn.Module, quantiser: Quantiser) -> None:
+    """Quantise the frozen linear maps of a model's layers that are not so yet, in place.
 
     Embeddings and the language-model head keep their dtype.
 
     Args:
-        model: A Llama without adapter, anywhere.
-        weights: ``fp8`` or ``nf4``.
-        device: Where the quantised weights go, one after the other.
-        kernels: Who quantises to fp8.
+        model: A Llama without adapter.
+        quantiser: What they become.
     """
     for name in [name for name, one in model.named_modules() if isinstance(one, nn.Linear)]:
-        parent, _, child = name.rpartition(".")
-        if child not in HEAD:
+        if name.rpartition(".")[2] not in HEAD:
             # Nothing else holds it, so that its memory is free when it has been replaced.
-            module: Any = model.get_submodule(name)
-            weight_OD = module.weight.to(device)
-            quantised = Nf4Weight.of(weight_OD) if weights == "nf4" else None
-            linear = QuantisedLinear(module, quantised or Fp8Weight.of(weight_OD, kernels))
-            setattr(model.get_submodule(parent), child, linear)
+            linear: Any = model.get_submodule(name)
+            replace_linear(model, name, quantiser.of(linear.weight))
+
+
+def replace_linear(model: nn.Module, name: str, weight: FrozenWeight) -> None:
+    """Put a weight in the place of a linear layer's own; its bias stays."""
+    parent, _, child = name.rpartition(".")
+    linear: Any = model.get_submodule(name)
+    setattr(model.get_submodule(parent), child, QuantisedLinear(linear, weight))

@@ -82,14 +82,15 @@ class LeanLayer(LlamaDecoderLayer):
             # Past its attention, the last layer's other tokens are read by nobody.
             x_TD, out_TF = x_TD.index_select(0, at_N), out_TF.index_select(0, at_N)
             parts = packing.rows_at
-        x_TD = _add(x_TD, self.out, out_TF, parts)
         if self.recompute == "mlp" and torch.is_grad_enabled():
-            return cast("Tensor", checkpoint(self._mlp, x_TD, parts, use_reentrant=False))
-        return self._mlp(x_TD, parts)
+            # The sum alone is kept for it.
+            x_TD = _add(x_TD, self.out, out_TF, parts)
+            return cast("Tensor", checkpoint(self._mlp, x_TD, None, parts, use_reentrant=False))
+        return self._mlp(x_TD, _projected(self.out, out_TF, parts), parts)
 
-    def _mlp(self, x_TD: Tensor, parts: Parts) -> Tensor:
+    def _mlp(self, x_TD: Tensor, beside_TD: Tensor | None, parts: Parts) -> Tensor:
         kernels = by_part(self.kernels, parts)
-        normed_TD, x_TD = rms_norm(x_TD, self.post_attention_layernorm, kernels)
+        normed_TD, x_TD = rms_norm(x_TD, self.post_attention_layernorm, kernels, beside_TD)
         gate_TI, up_TI = self.gate_up(normed_TD, parts)
         return _add(x_TD, self.down, _swiglu(gate_TI, up_TI, kernels), parts)
 
@@ -165,7 +166,7 @@ def install(model: LlamaForCausalLM, recompute: str, kernels: Kernels = TORCH) -
     for place, layer in enumerate(layers):
         last = place == len(layers) - 1
         layers[place] = LeanLayer(layer, per_layer[place % 2], kernels, last=last)
-    if kernels is not TORCH:
+    if kernels.by_row:
         model.model.norm = LeanNorm(model.model.norm, kernels)
 
 
@@ -175,37 +176,49 @@ def supported(model: LlamaForCausalLM) -> bool:
     return config.hidden_act in ("silu", "swish") and not config.attention_dropout
 
 
-def rms_norm(x_TD: Tensor, norm: nn.Module, kernels: Kernels) -> tuple[Tensor, Tensor]:
-    """Return the normed input, and the input itself for the residual way.
+def rms_norm(
+    x_TD: Tensor, norm: nn.Module, kernels: Kernels, beside_TD: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the normed sum of ``x`` and what is beside it, and the sum for the residual way.
 
-    Handing ``x`` through the same node lets its two gradients be added while they are in cache.
+    Handing the sum through the same node lets its two gradients be added while they are in cache.
     """
-    normed = _rms_norm(x_TD, norm.weight, norm.variance_epsilon, kernels)
+    normed = _rms_norm(x_TD, beside_TD, norm.weight, norm.variance_epsilon, kernels)
     return cast("tuple[Tensor, Tensor]", normed)
+
+
+def _projected(projections: Projections, x: Tensor, parts: Parts) -> Tensor:
+    (projection,) = projections.modules
+    # A linear map of all rows is torch's own node, which costs the host less.
+    return cast("Tensor", projection(x) if parts is None else projections(x, parts)[0])
 
 
 def _add(residual_TD: Tensor, projections: Projections, x: Tensor, parts: Parts) -> Tensor:
     """Return ``residual + projection(x)``, in the projection's memory where autograd allows it."""
-    (projection,) = projections.modules
-    # A linear map of all rows is torch's own node, which costs the host less.
-    out_TD: Tensor = projection(x) if parts is None else projections(x, parts)[0]
-    fresh = type(projection) in _FROZEN
+    out_TD = _projected(projections, x, parts)
+    fresh = type(projections.modules[0]) in _FROZEN
     return out_TD.add_(residual_TD) if fresh else residual_TD + out_TD
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weight_D: Tensor, epsilon: float, kernels: Kernels
+        ctx: Any,
+        x_TD: Tensor,
+        beside_TD: Tensor | None,
+        weight_D: Tensor,
+        epsilon: float,
+        kernels: Kernels,
     ) -> tuple[Tensor, Tensor]:
-        out_TD, rstd_T1 = kernels.norm(x_TD, weight_D, epsilon)
-        ctx.kernels = kernels
-        ctx.save_for_backward(x_TD, rstd_T1, weight_D)
-        return out_TD, x_TD.view_as(x_TD)
+        out_TD, total_TD, rstd_T1 = kernels.norm(x_TD, beside_TD, weight_D, epsilon)
+        ctx.kernels, ctx.alone = kernels, beside_TD is None
+        ctx.save_for_backward(total_TD, rstd_T1, weight_D)
+        return out_TD, total_TD.view_as(x_TD) if ctx.alone else total_TD
 
     @staticmethod
-    def backward(ctx: Any, d_out_TD: Tensor, d_x_TD: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.kernels.norm_backward(d_out_TD, d_x_TD, *ctx.saved_tensors), None, None, None
+    def backward(ctx: Any, d_out_TD: Tensor, d_total_TD: Tensor) -> tuple[Tensor | None, ...]:
+        d_x_TD = ctx.kernels.norm_backward(d_out_TD, d_total_TD, *ctx.saved_tensors)
+        return d_x_TD, None if ctx.alone else d_x_TD, None, None, None
 
 
 class _SwiGlu(torch.autograd.Function):

@@ -34,9 +34,10 @@ class Nf4Weight:
     def of(cls, weight_OD: Tensor) -> "Nf4Weight":
         """Quantise a weight; the scales of its blocks are quantised too."""
         flat = weight_OD.detach().flatten()
-        padded = functional.pad(flat, (0, -len(flat) % NF4_BLOCK))
+        if rest := -len(flat) % NF4_BLOCK:
+            flat = functional.pad(flat, (0, rest))
         blocks, state = blockwise().quantize_4bit(
-            padded.view(-1, NF4_BLOCK),
+            flat.view(-1, NF4_BLOCK),
             blocksize=NF4_BLOCK,
             compress_statistics=True,
             quant_type="nf4",

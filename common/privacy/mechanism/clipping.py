@@ -56,7 +56,8 @@ def clipped_sum(gradients_UP: Tensor, clip_norm: float) -> Tensor:
     norms_U = unit_norms(gradients_UP)
     coefficients_U = clip_coefficients(norms_U, clip_norm)
     refused = ~torch.isfinite(norms_U)
-    if bool(refused.any()):
+    # On a GPU asking would wait for all that it has yet to compute.
+    if gradients_UP.device.type != "cpu" or bool(refused.any()):
         # 0 * inf is NaN: such a unit must leave the product, not be scaled by zero
         gradients_UP = gradients_UP.masked_fill(refused[:, None], 0.0)
     return coefficients_U @ gradients_UP

@@ -12,7 +12,7 @@ from itertools import chain, groupby
 import torch
 from torch import Tensor
 
-from common.model.session import Session
+from common.model.session import LENGTHS_APART, Session
 from common.privacy.mechanism.clipping import clipped_sum
 from common.privacy.mechanism.isolation import check_backbone, choose_passes
 from common.privacy.mechanism.noise import NoiseSource
@@ -71,34 +71,48 @@ class PrivateGradient:
         adapter = session.adapter
         sum_P = torch.zeros_like(adapter.flat)
         carried_P: Tensor | None = None
-        for batch in _micro_batches(drawn, self.micro_batch, alone=way == "alone"):
+        lengths = LENGTHS_APART if way == "apart" and sum_P.device.type == "cpu" else None
+        for batch in self._micro_batches(drawn, alone=way == "alone", lengths=lengths):
             places = [place for place, _ in groupby(batch, key=lambda entry: entry[0])]
             rows = [places.index(place) for place, _ in batch]
             gradients_UP = torch.zeros(len(places), adapter.flat.numel(), device=sum_P.device)
             if carried_P is not None:
                 gradients_UP[0] = carried_P
             samples = [self.dataset[index].in_epoch(step) for _, index in batch]
+            # Copied before the pass: behind it, a copy to a GPU would wait for it.
+            counts_U1 = torch.tensor([[len(drawn[place])] for place in places], device=sum_P.device)
             add_unit_gradients(session, pack(samples), rows, gradients_UP, apart=way == "apart")
             last_place, last_index = batch[-1]
             if last_index == drawn[last_place][-1]:
                 carried_P = None
             else:
                 carried_P = gradients_UP[-1].clone()
-                gradients_UP = gradients_UP[:-1]
-            counts = [len(drawn[place]) for place in places[: len(gradients_UP)]]
-            gradients_UP.div_(torch.tensor(counts, device=sum_P.device)[:, None])
-            sum_P += clipped_sum(gradients_UP, self.plan.clip_norm)
+                gradients_UP, counts_U1 = gradients_UP[:-1], counts_U1[:-1]
+            sum_P += clipped_sum(gradients_UP.div_(counts_U1), self.plan.clip_norm)
         return sum_P
 
+    def _micro_batches(
+        self, drawn: Sequence[tuple[int, ...]], *, alone: bool, lengths: int | None
+    ) -> Iterator[list[tuple[int, int]]]:
+        """Yield (unit's place, sample index) pairs in order of units, a pass at a time.
 
-def _micro_batches(
-    drawn: Sequence[tuple[int, ...]], size: int, *, alone: bool
-) -> Iterator[list[tuple[int, int]]]:
-    """Yield (unit's place, sample index) pairs in order of units, at most ``size`` at a time."""
-    entries = [[(place, index) for index in members] for place, members in enumerate(drawn)]
-    for group in entries if alone else [list(chain.from_iterable(entries))]:
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
+        Args:
+            drawn: Sample indices of each unit.
+            alone: Whether every unit has passes of its own.
+            lengths: Most lengths of samples in a pass; None: any number.
+        """
+        entries = [[(place, index) for index in members] for place, members in enumerate(drawn)]
+        for group in entries if alone else [list(chain.from_iterable(entries))]:
+            batch: list[tuple[int, int]] = []
+            seen: set[int] = set()
+            for entry in group:
+                seen.add(len(self.dataset[entry[1]].input_ids))
+                if len(batch) == self.micro_batch or len(seen) > (lengths or len(group)):
+                    yield batch
+                    batch, seen = [], {len(self.dataset[entry[1]].input_ids)}
+                batch.append(entry)
+            if batch:
+                yield batch
 
 
 def private_bytes(units: int, parameters: int) -> int:

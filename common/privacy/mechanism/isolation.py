@@ -27,7 +27,7 @@ def choose_passes(session: Session) -> Choice[str]:
     units left).
     """
     where = (session.torch_device.type, session.dtype.value, session.attention.value)
-    if where in PROVEN:
+    if where in PROVEN and session.kernels.value == "torch":
         return Choice("shared", f"no row depends on another ({', '.join(where)}: tested)")
     weights = session.weights.value
     # fp8 products by segment have not passed the isolation test on a card.

@@ -68,9 +68,10 @@ class GaussianMechanism:
         Raises:
             RunFailed: if the sum is not finite, which clipping excludes.
         """
+        # Drawn before the sum is looked at: a GPU may still be computing it.
+        noise_P = torch.from_numpy(self.noise.gaussian(self.parameters, self.grid.std_steps))
         if sum_P.shape != (self.parameters,) or not bool(torch.isfinite(sum_P).all()):
             raise RunFailed("privacy: the clipped sum is not finite or not of B's size")
         mean_P = sum_P.detach().to("cpu", torch.float64) / self.plan.expected_batch
-        steps_P = torch.round(mean_P / self.grid.step).to(torch.int64)
-        steps_P += torch.from_numpy(self.noise.gaussian(self.parameters, self.grid.std_steps))
+        steps_P = torch.round(mean_P / self.grid.step).to(torch.int64) + noise_P
         return (steps_P.to(torch.float64) * self.grid.step).to(sum_P.device, torch.float32)

@@ -19,12 +19,19 @@ from common.model import session as session_module
 from common.model.backbone import load, reading
 from common.model.backbone.load import load_model, resolve_backbone
 from common.model.backbone.reading import Destination, Reading
+from common.model.kernels import frozen, nf4
+from common.model.kernels.choice import kernels_named
+from common.model.kernels.elementwise import TORCH
+from common.model.kernels.frozen import Quantiser
 from common.model.session import early_destination
 from common.training import worker as worker_module
 from common.training.worker import Worker
 
 CPU = torch.device("cpu")
 FP32, BF16 = (Destination(device=CPU, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+FP8 = Destination(
+    device=CPU, dtype=torch.float32, quantiser=Quantiser(weights="fp8", kernels=TORCH)
+)
 WAIT = 20  # seconds until a test fails that would otherwise hang
 
 
@@ -104,19 +111,21 @@ def by_hand(folder: Path) -> str:
     return hashlib.sha256(whole).hexdigest()
 
 
+@pytest.mark.parametrize("destination", [FP32, FP8])
 def test_every_byte_is_read_once_and_hashed_the_first_time(
-    tmp_path, folder, settled, watched, monkeypatch
+    tmp_path, folder, settled, watched, monkeypatch, destination
 ):
+    asked = {"device": CPU, "dtype": torch.float32, "quantiser": destination.quantiser}
     sizes = {file.name: file.stat().st_size for file in files_of(folder)}
     total = sum(sizes.values())
     assert len(sizes) > 2
     monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("twice"))
-    first = resolve_backbone(str(folder), cache_dir=tmp_path / "cache", destination=FP32)
-    load_model(first, device=CPU, dtype=torch.float32)
+    first = resolve_backbone(str(folder), cache_dir=tmp_path / "cache", destination=destination)
+    load_model(first, **asked)
     assert (dict(watched.read), watched.hashed) == (sizes, total)
     watched.reset()
-    again = resolve_backbone(str(folder), cache_dir=tmp_path / "cache", destination=FP32)
-    load_model(again, device=CPU, dtype=torch.float32)
+    again = resolve_backbone(str(folder), cache_dir=tmp_path / "cache", destination=destination)
+    load_model(again, **asked)
     assert (dict(watched.read), watched.hashed) == (sizes, 0)
     watched.reset()
     known = resolve_backbone(str(folder), cache_dir=tmp_path / "cache")
@@ -126,7 +135,7 @@ def test_every_byte_is_read_once_and_hashed_the_first_time(
     assert first == again == known == alone
 
 
-@pytest.mark.parametrize("destination", [None, FP32, BF16])
+@pytest.mark.parametrize("destination", [None, FP32, BF16, FP8])
 def test_the_hash_is_that_of_the_files(tmp_path, folder, monkeypatch, destination):
     monkeypatch.setattr(reading, "CHUNK_BYTES", 999)
     with Reading(files_of(folder), tmp_path / "cache", destination=destination) as under_way:
@@ -217,6 +226,16 @@ def test_held_weights_are_handed_over_once_and_kept_by_nobody(tmp_path, folder):
     assert waiting.tensors == {}
 
 
+@pytest.mark.parametrize(("held", "wanted"), [(FP8, FP32), (FP32, FP8)])
+def test_weights_in_another_format_are_not_taken(tmp_path, folder, held, wanted):
+    spec = resolve_backbone(str(folder), cache_dir=tmp_path / "cache", destination=held)
+    waiting = spec.held
+    model = load_model(spec, device=CPU, dtype=torch.float32, quantiser=wanted.quantiser)
+    assert waiting.tensors == {}
+    quantised = not isinstance(model.model.layers[0].mlp.up_proj, torch.nn.Linear)
+    assert quantised == (wanted is FP8)
+
+
 def test_without_held_weights_another_device_reads_them_itself(tmp_path, folder, watched):
     spec = resolve_backbone(str(folder), cache_dir=tmp_path / "cache")
     watched.reset()
@@ -226,7 +245,7 @@ def test_without_held_weights_another_device_reads_them_itself(tmp_path, folder,
     assert {one.device.type for one in model.buffers()} == {"meta"}
 
 
-@pytest.mark.parametrize("destination", [None, FP32])
+@pytest.mark.parametrize("destination", [None, FP32, FP8])
 def test_all_shards_are_read_at_once_and_beside_the_caller(
     tmp_path, folder, watched, monkeypatch, destination
 ):
@@ -281,7 +300,7 @@ def touched(path: Path) -> None:
     path.touch()
 
 
-@pytest.mark.parametrize("destination", [None, FP32])
+@pytest.mark.parametrize("destination", [None, FP32, FP8])
 @pytest.mark.parametrize("change", [grown, cut, touched])
 def test_a_file_that_changes_meanwhile_is_refused(
     tmp_path, folder, settled, watched, monkeypatch, destination, change
@@ -314,14 +333,41 @@ def test_other_weights_are_another_fingerprint_also_when_they_are_loaded(tmp_pat
     assert resolve_backbone(str(folder), cache_dir=cache, destination=FP32).fingerprint != before
 
 
-def test_where_weights_are_read_beforehand(monkeypatch):
-    assert early_destination("cpu", "bf16", "bf16") is None
+@pytest.fixture
+def a_gpu(monkeypatch):
     there = session_module.Choice("cuda:1", "asked for")
     monkeypatch.setattr(session_module, "choose_device", lambda device: there)
-    cuda = Destination(device=torch.device("cuda:1"), dtype=torch.bfloat16)
-    for weights in ("bf16", "fp8"):
-        assert early_destination("cuda:1", "bf16", weights) == cuda
-    assert early_destination("cuda:1", "bf16", "nf4") is None
+    monkeypatch.setattr(frozen, "fp8_obstacle", lambda device, dtype: "")
+
+
+def test_a_cpus_weights_are_not_read_beforehand():
+    for weights in ("bf16", "nf4"):
+        assert early_destination("cpu", "bf16", weights, "auto") is None
+
+
+@pytest.mark.parametrize("weights", ["bf16", "fp8", "nf4"])
+def test_a_gpus_weights_are_read_beforehand(a_gpu, weights):
+    if weights == "nf4":
+        pytest.importorskip("bitsandbytes")
+    found = early_destination("cuda:1", "bf16", weights, "torch")
+    quantiser = None if weights == "bf16" else Quantiser(weights=weights, kernels=TORCH)
+    cuda = torch.device("cuda:1")
+    assert found == Destination(device=cuda, dtype=torch.bfloat16, quantiser=quantiser)
+
+
+def test_other_kernels_or_another_format_are_another_destination(a_gpu):
+    pytest.importorskip("triton")
+    asked = [("fp8", "torch"), ("fp8", "triton"), ("bf16", "torch")]
+    found = [early_destination("cuda:1", "bf16", *one) for one in asked]
+    assert [found.index(one) for one in found] == [0, 1, 2]
+    assert found[1].quantiser.kernels is kernels_named("triton")
+
+
+@pytest.mark.parametrize("weights", ["nf4", "int4"])
+def test_a_format_is_refused_before_weights_are_read(a_gpu, monkeypatch, weights):
+    monkeypatch.setattr(nf4.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="model.weights="):
+        early_destination("cuda:1", "bf16", weights, "torch")
 
 
 def test_a_worker_opens_what_was_read_beforehand(folder, watched, monkeypatch):

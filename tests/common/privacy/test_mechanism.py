@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -52,6 +53,19 @@ def test_a_sum_that_is_not_finite_is_never_released(make_plan) -> None:
             mechanism.release(torch.tensor([0.0, value, 0.0]))
     with pytest.raises(RunFailed):
         mechanism.release(torch.zeros(4))
+
+
+def test_noise_is_drawn_before_the_sum_is_looked_at(make_plan, monkeypatch) -> None:
+    """So that the host does not first wait for a GPU: here the sum is there only with the noise."""
+    sum_P, plan = torch.full((3,), math.nan), make_plan(expected_batch=2.0)
+    mechanism = GaussianMechanism(plan, 3, NoiseSource())
+
+    def late(count, _std):
+        sum_P.copy_(torch.tensor([1.0, 0.5, 0.0]))
+        return np.zeros(count, dtype=np.int64)
+
+    monkeypatch.setattr(mechanism.noise, "gaussian", late)
+    assert mechanism.release(sum_P).tolist() == [0.5, 0.25, 0.0]
 
 
 def test_receipt_and_ledger_line_say_what_ran(make_plan, tmp_path) -> None:

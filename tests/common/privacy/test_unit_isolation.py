@@ -12,9 +12,10 @@ from common.choice import Choice
 from common.errors import UserError
 from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.load import resolve_backbone
-from common.model.kernels import attention, choice, frozen
+from common.model.kernels import attention, choice, elementwise_compiled, frozen
 from common.model.kernels.attention import KERNELS, Packing, attend, choose_attention
 from common.model.kernels.elementwise import TORCH
+from common.model.kernels.elementwise_compiled import COMPILED
 from common.model.kernels.rope import BY_LENGTH, FIXED
 from common.model.session import DTYPES, Session, open_session
 from common.privacy.mechanism import gradients
@@ -89,6 +90,31 @@ def test_units_are_mixed_in_fp32_only(
     monkeypatch.setattr(gradients, "add_unit_gradients", spied)
     source = private(samples_of([8] * 6, [0, 1, 1, 2, 2, 3]), make_plan())
     source.clipped_sum(open_tiny(dtype=dtype), [(0,), (1, 2), (3, 4), (5,)])
+    assert seen == passes
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lengths", "passes"),
+    [
+        ("bf16", [8, 9, 10, 11, 8, 11], [[8, 9, 10], [11, 8, 11]]),
+        ("bf16", [8] * 6, [[8] * 4, [8] * 2]),
+        ("fp32", [8, 9, 10, 11, 8, 11], [[8, 9, 10, 11], [8, 11]]),
+    ],
+)
+def test_a_pass_that_keeps_patients_apart_has_few_lengths(
+    open_tiny, samples_of, make_plan, monkeypatch, dtype, lengths, passes
+) -> None:
+    """Each has products of its own, and a CPU keeps as many compiled as ``LENGTHS_APART`` need."""
+    seen = []
+
+    def spied(session, batch, rows, out_UP, *, apart):
+        bounds = batch.cu_seqlens
+        seen.append([stop - start for start, stop in itertools.pairwise(bounds)])
+        return add_unit_gradients(session, batch, rows, out_UP, apart=apart)
+
+    monkeypatch.setattr(gradients, "add_unit_gradients", spied)
+    source = private(samples_of(lengths, range(6)), make_plan())
+    source.clipped_sum(open_tiny(dtype=dtype), [(place,) for place in range(6)])
     assert seen == passes
 
 
@@ -243,6 +269,30 @@ def test_units_share_passes_only_where_it_is_proven(open_tiny) -> None:
         assert choose_passes(session).value == "alone"
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_no_private_pass_runs_what_torch_has_compiled(open_tiny, samples_of, monkeypatch, dtype):
+    """Which compiled code runs may depend on the lengths before: one patient's on another's."""
+
+    def compiled(_function):
+        raise AssertionError("compiled code in a private pass")
+
+    samples = samples_of([24, 9, 13], range(3))
+    gradients = []
+    for session in (open_tiny(dtype=dtype), open_tiny(dtype=dtype)):
+        if gradients:
+            session.kernels, session.functions = Choice("compiled", ""), COMPILED
+            for layer in session.model.model.layers:
+                layer.kernels = COMPILED
+            monkeypatch.setattr(elementwise_compiled, "_compiled", compiled)
+            assert choose_passes(session).value == "apart"
+        rows_UP = torch.zeros(3, session.adapter.flat.numel())
+        add_unit_gradients(session, pack(samples[:1]), [0], rows_UP, apart=True)
+        add_unit_gradients(session, pack(samples[1:]), [1, 2], rows_UP, apart=True)
+        gradients.append(rows_UP)
+    assert bool(gradients[0].any(1).all())
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("kind", [*FIXED, *BY_LENGTH])
 def test_frequencies_that_follow_the_length_are_refused(
     open_tiny, samples_of, make_plan, kind
@@ -311,7 +361,7 @@ def test_units_do_not_touch_each_other_on_any_path(
         pytest.importorskip("triton")
     if path.get("weights") == "nf4":
         pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr(choice, "_obstacle", lambda device: "")
+    monkeypatch.setattr(choice, "obstacle", lambda *_: "")
     monkeypatch.setattr(frozen, "fp8_obstacle", lambda device, dtype: "")
     monkeypatch.setattr(Session, "shortens", True)
     session = open_tiny(dtype="fp32", **path)

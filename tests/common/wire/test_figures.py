@@ -118,7 +118,7 @@ def test_every_reason_for_a_kernel_is_known_beforehand(monkeypatch):
         (torch.float32, torch.bfloat16),
         ((7, 5), (8, 0), (9, 0)),
         ("", OTHER_GRADIENT, "tried, and refused (No engine (found))"),
-        (set(), {"flash_attn"}, {"torch.nn.attention.varlen"}),
+        (set(), {"flash_attn"}, {"flash_attn_interface"}, {"torch.nn.attention.varlen"}),
         ("auto", *attention.KERNELS),
     )
     for device, dtype, capability, probed, packages, asked in machines:

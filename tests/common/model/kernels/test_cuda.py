@@ -10,14 +10,16 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
 from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.load import resolve_backbone
+from common.model.backbone.reading import Destination, Reading
 from common.model.kernels.attention import KERNELS, Packing, attend, obstacle
 from common.model.kernels.choice import kernels_named
-from common.model.kernels.frozen import Fp8Weight, choose_weights, fp8_obstacle
+from common.model.kernels.frozen import Fp8Weight, choose_weights, fp8_obstacle, quantiser_of
 from common.model.kernels.nf4 import Nf4Weight
 from common.model.session import DTYPES, Session, open_session
 from common.text.batches import Encoded, pack
@@ -59,8 +61,11 @@ def test_triton_is_plain_torch_in_float64_on_cuda(drawn, dtype) -> None:
     wide = x.double().requires_grad_()
     expected = functional.rms_norm(wide, (HIDDEN,), weight.double(), 1e-5)
     (d_x,) = torch.autograd.grad(expected, wide, d_out.double())
-    out, rstd = kernels.norm(x, weight, 1e-5)
+    out, _, rstd = kernels.norm(x, None, weight, 1e-5)
     assert far(out, expected.detach()) < limit
+    apart, whole, _ = kernels.norm(x - d_beside, d_beside, weight, 1e-5)
+    assert torch.equal(whole, (x - d_beside) + d_beside)
+    assert torch.equal(apart, kernels.norm(whole, None, weight, 1e-5)[0])
     assert far(kernels.norm_backward(d_out, d_beside, x, rstd, weight), d_x + d_beside) < limit
     gate, up, d_out = (drawn(TOKENS, MLP, seed=seed, dtype=dtype) for seed in range(3))
     wides = [t.double().requires_grad_() for t in (gate, up)]
@@ -111,6 +116,37 @@ def test_nf4_on_cuda_is_nf4_on_a_cpu(drawn) -> None:
     there, here = Nf4Weight.of(weight), Nf4Weight.of(weight.cpu())
     assert far(there.float().cpu(), here.float()) < 1e-3
     assert 0.02 < far(there.float(), weight) < 0.15
+
+
+@pytest.mark.parametrize("weights", ["fp8", "nf4"])
+def test_weights_are_quantised_on_cuda_as_they_arrive(drawn, device, tmp_path, weights) -> None:
+    """They are those of a weight that lies there, and of each file one lies there unquantised."""
+    if weights == "nf4":
+        pytest.importorskip("bitsandbytes")
+    elif reason := fp8_obstacle(device, torch.bfloat16):
+        pytest.skip(reason)
+    files = [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
+    content = [
+        {f"{n}.up_proj.weight": drawn(2048, HIDDEN, seed=n, dtype="bf16").cpu() for n in group}
+        for group in (range(8), range(8, 16))
+    ]
+    for file, tensors in zip(files, content, strict=True):
+        save_file(tensors, file)
+    quantiser = quantiser_of(weights, "triton")
+    assert quantiser is not None
+    destination = Destination(device=device, dtype=torch.bfloat16, quantiser=quantiser)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    with Reading(files, tmp_path, destination=destination) as reading:
+        held = reading.held()
+    one = 2 * 2048 * HIDDEN
+    left = torch.cuda.memory_allocated(device) - before
+    assert left < 0.52 * len(files) * 8 * one
+    assert torch.cuda.max_memory_allocated(device) - before < left + 1.1 * len(files) * one
+    assert held is not None
+    for name, weight in {**content[0], **content[1]}.items():
+        expected = quantiser.of(weight.to(device)).float()
+        assert torch.equal(held.tensors[name].float(), expected)
 
 
 @pytest.mark.parametrize("lengths", [(1100, 1300), (1, 64, 200, 200, 37)])
