@@ -1,4 +1,4 @@
-"""Generation on a GPU: prompts packed into few passes, and each step one CUDA graph.
+"""Generation on a GPU: each step one CUDA graph.
 
 A step with one token for each of twenty sequences is a thousand small kernels; a GPU finishes them
 faster than a host can name them. The slots do not move, so a step is recorded once for each bucket
@@ -14,15 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.evaluation.slot_generation import SlotGeneration, SlotRow
+from common.evaluation.slot_generation import SlotGeneration
 from common.model.kernels.rope import BY_LENGTH
 from common.model.session import Session
-from common.text.batches import Encoded, pack
 
 COLUMNS = 256
 """Width of a bucket; each is recorded once."""
-PREFILL_TOKENS = 8192
-"""Longest packed pass over prompts (one longer prompt goes alone)."""
 
 
 def supported(session: Session) -> bool:
@@ -157,51 +154,15 @@ class StepGraphs:
 
 
 class GraphGeneration(SlotGeneration):
-    """Generation whose steps are recorded and whose prompts enter together."""
+    """Generation whose steps are recorded."""
 
+    prefill_tokens = 8192
     _graphs: StepGraphs
 
     def _new_cache(self, slots: int, columns: int) -> StepGraphs:
         record = self.session.torch_device.type == "cuda"
         self._graphs = StepGraphs(self.session, slots=slots, columns=columns, record=record)
         return self._graphs
-
-    def _admit(self) -> None:
-        """Run the prompts that have a free slot in as few packed passes as hold them."""
-        while self.waiting and len(self.rows) < self.slots:
-            places = [self.waiting.pop()]
-            size = len(self.prompts[places[0]])
-            while self.waiting and len(self.rows) + len(places) < self.slots:
-                size += len(self.prompts[self.waiting[-1]])
-                if size > PREFILL_TOKENS:
-                    break
-                places.append(self.waiting.pop())
-            self._prefill(places)
-
-    def _prefill(self, places: list[int]) -> None:
-        prompts = [tuple(self.prompts[place]) for place in places]
-        batch = pack([Encoded(input_ids=ids, answer_start=len(ids), unit=0) for ids in prompts])
-        batch = batch.to(self.session.torch_device)
-        lengths = torch.tensor([len(ids) for ids in prompts])
-        slots = torch.arange(len(self.rows), len(self.rows) + len(prompts))
-        slot_T = slots.repeat_interleave(lengths).to(self.session.torch_device)
-        at_T = batch.position_ids[0]
-
-        def keep(layer: int, k_TGE: Tensor, v_TGE: Tensor) -> None:
-            self._graphs.fill(layer, k_TGE, v_TGE, slot_T, at_T)
-
-        hidden_TD = self.session.hidden_states(batch, keep=keep)
-        rows = [
-            SlotRow(
-                prompt=place,
-                length=len(ids),
-                matcher=self.matcher(place) if self.matcher else None,
-            )
-            for place, ids in zip(places, prompts, strict=True)
-        ]
-        self.rows.extend(rows)
-        last_B = torch.tensor(batch.cu_seqlens[1:], device=hidden_TD.device) - 1
-        self.take(rows, self.session.model.lm_head(hidden_TD[last_B]))
 
     def _step(self) -> None:
         """Add one token to every occupied slot."""

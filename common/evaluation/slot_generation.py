@@ -1,12 +1,12 @@
 """Batched greedy generation: no padding, and no step spent on a finished answer.
 
-Every sequence has a slot of one preallocated key/value cache. A prompt enters by a forward pass of
-its own; each step then adds one token to every slot, and a slot that finishes is given to the
-next prompt. A slot starts at column 0 and only its own length is attended to, so nothing depends
-on a padding token (which equals the end token in many tokenizers).
+Every sequence has a slot of one preallocated key/value cache. Prompts enter by packed forward
+passes, as many in each as have a free slot; each step then adds one token to every slot, and a slot
+that finishes is given to the next prompt. A slot starts at column 0 and only its own length is
+attended to, so nothing depends on a padding token (which equals the end token in many tokenizers).
 
 Shapes: B occupied slots, H query heads, G key/value heads, L cache columns, E head width,
-T prompt tokens, V vocabulary.
+G key/value heads, T packed prompt tokens, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from common.model.session import Session
+from common.text.batches import Encoded, pack
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,8 +47,12 @@ class Matcher(Protocol):
         ...
 
 
-class MovableSlots(Protocol):
+class Slots(Protocol):
     """Keys and values by slot."""
+
+    def fill(self, layer: int, k_TGE: Tensor, v_TGE: Tensor, slot_T: Tensor, at_T: Tensor) -> None:
+        """Write what one layer made of packed prompts into their slots, from column 0 on."""
+        ...
 
     def move(self, source: int, target: int) -> None:
         """Copy one slot over another."""
@@ -68,6 +73,9 @@ class SlotRow:
 
 class SlotGeneration:
     """One call of ``generate``: rows in their slots, and the prompts that wait."""
+
+    prefill_tokens = 2048
+    """Longest packed pass over prompts (one longer prompt goes alone)."""
 
     def __init__(
         self,
@@ -96,7 +104,7 @@ class SlotGeneration:
                 self._step()
         return [self._results[place] for place in range(len(self.prompts))]
 
-    def _new_cache(self, slots: int, columns: int) -> MovableSlots:
+    def _new_cache(self, slots: int, columns: int) -> Slots:
         # transformers is imported when something is generated, not when help is asked for.
         from common.evaluation.slots import SlotCache, cache_argument
 
@@ -110,12 +118,42 @@ class SlotGeneration:
         return self._cache
 
     def _admit(self) -> None:
-        """Give the free slots to the prompts that wait."""
+        """Give the free slots to the prompts that wait, in as few passes as hold them."""
         while self.waiting and len(self.rows) < self.slots:
-            self._enter(self.waiting.pop())
+            places = [self.waiting.pop()]
+            if not self.session.lean:
+                self._enter(places[0])
+                continue
+            size = len(self.prompts[places[0]])
+            while self.waiting and len(self.rows) + len(places) < self.slots:
+                size += len(self.prompts[self.waiting[-1]])
+                if size > self.prefill_tokens:
+                    break
+                places.append(self.waiting.pop())
+            self._prefill(places)
+
+    def _prefill(self, places: list[int]) -> None:
+        """Run prompts into the first free slots; they yield their first tokens."""
+        device, first = self.session.torch_device, len(self.rows)
+        prompts = [tuple(self.prompts[place]) for place in places]
+        batch = pack([Encoded(input_ids=ids, answer_start=len(ids), unit=0) for ids in prompts])
+        batch = batch.to(device)
+        lengths = torch.tensor([len(ids) for ids in prompts])
+        slot_T = torch.arange(first, first + len(prompts)).repeat_interleave(lengths).to(device)
+        at_T = batch.position_ids[0]
+
+        def keep(layer: int, k_TGE: Tensor, v_TGE: Tensor) -> None:
+            self._store.fill(layer, k_TGE, v_TGE, slot_T, at_T)
+
+        hidden_TD = self.session.hidden_states(batch, keep=keep)
+        for place, ids in zip(places, prompts, strict=True):
+            matcher = self.matcher(place) if self.matcher else None
+            self.rows.append(SlotRow(prompt=place, length=len(ids), matcher=matcher))
+        last_B = torch.tensor(batch.cu_seqlens[1:], device=device) - 1
+        self.take(self.rows[first:], self.session.model.lm_head(hidden_TD[last_B]))
 
     def _enter(self, place: int) -> None:
-        """Run one prompt into the first free slot; it yields its first token."""
+        """Run one prompt through transformers' own layers."""
         ids_1T = torch.tensor([list(self.prompts[place])], device=self.session.torch_device)
         self._cache.expect_prompt(len(self.rows))
         hidden_1TD = self._pass(input_ids=ids_1T)

@@ -84,6 +84,11 @@ class SlotCache(Cache):
         for layer in self._slot_layers:
             layer.expect_tokens(lengths_B, longest)
 
+    def fill(self, layer: int, k_TGE: Tensor, v_TGE: Tensor, slot_T: Tensor, at_T: Tensor) -> None:
+        """Write what one layer made of packed prompts into their slots, from column 0 on."""
+        self._kv[layer, 0][slot_T, :, at_T] = k_TGE
+        self._kv[layer, 1][slot_T, :, at_T] = v_TGE
+
     def move(self, source: int, target: int) -> None:
         """Copy one slot over another."""
         self._kv[:, :, target] = self._kv[:, :, source]

@@ -79,15 +79,16 @@ class Session:
         It is the same function, a fiftieth faster at 32 layers; its products round otherwise, so
         CPUs, whose runs are compared value by value, keep all tokens.
         """
-        return self.torch_device.type != "cpu" and self._lean
+        return self.torch_device.type != "cpu" and self.lean
 
     @property
     def keeps_apart(self) -> bool:
         """Whether one pass can compute each segment as if it were alone (on a GPU: has passed)."""
-        return self._lean and (self.torch_device.type == "cpu" or self.functions.by_row)
+        return self.lean and (self.torch_device.type == "cpu" or self.functions.by_row)
 
     @property
-    def _lean(self) -> bool:
+    def lean(self) -> bool:
+        """Whether packed batches take our own layers."""
         from common.model.kernels.fused_layer import LeanLayer
 
         return type(self.model.model.layers[-1]) is LeanLayer

@@ -15,7 +15,7 @@ from common.evaluation.slot_generation import Generated, SlotGeneration
 from common.evaluation.slots import SlotCache, cache_argument
 from common.model.adapter.falora import AdapterSpec
 from common.model.backbone.load import load_model, resolve_backbone
-from common.model.session import open_session
+from common.model.session import Session, open_session
 
 LIMIT = 24
 
@@ -71,14 +71,25 @@ def one_by_one(session, prompts):
     return results
 
 
-@pytest.fixture(params=["prompt by prompt", "packed prompts, steps as on a GPU"])
+WAYS = ["packed prompts", "prompt by prompt", "steps as on a GPU"]
+
+
+@pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     """How ``generate`` works; a GPU's way runs here without recording its steps."""
-    on_gpu = request.param != "prompt by prompt"
+    on_gpu, passes = request.param == WAYS[2], []
     monkeypatch.setattr(decode_graph, "supported", lambda session: on_gpu)
+    if request.param == WAYS[1]:  # as with a Llama that our layers do not compute
+        monkeypatch.setattr(Session, "lean", False)
     # Some passes hold several prompts, some one; columns fall into several buckets.
-    monkeypatch.setattr(decode_graph, "PREFILL_TOKENS", 90)
+    for kind in (SlotGeneration, decode_graph.GraphGeneration):
+        monkeypatch.setattr(kind, "prefill_tokens", 90)
     monkeypatch.setattr(decode_graph, "COLUMNS", 16)
+    prefill = SlotGeneration._prefill
+    monkeypatch.setattr(
+        SlotGeneration, "_prefill", lambda self, p: passes.append(len(p)) or prefill(self, p)
+    )
+    return request.param, passes
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 32])
@@ -96,6 +107,9 @@ def test_tokens_equal_transformers_one_by_one(session, prompts, batch_size, way)
         progress=lambda done, of: seen.append((done, of)),
     )
     assert ours == expected
+    name, passes = way
+    assert sum(passes) == (0 if name == WAYS[1] else len(prompts))
+    assert batch_size == 1 or not passes or max(passes) > 1
     assert seen == [(done, len(prompts)) for done in range(1, len(prompts) + 1)]
 
 
