@@ -205,14 +205,13 @@ def _losses(logits_CV: Tensor, labels_C1: Tensor, weights_C1: Tensor | None) -> 
 def _losses_of_rows(logits_RV: Tensor, labels_R1: Tensor, weights_R1: Tensor | None) -> Tensor:
     wide_RV = logits_RV.float()
     softmax_RV = wide_RV.softmax(1)
-    # The log-sum-exp, read off where the softmax is largest and so cannot have underflown.
-    peak_R1, where_R1 = softmax_RV.max(1, keepdim=True)
-    lse_R1 = wide_RV.gather(1, where_R1) - peak_R1.log()
+    # The log-sum-exp, read off where the softmax is largest and so cannot have underflown; to ask
+    # where that is (`max`) would take as long as all the rest.
+    lse_R1 = wide_RV.amax(1, keepdim=True) - softmax_RV.amax(1, keepdim=True).log()
     losses_R = (lse_R1 - wide_RV.gather(1, labels_R1)).squeeze(1)
     if weights_R1 is not None:
         softmax_RV.scatter_add_(1, labels_R1, -torch.ones_like(weights_R1))
-        torch.mul(softmax_RV, weights_R1, out=wide_RV)
-        logits_RV.copy_(wide_RV)
+        logits_RV.copy_(softmax_RV.mul_(weights_R1))
     return losses_R
 
 
