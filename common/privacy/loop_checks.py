@@ -20,7 +20,7 @@ from common.privacy.findings import (
     spread_interval,
     verdict_of,
 )
-from common.privacy.mechanism.isolation import PROVEN, choose_passes
+from common.privacy.mechanism.isolation import choose_passes, sharing_is_proven
 from common.privacy.mechanism.release import ARITHMETIC_SLACK, grid_for
 from common.privacy.plan import PrivacyPlan
 from common.privacy.watch import Step, Watched
@@ -240,7 +240,7 @@ def pass_check(steps: Sequence[Step], session: Session) -> Finding:
     """
     most = max(step.mixed for step in steps)
     where = (session.torch_device.type, session.dtype.value, session.attention.value)
-    shared, words = where in PROVEN, ", ".join(where)
+    shared, words = sharing_is_proven(session), ", ".join(where)
     verdict = f"sharing is sound ({words})" if shared else f"apart, as {words} needs"
     if most > 1 and not shared:
         verdict = "patients share passes that mix them"

@@ -24,8 +24,7 @@ from common.model.kernels.elementwise import TORCH, Kernels
 def _norm(x_TD: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     wide = x_TD.float()
     rstd_T1 = (wide.square().mean(1, keepdim=True) + epsilon).rsqrt()
-    # transformers rounds to the input's dtype before the weight; so do we.
-    return (wide * rstd_T1).to(x_TD.dtype) * weight_D, rstd_T1
+    return (wide * rstd_T1 * weight_D.float()).to(x_TD.dtype), rstd_T1
 
 
 def _sum_norm(
@@ -77,9 +76,9 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    # Each layout of the arguments would be compiled by itself.
+    # Each layout of the arguments, and whether they want gradients, would be compiled by itself.
     return _compiled(function)(
-        *(one.contiguous() if isinstance(one, Tensor) else one for one in arguments)
+        *(one.detach().contiguous() if isinstance(one, Tensor) else one for one in arguments)
     )
 
 

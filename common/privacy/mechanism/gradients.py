@@ -72,17 +72,18 @@ class PrivateGradient:
         sum_P = torch.zeros_like(adapter.flat)
         carried_P: Tensor | None = None
         lengths = LENGTHS_APART if way == "apart" and sum_P.device.type == "cpu" else None
-        for batch in self._micro_batches(drawn, alone=way == "alone", lengths=lengths):
-            places = [place for place, _ in groupby(batch, key=lambda entry: entry[0])]
-            rows = [places.index(place) for place, _ in batch]
+        passes = self._micro_batches(drawn, step, alone=way == "alone", lengths=lengths)
+        for batch in passes:
+            places = [place for place, _ in groupby(place for place, _, _ in batch)]
+            rows = [places.index(place) for place, _, _ in batch]
             gradients_UP = torch.zeros(len(places), adapter.flat.numel(), device=sum_P.device)
             if carried_P is not None:
                 gradients_UP[0] = carried_P
-            samples = [self.dataset[index].in_epoch(step) for _, index in batch]
             # Copied before the pass: behind it, a copy to a GPU would wait for it.
             counts_U1 = torch.tensor([[len(drawn[place])] for place in places], device=sum_P.device)
-            add_unit_gradients(session, pack(samples), rows, gradients_UP, apart=way == "apart")
-            last_place, last_index = batch[-1]
+            packed = pack([sample for _, _, sample in batch])
+            add_unit_gradients(session, packed, rows, gradients_UP, apart=way == "apart")
+            last_place, last_index, _ = batch[-1]
             if last_index == drawn[last_place][-1]:
                 carried_P = None
             else:
@@ -92,25 +93,27 @@ class PrivateGradient:
         return sum_P
 
     def _micro_batches(
-        self, drawn: Sequence[tuple[int, ...]], *, alone: bool, lengths: int | None
-    ) -> Iterator[list[tuple[int, int]]]:
-        """Yield (unit's place, sample index) pairs in order of units, a pass at a time.
+        self, drawn: Sequence[tuple[int, ...]], step: int, *, alone: bool, lengths: int | None
+    ) -> Iterator[list[tuple[int, int, Encoded]]]:
+        """Yield (unit's place, sample index, sample) in order of units, a pass at a time.
 
         Args:
             drawn: Sample indices of each unit.
+            step: Of the training: samples are as it sees them.
             alone: Whether every unit has passes of its own.
             lengths: Most lengths of samples in a pass; None: any number.
         """
         entries = [[(place, index) for index in members] for place, members in enumerate(drawn)]
         for group in entries if alone else [list(chain.from_iterable(entries))]:
-            batch: list[tuple[int, int]] = []
+            batch: list[tuple[int, int, Encoded]] = []
             seen: set[int] = set()
-            for entry in group:
-                seen.add(len(self.dataset[entry[1]].input_ids))
+            for place, index in group:
+                sample = self.dataset[index].in_epoch(step)
+                seen.add(len(sample.input_ids))
                 if len(batch) == self.micro_batch or len(seen) > (lengths or len(group)):
                     yield batch
-                    batch, seen = [], {len(self.dataset[entry[1]].input_ids)}
-                batch.append(entry)
+                    batch, seen = [], {len(sample.input_ids)}
+                batch.append((place, index, sample))
             if batch:
                 yield batch
 

@@ -27,7 +27,7 @@ def choose_passes(session: Session) -> Choice[str]:
     units left).
     """
     where = (session.torch_device.type, session.dtype.value, session.attention.value)
-    if where in PROVEN and session.kernels.value == "torch":
+    if sharing_is_proven(session):
         return Choice("shared", f"no row depends on another ({', '.join(where)}: tested)")
     weights = session.weights.value
     # fp8 products by segment have not passed the isolation test on a card.
@@ -35,6 +35,12 @@ def choose_passes(session: Session) -> Choice[str]:
         return Choice("apart", f"each segment by calls of its own ({', '.join(where)})")
     named = ", ".join((*where, f"{weights} weights"))
     return Choice("alone", f"rows may depend on their neighbours ({named})")
+
+
+def sharing_is_proven(session: Session) -> bool:
+    """Say whether patients may share passes that mix them."""
+    where = (session.torch_device.type, session.dtype.value, session.attention.value)
+    return where in PROVEN and session.kernels.value == "torch"
 
 
 def check_backbone(backbone: BackboneSpec) -> None:
