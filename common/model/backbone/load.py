@@ -204,6 +204,7 @@ def load_model(
                 use_safetensors=True,
                 trust_remote_code=False,
             )
+        _check_tied(model.config, model.lm_head.weight, model.model.embed_tokens.weight)
     rope.install(model)
     if quantiser:
         quantise(model, quantiser)  # what came unquantised
@@ -220,6 +221,7 @@ def _assembled(
     config = LlamaConfig.from_pretrained(
         folder, dtype=destination.dtype, trust_remote_code=False, **local
     )
+    _check_tied(config, tensors.get("lm_head.weight"), tensors["model.embed_tokens.weight"])
     with torch.device("meta"):
         model = _llama()(config)
     for name, weight in tensors.items():
@@ -236,6 +238,20 @@ def _assembled(
             folder, trust_remote_code=False, **local
         )
     return model
+
+
+def _check_tied(config: "LlamaConfig", head: Any, embedding: Any) -> None:
+    """Refuse a head of its own where the configuration says that it has none.
+
+    transformers keeps such a head, and tying drops it: two functions under one fingerprint.
+    """
+    if config.tie_word_embeddings and head is not None and not torch.equal(head, embedding):
+        raise UserError(
+            "model.backbone: tie_word_embeddings is true in config.json, and the weights hold "
+            "another lm_head.weight than the embedding",
+            allowed="one of the two",
+            fix="set tie_word_embeddings to false in config.json, or take lm_head.weight out",
+        )
 
 
 def _llama() -> "type[LlamaForCausalLM]":

@@ -60,7 +60,7 @@ class PrivateGradient:
     def clipped_sum(
         self, session: Session, drawn: Sequence[tuple[int, ...]], *, step: int = 0
     ) -> Tensor:
-        """Return sum_u c_u G_u over the drawn units, fp32, [P].
+        """Return sum_u c_u G_u over the drawn units, [P]; passes are added in fp64.
 
         A unit's gradient is the mean of its samples' gradients. Units stand in order, so at most
         one of them spans two micro-batches, and only its partial sum is carried. A draw is no pass
@@ -69,7 +69,7 @@ class PrivateGradient:
         check_backbone(session.spec)
         way = choose_passes(session).value
         adapter = session.adapter
-        sum_P = torch.zeros_like(adapter.flat)
+        sum_P = torch.zeros_like(adapter.flat, dtype=torch.float64)
         carried_P: Tensor | None = None
         lengths = LENGTHS_APART if way == "apart" and sum_P.device.type == "cpu" else None
         passes = self._micro_batches(drawn, step, alone=way == "alone", lengths=lengths)
@@ -119,9 +119,9 @@ class PrivateGradient:
 
 
 def private_bytes(units: int, parameters: int) -> int:
-    """Return what a private step holds beyond a plain one: unit gradients and their sum, in fp32.
+    """Return what a private step holds beyond a plain one: unit gradients, and their sum in fp64.
 
     >>> private_bytes(4, 2_621_440) / 2**20
-    50.0
+    60.0
     """
-    return 4 * parameters * (units + 1)
+    return 4 * parameters * (units + 2)

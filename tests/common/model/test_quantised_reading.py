@@ -1,5 +1,6 @@
 """Weights quantised while they are read are those of the whole model, quantised afterwards."""
 
+import json
 import threading
 import time
 import weakref
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from common.errors import UserError
 from common.model.adapter.falora import AdapterSpec
 from common.model.backbone import reading
 from common.model.backbone.load import load_model, resolve_backbone
@@ -209,3 +211,24 @@ def test_nf4_is_imported_before_threads_want_it(monkeypatch):
     assert not asked
     Quantiser(weights="nf4", kernels=TORCH)
     assert asked == [threading.current_thread()]
+
+
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("early", [True, False])
+def test_a_head_of_its_own_is_refused_where_it_should_be_tied(tmp_path, early, same):
+    """Read early it would be dropped, mapped it would be kept: two functions of one fingerprint."""
+    model = random_llama(tie_word_embeddings=False)
+    if same:
+        model.lm_head.weight.data.copy_(model.model.embed_tokens.weight)
+    model.save_pretrained(tmp_path / "llama")
+    tiny_tokenizer().save_pretrained(tmp_path / "llama")
+    config = tmp_path / "llama" / "config.json"
+    content = json.loads(config.read_text()) | {"tie_word_embeddings": True}
+    config.write_text(json.dumps(content))
+    destination = Destination(device=CPU, dtype=torch.float32) if early else None
+    spec = resolve_backbone(str(tmp_path / "llama"), cache_dir=tmp_path, destination=destination)
+    if same:
+        load_model(spec, device=CPU, dtype=torch.float32)
+        return
+    with pytest.raises(UserError, match="another lm_head.weight"):
+        load_model(spec, device=CPU, dtype=torch.float32)

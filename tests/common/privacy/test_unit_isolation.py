@@ -118,6 +118,28 @@ def test_a_pass_that_keeps_patients_apart_has_few_lengths(
     assert seen == passes
 
 
+def test_lengths_are_those_of_the_step(open_tiny, samples_of, make_plan, monkeypatch) -> None:
+    """A sample may be longer than what a step sees of it, as where lists are learnt as sets."""
+
+    class Longer(Encoded):
+        def in_epoch(self, epoch: int) -> Encoded:
+            return Encoded(input_ids=self.input_ids[:6], answer_start=2, unit=self.unit)
+
+    seen = []
+
+    def spied(session, batch, rows, out_UP, *, apart):
+        seen.append(batch.segments)
+        return add_unit_gradients(session, batch, rows, out_UP, apart=apart)
+
+    monkeypatch.setattr(gradients, "add_unit_gradients", spied)
+    samples = [
+        Longer(input_ids=one.input_ids, answer_start=one.answer_start, unit=one.unit)
+        for one in samples_of([8, 9, 10, 11], range(4))
+    ]
+    private(samples, make_plan()).clipped_sum(open_tiny(dtype="bf16"), [(p,) for p in range(4)])
+    assert seen == [4]
+
+
 RARE = 1001
 """A token that only one unit has."""
 DEVICES = [
