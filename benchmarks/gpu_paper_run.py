@@ -157,7 +157,9 @@ def training(run: Run) -> None:
     wait(run.device)
     run.note(seconds_to_first_step=time.time() - STARTED)
     own, own_kernels = session.attention.value, session.kernels.value
-    kernels = [name for name in CANDIDATES if not choice.obstacle(name, run.device)]
+    # What is compiled for a CPU is `training_speed.py`'s.
+    candidates = [name for name in CANDIDATES if name != "compiled"]
+    kernels = [name for name in candidates if not choice.obstacle(name, run.device)]
     attentions = [
         name
         for name in attention.KERNELS
