@@ -223,9 +223,10 @@ def test_a_length_or_a_layout_is_not_compiled_by_itself():
     """Packed batches have ever new lengths."""
     found = kernels_named(needed("compiled"))
 
-    def work(tokens: int) -> None:
-        x, weight = drawn(tokens, 2 * HIDDEN)[:, :HIDDEN], drawn(HIDDEN)
-        x.requires_grad_(tokens % 2 == 0)
+    def work(tokens: int) -> int:
+        even = tokens % 2 == 0
+        x = drawn(tokens, 2 * HIDDEN)[:, :HIDDEN] if even else drawn(tokens, HIDDEN)
+        weight = drawn(HIDDEN).requires_grad_(even)
         out, total, rstd = found.norm(x, x, weight, 1e-5)
         found.norm_backward(out, x, total, rstd, weight)
         found.norm(out, None, weight, 1e-5)
@@ -233,10 +234,11 @@ def test_a_length_or_a_layout_is_not_compiled_by_itself():
         q, k = (drawn(heads, tokens, WIDTH).transpose(0, 1) for heads in (HEADS, GROUPS))
         for back in (False, True):
             found.rotate(q, k, drawn(tokens, WIDTH), drawn(tokens, WIDTH, seed=1), back)
+        return len(out)
 
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             work(TOKENS)
     with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
         for tokens in (2, 5, 64, 128, 997):
-            work(tokens)
+            assert work(tokens) == tokens
