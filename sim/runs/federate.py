@@ -35,7 +35,7 @@ from sim.flower.worker_count import choose_workers
 from sim.process.progress import Console, RunProgress
 from sim.runs.lifecycle import Kind, Run, start
 from sim.runs.preparation import Preparation, with_absolute_paths
-from sim.runs.stages import import_ahead
+from sim.runs.stages import importing_ahead
 
 
 class Federation(Kind):
@@ -107,15 +107,15 @@ def train_rounds(run: Run) -> dict[str, float]:
             run_in_process(config, run.preparation.data, on_tick=on_tick)
         else:
             workers = config.federation.workers
-            import_ahead()
-            run_flower(
-                config,
-                directory,
-                workers=workers,
-                gpus_per_worker=gpus_per_worker(config, workers),
-                on_tick=on_tick,
-                on_phase=progress.phase,
-            )
+            with importing_ahead():
+                run_flower(
+                    config,
+                    directory,
+                    workers=workers,
+                    gpus_per_worker=gpus_per_worker(config, workers),
+                    on_tick=on_tick,
+                    on_phase=progress.phase,
+                )
     return progress.start_seconds
 
 

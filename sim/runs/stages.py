@@ -36,19 +36,33 @@ SLOW_IMPORTS = (
 IMPORTS_NICENESS = 15
 
 
-def import_ahead() -> None:
-    """Import what comes after training, in a thread that gives way, while other processes train."""
+@contextlib.contextmanager
+def importing_ahead() -> Iterator[None]:
+    """Import what comes after this block in a thread that gives way, while other processes train.
+
+    The block's end waits for the module that is being imported, and no further one is begun: two
+    threads that import packages whose modules import each other can see them half made.
+    """
+    over = threading.Event()
 
     def work() -> None:
         with contextlib.suppress(OSError):  # Linux: of this thread alone
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), IMPORTS_NICENESS)
         with quick_imports():
             for name in SLOW_IMPORTS:
+                if over.is_set():
+                    return
                 # What fails is told where it is used; after Ctrl-C an import can be refused.
-                with contextlib.suppress(ImportError, RuntimeError):
+                with contextlib.suppress(Exception):
                     importlib.import_module(name)
 
-    threading.Thread(target=work, name="imports").start()
+    thread = threading.Thread(target=work, name="imports")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def resume_command(directory: RunDirectory) -> str:

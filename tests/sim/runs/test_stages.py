@@ -8,6 +8,7 @@ import shlex
 import sys
 import threading
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ from sim.runs.stages import (
     TRAINED,
     TRAINING,
     after_training,
-    import_ahead,
+    importing_ahead,
     is_trained,
     resume_command,
 )
@@ -446,14 +447,34 @@ def test_a_damaged_status_does_not_hide_what_failed(tmp_path):
 
 def test_what_comes_after_training_is_imported_beside_it(monkeypatch, tmp_path, capfd):
     assert all(importlib.util.find_spec(name) for name in sim.runs.stages.SLOW_IMPORTS)
-    # As concurrent.futures says it when Ctrl-C came first.
+    # As concurrent.futures says it when Ctrl-C came first, and as a broken package may.
     (tmp_path / "too_late.py").write_text("raise RuntimeError('shutdown')")
+    (tmp_path / "broken.py").write_text("import os; os.no_such_name")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sim.runs.stages, "SLOW_IMPORTS", ("not.there", "too_late", "this"))
+    names = ("not.there", "too_late", "broken", "this")
+    monkeypatch.setattr(sim.runs.stages, "SLOW_IMPORTS", names)
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    import_ahead()
-    for thread in threading.enumerate():
-        if thread.name == "imports":
-            thread.join()
+    monkeypatch.delitem(sys.modules, "this", raising=False)
+    with importing_ahead():
+        for thread in threading.enumerate():
+            if thread.name == "imports":
+                thread.join()
     assert "this" in sys.modules
     assert capfd.readouterr().err == ""
+
+
+def test_after_training_no_other_thread_imports(monkeypatch, tmp_path):
+    """What one thread still imports is half made to another, where modules import each other."""
+    gate = ModuleType("gate")
+    gate.begun, gate.go = threading.Event(), threading.Event()
+    monkeypatch.setitem(sys.modules, "gate", gate)
+    (tmp_path / "slow.py").write_text("import gate\ngate.begun.set()\ngate.go.wait(60)\nDONE = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sim.runs.stages, "SLOW_IMPORTS", ("slow", "this"))
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.delitem(sys.modules, "this", raising=False)
+    with importing_ahead():
+        assert gate.begun.wait(60)
+        threading.Timer(0.2, gate.go.set).start()
+    assert sys.modules["slow"].DONE
+    assert "this" not in sys.modules
