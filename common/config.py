@@ -373,7 +373,10 @@ class JudgeConfig:
     max_cost_usd: float = option(
         0.0, "stop before the run's judging costs more; 0: no limit", low=0
     )
-    api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the API key")
+    api_key_env: str = option(
+        "OPENAI_API_KEY",
+        "environment variable that holds the API key; empty: the server needs none",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

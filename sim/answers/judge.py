@@ -9,7 +9,7 @@ from common.data.protocols import ADMISSION, VISITS, require_protocol
 from common.errors import RunFailed, UserError
 from common.evaluation.judge.gate import Statement
 from common.evaluation.judge.judging import judge_run
-from common.evaluation.judge.questions import JudgeQuestions, questions_of
+from common.evaluation.judge.questions import JudgeQuestions, estimate, questions_of
 from common.records.judged import Appropriateness, Estimate, Judged
 from common.rundir import RunDirectory
 from sim.process.lock import exclusive
@@ -23,6 +23,7 @@ def prepare(
     overrides: Iterable[str] = (),
     agreement_host: str = "",
     agreement: str = "",
+    dry_run: bool = False,
     **choices: Any,
 ) -> JudgeQuestions:
     """Check settings and data-use terms; nothing is sent.
@@ -32,10 +33,12 @@ def prepare(
         overrides: ``key=value`` of the section ``judge`` alone: the run is done.
         agreement_host: The host that an agreement covers.
         agreement: The agreement, in words.
+        dry_run: Nothing will be sent: neither a judge nor a key is needed.
         choices: See ``questions_of``.
 
     Raises:
-        UserError: For other keys, half a statement, and see ``questions_of``.
+        UserError: For other keys, half a statement, no API key for another machine's server, and
+            see ``questions_of``.
     """
     if bool(agreement_host) != bool(agreement):
         raise UserError(
@@ -46,7 +49,23 @@ def prepare(
     require_diagnoses(run)
     config = changed_freely(run.config(), overrides, ("judge.",)).judge
     statement = Statement(host=agreement_host, agreement=agreement) if agreement else None
-    return questions_of(run, config, statement=statement, **choices)
+    questions = questions_of(run, config, statement=statement, dry_run=dry_run, **choices)
+    if not dry_run:
+        _require_key(run, questions)
+    return questions
+
+
+def _require_key(run: RunDirectory, questions: JudgeQuestions) -> None:
+    """Refuse to call another machine without the key that the configuration names."""
+    variable = questions.config.api_key_env
+    if not variable or os.environ.get(variable) or questions.endpoint.loopback:
+        return
+    if estimate(run, questions).calls:
+        raise UserError(
+            f"the environment variable {variable}, the API key for {questions.endpoint.host}, is "
+            "not set",
+            fix=f"export {variable}=..., or --set judge.api-key-env= for a server without keys",
+        )
 
 
 def require_diagnoses(run: RunDirectory) -> None:

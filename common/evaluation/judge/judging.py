@@ -194,11 +194,13 @@ class _Judging:
     def _count_failure(self, failure: Unavailable) -> None:
         self.failures_in_a_row += 1
         if self.failures_in_a_row >= _FAILURES_IN_A_ROW:
+            here = self.questions.endpoint.loopback
+            fix = "start it" if here else "check judge.base-url and the network or proxy"
             self._stop(
                 RunFailed(
                     f"judge server {self.questions.endpoint.named} fails: {failure} "
                     f"({self.questions.config.attempts} tries each for {self.failures_in_a_row} "
-                    "lists in a row); start it, then run the same command again"
+                    f"lists in a row); {fix}, then run the same command again"
                 )
             )
 

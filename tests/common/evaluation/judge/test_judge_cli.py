@@ -47,6 +47,47 @@ def test_the_key_comes_from_the_named_variable(server, demo, monkeypatch):
     assert "sesame-1" not in "".join(f.read_text() for f in demo.path.rglob("*.json*"))
 
 
+def test_another_machine_is_not_called_without_the_key_that_is_named(demo, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    # Nobody answers there, and it costs no wait to learn so.
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    abroad = ["--set", "judge.base-url=https://judge.invalid/v1", "--set", "judge.model=m"]
+    abroad += ["--set", "judge.attempts=1"]
+    with pytest.raises(UserError) as caught:
+        fedrx("judge", demo.path, *abroad)
+    assert caught.value.exit_status == 2
+    assert "OPENAI_API_KEY, the API key for judge.invalid, is not set" in str(caught.value)
+    assert "export OPENAI_API_KEY" in str(caught.value)
+    assert fedrx("judge", demo.path, *abroad, "--dry-run")["calls"] == 4
+    # A server may need no key; whoever says so is let through, and is told where to look.
+    for way in (["--set", "judge.api-key-env="], ["--set", "judge.api-key-env=MY_KEY"]):
+        monkeypatch.setenv("MY_KEY", "sesame-1")
+        with pytest.raises(RunFailed) as failed:
+            fedrx("judge", demo.path, *abroad, *way)
+        assert "no connection" in str(failed.value)
+        assert "check judge.base-url and the network or proxy" in str(failed.value)
+        assert "start it" not in str(failed.value)
+
+
+def test_a_judge_on_this_machine_that_does_not_answer_is_to_be_started(demo):
+    here = ["--set", "judge.base-url=http://127.0.0.1:9/v1", "--set", "judge.model=m"]
+    with pytest.raises(RunFailed, match="; start it, then run the same command again"):
+        fedrx("judge", demo.path, *here, "--set", "judge.attempts=1")
+
+
+def test_judgements_that_are_all_there_need_no_key(server, demo, monkeypatch):
+    monkeypatch.setattr("common.evaluation.judge.gate._is_loopback", lambda address: False)
+    monkeypatch.setenv("OPENAI_API_KEY", "sesame-1")
+    fedrx("judge", demo.path, *settings(server))
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert fedrx("judge", demo.path, *settings(server))["invocation"]["calls"] == 0
+    with pytest.raises(UserError, match="OPENAI_API_KEY"):
+        fedrx("judge", demo.path, *settings(server), "--set", "judge.repeats=2")
+
+
 def test_a_cost_limit_from_the_command_line(server, demo):
     prices = ["--set", "judge.output-usd-per-million=1000", "--set", "judge.max-output-tokens=1000"]
     with pytest.raises(RunFailed, match="max-cost-usd=0.5") as caught:
