@@ -13,7 +13,7 @@ from common.text.prompts import age_text
 MOST_DIAGNOSES = 40
 LONGEST_TEXT = 300
 WHAT_IS_RIGHT = {
-    "sex": "choose female or male (the data knows these two).",
+    "sex": "F or M (female or male; the data knows these two).",
     "age": "whole years, 18 to 120 (the model has seen adults only).",
     "height": "100 to 230 cm, or empty.",
     "weight": "25 to 350 kg, or empty.",

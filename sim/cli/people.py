@@ -1,6 +1,7 @@
 """The verbs about people and their judge: judge, review, suggest, assist."""
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,8 @@ from sim.cli.terminal import Terminal
 from sim.process.open_run import open_run
 
 if TYPE_CHECKING:
+    from common.data.icd import DiagnosisIndex
+    from sim.assist.patient_form import PatientRequest
     from sim.assist.suggest import ReferenceData
 
 review_app = typer.Typer(no_args_is_help=True, help="Blinded packets for clinicians.")
@@ -146,7 +149,7 @@ def review_import(
 
 def suggest(
     run: OptionalRun = None,
-    sex: Annotated[str, typer.Option(help="F or M.")] = "",
+    sex: Annotated[str, typer.Option(help="F or M (female or male).")] = "",
     age: Annotated[str, typer.Option(help="Years.")] = "",
     height: Annotated[str, typer.Option(help="cm; empty for unknown.")] = "",
     weight: Annotated[str, typer.Option(help="kg; empty for unknown.")] = "",
@@ -160,22 +163,19 @@ def suggest(
     json_output: JsonOption = False,
 ) -> None:
     """Print one patient's suggested drugs (research only, not for clinical use)."""
-    from sim.assist.patient_form import FormProblems, read_form
+    form = {"sex": sex, "age": age, "height": height, "weight": weight, "diagnoses": diagnosis}
+    _read_form(form)
     from sim.assist.suggest import Assistant, suggestion_blocks
     from sim.report.terminal import block_parts
 
     console = console_for(json_output)
-    directory, config, reference = _opened(run, set_, console, personal)
-    form = {"sex": sex, "age": age, "height": height, "weight": weight, "diagnoses": diagnosis}
-    try:
-        request = read_form(form, reference.index)
-    except FormProblems as error:
-        raise UserError(
-            str(error), fix="for instance --sex F --age 71 --height 165 --weight 80 -d I50.9 -d I10"
-        ) from None
+    directory, config, reference = _opened(run, set_, console, checkpoint, personal)
+    request = _read_form(form, reference.index)
+    console.say("loading the backbone ...", style="dim", error=True)
     assistant = Assistant(
         directory, config, reference=reference, checkpoint=checkpoint, personal=personal
     )
+    console.say("answering ...", style="dim", error=True)
     suggestion = assistant.suggest(request)
     blocks = suggestion_blocks(directory, request, suggestion, reference)
     console.say(*block_parts(*blocks))
@@ -211,8 +211,8 @@ def assist(
     if cds_hooks:
         require_fhir()
     console, listening = console_for(False), open_socket(port)
-    directory, config, reference = _opened(run, set_, console, personal)
-    console.say("loading the model ...", style="dim")
+    directory, config, reference = _opened(run, set_, console, checkpoint, personal)
+    console.say("loading the backbone ...", style="dim", error=True)
     assistant = Assistant(
         directory, config, reference=reference, checkpoint=checkpoint, personal=personal
     )
@@ -235,16 +235,41 @@ def assist(
     make_server(state, listening, services=services).run(sockets=[listening])
 
 
+def _read_form(
+    form: Mapping[str, object], index: "DiagnosisIndex | None" = None
+) -> "PatientRequest":
+    """Check what was typed about a patient, without an index before anything is loaded."""
+    from common.data.icd import DiagnosisIndex
+    from sim.assist.patient_form import FormProblems, read_form
+
+    try:
+        return read_form(form, index or DiagnosisIndex((), frequency={}, origin=""))
+    except FormProblems as error:
+        raise UserError(
+            str(error), fix="for instance --sex F --age 71 --height 165 --weight 80 -d I50.9 -d I10"
+        ) from None
+
+
 def _opened(
-    run: Path | None, overrides: list[str] | None, console: Terminal, personal: str
+    run: Path | None,
+    overrides: list[str] | None,
+    console: Terminal,
+    checkpoint: str | None,
+    personal: str,
 ) -> "tuple[RunDirectory, Config, ReferenceData]":
-    """Find the run that is named, or the newest; return it with how to answer and what is known."""
+    """Find the run that is named, or the newest; return it with how to answer and what is known.
+
+    Its checkpoint is read first: what is wrong with it costs nobody the reading of data.
+    """
+    from client.personal import b_of
     from sim.assist.suggest import assistant_config, find_run, reference_of, within_formulary
 
     directory = find_run(run)
     config = assistant_config(directory, overrides or ())
     if run is None:
         console.say(f"run: {directory.path}", style="dim")
+    b_of(directory, directory.load_checkpoint(checkpoint), personal)
+    console.say("reading the run's data ...", style="dim", error=True)
     reference = reference_of(config, personal=personal)
     return directory, within_formulary(config, reference, overrides or ()), reference
 

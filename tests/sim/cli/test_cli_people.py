@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from line_fixtures import prediction_line
 from typer.testing import CliRunner
 
@@ -10,6 +11,8 @@ from common.config import Config, DataConfig, EvaluationConfig, ModelConfig
 from common.errors import UserError
 from common.records.run import RunRecord, SavedFacts
 from common.rundir import RunDirectory
+from sim.assist.patient_form import WHAT_IS_RIGHT
+from sim.assist.suggest import Suggestion
 from sim.cli.main import app
 
 
@@ -80,11 +83,60 @@ def test_suggest_prints_a_list(run):
     assert result["patient"]["diagnoses"][0]["code"] == "10:I509"
 
 
-@pytest.mark.slow
-def test_suggest_names_all_wrong_fields_before_it_loads_a_model(run):
-    with pytest.raises(UserError, match=r"Sex:.*Age:.*Diagnoses:") as caught:
-        fedrx("suggest", run.path)
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("loaded")
+
+    for name in ("reference_of", "Assistant"):
+        monkeypatch.setattr(f"sim.assist.suggest.{name}", refuse)
+
+
+RIGHT = ("--sex", "F", "--age", "71", "-d", "I10")
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ((), r"Sex:.*Age:.*Diagnoses:"),
+        (("--sex", "X", *RIGHT[2:]), r"^Sex: F or M \(female or male"),
+        ((*RIGHT[:2], "--age", "-3", *RIGHT[4:]), "^Age: whole years, 18 to 120"),
+        (RIGHT[:4], "^Diagnoses: add at least one"),
+        ((*RIGHT, "--checkpoint", "round-0077"), "round-0077"),
+        ((*RIGHT, "--personal", "nowhere"), "no personal adapter of nowhere"),
+    ],
+)
+def test_suggest_refuses_what_is_wrong_before_anything_is_loaded(run, nothing_loads, typed, said):
+    b = {"layers.0.q": torch.zeros(2, 2)}
+    run.save_checkpoint("round-0001", b, facts=SavedFacts())
+    with pytest.raises(UserError, match=said) as caught:
+        fedrx("suggest", run.path, *typed)
     assert caught.value.exit_status == 2
+
+
+def test_help_names_the_sexes_as_their_refusal_does():
+    named = WHAT_IS_RIGHT["sex"].partition(";")[0] + ")"
+    shown = CliRunner().invoke(app, ["suggest", "--help"], env={"COLUMNS": "160"}).output
+    assert named == "F or M (female or male)"
+    assert named in shown
+
+
+def test_suggest_says_what_it_waits_for_but_not_on_standard_output(run, monkeypatch):
+    monkeypatch.setattr("sim.assist.suggest.public_diagnoses", list)  # seconds to read
+
+    class Assistant:
+        def __init__(self, *_, **__):
+            pass
+
+        def suggest(self, request):
+            return Suggestion(drugs=(), in_format=False, similar=0, dropped_diagnoses=0, seconds=1)
+
+    monkeypatch.setattr("sim.assist.suggest.Assistant", Assistant)
+    run.save_checkpoint("round-0001", {"a": torch.zeros(2, 2)}, facts=SavedFacts())
+    result = CliRunner().invoke(app, ["suggest", str(run.path), *RIGHT])
+    waits = ["reading the run's data ...", "loading the backbone ...", "answering ..."]
+    assert result.stderr.splitlines() == waits
+    assert "woman, 71 years" in result.stdout
 
 
 def test_without_a_run_the_newest_with_a_model_is_taken_and_named(run, tmp_path, monkeypatch):
@@ -99,6 +151,6 @@ def test_without_a_run_the_newest_with_a_model_is_taken_and_named(run, tmp_path,
     for one, mode in ((model, "federation"), (audit, "audit")):
         one.write_json("run.json", RunRecord(mode=mode, resumable=False))
         one.write_status("finished")
-    result = CliRunner().invoke(app, ["suggest"])
+    result = CliRunner().invoke(app, ["suggest", *RIGHT])
     assert f"run: {model.path}" in result.output
     assert isinstance(result.exception, UserError)
