@@ -17,10 +17,11 @@ from packaging.requirements import Requirement
 from client.bundle import check_installation
 from client.policy import POLICY, describe, read_policy
 from client.site import SITE, read_site
+from common.choice import FASTEST
 from common.errors import FedrxError, UserError
 from common.limits import available_cpus, available_memory_bytes
 from common.model.backbone.embedded import FOLDER
-from common.model.kernels.attention import choose_attention
+from common.model.kernels.attention import KERNELS, choose_attention, obstacle
 from common.model.kernels.choice import choose_kernels
 from common.model.kernels.frozen import fp8_obstacle
 from common.model.kernels.nf4 import nf4_obstacle
@@ -158,8 +159,13 @@ def _accelerator() -> Finding:
 
 def _attention() -> Finding:
     device = torch.device(choose_device("auto").value)
-    choice = choose_attention("auto", device, DTYPES[choose_dtype("auto", device).value])
-    return _finding("attention", f"{choice.value}: {choice.reason}")
+    dtype = DTYPES[choose_dtype("auto", device).value]
+    chosen = choose_attention("auto", device, dtype).value
+    passed: dict[str, list[str]] = {}
+    for kernel in KERNELS[: KERNELS.index(chosen)]:
+        passed.setdefault(obstacle(kernel, device, dtype), []).append(kernel)
+    why = "; ".join(f"{', '.join(kernels)}: {reason}" for reason, kernels in passed.items())
+    return _finding("attention", f"{chosen}: {FASTEST}" + (f" ({why})" if why else ""))
 
 
 def _kernels() -> Finding:

@@ -301,11 +301,12 @@ def doctor(
     from sim.checks.doctor import examine
 
     findings, colours = examine(hospital), {"ok": "green", "note": "yellow", "bad": "red"}
-    # What is to be typed is shown whole: where a column is too narrow, it goes over the line.
-    table = Table("check", "", *(Column(name, overflow="fold") for name in ("found", "fix")))
+    table = Table("check", "", Column("found", overflow="fold"))
     for one in findings:
-        table.add_row(one.check, Text(one.state, style=colours[one.state]), one.found, one.fix)
-    console_for(json_output).say(table)
+        table.add_row(one.check, Text(one.state, style=colours[one.state]), Text(one.found))
+    # What is to be typed stands whole, where no column breaks it.
+    fixes = [f"fix for {one.check}: {one.fix}" for one in findings if one.fix]
+    console_for(json_output).say(table, *fixes)
     print_json([asdict(finding) for finding in findings], json_output)
     if any(finding.state == "bad" for finding in findings):
         raise typer.Exit(1)

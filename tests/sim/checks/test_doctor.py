@@ -5,9 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from common.choice import Choice
 from common.errors import FedrxError
 from sim.checks import doctor
+from sim.cli.main import app
 
 
 def by_check():
@@ -82,3 +85,32 @@ def test_a_version_outside_of_what_was_tested_is_named(monkeypatch, installed, f
         assert finding.state == "note"
         assert finding.found == f"transformers {installed} was not tested"
         assert finding.fix == "pip install 'transformers<5.25,>=5.17'"
+
+
+def test_a_fix_is_one_line_below_the_table_however_narrow_the_terminal(monkeypatch):
+    fix = "pip install 'bitsandbytes<0.51,>=0.50.2' 'opentelemetry-proto<1.40,>=1.36' '[odd]<2'"
+    findings = [
+        doctor.Finding(check="packages", state="note", found="[x] 9 was not tested", fix=fix),
+        doctor.Finding(check="memory", state="ok", found="8.0 GiB available"),
+    ]
+    monkeypatch.setattr(doctor, "examine", lambda hospital: findings)
+    shown = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "40"}).output
+    table, _, below = shown.partition("└")
+    assert below.splitlines()[1:] == [f"fix for packages: {fix}"]
+    assert "[x] 9 was not" in table
+    assert "pip" not in table
+
+
+def test_a_reason_that_several_kernels_share_is_said_once(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = doctor._attention().found
+    passed = "cudnn, flash-attn-3, flash-attn, torch-flash: needs a CUDA device, not cpu"
+    assert found == f"sdpa: the fastest here ({passed})"
+
+
+def test_kernels_with_reasons_of_their_own_are_said_apart(monkeypatch):
+    reasons = {"cudnn": "too old", "flash-attn-3": "absent", "flash-attn": "absent"}
+    monkeypatch.setattr(doctor, "choose_attention", lambda *_: Choice("torch-flash", "-"))
+    monkeypatch.setattr(doctor, "obstacle", lambda kernel, *_: reasons[kernel])
+    told = "cudnn: too old; flash-attn-3, flash-attn: absent"
+    assert doctor._attention().found == f"torch-flash: the fastest here ({told})"
