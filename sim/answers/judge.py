@@ -14,7 +14,7 @@ from common.records.judged import Appropriateness, Estimate, Judged
 from common.rundir import RunDirectory
 from sim.process.lock import exclusive
 from sim.process.progress import SILENT, Console, Meter
-from sim.report.terminal import table
+from sim.report.terminal import NARROW, table
 
 
 def prepare(
@@ -111,20 +111,23 @@ def estimate_text(figures: Estimate) -> str:
 
 
 def judgement_parts(result: Judged) -> list[object]:
-    """Return appropriateness by model and judge, what is not in the mean, and what it cost."""
-    shown = table(
-        ("list by", "judge", "suitable", "95% interval", "scored", "unscored", "no list", "empty"),
-        [
-            (
-                *(model, judge, percent(one.mean), _interval(one)),
-                *map(str, (one.scored, one.unscored, one.unanswered, one.empty)),
-            )
-            for judge, theirs in result.judges.items()
-            for model, one in theirs.appropriateness.items()
-        ],
-        words=2,
-        title="Appropriateness (research only)",
-    )
+    """Return each judge's appropriateness by model, what is not in the mean, and what it cost."""
+    shown = [
+        table(
+            ("list by", "suitable", "95% interval", "scored", "unscored", "no list", "empty"),
+            [
+                (
+                    *(model, percent(one.mean), _interval(one)),
+                    *map(str, (one.scored, one.unscored, one.unanswered, one.empty)),
+                )
+                for model, one in theirs.appropriateness.items()
+            ],
+            words=1,
+            title=f"Appropriateness by {judge} (research only)",
+            **NARROW,
+        )
+        for judge, theirs in result.judges.items()
+    ]
     lines = [
         f"unscored by {judge}: {problems_in_words(theirs.judgements.problems)}"
         for judge, theirs in result.judges.items()
@@ -146,7 +149,7 @@ def judgement_parts(result: Judged) -> list[object]:
             ("all together", result.usage, result.cost_usd),
         )
     ]
-    return [shown, *lines]
+    return [*shown, *lines]
 
 
 def require_scores(result: Judged) -> None:

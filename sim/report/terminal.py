@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Literal
 
 from rich.box import SIMPLE
 from rich.console import RenderableType
@@ -30,6 +30,8 @@ from sim.report.words import (
 
 LINED: dict[str, Any] = {"box": SIMPLE, "show_lines": True}
 """Looks of a table with a line between its rows and no frame."""
+NARROW: dict[str, Any] = {"box": None, "pad_edge": False}
+"""Looks of a table that must fit a narrow terminal."""
 SHOWN = (
     ("output_rate", "output"),
     ("precision", "precision"),
@@ -80,7 +82,7 @@ def block_parts(*blocks: Block) -> Iterator[RenderableType]:
         if block.title:
             yield Text(f"\n{block.title}", style="bold")
         if block.rows:
-            yield table(block.headers, block.rows, box=None, pad_edge=False)
+            yield table(block.headers, block.rows, **NARROW)
         if block.note:
             yield Text(block.note, style="yellow" if block.warning else "")
 
@@ -110,7 +112,9 @@ def table(
     found = Table(**looks)
     for place, header in enumerate(headers):
         is_figure = words is not None and place >= words
-        found.add_column(Text(header), justify="right" if is_figure else "left")
+        justify: Literal["left", "right"] = "right" if is_figure else "left"
+        # A long name goes over several lines: none is cut.
+        found.add_column(Text(header), justify=justify, overflow="fold")
     for row, style in zip_longest(rows, styles):
         found.add_row(*map(Text, row), style=style)
     return found

@@ -37,12 +37,12 @@ def summarise(questions: JudgeQuestions, judgements: Sequence[Judgement], *, see
         agreement_stated=questions.endpoint.statement is not None,
         complete=all(judgement.asked for judgement in judgements),
         judgements=counts(judgements),
-        appropriateness=_by_model(questions, judgements, seed),
+        appropriateness=_by_model(questions, judgements, questions.models, seed),
         judges={
             name: Judged(
                 server=theirs[0].server,
                 judgements=counts(theirs),
-                appropriateness=_by_model(questions, theirs, seed),
+                appropriateness=_by_model(questions, theirs, _asked(questions, theirs[0]), seed),
             )
             for name, theirs in of_judge.items()
         },
@@ -76,8 +76,14 @@ def counts(judgements: Sequence[Judgement]) -> Counts:
     return found.model_copy(update={"escaped_texts": escaped}) if escaped else found
 
 
+def _asked(questions: JudgeQuestions, one: Judgement) -> Sequence[str]:
+    """Return the models that the judge of ``one`` is asked about now, lists or not."""
+    now = one.judge in questions.judges and one.server == questions.endpoint.named
+    return questions.models if now else ()
+
+
 def _by_model(
-    questions: JudgeQuestions, judgements: Sequence[Judgement], seed: int
+    questions: JudgeQuestions, judgements: Sequence[Judgement], asked: Sequence[str], seed: int
 ) -> dict[str, Appropriateness]:
     of_model = {
         name: [one for one in judgements if one.model == name] for name in questions.unanswered
@@ -85,7 +91,7 @@ def _by_model(
     return {
         model: _appropriateness(questions, model, theirs, seed=seed)
         for model, theirs in of_model.items()
-        if theirs or model in questions.models
+        if theirs or model in asked
     }
 
 

@@ -16,10 +16,10 @@ from sim.answers.review import review_parts
 from sim.cli.terminal import Terminal
 
 
-def said(parts) -> list[str]:
+def said(parts, width=120) -> list[str]:
     """Lines of the terminal, with one blank between words and without a table's lines."""
     shown = io.StringIO()
-    Terminal(file=shown, width=120).say(*parts)
+    Terminal(file=shown, width=width).say(*parts)
     lines = [" ".join(line.split()) for line in shown.getvalue().splitlines()]
     return [line for line in lines if any(map(str.isalpha, line))]
 
@@ -41,16 +41,32 @@ def test_a_judgement_is_said_by_model_and_judge_with_what_is_not_in_the_mean():
         invocation=Counts(calls=5, input_tokens=1, output_tokens=2, cost_usd=0.5),
     )
     assert said(judgement_parts(result)) == [
-        "Appropriateness (research only)",
-        "┃ list by ┃ judge ┃ suitable ┃ 95% interval ┃ scored ┃ unscored ┃ no list ┃ empty ┃",
-        "│ fedrx │ [red]one │ 81.1% │ 70.0-90.0% │ 3 │ 1 │ 0 │ 2 │",
-        "│ [b]x │ [red]one │ - │ - │ 0 │ 0 │ 0 │ 0 │",
+        "Appropriateness by [red]one (research only)",
+        "list by suitable 95% interval scored unscored no list empty",
+        "fedrx 81.1% 70.0-90.0% 3 1 0 2",
+        "[b]x - - 0 0 0 0",
         "unscored by [red]one: 3 x cut, 1 x empty",
         "2 texts of judges could not be written as UTF-8, and are escaped",
         "agreement on 4 drugs: unanimous 50.0%, Krippendorff's alpha 0.300, flip rate 25.0%",
         "this time: 5 calls, 1 tokens in, 2 out, 0.5000 USD",
         "all together: 10 calls, 100,000 tokens in, 3 out, 1.5000 USD",
     ]
+
+
+def test_the_table_of_two_servers_judges_is_whole_at_80_columns():
+    sure = Appropriateness(mean=1.0, interval=(1.0, 1.0), scored=12345, unscored=678)
+    models = ("fedrx", "logistic-regression", "x" * 30)
+    judges = [f"judge at http://127.0.0.1:{port}/v1" for port in (43567, 43568)]
+    theirs = Judged(appropriateness=dict.fromkeys(models, sure))
+    lines = said(judgement_parts(Judged(judges=dict.fromkeys(judges, theirs))), width=80)
+    figures = "100.0% 100.0-100.0% 12345 678 0 0"
+    for judge in judges:
+        start = lines.index(f"Appropriateness by {judge} (research only)")
+        assert lines[start + 1] == "list by suitable 95% interval scored unscored no list empty"
+        assert lines[start + 2 : start + 4] == [f"{name} {figures}" for name in models[:2]]
+        folded = lines[start + 4].partition(" ")
+        assert folded[0] + lines[start + 5] == models[2]
+        assert folded[2] == figures
 
 
 def test_reviews_are_said_by_model_with_how_far_reviewers_and_judge_agree():

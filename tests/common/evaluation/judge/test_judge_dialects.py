@@ -283,6 +283,20 @@ def test_one_name_on_two_servers_is_two_judges(server, other_server, run, judge_
     assert [name.startswith("judge-1 at http") for name in result["judges"]] == [True, True]
 
 
+def test_a_judge_has_no_row_of_a_model_that_it_was_never_asked_about(
+    server, other_server, make_run, judge_config, kit
+):
+    lists = {"fedrx": ["A"], "popularity": ["A"], "untrained": None}
+    run = make_run([kit.line("case-1", model, drugs) for model, drugs in lists.items()])
+    judged(run, judge_config(), predicted_by=["fedrx"])
+    result = judged(run, judge_config(base_url=other_server.url))
+    rows = [list(one["appropriateness"]) for one in result["judges"].values()]
+    # One that gave no list at all is still told of the judge that was asked about everybody.
+    assert rows == [["fedrx"], list(lists)]
+    last = list(result["judges"].values())[1]
+    assert last["appropriateness"]["untrained"]["unanswered"] == 1
+
+
 def test_a_judge_asked_again_replaces_itself_on_the_same_lists_only(
     server, make_run, judge_config, kit
 ):
