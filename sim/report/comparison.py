@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.configio import file_keys, flatten
-from common.data.handling import handling_of
+from common.data.handling import SYNTHETIC, handling_of
 from common.errors import UserError
 from common.evaluation.answers_file import read_answers
 from common.evaluation.metrics import drug_map_of, f1_by_admission, interval_of_mean
@@ -30,6 +30,7 @@ from sim.report.words import (
     megabytes,
     number,
     personal_note,
+    setting,
     stands_for,
 )
 
@@ -112,6 +113,8 @@ def read_run(run: RunDirectory) -> Compared:
         "way of training": "single node" if summary.mode == "single" else "federation",
     }
     places = (*PLACES, *file_keys())
+    if summary.source != SYNTHETIC:
+        places = (*places, "data.synthetic-patients")
     keys = {k: v for k, v in flatten(config).items() if not k.startswith(places)}
     return Compared(
         run=run, summary=summary, settings=decides | keys, f1_by_case=found, clusters=clusters
@@ -214,7 +217,7 @@ def _paired(groups: Mapping[str, Sequence[Compared]]) -> list[Block]:
 
 
 def _curves(groups: Mapping[str, Sequence[Compared]]) -> list[Block]:
-    plots = []
+    plots, silent = [], set(groups)
     for metric, label in (("validation-loss", "validation loss"), ("train-loss", "training loss")):
         lines: dict[str, Points] = {}
         units: set[str] = set()
@@ -229,16 +232,25 @@ def _curves(groups: Mapping[str, Sequence[Compared]]) -> list[Block]:
                         values[event.place].append(event.number)
             if values:
                 lines[name] = [(at, statistics.fmean(found)) for at, found in values.items()]
+                silent.discard(name)
         if lines:
             axis = "round, or step of a single node" if len(units) > 1 else units.pop()
             plots.append(lines_svg(lines, x_label=axis, y_label=label))
-    note = "Means over hospitals, and over the runs of an arm."
-    return [Block(title="Learning curves", note=note, svgs=tuple(plots))] if plots else []
+    arms = ", and over the runs of an arm" if any(len(r) > 1 for r in groups.values()) else ""
+    notes = [f"Means over hospitals{arms}."] if plots else []
+    private = [
+        name
+        for name, runs in groups.items()
+        if name in silent and any(one.summary.privacy for one in runs)
+    ]
+    if private:
+        notes.append(f"Without a curve, for with privacy no loss is told: {', '.join(private)}.")
+    return [Block(title="Learning curves", note=" ".join(notes), svgs=tuple(plots))] * bool(notes)
 
 
 def _what_differs(groups: Mapping[str, Sequence[Compared]]) -> list[Block]:
     def shown(runs: Sequence[Compared], key: str) -> str:
-        return ", ".join(dict.fromkeys(str(one.settings.get(key, "–")) for one in runs))
+        return ", ".join(dict.fromkeys(setting(one.settings.get(key, "–")) for one in runs))
 
     sets = dict.fromkeys(frozenset(one.f1_by_case) for runs in groups.values() for one in runs)
     letters = {cases: f"{len(cases)} cases, set {n}" for n, cases in enumerate(sets, 1)}

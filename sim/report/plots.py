@@ -44,6 +44,7 @@ def lines_svg(
     y_label: str,
     mean: Points | None = None,
     from_zero: bool = False,
+    shares: bool = False,
 ) -> str:
     """Plot named lines; lines that coincide are drawn once, under all of their names.
 
@@ -53,6 +54,7 @@ def lines_svg(
         y_label: What is measured.
         mean: A line that stands out.
         from_zero: Begin the axis of values at zero.
+        shares: End both axes at 0 and 1.
     """
     figure, axes = _axes(x_label, y_label)
     names: dict[tuple[tuple[float, float], ...], list[str]] = defaultdict(list)
@@ -64,13 +66,21 @@ def lines_svg(
         colour = COLOURS[index] if few else GREY
         marker = "o" if len(points) <= 30 else None
         axes.plot(
-            *zip(*points, strict=True), color=colour, marker=marker, ms=3, lw=1.2, label=label
+            *zip(*points, strict=True),
+            color=colour,
+            marker=marker,
+            ms=3,
+            lw=1.2,
+            label=label,
+            clip_on=not shares,
         )
     if mean:
         marker = "o" if len(mean) <= 30 else None
         axes.plot(*zip(*sorted(mean), strict=True), color=BLUE, lw=2.2, marker=marker, label="mean")
     if from_zero:
         axes.set_ylim(bottom=0)
+    if shares:
+        axes.set(xlim=(0, 1), ylim=(0, 1))
     if not all(float(x).is_integer() for points in lines.values() for x, _ in points):
         from matplotlib.ticker import MaxNLocator
 

@@ -94,7 +94,7 @@ def _rankings(models: Models) -> Block:
             *("Brier score", "expected calibration error"),
         ),
         rows=tuple(rows),
-        svgs=(lines_svg(lines, x_label="confidence", y_label="share ordered"),)
+        svgs=(lines_svg(lines, x_label="confidence", y_label="share ordered", shares=True),)
         if len(lines) > 1
         else (),
     )

@@ -224,7 +224,10 @@ def _hospitals(run: RunDirectory, summary: Summary) -> Block:
         *("validation loss, first", "last", "training loss, last"),
         *(("epsilon",) if spent else ()),
     )
-    return Block(title="Hospitals", headers=headers, rows=tuple(rows))
+    note = ""
+    if private and any(one.patients is None for one in summary.hospitals):
+        note = "With privacy no counts and no losses leave a hospital: a dash stands for each."
+    return Block(title="Hospitals", note=note, headers=headers, rows=tuple(rows))
 
 
 def _ends(events: Sequence[Metric], hospital: str) -> tuple[float | None, float | None]:

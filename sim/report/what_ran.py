@@ -5,7 +5,7 @@ from common.configio import differences, file_keys
 from common.data.protocols import ASKED, split_shares
 from common.records.summary import Summary
 from sim.report.html import Block
-from sim.report.words import peak_memory, speed
+from sim.report.words import peak_memory, setting, speed
 
 PLACES = ("run.", "judge.", "federation.workers")
 """Keys that name places and servers, or change nothing of a run's result."""
@@ -73,7 +73,7 @@ def settings(config: Config) -> Block:
         title="Settings beside the defaults",
         headers=("key", "value", "default"),
         rows=tuple(
-            (change.key, str(change.new), str(change.old))
+            (change.key, setting(change.new), setting(change.old))
             for change in differences(Config(), config)
             if not change.key.startswith((*PLACES, *file_keys()))
         ),

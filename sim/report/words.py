@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from common.configio import toml_scalar
 from common.model.adapter.spec import SCHEMES
 from common.records.summary import Figures, Summary
 
@@ -84,6 +85,15 @@ def number(value: float | None) -> str:
     ('0.123', '–')
     """
     return "–" if value is None else f"{value:.3f}"
+
+
+def setting(value: object) -> str:
+    """Write a key's value as ``--set`` takes it.
+
+    >>> setting(True), setting(0.5), setting("tiny")
+    ('true', '0.5', 'tiny')
+    """
+    return toml_scalar(value) if isinstance(value, bool) else str(value)
 
 
 def figure(values: Figures, name: str) -> str:

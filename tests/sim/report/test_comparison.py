@@ -22,7 +22,7 @@ def metrics(f1):
 
 
 def make(path, *, answers, f1, truths=TRUTHS, **changed):
-    config = from_flat({k.replace("__", "."): v for k, v in changed.items()})
+    config = from_flat({k.replace("__", ".").replace("_", "-"): v for k, v in changed.items()})
     run = RunDirectory.create(config, directory=path)
     summary = {
         "source": "demo",
@@ -95,6 +95,46 @@ def test_what_differs_stands_in_columns_and_nothing_else(weak, strong, tmp_path)
         "| partition.seed | 0 | 4 |",
         "| adapter.rank | 16 | 8 |",
     ]
+
+
+def test_settings_are_written_as_set_takes_them_and_those_without_effect_left_out(tmp_path):
+    """Of runs on tables the size of the synthetic source differs in nothing."""
+    answers = (["a"],) * 4
+    one = make(tmp_path / "one", answers=answers, f1=0.3, data__synthetic_patients=50)
+    kept = {"federation__keep_updates": True, "data__synthetic_patients": 70}
+    other = make(tmp_path / "other", answers=answers, f1=0.3, **kept)
+    _, twin = texts(write_comparison([one, other], tmp_path / "both"))
+    assert "| federation.keep-updates | false | true |" in twin
+    assert "synthetic-patients" not in twin
+    other.write_json("summary.json", other.summary().having(source="synthetic"))
+    _, twin = texts(write_comparison([one, other], tmp_path / "both"))
+    assert "| data.synthetic-patients | – | 70 |" in twin
+
+
+def test_curves_speak_of_arms_only_where_there_are_some(weak, strong, tmp_path):
+    _, twin = texts(write_comparison([weak, strong], tmp_path / "both"))
+    assert "Means over hospitals.\n" in twin
+    table = Block(title="Arms")
+    page = write_sweep_page({"both": [weak, strong], "one": [strong]}, table, tmp_path / "s.html")
+    assert "Means over hospitals, and over the runs of an arm." in page.read_text()
+
+
+def test_a_private_run_without_losses_is_named_below_the_curves(weak, strong, tmp_path):
+    text = dict.fromkeys(("unit", "relation", "accountant", "noise"), "x")
+    privacy = {**text, "epsilon": 2.0, "delta": 1e-5}
+    summary = strong.read_json("summary.json")
+    strong.write_json("summary.json", {**summary, "privacy": privacy})
+    said = "Without a curve, for with privacy no loss is told: strong."
+    _, twin = texts(write_comparison([weak, strong], tmp_path / "both"))
+    assert "Without a curve" not in twin
+    (strong.path / "metrics.jsonl").unlink()
+    page, twin = texts(write_comparison([weak, strong], tmp_path / "both"))
+    assert f"Means over hospitals. {said}" in twin
+    assert page.count("<svg") == 1
+    (weak.path / "metrics.jsonl").unlink()
+    _, twin = texts(write_comparison([weak, strong], tmp_path / "both"))
+    assert said in twin
+    assert "Means over" not in twin
 
 
 def test_no_report_is_pasted_below_and_curves_lie_over_each_other(weak, strong, tmp_path):

@@ -1,6 +1,7 @@
 """Blocks on rankings, hospitals and interactions: each figure where it belongs, or no block."""
 
 from common.records.summary import Summary
+from sim.report import plots
 from sim.report.html import to_html, to_markdown
 from sim.report.ranking_blocks import ranking_blocks
 
@@ -51,6 +52,14 @@ def test_each_figure_stands_in_its_row():
     assert rows("High-priority interactions") == ((name, "0.012", "0.046", "0.900"),)
     assert rows("Interacting drugs") == ((name, "0.070", "–", "0.200"),)
     assert rows("Names that data.drug-map does not hold") == ((name, "0.250", "–"),)
+
+
+def test_the_reliability_plot_ends_where_shares_do(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "inline_svg", lambda figure: drawn.append(figure) or "<svg")
+    ranking_blocks(SUMMARY)
+    (axes,) = drawn[0].axes
+    assert (axes.get_xlim(), axes.get_ylim()) == ((0, 1), (0, 1))
 
 
 def test_the_reliability_plot_is_on_the_page():
