@@ -132,8 +132,9 @@ class RunDirectory:
         run = cls(path.expanduser().absolute())
         record = run.record()
         if record is None:
+            what = f"is not a run directory: it has no {RUN}"
             raise UserError(
-                f"{run.path} is not a run directory: it has no {RUN}",
+                f"{run.path} {what if run.path.exists() else 'does not exist'}",
                 fix="name a folder that a fedrx run has written",
             )
         if record.cells:
