@@ -129,12 +129,14 @@ class RunProgress:
     def __exit__(self, *_error: object) -> None:
         """Stop showing; everything seen so far stays on the screen."""
         self.tick()
+        self._show_new_events()
         self._meter.__exit__()
 
     def tick(self) -> None:
         """Read what is new and show it."""
         done = sum(map(self._steps, self._step_logs()))
-        self._show_new_events()
+        if not self._phase:  # what a phase has led to is told after it
+            self._show_new_events()
         self._meter.update(done, f"starting: {self._phase}" if self._phase else "")
 
     def phase(self, name: str) -> None:

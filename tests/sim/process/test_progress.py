@@ -122,6 +122,21 @@ def test_a_start_names_its_phases_with_their_seconds_and_says_nothing_twice(cloc
     assert shows.start_seconds == {"SuperLink": 42.0, "Ray": 8.0}
 
 
+@pytest.mark.parametrize("ends", [True, False])
+def test_what_a_phase_leads_to_is_told_after_it_or_when_the_start_breaks_off(ends, clock, tmp_path):
+    run = RunDirectory.create(Config(), directory=tmp_path / "run")
+    shown = io.StringIO()
+    with RunProgress(Terminal(file=shown, width=200), run, steps=4, rounds=2) as shows:
+        shows.phase("first loss")
+        run.metric("validation-loss", 3.0, round=0)
+        shows.tick()
+        if ends:
+            shows.phase("")
+            shows.tick()
+    over = ["start: first loss 0.0 s"] if ends else []
+    assert shown.getvalue().splitlines() == [*over, "untrained: validation loss 3.0000"]
+
+
 def test_work_tells_whoever_it_is_handed_or_nobody(clock, capsys):
     class Heard(Console):
         lines: tuple[object, ...] = ()
