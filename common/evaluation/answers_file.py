@@ -83,6 +83,7 @@ class Generation(Record):
 
     seconds: float
     tokens: int
+    """Written; of scored lists those that the backbone read, of prompts and names."""
     cut_answers: int
     """Answers that ended at ``evaluation.max-new-tokens``."""
     escaped_names: int = 0

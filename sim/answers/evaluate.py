@@ -138,7 +138,8 @@ def reopen(
 def _say(console: Console, facts: Facts) -> None:
     for model, one in facts.generation.items():
         cut = f", {one.cut_answers} cut at evaluation.max-new-tokens" * bool(one.cut_answers)
-        took = f"{facts.samples} answers, {one.tokens} tokens in {one.seconds:.1f} s"
+        what = f"answers scored over {one.tokens:,}" if one.cutoffs else f"answers, {one.tokens}"
+        took = f"{facts.samples} {what} tokens in {one.seconds:.1f} s"
         console.say(f"{model}: {took}{cut}", style="dim")
     left_out = {"diagnoses": facts.dropped_diagnoses, **other_items(facts.left_out or {})}
     for kind, number in left_out.items():

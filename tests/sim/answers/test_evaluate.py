@@ -29,6 +29,7 @@ from sim.runs.resume import resume
 KEYS = {
     "data.path": "synthetic",
     "data.synthetic-patients": 40,
+    "data.validation-fraction": 0.2,
     "model.backbone": "tiny",
     "adapter.rank": 4,
     "train.dtype": "fp32",
@@ -134,6 +135,19 @@ def test_an_earlier_checkpoint_stands_beside_the_last(run):
     again = evaluate_run(run).as_json()
     assert list(again["metrics"]) == list(both["metrics"])
     assert run.lines("predictions.jsonl") == rows + rows_of(run, "round-0001")
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [("generate", "5 answers, {} tokens in"), ("score", "5 answers scored over {:,} tokens in")],
+)
+def test_tokens_are_called_written_only_where_the_model_wrote(run, method, said):
+    shown = io.StringIO()
+    settings = [f"evaluation.method={method}", "evaluation.max-new-tokens=12"]
+    summary = evaluate_run(run, overrides=settings, console=Terminal(file=shown, width=400))
+    tokens = summary.as_json()["evaluation"]["generation"]["fedrx"]["tokens"]
+    assert (tokens <= 5 * 12) == (method == "generate")
+    assert f"fedrx: {said.format(tokens)} " in shown.getvalue()
 
 
 def test_answers_in_two_ways_do_not_stand_together(run):
