@@ -207,6 +207,10 @@ class EvaluationStore:
         """Return what came about in this way."""
         return self._kept if self._kept and self._kept.facts.way == way else None
 
+    def replaced_by(self, way: Way) -> Facts | None:
+        """Return how the answers came about that answers of this way do not stand beside."""
+        return self._kept.facts if self._kept and self._kept.facts.way != way else None
+
     def put(self, newer: Evaluation, summary: Summary) -> Summary:
         """Keep answers beside older ones of their way, in place of those of another.
 

@@ -60,6 +60,12 @@ def evaluate_run(
     if store.damage:
         console.say(f"{store.damage}: all is answered anew", style="yellow")
     way = Way(last.name, config.evaluation, session.device.value, session.dtype.value)
+    if former := store.replaced_by(way):
+        console.say(
+            f"replaces the answers to {former.samples} admissions (method "
+            f"{former.settings.method}, checkpoint {former.checkpoint}), their figures and report",
+            style="yellow",
+        )
     adapters: dict[str, B | Personal | None] = {}
     if loaded.name == last.name or not store.get(way):
         adapters = {"fedrx": last.b, "untrained": None}
@@ -70,10 +76,13 @@ def evaluate_run(
     found = _answered(session, data, config, adapters, last.name, console)
     summary = run.summary()
     if config.evaluation.public_validation:
-        made = public_curve(run, session, config, console=console)
-        summary = summary.having(public_validation=made)
+        curve = public_curve(run, session, config, console=console)
+        summary = summary.having(public_validation=curve)
     # A run that plain `flwr run` made does not know its source yet.
-    return store.put(found, summary.having(source=summary.source or data.source))
+    made = store.put(found, summary.having(source=summary.source or data.source))
+    for line in _no_longer_shown(summary, made):
+        console.say(line, style="yellow")
+    return made
 
 
 def _answered(
@@ -133,6 +142,20 @@ def reopen(
     require_same("the backbone", session.spec.fingerprint, inputs.backbone, "model.backbone")
     require_same("A", session.adapter.a_fingerprint, inputs.a, "adapter.seed")
     return data, session
+
+
+def _no_longer_shown(before: Summary, after: Summary) -> list[str]:
+    """Say where judgements and reviews of answers that are gone still lie."""
+    lines = []
+    if before.judge and not after.judge:
+        lines.append(
+            "judgements of lists that are gone are not shown: judge.jsonl keeps them until `fedrx "
+            "judge` writes it anew, judge/exchanges.jsonl every reply (a list that comes back "
+            "costs nothing)"
+        )
+    if before.review and not after.review:
+        lines.append("reviews of lists that are gone are not shown: review/ keeps them")
+    return lines
 
 
 def _say(console: Console, facts: Facts) -> None:
