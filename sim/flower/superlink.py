@@ -97,7 +97,10 @@ def script(name: str) -> str:
 
 
 def free_port(wanted: int = 0) -> int:
-    """Return a free loopback port.
+    """Return a free loopback port; one that was not named stays free for who binds it by number.
+
+    The system gives a port with a connection that has just ended (TIME_WAIT, a minute) to nobody
+    who asks for any, and servers take it by SO_REUSEADDR.
 
     Raises:
         UserError: if ``wanted`` is not 0 and is in use.
@@ -112,7 +115,13 @@ def free_port(wanted: int = 0) -> int:
                 allowed="a free port, or 0",
                 fix="stop what listens there, or leave run.port at 0",
             ) from None
-        return int(probe.getsockname()[1])
+        address = probe.getsockname()
+        if not wanted:
+            probe.listen()
+            with socket.create_connection(address) as caller:
+                probe.accept()[0].close()  # who closes first keeps the port
+                caller.recv(1)
+        return int(address[1])
 
 
 @contextlib.contextmanager
