@@ -188,6 +188,11 @@ def test_it_listens_on_loopback_alone(listening):
         open_socket(listening.getsockname()[1])
 
 
+def test_a_port_is_taken_before_the_model_is_loaded():
+    with contextlib.closing(open_socket(0)) as first, pytest.raises(UserError, match="--port"):
+        open_socket(first.getsockname()[1])
+
+
 def test_no_documentation_pages_that_load_from_elsewhere(ask):
     for path in ("/docs", "/redoc", "/openapi.json"):
         assert ask(path)[0] == 404
