@@ -27,10 +27,10 @@ from common.files import locked, write_bytes
 from sim.flower.child_environment import ask_loopback_directly
 from sim.flower.children import Children
 from sim.flower.proxies import nginx_command
-from sim.flower.run_superlink import flower_quiet
+from sim.flower.run_superlink import LOCK, flower_quiet
 from sim.flower.superlink import START_SECONDS, script
 
-SECRET, LOCK = "runtime.secret", ".lock"
+SECRET = "runtime.secret"
 
 
 def run_hospital(folder: Path, say: Callable[[str], None]) -> None:

@@ -355,12 +355,21 @@ def ending_with_parent() -> Callable[[], None] | None:
     What it needs is looked up here: another thread may be loading a library while we fork, and
     the child would wait for it for ever.
     """
-    return partial(end_with_parent, ctypes.CDLL(None).prctl) if sys.platform == "linux" else None
+    if sys.platform != "linux":
+        return None
+    return partial(end_with_parent, ctypes.CDLL(None).prctl, os.getpid())
 
 
-def end_with_parent(prctl: Callable[[int, int], int] | None = None) -> None:
-    """Ask Linux to end this process when its parent dies (PR_SET_PDEATHSIG)."""
+def end_with_parent(prctl: Callable[[int, int], int] | None = None, parent: int = 0) -> None:
+    """Ask Linux to end this process when its parent dies (PR_SET_PDEATHSIG).
+
+    Args:
+        prctl: The C library's.
+        parent: Its process id, if it may have died before Linux is asked; then this one ends too.
+    """
     (prctl or ctypes.CDLL(None).prctl)(1, signal.SIGTERM)
+    if parent and os.getppid() != parent:
+        os._exit(128 + signal.SIGTERM)
 
 
 @contextlib.contextmanager

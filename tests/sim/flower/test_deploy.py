@@ -18,6 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 import server.app
 import sim.flower.run_hospital
+import sim.flower.run_superlink
 from client.node import local_config
 from client.policy import Policy, read_policy
 from client.resident_worker import listening
@@ -28,8 +29,10 @@ from common.files import locked
 from common.privacy.settings import with_calibrated_noise
 from common.provenance import source_digest
 from sim.checks.doctor import examine_hospital
+from sim.flower.children import Children
 from sim.flower.deploy import deploy
-from sim.flower.run_hospital import LOCK, SECRET, _wait_for, run_hospital
+from sim.flower.run_hospital import SECRET, _wait_for, run_hospital
+from sim.flower.run_superlink import LOCK, run_superlink
 
 
 def test_folder_of_a_deployment(tiny_config, tmp_path):
@@ -148,6 +151,16 @@ def test_a_second_process_of_a_hospital_takes_nothing_from_the_first(
     with locked(own / LOCK), pytest.raises(UserError, match="takes part as north already"):
         run_hospital(own, print)
     assert (own / SECRET).read_text() == "of the first"
+
+
+def test_a_second_superlink_starts_nothing(tiny_config, tmp_path, monkeypatch):
+    """Its executor would take the runs of the first."""
+    monkeypatch.setattr(sim.flower.run_superlink, "nginx_command", lambda folder: ["nginx"])
+    monkeypatch.setattr(Children, "start", lambda *_: pytest.fail("something is started"))
+    readme = deploy(tiny_config(), tmp_path / "d", hospitals={"a": "/x"}, host="h", port=1)
+    link = readme.parent / "superlink"
+    with locked(link / LOCK), pytest.raises(UserError, match="runs from .*superlink already"):
+        run_superlink(link)
 
 
 def test_the_socket_of_a_killed_worker_is_not_taken_for_a_worker(tmp_path):
