@@ -4,16 +4,17 @@ The small model rarely keeps to the schema, and the server ignores ``response_fo
 tested is that every reply of a real one ends as a checked verdict or as unscored, with its usage.
 """
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from common.config import JudgeConfig
 from common.errors import UserError
@@ -42,14 +43,16 @@ def transformers_serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )
     try:
-        for _ in range(240):
+
+        def is_up() -> bool:
             if process.poll() is not None:
                 pytest.skip(f"transformers serve does not start here: {log.read_text()[-300:]}")
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.25)
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10).close()
+                return True
+            return False
+
+        until(is_up, "transformers serve answers", 300, pause=0.25)
         yield f"http://127.0.0.1:{port}/v1", folder
     finally:
         process.terminate()
