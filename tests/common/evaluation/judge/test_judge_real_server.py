@@ -6,7 +6,6 @@ tested is that every reply of a real one ends as a checked verdict or as unscore
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -20,6 +19,7 @@ from common.config import JudgeConfig
 from common.errors import UserError
 from common.evaluation.judge.judging import judge_run
 from common.evaluation.judge.questions import questions_of
+from sim.flower.superlink import free_port
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +30,7 @@ def transformers_serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
         folder = str(resolve_backbone("embedded").folder)
     except UserError as error:
         pytest.skip(f"no embedded backbone: {error}")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log = tmp_path_factory.mktemp("serve") / "log.txt"
     command = Path(sys.executable).with_name("transformers")
     with log.open("w") as out:
