@@ -60,7 +60,7 @@ class PrivateGradient:
     def clipped_sum(
         self, session: Session, drawn: Sequence[tuple[int, ...]], *, step: int = 0
     ) -> Tensor:
-        """Return sum_u c_u G_u over the drawn units, [P]; passes are added in fp64.
+        """Return sum_u c_u G_u over the drawn units, [P] fp64.
 
         A unit's gradient is the mean of its samples' gradients. Units stand in order, so at most
         one of them spans two micro-batches, and only its partial sum is carried. A draw is no pass
