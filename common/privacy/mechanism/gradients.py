@@ -1,7 +1,7 @@
 """The private gradient source: what the training loop asks in place of a batch gradient.
 
-A unit's gradient must be a function of that unit alone. Units share a packed pass only where that
-is so (``common.privacy.mechanism.isolation``), and have passes of their own anywhere else.
+A unit's gradient must be a function of that unit alone. Units share a packed pass only where it is
+kept apart (``common.privacy.mechanism.isolation``), and have passes of their own anywhere else.
 
 Shapes: U units of one micro-batch, P trainable parameters.
 """
