@@ -14,6 +14,7 @@ from common.configio import config_digest, run_digest
 from common.errors import RunFailed
 from common.files import json_line, locked
 from common.privacy.accounting import epsilon, rdp_epsilon
+from common.privacy.budget.ledger import Ledger
 from common.privacy.budget.synced import append, read
 from common.privacy.settings import is_private, plan_of
 from common.records import Record
@@ -46,7 +47,7 @@ class Promise(Record):
 
 
 def keep_to_limit(
-    sent: Config, policy: Policy, folder: Path, *, patients: Callable[[], int]
+    sent: Config, policy: Policy, folder: Path, *, ledger: Path, patients: Callable[[], int]
 ) -> None:
     """Record what a run may spend on this hospital's patients, or refuse to take part in it.
 
@@ -55,10 +56,13 @@ def keep_to_limit(
     the hospital knows of how far the server gets, and what it was promised is never taken back.
     Everything that is cheap is checked before anything that is not.
 
+    The run's ledger is opened before its promise is written. One that is gone would begin anew and
+    spend the promise again, so a promise without a ledger is refused.
+
     ``patients`` is called only where the limit depends on their number.
 
     Raises:
-        LimitReached: if the policy does not allow the run.
+        LimitReached: if the policy does not allow the run, or its ledger is gone.
     """
     _check_bounds(sent, policy)
     if policy.max_epsilon is None:
@@ -79,7 +83,13 @@ def keep_to_limit(
         others = [one for one in known.values() if one.run != asked.run]
         _check_sum(others, asked, policy.max_epsilon, largest_delta)
         if before is None:
+            Ledger(ledger, plan)
             write(asked)
+        elif not ledger.is_file() or not ledger.stat().st_size:
+            raise LimitReached(
+                "this run's ledger is gone from the hospital's folder, so what it has spent is "
+                "unknown: nothing is released"
+            )
 
 
 def default_delta(patients: int) -> float:

@@ -302,6 +302,11 @@ class PrivacyConfig:
         False, "reproducible noise, for tests only: epsilon is infinite"
     )
 
+    @property
+    def is_on(self) -> bool:
+        """Whether any differential privacy is on: no loss, metric or count leaves a hospital."""
+        return self.target_epsilon > 0 or self.noise_multiplier > 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
