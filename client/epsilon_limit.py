@@ -24,7 +24,6 @@ PROMISES = "privacy-promises.jsonl"
 """One line per run that was joined; only ever appended to."""
 LARGEST_DELTA, LEAST_DELTA = 1e-5, 1e-10
 """Below the least one rounding errors decide what the accountants find."""
-CLIP_NORMS = 1e-6, 1e6
 HOPELESS = 2.0
 """A run whose Renyi bound is so many times the limit is refused without exact accounting, which
 takes up to a minute there: the bound is a fifth too high, not twofold."""
@@ -151,7 +150,6 @@ def _check_private(sent: Config, policy: Policy, largest_delta: float) -> None:
     bounds = [
         ("noise-multiplier", privacy.noise_multiplier, policy.min_noise_multiplier, math.inf),
         ("expected-batch", privacy.expected_batch, policy.min_expected_batch, math.inf),
-        ("clip-norm", privacy.clip_norm, *CLIP_NORMS),
         ("delta", privacy.delta, LEAST_DELTA, largest_delta),
     ]
     for name, value, least, most in bounds:

@@ -154,7 +154,6 @@ def test_a_promise_under_another_plan_is_neither_lowered_nor_joined(tmp_path):
         ({"privacy__unit": "hospital"}, "only in runs that protect every patient"),
         ({"privacy__deterministic_noise": True}, "only in runs that protect every patient"),
         ({"privacy__expected_batch": 1.0}, "expected-batch = 1; .* 2 and more"),
-        ({"privacy__clip_norm": 1e30}, "clip-norm"),
         ({"privacy__delta": 1e-30}, "privacy.delta"),
     ],
 )
