@@ -390,6 +390,7 @@ def test_the_card_tells_what_the_adapter_was_trained_on(tmp_path, weights):
     ("privacy", "covered"),
     [
         ({"epsilon": 3.0, "delta": 1e-5, "unit": "patient"}, "tell of any one patient"),
+        ({"epsilon": 3.0, "delta": 1e-5, "unit": "admission"}, "tell of any one admission"),
         ({"epsilon": 3.0, "delta": 1e-5, "unit": "hospital"}, "tell of any one hospital's data"),
         ({"epsilon": "infinity", "delta": 1e-5, "unit": "patient"}, None),
         (None, None),
