@@ -31,7 +31,7 @@ def is_private(config: Config) -> bool:
 
 def protects(config: Config) -> bool:
     """Return whether any differential privacy is on: no loss, metric or count leaves a hospital."""
-    return config.privacy.target_epsilon > 0 or config.privacy.noise_multiplier > 0
+    return config.privacy.is_on
 
 
 def plan_of(config: Config) -> PrivacyPlan:

@@ -91,7 +91,9 @@ def summarise(training: SingleTraining, preparation: Preparation) -> Summary:
         "trainable_parameters": session.adapter.held_parameters,
         "adapter": session.adapter.spec,
         "backbone": preparation.backbone,
-        "hospitals": preparation.data.hospitals,
+        "hospitals": [{"name": training.hospital.name}]
+        if training.guard
+        else preparation.data.hospitals,
         "rounds": 0,
         "scaling": scaling(training),
         "checkpoints": [
