@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
+from client import private_update
 from common.configio import read_config
 from common.errors import RunFailed
 from common.privacy import audit as bare_audit
@@ -32,6 +34,7 @@ from common.privacy.budget.ledger import Ledger
 from common.privacy.mechanism import clipping, gradients
 from common.privacy.mechanism.gradients import PrivateGradient
 from common.privacy.mechanism.noise import NoiseSource
+from common.privacy.mechanism.release import GaussianMechanism
 from common.privacy.mechanism.sampling import Units
 from common.privacy.settings import with_calibrated_noise
 from common.seeds import stream
@@ -197,6 +200,27 @@ def passes_shared(patch: Patch) -> None:
     )
 
 
+def sum_sent_along(patch: Patch) -> None:
+    """A hundredth of the last clipped mean, without noise, added to what is sent."""
+    release, update, last = GaussianMechanism.release, private_update.update, {}
+
+    def seen(self: GaussianMechanism, sum_P: torch.Tensor) -> torch.Tensor:
+        last["mean_P"] = sum_P.float() / self.plan.expected_batch
+        return release(self, sum_P)
+
+    def more(task: Any, source: Any) -> Any:
+        result = update(task, source)
+        flat_P = np.concatenate([value.ravel() for value in result.b.values()])
+        flat_P = flat_P + 0.01 * last["mean_P"].cpu().numpy()
+        edges = np.cumsum([value.size for value in result.b.values()])[:-1]
+        parts = zip(result.b.items(), np.split(flat_P, edges), strict=True)
+        b = {key: part.reshape(value.shape) for (key, value), part in parts}
+        return replace(result, b=b)
+
+    patch(GaussianMechanism, "release", seen)
+    patch(private_update, "update", more)
+
+
 MUTANTS: dict[str, Callable[[Patch], None]] = {
     "noise halved": noise_halved,
     "noise reused": noise_reused,
@@ -211,6 +235,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "empty draw without noise": empty_without_noise,
     "ledger one step short": ledger_short,
     "bf16 passes shared": passes_shared,
+    "clipped sum sent along": sum_sent_along,
 }
 BF16 = ("bf16 passes shared",)
 """What is no mutant in fp32."""

@@ -14,6 +14,7 @@ from common.configio import config_digest, run_digest
 from common.errors import RunFailed
 from common.files import json_line, locked
 from common.privacy.accounting import epsilon, rdp_epsilon
+from common.privacy.budget.ledger import Ledger
 from common.privacy.budget.synced import append, read
 from common.privacy.settings import is_private, plan_of
 from common.records import Record
@@ -23,7 +24,6 @@ PROMISES = "privacy-promises.jsonl"
 """One line per run that was joined; only ever appended to."""
 LARGEST_DELTA, LEAST_DELTA = 1e-5, 1e-10
 """Below the least one rounding errors decide what the accountants find."""
-CLIP_NORMS = 1e-6, 1e6
 HOPELESS = 2.0
 """A run whose Renyi bound is so many times the limit is refused without exact accounting, which
 takes up to a minute there: the bound is a fifth too high, not twofold."""
@@ -46,7 +46,7 @@ class Promise(Record):
 
 
 def keep_to_limit(
-    sent: Config, policy: Policy, folder: Path, *, patients: Callable[[], int]
+    sent: Config, policy: Policy, folder: Path, *, ledger: Path, patients: Callable[[], int]
 ) -> None:
     """Record what a run may spend on this hospital's patients, or refuse to take part in it.
 
@@ -55,10 +55,13 @@ def keep_to_limit(
     the hospital knows of how far the server gets, and what it was promised is never taken back.
     Everything that is cheap is checked before anything that is not.
 
+    The run's ledger is opened before its promise is written. One that is gone would begin anew and
+    spend the promise again, so a promise without a ledger is refused.
+
     ``patients`` is called only where the limit depends on their number.
 
     Raises:
-        LimitReached: if the policy does not allow the run.
+        LimitReached: if the policy does not allow the run, or its ledger is gone.
     """
     _check_bounds(sent, policy)
     if policy.max_epsilon is None:
@@ -79,7 +82,13 @@ def keep_to_limit(
         others = [one for one in known.values() if one.run != asked.run]
         _check_sum(others, asked, policy.max_epsilon, largest_delta)
         if before is None:
+            Ledger(ledger, plan)
             write(asked)
+        elif not ledger.is_file() or not ledger.stat().st_size:
+            raise LimitReached(
+                "this run's ledger is gone from the hospital's folder, so what it has spent is "
+                "unknown: nothing is released"
+            )
 
 
 def default_delta(patients: int) -> float:
@@ -141,7 +150,6 @@ def _check_private(sent: Config, policy: Policy, largest_delta: float) -> None:
     bounds = [
         ("noise-multiplier", privacy.noise_multiplier, policy.min_noise_multiplier, math.inf),
         ("expected-batch", privacy.expected_batch, policy.min_expected_batch, math.inf),
-        ("clip-norm", privacy.clip_norm, *CLIP_NORMS),
         ("delta", privacy.delta, LEAST_DELTA, largest_delta),
     ]
     for name, value, least, most in bounds:

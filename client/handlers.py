@@ -28,6 +28,7 @@ from common.config import Config
 from common.configio import from_flat
 from common.errors import DiskFull, RunFailed, SettingError
 from common.files import append_json_line, for_owner
+from common.privacy.budget.guard import LEDGER
 from common.privacy.budget.ledger import BudgetExhausted, LedgerDoubtful
 from common.privacy.settings import is_private, plan_of, protects
 from common.provenance import source_digest
@@ -221,6 +222,7 @@ def answer(kind: str, message: Message, context: Context, worker: Worker) -> Mes
                 sent,
                 policy,
                 folder,
+                ledger=private_folder(config, str(context.node_config[NAME])) / LEDGER,
                 patients=lambda: hospital_of(config, context.node_config, worker).patients,
             )
         return Message(content=HANDLERS[kind](config, message, context, worker), reply_to=message)

@@ -9,11 +9,12 @@ from client.epsilon_limit import LimitReached
 from client.kept_state import own_folder
 from client.policy import POLICY, Policy, read_policy
 from client.site import KEYS, NAME
-from common.config import Config, FederationConfig
+from common.config import Config, FederationConfig, PartitionConfig
 from common.configio import completed_for_flwr, run_digest
-from common.data.partition import Hospital
+from common.data.partition import ANY_SIZE, Hospital
 from common.data.protocols import require_own_template
 from common.errors import RunFailed, UserError
+from common.privacy.settings import protects
 from common.training.worker import Worker
 from common.wire.handshake import NAME_PATTERN
 
@@ -87,6 +88,8 @@ def hospital_of(config: Config, node_config: Mapping[str, Any], worker: Worker) 
         if not NAME_PATTERN.fullmatch(name):
             raise RunFailed(f"a hospital's name must match {NAME_PATTERN.pattern}")
         alone = replace(config, federation=FederationConfig(hospitals=1))
+        if protects(config):
+            alone = replace(alone, partition=PartitionConfig(min_patients=ANY_SIZE))
         return replace(worker.data(alone).hospitals[0], name=name)
     index, nodes = int(node_config["partition-id"]), int(node_config[SIMULATED])
     if nodes != config.federation.hospitals:

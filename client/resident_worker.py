@@ -100,6 +100,16 @@ def ask(path: Path, kind: str, message: Message, context: Context, *, source: st
     return message_from_proto(ProtoMessage.FromString(data))
 
 
+def listens(path: Path) -> bool:
+    """Tell whether a worker listens on a socket; one that was killed has left its file behind."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
 @contextlib.contextmanager
 def listening(path: Path) -> Iterator[socket.socket]:
     """Open the worker's socket (mode 0600) in a folder of its own user (mode 0700).
@@ -115,9 +125,8 @@ def listening(path: Path) -> Iterator[socket.socket]:
             fix="name a shorter --socket",
         )
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with socket.socket(socket.AF_UNIX) as probe:
-        if probe.connect_ex(str(path)) == 0:
-            raise UserError(f"a worker listens on {path} already", fix="end it first")
+    if listens(path):
+        raise UserError(f"a worker listens on {path} already", fix="end it first")
     if os.path.lexists(path):
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise UserError(

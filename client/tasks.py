@@ -4,6 +4,7 @@ The SuperNode runs with ``--isolation process``: it hands its tasks to whoever h
 and that is this process alone. Flower's calls are those of its own ``flwr-clientapp``.
 """
 
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -21,11 +22,11 @@ from common.wire.undocumented_deployment import (
     RuntimeHttpClient,
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
+    SendTaskHeartbeatRequest,
     SubStatus,
     SuperExecAuthHttpInterceptor,
     TaskType,
     make_simple_http_retry_invoker,
-    make_task_heartbeat_fn_http,
     pull_task_input,
     push_message,
     push_task_output,
@@ -74,7 +75,7 @@ def _runtime(
 def _answer_one(address: str, token: str, respond: Respond) -> None:
     retry = make_simple_http_retry_invoker()
     with _runtime(address, RuntimeTokenHttpInterceptor(token), retry) as client:
-        heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+        heartbeat = HeartbeatSender(functools.partial(_beat, client))
         heartbeat.start()
         context, status, details = None, SubStatus.FAILED, ""
         try:
@@ -96,3 +97,16 @@ def _answer_one(address: str, token: str, respond: Respond) -> None:
         finally:
             push_task_output(client, context, status, details)
             heartbeat.stop()
+
+
+def _beat(client: RuntimeHttpClient) -> bool:
+    """Tell the SuperNode that its task is worked on; False: try again soon.
+
+    Of a task that it has given up, because this machine stood still for a minute, the answer is
+    refused; Flower's own heartbeat would interrupt the whole hospital, or end and be missed.
+    """
+    try:
+        client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+    except httpx.HTTPError:
+        return False
+    return True

@@ -278,7 +278,7 @@ class PrivacyConfig:
     )
     delta: float = option(1e-5, "probability with which epsilon may fail", above=0, high=0.1)
     noise_multiplier: float = option(
-        0.0, "noise standard deviation over the clip norm; 0: from target-epsilon", low=0
+        0.0, "noise standard deviation over the clip norm; 0: from target-epsilon", low=0, high=2000
     )
     most_patients: int = option(
         0,
@@ -286,7 +286,7 @@ class PrivacyConfig:
         "and data.synthetic-patients bounds the synthetic source",
         low=0,
     )
-    clip_norm: float = option(1.0, "largest L2 norm of one unit's gradient", above=0)
+    clip_norm: float = option(1.0, "largest L2 norm of one unit's gradient", low=1e-6, high=1e6)
     sampling_rate: float = option(
         0.1, "probability with which each unit enters a step", above=0, high=1
     )
@@ -301,6 +301,11 @@ class PrivacyConfig:
     deterministic_noise: bool = option(
         False, "reproducible noise, for tests only: epsilon is infinite"
     )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any differential privacy is on: no loss, metric or count leaves a hospital."""
+        return self.target_epsilon > 0 or self.noise_multiplier > 0
 
 
 @dataclass(frozen=True, kw_only=True)

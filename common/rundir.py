@@ -3,6 +3,7 @@
 ``run.json`` says what kind of run it is and ``status.json`` how far; checkpoints sort in time.
 """
 
+import contextlib
 import datetime
 import errno
 import json
@@ -58,6 +59,8 @@ from common.tensor_files import (
 
 RUN, ENVIRONMENT, SUMMARY = "run.json", "environment.json", "summary.json"
 DATA, STATUS, METRICS, WIRE = "data.json", "status.json", "metrics.jsonl", "wire.jsonl"
+LOCK = ".lock"
+"""Held by the one process that works on the run."""
 WORKERS = "workers"
 TRAINED = "trained"
 """Stage in status.json: all rounds are done and summed up."""
@@ -87,29 +90,48 @@ class RunDirectory:
 
         Args:
             config: The complete configuration.
+            directory: As ``made`` takes it.
+
+        Raises:
+            UserError: if the directory holds files already, or cannot be made.
+        """
+        run = cls.made(config, directory=directory)
+        run.begin(config)
+        return run
+
+    @classmethod
+    def made(cls, config: Config, *, directory: Path | None = None) -> "RunDirectory":
+        """Make a run's directory, and write nothing: whoever holds it alone may ``begin`` there.
+
+        Args:
+            config: The complete configuration.
             directory: Where; default ``runs/<UTC time>-<name>-<hash>`` below the working directory.
 
         Raises:
             UserError: if the directory holds files already, or cannot be made.
         """
-        directory = _named(config, directory)
-        if directory is None:
-            now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
-            stem = Path("runs") / f"{now}-{config.run.name}-{config_hash(config)}"
-            directory, count = stem, 1
-            while directory.exists():
-                count += 1
-                directory = stem.with_name(f"{stem.name}-{count}")
-        directory = directory.expanduser().absolute()
-        _require_new(directory)
+        named = _named(config, directory)
+        now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
+        place = named or Path("runs") / f"{now}-{config.run.name}-{config_hash(config)}"
+        place = place.expanduser().absolute()
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if named is None:
+                return cls(_made_beside_others(place))
+            _require_new(place)
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise _unusable(directory, error) from None
-        run = cls(directory)
-        run.write_status("started")
-        run.write_config(config)
-        return run
+            raise _unusable(place, error) from None
+        return cls(place)
+
+    def begin(self, config: Config) -> None:
+        """Write what every run has before its run.json: status and resolved configuration.
+
+        Raises:
+            UserError: if another run has begun here.
+        """
+        _require_new(self.path)
+        self.write_status("started")
+        self.write_config(config)
 
     @classmethod
     def require_new(cls, config: Config, *, directory: Path | None = None) -> None:
@@ -132,8 +154,9 @@ class RunDirectory:
         run = cls(path.expanduser().absolute())
         record = run.record()
         if record is None:
+            what = f"is not a run directory: it has no {RUN}"
             raise UserError(
-                f"{run.path} is not a run directory: it has no {RUN}",
+                f"{run.path} {what if run.path.exists() else 'does not exist'}",
                 fix="name a folder that a fedrx run has written",
             )
         if record.cells:
@@ -382,10 +405,24 @@ def _named(config: Config, directory: Path | None) -> Path | None:
     return directory
 
 
+def _made_beside_others(place: Path) -> Path:
+    """Make a folder of this name, or of a numbered one: runs may begin in the same second."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    folder, number = place, 1
+    while True:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+            return folder
+        number += 1
+        folder = place.with_name(f"{place.name}-{number}")
+
+
 def _is_unbegun(directory: Path) -> bool:
     """Tell whether a folder holds nothing but what was written before run.json: before any work."""
     if not (directory / STATUS).exists():  # the first file
-        return all(file.match(f".{STATUS}.*.part") for file in directory.iterdir())
+        return all(
+            file.name == LOCK or file.match(f".{STATUS}.*.part") for file in directory.iterdir()
+        )
     run = RunDirectory(directory)
     return run.record() is None and run.status().state == "started"
 

@@ -57,9 +57,9 @@ class HospitalPrivacyAggregator(Aggregator):
         total_P = np.zeros_like(before_P)
         for update in sorted(updates, key=lambda update: update.hospital):
             change_P = torch.from_numpy(_flat(update.b) - before_P)
-            total_P += clipped_sum(change_P[None], self.plan.clip_norm).double().numpy()
+            total_P += clipped_sum(change_P[None], self.plan.clip_norm).numpy()
         mechanism = GaussianMechanism(self.plan, total_P.size, self.noise)
-        released_P = mechanism.release(torch.from_numpy(total_P).float()).double().numpy()
+        released_P = mechanism.release(torch.from_numpy(total_P)).double().numpy()
         return finite(_unflat(before_P + released_P, b), server_round)
 
 

@@ -61,6 +61,10 @@ def exchange(
     timed_out = False
     started = last_look = clock.monotonic()
     while waiting:
+        connected = None
+        if clock.monotonic() - last_look > PRESENCE_SECONDS:
+            connected, last_look = set(grid.get_node_ids()), clock.monotonic()
+        # After the look: who has gone by then may have answered before.
         for reply in grid.pull_messages(sorted(waiting)):
             message_id = reply.metadata.reply_to_message_id
             if message_id not in waiting:
@@ -70,13 +74,11 @@ def exchange(
             replies[node], seconds[node] = reply, clock.monotonic() - started
             if not reply.has_error():
                 on_message(kind, "up", names.get(node, "new"), reply)
-        now = clock.monotonic()
-        if waiting and now - started > timeout_seconds:
+        if connected is not None:
+            waiting = {one for one in waiting if node_of[one] in connected}
+        if waiting and clock.monotonic() - started > timeout_seconds:
             timed_out = True
             break
-        if now - last_look > PRESENCE_SECONDS:
-            connected, last_look = set(grid.get_node_ids()), now
-            waiting = {one for one in waiting if node_of[one] in connected}
         if waiting:
             clock.sleep(POLL_SECONDS)
     return Replies(messages=replies, seconds=seconds, timed_out=timed_out)

@@ -24,7 +24,7 @@ from common.tensor_files import Altered
 from common.wire.contract import Tensors, Update
 from common.wire.undocumented_flower import task_identity
 from server import kept_updates
-from server.strategy import Aggregator
+from server.strategy import Aggregator, rounds_not_printed
 
 MEANS = ("fedavg", "fedprox")
 """Strategies whose aggregate is a mean of the updates, and nothing that is carried on."""
@@ -41,11 +41,22 @@ class Replay:
 
     @classmethod
     def open(cls, run: RunDirectory) -> "Replay":
-        """Read a run's rounds.
+        """Read a run's rounds, and see that they make its B.
+
+        Raises:
+            UserError: see ``read``.
+            Altered: see ``require_b_of``.
+        """
+        found = cls.read(run)
+        found.require_b_of(run)
+        return found
+
+    @classmethod
+    def read(cls, run: RunDirectory) -> "Replay":
+        """Read a run's rounds, before any is replayed.
 
         Raises:
             UserError: if the run has no updates, its aggregation is no mean, or a round is missing.
-            Altered: if they are not what the run's B was made of.
         """
         config = run.config()
         federation = config.federation
@@ -72,14 +83,20 @@ class Replay:
                     fix="`fedrx resume` it, or bring the file back",
                 )
             rounds.append((run.load_checkpoint(f"round-{number - 1:05d}").b, updates))
-        found = cls(federation, SCHEMES[config.adapter.mode], rounds)
-        if tensors_sha256(found.of(found.hospitals)) != run.summary().b_sha256:
+        return cls(federation, SCHEMES[config.adapter.mode], rounds)
+
+    def require_b_of(self, run: RunDirectory) -> None:
+        """Replay all hospitals.
+
+        Raises:
+            Altered: if the updates are not what the run's B was made of.
+        """
+        if tensors_sha256(self.of(self.hospitals)) != run.summary().b_sha256:
             raise Altered(
                 "the kept updates do not make the run's B",
                 allowed="those of a run that is finished, as they were written",
                 fix="bring updates and checkpoints back from a copy, or `fedrx resume` the run",
             )
-        return found
 
     @property
     def hospitals(self) -> list[str]:
@@ -99,6 +116,6 @@ class Replay:
             ]
             if moved:
                 base = self.scheme.shapes(number, b)
-                with task_identity():
+                with task_identity(), rounds_not_printed():
                     b |= aggregator.aggregate(base, moved, server_round=number)
         return b

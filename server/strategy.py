@@ -6,7 +6,8 @@ exact because A is shared: ``mean(B_k) A == mean(B_k A)``.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -67,6 +68,18 @@ class Aggregator:
             raise RunFailed(f"round {server_round}: the strategy returned no aggregate")
         self.state |= {block + key: value for key, value in self.spec.state(strategy).items()}
         return finite({key: arrays[key].numpy() for key in sorted(arrays)}, server_round)
+
+
+@contextmanager
+def rounds_not_printed() -> Iterator[None]:
+    """Have Flower log warnings alone: rounds are for a console, and its own handler prints."""
+    log = logging.getLogger("flwr")
+    before = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def finite(b: Tensors, server_round: int) -> Tensors:

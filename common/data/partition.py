@@ -25,6 +25,8 @@ from common.wire.cohort import hospital_names
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 ATTRIBUTES = {name.replace("_", "-"): name for name in COLUMNS}
+ANY_SIZE = 0
+"""``min_patients`` of a hospital that is never too small, not even without training samples."""
 _DIRICHLET_CLASS = "service"
 _DIRICHLET_ATTEMPTS = 1000
 
@@ -87,7 +89,8 @@ def assign_hospitals(
         Hospitals in the order of their names. No patient is in two hospitals or two splits.
 
     Raises:
-        UserError: A hospital would be smaller than ``min_patients`` or have no training samples.
+        UserError: A hospital would be smaller than ``min_patients`` or have no training samples,
+            unless ``min_patients`` is ``ANY_SIZE``.
     """
     first = _first(admissions)
     home = _homes(first, config, hospitals)
@@ -156,6 +159,8 @@ def _limited(hospital: Hospital, data: DataConfig) -> Hospital:
 
 
 def _check_size(hospital: Hospital, config: PartitionConfig, hospitals: int, patients: int) -> None:
+    if config.min_patients == ANY_SIZE:
+        return
     fix = "use fewer hospitals, another partition.scheme or partition.seed, or more patients"
     setting = f"federation.hospitals={hospitals} with partition.scheme={config.scheme}"
     if hospital.patients < config.min_patients:

@@ -83,6 +83,7 @@ class Generation(Record):
 
     seconds: float
     tokens: int
+    """Written; of scored lists those that the backbone read, of prompts and names."""
     cut_answers: int
     """Answers that ended at ``evaluation.max-new-tokens``."""
     escaped_names: int = 0
@@ -205,6 +206,10 @@ class EvaluationStore:
     def get(self, way: Way) -> Evaluation | None:
         """Return what came about in this way."""
         return self._kept if self._kept and self._kept.facts.way == way else None
+
+    def replaced_by(self, way: Way) -> Facts | None:
+        """Return how the answers came about that answers of this way do not stand beside."""
+        return self._kept.facts if self._kept and self._kept.facts.way != way else None
 
     def put(self, newer: Evaluation, summary: Summary) -> Summary:
         """Keep answers beside older ones of their way, in place of those of another.

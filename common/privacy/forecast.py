@@ -5,9 +5,17 @@ Everything here follows from public constants: no data is read.
 
 from dataclasses import replace
 
+from common.config import Config
 from common.privacy.accounting import calibrate, epsilon
 from common.privacy.budget.receipts import terms
 from common.privacy.plan import PrivacyPlan
+from common.privacy.settings import (
+    delta_warning,
+    hospital_warning,
+    is_private,
+    plan_of,
+    protects,
+)
 from common.records.privacy import Advice, Forecast
 
 COMFORTABLE = 1.0
@@ -45,6 +53,28 @@ def verdict(noise_to_signal: float) -> str:
     if noise_to_signal <= HOPELESS:
         return "noisy: expect slow learning; a lower learning rate and `fedrx plan`'s advice help"
     return "the noise drowns the signal: change the plan before spending epsilon"
+
+
+def noise_line(noise_to_signal: float) -> str:
+    """Say how a step's noise compares with its largest possible signal."""
+    return f"noise over signal, per step: {noise_to_signal:.3g}: {verdict(noise_to_signal)}"
+
+
+def warnings(config: Config, parameters: int) -> list[str]:
+    """Return what a person must know before a run spends epsilon; nothing of a sound plan.
+
+    Args:
+        config: Complete configuration; without protection there is nothing to warn of.
+        parameters: Trained values, all of which are noised.
+    """
+    if not protects(config):
+        return []
+    plan = plan_of(config)
+    ratio = plan.noise_to_signal(parameters)
+    noise = "" if is_private(config) else hospital_warning(plan, parameters)
+    if ratio > COMFORTABLE:
+        noise = noise or noise_line(ratio)
+    return [line for line in (noise, delta_warning(config)) if line]
 
 
 def alternatives(plan: PrivacyPlan, parameters: int, target_epsilon: float) -> list[Advice]:
@@ -92,7 +122,7 @@ def lines(outlook: Forecast) -> list[str]:
             f"{outlook.sampling_rate:g}, clip norm {outlook.clip_norm:g}, expected batch "
             f"{outlook.expected_batch:g}"
         ),
-        f"noise over signal, per step: {outlook.noise_to_signal:.3g}: {outlook.verdict}",
+        noise_line(outlook.noise_to_signal),
     ]
     for change in outlook.advice:
         rows.append(

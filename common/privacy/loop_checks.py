@@ -20,7 +20,7 @@ from common.privacy.findings import (
     spread_interval,
     verdict_of,
 )
-from common.privacy.mechanism.isolation import choose_passes, sharing_is_proven
+from common.privacy.mechanism.isolation import choose_passes
 from common.privacy.mechanism.release import ARITHMETIC_SLACK, grid_for
 from common.privacy.plan import PrivacyPlan
 from common.privacy.watch import Step, Watched
@@ -234,24 +234,18 @@ def _dispersion(tables: Sequence[np.ndarray[Any, Any]], rate: float) -> list[str
 
 
 def pass_check(steps: Sequence[Step], session: Session) -> Finding:
-    """Ask that patients are kept apart wherever a shared pass is not proven to be sound.
-
-    Where it is, the releases taken apart say whether that held.
-    """
+    """Ask that no pass mixes patients: rows round by who is beside them."""
     most = max(step.mixed for step in steps)
     where = (session.torch_device.type, session.dtype.value, session.attention.value)
-    shared, words = sharing_is_proven(session), ", ".join(where)
-    verdict = f"sharing is sound ({words})" if shared else f"apart, as {words} needs"
-    if most > 1 and not shared:
-        verdict = "patients share passes that mix them"
+    words = ", ".join(where)
     return Finding(
         audit="patients in one pass",
         figure=float(most),
         meaning=f"most patients that one pass through the backbone held and mixed ({words})",
-        null=None if shared else 1.0,
-        limit=math.inf if shared else 1.0,
-        passed=shared or most <= 1,
-        verdict=verdict,
+        null=1.0,
+        limit=1.0,
+        passed=most <= 1,
+        verdict="apart" if most <= 1 else "patients share passes that mix them",
     )
 
 

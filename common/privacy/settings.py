@@ -31,7 +31,7 @@ def is_private(config: Config) -> bool:
 
 def protects(config: Config) -> bool:
     """Return whether any differential privacy is on: no loss, metric or count leaves a hospital."""
-    return config.privacy.target_epsilon > 0 or config.privacy.noise_multiplier > 0
+    return config.privacy.is_on
 
 
 def plan_of(config: Config) -> PrivacyPlan:
@@ -114,9 +114,16 @@ def _refuse_what_stays(config: Config) -> None:
 
 
 def delta_warning(config: Config) -> str:
-    """Return why delta is large for so many units; empty if it is not, or no bound is public."""
+    """Return why delta is large for so many units, or is compared with none; empty if it is not."""
     bound, delta = public_bound(config), config.privacy.delta
-    if not protects(config) or not bound.value or delta <= _usual(bound):
+    if not protects(config):
+        return ""
+    if not bound.value:
+        return (
+            "delta is compared with no number of patients: that of a hospital is private; state a "
+            "public bound in privacy.most-patients"
+        )
+    if delta <= _usual(bound):
         return ""
     return (
         f"privacy.delta={delta:g} is above 1 / (10 x {bound.value} {bound.reason}): the usual "
@@ -127,11 +134,6 @@ def delta_warning(config: Config) -> str:
 def delta_note(config: Config) -> str:
     """Say what delta means beside the public bound on a hospital's units."""
     bound = public_bound(config)
-    if not bound.value:
-        return (
-            "delta is compared with no number of patients: that of a hospital is private; state a "
-            "public bound in privacy.most-patients"
-        )
     within = f"delta is at most 1 / (10 x {bound.value} {bound.reason})"
     return delta_warning(config) or within
 

@@ -18,6 +18,7 @@ from common.model.session import Session
 from common.privacy.budget.guard import Guard
 from common.privacy.budget.receipts import Receipt
 from common.privacy.mechanism.noise import Integers, Keystream, NoiseSource
+from common.tensor_files import Tensors
 from common.text.batches import Encoded, PackedBatch
 from common.training.loop import StepReport
 
@@ -61,6 +62,8 @@ class Watched:
     units: tuple[int, ...]
     """The hospital's units, in the order in which the source keeps them."""
     steps: list[Step] = field(default_factory=list)
+    sent: list[Tensors] = field(default_factory=list)
+    """What each round hands out."""
     receipt: Receipt = field(init=False)
     """The hospital's receipt after the last round."""
     secret: bool = True

@@ -52,12 +52,15 @@ class KernelFacts(Record):
 
 
 class Scaling(Record):
-    """How a single run's steps fit the samples that are there, in figures and in words."""
+    """How a single run's steps fit the samples that are there, in figures and in words.
 
-    train_samples: int
+    With privacy on no number of samples is told, nor what follows from it.
+    """
+
+    train_samples: int | None
     steps: int
-    steps_per_epoch: int
-    epochs: float
+    steps_per_epoch: int | None
+    epochs: float | None
     checkpoint_steps: tuple[int, ...]
     notes: tuple[str, ...]
 

@@ -95,7 +95,7 @@ def in_order(
     """
     order, length = config.data.drug_order, config.train.max_length
     # A place follows from who else is there, and a patient's gradient must not.
-    private = config.privacy.noise_multiplier > 0 or config.privacy.target_epsilon > 0
+    private = config.privacy.is_on
     if order == "name":
         return tuple(
             with_drugs(sample, sorted(one.drugs, key=normalise_string), tokenizer, length)

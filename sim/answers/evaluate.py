@@ -60,6 +60,12 @@ def evaluate_run(
     if store.damage:
         console.say(f"{store.damage}: all is answered anew", style="yellow")
     way = Way(last.name, config.evaluation, session.device.value, session.dtype.value)
+    if former := store.replaced_by(way):
+        console.say(
+            f"replaces the answers to {former.samples} admissions (method "
+            f"{former.settings.method}, checkpoint {former.checkpoint}), their figures and report",
+            style="yellow",
+        )
     adapters: dict[str, B | Personal | None] = {}
     if loaded.name == last.name or not store.get(way):
         adapters = {"fedrx": last.b, "untrained": None}
@@ -70,10 +76,13 @@ def evaluate_run(
     found = _answered(session, data, config, adapters, last.name, console)
     summary = run.summary()
     if config.evaluation.public_validation:
-        made = public_curve(run, session, config, console=console)
-        summary = summary.having(public_validation=made)
+        curve = public_curve(run, session, config, console=console)
+        summary = summary.having(public_validation=curve)
     # A run that plain `flwr run` made does not know its source yet.
-    return store.put(found, summary.having(source=summary.source or data.source))
+    made = store.put(found, summary.having(source=summary.source or data.source))
+    for line in _no_longer_shown(summary, made):
+        console.say(line, style="yellow")
+    return made
 
 
 def _answered(
@@ -135,10 +144,25 @@ def reopen(
     return data, session
 
 
+def _no_longer_shown(before: Summary, after: Summary) -> list[str]:
+    """Say where judgements and reviews of answers that are gone still lie."""
+    lines = []
+    if before.judge and not after.judge:
+        lines.append(
+            "judgements of lists that are gone are not shown: judge.jsonl keeps them until `fedrx "
+            "judge` writes it anew, judge/exchanges.jsonl every reply (a list that comes back "
+            "costs nothing)"
+        )
+    if before.review and not after.review:
+        lines.append("reviews of lists that are gone are not shown: review/ keeps them")
+    return lines
+
+
 def _say(console: Console, facts: Facts) -> None:
     for model, one in facts.generation.items():
         cut = f", {one.cut_answers} cut at evaluation.max-new-tokens" * bool(one.cut_answers)
-        took = f"{facts.samples} answers, {one.tokens} tokens in {one.seconds:.1f} s"
+        what = f"answers scored over {one.tokens:,}" if one.cutoffs else f"answers, {one.tokens}"
+        took = f"{facts.samples} {what} tokens in {one.seconds:.1f} s"
         console.say(f"{model}: {took}{cut}", style="dim")
     left_out = {"diagnoses": facts.dropped_diagnoses, **other_items(facts.left_out or {})}
     for kind, number in left_out.items():

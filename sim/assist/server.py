@@ -257,7 +257,7 @@ def append_private(target: Path, record: Mapping[str, object]) -> None:
 
 
 def open_socket(port: int) -> socket.socket:
-    """Bind a loopback port; 0 takes a free one.
+    """Take a loopback port; 0 takes a free one. Who connects waits until it is served.
 
     Raises:
         UserError: If the port is taken.
@@ -266,6 +266,7 @@ def open_socket(port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((HOST, port))
+        listening.listen()  # until then another process may bind it too, and end only afterwards
     except OSError as error:
         listening.close()
         raise UserError(

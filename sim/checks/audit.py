@@ -100,6 +100,13 @@ class Audit(Kind):
                 "there is nothing to audit: privacy is off",
                 fix="set privacy.target-epsilon, or name hospitals-dp.toml",
             )
+        if adapter_spec(config.adapter).scheme.block(1):
+            raise UserError(
+                f"adapter.mode={config.adapter.mode}: rounds train parts of the adapter in turn, "
+                "and the audit takes releases of the whole apart",
+                allowed="fa-lora, lora",
+                fix="set adapter.mode=lora: the mechanism, plan and ledger are the same",
+            )
         config = with_calibrated_noise(config)
         if plan_of(config).deterministic_noise:
             raise UserError(

@@ -4,6 +4,7 @@ Nothing is stood in for: ``client.private_update`` charges the ledger, draws, co
 patients' gradients, adds noise, steps the optimizer and writes the receipt, round after round.
 """
 
+import math
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from client.local_update import LocalRound
+from client.local_update import LocalRound, update
 from client.private_update import guard_of, private_update
 from common.config import Config
 from common.model.adapter.layout import initial_tensors
@@ -49,6 +50,7 @@ from common.privacy.watch import Watch, Watched
 from common.records.checks import Finding
 from common.seeds import stream
 from common.text.batches import Encoded
+from common.training.gradients import StepLoss
 from common.training.hospital_data import HospitalData
 from common.training.optimiser import TrainState
 
@@ -111,7 +113,45 @@ def audit_loop(session: Session, config: Config, *, canaries: int) -> list[Findi
         draw_check(runs, (first, second), plan),
         pass_check(everything, session),
         ledger_check(runs, plan),
+        sent_check(runs, session, config),
     ]
+
+
+def sent_check(runs: Sequence[Watched], session: Session, config: Config) -> Finding:
+    """Hold what is sent to what the releases alone make of B, with nobody's records at hand."""
+    worst = 0.0
+    for run in runs:
+        nobody, state = HospitalData(name="audited", train=(), validation=()), TrainState()
+        b = initial_tensors(session.adapter.shapes, session.adapter.spec)
+        for number, sent in enumerate(run.sent, 1):
+            task = LocalRound(session, nobody, b, state, config, number)
+            b = update(task, Replayed(run)).b
+            # what is no number is no release's, and fails every comparison
+            away = float(np.max([np.abs(b[key] - sent[key]).max() for key in b]))
+            worst = max(worst, away if away >= 0 else math.inf)
+            b = sent
+    return Finding(
+        audit="what is sent",
+        figure=worst,
+        meaning=f"largest difference of {sum(len(run.sent) for run in runs)} sent B from what the "
+        "rounds' releases alone make of the B before",
+        null=0.0,
+        limit=0.0,
+        passed=worst == 0,
+        verdict="follows from the releases" if worst == 0 else "more than the releases",
+    )
+
+
+class Replayed:
+    """A run's releases, step by step: a gradient source without any patient."""
+
+    def __init__(self, run: Watched) -> None:
+        self.run = run
+
+    def __call__(self, session: Session, step: int) -> StepLoss:
+        """Hand out one step's release again."""
+        session.adapter.flat_grad.copy_(self.run.steps[step].release_P)
+        return StepLoss(loss_sum=None, label_tokens=0, packed_tokens=0)
 
 
 def watch_run(session: Session, config: Config, records: tuple[Encoded, ...]) -> Watched:
@@ -127,6 +167,7 @@ def watch_run(session: Session, config: Config, records: tuple[Encoded, ...]) ->
             watch.starts()
             task = LocalRound(watch.session, hospital, b, state, config, number, watch.on_step)
             b = private_update(task, Path(folder), guard=guard).b
+            watch.run.sent.append(b)
         watch.run.receipt = Receipt.read((Path(folder) / RECEIPT).read_bytes(), what=RECEIPT)
     return watch.run
 

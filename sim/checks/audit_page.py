@@ -25,6 +25,8 @@ QUESTIONS = {
     "patients in one pass": "Is each patient's contribution computed apart where the arithmetic "
     "would mix neighbours?",
     "ledger": "Is every release paid for before it is made, and does the receipt say so?",
+    "what is sent": "Does what leaves the hospital hold anything but what the releases make of the "
+    "model before?",
     "inversion without privacy": "Can words be read off the contribution of one patient without "
     "protection?",
     "inversion test": "Can they still be read with it?",

@@ -74,7 +74,7 @@ def forget(
     """
     started = time.monotonic()
     with exclusive(run):
-        replay, b, config = Replay.open(run), run.load_checkpoint().b, run.config()
+        replay, b, config = Replay.read(run), run.load_checkpoint().b, run.config()
         others = [name for name in replay.hospitals if name != hospital]
         if len(others) == len(replay.hospitals) or not others:
             raise UserError(
@@ -83,6 +83,7 @@ def forget(
                 allowed=", ".join(replay.hospitals) if others else "runs of two hospitals or more",
                 fix="name another hospital" if others else "name another run",
             )
+        replay.require_b_of(run)
         folder = folder_without(run, hospital)
         folder.mkdir(exist_ok=True)
         if protects(config):

@@ -139,10 +139,11 @@ def sweep(
 
     config = read_config(find_config(config_file), with_backend(set_, backend))
     console = console_for(json_output)
+    reasons: list[str] = []
     if not arms:
         arms, reasons = default_arms(config)
-        console.say(*reasons, style="yellow")
     cells = plan_cells(config, arms=arms, seeds=range(seeds), vary=vary or ())
+    console.say(*reasons, style="yellow")
     if dry_run:
         console.say(*(cell.folder for cell in cells), f"{len(cells)} runs")
         return

@@ -5,9 +5,7 @@ by the client app's own handlers; so the result is that of the simulation on Ray
 of B, and a debugger may stop anywhere.
 """
 
-import contextlib
-import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -28,6 +26,7 @@ from common.wire.undocumented_flower import (
     task_identity,
 )
 from server.app import main
+from server.strategy import rounds_not_printed
 
 FAILED = 2
 """Flower's code of a client app that raised."""
@@ -121,18 +120,6 @@ def through_the_wire(message: Message) -> tuple[Message, bytes]:
     return message_from_proto(ProtoMessage.FromString(data)), data
 
 
-@contextlib.contextmanager
-def _rounds_not_printed() -> Iterator[None]:
-    """Have Flower log warnings alone: rounds are for a console, and its own handler prints."""
-    log = logging.getLogger("flwr")
-    before = log.level
-    log.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
-
-
 def run_in_process(config: Config, data: Dataset, *, on_tick: Callable[[], None]) -> None:
     """Run the federation of ``config`` to its end, in this process.
 
@@ -145,7 +132,7 @@ def run_in_process(config: Config, data: Dataset, *, on_tick: Callable[[], None]
         RunFailed: as the server app raises it.
     """
     client.app.worker().keep_data(config, data)
-    with task_identity(), _rounds_not_printed():
+    with task_identity(), rounds_not_printed():
         main(
             InProcessGrid(config, on_tick),
             Context(RUN_ID, 0, {}, RecordDict(), flatten(config)),

@@ -18,16 +18,16 @@ from flwr.app import Context, Message
 
 from client.bundle import check_bundle, check_installation
 from client.policy import describe, read_policy
-from client.resident_worker import ask
+from client.resident_worker import ask, listens
 from client.site import SOCKET, Site, read_site
 from client.tasks import answer_tasks
 from common.configio import toml_scalar
-from common.errors import RunFailed
-from common.files import write_bytes
+from common.errors import RunFailed, UserError
+from common.files import locked, write_bytes
 from sim.flower.child_environment import ask_loopback_directly
 from sim.flower.children import Children
 from sim.flower.proxies import nginx_command
-from sim.flower.run_superlink import flower_quiet
+from sim.flower.run_superlink import LOCK, flower_quiet
 from sim.flower.superlink import START_SECONDS, script
 
 SECRET = "runtime.secret"
@@ -41,7 +41,8 @@ def run_hospital(folder: Path, say: Callable[[str], None]) -> None:
         say: Tells a person what the policy means.
 
     Raises:
-        UserError: for a broken ``site.toml`` or ``policy.toml``, or no nginx.
+        UserError: for a broken ``site.toml`` or ``policy.toml``, no nginx, or where another process
+            takes part from this folder.
         ForeignCode: if the policy names other code than is installed.
         RunFailed: when one of the processes ends.
     """
@@ -53,9 +54,13 @@ def run_hospital(folder: Path, say: Callable[[str], None]) -> None:
     say(f"hospital {site.hospital}; code {digest}")
     say(f"policy: {describe(policy)}")
     secret = secrets.token_bytes(32)
-    write_bytes(folder / SECRET, secret)
-    signal.signal(signal.SIGTERM, _end)
-    with Children(folder / "empty", flower_quiet(folder)) as children:
+    busy = UserError(f"a process takes part as {site.hospital} already", fix="end it first")
+    with (
+        locked(folder / LOCK, refusal=busy),
+        Children(folder / "empty", flower_quiet(folder)) as children,
+    ):
+        write_bytes(folder / SECRET, secret)
+        signal.signal(signal.SIGTERM, _end)
         children.start("nginx", proxy)
         worker = [script("fedrx"), "worker", "--socket", str(folder / SOCKET)]
         children.start("the resident worker", worker)
@@ -87,7 +92,7 @@ def _supernode(folder: Path, site: Site) -> list[str]:
 
 def _wait_for(socket: Path, check: Callable[[], None]) -> None:
     deadline = time.monotonic() + START_SECONDS
-    while not socket.exists():
+    while not listens(socket):
         check()
         if time.monotonic() > deadline:
             raise RunFailed("the resident worker did not start")

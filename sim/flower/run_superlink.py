@@ -11,7 +11,8 @@ import httpx
 
 from client.policy import Typed, read_model
 from client.site import Port
-from common.errors import RunFailed
+from common.errors import RunFailed, UserError
+from common.files import locked
 from sim.flower import guarded_superlink
 from sim.flower.child_environment import QUIET, without_loopback_proxy
 from sim.flower.children import Children
@@ -22,6 +23,8 @@ LINK = "superlink.toml"
 SECRET = "superexec.secret"
 PROBE = "/v1/control/list-runs"
 UNAUTHORISED = 401
+LOCK = ".lock"
+"""Held by the one process that runs from a folder of a deployment."""
 
 
 class Link(Typed):
@@ -57,13 +60,18 @@ def run_superlink(folder: Path) -> None:
         folder: ``superlink/`` of a deployment.
 
     Raises:
-        UserError: for a broken ``superlink.toml`` or no nginx.
+        UserError: for a broken ``superlink.toml``, no nginx, or where another process runs from
+            this folder: its executor would take the runs of the first one's SuperLink.
         RunFailed: when one of the processes ends, or Control obeys without a token.
     """
     folder = folder.absolute()
     link = read_model(folder / LINK, Link, missing="name the folder `superlink` of a deployment")
     proxy = nginx_command(folder)
-    with Children(folder / "empty", flower_quiet(folder)) as children:
+    busy = UserError(f"a SuperLink runs from {folder} already", fix="end it first")
+    with (
+        locked(folder / LOCK, refusal=busy),
+        Children(folder / "empty", flower_quiet(folder)) as children,
+    ):
         children.start("the SuperLink", _superlink(folder, link))
         _wait_until_guarded(folder, link, children)
         children.start("nginx", proxy)

@@ -97,7 +97,10 @@ def script(name: str) -> str:
 
 
 def free_port(wanted: int = 0) -> int:
-    """Return a free loopback port.
+    """Return a free loopback port; one that was not named stays free for who binds it by number.
+
+    The system gives a port with a connection that has just ended (TIME_WAIT, a minute) to nobody
+    who asks for any, and servers take it by SO_REUSEADDR.
 
     Raises:
         UserError: if ``wanted`` is not 0 and is in use.
@@ -112,7 +115,13 @@ def free_port(wanted: int = 0) -> int:
                 allowed="a free port, or 0",
                 fix="stop what listens there, or leave run.port at 0",
             ) from None
-        return int(probe.getsockname()[1])
+        address = probe.getsockname()
+        if not wanted:
+            probe.listen()
+            with socket.create_connection(address) as caller:
+                probe.accept()[0].close()  # who closes first keeps the port
+                caller.recv(1)
+        return int(address[1])
 
 
 @contextlib.contextmanager
@@ -346,12 +355,21 @@ def ending_with_parent() -> Callable[[], None] | None:
     What it needs is looked up here: another thread may be loading a library while we fork, and
     the child would wait for it for ever.
     """
-    return partial(end_with_parent, ctypes.CDLL(None).prctl) if sys.platform == "linux" else None
+    if sys.platform != "linux":
+        return None
+    return partial(end_with_parent, ctypes.CDLL(None).prctl, os.getpid())
 
 
-def end_with_parent(prctl: Callable[[int, int], int] | None = None) -> None:
-    """Ask Linux to end this process when its parent dies (PR_SET_PDEATHSIG)."""
+def end_with_parent(prctl: Callable[[int, int], int] | None = None, parent: int = 0) -> None:
+    """Ask Linux to end this process when its parent dies (PR_SET_PDEATHSIG).
+
+    Args:
+        prctl: The C library's.
+        parent: Its process id, if it may have died before Linux is asked; then this one ends too.
+    """
     (prctl or ctypes.CDLL(None).prctl)(1, signal.SIGTERM)
+    if parent and os.getppid() != parent:
+        os._exit(128 + signal.SIGTERM)
 
 
 @contextlib.contextmanager

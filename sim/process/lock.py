@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from common.errors import UserError
 from common.files import locked
-from common.rundir import RunDirectory
+from common.rundir import LOCK, RunDirectory
 
 
 @contextlib.contextmanager
@@ -16,5 +16,5 @@ def exclusive(run: RunDirectory) -> Iterator[None]:
         UserError: if another process is at work on it.
     """
     busy = UserError(f"another process is at work on {run.path}", fix="wait for it, or end it")
-    with locked(run.path / ".lock", refusal=busy):
+    with locked(run.path / LOCK, refusal=busy):
         yield

@@ -1,12 +1,13 @@
 """What work says while it goes on: lines, and how far it is."""
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from common.privacy.budget.receipts import privacy_lines
-from common.records.run import Metric
+from common.records.run import Metric, StepLine
 from common.rundir import METRICS, RunDirectory
 
 PLAIN_SECONDS = 15.0
@@ -105,10 +106,12 @@ class RunProgress:
 
     def __init__(self, console: Console, run: RunDirectory, *, steps: int, rounds: int) -> None:
         self.console, self.run, self.rounds = console, run, rounds
-        self._offsets: dict[Path, int] = {}
-        self._done = 0
+        self._read: dict[Path, tuple[int, int, int]] = {}
+        """Of each hospital's step log: which file it is (inode), bytes read, steps counted."""
         self._seen_events, self._events_version = 0, (0, 0)
-        self._meter = Meter(console, "local steps", steps)
+        names = run.checkpoint_names()
+        self._kept = run.checkpoint_facts(names[-1]).round if names else -1
+        self._meter = Meter(console, "local steps", steps, done=self._steps_before())
         self._phase, self._phase_began = "", time.monotonic()
         self.start_seconds: dict[str, float] = {}
         """Seconds of each phase of the start, in order."""
@@ -116,26 +119,25 @@ class RunProgress:
     def __enter__(self) -> "RunProgress":
         """Start showing; what a resumed run keeps from before is called that."""
         self._meter.__enter__()
-        names = self.run.checkpoint_names()
-        kept = self.run.checkpoint_facts(names[-1]).round if names else -1
         # What came after is not shown: the server forgets it, and its round comes again.
         self._events_version = self._version_of_events()
         self._show_events(
-            [one for one in self.run.metrics() if one.place <= kept], " (from before)"
+            [one for one in self.run.metrics() if one.place <= self._kept], " (from before)"
         )
         return self
 
     def __exit__(self, *_error: object) -> None:
         """Stop showing; everything seen so far stays on the screen."""
         self.tick()
+        self._show_new_events()
         self._meter.__exit__()
 
     def tick(self) -> None:
         """Read what is new and show it."""
-        for file in (self.run.path / "hospitals").glob("*/steps.jsonl"):
-            self._done += self._new_lines(file)
-        self._show_new_events()
-        self._meter.update(self._done, f"starting: {self._phase}" if self._phase else "")
+        done = sum(map(self._steps, self._step_logs()))
+        if not self._phase:  # what a phase has led to is told after it
+            self._show_new_events()
+        self._meter.update(done, f"starting: {self._phase}" if self._phase else "")
 
     def phase(self, name: str) -> None:
         """Show that the start has come to a phase; with an empty name, that it is over."""
@@ -147,12 +149,33 @@ class RunProgress:
             self.console.say(f"start: {self._phase} {seconds:.1f} s", style="dim")
         self._phase, self._phase_began = name, time.monotonic()
 
-    def _new_lines(self, file: Path) -> int:
+    def _step_logs(self) -> list[Path]:
+        return list((self.run.path / "hospitals").glob("*/steps.jsonl"))
+
+    def _steps_before(self) -> int:
+        """Return the steps of the rounds that stay; those of a round that comes again are none."""
+        total = 0
+        for file in self._step_logs():
+            self._steps(file)
+            inode, offset, _ = self._read[file]
+            name = str(file.relative_to(self.run.path))
+            lines = [StepLine.read(line, what=name) for line in self.run.lines(name)]
+            steps = sum(line.round <= self._kept for line in lines)
+            self._read[file] = inode, offset, steps
+            total += steps
+        return total
+
+    def _steps(self, file: Path) -> int:
         with file.open("rb") as lines:
-            lines.seek(self._offsets.get(file, 0))
+            inode = os.fstat(lines.fileno()).st_ino
+            known, offset, steps = self._read.get(file, (inode, 0, 0))
+            if known != inode:
+                # The hospital has written it anew, without the round that comes again.
+                offset = steps = 0
+            lines.seek(offset)
             content = lines.read()
-        self._offsets[file] = self._offsets.get(file, 0) + len(content)
-        return content.count(b"\n")
+        self._read[file] = inode, offset + len(content), steps + content.count(b"\n")
+        return self._read[file][2]
 
     def _show_new_events(self) -> None:
         version = self._version_of_events()

@@ -39,8 +39,9 @@ _TITLES = {
 }
 _PRIVATE = frozenset({"time", "updated", "reviewers", "command_line", "prompt_date"})
 """Keys that are left out at any depth: times, names of people, command lines."""
-_COUNTS = frozenset({"cutoffs"})
-"""Of a private run left out as well: how many names and validation patients each hospital has."""
+_COUNTS = frozenset({"cutoffs", "seconds", "training_seconds"})
+"""Of a private run left out as well: how many names and validation patients each hospital has, and
+how long its steps took, which follows how many patients were drawn."""
 _PLACES = (
     *("run.directory", "run.hospital-keys"),
     *("run.tracker-url", "run.tracker-agreement", "judge.base-url"),
@@ -122,9 +123,12 @@ def contents(run: RunDirectory) -> dict[str, str]:
         UserError: If the run has no figures, or a text holds what looks like an id or a date.
     """
     private = is_private(run.config())
-    summary = _public(run.summary().as_json(), _PRIVATE | _COUNTS if private else _PRIVATE)
+    left_out = _PRIVATE | _COUNTS if private else _PRIVATE
+    summary, events = _public(run.summary().as_json(), left_out), run.metrics()
     if not summary:
         raise UserError(f"{run.path} has no figures yet", fix="`fedrx resume` it")
+    if private:
+        events = [event for event in events if not event.name.endswith("seconds")]
     environment = run.environment().as_json()
     documents: dict[str, list[Any]] = {
         "environment.json": [
@@ -133,7 +137,7 @@ def contents(run: RunDirectory) -> dict[str, str]:
         # Of a private run no count of patients is told.
         "data.json": [] if private else [_public(run.data().as_json())],
         "figures.json": [summary],
-        "metrics.jsonl": [_public(event.as_json()) for event in run.metrics()],
+        "metrics.jsonl": [_public(event.as_json(), left_out) for event in events],
         "privacy.jsonl": [_public(line.as_json()) for line in privacy_lines(run)],
     }
     keys = _public(flatten(run.config()))

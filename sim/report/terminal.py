@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from common.config import Config
-from common.privacy.forecast import verdict
+from common.privacy.forecast import noise_line
 from common.privacy.settings import plan_of
 from common.records.summary import Summary
 from common.rundir import RunDirectory
@@ -131,5 +131,5 @@ def privacy_lines(config: Config, summary: Summary) -> list[str]:
             f"privacy of each {privacy.unit}: epsilon {float(privacy.epsilon):.3f} at delta "
             f"{privacy.delta:g}; noise multiplier {privacy.noise_multiplier:g}"
         ),
-        f"noise over signal, per step: {ratio:.3g}: {verdict(ratio)}",
+        noise_line(ratio),
     ]

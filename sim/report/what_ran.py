@@ -31,7 +31,8 @@ def what_ran(config: Config, summary: Summary) -> Block:
         "patients": f"{scheme}; held out: {validation:.3g} to validate, {test:.3g} to test",
     }
     if scaling:
-        facts["steps"] = f"{scaling.steps:,}, {scaling.epochs:g} epochs"
+        passes = "" if scaling.epochs is None else f", {scaling.epochs:g} epochs"
+        facts["steps"] = f"{scaling.steps:,}{passes}"
     else:
         facts["hospitals, rounds"] = f"{len(summary.hospitals)}, {summary.rounds}"
         facts["steps"] = (

@@ -41,6 +41,11 @@ class Cell:
     federated: bool
 
     @property
+    def title(self) -> str:
+        """What a person reads of it."""
+        return ", ".join(filter(None, (self.arm, f"seed {self.seed}", self.part)))
+
+    @property
     def folder(self) -> str:
         """Name of the run's folder below that of all."""
         parts = (self.arm, f"seed-{self.seed}", self.part)
@@ -90,8 +95,7 @@ class Cells(Kind):
             finished = partial(run.enter, TRAINING)
             self.jobs(self.cells, below, run.console, run.command_line, finished)
         for number, cell in enumerate(self.cells, 1):
-            label = f"{number}/{len(self.cells)}: {cell.arm}, seed {cell.seed} {cell.part}"
-            run.console.say(label, style="bold")
+            run.console.say(f"{number}/{len(self.cells)}: {cell.title}", style="bold")
             run_cell(cell, self.runs[cell.folder].path, run.console, run.command_line)
             run.enter(TRAINING)
         run.enter(COMPARISON)

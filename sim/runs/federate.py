@@ -13,15 +13,8 @@ from common.data.handling import handling_of
 from common.data.partition import Hospital
 from common.errors import FedrxError
 from common.limits import available_cpus, default_threads
-from common.privacy.settings import (
-    delta_warning,
-    hospital_warning,
-    is_private,
-    partition_note,
-    plan_of,
-    protects,
-    with_calibrated_noise,
-)
+from common.privacy.forecast import warnings
+from common.privacy.settings import partition_note, with_calibrated_noise
 from common.records.run import Inputs, RunRecord
 from common.records.summary import Summary
 from common.rundir import RunDirectory
@@ -52,11 +45,8 @@ class Federation(Kind):
     def ready(self, config: Config, preparation: Preparation, console: Console) -> Config:
         """Warn of what the protection costs here, and choose the workers."""
         steps = total_steps(config, preparation.data.hospitals)
-        notes = [partition_note(config), delta_warning(config)]
-        if protects(config) and not is_private(config):
-            parameters = preparation.adapter.held_parameters
-            notes.insert(0, hospital_warning(plan_of(config), parameters))
-        console.say(*filter(None, notes), style="yellow")
+        notes = warnings(config, preparation.adapter.held_parameters)
+        console.say(*filter(None, [*notes, partition_note(config)]), style="yellow")
         self.layout = layout_record(config, preparation.backbone, preparation.adapter)
         self.workers = choose_workers(config, preparation.backbone.shape, steps=steps)
         return replace(config, federation=replace(config.federation, workers=self.workers.value))

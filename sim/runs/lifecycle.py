@@ -221,16 +221,16 @@ def start(
     if preparation:
         check_tracker(config, command_line, source=preparation.data.source)
         config, inputs = chosen.ready(config, preparation, console), fingerprints(preparation)
-    directory = RunDirectory.create(resolved, directory=run_dir)
+    directory = RunDirectory.made(resolved, directory=run_dir)
     config = replace(config, run=replace(config.run, directory=str(directory.path)))
-    directory.write_config(config)
-    if preparation:
-        directory.write_json(DATA, data_facts(preparation))
-    record = chosen.record(config, inputs)
-    directory.write_json(ENVIRONMENT, {**environment(command_line), **chosen.facts(record)})
-    directory.write_json(RUN, record)
-    console.say(f"run directory: {directory.path}")
     with exclusive(directory):
+        directory.begin(config)
+        if preparation:
+            directory.write_json(DATA, data_facts(preparation))
+        record = chosen.record(config, inputs)
+        directory.write_json(ENVIRONMENT, {**environment(command_line), **chosen.facts(record)})
+        directory.write_json(RUN, record)
+        console.say(f"run directory: {directory.path}")
         known = (chosen, directory, record, config, preparation, console, command_line, started)
         return Run(*known, worker=worker).live(inside=inside)
 

@@ -12,6 +12,7 @@ from common.model.adapter.layout import adapter_spec
 from common.model.backbone import embedded
 from common.model.backbone.load import BackboneSpec
 from common.provenance import PROMPT_DATE
+from common.records.run import Settings
 from common.records.summary import Summary
 from common.rundir import Checkpoint, RunDirectory
 from common.template import OWN_TEMPLATE
@@ -62,6 +63,15 @@ _LICENCES = {
     "meta-llama/meta-llama-3.1": "llama3.1",
 }
 """By the beginning of the backbone's hub id."""
+_DECIDING = {"method", "decoding", "formulary", "frequencies"}
+"""What the card tells of an evaluation; settings that an earlier FedRx wrote may lack some."""
+_ORDERS = {
+    "first-start": "in the order in which the drugs were first started",
+    "name": "in the order of the alphabet",
+    "shuffled": "in a new random order in every pass",
+    "set": "as a set, without an order",
+}
+"""How a list is learned, by ``data.drug-order``."""
 
 
 def model_card(
@@ -94,6 +104,8 @@ def model_card(
     evaluated = summary.evaluation.checkpoint if summary.evaluation else ""
     answered = not personal and checkpoint.name == evaluated
     metrics = summary.metrics if answered else {}
+    way = summary.evaluation.settings if summary.evaluation and metrics else {}
+    way = way if way.keys() >= _DECIDING else {}
     return fill(
         "card.md.jinja",
         config=config,
@@ -122,6 +134,9 @@ def model_card(
             ]
             for model, values in metrics.items()
         ],
+        how_listed=_how_listed(way),
+        order=_ORDERS[config.data.drug_order],
+        written_otherwise=bool(way) and (way["method"], way["decoding"]) != ("generate", "greedy"),
         prompt_date=f"{PROMPT_DATE:%d %b %Y}",
         system=system,
         user=user,
@@ -129,6 +144,39 @@ def model_card(
         example=render_answer(["Furosemide", "Lisinopril"]),
         vllm_rank=next((rank for rank in VLLM_RANKS if rank >= config.adapter.rank), None),
         largest_rank=VLLM_RANKS[-1],
+    )
+
+
+def _how_listed(way: Settings) -> str:
+    """Say how an evaluation's lists came about; nothing where its settings are not known."""
+    if not way:
+        return ""
+    names = (
+        "a given list of drugs (`evaluation.formulary`)"
+        if way["formulary"]
+        else "the hospital's own formulary (what its training patients were ordered)"
+    )
+    if way["method"] == "score":
+        cut = (
+            "how often the hospital's training patients were ordered a drug counted beside the "
+            "score, by a weight chosen on its validation patients, and every list was as long as "
+            "those of its training patients on average"
+            if way["frequencies"]
+            else "the ranking was cut at a threshold chosen on the hospital's validation patients"
+        )
+        return (
+            f"The model did not write its lists in this table: each name of {names} was scored, "
+            f"and {cut} (`evaluation.method = score`, `evaluation.frequencies = "
+            f"{str(way['frequencies']).lower()}`)."
+        )
+    held = {
+        "greedy": "freely, the likeliest token at a time",
+        "grammar": "held to the answer's format",
+        "formulary": f"held to the names of {names}, each once",
+    }[str(way["decoding"])]
+    return (
+        f"The model wrote its lists in this table {held} (`evaluation.method = generate`, "
+        f"`evaluation.decoding = {way['decoding']}`)."
     )
 
 

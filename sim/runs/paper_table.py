@@ -81,8 +81,14 @@ def scale_line(config: Config, summary: Summary, name: str) -> str:
     parts = [
         f"backbone {backbone}" + ("" if BACKBONE in backbone else f" (paper: {BACKBONE})"),
         _against("steps", scaling.steps, STEPS),
-        _against("training samples", scaling.train_samples, TRAIN_SAMPLES),
-        f"{scaling.epochs:.3g} epochs" + ("" if scaling.epochs == 5 else " (paper: 5)"),
+    ]
+    if scaling.train_samples is not None:
+        parts.append(_against("training samples", scaling.train_samples, TRAIN_SAMPLES))
+    if scaling.epochs is not None:
+        parts.append(
+            f"{scaling.epochs:.3g} epochs" + ("" if scaling.epochs == 5 else " (paper: 5)")
+        )
+    parts += [
         _against("tokens at most", config.train.max_length, 2048),
         _against("test admissions", answers.samples, TEST_SAMPLES),
         f"{config.train.optimizer} at {config.train.learning_rate:g}"

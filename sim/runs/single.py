@@ -9,10 +9,12 @@ from common.config import Config
 from common.errors import UserError
 from common.limits import default_threads
 from common.privacy.budget.receipts import privacy_lines, privacy_summary
-from common.privacy.settings import delta_warning, is_private, protects, with_calibrated_noise
+from common.privacy.forecast import warnings
+from common.privacy.settings import is_private, protects, with_calibrated_noise
 from common.provenance import peak_device_bytes, peak_rss_bytes, tensors_sha256, tokens_per_second
 from common.records.summary import Summary
 from common.rundir import SUMMARY, RunDirectory
+from sim.process.progress import Console
 from sim.report.terminal import rule
 from sim.runs.lifecycle import Kind, Run, resume, start
 from sim.runs.preparation import Preparation, with_absolute_paths
@@ -28,6 +30,11 @@ class Single(Kind):
     def resolve(self, config: Config) -> Config:
         """Make it one hospital, and resolve the rest."""
         return one_node(config)
+
+    def ready(self, config: Config, preparation: Preparation, console: Console) -> Config:
+        """Warn of what the protection costs here."""
+        console.say(*warnings(config, preparation.adapter.held_parameters), style="yellow")
+        return config
 
     def place(self, run: Run) -> Mapping[str, object]:
         """Return the step that a run would go on from."""
@@ -45,7 +52,7 @@ class Single(Kind):
         )
         training.restore()
         run.seconds_before = training.seconds_before
-        run.console.say(*filter(None, [delta_warning(run.config)]), *scaling(training).notes)
+        run.console.say(*scaling(training).notes)
         with run.curves():
             training.finish()
         loads = run.worker.loads_of(run.config)
@@ -84,7 +91,9 @@ def summarise(training: SingleTraining, preparation: Preparation) -> Summary:
         "trainable_parameters": session.adapter.held_parameters,
         "adapter": session.adapter.spec,
         "backbone": preparation.backbone,
-        "hospitals": preparation.data.hospitals,
+        "hospitals": [{"name": training.hospital.name}]
+        if training.guard
+        else preparation.data.hospitals,
         "rounds": 0,
         "scaling": scaling(training),
         "checkpoints": [

@@ -223,12 +223,17 @@ class SingleTraining:
 
 def scaling(training: SingleTraining) -> Scaling:
     """Return how the asked-for steps fit the samples that are there, in figures and in words."""
-    config, samples = training.config, len(training.hospital.train)
-    steps, per_epoch = training.total.value, steps_per_epoch(training.config, samples)
-    passes = f"{steps / per_epoch:.3g} passes over {samples} training samples"
-    notes = [f"{steps} steps from {training.total.reason}: {passes}, {per_epoch} steps each"]
-    if samples < config.data.train_samples:
-        notes.append(f"data.train-samples={config.data.train_samples}: there are {samples}")
+    config, steps = training.config, training.total.value
+    samples = per_epoch = epochs = None
+    notes = [f"{steps} steps from {training.total.reason}"]
+    if not training.guard:
+        samples = len(training.hospital.train)
+        per_epoch = steps_per_epoch(config, samples)
+        epochs = round(steps / per_epoch, 3)
+        passes = f"{steps / per_epoch:.3g} passes over {samples} training samples"
+        notes = [f"{notes[0]}: {passes}, {per_epoch} steps each"]
+        if samples < config.data.train_samples:
+            notes.append(f"data.train-samples={config.data.train_samples}: there are {samples}")
     if "scaled" in training.kept.reason:
         kept = ", ".join(map(str, training.kept.value))
         notes.append(f"{training.kept.reason}: {kept}")
@@ -236,7 +241,7 @@ def scaling(training: SingleTraining) -> Scaling:
         train_samples=samples,
         steps=steps,
         steps_per_epoch=per_epoch,
-        epochs=round(steps / per_epoch, 3),
+        epochs=epochs,
         checkpoint_steps=training.kept.value,
         notes=tuple(notes),
     )

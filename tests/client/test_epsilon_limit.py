@@ -3,6 +3,7 @@
 import contextlib
 import json
 import multiprocessing
+import shutil
 import threading
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from client.policy import POLICY, Policy
 from common.configio import config_digest, flatten, from_flat, run_digest
 from common.errors import RunFailed
 from common.privacy.accounting import epsilon
+from common.privacy.budget.guard import LEDGER
 from common.privacy.settings import plan_of, with_calibrated_noise
 from common.training.worker import Worker
 from common.wire.contract import ContractError, train_message
@@ -53,7 +55,12 @@ def cost_of(config):
 
 def joins(config, folder, limit=7.0, max_delta=1e-3, patients=lambda: 100, **keys):
     keys |= {"max_delta": max_delta} if max_delta else {}
-    keep_to_limit(config, policy(max_epsilon=limit, **keys), folder, patients=patients)
+    keep(config, policy(max_epsilon=limit, **keys), folder, patients)
+
+
+def keep(config, own, folder, patients=lambda: 1 / 0):
+    ledger = folder / "runs" / run_digest(config) / LEDGER
+    keep_to_limit(config, own, folder, ledger=ledger, patients=patients)
 
 
 def promised(folder):
@@ -147,7 +154,6 @@ def test_a_promise_under_another_plan_is_neither_lowered_nor_joined(tmp_path):
         ({"privacy__unit": "hospital"}, "only in runs that protect every patient"),
         ({"privacy__deterministic_noise": True}, "only in runs that protect every patient"),
         ({"privacy__expected_batch": 1.0}, "expected-batch = 1; .* 2 and more"),
-        ({"privacy__clip_norm": 1e30}, "clip-norm"),
         ({"privacy__delta": 1e-30}, "privacy.delta"),
     ],
 )
@@ -183,7 +189,7 @@ def test_absurd_runs_are_refused_before_anything_is_computed(
 ):
     own = policy(max_epsilon=7.0) if limited else Policy()
     with pytest.raises(LimitReached, match=message):
-        keep_to_limit(config_of(calibrated=False, **changes), own, tmp_path, patients=lambda: 1 / 0)
+        keep(config_of(calibrated=False, **changes), own, tmp_path)
 
 
 @pytest.fixture
@@ -262,18 +268,29 @@ def test_of_runs_that_begin_together_one_is_joined(tmp_path):
 
 
 def test_without_a_limit_any_run_is_joined(tmp_path):
-    keep_to_limit(
-        config_of(privacy__target_epsilon=0.0), Policy(), tmp_path, patients=lambda: 1 / 0
-    )
+    keep(config_of(privacy__target_epsilon=0.0), Policy(), tmp_path)
     assert not any(tmp_path.iterdir())
 
 
 def test_only_agreed_configurations_are_joined(tmp_path):
     agreed, other = stated(), stated(train__seed=5)
     own = policy(max_epsilon=50.0, max_delta=0.01, allowed_configurations=[config_digest(agreed)])
-    keep_to_limit(agreed, own, tmp_path, patients=lambda: 1 / 0)
+    keep(agreed, own, tmp_path)
     with pytest.raises(LimitReached, match=f"configuration {config_digest(other)} is none that"):
-        keep_to_limit(other, own, tmp_path, patients=lambda: 1 / 0)
+        keep(other, own, tmp_path)
+
+
+@pytest.mark.parametrize("gone", [shutil.rmtree, lambda place: (place / LEDGER).write_text("")])
+def test_a_run_whose_ledger_is_gone_is_not_joined_again(tmp_path, gone):
+    """Whoever clears the folder of a run away takes what it has spent with it."""
+    for _ in range(2):
+        joins(stated(), tmp_path)
+    gone(tmp_path / "runs" / run_digest(stated()))
+    for _ in range(2):
+        with pytest.raises(LimitReached, match="ledger is gone"):
+            joins(stated(), tmp_path)
+    assert len(promised(tmp_path)) == 1
+    joins(stated(train__seed=1), tmp_path)
 
 
 # What the handlers make of it
@@ -292,6 +309,17 @@ def test_a_policy_that_cannot_be_read_lets_nobody_in(tmp_path, text):
         (tmp_path / POLICY).write_text(text)
     with pytest.raises(LimitReached, match="missing or broken"):
         ask(stated(), tmp_path)
+
+
+def test_a_run_whose_folder_was_removed_spends_nothing_more(tmp_path):
+    (tmp_path / POLICY).write_text("max-epsilon = 7\n")
+    config = stated(privacy__delta=1e-6)
+    ask(config, tmp_path)
+    ask(config, tmp_path)
+    assert (tmp_path / "runs" / run_digest(config) / "hospitals" / "north" / LEDGER).is_file()
+    shutil.rmtree(tmp_path / "runs")
+    with pytest.raises(LimitReached, match="ledger is gone"):
+        ask(config, tmp_path)
 
 
 @pytest.mark.parametrize("key", ["max-epsilon", "max-epsilom", "polciy"])

@@ -4,8 +4,11 @@ import io
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
+from types import SimpleNamespace
 
+import httpx
 import pytest
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.cli.build import build_fab_from_disk
@@ -112,19 +115,39 @@ class Runtime:
     def __exit__(self, *args):
         pass
 
+    def SendTaskHeartbeat(self, request):
+        return SimpleNamespace(success=True)
+
+
+def refusal(status):
+    request = httpx.Request("POST", "http://supernode")
+    response = httpx.Response(status, request=request)
+    return httpx.HTTPStatusError(str(status), request=request, response=response)
+
+
+class Forgetful(Runtime):
+    """It has given the task up."""
+
+    def __init__(self, answer):
+        self.answer, self.beats = answer, threading.Semaphore(0)
+
+    def SendTaskHeartbeat(self, request):
+        self.beats.release()
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
 
 @pytest.fixture
 def answered(monkeypatch):
     """Answer one task by a function; returns the reply and how the task ended."""
 
-    def answer(respond):
-        sent = {}
+    def answer(respond, runtime=None):
+        sent, runtime = {}, runtime or Runtime()
         message = Message(RecordDict({"config": ConfigRecord({"round": 0})}), 1, "query")
         context = Context(1, 1, {}, RecordDict(), {})
         bundle = type("Bundle", (), {"content": b"fab"})
-        monkeypatch.setattr(client.tasks, "_runtime", lambda *args: Runtime())
-        monkeypatch.setattr(client.tasks, "HeartbeatSender", lambda beat: Heart())
-        monkeypatch.setattr(client.tasks, "make_task_heartbeat_fn_http", lambda runtime: None)
+        monkeypatch.setattr(client.tasks, "_runtime", lambda *args: runtime)
         monkeypatch.setattr(
             client.tasks, "pull_task_input", lambda runtime: (message, context, None, bundle)
         )
@@ -140,12 +163,6 @@ def answered(monkeypatch):
         return sent
 
     return answer
-
-
-class Heart:
-    def start(self): ...
-
-    def stop(self): ...
 
 
 def test_a_refusal_is_told_and_what_is_not_ours_is_not(answered):
@@ -165,3 +182,19 @@ def test_a_refusal_is_told_and_what_is_not_ours_is_not(answered):
     good = answered(lambda message, context, bundle: Message(RecordDict(), reply_to=message))
     assert (good["status"], good["details"]) == (SubStatus.COMPLETED, "")
     assert good["reply"].has_content()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [SimpleNamespace(success=False), *map(refusal, (403, 500))],
+)
+def test_a_task_that_the_supernode_has_given_up_ends_no_hospital(answered, answer):
+    """Flower's own heartbeat beats before the task is done; after an error it does so again."""
+    runtime = Forgetful(answer)
+
+    def respond(message, context, bundle):
+        for _ in range(2 if isinstance(answer, Exception) else 1):
+            assert runtime.beats.acquire(timeout=30)
+        return Message(RecordDict(), reply_to=message)
+
+    assert answered(respond, runtime)["status"] == SubStatus.COMPLETED

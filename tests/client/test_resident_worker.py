@@ -48,7 +48,7 @@ def socket(tmp_path_factory):
             stdout=log,
             stderr=log,
         )
-    until(path.exists, "the worker listens", SECONDS)
+    until(lambda: client.resident_worker.listens(path), "the worker listens", SECONDS)
     yield path
     process.send_signal(signal.SIGTERM)
     process.wait()

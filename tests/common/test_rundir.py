@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -148,6 +149,21 @@ def test_two_runs_in_one_second_get_two_folders(tmp_path, monkeypatch):
     paths = {RunDirectory.create(Config()).path for _ in range(3)}
     assert len(paths) == 3
     assert all(path.parent == tmp_path / "runs" for path in paths)
+
+
+def test_a_name_that_another_run_takes_meanwhile_is_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make, taken = Path.mkdir, []
+
+    def late(path, *args, **options):
+        if path.parent.name == "runs" and not taken:
+            taken.append(path)
+            make(path, parents=True)
+        make(path, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", late)
+    path = RunDirectory.create(Config()).path
+    assert [path] == [one.with_name(f"{one.name}-2") for one in taken]
 
 
 NO_OBJECT = ('{"a": [1,\n', "[]", "", "[" * 100_000, "[1]\n", "5\n", "null\n", "[" * 100_000 + "\n")

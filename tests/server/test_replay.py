@@ -1,6 +1,8 @@
 """Rounds replayed with some hospitals: against numpy, the run itself, and runs of those alone."""
 
+import logging
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -40,6 +42,19 @@ def test_a_replay_needs_no_task_of_flowers(tiny_config, in_process, monkeypatch)
     for name in ("_task_id", "_run_id", "_node_id"):
         monkeypatch.setattr(TaskIdentity, name, None)
     assert Replay.open(run).hospitals == NAMES
+
+
+def test_a_replay_prints_nothing_and_leaves_flowers_log_as_it_was(
+    tiny_config, in_process, monkeypatch, capfd
+):
+    run = in_process(tiny_config(**KEEP, federation__rounds=1)).run
+    (printing,) = logging.getLogger("flwr").handlers
+    monkeypatch.setattr(printing, "stream", sys.stderr)
+    capfd.readouterr()
+    Replay.open(run).of(["hospital-1"])
+    assert tuple(capfd.readouterr()) == ("", "")
+    logging.getLogger("flwr").info("a line")
+    assert "a line" in capfd.readouterr().err
 
 
 def test_a_replay_without_one_is_the_sum_of_the_others_mean_changes(tiny_config, in_process):

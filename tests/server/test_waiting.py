@@ -1,14 +1,16 @@
 """How long the server waits: for answers, for who has gone, for hospitals that keep failing."""
 
 import pytest
-from flwr.app import Error, Message
+from federation_fixtures import StandingClock
+from flwr.app import Error, Message, RecordDict
 from tampering import Killed, killed_in, on, silent
 
 import server.messages
 import server.timeouts
 from common.errors import RunFailed
 from common.rundir import RunDirectory
-from server.messages import POLL_SECONDS, PRESENCE_SECONDS
+from common.wire.undocumented_flower import set_message_id
+from server.messages import POLL_SECONDS, PRESENCE_SECONDS, exchange
 from server.timeouts import Pace
 
 HANGING = 1
@@ -66,6 +68,41 @@ def test_pace_comes_back_with_a_resumed_run(tiny_config, in_process, tmp_path):
         in_process(config, on_message=killed_in(2))
     resumed = in_process(config, resume=RunDirectory(tmp_path / "run-1"))
     assert waits(resumed) == pytest.approx([60.0] * 3)
+
+
+class LeavingGrid:
+    """One node, which answers and goes when the server looks whether it is still there."""
+
+    def __init__(self):
+        self.replies = []
+
+    def push_messages(self, messages):
+        (message,) = messages
+        name = set_message_id(message, "asked")
+        self.reply = Message(content=message.content, reply_to=message)
+        return [name]
+
+    def pull_messages(self, message_ids):
+        return [self.replies.pop() for _ in message_ids if self.replies]
+
+    def get_node_ids(self):
+        self.replies.append(self.reply)
+        return []
+
+
+def test_the_answer_of_one_that_has_gone_counts():
+    """It came between the server's last look for answers and its look who is there."""
+    replies = exchange(
+        LeavingGrid(),
+        {7: RecordDict()},
+        kind="train",
+        timeout_seconds=60.0,
+        names={7: "north"},
+        on_message=lambda *_: None,
+        clock=StandingClock(),
+    )
+    assert list(replies.messages) == [7]
+    assert not replies.timed_out
 
 
 def test_who_disconnects_is_not_waited_for(tiny_config, in_process):

@@ -41,25 +41,27 @@ def match_titles(coded: pl.DataFrame, titles: pl.DataFrame) -> pl.DataFrame:
 
 
 def diagnosis_lists(coded: pl.DataFrame, codes: pl.DataFrame, known: pl.Series) -> DiagnosisLists:
-    """List the diagnoses of each admission by seq_num.
+    """List the diagnoses of each admission by seq_num, each code once.
 
     Args:
-        coded: hadm_id, seq_num, icd_code, icd_version.
-        codes: From ``match_titles``.
+        coded: hadm_id, seq_num, icd_code, icd_version; where rows have titles of their own, title.
+        codes: From ``match_titles``, or the distinct codes and titles of ``coded`` with their rows.
         known: Admissions that exist (hadm_id).
     """
+    key = [name for name in (*KEY, "title") if name in coded.columns]
     used = codes.filter(pl.col("title").is_not_null()).with_row_index("diagnosis")
+    used = used.with_columns(code=pl.col("diagnosis").first().over(KEY))
     joined = int(used["rows"].sum())
     unmatched = coded.height - joined
     placed = (
         coded.lazy()
-        .join(used.lazy().select(*KEY, "diagnosis"), on=KEY)
-        .select("hadm_id", "seq_num", "diagnosis")
+        .join(used.lazy().select(*key, "diagnosis", "code"), on=key)
+        .select("hadm_id", "seq_num", "diagnosis", "code")
         .join(known.rename("hadm_id").to_frame().unique().lazy(), on="hadm_id", how="semi")
         .collect()
     )
     ordered = placed.sort("hadm_id", "seq_num", "diagnosis").unique(
-        ["hadm_id", "diagnosis"], keep="first", maintain_order=True
+        ["hadm_id", "code"], keep="first", maintain_order=True
     )
     return DiagnosisLists(
         lists=ordered.group_by("hadm_id", maintain_order=True).agg(

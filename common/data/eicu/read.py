@@ -12,7 +12,7 @@ from pathlib import Path
 import polars as pl
 
 from common.data.cleaning.assemble import Book, assemble, items, plausible_age, refuse_orphans
-from common.data.cleaning.diagnoses import DiagnosisLists, diagnosis_lists, match_titles
+from common.data.cleaning.diagnoses import KEY, DiagnosisLists, diagnosis_lists
 from common.data.cleaning.measures import (
     CM_PER_INCH,
     KG_PER_POUND,
@@ -191,16 +191,10 @@ def list_diagnoses(
         "rank", "since", maintain_order=True, nulls_last=True
     )
     coded = coded.with_columns(seq_num=pl.int_range(pl.len()))
-    # A code's title is the words that stand beside it most often.
-    titles = (
-        coded.filter(pl.col("words").fill_null("") != "")
-        .group_by("icd_code", "icd_version", "words")
-        .len()
-        .sort(pl.col("len"), "words", descending=[True, False])
-        .unique(["icd_code", "icd_version"], keep="first", maintain_order=True)
-        .select("icd_code", "icd_version", title=_title())
-    )
-    return diagnosis_lists(coded, match_titles(coded, titles), known)
+    # A row's own words: those that most patients have would change with each of them.
+    titled = coded.with_columns(title=pl.when(pl.col("words") != "").then(_title()))
+    key = (*KEY, "title")
+    return diagnosis_lists(titled, titled.group_by(key).len("rows").sort(key), known)
 
 
 def _code() -> tuple[pl.Expr, pl.Expr]:

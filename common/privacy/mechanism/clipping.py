@@ -47,10 +47,11 @@ def clipped_sum(gradients_UP: Tensor, clip_norm: float) -> Tensor:
     """Return sum_u c_u G_u.
 
     Formal guarantee: every summand has L2 norm at most C (1 + 1e-6), whatever ``gradients_UP``
-    holds, so removing one unit moves the sum by at most that.
+    holds, and follows from that unit alone, so removing one unit moves the sum by at most that.
 
     Returns:
-        fp32 vector of length P; zero for no unit.
+        fp64 vector of length P; zero for no unit. A sum in fp32 rounds by who else is in it: with
+        4,096 units of one direction it moved by 1.0012 C.
     """
     gradients_UP = gradients_UP.float()
     norms_U = unit_norms(gradients_UP)
@@ -60,4 +61,7 @@ def clipped_sum(gradients_UP: Tensor, clip_norm: float) -> Tensor:
     if gradients_UP.device.type != "cpu" or bool(refused.any()):
         # 0 * inf is NaN: such a unit must leave the product, not be scaled by zero
         gradients_UP = gradients_UP.masked_fill(refused[:, None], 0.0)
-    return coefficients_U @ gradients_UP
+    sum_P = gradients_UP.new_zeros(gradients_UP.shape[1], dtype=torch.float64)
+    for coefficient, gradient_P in zip(coefficients_U, gradients_UP, strict=True):
+        sum_P += coefficient * gradient_P
+    return sum_P

@@ -1,7 +1,7 @@
 """The private gradient source: what the training loop asks in place of a batch gradient.
 
-A unit's gradient must be a function of that unit alone. Units share a packed pass only where that
-is so (``common.privacy.mechanism.isolation``), and have passes of their own anywhere else.
+A unit's gradient must be a function of that unit alone. Units share a packed pass only where it is
+kept apart (``common.privacy.mechanism.isolation``), and have passes of their own anywhere else.
 
 Shapes: U units of one micro-batch, P trainable parameters.
 """
@@ -60,7 +60,7 @@ class PrivateGradient:
     def clipped_sum(
         self, session: Session, drawn: Sequence[tuple[int, ...]], *, step: int = 0
     ) -> Tensor:
-        """Return sum_u c_u G_u over the drawn units, [P]; passes are added in fp64.
+        """Return sum_u c_u G_u over the drawn units, [P] fp64.
 
         A unit's gradient is the mean of its samples' gradients. Units stand in order, so at most
         one of them spans two micro-batches, and only its partial sum is carried. A draw is no pass

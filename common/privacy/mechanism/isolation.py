@@ -1,10 +1,9 @@
 """What a private step asks of the backbone: a unit's gradient depends on that unit alone.
 
-That includes what is not a number: a neighbour that overflows must not reach across. Three ways:
+That includes what is not a number: a neighbour that overflows must not reach across. Two ways:
 
-- ``shared``: units share a packed pass, where a test proves that no row depends on another;
-- ``apart``: they share one whose every product, attention and elementwise function is by segment,
-  by the same calls as if the segment were alone, or runs one program for each row;
+- ``apart``: units share a packed pass whose every product, attention and elementwise function is by
+  segment, by the same calls as if the segment were alone, or runs one program for each row;
 - ``alone``: anywhere else every unit has passes of its own.
 """
 
@@ -15,32 +14,22 @@ from common.model.kernels.attention import KERNELS
 from common.model.kernels.rope import FIXED
 from common.model.session import Session
 
-PROVEN = frozenset({("cpu", "fp32", "sdpa"), ("cpu", "fp32", "eager")})
-"""Device, arithmetic and kernel under which the isolation test holds for shared passes."""
-
 
 def choose_passes(session: Session) -> Choice[str]:
-    """Choose ``shared``, ``apart`` or ``alone``, and say why.
+    """Choose ``apart`` or ``alone``, and say why.
 
-    In bf16 rows do depend on each other: kernels round and block by the batch's size (3% of a
-    unit's gradient on SmolLM2-135M with AMX; the sum moved by 1.006 clip norms when one of 12
-    units left).
+    In a pass that mixes them rows do depend on each other: kernels round and block by the pass's
+    size. In bf16 that is 3% of a unit's gradient on SmolLM2-135M with AMX, and the sum moved by
+    1.006 clip norms when one of 12 units left. In fp32 it is 1e-5 of short units, until a server
+    sends a B that amplifies it: then it is 0.7 clip norms for each neighbour.
     """
     where = (session.torch_device.type, session.dtype.value, session.attention.value)
-    if sharing_is_proven(session):
-        return Choice("shared", f"no row depends on another ({', '.join(where)}: tested)")
     weights = session.weights.value
     # fp8 products by segment have not passed the isolation test on a card.
     if where[2] in KERNELS and session.keeps_apart and weights != "fp8":
         return Choice("apart", f"each segment by calls of its own ({', '.join(where)})")
     named = ", ".join((*where, f"{weights} weights"))
     return Choice("alone", f"rows may depend on their neighbours ({named})")
-
-
-def sharing_is_proven(session: Session) -> bool:
-    """Say whether patients may share passes that mix them."""
-    where = (session.torch_device.type, session.dtype.value, session.attention.value)
-    return where in PROVEN and session.kernels.value == "torch"
 
 
 def check_backbone(backbone: BackboneSpec) -> None:

@@ -11,8 +11,8 @@ from common.privacy.mechanism.noise import NoiseSource, residue
 from common.privacy.plan import PrivacyPlan
 
 ARITHMETIC_SLACK = 2.0**-10
-"""Relative growth of the sensitivity that fp32 may cause (rounding of the clip, of the sum, of
-passes that units share); the noise is larger by as much."""
+"""Relative growth of the sensitivity that fp32 may cause (rounding of the clip); the noise is
+larger by as much."""
 _FINEST_BITS = 22
 
 

@@ -251,3 +251,28 @@ def test_a_torn_file_and_one_that_is_no_gz(tmp_path):
 
 def test_the_folder_is_taken_for_eicus(tmp_path):
     assert isinstance(source_for(str(write_eicu(tmp_path / "e"))), EICU)
+
+
+def test_a_diagnosis_is_called_by_its_own_patients_words(tmp_path):
+    """Under privacy nobody's prompt may follow from who else is there."""
+    tables = eicu_tables()
+    told = {"diagnosispriority": "Major", "icd9code": "518.81, J96.00"}
+    for minute, words in ((50, "hypoxemia"), (60, "hypoxemia"), (70, "hypercapnia")):
+        path = f"pulmonary|respiratory failure|{words}"
+        row = {"patientunitstayid": "104", "diagnosisoffset": str(minute), "diagnosisstring": path}
+        tables["diagnosis"].append(row | told)
+    without = {
+        name: [row for row in rows if row["patientunitstayid"] != "104"]
+        for name, rows in tables.items()
+    }
+    lists = []
+    for place, content in enumerate((tables, without)):
+        folder = write_eicu(tmp_path / f"tables-{place}", content)
+        table = load_samples(DataConfig(path=str(folder)), cache_dir=tmp_path / "cache")
+        lists.append(
+            {one.admission: (one.diagnoses, one.diagnosis_codes) for one in table.admissions}
+        )
+    named, codes = lists[0].pop(13)
+    assert named == ("atrial fibrillation (arrhythmias)", "hypoxemia (respiratory failure)")
+    assert len(codes) == len(set(codes))
+    assert lists[0] == lists[1]

@@ -32,7 +32,7 @@ FP32, BF16 = (Destination(device=CPU, dtype=dtype) for dtype in (torch.float32, 
 FP8 = Destination(
     device=CPU, dtype=torch.float32, quantiser=Quantiser(weights="fp8", kernels=TORCH)
 )
-WAIT = 20  # seconds until a test fails that would otherwise hang
+WAIT = 120  # seconds until a test fails that would otherwise hang
 
 
 class Watched:
@@ -278,8 +278,18 @@ def test_the_model_is_imported_while_its_weights_come(tmp_path, folder, watched,
 
 
 def test_a_refusal_ends_the_reading(tmp_path, folder, watched, monkeypatch, set_config):
+    """Nothing is read before it, and then 64 bytes a millisecond of each file."""
+    refused, honest = threading.Event(), load.read_llama_config
+
+    def read_llama_config(*args):
+        try:
+            return honest(*args)
+        finally:
+            refused.set()
+
+    monkeypatch.setattr(load, "read_llama_config", read_llama_config)
     monkeypatch.setattr(reading, "CHUNK_BYTES", 64)
-    watched.before = lambda path: time.sleep(0.001)
+    watched.before = lambda path: refused.wait(WAIT) and time.sleep(0.001)
     set_config(folder, model_type="gpt2")
     running = threading.active_count()
     with pytest.raises(UserError, match="not a Llama"):

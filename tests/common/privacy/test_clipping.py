@@ -93,11 +93,25 @@ def test_values_equal_a_loop_in_double_precision() -> None:
 
 def test_a_unit_within_the_norm_is_untouched() -> None:
     rows = torch.tensor([[0.3, 0.4, 0.0]])
-    assert torch.equal(clipped_sum(rows, C), rows[0])
-    assert torch.equal(clipped_sum(torch.empty(0, 3), C), torch.zeros(3))
+    assert torch.equal(clipped_sum(rows, C), rows[0].double())
+    assert torch.equal(clipped_sum(torch.empty(0, 3), C), torch.zeros(3, dtype=torch.float64))
+
+
+def test_one_of_thousands_moves_the_sum_by_what_it_adds_alone() -> None:
+    """All of one direction: the fp32 sum moves by more than the noise allows for (2**-10)."""
+    rows = torch.ones(1, 1000).repeat(4096, 1)
+
+    def moved(clip: Clip) -> float:
+        return float((clip(rows, 1.0).double() - clip(rows[1:], 1.0).double()).norm())
+
+    assert abs(moved(clipped_sum) - 1) <= 1e-6
+    assert moved(clip_without_zeroing) > 1 + 2**-12  # whose sum is one product in fp32
+    some = rows_of(5, 40, 321)
+    parts = sum(clipped_sum(row[None], C) for row in some)
+    torch.testing.assert_close(clipped_sum(some, C), parts, rtol=0, atol=1e-13)
 
 
 def test_half_precision_gradients_are_clipped_in_fp32() -> None:
     rows = rows_of(4, 4, 64).bfloat16()
-    assert clipped_sum(rows, C).dtype == torch.float32
+    assert torch.equal(clipped_sum(rows, C), clipped_sum(rows.float(), C))
     assert bounded(clipped_sum, rows)

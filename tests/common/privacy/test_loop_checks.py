@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from common.choice import Choice
 from common.privacy import loop_checks
 from common.privacy.loop_checks import _dispersion, pass_check, records_of
 from common.privacy.watch import Step
@@ -54,9 +53,8 @@ def test_records_come_back_from_a_packed_batch(samples_of) -> None:
     assert records_of(pack(records)) == records
 
 
-def test_patients_may_share_a_pass_where_that_is_proven_alone(open_tiny):
-    session = open_tiny()
-    assert pass_check([Step(mixed=4)], session).passed
-    session.kernels = Choice("compiled", "")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_no_pass_may_mix_patients(open_tiny, dtype):
+    session = open_tiny(dtype=dtype)
     assert not pass_check([Step(mixed=4)], session).passed
     assert pass_check([Step(mixed=1)], session).passed

@@ -7,7 +7,8 @@ import pytest
 import torch
 from scipy import stats
 
-from common.errors import RunFailed
+from common.configio import from_flat
+from common.errors import RunFailed, UserError
 from common.privacy.budget.ledger import Ledger
 from common.privacy.budget.receipts import ledger_line, receipt
 from common.privacy.mechanism.noise import NoiseSource
@@ -44,6 +45,21 @@ def test_grid_covers_rounding_and_is_a_power_of_two(
     assert grid.std < 1.013 * plan.noise_std
     assert math.frexp(grid.step)[0] == 0.5
     assert 2**22 <= grid.std_steps <= 2**24
+
+
+@pytest.mark.parametrize("clip_norm", [1e-6, 1e6])
+def test_every_noise_that_a_configuration_allows_can_be_drawn(make_plan, clip_norm) -> None:
+    """At the bounds, and at the parameters of all projections of an 8B model (rank 32)."""
+    bounds = {"privacy.clip-norm": clip_norm, "privacy.noise-multiplier": 2000.0}
+    most = from_flat(bounds).privacy
+    plan = make_plan(clip_norm=most.clip_norm, noise_multiplier=most.noise_multiplier)
+    GaussianMechanism(plan, 84_000_000, NoiseSource())
+    assert grid_for(plan, 3).std_steps > 2**22
+    for key, value in bounds.items():
+        with pytest.raises(UserError, match=key):
+            from_flat({key: value * (0.5 if value < 1 else 50)})
+    with pytest.raises(ValueError, match="standard deviation"):
+        GaussianMechanism(plan.with_noise(1e5), 84_000_000, NoiseSource())
 
 
 def test_a_sum_that_is_not_finite_is_never_released(make_plan) -> None:

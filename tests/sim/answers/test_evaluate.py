@@ -29,6 +29,7 @@ from sim.runs.resume import resume
 KEYS = {
     "data.path": "synthetic",
     "data.synthetic-patients": 40,
+    "data.validation-fraction": 0.2,
     "model.backbone": "tiny",
     "adapter.rank": 4,
     "train.dtype": "fp32",
@@ -136,6 +137,19 @@ def test_an_earlier_checkpoint_stands_beside_the_last(run):
     assert run.lines("predictions.jsonl") == rows + rows_of(run, "round-0001")
 
 
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [("generate", "5 answers, {} tokens in"), ("score", "5 answers scored over {:,} tokens in")],
+)
+def test_tokens_are_called_written_only_where_the_model_wrote(run, method, said):
+    shown = io.StringIO()
+    settings = [f"evaluation.method={method}", "evaluation.max-new-tokens=12"]
+    summary = evaluate_run(run, overrides=settings, console=Terminal(file=shown, width=400))
+    tokens = summary.as_json()["evaluation"]["generation"]["fedrx"]["tokens"]
+    assert (tokens <= 5 * 12) == (method == "generate")
+    assert f"fedrx: {said.format(tokens)} " in shown.getvalue()
+
+
 def test_answers_in_two_ways_do_not_stand_together(run):
     evaluate_run(run)
     both = evaluate_run(run, checkpoint="round-0001", overrides=["evaluation.samples=4"]).as_json()
@@ -153,6 +167,33 @@ def test_a_judgement_lives_as_long_as_its_answers(run):
     assert "judge" in evaluate_run(run).as_json()
     assert "judge" in evaluate_run(run, checkpoint="round-0001").as_json()
     assert "judge" not in evaluate_run(run, overrides=["evaluation.max-new-tokens=8"]).as_json()
+
+
+def test_earlier_answers_are_not_replaced_without_a_word(run):
+    def told(**asked):
+        shown = io.StringIO()
+        evaluate_run(run, console=Terminal(file=shown, width=400), **asked)
+        return shown.getvalue()
+
+    run.write_json("summary.json", {"rounds": 2})
+    first = told(overrides=["evaluation.method=score"])
+    parts = {"judge": {"appropriateness": {"fedrx": {}}}, "review": {"level": "string"}}
+    run.write_json("summary.json", {**run.read_json("summary.json"), **parts})
+    (run.path / "judge.jsonl").write_text("{}\n")
+    same = told(overrides=["evaluation.method=score"])
+    beside = told(checkpoint="round-0001", overrides=["evaluation.method=score"])
+    for quiet in (first, same, beside):
+        assert "replaces" not in quiet
+        assert "not shown" not in quiet
+    other = told(overrides=["evaluation.samples=4"])
+    was = "5 admissions (method score, checkpoint round-0002)"
+    assert other.startswith(f"replaces the answers to {was}, their figures and report\n")
+    assert "judgements of lists that are gone are not shown: judge.jsonl keeps them" in other
+    assert "reviews of lists that are gone are not shown: review/ keeps them" in other
+    assert (run.path / "judge.jsonl").read_text() == "{}\n"
+    again = told()
+    assert again.startswith("replaces the answers to 4 admissions (method generate, ")
+    assert "not shown" not in again
 
 
 def test_a_judgement_does_not_survive_a_kill_between_answers_and_figures(run, monkeypatch):

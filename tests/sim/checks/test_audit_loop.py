@@ -96,6 +96,7 @@ CAUGHT_BY = {
     "empty draw without noise": "releases taken apart",
     "ledger one step short": "ledger",
     "bf16 passes shared": "patients in one pass",
+    "clipped sum sent along": "what is sent",
 }
 
 

@@ -54,6 +54,7 @@ def test_every_audit_has_a_figure_and_a_verdict(sound) -> None:
         "draws",
         "patients in one pass",
         "ledger",
+        "what is sent",
         "inversion without privacy",
         "inversion test",
     ]
@@ -85,7 +86,7 @@ def test_the_page_says_claim_attacks_outcome_and_what_is_left(sound) -> None:
     for finding in summary["findings"]:
         assert QUESTIONS[finding["audit"]] in text
         assert finding["verdict"] in text
-    assert "All 13 attacks and checks came out as the claim says" in text
+    assert "All 14 attacks and checks came out as the claim says" in text
     assert "script" not in page
 
 
@@ -133,6 +134,8 @@ def test_nothing_to_audit_is_said_before_anything_is_written(tmp_path) -> None:
     with pytest.raises(UserError, match="privacy.unit=hospital: the audit covers") as error:
         run_audit(tmp_path / "hospital", **{"privacy.unit": "hospital"})
     assert "off" not in str(error.value)
+    with pytest.raises(UserError, match="adapter.mode=rolora: .*; allowed: fa-lora, lora"):
+        run_audit(tmp_path / "in-turn", **{"adapter.mode": "rolora"})
     with pytest.raises(UserError, match="protects nobody"):
         run_audit(tmp_path / "fixed", **{"privacy.deterministic-noise": True})
     assert list(tmp_path.iterdir()) == []

@@ -47,7 +47,8 @@ def test_where_the_audit_has_a_figure_there_is_one_for_its_patients(kept_run, mo
     assert found[REPLAYED].membership == found[NEVER].membership
 
 
-def test_who_cannot_leave_is_one_line(kept_run):
+def test_who_cannot_leave_is_one_line_before_any_replay(kept_run, monkeypatch):
+    monkeypatch.setattr("server.replay.Replay.of", None)
     with pytest.raises(UserError, match=r"--hospital west: no hospital of the run; allowed: hosp"):
         forget(kept_run, "west", command_line=[])
     assert not (kept_run.path / "without-west").exists()

@@ -8,9 +8,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from common.configio import from_flat, parse_overrides
 from common.errors import UserError
+from sim.cli.main import app
 from sim.runs.federate import federate
 from sim.runs.single import single
 
@@ -52,7 +54,8 @@ def fedrx(*arguments, cwd):
         (["data", "synthesize", "/proc/nowhere"], ["/proc/nowhere", "name another path"]),
         (["deploy", "hospitals.toml", "dep", "--hospital", "north"], ["--hospital north", "DATA"]),
         (["deploy", "hospitals.toml", "dep", "--hospital", "=x"], ["--hospital =x", "NAME=DATA"]),
-        (["report", "."], ["is not a run directory"]),
+        (["report", "."], ["is not a run directory: it has no run.json"]),
+        (["report", "runs/nosuch"], ["runs/nosuch does not exist", "name a folder"]),
         (["plan", "typo/paper.toml"], ["typo/paper.toml", "paper.toml"]),
         (["data", "synthesize", "."], ["is not empty"]),
     ],
@@ -66,6 +69,15 @@ def test_bad_input_is_one_line_and_exit_status_2(arguments, words, tmp_path):
     assert all(word in lines[0] for word in words), lines[0]
     assert "Traceback" not in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_bad_value_of_a_sweep_is_all_that_is_said():
+    arguments = ["sweep", "demo-tiny.toml", "--seeds", "1", "--dry-run", "--vary"]
+    skipped = "without the arm krum: "
+    assert skipped in CliRunner().invoke(app, [*arguments, "adapter.rank=8"]).output
+    refused = CliRunner().invoke(app, [*arguments, "adapter.rank=8,sixteen"])
+    assert isinstance(refused.exception, UserError)
+    assert refused.output == ""
 
 
 @pytest.mark.parametrize("verb", [federate, single])

@@ -1,10 +1,14 @@
 """What ``deploy`` writes, and how a hospital starts from it."""
 
+import contextlib
+import itertools
 import shutil
 import stat
 import subprocess
 import tomllib
 from pathlib import Path
+from socket import AF_UNIX
+from socket import socket as Socket
 
 import pytest
 from cryptography import x509
@@ -13,16 +17,22 @@ from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 import server.app
+import sim.flower.run_hospital
+import sim.flower.run_superlink
 from client.node import local_config
 from client.policy import Policy, read_policy
+from client.resident_worker import listening
 from client.site import read_site
 from common.configio import config_digest, read_config
 from common.errors import FedrxError, UserError
+from common.files import locked
 from common.privacy.settings import with_calibrated_noise
 from common.provenance import source_digest
 from sim.checks.doctor import examine_hospital
+from sim.flower.children import Children
 from sim.flower.deploy import deploy
-from sim.flower.run_hospital import run_hospital
+from sim.flower.run_hospital import SECRET, _wait_for, run_hospital
+from sim.flower.run_superlink import LOCK, run_superlink
 
 
 def test_folder_of_a_deployment(tiny_config, tmp_path):
@@ -127,6 +137,44 @@ def test_a_hospital_starts_under_no_broken_terms(tiny_config, tmp_path, file, te
         run_hospital(own, print)
     bad = [one for one in examine_hospital(own) if one.state == "bad" and one.check != "nginx"]
     assert any(message in one.found and one.fix for one in bad)
+
+
+def test_a_second_process_of_a_hospital_takes_nothing_from_the_first(
+    tiny_config, tmp_path, monkeypatch
+):
+    """The first one's SuperNode may still have to read the secret."""
+    monkeypatch.setattr(sim.flower.run_hospital, "nginx_command", lambda folder: ["nginx"])
+    nodes = {"north": str(tmp_path)}
+    readme = deploy(tiny_config(), tmp_path / "d", hospitals=nodes, host="h", port=1)
+    own = readme.parent / "hospitals" / "north"
+    (own / SECRET).write_text("of the first")
+    with locked(own / LOCK), pytest.raises(UserError, match="takes part as north already"):
+        run_hospital(own, print)
+    assert (own / SECRET).read_text() == "of the first"
+
+
+def test_a_second_superlink_starts_nothing(tiny_config, tmp_path, monkeypatch):
+    """Its executor would take the runs of the first."""
+    monkeypatch.setattr(sim.flower.run_superlink, "nginx_command", lambda folder: ["nginx"])
+    monkeypatch.setattr(Children, "start", lambda *_: pytest.fail("something is started"))
+    readme = deploy(tiny_config(), tmp_path / "d", hospitals={"a": "/x"}, host="h", port=1)
+    link = readme.parent / "superlink"
+    with locked(link / LOCK), pytest.raises(UserError, match="runs from .*superlink already"):
+        run_superlink(link)
+
+
+def test_the_socket_of_a_killed_worker_is_not_taken_for_a_worker(tmp_path):
+    with Socket(AF_UNIX) as killed:
+        killed.bind(str(tmp_path / "s"))
+    looks = itertools.count(1)
+    with contextlib.ExitStack() as worker:
+
+        def check():
+            if next(looks) == 2:
+                worker.enter_context(listening(tmp_path / "s"))
+
+        _wait_for(tmp_path / "s", check)
+    assert next(looks) == 3
 
 
 def test_the_readme_tells_how_to_go_on(tiny_config, tmp_path, in_process):

@@ -93,6 +93,16 @@ def processes(tmp_path):
     one.stop()
 
 
+LISTENING = """\
+import socket, sys, time
+with socket.socket(socket.AF_UNIX) as listening:
+    listening.bind(sys.argv[1])
+    listening.listen()
+    time.sleep(float(sys.argv[2]))
+sys.exit(3)
+"""
+
+
 @pytest.mark.process
 @pytest.mark.parametrize("dies", ["fedrx worker", "flower-supernode", "nginx"])
 def test_a_hospitals_processes_end_together(tiny_config, tmp_path, processes, monkeypatch, dies):
@@ -102,12 +112,12 @@ def test_a_hospitals_processes_end_together(tiny_config, tmp_path, processes, mo
     own = readme.parent / "hospitals" / "north"
     programs = tmp_path / "bin"
     programs.mkdir()
-    listen = "import socket,sys; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1])"
     for name in ("fedrx", "flower-supernode", "nginx"):
-        file = programs / name
-        worker = f'{sys.executable} -c "{listen}" "$3"\n' if name == "fedrx" else ""
-        end = "sleep 1; exit 3\n" if dies.startswith(name) else "exec sleep 600\n"
-        file.write_text(f"#!/bin/sh\numask > ../umask\n{worker}{end}")
+        file, dying = programs / name, dies.startswith(name)
+        end = "sleep 1; exit 3\n" if dying else "exec sleep 600\n"
+        if name == "fedrx":
+            end = f"exec {sys.executable} -c '{LISTENING}' \"$3\" {1 if dying else 600}\n"
+        file.write_text(f"#!/bin/sh\numask > ../umask\n{end}")
         file.chmod(0o755)
     monkeypatch.setattr(sim.flower.run_hospital, "script", lambda name: str(programs / name))
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")

@@ -173,3 +173,24 @@ def test_who_has_ended_is_not_waited_for(tmp_path, monkeypatch):
     assert psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE
     assert len(looks) < 50  # of some 400 until it gives up
     assert child.wait() == -signal.SIGKILL
+
+
+# It asks to end with its parent only when that has died, and says so if it lives on.
+LATE = """
+import os, time
+from sim.flower.superlink import ending_with_parent
+parent, end = os.getpid(), ending_with_parent()
+if os.fork() == 0:
+    while os.getppid() == parent:
+        time.sleep(0.01)
+    end()
+    print("alive", flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.process
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_a_child_whose_parent_is_killed_before_it_asks_ends_too():
+    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,5 +1,6 @@
 """When the launcher takes a run as ended, and what it asks Flower for."""
 
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -54,3 +55,15 @@ def test_a_superlink_that_ended_is_the_end(run):
     run.write_status("running", round=1)
     link = Link(ended=1)
     assert superlink._watch(link, run, lambda: None) == ("stopped", "the SuperLink ended")
+
+
+def test_a_free_port_is_kept_for_whom_it_is_named():
+    """The system refuses it to others; servers, which ask for it with SO_REUSEADDR, have it."""
+    port = superlink.free_port()
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", port))
+    assert superlink.free_port() != port
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(("127.0.0.1", port))
+        server.listen()

@@ -23,6 +23,8 @@ TITLES = {
     "10:I10": "Essential (primary) hypertension",
     "9:4280": "Congestive heart failure, unspecified",
 }
+SECONDS = 60
+"""Until a test fails that would otherwise hang."""
 DRUGS = ("Furosemide", "Aspirin", "<b>Bold</b>")
 REMARKS = {
     "<b>Bold</b>": ("in no order of the data", "never ordered for women (9 patients had it)")
@@ -84,7 +86,7 @@ def serving(state):
 
     def stop():
         server.should_exit = True
-        thread.join(timeout=10)
+        thread.join(timeout=SECONDS)
 
     until(lambda: server.started or not thread.is_alive(), "the page is served")
     try:
@@ -123,7 +125,7 @@ def ask(state, listening):
             headers={k: v for k, v in chosen.items() if v is not None},
         )
         try:
-            with opener.open(request, timeout=5) as answer:
+            with opener.open(request, timeout=SECONDS) as answer:
                 return answer.status, answer.headers, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.headers, error.read().decode()
@@ -188,6 +190,11 @@ def test_it_listens_on_loopback_alone(listening):
         open_socket(listening.getsockname()[1])
 
 
+def test_a_port_is_taken_before_the_model_is_loaded():
+    with contextlib.closing(open_socket(0)) as first, pytest.raises(UserError, match="--port"):
+        open_socket(first.getsockname()[1])
+
+
 def test_no_documentation_pages_that_load_from_elsewhere(ask):
     for path in ("/docs", "/redoc", "/openapi.json"):
         assert ask(path)[0] == 404
@@ -215,7 +222,7 @@ def test_what_was_typed_is_never_quoted(ask, path, body):
 def test_a_body_of_no_known_length_is_not_read(state, listening):
     port = listening.getsockname()[1]
     cookie = f"{cookie_name(port)}={state.secret}"
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as sent:
+    with socket.create_connection(("127.0.0.1", port), timeout=SECONDS) as sent:
         sent.sendall(
             f"POST /api/suggest HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nCookie: {cookie}\r\n"
             "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
@@ -295,7 +302,7 @@ def test_a_clinicians_way_through_the_page(browser, state, listening, requested_
         return browser.find_elements("css selector", css)
 
     def wait(condition):
-        return WebDriverWait(browser, 10, poll_frequency=0.05).until(lambda _: condition())
+        return WebDriverWait(browser, SECONDS, poll_frequency=0.05).until(lambda _: condition())
 
     browser.get(address(state, listening))
     assert browser.current_url.endswith("/")
@@ -372,7 +379,7 @@ def test_a_stopped_program_is_named_on_the_page(browser, state):
         stop()
         browser.find_element("id", "ask").click()
         problem = browser.find_element("id", "form-error")
-        WebDriverWait(browser, 10).until(lambda _: problem.text)
+        WebDriverWait(browser, SECONDS).until(lambda _: problem.text)
         assert "does not answer" in problem.text
 
 
@@ -387,7 +394,7 @@ def test_what_must_be_known_before_reading_stands_above_the_list(browser, state,
     browser.find_element("id", "age").send_keys("50")
     browser.find_element("id", "search").send_keys("lives alone", Keys.ENTER)
     browser.find_element("id", "ask").click()
-    WebDriverWait(browser, 10).until(lambda _: browser.find_elements("css selector", ".warn"))
+    WebDriverWait(browser, SECONDS).until(lambda _: browser.find_elements("css selector", ".warn"))
     warnings = browser.find_elements("css selector", ".warn")
     assert [one.text for one in warnings] == state.suggester.warnings
     first = browser.find_element("css selector", ".drug")
@@ -416,7 +423,7 @@ def test_a_field_s_message_is_in_view_beside_it_under_200_diagnoses(browser, sta
     browser.execute_script("arguments[0].scrollIntoView()", button)
     button.click()
     message = browser.find_element("id", "diagnoses-error")
-    WebDriverWait(browser, 10).until(lambda _: message.text)
+    WebDriverWait(browser, SECONDS).until(lambda _: message.text)
     assert message.text == "Diagnoses: at most 40."
     top, bottom, height = browser.execute_script(
         "const r = arguments[0].getBoundingClientRect(); return [r.top, r.bottom, innerHeight]",
@@ -429,5 +436,5 @@ def test_a_field_s_message_is_in_view_beside_it_under_200_diagnoses(browser, sta
     browser.find_element("id", "weight").send_keys("3")
     browser.execute_script("arguments[0].click()", button)
     weight = browser.find_element("id", "weight-error")
-    WebDriverWait(browser, 10).until(lambda _: weight.text)
+    WebDriverWait(browser, SECONDS).until(lambda _: weight.text)
     assert abs(weight.location["x"] - browser.find_element("id", "weight").location["x"]) < 5

@@ -57,7 +57,7 @@ def go_on(browser, name):
 
 
 def downloaded(folder):
-    return until(lambda: next(folder.glob("*.json"), None), "nothing was downloaded", 10)
+    return until(lambda: next(folder.glob("*.json"), None), "nothing was downloaded")
 
 
 @pytest.mark.browser

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from line_fixtures import privacy_line
 
+from client.kept_state import STEPS, forget_steps
 from common.config import Config
+from common.files import append_json_line
 from common.records.run import SavedFacts
 from common.rundir import RunDirectory
 from sim.cli.terminal import Terminal
@@ -69,6 +71,35 @@ def test_what_a_resumed_run_has_from_before_is_called_that(tmp_path):
     ]
 
 
+def test_steps_of_earlier_attempts_count_as_done_and_not_for_the_pace(clock, tmp_path):
+    run = RunDirectory.create(Config(), directory=tmp_path / "run")
+    # Round 1 stays; round 2 was broken off after six steps, and comes again.
+    run.save_checkpoint("round-0001", {"b": np.zeros(1, np.float32)}, facts=SavedFacts(round=1))
+    folder = run.hospital("hospital-1")
+
+    def take(server_round, first, steps):
+        for step in range(first, first + steps):
+            line = {"round": server_round, "step": step, "loss": 1.0, "seconds": 1.0}
+            append_json_line(folder / STEPS, line)
+
+    take(1, 1, 40)
+    take(2, 41, 6)
+    shown = io.StringIO()
+    with RunProgress(Terminal(file=shown, width=200), run, steps=100, rounds=2) as shows:
+        for moment, steps in ((100, 0), (200, 1), (220, 10)):
+            clock[0] = moment
+            if moment == 200:
+                forget_steps(folder, from_round=2)
+            take(2, 41, steps)
+            shows.tick()
+    # By hand: ten steps in the twenty seconds since the first of this attempt, and 49 are left.
+    assert shown.getvalue().splitlines() == [
+        "local steps 40/100",
+        "local steps 41/100",
+        "local steps 51/100, about 98 s left",
+    ]
+
+
 def test_a_start_names_its_phases_with_their_seconds_and_says_nothing_twice(clock, tmp_path):
     run = RunDirectory.create(Config(), directory=tmp_path / "run")
     shown = io.StringIO()
@@ -89,6 +120,21 @@ def test_a_start_names_its_phases_with_their_seconds_and_says_nothing_twice(cloc
         "local steps 0/4",
     ]
     assert shows.start_seconds == {"SuperLink": 42.0, "Ray": 8.0}
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_what_a_phase_leads_to_is_told_after_it_or_when_the_start_breaks_off(ends, clock, tmp_path):
+    run = RunDirectory.create(Config(), directory=tmp_path / "run")
+    shown = io.StringIO()
+    with RunProgress(Terminal(file=shown, width=200), run, steps=4, rounds=2) as shows:
+        shows.phase("first loss")
+        run.metric("validation-loss", 3.0, round=0)
+        shows.tick()
+        if ends:
+            shows.phase("")
+            shows.tick()
+    over = ["start: first loss 0.0 s"] if ends else []
+    assert shown.getvalue().splitlines() == [*over, "untrained: validation loss 3.0000"]
 
 
 def test_work_tells_whoever_it_is_handed_or_nobody(clock, capsys):

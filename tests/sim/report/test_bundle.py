@@ -192,11 +192,15 @@ def test_a_private_runs_bundle_counts_nobody(tmp_path):
     summary = run.read_json("summary.json")
     cutoffs = {"fedrx": {"hospital-1": {"names": 249, "admissions": 12, "threshold": 0.1}}}
     evaluation = {**summary.get("evaluation", {}), "cutoffs": cutoffs}
-    run.write_json("summary.json", {**summary, "evaluation": evaluation})
+    run.write_json("summary.json", {**summary, "evaluation": evaluation, "training_seconds": 21.7})
+    run.metric("round-seconds", 3.826, round=1)
+    run.metric("train-loss", None, step=1, gradient_norm=None, tokens=0, seconds=5.378)
     folder = write_bundle(run)
     figures = (folder / "figures.json").read_text(encoding="utf-8")
-    assert "cutoffs" not in figures
-    assert "249" not in figures
+    told = figures + (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    for figure in ("cutoffs", "249", "21.7", "3.826", "5.378"):
+        assert figure not in told
+    assert '"train-loss"' in told
     assert not (folder / "data.json").exists()
     assert (folder / "privacy.jsonl").exists()
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import gguf
 import numpy as np
@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
-from common.config import Config
+from common.config import Config, EvaluationConfig
 from common.configio import from_flat
 from common.errors import UserError
 from common.evaluation.generate import generate
@@ -128,18 +128,23 @@ def test_files_are_peft_s_and_hold_a_and_b(tmp_path):
     assert (read.r, read.lora_alpha, set(read.target_modules)) == (8, 12.0, {"q_proj", "v_proj"})
 
 
+METRICS = {
+    **dict.fromkeys(("output_rate", "precision", "recall", "jaccard", "f1", "length_ratio"), 0.25),
+    "oov_rate": None,
+    "samples": 7,
+    "patients": 5,
+    "level": "string",
+}
+
+
 def test_the_card_says_what_it_is_for(tmp_path):
     run = trained_run(configure("tiny"), tmp_path / "run")
-    metrics = dict.fromkeys(
-        ("output_rate", "precision", "recall", "jaccard", "f1", "length_ratio"), 0.25
-    )
-    metrics |= {"oov_rate": None, "samples": 7, "patients": 5, "level": "string"}
     run.write_json(
         "summary.json",
         {
             "source": "demo",
-            "metrics": {"fedrx": metrics},
-            "evaluation": {"checkpoint": "round-0001"},
+            "metrics": {"fedrx": METRICS},
+            "evaluation": {"checkpoint": "round-0001", "settings": {"samples": 7}},
             "privacy": {"epsilon": 3.0, "delta": 1e-5, "unit": "patient"},
         },
     )
@@ -153,6 +158,78 @@ def test_the_card_says_what_it_is_for(tmp_path):
     ):
         assert phrase in card
     assert str(tmp_path) not in card
+
+
+OTHERWISE = "what lists written so are worth is not in it"
+NO_END = "not where a list ends"
+
+
+@pytest.mark.parametrize(
+    ("way", "words"),
+    [
+        (
+            {"method": "score"},
+            (
+                "each name of the hospital's own formulary (what its training patients were "
+                "ordered) was scored, and the ranking was cut at a threshold chosen on the "
+                "hospital's validation patients (`evaluation.method = score`, "
+                "`evaluation.frequencies = false`)"
+            ),
+        ),
+        (
+            {"method": "score", "frequencies": True, "formulary": "/secret/drugs.txt"},
+            (
+                "each name of a given list of drugs (`evaluation.formulary`) was scored, and how "
+                "often the hospital's training patients were ordered a drug counted beside the "
+                "score, by a weight chosen on its validation patients, and every list was as long "
+                "as those of its training patients on average (`evaluation.method = score`, "
+                "`evaluation.frequencies = true`)"
+            ),
+        ),
+        ({"decoding": "formulary"}, "held to the names of the hospital's own formulary"),
+        ({"decoding": "grammar"}, "held to the answer's format (`evaluation.method = generate`"),
+        ({}, "wrote its lists in this table freely"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["peft", "merged", "gguf"])
+def test_the_card_says_how_its_figures_were_made_and_that_its_code_does_otherwise(
+    tmp_path, way, words, layout
+):
+    """By the evaluation's settings, which need not be those that the run was trained with."""
+    run = trained_run(configure("tiny", **{"data.drug-order": "name"}), tmp_path / "run")
+    settings = asdict(EvaluationConfig(**way))
+    evaluation = {"checkpoint": "round-0001", "settings": settings}
+    run.write_json("summary.json", {"metrics": {"fedrx": METRICS}, "evaluation": evaluation})
+    base, checkpoint = resolve_backbone("tiny"), run.load_checkpoint()
+    card = model_card(run, run.config(), base, checkpoint, layout=layout, hub_id="a/b")
+    table, below = card.split("## Prompt and answer")
+    assert words in table
+    assert "in the order of the alphabet (`data.drug-order = name`)" in table
+    assert (OTHERWISE in below) == bool(way)
+    assert below.count(OTHERWISE) <= 1
+    assert NO_END not in card
+    assert "/secret" not in card
+    unfilled = [line for line in card.splitlines() if "{{" in line or "None" in line]
+    assert not unfilled
+
+
+@pytest.mark.parametrize("layout", ["peft", "merged", "gguf"])
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_the_card_of_a_model_that_learned_sets_warns_of_written_lists(tmp_path, layout, evaluated):
+    run = trained_run(configure("tiny", **{"data.drug-order": "set"}), tmp_path / "run")
+    if evaluated:
+        settings = asdict(EvaluationConfig(method="score"))
+        evaluation = {"checkpoint": "round-0001", "settings": settings}
+        run.write_json("summary.json", {"metrics": {"fedrx": METRICS}, "evaluation": evaluation})
+    base, checkpoint = resolve_backbone("tiny"), run.load_checkpoint()
+    card = model_card(run, run.config(), base, checkpoint, layout=layout, hub_id="a/b")
+    heading = "## Serve" if layout == "gguf" else "## Generate a list"
+    warning = card.split(f"{heading}\n\n")[1].split("```")[0]
+    assert NO_END in warning
+    assert (OTHERWISE in warning) == evaluated
+    assert "\n\n\n" not in card
+    assert "`fedrx suggest` and `fedrx evaluate` with `evaluation.method = score`" in warning
+    assert ("as a set, without an order (`data.drug-order = set`)" in card) == evaluated
 
 
 SYSTEM = 'Say "drugs".\n```\nDrugs:\n```'
@@ -313,6 +390,7 @@ def test_the_card_tells_what_the_adapter_was_trained_on(tmp_path, weights):
     ("privacy", "covered"),
     [
         ({"epsilon": 3.0, "delta": 1e-5, "unit": "patient"}, "tell of any one patient"),
+        ({"epsilon": 3.0, "delta": 1e-5, "unit": "admission"}, "tell of any one admission"),
         ({"epsilon": 3.0, "delta": 1e-5, "unit": "hospital"}, "tell of any one hospital's data"),
         ({"epsilon": "infinity", "delta": 1e-5, "unit": "patient"}, None),
         (None, None),

@@ -3,6 +3,7 @@
 import io
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from common.model.adapter.layout import initial_tensors
 from common.privacy.budget.guard import LEDGER, RECEIPT
 from common.privacy.budget.ledger import BudgetExhausted, Ledger
 from common.privacy.settings import plan_of
+from common.records.summary import HospitalFacts
 from common.rundir import RunDirectory
 from common.training.hospital_data import HospitalData
 from common.training.optimiser import TrainState
@@ -23,8 +25,8 @@ from common.training.worker import Worker
 from sim.cli.terminal import Terminal
 from sim.process.interrupt import Stopped
 from sim.runs import single_training as stepwise
-from sim.runs.single import one_node
-from sim.runs.single_training import SingleTraining
+from sim.runs.single import one_node, summarise
+from sim.runs.single_training import SingleTraining, scaling
 
 KEYS: dict[str, Any] = {
     **PRIVATE_TINY,
@@ -160,3 +162,14 @@ def test_epsilon_is_shown_at_each_checkpoint_and_no_loss(tmp_path, hospital):
     shown = training.console.file.getvalue()
     assert re.findall(r"step (\d)/6: epsilon \d+\.\d{3} spent", shown) == ["3", "6"]
     assert "loss" not in shown
+
+
+@pytest.mark.parametrize(("noise", "told"), [(1.2, False), (0.0, True)])
+def test_a_private_summary_tells_no_size(tmp_path, hospital, noise, told):
+    training = begin(tmp_path / "run", hospital, **{"privacy.noise-multiplier": noise})
+    sizes = [HospitalFacts(name="hospital-1", patients=4711, samples=4712)]
+    opened = SimpleNamespace(backbone=training.session.spec, data=SimpleNamespace(hospitals=sizes))
+    shown = summarise(training, opened).model_dump_json() + str(scaling(training).notes)
+    assert ("4711" in shown, "4712" in shown) == (told, told)
+    assert ("4 training samples" in shown, '"train_samples":4' in shown) == (told, told)
+    assert "6 steps from federation.rounds x federation.local-steps" in shown

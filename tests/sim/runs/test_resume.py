@@ -1,7 +1,10 @@
 """``fedrx resume``: what it refuses, and that one process at a time works on a run."""
 
+import contextlib
+
 import pytest
 
+import sim.runs.lifecycle
 from common.config import Config
 from common.configio import flatten, from_flat
 from common.errors import UserError
@@ -126,6 +129,30 @@ def test_a_run_that_another_process_holds_is_not_touched(begun, worked):
 def test_a_new_run_is_worked_on_alone(verb, worked, tmp_path):
     verb(from_flat(KEYS), command_line=[], run_dir=tmp_path / "run")
     assert worked == ["run"]
+
+
+@pytest.mark.parametrize("still", [True, False])
+@pytest.mark.parametrize("verb", [single.single, federate.federate])
+def test_a_run_that_another_process_begins_meanwhile_is_its_own(
+    verb, still, worked, tmp_path, monkeypatch
+):
+    """It came while this one read its data; it is ``still`` at work, or finished already."""
+    run, other = RunDirectory(tmp_path / "run"), contextlib.ExitStack()
+
+    def late(preparation):
+        RunDirectory.create(Config(), directory=run.path)
+        other.enter_context(exclusive(run))
+        if not still:
+            run.write_json("run.json", RunRecord(mode="single", resumable=True))
+            other.close()
+        return fingerprints(preparation)
+
+    monkeypatch.setattr(sim.runs.lifecycle, "fingerprints", late)
+    message = "another process is at work" if still else "is not empty"
+    with other, pytest.raises(UserError, match=message):
+        verb(from_flat(KEYS), command_line=[], run_dir=run.path)
+    assert worked == []
+    assert run.config() == Config()
 
 
 def test_a_hospital_that_is_nowhere_leaves_nothing(worked, tmp_path):

@@ -88,6 +88,7 @@ def test_baselines_without_federation(tiny_config):
     config = tiny_config()
     local = plan_cells(config, arms=["local-only"], seeds=[0])
     assert [c.config.federation.only for c in local] == ["hospital-1", "hospital-2", "hospital-3"]
+    assert local[1].title == "local-only, seed 0, hospital-2"
     (central,) = plan_cells(config, arms=["centralised"], seeds=[0])
     assert not central.federated
     assert central.config.train.steps == 3 * 2 * 2
@@ -143,6 +144,7 @@ def test_sweep_runs_each_cell_once_and_writes_the_table(tiny_config, tmp_path, m
     console = Terminal(file=io.StringIO(), width=200)
     with pytest.raises(KeyboardInterrupt):
         sweep(cells, tmp_path, console=console, command_line=["fedrx"])
+    assert console.file.getvalue().splitlines()[0] == "1/6: fa-lora, seed 0"
     result = sweep(cells, tmp_path, console=console, command_line=["fedrx"]).as_json()
     assert sorted(started) == sorted([c.folder for c in cells] + ["lora-seed-1"])
     assert [row["arm"] for row in result["rows"]] == ["fa-lora", "lora", "centralised"]

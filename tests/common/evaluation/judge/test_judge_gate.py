@@ -58,7 +58,8 @@ def test_loopback_is_allowed_and_pinned(url, target):
 def test_credentialed_data_goes_nowhere_else(url, source):
     with pytest.raises(UserError, match="not loopback"):
         check_endpoint(url, source=source, resolver=local)
-    assert not check_endpoint(url, source="demo", resolver=local).loopback
+    for is_open in ("demo", "synthetic"):
+        assert not check_endpoint(url, source=is_open, resolver=local).loopback
 
 
 @pytest.mark.parametrize(

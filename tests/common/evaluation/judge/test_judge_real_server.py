@@ -4,21 +4,22 @@ The small model rarely keeps to the schema, and the server ignores ``response_fo
 tested is that every reply of a real one ends as a checked verdict or as unscored, with its usage.
 """
 
+import contextlib
 import os
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from common.config import JudgeConfig
 from common.errors import UserError
 from common.evaluation.judge.judging import judge_run
 from common.evaluation.judge.questions import questions_of
+from sim.flower.superlink import free_port
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +30,7 @@ def transformers_serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
         folder = str(resolve_backbone("embedded").folder)
     except UserError as error:
         pytest.skip(f"no embedded backbone: {error}")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log = tmp_path_factory.mktemp("serve") / "log.txt"
     command = Path(sys.executable).with_name("transformers")
     with log.open("w") as out:
@@ -42,14 +41,16 @@ def transformers_serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )
     try:
-        for _ in range(240):
+
+        def is_up() -> bool:
             if process.poll() is not None:
                 pytest.skip(f"transformers serve does not start here: {log.read_text()[-300:]}")
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.25)
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10).close()
+                return True
+            return False
+
+        until(is_up, "transformers serve answers", 300, pause=0.25)
         yield f"http://127.0.0.1:{port}/v1", folder
     finally:
         process.terminate()
