@@ -29,7 +29,7 @@ def said_before_anything_is_written(begin, config, tmp_path, monkeypatch) -> lis
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(RunDirectory, "create", stop)
+    monkeypatch.setattr(RunDirectory, "made", stop)
     shown = io.StringIO()
     with pytest.raises(KeyboardInterrupt):
         begin(
