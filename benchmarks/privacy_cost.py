@@ -3,11 +3,11 @@
     OMP_NUM_THREADS=1 python benchmarks/privacy_cost.py [--backbone tiny] [--json]
 
 Every contestant computes a gradient of B on the same samples. `ours, plain` is the non-private
-step; the private ones give every sample's gradient, clip it and add noise. In bf16 ours keeps units
-apart within a pass (see `common/privacy/mechanism/isolation.py`), in fp32 they share it: `--dtype`
-shows both. FLOPs are counted exactly (torch.utils.flop_counter); time is process CPU time
-on one thread, contestants interleaved round by round, the median of each round's ratio to that
-round's plain step. On a busy machine read the ratios, not the seconds.
+step; the private ones give every sample's gradient, clip it and add noise. Ours keeps units apart
+within a pass (see `common/privacy/mechanism/isolation.py`). FLOPs are counted exactly
+(torch.utils.flop_counter); time is process CPU time on one thread, contestants interleaved round by
+round, the median of each round's ratio to that round's plain step. On a busy machine read the
+ratios, not the seconds.
 """
 
 import argparse
